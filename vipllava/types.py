@@ -1,0 +1,255 @@
+"""The records that travel between the rooms of this package.
+
+All of them are frozen except :class:`Batch`, which moves to a device. The way of a sample:
+a shard's record becomes a :class:`Sample`; its regions become a :class:`VisualPromptPlan`;
+renderer and text both read that plan; the finished :class:`Turn` texts become
+:class:`Encoded` ids and labels; several of those become a :class:`Batch`.
+
+This module is floor 0: it imports no other room, and torch only for type checking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+IGNORE_INDEX = -100
+"""Label of a position that carries no loss (PyTorch's ``cross_entropy`` convention)."""
+
+PADDING_SEGMENT = -1
+"""Segment id of padding positions in a :class:`Batch`."""
+
+Role = Literal["user", "assistant"]
+Shape = Literal[
+    "rectangle", "ellipse", "point", "triangle", "mask", "mask contour", "arrow", "scribble"
+]
+RGB = tuple[int, int, int]
+Point = tuple[float, float]
+BBox = tuple[float, float, float, float]
+"""x1, y1, x2, y2 in pixels of the stored image."""
+Polygon = tuple[Point, ...]
+"""The vertices of one ring, in pixels of the stored image."""
+
+
+class VipLlavaError(Exception):
+    """Base of the errors a user can act on: the thing, its value and the remedy."""
+
+
+class ConfigError(VipLlavaError):
+    """The composed configuration cannot run; the message lists every problem."""
+
+
+class RecordError(VipLlavaError):
+    """A record, image or annotation breaks its schema; the message names key and place."""
+
+
+class CheckpointError(VipLlavaError):
+    """A checkpoint or model folder is missing, broken, or belongs to another model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One region of a picture that a mark may point at.
+
+    Attributes:
+        bbox_xyxy: bounding box, pixels of the stored image.
+        polygons: the region's mask as rings; empty when only the box is known.
+        style_of: index of an earlier region whose mark style this one repeats (all boxes of
+            one Flickr30k phrase look alike), or None for a style of its own.
+    """
+
+    bbox_xyxy: BBox
+    polygons: tuple[Polygon, ...] = ()
+    style_of: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stroke:
+    """One drawing primitive, fully determined: the renderer draws no random numbers.
+
+    Attributes:
+        kind: ``line`` (open polyline), ``polygon`` (closed), ``box`` or ``ellipse`` (``points``
+            are the top-left and bottom-right corners of the bounds).
+        points: pixels of the stored image.
+        width: line width in pixels; 0 fills the primitive.
+    """
+
+    kind: Literal["line", "polygon", "box", "ellipse"]
+    points: tuple[Point, ...]
+    width: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class VisualPrompt:
+    """One mark: what is drawn, and by which words the text names it.
+
+    Attributes:
+        region: index into ``Sample.regions``.
+        shape: one of the eight shapes.
+        rgb: colour of the mark.
+        colour_name: the palette's name for ``rgb``, or None when the text must not name it.
+        alpha: opacity, 0..255.
+        strokes: the primitives, painted in order as one layer.
+        article: whether the words say "the" before colour and shape.
+    """
+
+    region: int
+    shape: Shape
+    rgb: RGB
+    colour_name: str | None
+    alpha: int
+    strokes: tuple[Stroke, ...]
+    article: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class VisualPromptPlan:
+    """Every mark of one sample, sampled once and read by renderer and text alike.
+
+    Attributes:
+        size: width and height of the stored image, pixels.
+        prompts: the marks in drawing order; at most one per region.
+    """
+
+    size: tuple[int, int]
+    prompts: tuple[VisualPrompt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FixedVisualPrompt:
+    """What a user fixes about the mark of one region; None leaves it to sampling."""
+
+    shape: Shape | None = None
+    colour: str | RGB | None = None
+    width: int | None = None
+    alpha: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """A place in a text that names the mark of a region, e.g. ``within the red rectangle``."""
+
+    region: int
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTurn:
+    """One turn before its mentions are replaced by words.
+
+    Attributes:
+        role: who speaks.
+        parts: texts and mentions, concatenated without separators.
+        has_image: whether the picture stands in front of this turn.
+    """
+
+    role: Role
+    parts: tuple[str | Mention, ...]
+    has_image: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One finished turn of a conversation; ``text`` never contains an image placeholder."""
+
+    role: Role
+    text: str
+    has_image: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One record, parsed and checked, still without marks or ids.
+
+    Attributes:
+        key: the record's key in its shard; unique within the data set.
+        dataset: the manifest's name; part of the random key.
+        image: the encoded picture (JPEG, PNG, WebP), or None for a text-only record.
+        regions: the regions of the picture that the conversation mentions.
+        turns: the conversation, with mentions.
+        policy: name of the visual-prompt policy that samples the marks.
+        fixed: what the user fixed per region (same length as ``regions``), or empty.
+    """
+
+    key: str
+    dataset: str
+    image: bytes | None
+    regions: tuple[Region, ...]
+    turns: tuple[DraftTurn, ...]
+    policy: str
+    fixed: tuple[FixedVisualPrompt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Ids and labels of one conversation, born together.
+
+    Attributes:
+        input_ids: int64 [length], image placeholders already expanded.
+        labels: int64 [length]; equal to ``input_ids`` where supervised, else ``IGNORE_INDEX``.
+        num_images: pictures in this conversation (0 or 1).
+        num_dropped_turns: trailing turns left out to respect the length limit.
+    """
+
+    input_ids: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    num_images: int
+    num_dropped_turns: int = 0
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of positions that carry loss."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+@dataclass(slots=True)
+class Batch:
+    """One micro-batch as the LightningModule receives it.
+
+    Rows hold one padded sample or several packed ones. There is no attention mask:
+    ``position_ids`` restart at 0 with every segment (padding is a segment of its own), which is
+    what transformers reads to keep packed samples apart.
+
+    Attributes:
+        input_ids: int64 [rows, length].
+        labels: int64 [rows, length].
+        position_ids: int64 [rows, length].
+        segment_ids: int64 [rows, length]; ``PADDING_SEGMENT`` on padding.
+        pixel_values: uint8 [num_images, 3, height, width]; normalised on the device.
+        num_supervised_global: supervised tokens of the whole global batch (all ranks and all
+            accumulation steps): the loss's denominator.
+        keys: ``dataset/key`` of the samples in row order.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    segment_ids: torch.Tensor
+    pixel_values: torch.Tensor
+    num_supervised_global: int = 0
+    keys: tuple[str, ...] = field(default=())
+
+    @property
+    def num_supervised(self) -> int:
+        """Positions of this micro-batch that carry loss."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def _tensors(self) -> Mapping[str, Any]:
+        return {f.name: v for f in fields(self) if hasattr(v := getattr(self, f.name), "to")}
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Move every tensor to ``device`` in place and return the batch itself."""
+        for name, tensor in self._tensors().items():
+            setattr(self, name, tensor.to(device, non_blocking=non_blocking))
+        return self
+
+    def pin_memory(self) -> Batch:
+        """Pin every tensor (called by ``DataLoader(pin_memory=True)``)."""
+        for name, tensor in self._tensors().items():
+            setattr(self, name, tensor.pin_memory())
+        return self
