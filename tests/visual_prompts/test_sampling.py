@@ -1,0 +1,240 @@
+"""The plan: parameters within their ranges, colours by the rules, the same key the same plan."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vipllava.keyed_random import generator_for
+from vipllava.types import FixedVisualPrompt, RecordError, Region, Shape, VipLlavaError
+from vipllava.visual_prompts.geometry import contains, largest_angle
+from vipllava.visual_prompts.palette import PALETTE
+from vipllava.visual_prompts.policies import VisualPromptPolicy
+from vipllava.visual_prompts.sampling import sample_plan
+from vipllava.visual_prompts.shapes import SHAPES, prompt_words
+
+SIZE = (672, 448)  # s = 2
+BOX = Region((100.0, 80.0, 260.0, 200.0))
+HEXAGON = tuple(
+    (180 + 80 * math.cos(k * math.pi / 3), 140 + 60 * math.sin(k * math.pi / 3)) for k in range(6)
+)
+MASKED = Region((100.0, 80.0, 260.0, 200.0), (HEXAGON,))
+
+
+def one(shape: Shape, seed: int, region: Region = MASKED, **policy: object):
+    """Sample the plan of one region with one shape and return its only prompt."""
+    chosen = VisualPromptPolicy(shapes=(shape,), **policy)  # type: ignore[arg-type]
+    return sample_plan([region], SIZE, chosen, generator_for("test", seed)).prompts[0]
+
+
+def test_same_key_same_plan_other_key_other_plan():
+    policy = VisualPromptPolicy()
+    regions = [BOX, MASKED]
+    plans = [
+        sample_plan(regions, SIZE, policy, generator_for(42, epoch, "refcocog", "a"))
+        for epoch in (0, 0, 1)
+    ]
+    assert plans[0] == plans[1]
+    assert plans[0] != plans[2]
+
+
+def test_a_plan_is_pinned_by_its_key():
+    """Literal: a change of these numbers changes every run's pictures."""
+    assert generator_for(42, 0, "x", "y").integers(1 << 30) == 286709030
+    prompt = sample_plan(
+        [BOX], SIZE, VisualPromptPolicy(), generator_for(42, 0, "x", "y")
+    ).prompts[0]
+    assert (prompt_words(prompt), prompt.rgb, prompt.alpha) == (
+        'at the red point',
+        (255, 0, 0),
+        248,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "low", "high"),
+    [("rectangle", 4, 16), ("ellipse", 4, 16), ("triangle", 4, 16), ("scribble", 4, 24)],
+)
+def test_line_widths_scale_with_the_picture_and_reach_both_ends(shape: Shape, low: int, high: int):
+    widths = {one(shape, seed).strokes[0].width for seed in range(400)}
+    assert min(widths) == low
+    assert max(widths) == high
+
+
+def test_contour_reaches_w_to_both_sides():
+    assert {one("mask contour", seed).strokes[0].width for seed in range(60)} == {5, 7, 9}
+
+
+def test_point_radius_aspect_and_place():
+    radii, aspects = set(), []
+    for seed in range(300):
+        (x1, y1), (x2, y2) = one("point", seed).strokes[0].points
+        radii.add(round((x2 - x1) / 2))
+        aspects.append((y2 - y1) / (x2 - x1))
+        assert contains(HEXAGON, np.array([[(x1 + x2) / 2, (y1 + y2) / 2]]))[0]
+    assert min(radii) == 10
+    assert max(radii) == 40
+    assert 0.4 < np.mean(np.isclose(aspects, 1.0)) < 0.6
+    assert min(aspects) >= 0.5 - 1e-9
+    assert max(aspects) <= 2.0 + 1e-9
+
+
+def test_a_point_needs_no_mask():
+    (x1, y1), (x2, y2) = one("point", 3, BOX).strokes[0].points
+    assert 100 <= (x1 + x2) / 2 <= 260
+    assert 80 <= (y1 + y2) / 2 <= 200
+
+
+def test_constant_style_touches_rectangles_and_points_only():
+    assert {one("rectangle", s, constant_style=True).strokes[0].width for s in range(20)} == {6}
+    for seed in range(20):
+        (x1, y1), (x2, y2) = one("point", seed, constant_style=True).strokes[0].points
+        assert x2 - x1 == pytest.approx(32)
+        assert y2 - y1 == pytest.approx(32)
+    assert len({one("ellipse", s, constant_style=True).strokes[0].width for s in range(40)}) > 3
+
+
+def test_ellipse_encloses_the_masks_bounds_enlarged_up_to_half():
+    for seed in range(100):
+        (x1, y1), (x2, y2) = one("ellipse", seed).strokes[0].points
+        assert 160 - 1e-6 <= x2 - x1 <= 240 + 1e-6
+        assert (x1 + x2) / 2 == pytest.approx(180)
+        assert (y1 + y2) / 2 == pytest.approx(140)
+
+
+def test_triangles_lie_in_the_mask_and_are_not_flat():
+    for seed in range(100):
+        corners = one("triangle", seed).strokes[0].points
+        assert len(corners) == 3
+        assert largest_angle(corners) <= 150
+        assert contains(HEXAGON, np.array(corners)).all()
+
+
+def test_a_region_without_width_still_gets_a_triangle():
+    thin = Region((10.0, 50.0, 12.0, 400.0))
+    corners = one("triangle", 0, thin).strokes[0].points
+    assert corners == ((11.0, 50.0), (12.0, 400.0), (10.0, 400.0)) or largest_angle(corners) <= 150
+
+
+def test_scribbles_stay_inside_the_convex_mask():
+    for seed in range(50):
+        points = np.array(one("scribble", seed).strokes[0].points)
+        assert contains(HEXAGON, points[1:-1]).all()
+
+
+def test_arrow_points_near_the_centre_with_its_stated_length():
+    open_heads = bent = 0
+    for seed in range(200):
+        shaft, head = one("arrow", seed).strokes
+        tip = np.array(head.points[1])
+        assert np.all(np.abs(tip - (180, 140)) <= (40, 30))
+        assert 96 - 1e-6 <= np.linalg.norm(np.array(shaft.points[0]) - tip) <= 100 + 1e-6
+        open_heads += head.kind == "line"
+        bent += len(shaft.points) == 3
+        barb = np.linalg.norm(np.array(head.points[0]) - tip)
+        assert barb >= 12 - 1e-6
+    assert 70 <= open_heads <= 130
+    assert 70 <= bent <= 130
+
+
+def test_big_boxes_reverse_the_arrows_length_bounds():
+    big = Region((0.0, 0.0, 600.0, 440.0))
+    for seed in range(30):
+        shaft, head = one("arrow", seed, big).strokes
+        length = np.linalg.norm(np.array(shaft.points[0]) - np.array(head.points[1]))
+        assert 100 - 1e-6 <= length <= 352 + 1e-6
+
+
+def test_opacity_ranges():
+    lines = {one("rectangle", seed).alpha for seed in range(600)}
+    masks = {one("mask", seed).alpha for seed in range(600)}
+    assert (min(lines), max(lines)) == (96, 255)
+    assert (min(masks), max(masks)) == (48, 128)
+    assert {one("mask", seed, fixed_alpha=128).alpha for seed in range(5)} == {128}
+
+
+def test_a_shape_used_once_is_named_half_of_the_time():
+    named = [one("rectangle", seed).colour_name is not None for seed in range(600)]
+    assert 0.42 < np.mean(named) < 0.58
+
+
+def test_repeated_shapes_get_distinct_names():
+    policy = VisualPromptPolicy(shapes=("rectangle",))
+    for seed in range(30):
+        plan = sample_plan([BOX] * 9, SIZE, policy, generator_for("rep", seed))
+        assert Counter(p.colour_name for p in plan.prompts) == dict.fromkeys(PALETTE, 1)
+        assert all(p.rgb == PALETTE[p.colour_name or ""] for p in plan.prompts)
+
+
+def test_more_repeats_than_names_fall_back_to_unnamed_or_are_refused():
+    policy = VisualPromptPolicy(shapes=("rectangle",))
+    plan = sample_plan([BOX] * 11, SIZE, policy, generator_for(0))
+    assert sum(p.colour_name is None for p in plan.prompts) == 2
+    strict = VisualPromptPolicy(shapes=("rectangle",), distinguishable=True)
+    with pytest.raises(RecordError, match="10 regions cannot be told apart by words"):
+        sample_plan([BOX] * 10, SIZE, strict, generator_for(0))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 30), st.integers(0, 10_000))
+def test_distinguishable_regions_have_different_words(count: int, seed: int):
+    policy = VisualPromptPolicy(distinguishable=True)
+    plan = sample_plan([MASKED] * count, SIZE, policy, generator_for("words", seed))
+    words = [prompt_words(prompt) for prompt in plan.prompts]
+    assert len(set(words)) == count
+
+
+def test_regions_of_one_phrase_share_a_style():
+    regions = [BOX, Region((300.0, 80.0, 400.0, 160.0), style_of=0)]
+    for seed in range(30):
+        first, second = sample_plan(
+            regions, SIZE, VisualPromptPolicy(), generator_for("phrase", seed)
+        ).prompts
+        assert prompt_words(first) == prompt_words(second)
+        assert (first.rgb, first.alpha) == (second.rgb, second.alpha)
+        assert first.strokes != second.strokes
+
+
+def test_a_style_can_only_come_from_an_earlier_region():
+    with pytest.raises(RecordError, match="name an earlier region"):
+        sample_plan(
+            [Region(BOX.bbox_xyxy, style_of=1), BOX], SIZE, VisualPromptPolicy(), generator_for(0)
+        )
+
+
+def test_fixed_prompts_win_and_others_avoid_their_colour():
+    policy = VisualPromptPolicy(shapes=("rectangle",))
+    fixed = (FixedVisualPrompt("rectangle", "red", 7, 200), FixedVisualPrompt())
+    for seed in range(30):
+        first, second = sample_plan([BOX, BOX], SIZE, policy, generator_for(seed), fixed).prompts
+        assert (first.rgb, first.colour_name, first.alpha) == ((255, 0, 0), "red", 200)
+        assert first.strokes[0].width == 7
+        assert second.colour_name not in ("red", None)
+
+
+def test_unknown_fixed_values_list_the_known_ones():
+    for fixed, known in (
+        (FixedVisualPrompt(colour="green"), "lime"),
+        (FixedVisualPrompt(shape="circle"), "ellipse"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(VipLlavaError, match=known):
+            sample_plan([BOX], SIZE, VisualPromptPolicy(), generator_for(0), [fixed])
+
+
+def test_pointqa_is_red_and_does_not_say_so():
+    prompt = one("rectangle", 1, colour="red", name_colour=False)
+    assert prompt.rgb == (255, 0, 0)
+    assert prompt_words(prompt) == "within the rectangle"
+
+
+def test_every_shape_occurs():
+    shapes = {
+        sample_plan([MASKED], SIZE, VisualPromptPolicy(), generator_for(s)).prompts[0].shape
+        for s in range(120)
+    }
+    assert shapes == set(SHAPES)

@@ -1,0 +1,114 @@
+"""Points in polygons and small plane geometry for the sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from vipllava.types import BBox, Point, Polygon
+
+_ATTEMPTS = 8
+_POINTS_PER_ATTEMPT = 64
+
+
+def bounds_of(polygons: Sequence[Polygon]) -> BBox:
+    """Return x1, y1, x2, y2 of all vertices."""
+    vertices = np.array([vertex for polygon in polygons for vertex in polygon])
+    (x1, y1), (x2, y2) = vertices.min(axis=0), vertices.max(axis=0)
+    return float(x1), float(y1), float(x2), float(y2)
+
+
+def contains(polygon: Polygon, points: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Tell which of ``points`` [n, 2] lie inside ``polygon`` (even-odd rule)."""
+    ring = np.array(polygon)
+    x1, y1 = ring.T[:, :, None]
+    x2, y2 = np.roll(ring, -1, axis=0).T[:, :, None]
+    x, y = points.T
+    straddles = (y1 > y) != (y2 > y)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        crosses = x < (x2 - x1) * (y - y1) / (y2 - y1) + x1
+    return ((straddles & crosses).sum(axis=0) % 2).astype(bool)
+
+
+def sample_points(
+    polygons: Sequence[Polygon], bbox: BBox, count: int, rng: np.random.Generator
+) -> list[Point]:
+    """Draw ``count`` points uniformly in the union of ``polygons``, or in ``bbox`` without any.
+
+    Slivers in which bounded rejection finds too little fall back to convex combinations of
+    neighbouring vertices, which lie on the outline.
+    """
+    if not polygons:
+        x1, y1, x2, y2 = bbox
+        drawn = rng.uniform((x1, y1), (x2, y2), size=(count, 2))
+        return [(float(x), float(y)) for x, y in drawn]
+    x1, y1, x2, y2 = bounds_of(polygons)
+    found: list[Point] = []
+    for _ in range(_ATTEMPTS):
+        drawn = rng.uniform((x1, y1), (x2, y2), size=(_POINTS_PER_ATTEMPT, 2))
+        inside = np.any([contains(polygon, drawn) for polygon in polygons], axis=0)
+        found.extend((float(x), float(y)) for x, y in drawn[inside])
+        if len(found) >= count:
+            return found[:count]
+    ring = polygons[0]
+    while len(found) < count:
+        index = int(rng.integers(len(ring)))
+        (ax, ay), (bx, by) = ring[index - 1], ring[index]
+        share = float(rng.uniform())
+        found.append((ax + share * (bx - ax), ay + share * (by - ay)))
+    return found
+
+
+def sample_central_point(
+    polygons: Sequence[Polygon], bbox: BBox, rng: np.random.Generator
+) -> Point:
+    """Draw a point near the centre of the box or mask, inside one randomly chosen polygon.
+
+    Gaussian around the centre of the bounds, sigma an eighth of their extent.
+    """
+    if polygons:
+        polygon = polygons[int(rng.integers(len(polygons)))]
+        polygons, bbox = (polygon,), bounds_of((polygon,))
+    x1, y1, x2, y2 = bbox
+    centre, sigma = ((x1 + x2) / 2, (y1 + y2) / 2), ((x2 - x1) / 8, (y2 - y1) / 8)
+    drawn = rng.normal(centre, sigma, size=(_POINTS_PER_ATTEMPT, 2))
+    inside = contains(polygons[0], drawn) if polygons else _within(bbox, drawn)
+    if inside.any():
+        x, y = drawn[inside][0]
+        return float(x), float(y)
+    return sample_points(polygons, bbox, 1, rng)[0]
+
+
+def largest_angle(triangle: Sequence[Point]) -> float:
+    """Return the largest inner angle in degrees; 180 for collinear or coinciding points."""
+    corners = np.array(triangle)
+    angles: list[float] = []
+    for index in range(3):
+        a = corners[index - 1] - corners[index]
+        b = corners[(index + 1) % 3] - corners[index]
+        lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
+        if lengths == 0.0:
+            return 180.0
+        angles.append(math.degrees(math.acos(float(np.clip(a @ b / lengths, -1.0, 1.0)))))
+    return max(angles)
+
+
+def cubic_bezier(control: Sequence[Point]) -> tuple[Point, ...]:
+    """Flatten a cubic Bezier curve of 4 control points into a polyline.
+
+    One vertex per three pixels of the control polygon keeps the polyline within half a pixel of
+    the curve for the sizes drawn here.
+    """
+    ring = np.array(control)
+    length = float(np.linalg.norm(np.diff(ring, axis=0), axis=1).sum())
+    t = np.linspace(0.0, 1.0, max(8, math.ceil(length / 3)))[:, None]
+    basis = np.concatenate([(1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3], axis=1)
+    return tuple((float(x), float(y)) for x, y in basis @ ring)
+
+
+def _within(bbox: BBox, points: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    x1, y1, x2, y2 = bbox
+    return ((points >= (x1, y1)) & (points <= (x2, y2))).all(axis=1)

@@ -1,0 +1,167 @@
+"""How marks are sampled for one data set: shapes, ranges, colours, wording.
+
+The values come from ``conf/visual_prompts``; the defaults here are the published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from vipllava.types import Shape, VipLlavaError
+from vipllava.visual_prompts.palette import named_colour
+from vipllava.visual_prompts.shapes import SHAPES, check_shape
+
+IntRange = tuple[int, int]
+FloatRange = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeRanges:
+    """Ranges of the shapes' parameters.
+
+    Lengths are in pixels of a picture whose longer side is ``anchor``; they scale with
+    ``s = max(width, height) / anchor``. Integer ranges are inclusive, fractions are of the
+    quantity named.
+
+    Attributes:
+        anchor: longer side at which ``s`` is 1 (336, CLIP's input, in the published recipe).
+        rectangle_width, ellipse_width, triangle_width, scribble_width, arrow_width: line widths.
+        contour_width: pixels to each side of the outline; the stroke is twice that plus one.
+        point_radius: horizontal radius of a point.
+        point_aspect: vertical over horizontal radius, for the half of points that are not round.
+        ellipse_scale: enlargement of the region's bounds.
+        arrow_length: (fraction of the box's shorter side, pixels at the anchor).
+        arrow_head: head length as a fraction of the arrow's length.
+        arrow_head_min: least head length.
+        arrow_bend: largest sideways shift of a bent shaft's middle.
+        constant_rectangle_width, constant_point_radius: values of the constant style.
+        alpha: opacity of 255, all shapes but the mask.
+        mask_alpha: opacity of the filled mask.
+    """
+
+    anchor: int = 336
+    rectangle_width: IntRange = (2, 8)
+    ellipse_width: IntRange = (2, 8)
+    triangle_width: IntRange = (2, 8)
+    scribble_width: IntRange = (2, 12)
+    arrow_width: IntRange = (1, 6)
+    contour_width: IntRange = (1, 2)
+    point_radius: IntRange = (5, 20)
+    point_aspect: FloatRange = (0.5, 2.0)
+    ellipse_scale: FloatRange = (1.0, 1.5)
+    arrow_length: FloatRange = (0.8, 50.0)
+    arrow_head: FloatRange = (0.2, 0.5)
+    arrow_head_min: float = 6.0
+    arrow_bend: float = 5.0
+    constant_rectangle_width: int = 3
+    constant_point_radius: int = 8
+    alpha: IntRange = (96, 255)
+    mask_alpha: IntRange = (48, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class VisualPromptPolicy:
+    """The sampling policy of one data set.
+
+    Attributes:
+        shapes: shapes to draw from, uniformly.
+        ranges: parameter ranges.
+        named_colour_rate: how often a shape that occurs once gets a named colour; shapes that
+            occur several times in one picture always get distinct names.
+        colour: a palette colour that every mark takes, or None to sample.
+        name_colour: whether the text may say the colour.
+        article_rate: how often the words say "the".
+        constant_style: fixed rectangle width and round points of fixed radius.
+        fixed_alpha: opacity for every mark (128 in evaluation), or None to sample.
+        distinguishable: refuse a sample whose regions cannot be told apart by words, instead of
+            falling back to unnamed colours when the palette is exhausted.
+    """
+
+    shapes: tuple[Shape, ...] = SHAPES
+    ranges: ShapeRanges = ShapeRanges()
+    named_colour_rate: float = 0.5
+    colour: str | None = None
+    name_colour: bool = True
+    article_rate: float = 1.0
+    constant_style: bool = False
+    fixed_alpha: int | None = None
+    distinguishable: bool = False
+
+
+def build_policies(
+    policies: Mapping[str, Mapping[str, Any]], ranges: Mapping[str, Any] | None = None
+) -> dict[str, VisualPromptPolicy]:
+    """Turn plain mappings (from YAML) into policies.
+
+    Args:
+        policies: per policy name the fields of :class:`VisualPromptPolicy`; ``ranges`` in one
+            holds only what differs from the common ranges.
+        ranges: common fields of :class:`ShapeRanges`.
+
+    Raises:
+        VipLlavaError: naming every unknown field, unknown shape or colour, and reversed range.
+    """
+    problems: list[str] = []
+    common = dict(ranges or {})
+    built: dict[str, VisualPromptPolicy] = {}
+    for name, spec in policies.items():
+        where = f"visual_prompts.policies.{name}"
+        try:
+            own = {**common, **(spec.get("ranges") or {})}
+            values = {key: value for key, value in spec.items() if key != "ranges"}
+            _known_fields(VisualPromptPolicy, values, where)
+            if "shapes" in values:
+                values["shapes"] = tuple(check_shape(shape) for shape in values["shapes"])
+                if not values["shapes"]:
+                    raise VipLlavaError(f"{where}.shapes is empty; name at least one shape")
+            if values.get("colour") is not None:
+                named_colour(values["colour"])
+            for key in ("named_colour_rate", "article_rate"):
+                if not 0 <= float(values.get(key, 0)) <= 1:
+                    raise VipLlavaError(f"{where}.{key} is {values[key]}; a rate lies in 0..1")
+            built[name] = VisualPromptPolicy(**values, ranges=_build_ranges(own, where))
+        except VipLlavaError as error:
+            problems.append(f"{where}: {error}")
+    if problems:
+        raise VipLlavaError("\n".join(problems))
+    return built
+
+
+def get_policy(policies: Mapping[str, VisualPromptPolicy], name: str) -> VisualPromptPolicy:
+    """Return the policy called ``name``; an unknown name lists the known ones."""
+    try:
+        return policies[name]
+    except KeyError:
+        known = ", ".join(sorted(policies)) or "none"
+        raise VipLlavaError(f"unknown visual-prompt policy `{name}`; known: {known}") from None
+
+
+def _known_fields(kind: type, values: Mapping[str, Any], where: str) -> None:
+    known = [f.name for f in fields(kind)]
+    if unknown := sorted(set(values) - set(known)):
+        raise VipLlavaError(f"{where} has unknown fields {unknown}; known: {', '.join(known)}")
+
+
+def _build_ranges(values: Mapping[str, Any], where: str) -> ShapeRanges:
+    _known_fields(ShapeRanges, values, f"{where}.ranges")
+    checked: dict[str, Any] = {}
+    defaults = ShapeRanges()
+    for key, value in values.items():
+        if not isinstance(getattr(defaults, key), tuple):
+            checked[key] = value
+            continue
+        pair = tuple(value) if isinstance(value, (list, tuple)) else ()  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        # arrow_length mixes a fraction and pixels: its bounds may be reversed for big boxes.
+        if len(pair) != 2 or (pair[0] > pair[1] and key != "arrow_length"):
+            raise VipLlavaError(f"ranges.{key} is {value}; give [low, high] with low <= high")
+        checked[key] = pair
+    if checked.get("anchor", 1) <= 0:
+        raise VipLlavaError(f"ranges.anchor is {checked['anchor']}; it must be positive")
+    alphas: list[Literal["alpha", "mask_alpha"]] = ["alpha", "mask_alpha"]
+    for key in alphas:
+        low, high = checked.get(key, getattr(defaults, key))
+        if not 1 <= low <= high <= 255:
+            raise VipLlavaError(f"ranges.{key} is [{low}, {high}]; opacity lies in 1..255")
+    return ShapeRanges(**checked)

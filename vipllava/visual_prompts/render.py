@@ -1,0 +1,70 @@
+"""A plan onto pixels.
+
+Each mark is one layer: its strokes are painted with the mark's opacity into a single-channel
+mask of the mark's own bounds, and the colour is pasted through that mask. Nothing outside the
+bounds is touched, which is what makes drawing cheap on large pictures.
+"""
+
+from __future__ import annotations
+
+import math
+
+from PIL import Image, ImageDraw
+
+from vipllava.types import Point, RecordError, Stroke, VisualPrompt, VisualPromptPlan
+from vipllava.visual_prompts.shapes import mark_bounds
+
+
+def render_plan(image: Image.Image, plan: VisualPromptPlan) -> Image.Image:
+    """Return a copy of ``image`` with the plan's marks alpha-composited over it.
+
+    Args:
+        image: RGB picture of the plan's size; left unchanged.
+        plan: the marks; pixels of this very picture.
+
+    Raises:
+        RecordError: the picture has another size than the plan, or is not RGB.
+    """
+    if image.size != plan.size or image.mode != "RGB":
+        raise RecordError(
+            f"the plan is for an RGB picture of {plan.size} pixels, the picture is {image.mode} "
+            f"of {image.size}; sample the plan from the picture that is drawn on"
+        )
+    marked = image.copy()
+    for prompt in plan.prompts:
+        _draw(marked, prompt)
+    return marked
+
+
+def _draw(image: Image.Image, prompt: VisualPrompt) -> None:
+    x1, y1, x2, y2 = mark_bounds(prompt)
+    left, top = max(0, math.floor(x1)), max(0, math.floor(y1))
+    right, bottom = min(image.width, math.ceil(x2) + 1), min(image.height, math.ceil(y2) + 1)
+    if left >= right or top >= bottom:
+        return
+    opacity = Image.new("L", (right - left, bottom - top), 0)
+    canvas = ImageDraw.Draw(opacity)
+    for stroke in prompt.strokes:
+        points = [(x - left, y - top) for x, y in stroke.points]
+        _paint(canvas, stroke, points, prompt.alpha)
+    image.paste(prompt.rgb, (left, top, right, bottom), opacity)
+
+
+def _paint(canvas: ImageDraw.ImageDraw, stroke: Stroke, points: list[Point], alpha: int) -> None:
+    filled = stroke.width == 0
+    match stroke.kind:
+        case "box" if filled:
+            canvas.rectangle(points, fill=alpha)
+        case "box":
+            canvas.rectangle(points, outline=alpha, width=stroke.width)
+        case "ellipse" if filled:
+            canvas.ellipse(points, fill=alpha)
+        case "ellipse":
+            canvas.ellipse(points, outline=alpha, width=stroke.width)
+        case "polygon" if filled:
+            canvas.polygon(points, fill=alpha)
+        case "polygon":
+            # Closing over the first edge gives the first corner a joint as well.
+            canvas.line([*points, *points[:2]], fill=alpha, width=stroke.width, joint="curve")
+        case "line":
+            canvas.line(points, fill=alpha, width=stroke.width, joint="curve")

@@ -1,0 +1,328 @@
+"""Regions to a plan of marks: every random choice about pixels and words is made here, once.
+
+``sample_plan`` first gives each region a *style* (shape, colour, opacity, width), because colours
+depend on how often a shape occurs in the picture, then turns each style into strokes. Renderer
+and text only read the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vipllava.types import (
+    RGB,
+    BBox,
+    FixedVisualPrompt,
+    Point,
+    Polygon,
+    RecordError,
+    Region,
+    Shape,
+    Stroke,
+    VisualPrompt,
+    VisualPromptPlan,
+)
+from vipllava.visual_prompts.geometry import (
+    bounds_of,
+    cubic_bezier,
+    largest_angle,
+    sample_central_point,
+    sample_points,
+)
+from vipllava.visual_prompts.palette import PALETTE, named_colour, sample_unnamed_colour
+from vipllava.visual_prompts.policies import FloatRange, IntRange, VisualPromptPolicy
+from vipllava.visual_prompts.shapes import check_shape
+
+_TRIANGLE_ATTEMPTS = 16
+_LARGEST_TRIANGLE_ANGLE = 150.0
+_ARROW_BARB_ANGLE = math.radians(60)
+
+
+@dataclass(frozen=True, slots=True)
+class _Style:
+    """What two regions of one phrase share; ``width`` is a point's radius for points."""
+
+    shape: Shape
+    rgb: RGB
+    colour_name: str | None
+    alpha: int
+    width: int
+    aspect: float
+    article: bool
+
+
+def sample_plan(
+    regions: Sequence[Region],
+    size: tuple[int, int],
+    policy: VisualPromptPolicy,
+    rng: np.random.Generator,
+    fixed: Sequence[FixedVisualPrompt] = (),
+) -> VisualPromptPlan:
+    """Sample one mark per region.
+
+    Args:
+        regions: boxes and masks in pixels of the stored image.
+        size: width and height of the stored image, pixels.
+        policy: shapes, ranges and colour rules.
+        rng: the only source of randomness; see :func:`vipllava.keyed_random.generator_for`.
+        fixed: what the user fixed, one per region, or empty.
+
+    Returns:
+        A plan with one prompt per region, in the regions' order.
+
+    Raises:
+        RecordError: regions cannot be told apart by words although the policy demands it.
+        VipLlavaError: a fixed shape or colour is unknown.
+    """
+    fixed = fixed or (FixedVisualPrompt(),) * len(regions)
+    if len(fixed) != len(regions):
+        raise RecordError(
+            f"{len(fixed)} fixed visual prompts for {len(regions)} regions; give one per region"
+        )
+    scale = max(size) / policy.ranges.anchor
+    styles = _sample_styles(regions, fixed, policy, scale, rng)
+    prompts = tuple(
+        VisualPrompt(
+            region=index,
+            shape=style.shape,
+            rgb=style.rgb,
+            colour_name=style.colour_name,
+            alpha=style.alpha,
+            strokes=_sample_strokes(region, style, policy, scale, rng),
+            article=style.article,
+        )
+        for index, (region, style) in enumerate(zip(regions, styles, strict=True))
+    )
+    return VisualPromptPlan(size=size, prompts=prompts)
+
+
+def _sample_styles(
+    regions: Sequence[Region],
+    fixed: Sequence[FixedVisualPrompt],
+    policy: VisualPromptPolicy,
+    scale: float,
+    rng: np.random.Generator,
+) -> list[_Style]:
+    own = [index for index, region in enumerate(regions) if region.style_of is None]
+    shapes = _sample_shapes(own, fixed, policy, rng)
+    colours = _sample_colours(shapes, fixed, policy, rng)
+    styles: dict[int, _Style] = {}
+    for index, shape in shapes.items():
+        choice = fixed[index]
+        rgb, colour_name = colours[index]
+        ranges = policy.ranges
+        alpha = choice.alpha or policy.fixed_alpha
+        if alpha is None:
+            alpha = _uniform_int(ranges.mask_alpha if shape == "mask" else ranges.alpha, rng)
+        round_point = policy.constant_style or rng.random() < 0.5
+        aspect = 1.0 if round_point else _uniform(ranges.point_aspect, rng)
+        width = choice.width or _sample_width(shape, policy, scale, rng)
+        article = bool(rng.random() < policy.article_rate)
+        styles[index] = _Style(shape, rgb, colour_name, alpha, width, aspect, article)
+    for index, region in enumerate(regions):
+        if region.style_of is not None:
+            if region.style_of not in styles or region.style_of >= index:
+                raise RecordError(
+                    f"region {index} repeats the style of region {region.style_of}; "
+                    "name an earlier region"
+                )
+            styles[index] = styles[region.style_of]
+    return [styles[index] for index in range(len(regions))]
+
+
+def _sample_shapes(
+    own: Sequence[int],
+    fixed: Sequence[FixedVisualPrompt],
+    policy: VisualPromptPolicy,
+    rng: np.random.Generator,
+) -> dict[int, Shape]:
+    """Choose a shape per style; a distinguishable policy leaves no shape more marks than names."""
+    shapes: dict[int, Shape] = {}
+    uses: Counter[Shape] = Counter()
+    names = len(PALETTE) if policy.name_colour and policy.colour is None else 1
+    for index in own:
+        if (fixed_shape := fixed[index].shape) is not None:
+            shape = check_shape(fixed_shape)
+        else:
+            free = [s for s in policy.shapes if uses[s] < names or not policy.distinguishable]
+            if not free:
+                raise RecordError(
+                    f"{len(own)} regions cannot be told apart by words: {len(policy.shapes)} "
+                    f"shapes with {names} colour names each; use more shapes or fewer regions"
+                )
+            shape = free[int(rng.integers(len(free)))]
+        uses[shape] += 1
+        shapes[index] = shape
+    return shapes
+
+
+def _sample_colours(
+    shapes: dict[int, Shape],
+    fixed: Sequence[FixedVisualPrompt],
+    policy: VisualPromptPolicy,
+    rng: np.random.Generator,
+) -> dict[int, tuple[RGB, str | None]]:
+    """Choose colour and spoken name per style.
+
+    A shape used more than once gets distinct names while they last; a shape used once gets a
+    name at ``named_colour_rate``. Fixed colours are set first, so that nobody else takes them.
+    """
+    colours: dict[int, tuple[RGB, str | None]] = {}
+    taken: dict[Shape, set[str]] = {shape: set() for shape in shapes.values()}
+    for index, shape in shapes.items():
+        colour = fixed[index].colour if fixed[index].colour is not None else policy.colour
+        if isinstance(colour, str):
+            rgb = named_colour(colour)
+            colours[index] = (rgb, colour if policy.name_colour else None)
+            taken[shape].add(colour)
+        elif colour is not None:
+            colours[index] = (colour, None)
+    uses = Counter(shapes.values())
+    for index, shape in shapes.items():
+        if index in colours:
+            continue
+        free = [name for name in PALETTE if name not in taken[shape]]
+        wants_name = uses[shape] > 1 or rng.random() < policy.named_colour_rate
+        if policy.name_colour and wants_name and free:
+            name = free[int(rng.integers(len(free)))]
+            taken[shape].add(name)
+            colours[index] = (PALETTE[name], name)
+        else:
+            colours[index] = (sample_unnamed_colour(rng), None)
+    return colours
+
+
+def _sample_width(
+    shape: Shape, policy: VisualPromptPolicy, scale: float, rng: np.random.Generator
+) -> int:
+    ranges = policy.ranges
+    if shape == "rectangle" and policy.constant_style:
+        return max(1, int(ranges.constant_rectangle_width * scale))
+    if shape == "point" and policy.constant_style:
+        return max(1, int(ranges.constant_point_radius * scale))
+    widths: dict[Shape, IntRange] = {
+        "rectangle": ranges.rectangle_width,
+        "ellipse": ranges.ellipse_width,
+        "triangle": ranges.triangle_width,
+        "scribble": ranges.scribble_width,
+        "arrow": ranges.arrow_width,
+        "point": ranges.point_radius,
+        "mask contour": ranges.contour_width,
+        "mask": (0, 0),
+    }
+    low, high = widths[shape]
+    return max(1, _uniform_int((int(low * scale), int(high * scale)), rng))
+
+
+def _sample_strokes(
+    region: Region,
+    style: _Style,
+    policy: VisualPromptPolicy,
+    scale: float,
+    rng: np.random.Generator,
+) -> tuple[Stroke, ...]:
+    bbox, polygons, width = region.bbox_xyxy, region.polygons, style.width
+    match style.shape:
+        case "rectangle":
+            return (Stroke("box", _corners(bbox), width),)
+        case "ellipse":
+            bounds = bounds_of(polygons) if polygons else bbox
+            enlarged = _enlarge(bounds, _uniform(policy.ranges.ellipse_scale, rng))
+            return (Stroke("ellipse", _corners(enlarged), width),)
+        case "triangle":
+            return (Stroke("polygon", _sample_triangle(region, rng), width),)
+        case "point":
+            x, y = sample_central_point(polygons, bbox, rng)
+            radius_y = max(1.0, width * style.aspect)
+            corners = ((x - width, y - radius_y), (x + width, y + radius_y))
+            return (Stroke("ellipse", corners),)
+        case "scribble":
+            chosen = (polygons[int(rng.integers(len(polygons)))],) if polygons else ()
+            return (Stroke("line", cubic_bezier(sample_points(chosen, bbox, 4, rng)), width),)
+        case "mask":
+            return tuple(Stroke("polygon", ring) for ring in _outlines(region))
+        case "mask contour":
+            stroke = 2 * width + 1
+            return tuple(Stroke("polygon", ring, stroke) for ring in _outlines(region))
+        case "arrow":
+            return _sample_arrow(bbox, width, policy, scale, rng)
+
+
+def _sample_triangle(region: Region, rng: np.random.Generator) -> tuple[Point, ...]:
+    for _ in range(_TRIANGLE_ATTEMPTS):
+        corners = sample_points(region.polygons, region.bbox_xyxy, 3, rng)
+        if largest_angle(corners) <= _LARGEST_TRIANGLE_ANGLE:
+            return tuple(corners)
+    # Regions too thin for such a triangle: the one that fills their bounds.
+    x1, y1, x2, y2 = bounds_of(region.polygons) if region.polygons else region.bbox_xyxy
+    return ((x1 + x2) / 2, y1), (x2, y2), (x1, y2)
+
+
+def _sample_arrow(
+    bbox: BBox, width: int, policy: VisualPromptPolicy, scale: float, rng: np.random.Generator
+) -> tuple[Stroke, ...]:
+    ranges = policy.ranges
+    x1, y1, x2, y2 = bbox
+    tip = np.array([(x1 + x2) / 2, (y1 + y2) / 2])
+    tip += rng.uniform(-0.25, 0.25, size=2) * (x2 - x1, y2 - y1)
+    near, far = ranges.arrow_length[0] * min(x2 - x1, y2 - y1), ranges.arrow_length[1] * scale
+    length = _uniform((min(near, far), max(near, far)), rng)
+    head = max(_uniform(ranges.arrow_head, rng) * length, ranges.arrow_head_min * scale)
+    length = max(length, head)
+    angle = float(rng.uniform(0, 2 * math.pi))
+    back = np.array([math.cos(angle), math.sin(angle)])
+    barbs = [tip + head * _rotate(back, side * _ARROW_BARB_ANGLE) for side in (-1, 1)]
+    tail = tip + length * back
+    bent, filled = rng.random(size=2) < 0.5
+    # A filled head covers the shaft's end; an open one needs the shaft up to the tip.
+    shaft_end = tip + head * math.cos(_ARROW_BARB_ANGLE) * back if filled else tip
+    shaft = [tail, shaft_end]
+    if bent:
+        sideways = _rotate(back, math.pi / 2) * rng.uniform(-1, 1) * ranges.arrow_bend * scale
+        shaft.insert(1, (tail + shaft_end) / 2 + sideways)
+    if filled:
+        head_stroke = Stroke("polygon", _points([barbs[0], tip, barbs[1]]))
+    else:
+        head_stroke = Stroke("line", _points([barbs[0], tip, barbs[1]]), width)
+    return Stroke("line", _points(shaft), width), head_stroke
+
+
+def _outlines(region: Region) -> tuple[Polygon, ...]:
+    """Return the region's rings; without a mask, its box."""
+    if region.polygons:
+        return region.polygons
+    x1, y1, x2, y2 = region.bbox_xyxy
+    return (((x1, y1), (x2, y1), (x2, y2), (x1, y2)),)
+
+
+def _corners(bbox: BBox) -> tuple[Point, Point]:
+    x1, y1, x2, y2 = bbox
+    return (x1, y1), (x2, y2)
+
+
+def _enlarge(bbox: BBox, factor: float) -> BBox:
+    x1, y1, x2, y2 = bbox
+    dx, dy = (x2 - x1) * (factor - 1) / 2, (y2 - y1) * (factor - 1) / 2
+    return x1 - dx, y1 - dy, x2 + dx, y2 + dy
+
+
+def _rotate(vector: np.ndarray, angle: float) -> np.ndarray:
+    cos, sin = math.cos(angle), math.sin(angle)
+    return np.array([cos * vector[0] - sin * vector[1], sin * vector[0] + cos * vector[1]])
+
+
+def _points(vertices: Sequence[np.ndarray]) -> tuple[Point, ...]:
+    return tuple((float(x), float(y)) for x, y in vertices)
+
+
+def _uniform(bounds: FloatRange, rng: np.random.Generator) -> float:
+    return float(rng.uniform(*bounds))
+
+
+def _uniform_int(bounds: IntRange, rng: np.random.Generator) -> int:
+    return int(rng.integers(bounds[0], bounds[1] + 1))

@@ -1,0 +1,58 @@
+"""The eight shapes: their names, their words, and where a drawn mark ends.
+
+Wordings are the ones the published checkpoints were trained with.
+"""
+
+from __future__ import annotations
+
+from typing import Final, get_args
+
+from vipllava.types import BBox, Shape, VipLlavaError, VisualPrompt
+
+SHAPES: Final[tuple[Shape, ...]] = get_args(Shape)
+
+_PREPOSITIONS: Final[dict[Shape, str]] = {
+    "rectangle": "within",
+    "ellipse": "within",
+    "triangle": "with",
+    "point": "at",
+    "scribble": "with",
+    "mask contour": "with",
+    "mask": "with",
+    "arrow": "pointed to by",
+}
+
+
+def check_shape(name: str) -> Shape:
+    """Return ``name`` as a shape; an unknown one lists the known ones."""
+    for shape in SHAPES:
+        if shape == name:
+            return shape
+    raise VipLlavaError(f"unknown shape `{name}`; the shapes are: {', '.join(SHAPES)}")
+
+
+def shape_words(shape: Shape, colour_name: str | None, *, article: bool = True) -> str:
+    """Return the words that name a mark, e.g. ``pointed to by the red arrow``."""
+    words = [_PREPOSITIONS[shape], "the" if article else "", colour_name or "", shape]
+    return " ".join(word for word in words if word)
+
+
+def prompt_words(prompt: VisualPrompt) -> str:
+    """Return the words of ``prompt``; equal wherever the sample's text names this mark."""
+    return shape_words(prompt.shape, prompt.colour_name, article=prompt.article)
+
+
+def mark_bounds(prompt: VisualPrompt) -> BBox:
+    """Return x1, y1, x2, y2 (pixels, unclipped) outside which ``prompt`` paints nothing.
+
+    A line's round joints and square ends reach at most its width beyond its points; one pixel
+    more covers rounding.
+    """
+    xs, ys, reach = [], [], 0
+    for stroke in prompt.strokes:
+        xs.extend(x for x, _ in stroke.points)
+        ys.extend(y for _, y in stroke.points)
+        if stroke.kind in ("line", "polygon"):
+            reach = max(reach, stroke.width)
+    reach += 1
+    return min(xs) - reach, min(ys) - reach, max(xs) + reach, max(ys) + reach
