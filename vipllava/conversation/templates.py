@@ -1,0 +1,223 @@
+"""Chat templates as values: the exact strings that checkpoints were trained with.
+
+A template is data only. How its strings become ids is written once, in
+:mod:`vipllava.conversation.encode`, for all templates alike; adding a template is adding a value
+to the registry below. The template belongs to the checkpoint (it is saved beside the weights) and
+is never guessed from a path.
+
+A rendered conversation is::
+
+    bos system
+    user_prefix       [user_lead <image> image_suffix | user_lead] user text      user_end
+    assistant_prefix  assistant_lead assistant text  assistant_end  after_assistant
+    user_prefix_later ...
+
+The generation prompt ends after ``assistant_prefix``. Supervised is what follows it: lead, text
+and ``assistant_end``, and nothing else. The lead belongs to the text because tokenizers write a
+space and the word after it as one token: the model must produce it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vipllava.types import ConfigError, Turn
+
+IMAGE_PLACEHOLDER = "<image>"
+"""Stands for the picture in rendered text; never looked up in a text that somebody typed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """One chat template.
+
+    Attributes:
+        name: key in the registry; what a checkpoint stores.
+        bos: the beginning-of-sequence token where the template spells it; empty where that is
+            the tokenizer's habit.
+        system: everything before the first user turn.
+        user_prefix: role string of the first user turn.
+        user_prefix_later: role string of a user turn that follows an assistant turn.
+        user_lead: separator between role string and user text (or the picture before it).
+        image_suffix: separator between the picture and the text after it.
+        user_end: end of a user turn.
+        assistant_prefix: role string of an assistant turn; the generation prompt ends with it.
+        assistant_lead: separator between role string and assistant text; supervised with it.
+        assistant_end: end of an assistant turn; supervised. A special token, or plain text.
+        after_assistant: what follows the end before the next turn; not supervised.
+        stop_tokens: tokens that end generation, those that the tokenizer has. Its own
+            end-of-sequence token always does, too.
+        stop_strings: texts that end generation where the end is not a token.
+        drops_user_text: the user's text is left out (stage 1 sees picture and caption only).
+        special_tokens: the special tokens that the strings above contain; a tokenizer must have
+            each as one token.
+    """
+
+    name: str
+    user_prefix: str
+    user_prefix_later: str
+    assistant_prefix: str
+    assistant_end: str
+    bos: str = ""
+    system: str = ""
+    user_lead: str = ""
+    image_suffix: str = "\n"
+    user_end: str = ""
+    assistant_lead: str = ""
+    after_assistant: str = ""
+    stop_tokens: tuple[str, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    drops_user_text: bool = False
+    special_tokens: tuple[str, ...] = ()
+
+    @property
+    def ends_with_token(self) -> bool:
+        """Whether an assistant turn ends with a special token rather than with plain text."""
+        return self.assistant_end in self.special_tokens
+
+    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> str:
+        """Return the conversation as one string, for people and for tests.
+
+        Ids are not made from this string: in it, text that a user typed and the template's own
+        strings can no longer be told apart.
+
+        Args:
+            turns: the conversation.
+            generation_prompt: end with the role string of the assistant turn to come.
+        """
+        pieces = [self.bos, self.system]
+        previous_role = ""
+        for turn in turns:
+            if turn.role == "user":
+                pieces.append(self.user_prefix_later if previous_role else self.user_prefix)
+                pieces.append(self.user_lead)
+                if turn.has_image:
+                    pieces += (IMAGE_PLACEHOLDER, self.image_suffix)
+                pieces += ("" if self.drops_user_text else turn.text, self.user_end)
+            else:
+                pieces += (self.assistant_prefix, self.assistant_lead, turn.text)
+                pieces += (self.assistant_end, self.after_assistant)
+            previous_role = turn.role
+        if generation_prompt:
+            pieces.append(self.assistant_prefix)
+        return "".join(pieces)
+
+    def split_special_tokens(self, text: str) -> list[str]:
+        """Cut one of the template's own strings around the special tokens it contains."""
+        if not self.special_tokens:
+            return [text] if text else []
+        pattern = "|".join(re.escape(token) for token in self.special_tokens)
+        return [piece for piece in re.split(f"({pattern})", text) if piece]
+
+
+_HUMAN_SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+_VISION_SYSTEM = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+
+_TEMPLATES = {
+    template.name: template
+    for template in (
+        ChatTemplate(
+            name="plain",
+            user_prefix="",
+            user_prefix_later="",
+            image_suffix="",
+            assistant_prefix="",
+            assistant_end="\n",
+            stop_strings=("\n",),
+            drops_user_text=True,
+        ),
+        ChatTemplate(
+            name="llava_v1",
+            system=_HUMAN_SYSTEM,
+            user_prefix=" USER:",
+            user_prefix_later="USER:",
+            user_lead=" ",
+            assistant_prefix=" ASSISTANT:",
+            assistant_lead=" ",
+            assistant_end="</s>",
+            stop_tokens=("</s>",),
+            special_tokens=("</s>",),
+        ),
+        ChatTemplate(
+            name="llama_3",
+            bos="<|begin_of_text|>",
+            system=(f"<|start_header_id|>system<|end_header_id|>\n\n{_VISION_SYSTEM}<|eot_id|>"),
+            user_prefix="<|start_header_id|>user<|end_header_id|>\n\n",
+            user_prefix_later="<|start_header_id|>user<|end_header_id|>\n\n",
+            user_end="<|eot_id|>",
+            assistant_prefix="<|start_header_id|>assistant<|end_header_id|>\n\n",
+            assistant_end="<|eot_id|>",
+            stop_tokens=("<|end_of_text|>", "<|eot_id|>"),
+            special_tokens=(
+                "<|begin_of_text|>",
+                "<|start_header_id|>",
+                "<|end_header_id|>",
+                "<|eot_id|>",
+            ),
+        ),
+        ChatTemplate(
+            name="phi_3",
+            system=f"<|system|>\n{_VISION_SYSTEM}<|end|>\n",
+            user_prefix="<|user|>\n",
+            user_prefix_later="<|user|>\n",
+            user_end="<|end|>\n",
+            assistant_prefix="<|assistant|>\n",
+            assistant_end="<|end|>",
+            after_assistant="\n",
+            stop_tokens=("<|endoftext|>", "<|end|>"),
+            special_tokens=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        ),
+        ChatTemplate(
+            # The "###" after an answer opens the next role string and closes the answer at once.
+            # It is written as the answer's end, so that the model learns to stop.
+            name="llava_v0",
+            system=_HUMAN_SYSTEM,
+            user_prefix="###Human:",
+            user_prefix_later="Human:",
+            user_lead=" ",
+            assistant_prefix="###Assistant:",
+            assistant_lead=" ",
+            assistant_end="###",
+            stop_strings=("###",),
+        ),
+        ChatTemplate(
+            name="chatml",
+            system=f"<|im_start|>system\n{_VISION_SYSTEM}<|im_end|>\n",
+            user_prefix="<|im_start|>user\n",
+            user_prefix_later="<|im_start|>user\n",
+            user_end="<|im_end|>\n",
+            assistant_prefix="<|im_start|>assistant\n",
+            assistant_end="<|im_end|>",
+            after_assistant="\n",
+            stop_tokens=("<|im_end|>",),
+            special_tokens=("<|im_start|>", "<|im_end|>"),
+        ),
+    )
+}
+
+
+def template_names() -> tuple[str, ...]:
+    """Return the names of all templates, sorted."""
+    return tuple(sorted(_TEMPLATES))
+
+
+def get_template(name: str) -> ChatTemplate:
+    """Return the template called ``name``.
+
+    Raises:
+        ConfigError: no template has this name; the message lists those that exist.
+    """
+    try:
+        return _TEMPLATES[name]
+    except KeyError:
+        known = ", ".join(template_names())
+        raise ConfigError(f"unknown chat template {name!r}: use one of {known}") from None
