@@ -1,0 +1,185 @@
+"""Answers are greedy, stop where the template says, and do not depend on the batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vipllava.checkpoints.hf_format import ExportMeta, save_export
+from vipllava.conversation import ConversationEncoder, get_template
+from vipllava.data.image_transform import ImageTransform
+from vipllava.inference.engine import Engine, Request, resolve_device, resolve_dtype
+from vipllava.models.building import ModelSpec, build_model, load_tokenizer
+from vipllava.models.supervised_loss import normalise_pixels
+from vipllava.types import ConfigError, Turn, VipLlavaError
+
+# Short, so that a prompt of the byte tokenizer stays short.
+TEMPLATE = replace(get_template("llava_v1"), system="")
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_sources):
+    spec = ModelSpec(
+        vision_tower=tiny_sources.vision_tower,
+        language_model=tiny_sources.language_model,
+        feature_layers=(-1, -2, 1),
+        chat_template="llava_v1",
+        image_size=28,
+    )
+    tokenizer = load_tokenizer(spec)
+    return build_model(spec, tokenizer, seed=1), tokenizer
+
+
+def _engine(parts, template=TEMPLATE) -> Engine:
+    model, tokenizer = parts
+    encoder = ConversationEncoder(
+        tokenizer, template, image_token_id=259, image_seq_length=4, max_length=512
+    )
+    return Engine(model, tokenizer, encoder, ImageTransform(28, "pad"), "cpu")
+
+
+def _requests(count: int) -> list[Request]:
+    generator = np.random.default_rng(0)
+    requests = []
+    for index in range(count):
+        has_image = index % 3 != 2
+        pixels = generator.integers(0, 256, (20 + index, 30, 3), dtype=np.uint8)
+        text = "what is this?"[: 1 + index % 13] * (1 + index % 4)
+        turns = [Turn("user", text, has_image=has_image)]
+        if index % 5 == 4:
+            turns += [Turn("assistant", "a cat"), Turn("user", "sure?")]
+        image = Image.fromarray(pixels) if has_image else None
+        requests.append(Request(image, turns, key=f"q{index}"))
+    return requests
+
+
+def _slow_greedy(engine: Engine, request: Request, num_tokens: int) -> list[int]:
+    """One request, the whole forward pass again for every token: no cache, no padding."""
+    ids = engine.encoder.encode_generation_prompt(request.turns).tolist()
+    pixels = None
+    if request.image is not None:
+        pixels = normalise_pixels(engine.image_transform(request.image)[None], torch.float32)
+    generated: list[int] = []
+    with torch.no_grad():
+        while len(generated) < num_tokens:
+            logits = engine.model(
+                input_ids=torch.tensor([ids + generated]), pixel_values=pixels, use_cache=False
+            ).logits
+            generated.append(int(logits[0, -1].argmax()))
+            if generated[-1] in engine.encoder.stop_token_ids:
+                break
+    return generated
+
+
+def test_answers_equal_slow_decoding_and_do_not_depend_on_the_batch(parts):
+    engine, requests = _engine(parts), _requests(11)
+    expected = [
+        engine.encoder.decode_answer(_slow_greedy(engine, request, 12)).strip()
+        for request in requests
+    ]
+    assert len(set(expected)) > 5  # the model does look at its input
+
+    for batch_size in (1, 4, 11):
+        assert engine.answer(requests, max_new_tokens=12, batch_size=batch_size) == expected
+    assert engine.answer(requests[::-1], max_new_tokens=12, batch_size=3) == expected[::-1]
+    assert engine.answer([]) == []
+
+
+def test_stops_at_the_templates_token(parts):
+    engine, requests = _engine(parts), _requests(6)
+    token = _slow_greedy(engine, requests[0], 4)[3]
+    assert token not in _slow_greedy(engine, requests[0], 3)
+
+    class Stopping(ConversationEncoder):
+        stop_token_ids = (token,)
+
+    stopping = _engine(parts)
+    stopping.encoder = Stopping(
+        parts[1], TEMPLATE, image_token_id=259, image_seq_length=4, max_length=512
+    )
+    answers = stopping.answer(requests, max_new_tokens=12, batch_size=6)
+
+    for request, answer in zip(requests, answers, strict=True):
+        ids = _slow_greedy(engine, request, 12)
+        kept = ids[: ids.index(token)] if token in ids else ids
+        assert answer == engine.encoder.decode_answer(kept).strip()
+    ids = _slow_greedy(engine, requests[0], 3)
+    assert answers[0] == engine.encoder.decode_answer(ids).strip()
+
+
+def test_stops_at_the_templates_string(parts):
+    requests = _requests(6)
+    free = _engine(parts).answer(requests, max_new_tokens=24)
+    stop = next(c for c in free[0][3:] if c.isascii() and c.isprintable() and c not in free[0][:3])
+    engine = _engine(parts, replace(TEMPLATE, stop_strings=(stop,)))
+
+    answers = engine.answer(requests, max_new_tokens=24, batch_size=6)
+    alone = engine.answer(requests[:1], max_new_tokens=24)
+
+    assert answers == [text.split(stop, 1)[0].strip() for text in free]
+    assert alone == answers[:1]
+
+
+def test_a_stop_string_ends_the_work(parts):
+    request = _requests(1)
+    free = _engine(parts).answer(request, max_new_tokens=24)[0]
+    stop = next(c for c in free[3:] if c.isascii() and c.isprintable())
+    engine = _engine(parts, replace(TEMPLATE, stop_strings=(stop,)))
+
+    calls = []
+    hook = engine.model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    engine.answer(request, max_new_tokens=24)
+    hook.remove()
+    assert len(calls) < 24
+
+
+def test_from_export(parts, tmp_path):
+    meta = ExportMeta(
+        stage="finetune",
+        chat_template="llava_v1",
+        image_aspect="pad",
+        image_size=28,
+        image_seq_length=4,
+        feature_layers=(-1, -2, 1),
+        vision_tower="a",
+        language_model="b",
+    )
+    save_export(*parts, tmp_path / "export", meta)
+
+    engine = Engine.from_export(tmp_path / "export", device="cpu")
+
+    assert engine.encoder.template.name == "llava_v1"
+    assert engine.image_transform.aspect == "pad"
+    assert engine.model.dtype == torch.float32
+    expected = _engine(parts, get_template("llava_v1")).answer(_requests(3), max_new_tokens=6)
+    assert engine.answer(_requests(3), max_new_tokens=6) == expected
+
+
+def test_picture_and_turns_must_agree(parts):
+    image = Image.new("RGB", (4, 4))
+    with pytest.raises(VipLlavaError, match="request 'q' has a picture, but 0 of its turns"):
+        _engine(parts).answer([Request(image, [Turn("user", "?")], "q")])
+    with pytest.raises(VipLlavaError, match="request 'q' has no picture, but 1 of its turns"):
+        _engine(parts).answer([Request(None, [Turn("user", "?", has_image=True)], "q")])
+
+
+def test_too_long_a_prompt_names_the_request(parts):
+    request = Request(None, [Turn("user", "x" * 500)], "long")
+    with pytest.raises(VipLlavaError, match=r"request 'long' has 5\d\d tokens.*512 positions"):
+        _engine(parts).answer([request], max_new_tokens=10)
+
+
+def test_devices_and_dtypes():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    with pytest.raises(ConfigError, match="dtype='int3' is not one of auto, float32"):
+        resolve_dtype("int3", torch.device("cpu"))
+    with pytest.raises(ConfigError, match="is not a device"):
+        resolve_device("toaster")
+    with pytest.raises(ConfigError, match="is not there"):
+        resolve_device("cuda:99")

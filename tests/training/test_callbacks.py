@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+
+from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
+from vipllava.checkpoints.hf_format import ExportMeta, load_export
+from vipllava.models.building import load_tokenizer
+from vipllava.training.callbacks import ExportCallback, ParameterTable
+
+pytestmark = LIGHTNING_WARNINGS
+
+META = ExportMeta(
+    stage="pretrain",
+    chat_template="plain",
+    image_aspect="square",
+    image_size=28,
+    image_seq_length=4,
+    feature_layers=(-1, -2, 1),
+    vision_tower="a",
+    language_model="b",
+)
+
+
+def test_parameter_table_is_shown_at_the_start(make_module, make_trainer):
+    text = io.StringIO()
+    table = ParameterTable(Console(file=text, width=60))
+    make_trainer(callbacks=[table]).fit(
+        make_module(trainable=["projector"]), Loader(make_samples(2), 2, 1)
+    )
+
+    rows = [line.split() for line in text.getvalue().replace("│", " ").splitlines()]
+    assert ["vision_tower", "41,648", "0"] in rows
+    assert ["projector", "4,352", "4,352"] in rows
+    assert ["language_model", "36,000", "0"] in rows
+    assert ["all", "82,000", "4,352"] in rows
+
+
+def test_export_at_the_end_of_fit(make_module, make_trainer, spec, tmp_path):
+    module = make_module()
+    export = ExportCallback(tmp_path / "run" / "export", load_tokenizer(spec), META)
+    make_trainer(callbacks=[export]).fit(module, Loader(make_samples(2), 2, 1))
+
+    model, tokenizer, meta = load_export(tmp_path / "run" / "export")
+    assert meta == META
+    assert len(tokenizer) == 261
+    trained = module.network.state_dict()
+    assert all((trained[name] == weight).all() for name, weight in model.state_dict().items())
+
+
+def test_a_failed_run_exports_nothing(make_module, make_trainer, spec, tmp_path):
+    class Fails(Callback):
+        def on_train_batch_end(self, *args: object) -> None:
+            raise RuntimeError("power cut")
+
+    export = ExportCallback(tmp_path / "export", load_tokenizer(spec), META)
+    with pytest.raises(RuntimeError, match="power cut"):
+        make_trainer(callbacks=[export, Fails()]).fit(make_module(), Loader(make_samples(4), 2, 1))
+    assert not (tmp_path / "export").exists()

@@ -1,0 +1,92 @@
+"""A stage and the next from the project's own configuration, on tiny data in tars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from tests.data.toy_data import toy_samples
+from vipllava.checkpoints.hf_format import load_export, load_meta
+from vipllava.config.resolvers import register_resolvers
+from vipllava.data.shards import write_shards
+from vipllava.training.run import run_training
+from vipllava.types import CheckpointError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+MANIFEST = {"schema_version": 1, "name": "toy", "stage": "finetune", "licence": "none"}
+
+
+@pytest.fixture
+def config(tmp_path, tiny_sources):
+    """Compose a job for the tiny sources and 10 samples, four at a time."""
+    write_shards(toy_samples(10), tmp_path / "toy", prefix="shard", max_samples=6)
+    manifest = MANIFEST | {"shards": "toy/*.tar", "policy": "regions"}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(manifest))
+    register_resolvers()
+
+    def make(*overrides: str, runs: str = "runs") -> DictConfig:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose(
+                "train",
+                [
+                    "trainer=cpu",
+                    f"paths.runs={tmp_path / runs}",
+                    f"data.manifest={tmp_path / 'toy.yaml'}",
+                    f"data.data_root={tmp_path}",
+                    f"model.spec.vision_tower={tiny_sources.vision_tower}",
+                    f"model.spec.language_model={tiny_sources.language_model}",
+                    "model.spec.feature_layers=[-1,-2,1]",
+                    "model.spec.image_size=28",
+                    "stage.global_batch_size=4",
+                    "machine.micro_batch_size=2",
+                    "data.num_workers=0",
+                    "callbacks=quiet",
+                    *overrides,
+                ],
+            )
+
+    return make
+
+
+def _metrics(run_dir: Path) -> str:
+    (path,) = run_dir.rglob("metrics.csv")
+    return path.read_text()
+
+
+def test_two_stages_from_the_projects_configuration(config, tmp_path):
+    first = run_training(config("stage=pretrain"))
+    second = run_training(config("stage=finetune"))
+
+    assert first == tmp_path / "runs" / "tiny-pretrain" / "export"
+    assert second == tmp_path / "runs" / "tiny-finetune" / "export"
+    assert (load_meta(first).stage, load_meta(first).chat_template) == ("pretrain", "plain")
+    assert load_meta(first).image_aspect == "square"
+    assert (load_meta(second).stage, load_meta(second).chat_template) == ("finetune", "llava_v1")
+    before, after = load_export(first)[0].state_dict(), load_export(second)[0].state_dict()
+    changed = {name.split(".")[1] for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"multi_modal_projector", "language_model", "weight"}  # lm_head.weight
+    metrics = _metrics(first.parent).splitlines()
+    # 10 samples, 4 a step: two whole global batches and a remainder.
+    assert len(metrics) == 1 + 3
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/supervised_tokens"} <= set(
+        metrics[0].split(",")
+    )
+
+
+def test_equal_seeds_give_identical_loss_logs(config, tmp_path):
+    logs = []
+    for runs, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run_training(config("stage=pretrain", f"seed={seed}", runs=runs))
+        logs.append(_metrics(tmp_path / runs / "tiny-pretrain"))
+    assert logs[0] == logs[1]
+    assert logs[0] != logs[2]
+
+
+def test_the_next_stage_needs_the_export_of_the_one_before(config):
+    with pytest.raises(CheckpointError, match="tiny-pretrain/export' does not exist"):
+        run_training(config("stage=finetune"))

@@ -1,0 +1,1 @@
+"""Checkpoint formats: folders that hold a model, its tokenizer and what was done to it."""

@@ -1,0 +1,1 @@
+"""Answering questions about marked pictures with a trained model."""

@@ -1,0 +1,272 @@
+"""The engine: batches of questions in, texts out; greedy, and the same whatever shares a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    VipLlavaForConditionalGeneration,
+)
+
+from vipllava.checkpoints.hf_format import load_export
+from vipllava.conversation import ConversationEncoder
+from vipllava.data.image_transform import ImageAspect, ImageTransform
+from vipllava.models.supervised_loss import normalise_pixels
+from vipllava.types import ConfigError, Turn, VipLlavaError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STOP_WINDOW = 16
+"""Generated tokens that are looked at for a stop string; longer than any stop string has."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question.
+
+    Attributes:
+        image: the picture, marks already drawn on it, or None for a text-only question.
+        turns: the conversation so far; the last turn is the user's, and one turn has the image
+            if and only if there is one.
+        key: names the question in errors.
+    """
+
+    image: Image.Image | None
+    turns: Sequence[Turn]
+    key: str = ""
+
+
+class Engine:
+    """Answers questions with one model.
+
+    Args:
+        model: the network; moved to ``device`` and put into eval mode.
+        tokenizer: the model's, with the padding token.
+        encoder: makes the ids of the prompt, by the model's chat template.
+        image_transform: RGB picture to uint8 [3, height, width] as the model was trained with.
+        device: where to run; ``auto`` takes the first of CUDA, MPS and CPU that is there.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+
+    def __init__(
+        self,
+        model: VipLlavaForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerFast,
+        encoder: ConversationEncoder,
+        image_transform: Callable[[Image.Image], torch.Tensor],
+        device: torch.device | str = "auto",
+    ) -> None:
+        self.device = resolve_device(device)
+        self.model: Any = model  # transformers' own annotations deny it `to` and `generate`
+        self.model.to(self.device).eval()
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.image_transform = image_transform
+
+    @classmethod
+    def from_export(
+        cls,
+        path: str | Path,
+        device: torch.device | str = "auto",
+        dtype: str = "auto",
+        *,
+        attn_implementation: str = "sdpa",
+    ) -> Engine:
+        """Open the export of a training stage.
+
+        Args:
+            path: the folder; it says which chat template and image aspect to use.
+            device: see :class:`Engine`.
+            dtype: see :func:`resolve_dtype`.
+            attn_implementation: as transformers names it.
+
+        Raises:
+            CheckpointError: see :func:`vipllava.checkpoints.hf_format.load_export`.
+            ConfigError: unknown dtype, or the device is not there.
+        """
+        device = resolve_device(device)
+        model, tokenizer, meta = load_export(
+            path, resolve_dtype(dtype, device), device, attn_implementation=attn_implementation
+        )
+        config: Any = model.config
+        encoder = ConversationEncoder(
+            tokenizer,
+            meta.chat_template,
+            image_token_id=config.image_token_id,
+            image_seq_length=meta.image_seq_length,
+            max_length=config.text_config.max_position_embeddings,
+        )
+        return cls(
+            model,
+            tokenizer,
+            encoder,
+            ImageTransform(meta.image_size, cast("ImageAspect", meta.image_aspect)),
+            device,
+        )
+
+    def answer(
+        self, requests: Sequence[Request], *, max_new_tokens: int = 64, batch_size: int = 16
+    ) -> list[str]:
+        """Answer every question, greedily.
+
+        Questions of similar length share a batch; shorter ones are padded on the left and masked,
+        so an answer does not depend on its neighbours. The order of the answers is that of the
+        requests.
+
+        Args:
+            requests: the questions.
+            max_new_tokens: longest answer, tokens.
+            batch_size: questions that run together.
+
+        Returns:
+            The texts, up to the template's stop, without blanks at their ends.
+
+        Raises:
+            VipLlavaError: a request's picture and turns contradict each other, or its prompt is
+                too long for the model; the message names its key.
+            RecordError: a request's turns are not a conversation that asks something.
+        """
+        if max_new_tokens < 1 or batch_size < 1:
+            raise ConfigError(
+                f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be at least 1"
+            )
+        prompts = [self._encode(request, max_new_tokens) for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: (len(prompts[i]), i))
+        answers = [""] * len(requests)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            texts = self._generate(
+                [prompts[i] for i in chosen],
+                [image for i in chosen if (image := requests[i].image) is not None],
+                max_new_tokens,
+            )
+            for i, text in zip(chosen, texts, strict=True):
+                answers[i] = text
+        return answers
+
+    def _encode(self, request: Request, max_new_tokens: int) -> list[int]:
+        num_images = sum(turn.has_image for turn in request.turns)
+        if num_images != (request.image is not None):
+            have = "a picture" if request.image is not None else "no picture"
+            raise VipLlavaError(
+                f"request {request.key!r} has {have}, but {num_images} of its turns say "
+                "has_image: mark the first user turn, or leave the picture out"
+            )
+        ids = self.encoder.encode_generation_prompt(request.turns, request.key).tolist()
+        limit = self.model.config.text_config.max_position_embeddings
+        if len(ids) + max_new_tokens > limit:
+            raise VipLlavaError(
+                f"request {request.key!r} has {len(ids)} tokens, which with "
+                f"max_new_tokens={max_new_tokens} exceeds the model's {limit} positions: shorten "
+                "the conversation or lower max_new_tokens"
+            )
+        return ids
+
+    @torch.inference_mode()
+    def _generate(
+        self, prompts: Sequence[list[int]], images: Sequence[Image.Image], max_new_tokens: int
+    ) -> list[str]:
+        width = max(len(ids) for ids in prompts)
+        pad = self._pad_token_id
+        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])
+        attention_mask = torch.tensor(
+            [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+        )
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids.to(self.device),
+            "attention_mask": attention_mask.to(self.device),
+        }
+        if images:
+            pixels = torch.stack([self.image_transform(image.convert("RGB")) for image in images])
+            inputs["pixel_values"] = normalise_pixels(pixels.to(self.device), self.model.dtype)
+        criteria = StoppingCriteriaList()
+        if self.encoder.stop_strings:
+            criteria.append(_StopStrings(self.encoder, width))
+        generated = self.model.generate(
+            **inputs,
+            generation_config=GenerationConfig(
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                eos_token_id=list(self.encoder.stop_token_ids),
+            ),
+            stopping_criteria=criteria,
+        )
+        return [self._decode(row[width:].tolist()) for row in generated]
+
+    def _decode(self, ids: list[int]) -> str:
+        # A row that stopped at a string, not at a token, is padded until its batch is done.
+        pad = self._pad_token_id
+        kept = ids[: ids.index(pad)] if pad in ids else ids
+        return self.encoder.decode_answer(kept).strip()
+
+    @property
+    def _pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        return pad
+
+
+class _StopStrings(StoppingCriteria):
+    """Stops a row once its generated text contains a stop string of the template."""
+
+    def __init__(self, encoder: ConversationEncoder, prompt_width: int) -> None:
+        self.encoder = encoder
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        start = max(self.prompt_width, input_ids.shape[1] - _STOP_WINDOW)
+        stopped = [
+            any(stop in text for stop in self.encoder.stop_strings)
+            for text in (self.encoder.decode(row.tolist()) for row in input_ids[:, start:])
+        ]
+        return torch.tensor(stopped, dtype=torch.bool, device=input_ids.device)  # pyright: ignore
+
+
+def resolve_device(device: torch.device | str) -> torch.device:
+    """Return the device that ``auto`` or a name means.
+
+    Raises:
+        ConfigError: a named device is not there.
+    """
+    if str(device) == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(
+            f"device={device!r} is not a device: use auto, cpu, cuda, cuda:N or mps"
+        ) from None
+    missing = (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise ConfigError(f"device={str(device)!r} is not there: use auto or cpu")
+    return device
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the dtype that a name means; ``auto`` is bfloat16 on CUDA devices that compute in it.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    if dtype == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bf16 else torch.float32
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]

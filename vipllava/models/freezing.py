@@ -1,0 +1,77 @@
+"""Which part of the network trains, and the table that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import VipLlavaForConditionalGeneration
+
+from vipllava.types import ConfigError
+
+PARTS = ("vision_tower", "projector", "language_model")
+"""The parts that a stage may train; ``language_model`` includes embeddings and head."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterRow:
+    """One line of the parameter table.
+
+    Attributes:
+        part: name of the part.
+        num_parameters: weights in it; a tied weight counts once.
+        num_trainable: those of them that get a gradient.
+    """
+
+    part: str
+    num_parameters: int
+    num_trainable: int
+
+
+def modules_of(model: VipLlavaForConditionalGeneration) -> Mapping[str, tuple[nn.Module, ...]]:
+    """Return the modules of each part, in the order of :data:`PARTS`."""
+    return {
+        "vision_tower": (model.model.vision_tower,),
+        "projector": (model.model.multi_modal_projector,),
+        "language_model": (model.model.language_model, model.lm_head),
+    }
+
+
+def check_parts(parts: Iterable[str]) -> tuple[str, ...]:
+    """Return the parts as a tuple.
+
+    Raises:
+        ConfigError: a name is unknown or given twice, or there is none.
+    """
+    parts = tuple(parts)
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or len(set(parts)) != len(parts) or not parts:
+        raise ConfigError(
+            f"trainable={list(parts)} must name at least one part, each once, of {', '.join(PARTS)}"
+        )
+    return parts
+
+
+def set_trainable(model: VipLlavaForConditionalGeneration, parts: Sequence[str]) -> None:
+    """Give gradients to the parameters of ``parts`` and to no others.
+
+    Raises:
+        ConfigError: see :func:`check_parts`.
+    """
+    parts = check_parts(parts)
+    for part, modules in modules_of(model).items():
+        for module in modules:
+            module.requires_grad_(part in parts)
+
+
+def parameter_table(model: VipLlavaForConditionalGeneration) -> tuple[ParameterRow, ...]:
+    """Count the parameters of each part."""
+    rows: list[ParameterRow] = []
+    for part, modules in modules_of(model).items():
+        # Keyed by identity: a head tied to the embeddings is one weight.
+        parameters = {id(p): p for module in modules for p in module.parameters()}
+        total = sum(p.numel() for p in parameters.values())
+        trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
+        rows.append(ParameterRow(part, total, trainable))
+    return tuple(rows)

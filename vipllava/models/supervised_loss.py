@@ -1,0 +1,145 @@
+"""The loss of a micro-batch: cross entropy summed over its supervised positions, and only those.
+
+Two choices differ from ``VipLlavaForConditionalGeneration.forward`` and give the same numbers:
+
+* The head runs on the supervised positions only. In stage 1 these are about 25 of 600 tokens, so
+  most of the logits would be thrown away.
+* Rows are kept apart by ``position_ids`` that restart with every segment; there is no attention
+  mask and no cache. transformers builds the block mask only in that combination: an all-ones
+  mask or ``use_cache=True`` makes packed samples see each other without any error.
+
+The sum is not divided here: the right denominator is the count over all ranks and accumulation
+steps, and the caller has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import VipLlavaForConditionalGeneration
+
+from vipllava.types import IGNORE_INDEX, Batch, VipLlavaError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalise_pixels(pixel_values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Turn uint8 pictures into what CLIP expects, on the device they are on.
+
+    Args:
+        pixel_values: uint8 [num_images, 3, height, width].
+        dtype: of the result; the arithmetic is float32.
+
+    Returns:
+        ``dtype`` [num_images, 3, height, width], zero mean and unit variance by CLIP's constants.
+    """
+    mean = torch.tensor(CLIP_MEAN, device=pixel_values.device).view(1, 3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=pixel_values.device).view(1, 3, 1, 1)
+    return ((pixel_values.float() / 255.0 - mean) / std).to(dtype)
+
+
+def image_features(
+    model: VipLlavaForConditionalGeneration, pixel_values: torch.Tensor
+) -> torch.Tensor:
+    """Run tower and projector.
+
+    A frozen tower records no graph: neither its weights nor the pixels ask for a gradient.
+
+    Args:
+        model: the network.
+        pixel_values: uint8 [num_images, 3, height, width].
+
+    Returns:
+        [num_images, image_seq_length, hidden size of the language model].
+    """
+    outputs: Any = model.get_image_features(
+        pixel_values=normalise_pixels(pixel_values, model.model.vision_tower.dtype)
+    )
+    return outputs.pooler_output
+
+
+def embed_inputs(
+    model: VipLlavaForConditionalGeneration,
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor,
+    *,
+    always_run_tower: bool = False,
+    keys: tuple[str, ...] = (),
+) -> torch.Tensor:
+    """Embed the ids and put the image features at the image tokens, in row order.
+
+    Args:
+        model: the network.
+        input_ids: int64 [rows, length].
+        pixel_values: uint8 [num_images, 3, height, width]; may hold no image.
+        always_run_tower: without an image, run tower and projector on a blank one and add its
+            features with weight zero. In training every rank must call the same modules: with
+            ZeRO-3 and FSDP each call is a collective, and a rank whose batch is all text would
+            leave the others waiting for ever. The gradient of the projector then is zero, not
+            absent, which keeps DDP content, too.
+        keys: the samples, for the error.
+
+    Returns:
+        [rows, length, hidden].
+
+    Raises:
+        VipLlavaError: image tokens and image features differ in number.
+    """
+    config: Any = model.config
+    embeddings = model.get_input_embeddings()(input_ids)
+    placeholders = input_ids == config.image_token_id
+    num_images = pixel_values.shape[0]
+    num_expected = num_images * config.image_seq_length
+    num_placeholders = int(placeholders.sum())
+    if num_placeholders != num_expected:
+        raise VipLlavaError(
+            f"{num_placeholders} image tokens, but {num_expected} image features ({num_images} "
+            f"pictures x {config.image_seq_length}) in samples {list(keys)}: the data was "
+            "encoded for a model of another image_seq_length"
+        )
+    if num_images:
+        features = image_features(model, pixel_values).to(embeddings.dtype)
+        return embeddings.masked_scatter(placeholders.unsqueeze(-1), features)
+    if not always_run_tower:
+        return embeddings
+    side = config.vision_config.image_size
+    blank = torch.zeros((1, 3, side, side), dtype=torch.uint8, device=input_ids.device)
+    return embeddings + 0.0 * image_features(model, blank).sum().to(embeddings.dtype)
+
+
+def supervised_loss_sum(
+    model: VipLlavaForConditionalGeneration, batch: Batch
+) -> tuple[torch.Tensor, int]:
+    """Return the summed cross entropy of a micro-batch and the number of its terms.
+
+    A position is a term when its label is supervised and its predecessor belongs to the same
+    segment; the first position of a segment has nothing to be predicted from.
+
+    Args:
+        model: the network.
+        batch: the micro-batch, on the model's device.
+
+    Returns:
+        The sum as a float32 scalar with a graph (0 for a batch without supervised positions,
+        still connected to every trainable weight), and the count.
+
+    Raises:
+        VipLlavaError: image tokens and pictures do not match.
+    """
+    embeddings = embed_inputs(
+        model, batch.input_ids, batch.pixel_values, always_run_tower=True, keys=batch.keys
+    )
+    hidden = model.model.language_model(
+        inputs_embeds=embeddings,
+        attention_mask=None,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    targets = batch.labels[:, 1:]
+    supervised = (targets != IGNORE_INDEX) & (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1])
+    logits = model.lm_head(hidden[:, :-1][supervised])
+    loss_sum = functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+    return loss_sum, int(logits.shape[0])

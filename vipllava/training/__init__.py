@@ -1,0 +1,1 @@
+"""Training with Lightning: the module, its optimizer, callbacks, and the wiring of a stage."""

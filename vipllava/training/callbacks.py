@@ -1,0 +1,96 @@
+"""Callbacks of a stage: the table of what trains, and the export at the end."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerFast
+
+from vipllava.checkpoints.hf_format import ExportMeta, save_export
+from vipllava.models.freezing import ParameterRow, parameter_table
+from vipllava.training.lit_module import VipLlavaLitModule
+from vipllava.types import VipLlavaError
+
+logger = logging.getLogger(__name__)
+
+
+def render_parameter_table(rows: tuple[ParameterRow, ...]) -> Table:
+    """Return the table of parts, their weights and those that train."""
+    table = Table(title="Parameters")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    table.add_column("trainable", justify="right")
+    for row in rows:
+        table.add_row(row.part, f"{row.num_parameters:,}", f"{row.num_trainable:,}")
+    table.add_section()
+    table.add_row(
+        "all",
+        f"{sum(row.num_parameters for row in rows):,}",
+        f"{sum(row.num_trainable for row in rows):,}",
+    )
+    return table
+
+
+class ParameterTable(Callback):
+    """Shows which parts train when fit starts, on the first rank.
+
+    Args:
+        console: where to print it; stderr if not given, beside the log.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+
+    def on_fit_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Print the table."""
+        if not trainer.is_global_zero:
+            return
+        rows = parameter_table(_network_of(pl_module).network)
+        (self._console or Console(stderr=True)).print(render_parameter_table(rows))
+        for row in rows:
+            logger.info(
+                "%s: %s parameters, %s trainable", row.part, row.num_parameters, row.num_trainable
+            )
+
+
+class ExportCallback(Callback):
+    """Writes the trained network as a Hugging Face folder when training has ended.
+
+    An interrupted or failed run writes nothing, and a folder appears only when it is complete.
+
+    Args:
+        directory: the folder to write; one of an earlier run is replaced.
+        tokenizer: saved with the weights.
+        meta: what the folder says about itself.
+    """
+
+    def __init__(
+        self, directory: str | Path, tokenizer: PreTrainedTokenizerFast, meta: ExportMeta
+    ) -> None:
+        self.directory = Path(directory)
+        self.tokenizer = tokenizer
+        self.meta = meta
+
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Write the folder on the first rank; the others wait."""
+        if trainer.is_global_zero:
+            save_export(_network_of(pl_module).network, self.tokenizer, self.directory, self.meta)
+            logger.info("exported the model to %s", self.directory)
+        trainer.strategy.barrier("export")
+
+
+def _network_of(module: lightning.LightningModule) -> VipLlavaLitModule:
+    if not isinstance(module, VipLlavaLitModule):
+        raise VipLlavaError(
+            f"this callback belongs to VipLlavaLitModule, not to {type(module).__name__}"
+        )
+    return module

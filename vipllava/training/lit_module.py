@@ -1,0 +1,256 @@
+"""The LightningModule: one network, the parts that train, the loss of a global batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from transformers import PreTrainedTokenizerFast, VipLlavaForConditionalGeneration
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vipllava.models.building import ModelSpec, build_model
+from vipllava.models.freezing import check_parts, modules_of, set_trainable
+from vipllava.models.supervised_loss import supervised_loss_sum
+from vipllava.training.optim import (
+    OptimizerSettings,
+    build_optimizer,
+    build_schedule,
+    gradient_norm,
+    parameter_groups,
+)
+from vipllava.types import Batch, VipLlavaError
+
+logger = logging.getLogger(__name__)
+
+
+def backward_scale(world_size: int, accumulate: int, *, divides_twice: bool = False) -> float:
+    """Return what a micro-batch's loss is multiplied with to undo what the framework divides by.
+
+    The gradient wanted is that of the sum over the global batch, divided by its number of
+    supervised tokens. Between ``training_step`` and the optimizer the gradient is averaged over
+    the ranks (DDP, FSDP and DeepSpeed alike: a factor 1 / ``world_size``), and Lightning divides
+    every loss by the accumulation steps. DeepSpeed divides by them once more in its own
+    ``backward``; the two together make a gradient ``accumulate`` times too small, which Adam
+    hides and clipping does not.
+
+    Args:
+        world_size: number of ranks.
+        accumulate: micro-batches per optimizer step.
+        divides_twice: the strategy is DeepSpeed's.
+    """
+    return float(world_size * accumulate * (accumulate if divides_twice else 1))
+
+
+class VipLlavaLitModule(lightning.LightningModule):
+    """Trains the projector, and other parts if named, on batches of marked pictures.
+
+    The network is made in ``configure_model``, on every process by itself and under the
+    strategy's own contexts; before that ``model`` is None. Parts that do not train stay in eval
+    mode. Parameters keep ``ModelSpec.dtype``: with float32 and a trainer precision of
+    ``bf16-mixed`` they and Adam's state are float32 master copies, without which updates at a
+    rate of 2e-7 would be rounded away.
+
+    Logged once per optimizer step: ``train/loss`` (cross entropy per supervised token of the
+    global batch), ``train/lr`` (the highest of the groups), ``train/grad_norm`` (before clipping;
+    not with DeepSpeed, which keeps the gradients to itself) and ``train/supervised_tokens``.
+
+    Args:
+        model: what to build.
+        trainable: the parts that train, of :data:`vipllava.models.freezing.PARTS`.
+        learning_rate: see :class:`OptimizerSettings`, as the next six.
+        projector_learning_rate: the projector's own rate.
+        weight_decay: decay of matrices and embeddings.
+        betas: Adam's.
+        eps: Adam's.
+        warmup_ratio: share of the steps.
+        schedule: ``cosine`` or ``constant``.
+        gradient_checkpointing: recompute the language model's blocks in the backward pass.
+        seed: of the projector's first weights.
+        tokenizer: that of the data; loaded from the spec's source if not given.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        trainable: Sequence[str],
+        learning_rate: float,
+        projector_learning_rate: float | None = None,
+        weight_decay: float = 0.0,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        warmup_ratio: float = 0.03,
+        schedule: str = "cosine",
+        gradient_checkpointing: bool = False,
+        seed: int = 42,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+    ) -> None:
+        super().__init__()
+        beta1, beta2 = betas
+        self.spec = model
+        self.trainable = check_parts(trainable)
+        self.settings = OptimizerSettings(
+            learning_rate=learning_rate,
+            projector_learning_rate=projector_learning_rate,
+            weight_decay=weight_decay,
+            betas=(beta1, beta2),
+            eps=eps,
+            warmup_ratio=warmup_ratio,
+            schedule=schedule,
+        )
+        self.gradient_checkpointing = gradient_checkpointing
+        self.seed = seed
+        self.model: VipLlavaForConditionalGeneration | None = None
+        self._tokenizer = tokenizer
+        self._step_loss = torch.zeros(())
+        self._step_tokens = 0
+        self._step_values: dict[str, float | torch.Tensor] = {}
+        self._last_global_step = 0
+
+    @property
+    def network(self) -> VipLlavaForConditionalGeneration:
+        """The network.
+
+        Raises:
+            VipLlavaError: ``configure_model`` has not run.
+        """
+        if self.model is None:
+            raise VipLlavaError(
+                "the network is not built yet: Lightning builds it when fit starts; call "
+                "configure_model() to have it earlier"
+            )
+        return self.model
+
+    def configure_model(self) -> None:
+        """Build the network once; Lightning calls this at the start of every loop."""
+        if self.model is not None:
+            return
+        self.model = build_model(self.spec, self._tokenizer, seed=self.seed)
+        set_trainable(self.model, self.trainable)
+        if self.gradient_checkpointing:
+            _enable_checkpointing(self.model.model.language_model)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> VipLlavaLitModule:
+        """Switch the parts that train; the others stay in eval mode."""
+        super().train(mode)
+        if self.model is None:
+            return self
+        for part, modules in modules_of(self.model).items():
+            if part in self.trainable:
+                continue
+            for module in modules:
+                module.eval()
+        if self.gradient_checkpointing and mode:
+            # transformers recomputes a block only while the block itself is in train mode. Its
+            # attention and MLP stay in eval mode, so a frozen model still has no dropout.
+            for module in self.model.model.language_model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True
+        return self
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """Return the loss whose gradients add up to that of the global batch's mean.
+
+        Raises:
+            VipLlavaError: the loss is not finite, or the batch does not say how many supervised
+                tokens the global batch has; both name the samples.
+        """
+        if batch.num_supervised_global < 1:
+            raise VipLlavaError(
+                f"the global batch with samples {list(batch.keys)} has no supervised token "
+                f"(num_supervised_global={batch.num_supervised_global}): its answers are empty or "
+                "cut off; raise stage.max_length or look at these records"
+            )
+        loss_sum, num_supervised = supervised_loss_sum(self.network, batch)
+        loss = loss_sum / batch.num_supervised_global
+        if not torch.isfinite(loss):
+            raise VipLlavaError(
+                f"the loss is {loss.item()} at step {self.trainer.global_step} in a batch of "
+                f"{num_supervised} supervised tokens; its samples: {', '.join(batch.keys)}. "
+                "Lower the learning rate, or look at these records"
+            )
+        self._step_loss = self._step_loss.to(loss.device) + loss.detach()
+        self._step_tokens += num_supervised
+        return loss * backward_scale(
+            self.trainer.world_size,
+            self.trainer.accumulate_grad_batches,
+            divides_twice=_divides_twice(self.trainer.strategy),
+        )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note the gradient norm, which clipping changes, and the rate, which the step changes."""
+        self._step_values["train/lr"] = max(group["lr"] for group in optimizer.param_groups)
+        if not _divides_twice(self.trainer.strategy):
+            self._step_values["train/grad_norm"] = gradient_norm(self.network.parameters())
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log what belongs to the optimizer step, if this micro-batch completed one."""
+        if self.trainer.global_step == self._last_global_step:
+            return
+        self._last_global_step = self.trainer.global_step
+        # Every rank's sum is already divided by the global count: the ranks' values add up.
+        shared = {"sync_dist": True, "reduce_fx": "sum", "on_step": True, "on_epoch": False}
+        self.log("train/loss", self._step_loss, prog_bar=True, batch_size=1, **shared)
+        self.log("train/supervised_tokens", float(self._step_tokens), batch_size=1, **shared)
+        for name, value in self._step_values.items():
+            self.log(name, value, prog_bar=name == "train/lr", batch_size=1)
+        self._step_loss = torch.zeros_like(self._step_loss)
+        self._step_tokens = 0
+
+    def on_train_start(self) -> None:
+        """Forget sums of an earlier fit; a resumed run starts at its own step."""
+        self._step_loss, self._step_tokens = torch.zeros((), device=self.device), 0
+        self._last_global_step = self.trainer.global_step
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make AdamW and its schedule over the steps that the trainer is going to do."""
+        network = self.network
+        groups = parameter_groups(
+            network.named_parameters(), network.model.multi_modal_projector, self.settings
+        )
+        optimizer = build_optimizer(groups, self.settings)
+        num_steps = self.trainer.estimated_stepping_batches
+        schedule = build_schedule(optimizer, self.settings, int(num_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave frozen weights out: they are read from their source again, and are most of a 7B."""
+        frozen = self._frozen_keys()
+        state = checkpoint.get("state_dict", {})
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in frozen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the frozen weights of the built network where the checkpoint left them out."""
+        present, state = self.state_dict(), checkpoint.setdefault("state_dict", {})
+        for key in self._frozen_keys():
+            state.setdefault(key, present[key])
+
+    def _frozen_keys(self) -> set[str]:
+        frozen = {id(p) for p in self.parameters() if not p.requires_grad}
+        return {
+            name
+            for name, parameter in self.named_parameters(remove_duplicate=False)
+            if id(parameter) in frozen
+        }
+
+
+def _divides_twice(strategy: Strategy) -> bool:
+    return isinstance(strategy, DeepSpeedStrategy)
+
+
+def _enable_checkpointing(language_model: Any) -> None:
+    # transformers renames the method from 5.18 on and warns about the old name.
+    enable = getattr(
+        language_model,
+        "activation_checkpointing_enable",
+        getattr(language_model, "gradient_checkpointing_enable", None),
+    )
+    assert enable is not None
+    # Reentrant checkpointing needs an input that asks for a gradient, and frozen embeddings of a
+    # text-only batch do not.
+    enable({"use_reentrant": False})

@@ -1,0 +1,137 @@
+"""Optimizer and schedule of the recipe: AdamW, warm-up, then a cosine to zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+
+from vipllava.types import ConfigError
+
+_SCHEDULES: dict[str, Callable[[Optimizer, int, int], LambdaLR]] = {
+    "cosine": lambda optimizer, warmup, total: get_cosine_schedule_with_warmup(
+        optimizer, warmup, total
+    ),
+    "constant": lambda optimizer, warmup, _: get_constant_schedule_with_warmup(optimizer, warmup),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSettings:
+    """The numbers of the optimizer.
+
+    Attributes:
+        learning_rate: peak learning rate.
+        projector_learning_rate: that of the projector, or None for the same.
+        weight_decay: decoupled weight decay; norms and biases are never decayed.
+        betas: decay rates of Adam's two moments.
+        eps: Adam's epsilon.
+        warmup_ratio: share of the steps over which the rate rises linearly from 0.
+        schedule: ``cosine`` (to zero) or ``constant``, both after the warm-up.
+    """
+
+    learning_rate: float
+    projector_learning_rate: float | None = None
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup_ratio: float = 0.03
+    schedule: str = "cosine"
+
+    def __post_init__(self) -> None:
+        """Check every value; raises ConfigError that lists all problems."""
+        problems: list[str] = []
+        for name in ("learning_rate", "projector_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                problems.append(f"{name}={value} must be positive")
+        if self.weight_decay < 0:
+            problems.append(f"weight_decay={self.weight_decay} must not be negative")
+        if not 0 <= self.warmup_ratio < 1:
+            problems.append(f"warmup_ratio={self.warmup_ratio} must lie in [0, 1)")
+        if not all(0 <= beta < 1 for beta in self.betas) or len(self.betas) != 2:
+            problems.append(f"betas={list(self.betas)} must be two numbers in [0, 1)")
+        if self.schedule not in _SCHEDULES:
+            known = ", ".join(_SCHEDULES)
+            problems.append(f"schedule={self.schedule!r} is unknown: use one of {known}")
+        if problems:
+            raise ConfigError("the optimizer's settings are impossible: " + "; ".join(problems))
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    projector: nn.Module,
+    settings: OptimizerSettings,
+) -> list[dict[str, object]]:
+    """Sort the trainable parameters into groups of one rate and one weight decay.
+
+    Args:
+        named_parameters: of the whole network; frozen ones are left out, tied ones come once.
+        projector: its parameters get ``projector_learning_rate``.
+        settings: the rates.
+
+    Returns:
+        Groups with ``name``, ``params``, ``lr`` and ``weight_decay``; none is empty.
+
+    Raises:
+        ConfigError: nothing trains.
+    """
+    in_projector = {id(parameter) for parameter in projector.parameters()}
+    groups: dict[str, dict[str, object]] = {}
+    for _, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in in_projector:
+            part, rate = "projector", settings.projector_learning_rate or settings.learning_rate
+        else:
+            part, rate = "base", settings.learning_rate
+        # Matrices and embeddings decay; norms, biases and single vectors do not.
+        decays = parameter.ndim >= 2
+        name = part if decays else f"{part}_no_decay"
+        group = groups.setdefault(
+            name,
+            {
+                "name": name,
+                "params": [],
+                "lr": rate,
+                "weight_decay": settings.weight_decay if decays else 0.0,
+            },
+        )
+        params = group["params"]
+        assert isinstance(params, list)
+        params.append(parameter)
+    if not groups:
+        raise ConfigError("no parameter trains: name at least one part in stage.trainable")
+    return list(groups.values())
+
+
+def build_optimizer(groups: list[dict[str, object]], settings: OptimizerSettings) -> AdamW:
+    """Make AdamW over the groups."""
+    return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
+
+
+def build_schedule(optimizer: Optimizer, settings: OptimizerSettings, num_steps: int) -> LambdaLR:
+    """Make the schedule over ``num_steps`` optimizer steps, warm-up rounded up.
+
+    The first step of a run with a warm-up has rate 0: the rate of step k is k / warm-up steps, as
+    in the released training.
+    """
+    num_warmup = math.ceil(settings.warmup_ratio * num_steps)
+    return _SCHEDULES[settings.schedule](optimizer, num_warmup, num_steps)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """Return the 2-norm over all gradients together, float32; 0 where there is none."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norm = nn.utils.get_total_norm(gradients)
+    # A sharded gradient (FSDP2) has a norm that still is to be summed over its shards.
+    full = getattr(norm, "full_tensor", None)
+    return (full() if full is not None else norm).float()

@@ -1,0 +1,138 @@
+"""One stage from its composed configuration: what ``train.py`` calls.
+
+This is the only place of training that knows configuration objects; everything below it takes
+plain arguments. Imports that cost seconds happen inside the function, after the checks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vipllava.types import VipLlavaError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from vipllava.models.building import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+EXPORT_FOLDER = "export"
+"""Name of the exported model's folder in a run directory; the next stage starts from it."""
+
+
+def run_training(cfg: DictConfig) -> Path:
+    """Train one stage and export the model.
+
+    Args:
+        cfg: what Hydra composed from ``conf/train.yaml``, checked.
+
+    Returns:
+        The folder of the exported model, ``${run_dir}/export``.
+
+    Raises:
+        VipLlavaError: data, model or settings cannot be used; the message says what to do.
+    """
+    # Loader processes are forked from a process that has used the tokenizer, which else warns.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import lightning
+    import torch
+    from hydra.utils import instantiate
+
+    from vipllava.models.building import load_tokenizer
+    from vipllava.training.callbacks import ExportCallback
+
+    lightning.seed_everything(int(cfg.seed), workers=True, verbose=False)
+    if cfg.machine.tf32:
+        torch.set_float32_matmul_precision("high")
+    export_dir = Path(cfg.run_dir) / EXPORT_FOLDER
+
+    _make_sample_data(cfg)
+    spec: ModelSpec = instantiate(cfg.module.model, _convert_="all")
+    tokenizer = load_tokenizer(spec)
+    module = _partial(cfg.module)(seed=int(cfg.seed), tokenizer=tokenizer)
+    datamodule = _build_data(cfg, spec, tokenizer)
+    export = ExportCallback(export_dir, tokenizer, _export_meta(cfg, spec))
+    trainer = _partial(cfg.trainer)(
+        logger=_instantiate_all(cfg.get("logger")),
+        callbacks=[*_instantiate_all(cfg.get("callbacks")), export],
+    )
+
+    logger.info("training stage %s of %s into %s", cfg.stage.name, cfg.model.name, cfg.run_dir)
+    with warnings.catch_warnings():
+        # Frozen parts stay in eval mode on purpose.
+        warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
+        # Lightning 2.6 with torch 2.13; nothing a user can do.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+        trainer.fit(module, datamodule=datamodule)
+    if trainer.interrupted or (trainer.is_global_zero and not export_dir.is_dir()):
+        raise VipLlavaError(
+            f"training ended before its last step and exported nothing to {export_dir}: "
+            "start it again"
+        )
+    return export_dir
+
+
+def _make_sample_data(cfg: DictConfig) -> None:
+    """Make the sample world if the manifest is of it; other data must be there already."""
+    from vipllava.data.manifest import load_manifest
+
+    if load_manifest(cfg.data.manifest, cfg.data.manifests_dir).made_by == "sample_world":
+        from vipllava.sample_world.build import ensure_sample_world
+
+        ensure_sample_world(cfg.data.data_root)
+
+
+def _build_data(cfg: DictConfig, spec: ModelSpec, tokenizer: Any) -> Any:
+    """Build the data module; ids and pictures are made for this model."""
+    from vipllava.conversation import ConversationEncoder
+    from vipllava.data.image_transform import ImageTransform
+    from vipllava.models.building import image_seq_length, token_id
+
+    encoder = ConversationEncoder(
+        tokenizer,
+        cfg.stage.chat_template,
+        image_token_id=token_id(tokenizer, spec.image_token),
+        image_seq_length=image_seq_length(spec),
+        max_length=cfg.stage.max_length,
+    )
+    transform = ImageTransform(spec.image_size, cfg.stage.image_aspect)
+    return _partial(cfg.data)(encoder=encoder, image_transform=transform)
+
+
+def _export_meta(cfg: DictConfig, spec: ModelSpec) -> Any:
+    from vipllava.checkpoints.hf_format import ExportMeta
+    from vipllava.models.building import image_seq_length
+
+    return ExportMeta(
+        stage=cfg.stage.name,
+        chat_template=cfg.stage.chat_template,
+        image_aspect=cfg.stage.image_aspect,
+        image_size=spec.image_size,
+        image_seq_length=image_seq_length(spec),
+        feature_layers=spec.feature_layers,
+        vision_tower=spec.vision_tower,
+        language_model=spec.language_model,
+        image_token=spec.image_token,
+    )
+
+
+def _partial(node: DictConfig) -> Any:
+    """Return the node's constructor with its arguments bound.
+
+    Objects go to the bound constructor rather than to ``instantiate``, which would copy them.
+    """
+    from hydra.utils import instantiate
+
+    return instantiate(node, _convert_="all", _partial_=True)
+
+
+def _instantiate_all(group: DictConfig | None) -> list[Any]:
+    """Instantiate the entries of a group by name; null switches one off."""
+    from hydra.utils import instantiate
+
+    return [instantiate(node, _convert_="all") for node in (group or {}).values() if node]
