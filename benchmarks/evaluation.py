@@ -1,0 +1,49 @@
+"""Questions per second of the engine with the tiny model, by batch size, on this machine."""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train import ROOT, tiny_spec
+from vipllava.conversation import ConversationEncoder
+from vipllava.data.image_transform import ImageTransform
+from vipllava.data.samples import iter_samples
+from vipllava.evaluation.benches.regions import read_questions
+from vipllava.inference.engine import Engine, Request
+from vipllava.models.building import build_model, image_seq_length, load_tokenizer, token_id
+from vipllava.sample_world.build import ensure_sample_world
+from vipllava.sample_world.teach import load_tiny_policies
+
+_NUM_QUESTIONS, _MAX_NEW_TOKENS = 64, 8
+
+
+def run(data_root: Path = Path("data")) -> dict[str, Any]:
+    """Measure; the answers are those of an untrained projector, the work is the same."""
+    ensure_sample_world(data_root)
+    spec = tiny_spec()
+    tokenizer = load_tokenizer(spec)
+    encoder = ConversationEncoder(
+        tokenizer,
+        spec.chat_template,
+        image_token_id=token_id(tokenizer, spec.image_token),
+        image_seq_length=image_seq_length(spec),
+        max_length=512,
+    )
+    engine = Engine(
+        build_model(spec), tokenizer, encoder, ImageTransform(spec.image_size, "pad"), "cpu"
+    )
+    samples = iter_samples("sample_regions", ROOT / "data_manifests", data_root, seed=42)
+    questions = read_questions(islice(samples, _NUM_QUESTIONS), load_tiny_policies(), seed=42)
+    requests = [Request(question.marked, question.turns, question.key) for question in questions]
+    rows: list[dict[str, Any]] = []
+    for batch_size in (1, 8, 32):
+        engine.answer(requests[:batch_size], max_new_tokens=2, batch_size=batch_size)  # warm up
+        began = time.perf_counter()
+        engine.answer(requests, max_new_tokens=_MAX_NEW_TOKENS, batch_size=batch_size)
+        seconds = time.perf_counter() - began
+        rows.append({"batch_size": batch_size, "questions_per_s": len(requests) / seconds})
+    best = max(row["questions_per_s"] for row in rows)
+    return {"rows": rows, "speedup_over_one_by_one": best / rows[0]["questions_per_s"]}

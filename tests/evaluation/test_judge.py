@@ -1,0 +1,56 @@
+"""The offline matcher: whole words, alternatives, parts, numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from vipllava.evaluation.judge import OfflineMatcher, split_ground_truth
+from vipllava.evaluation.matching import is_exact_match
+from vipllava.types import VipLlavaError
+
+
+@pytest.mark.parametrize(
+    ("truth", "prediction", "expected"),
+    [
+        ("star", "It is a star.", 1.0),
+        ("star", "starfish", 0.0),
+        ("star", "", 0.0),
+        ("The Eiffel Tower", "eiffel tower!", 1.0),
+        ("0.75<OR>x=0.75<OR>3/4", "The answer is 3/4", 1.0),
+        ("0.75<OR>x=0.75<OR>3/4", "x = 0.7", 0.0),
+        ("3", "3/4", 0.0),
+        ("7", "seven", 1.0),
+        ("12", "twelve apples", 1.0),
+        ("-1<AND>-5", "x = -1", 0.5),
+        ("-1<AND>-5", "x = 1", 0.0),
+        ("-1<AND>-5", "-1 or -5", 1.0),
+        ("star<AND>left of<AND>cup", "star, left of, fish", 0.7),
+        ("star<AND>left of<AND>cup", "a star left of the cup", 1.0),
+        ("cat<OR>kitten<AND>sofa", "a kitten on a sofa", 1.0),
+        ("cat<OR>kitten<AND>sofa", "a cat and a kitten", 0.5),
+        ("yes", "Yes, it is.", 1.0),
+        ("no", "Yes, no doubt.", 0.0),
+        ("A", "A", 1.0),
+        ("A", "a cup", 0.0),
+    ],
+)
+def test_verdicts(truth: str, prediction: str, expected: float):
+    assert OfflineMatcher()("question", truth, prediction) == expected
+
+
+def test_or_binds_tighter_than_and():
+    assert split_ground_truth("a <OR> b<AND>c") == (("a", "b"), ("c",))
+
+
+@pytest.mark.parametrize("truth", ["", "a<AND>", "<OR>b", "a<AND><OR>b"])
+def test_empty_parts_are_refused(truth: str):
+    with pytest.raises(VipLlavaError, match="empty part or alternative"):
+        split_ground_truth(truth)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "truth", "same"),
+    [("Star.", "star", True), ("7", "7", True), ("the star", "star", False), ("77", "7", False)],
+)
+def test_exact_match_ignores_case_and_punctuation_only(prediction: str, truth: str, same: bool):
+    assert is_exact_match(prediction, truth) is same

@@ -1,0 +1,187 @@
+"""ViP-Bench in its official layout: questions in, the official answer file and scores out.
+
+Layout: ``{bbox,human}/{questions.jsonl,images/}``, ``source_image/``, ``vip-bench-meta-data.json``.
+The answer file, ``{"v1_<question_id>": text}``, is what the public evaluation server takes.
+Per capability the score is the sum over its items / items x 100 (capabilities overlap); the total
+is the mean over all items. An item without a verdict is a recorded failure, never a zero.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+from vipllava.data.image_decode import decode_image
+from vipllava.evaluation.answering import Answerer
+from vipllava.evaluation.judge import Judge, NoVerdictError, split_ground_truth
+from vipllava.evaluation.statistics import mean_interval
+from vipllava.inference.engine import Request
+from vipllava.types import RecordError, Turn, VipLlavaError
+
+META_DATA: Final = "vip-bench-meta-data.json"
+QUESTIONS: Final = "questions.jsonl"
+SPLITS: Final = ("bbox", "human")
+CAPABILITIES: Final = ("rec", "ocr", "know", "math", "rel", "lang")
+RESULTS: Final = "results.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question of one split.
+
+    Attributes:
+        key: ``v1_<question_id>``, as in meta data and answer file.
+        image: path of the marked picture.
+        text: the question in this split's wording.
+        answer: the ground truth, with ``<AND>`` and ``<OR>``.
+        capability: the abilities it needs.
+    """
+
+    key: str
+    image: Path
+    text: str
+    answer: str
+    capability: tuple[str, ...]
+
+
+def read_items(folder: Path, split: str) -> list[Item]:
+    """Read one split, checking everything before the first question is asked.
+
+    Raises:
+        RecordError: listing what is missing or malformed, with file, line and id.
+    """
+    if split not in SPLITS:
+        raise RecordError(f"unknown split `{split}` of ViP-Bench; known: {', '.join(SPLITS)}")
+    meta = _read_meta(folder / META_DATA)
+    path = folder / split / QUESTIONS
+    items: list[Item] = []
+    seen: set[str] = set()
+    problems: list[str] = []
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            item = _read_item(json.loads(line), meta, folder / split / "images")
+            if item.key in seen:
+                raise ValueError(f"question_id of {item.key} occurs twice")
+        except ValueError as error:
+            problems.append(f"{path}:{number}: {error}")
+            continue
+        seen.add(item.key)
+        items.append(item)
+    if missing := sorted(set(meta) - seen):
+        problems.append(f"{path}: no readable question for {', '.join(missing[:5])} of {META_DATA}")
+    if problems or not items:
+        listing = "\n  ".join(problems[:20]) or f"{path} is empty"
+        raise RecordError(f"{len(problems)} problems in ViP-Bench at {folder}:\n  {listing}")
+    return items
+
+
+def answer_items(
+    items: Sequence[Item], answerer: Answerer, *, max_new_tokens: int = 1024, batch_size: int = 16
+) -> dict[str, str]:
+    """Return the answers in the official format, in the items' order."""
+    requests: list[Request] = []
+    for item in items:
+        image = decode_image(item.image.read_bytes(), f"{item.key} ({item.image})")
+        requests.append(Request(image, (Turn("user", item.text, has_image=True),), item.key))
+    texts = answerer.answer(requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return {item.key: text for item, text in zip(items, texts, strict=True)}
+
+
+def score(items: Sequence[Item], answers: Mapping[str, str], judge: Judge) -> dict[str, Any]:
+    """Grade answers.
+
+    Returns:
+        ``total`` (mean x 100) with its 95 % interval ``low``, ``high``; ``by_capability`` with
+        ``score`` and ``num_items``; ``num_items`` graded, ``num_failures`` and ``failures``
+        (key: reason); ``verdicts`` (key: 0.0..1.0).
+
+    Raises:
+        RecordError: answers and items do not belong together.
+    """
+    if set(answers) != {item.key for item in items}:
+        odd = sorted(set(answers) ^ {item.key for item in items})
+        raise RecordError(f"answers and questions differ in {len(odd)} ids, e.g. {odd[:5]}")
+    verdicts: dict[str, float] = {}
+    failures: dict[str, str] = {}
+    for item in items:
+        try:
+            verdicts[item.key] = judge(item.text, item.answer, answers[item.key])
+        except NoVerdictError as error:
+            failures[item.key] = str(error)
+    by_capability: dict[str, dict[str, float]] = {}
+    for capability in CAPABILITIES:
+        graded = [
+            verdicts[i.key] for i in items if capability in i.capability and i.key in verdicts
+        ]
+        if graded:
+            mean = 100 * sum(graded) / len(graded)
+            by_capability[capability] = {"score": mean, "num_items": len(graded)}
+    values = [100 * verdict for verdict in verdicts.values()]
+    interval = mean_interval(values) if len(values) > 1 else (None, None)
+    return {
+        "total": sum(values) / len(values) if values else None,
+        "low": interval[0],
+        "high": interval[1],
+        "num_items": len(values),
+        "num_failures": len(failures),
+        "by_capability": by_capability,
+        "failures": failures,
+        "verdicts": verdicts,
+    }
+
+
+def write_answers(path: Path, answers: Mapping[str, str]) -> None:
+    """Write the official answer file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(answers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_meta(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        meta: object = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{path} is not JSON: {error}") from error
+    if not isinstance(meta, dict) or not meta:
+        raise RecordError(f"{path} must be an object of items, e.g. `v1_0`")
+    return cast("dict[str, dict[str, Any]]", meta)
+
+
+def _read_item(line: object, meta: Mapping[str, Mapping[str, Any]], images: Path) -> Item:
+    if not isinstance(line, dict):
+        raise ValueError("not an object")
+    question = cast("dict[str, Any]", line)
+    if missing := [name for name in ("question_id", "image", "text") if name not in question]:
+        raise ValueError(f"has no {', '.join(missing)}")
+    identifier = str(question["question_id"])
+    key = identifier if identifier.startswith("v1_") else f"v1_{identifier}"
+    if key not in meta:
+        raise ValueError(f"{key} is not in {META_DATA}")
+    item = meta[key]
+    if missing := [name for name in ("answer", "capability") if name not in item]:
+        raise ValueError(f"{key} of {META_DATA} has no {', '.join(missing)}")
+    if unknown := sorted(set(item["capability"]) - set(CAPABILITIES)):
+        raise ValueError(f"{key} has unknown capabilities {unknown}; known: {CAPABILITIES}")
+    image = images / str(question["image"])
+    if not image.is_file():
+        raise ValueError(f"{key}: there is no picture {image}")
+    answer = str(item["answer"])
+    try:
+        split_ground_truth(answer)
+    except VipLlavaError as error:
+        raise ValueError(f"{key}: {error}") from error
+    return Item(key, image, str(question["text"]), answer, tuple(item["capability"]))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecordError(
+            f"cannot read {path}: {error.strerror}; ViP-Bench has the layout "
+            "{bbox,human}/{questions.jsonl,images/} and vip-bench-meta-data.json"
+        ) from error
