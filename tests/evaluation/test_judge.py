@@ -32,6 +32,15 @@ from vipllava.types import VipLlavaError
         ("no", "Yes, no doubt.", 0.0),
         ("A", "A", 1.0),
         ("A", "a cup", 0.0),
+        ("1,200", "It costs $1200.00", 1.0),
+        ("50%", "50 percent", 1.0),
+        ("two hundred and five", "205", 1.0),
+        ("21", "Twenty-one.", 1.0),
+        ("1 2", "one two", 1.0),
+        ("2nd", "the second row", 1.0),
+        ("cafe", "Café", 1.0),
+        ("a<AND>b<AND>c<AND>d", "b", 0.3),  # a quarter, rounded half up
+        ("a1<AND>b<AND>c", "c", 0.3),
     ],
 )
 def test_verdicts(truth: str, prediction: str, expected: float):

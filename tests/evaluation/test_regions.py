@@ -39,7 +39,7 @@ def _is_plain(image: Image.Image) -> bool:
 
 def test_the_control_draws_nothing_and_keeps_the_words():
     first, second = (
-        regions.read_questions([sample("a", "star")], POLICIES, seed=1)[0] for _ in range(2)
+        next(regions.read_questions([sample("a", "star")], POLICIES, seed=1)) for _ in range(2)
     )
     assert first.marked.tobytes() == second.marked.tobytes()
     assert not _is_plain(first.marked)
@@ -74,6 +74,30 @@ def test_one_half_alone(draw_marks, asked, left_out):
     assert results["gap"] is None
 
 
+def test_pictures_are_held_a_few_batches_at_a_time():
+    drawn = []
+
+    def samples():
+        for number in range(40):
+            drawn.append(number)
+            yield sample(str(number), "star")
+
+    class Counter(Looker):
+        most = 0
+
+        def answer(self, requests, **settings):
+            self.most = max(self.most, len(requests))
+            return super().answer(requests)
+
+    model = Counter()
+    questions = regions.read_questions(samples(), POLICIES, seed=1)
+    assert drawn == []
+    predictions = regions.ask(questions, model, batch_size=1)
+    assert model.most == 16
+    assert [p.key for p in predictions] == [f"toy/{number}" for number in range(40)]
+    assert {(p.marked, p.unmarked) for p in predictions} == {("Star.", "cup")}
+
+
 def test_files_can_be_read_back(tmp_path):
     questions = regions.read_questions([sample("a", "star"), sample("b", "é")], POLICIES, seed=1)
     predictions = regions.ask(questions, Looker())
@@ -89,6 +113,6 @@ def test_files_can_be_read_back(tmp_path):
 def test_records_that_ask_nothing_are_errors():
     text_only = Sample("t", "toy", None, (), (DraftTurn("user", ("hi",)),), "refcocog")
     with pytest.raises(RecordError, match="toy/t cannot be asked"):
-        regions.read_questions([text_only], POLICIES, seed=1)
+        next(regions.read_questions([text_only], POLICIES, seed=1))
     with pytest.raises(RecordError, match="no questions"):
         regions.score([])

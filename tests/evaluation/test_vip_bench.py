@@ -44,6 +44,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def change(folder: Path, key: str, **fields) -> None:
+    meta = {**META, key: {**META[key], **fields}}
+    (folder / "vip-bench-meta-data.json").write_text(json.dumps(meta))
+
+
 class Fixed:
     """Answers with given texts and remembers what was asked."""
 
@@ -104,12 +109,50 @@ def test_answers_of_other_questions_are_refused(folder: Path):
         (lambda f: (f / "bbox" / "questions.jsonl").write_text(
             '{"question_id": 9, "image": "0.png", "text": "?"}\n'), "v1_9 is not in"),
         (lambda f: (f / "vip-bench-meta-data.json").write_text("[]"), "object of items"),
+        (lambda f: (f / "vip-bench-meta-data.json").write_text('{"v1_0": {}, "v1_0": {}}'),
+         "`v1_0` occurs twice"),
+        (lambda f: (f / "vip-bench-meta-data.json").write_text('{"v1_0": 3}'),
+         "v1_0 must be objects"),
+        (lambda f: change(f, "v1_1", capability="rec"), r"jsonl:2: v1_1: capability is 'rec'"),
+        (lambda f: change(f, "v1_1", capability=["rec", "see"]),
+         r"v1_1 has unknown capabilities \['see'\]; known: rec, ocr"),
+        (lambda f: change(f, "v1_2", answer="left<AND>"), r"jsonl:3: v1_2: .*empty part"),
+        (lambda f: change(f, "v1_0", answer=4), r"jsonl:1: v1_0: answer is 4; expected a text"),
+        (lambda f: (f / "bbox" / "questions.jsonl").write_bytes(b"\xff\n"), "is not UTF-8"),
     ],
 )  # fmt: skip
 def test_broken_layouts_name_file_line_and_id(folder: Path, spoil, message: str):
     spoil(folder)
     with pytest.raises(RecordError, match=message):
         vip_bench.read_items(folder, "bbox")
+
+
+def test_a_question_asked_twice_or_not_at_all_is_an_error(folder: Path):
+    path = folder / "bbox" / "questions.jsonl"
+    first, second, _ = path.read_text().splitlines()
+    path.write_text("\n".join([first, second, first]))
+    with pytest.raises(RecordError, match=r"(?s)jsonl:3: question_id of v1_0 occurs.*for v1_2 of"):
+        vip_bench.read_items(folder, "bbox")
+
+
+def test_an_unreadable_picture_names_the_item_and_the_file(folder: Path):
+    path = folder / "bbox" / "images" / "1.png"
+    path.write_bytes(b"no picture")
+    with pytest.raises(RecordError, match=r"v1_1 \(.*1\.png\)"):
+        vip_bench.answer_items(vip_bench.read_items(folder, "bbox"), Fixed("a", "b", "c"))
+
+
+def test_the_interval_stays_within_the_scale(folder: Path):
+    items = vip_bench.read_items(folder, "bbox")
+    result = vip_bench.score(items, dict.fromkeys(META, "star"), OfflineMatcher())
+    assert (result["total"], result["low"]) == (pytest.approx(33.333, abs=1e-3), 0.0)
+    assert result["high"] == pytest.approx(98.665, abs=1e-3)
+
+
+def test_the_answer_file_is_the_official_one(folder: Path, tmp_path: Path):
+    vip_bench.write_answers(tmp_path / "answers.json", {"v1_0": "4 é", "v1_1": 'a "b"'})
+    expected = '{\n  "v1_0": "4 é",\n  "v1_1": "a \\"b\\""\n}\n'
+    assert (tmp_path / "answers.json").read_text(encoding="utf-8") == expected
 
 
 def test_an_unknown_split_lists_the_known(folder: Path):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 from vipllava.data.image_decode import decode_image
 from vipllava.data.samples import marks_generator, plan_sample
-from vipllava.evaluation.answering import Answerer
+from vipllava.evaluation.answering import Answerer, answer_all
 from vipllava.evaluation.matching import is_exact_match
 from vipllava.evaluation.statistics import paired_difference_interval, wilson_interval
 from vipllava.inference.engine import Request
@@ -30,6 +30,7 @@ from vipllava.visual_prompts.render import render_plan
 PREDICTIONS: Final = "predictions.jsonl"
 RESULTS: Final = "results.json"
 DrawMarks = Literal["true", "false", "both"]
+_ENDING: Final = ["user", "assistant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,56 +73,60 @@ class Prediction:
 
 def read_questions(
     samples: Iterable[Sample], policies: Mapping[str, VisualPromptPolicy], seed: int
-) -> list[Question]:
-    """Plan, word and draw every sample.
+) -> Iterator[Question]:
+    """Plan, word and draw every sample, one at a time.
 
     Raises:
         RecordError: a record without picture, or whose last turn is not an answer.
     """
-    questions: list[Question] = []
     for sample in samples:
         name = f"{sample.dataset}/{sample.key}"
-        if sample.image is None or sample.turns[-1].role != "assistant":
+        if sample.image is None or [turn.role for turn in sample.turns[-2:]] != _ENDING:
             raise RecordError(
                 f"{name} cannot be asked: a region question needs a picture and ends with the "
-                "assistant's answer"
+                "user's question and the assistant's answer"
             )
         image = decode_image(sample.image, name)
         rng = marks_generator(seed, 0, sample.dataset, sample.key)
         plan, turns = plan_sample(sample, image.size, policies, rng)
-        questions.append(
-            Question(
-                key=name,
-                turns=turns[:-1],
-                answer=turns[-1].text,
-                shape=plan.prompts[0].shape if plan.prompts else "none",
-                marked=render_plan(image, plan),
-                unmarked=image,
-            )
+        yield Question(
+            key=name,
+            turns=turns[:-1],
+            answer=turns[-1].text,
+            shape=plan.prompts[0].shape if plan.prompts else "none",
+            marked=render_plan(image, plan),
+            unmarked=image,
         )
-    return questions
 
 
 def ask(
-    questions: Sequence[Question],
+    questions: Iterable[Question],
     answerer: Answerer,
     *,
     draw_marks: DrawMarks = "both",
     max_new_tokens: int = 16,
     batch_size: int = 16,
 ) -> list[Prediction]:
-    """Ask every question with its marks, without, or both."""
+    """Ask every question with its marks, without, or both; pictures are held batch by batch."""
+    ways = [name for name in ("true", "false") if draw_marks in ("both", name)]
+    asked: list[Prediction] = []
 
-    def answers(marked: bool) -> Sequence[str | None]:
-        if draw_marks not in ("both", "true" if marked else "false"):
-            return [None] * len(questions)
-        requests = [Request(q.marked if marked else q.unmarked, q.turns, q.key) for q in questions]
-        return answerer.answer(requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    def requests() -> Iterator[Request]:
+        for q in questions:
+            asked.append(Prediction(q.key, q.text, q.shape, q.answer, marked=None, unmarked=None))
+            for way in ways:
+                yield Request(q.marked if way == "true" else q.unmarked, q.turns, q.key)
 
+    answered = answer_all(
+        answerer, requests(), max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    texts = [text for _, text in answered]
+    answers = {way: texts[place :: len(ways)] for place, way in enumerate(ways)}
+    nothing = [None] * len(asked)
     return [
-        Prediction(q.key, q.text, q.shape, q.answer, with_marks, without)
-        for q, with_marks, without in zip(
-            questions, answers(marked=True), answers(marked=False), strict=True
+        replace(prediction, marked=marked, unmarked=unmarked)
+        for prediction, marked, unmarked in zip(
+            asked, answers.get("true", nothing), answers.get("false", nothing), strict=True
         )
     ]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from vipllava.data.image_decode import decode_image
-from vipllava.evaluation.answering import Answerer
+from vipllava.evaluation.answering import Answerer, answer_all
 from vipllava.evaluation.judge import Judge, NoVerdictError, split_ground_truth
 from vipllava.evaluation.statistics import mean_interval
 from vipllava.inference.engine import Request
@@ -64,7 +64,8 @@ def read_items(folder: Path, split: str) -> list[Item]:
         if not line.strip():
             continue
         try:
-            item = _read_item(json.loads(line), meta, folder / split / "images")
+            raw = json.loads(line, object_pairs_hook=_distinct)
+            item = _read_item(raw, meta, folder / split / "images")
             if item.key in seen:
                 raise ValueError(f"question_id of {item.key} occurs twice")
         except ValueError as error:
@@ -84,12 +85,16 @@ def answer_items(
     items: Sequence[Item], answerer: Answerer, *, max_new_tokens: int = 1024, batch_size: int = 16
 ) -> dict[str, str]:
     """Return the answers in the official format, in the items' order."""
-    requests: list[Request] = []
-    for item in items:
-        image = decode_image(item.image.read_bytes(), f"{item.key} ({item.image})")
-        requests.append(Request(image, (Turn("user", item.text, has_image=True),), item.key))
-    texts = answerer.answer(requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return {item.key: text for item, text in zip(items, texts, strict=True)}
+    requests = (
+        Request(
+            decode_image(item.image.read_bytes(), f"{item.key} ({item.image})"),
+            (Turn("user", item.text, has_image=True),),
+            item.key,
+        )
+        for item in items
+    )
+    answered = answer_all(answerer, requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return {request.key: text for request, text in answered}
 
 
 def score(items: Sequence[Item], answers: Mapping[str, str], judge: Judge) -> dict[str, Any]:
@@ -122,11 +127,14 @@ def score(items: Sequence[Item], answers: Mapping[str, str], judge: Judge) -> di
             mean = 100 * sum(graded) / len(graded)
             by_capability[capability] = {"score": mean, "num_items": len(graded)}
     values = [100 * verdict for verdict in verdicts.values()]
-    interval = mean_interval(values) if len(values) > 1 else (None, None)
+    low = high = None
+    if len(values) > 1:
+        low, high = mean_interval(values)
+        low, high = max(low, 0.0), min(high, 100.0)
     return {
         "total": sum(values) / len(values) if values else None,
-        "low": interval[0],
-        "high": interval[1],
+        "low": low,
+        "high": high,
         "num_items": len(values),
         "num_failures": len(failures),
         "by_capability": by_capability,
@@ -143,38 +151,61 @@ def write_answers(path: Path, answers: Mapping[str, str]) -> None:
 
 def _read_meta(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        meta: object = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+        meta: object = json.loads(_read_text(path), object_pairs_hook=_distinct)
+    except ValueError as error:
         raise RecordError(f"{path} is not JSON: {error}") from error
     if not isinstance(meta, dict) or not meta:
         raise RecordError(f"{path} must be an object of items, e.g. `v1_0`")
-    return cast("dict[str, dict[str, Any]]", meta)
+    items = cast("dict[str, Any]", meta)
+    if odd := [key for key, item in items.items() if not isinstance(item, dict)]:
+        raise RecordError(f"{path}: {', '.join(odd[:5])} must be objects with answer, capability")
+    return items
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a repeated key; the json module would silently keep the last."""
+    distinct = dict(pairs)
+    if len(distinct) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in distinct if names.count(name) > 1)
+        raise ValueError(f"`{twice}` occurs twice")
+    return distinct
 
 
 def _read_item(line: object, meta: Mapping[str, Mapping[str, Any]], images: Path) -> Item:
+    """Build one item; every complaint is a ValueError, to which the caller adds file and line."""
     if not isinstance(line, dict):
         raise ValueError("not an object")
     question = cast("dict[str, Any]", line)
     if missing := [name for name in ("question_id", "image", "text") if name not in question]:
         raise ValueError(f"has no {', '.join(missing)}")
-    identifier = str(question["question_id"])
-    key = identifier if identifier.startswith("v1_") else f"v1_{identifier}"
+    identifier = question["question_id"]
+    if isinstance(identifier, bool) or not isinstance(identifier, (int, str)):
+        raise ValueError(f"question_id is {identifier!r}; expected a number or a text")
+    key = f"v1_{str(identifier).removeprefix('v1_')}"
     if key not in meta:
         raise ValueError(f"{key} is not in {META_DATA}")
     item = meta[key]
     if missing := [name for name in ("answer", "capability") if name not in item]:
         raise ValueError(f"{key} of {META_DATA} has no {', '.join(missing)}")
-    if unknown := sorted(set(item["capability"]) - set(CAPABILITIES)):
-        raise ValueError(f"{key} has unknown capabilities {unknown}; known: {CAPABILITIES}")
-    image = images / str(question["image"])
+    fields = {"image": question["image"], "text": question["text"], "answer": item["answer"]}
+    for name, value in fields.items():
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{key}: {name} is {value!r}; expected a text")
+    capability = item["capability"]
+    if not isinstance(capability, list) or not capability:
+        raise ValueError(f"{key}: capability is {capability!r}; expected a list of names")
+    known = ", ".join(CAPABILITIES)
+    if unknown := [name for name in capability if name not in CAPABILITIES]:
+        raise ValueError(f"{key} has unknown capabilities {unknown}; known: {known}")
+    image = images / fields["image"]
     if not image.is_file():
         raise ValueError(f"{key}: there is no picture {image}")
-    answer = str(item["answer"])
     try:
-        split_ground_truth(answer)
+        split_ground_truth(fields["answer"])
     except VipLlavaError as error:
         raise ValueError(f"{key}: {error}") from error
-    return Item(key, image, str(question["text"]), answer, tuple(item["capability"]))
+    return Item(key, image, fields["text"], fields["answer"], tuple(capability))
 
 
 def _read_text(path: Path) -> str:
@@ -185,3 +216,5 @@ def _read_text(path: Path) -> str:
             f"cannot read {path}: {error.strerror}; ViP-Bench has the layout "
             "{bbox,human}/{questions.jsonl,images/} and vip-bench-meta-data.json"
         ) from error
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path} is not UTF-8: {error}") from error

@@ -1,0 +1,52 @@
+"""Building pages: texts are escaped, pictures travel inside, nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+
+import pytest
+from PIL import Image
+
+from vipllava.report.html import Html, element, join, page, picture, table
+
+
+def test_text_is_escaped_and_markup_is_not():
+    assert element("p", "1 < 2 & \"x\"", element("b", "y")) == (
+        "<p>1 &lt; 2 &amp; &quot;x&quot;<b>y</b></p>"
+    )  # fmt: skip
+    assert join(["<", Html("<br>"), None, [3, " ", 0.5]]) == "&lt;<br>3 0.5"
+
+
+def test_attributes():
+    built = element("td", "x", class_="a b", data_x='"', title=None, name="n", viewBox="0 0 1 1")
+    assert built == '<td class="a b" data-x="&quot;" name="n" viewBox="0 0 1 1">x</td>'
+    assert element("img", src="s") == '<img src="s"/>'
+    with pytest.raises(ValueError, match="<img> takes no children"):
+        element("img", "text")
+
+
+def test_table_sets_totals_apart():
+    built = table(["name", "n"], [["a", 1], ["all", "<2>"]], num_total_rows=1)
+    assert '<tr><th scope="row">a</th><td>1</td></tr>' in built
+    assert '<tr class="total"><th scope="row">all</th><td>&lt;2&gt;</td></tr>' in built
+
+
+@pytest.mark.parametrize(("lossless", "kind"), [(True, "png"), (False, "jpeg")])
+def test_picture_travels_inside(lossless: bool, kind: str):
+    built = picture(Image.new("RGB", (6, 4), (10, 200, 30)), "a <b>", lossless=lossless)
+    match = re.fullmatch(
+        rf'<img src="data:image/{kind};base64,([^"]+)" alt="a &lt;b&gt;" width="6" height="4"/>',
+        built,
+    )
+    assert match
+    image = Image.open(io.BytesIO(base64.b64decode(match[1])))
+    assert (image.format, image.size) == (kind.upper(), (6, 4))
+
+
+def test_page_is_a_whole_document():
+    text = page("A & B", "p { color: red }", element("p", "x"))
+    assert text.startswith('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"/>')
+    assert "<title>A &amp; B</title><style>p { color: red }</style>" in text
+    assert text.endswith("<body><p>x</p></body></html>\n")
