@@ -1,0 +1,54 @@
+# Needs Python >= 3.11, make and a package index; everything else goes into .venv.
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# DeepSpeed's kernels are built when first used, not at install time.
+export DS_BUILD_OPS := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all check bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+quickstart: $(VENV)/.core ## train three stages on sample data, evaluate, write a report (runs/quickstart)
+	$(BIN)/vipllava quickstart
+
+test: $(VENV)/.dev ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu and not browser"
+
+test-all: $(VENV)/.dev ## every test this machine can run
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev ## lint, format, types, import floors
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.core ## measure; tables here, figures in runs/bench
+	$(BIN)/python -m benchmarks.run
+
+clean: ## remove .venv and caches; runs and data stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# Stamps: a second run installs nothing unless the requirements changed.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# torch first and pinned: resolved by another package's bare `torch` it may come as a far bigger build.
+$(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/.created
+	$(PIP_INSTALL) "torch==$(TORCH)"
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP_INSTALL) -e ".[dev]"
+	@touch $@

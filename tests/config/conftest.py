@@ -1,0 +1,36 @@
+"""Machines to check against, made up."""
+
+from __future__ import annotations
+
+import pytest
+
+from vipllava.config import hardware
+from vipllava.config.hardware import OPTIONAL_PACKAGES, CudaDevice, Hardware
+
+EVERYTHING = frozenset(OPTIONAL_PACKAGES)
+MACHINES = {
+    "laptop": Hardware(num_cpus=8),
+    "mac": Hardware(mps=True, num_cpus=8),
+    "8xa100": Hardware((CudaDevice("A100", 79.2, (8, 0)),) * 8, num_cpus=96, installed=EVERYTHING),
+    "8xa100_40g": Hardware(
+        (CudaDevice("A100", 39.4, (8, 0)),) * 8, num_cpus=96, installed=EVERYTHING
+    ),
+    "8xv100": Hardware((CudaDevice("V100", 31.7, (7, 0)),) * 8, num_cpus=80, installed=EVERYTHING),
+    "2xt4": Hardware((CudaDevice("T4", 14.6, (7, 5)),) * 2, num_cpus=16),
+    "6xa100": Hardware((CudaDevice("A100", 79.2, (8, 0)),) * 6, num_cpus=96, installed=EVERYTHING),
+}
+
+
+@pytest.fixture
+def machines() -> dict[str, Hardware]:
+    return MACHINES
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Hardware:
+    """The machine that the tests run on: a laptop without CUDA, or the marked one."""
+    machine = MACHINES[getattr(request, "param", "laptop")]
+    monkeypatch.setattr(hardware, "detect", lambda: machine)
+    for name in ("VIPLLAVA_DATA", "WANDB_RUN_GROUP", "MASTER_ADDR", "SLURM_JOB_ID", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return machine

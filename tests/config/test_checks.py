@@ -1,0 +1,240 @@
+"""What a user reads for each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vipllava.config.checks import check_config, find_problems
+from vipllava.config.composing import compose_job
+from vipllava.config.hardware import Hardware
+from vipllava.types import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with manifests and the exports that stages start from."""
+    monkeypatch.chdir(tmp_path)
+    manifests = tmp_path / "data_manifests"
+    manifests.mkdir()
+    for name in ("sample_pretrain", "sample_finetune", "sample_regions", "llava_pretrain_558k"):
+        (manifests / f"{name}.yaml").touch()
+    (tmp_path / "runs" / "tiny-pretrain" / "export").mkdir(parents=True)
+    return tmp_path
+
+
+def problems(*overrides: str, machine: Hardware | None = None, name: str = "train") -> list[str]:
+    return find_problems(compose_job(list(overrides), config_name=name), machine)
+
+
+def test_default_job_has_none(machines: dict[str, Hardware]):
+    for machine in machines.values():
+        assert problems(machine=machine) == []
+    check_config(compose_job(["stage=finetune"]))
+
+
+def test_all_problems_come_at_once():
+    cfg = compose_job(
+        ["seed=-1", "stage.learning_rate=fast", "data.manifest=sample_pretrian", "trainer=8xa100"]
+    )
+    with pytest.raises(ConfigError) as error:
+        check_config(cfg)
+    assert str(error.value).splitlines() == [
+        "this configuration cannot run: 4 problems",
+        "  - seed=-1: expected a whole number of at least 0",
+        "  - stage.learning_rate=fast: expected a number above 0",
+        "  - data.manifest=sample_pretrian: unknown (did you mean sample_pretrain?); known: "
+        "llava_pretrain_558k, sample_finetune, sample_pretrain, sample_regions",
+        "  - trainer=8xa100 wants 8 CUDA devices with 80 GB; this machine has 0 CUDA devices; use "
+        "trainer=auto, or another of conf/trainer",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+stage.learning_rte=1", "stage.learning_rte: no such key (did you mean learning_rate?)"),
+        ("+stagee=1", "stagee: no such key (did you mean stage?)"),
+        ("~stage.epochs", "stage.epochs is missing; expected a whole number of at least 1"),
+        ("stage.epochs=0.5", "stage.epochs=0.5: expected a whole number of at least 1"),
+        ("stage.learning_rate=nan", "stage.learning_rate=nan: expected a number above 0"),
+        ("stage.learning_rate=true", "stage.learning_rate=true: expected a number above 0"),
+        ("stage.learning_rate=null", "stage.learning_rate=null: expected a number above 0"),
+        ("stage.gradient_clip=0", "stage.gradient_clip=0: expected a number above 0"),
+        ("stage.warmup_ratio=3", "stage.warmup_ratio=3: expected a number from 0 to below 1"),
+        ("stage.betas=[0.9]", "stage.betas=[0.9]: expected a list of 2 items"),
+        ("stage.trainable=[]", "stage.trainable=[]: expected a list of at least one of"),
+        ("stage.trainable=[projectr]", "stage.trainable=['projectr']: expected a list of"),
+        ("stage.chat_template=vicuna", "expected one of plain, llava_v1, llama_3, phi_3"),
+        ("stage.image_aspect=crop", "stage.image_aspect=crop: expected one of square, pad"),
+        ("stage.schedule=linear", "stage.schedule=linear: expected one of cosine, constant"),
+        ("trainer.precision=fp16", "trainer.precision=fp16: expected one of 32-true, bf16-mixed"),
+        ("trainer.devices=0", "trainer.devices=0: expected a whole number of at least 1"),
+        ("stage.name=null", "stage.name=null: expected a text"),
+        ("name=${nothing}", "name: Interpolation key 'nothing' not found"),
+    ],
+)
+def test_keys_and_values(override: str, message: str):
+    found = problems(override)
+    assert any(message in problem for problem in found), found
+
+
+def test_experiment_files_with_misspelt_keys(tmp_path: Path):
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\nstage:\n  learning_rte: 1.0\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    cfg = compose_job([f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
+    assert [p.split(";")[0] for p in find_problems(cfg)] == [
+        "stage.learning_rte: no such key (did you mean learning_rate?)"
+    ]
+
+
+def test_global_batch_that_does_not_divide():
+    assert problems("stage.global_batch_size=100", "machine.micro_batch_size=8") == [
+        "stage.global_batch_size=100 is not a multiple of machine.micro_batch_size=8 x "
+        "trainer.devices=1 x trainer.num_nodes=1 = 8; nearest global batch sizes that are: 96, "
+        "104; or keep it with machine.micro_batch_size=5 or 10"
+    ]
+
+
+def test_accumulation_that_contradicts_the_global_batch():
+    assert problems("trainer.accumulate_grad_batches=3") == [
+        "machine.micro_batch_size=32 x trainer.accumulate_grad_batches=3 x trainer.devices=1 x "
+        "trainer.num_nodes=1 = 96, not stage.global_batch_size=64; leave "
+        "trainer.accumulate_grad_batches out, it is computed"
+    ]
+
+
+def test_task_without_data():
+    (found,) = problems("stage=task", "model=7b", "trainer=cpu")
+    assert found == (
+        "data.manifest is not set: stage=task trains on data of your own; pass data.manifest=NAME "
+        "(llava_pretrain_558k, sample_finetune, sample_pretrain, sample_regions) or the path of a "
+        "manifest file"
+    )
+
+
+def test_manifest_files(project: Path):
+    assert problems("data.manifest=mine.yaml") == ["data.manifest=mine.yaml: there is no such file"]
+    (project / "mine.yaml").touch()
+    assert problems("data.manifest=mine.yaml") == []
+    assert "holds no manifests" in problems("paths.manifests=elsewhere")[0]
+
+
+def test_a_stage_before_its_predecessor():
+    (found,) = problems("stage=gpt4v", "data.manifest=sample_finetune")
+    assert found == (
+        "stage=gpt4v starts from runs/tiny-finetune/export, which is not there; run the stage "
+        "before it or pass stage.checkpoint=FOLDER"
+    )
+    assert problems("stage=gpt4v", "data.manifest=sample_finetune", "stage.checkpoint=a/b") == []
+
+
+@pytest.mark.parametrize(
+    ("job", "machine", "message"),
+    [
+        ("trainer=8xa100", "2xt4", "wants 8 CUDA devices with 80 GB; this machine has 2 CUDA"),
+        ("trainer=8xa100", "8xa100_40g", "this machine has 8 CUDA devices (A100 39 GiB, A100"),
+        ("trainer=1gpu", "laptop", "trainer=1gpu wants 1 CUDA device; this machine has 0"),
+        ("trainer=1gpu", "mac", "0 CUDA devices (Apple MPS is there); use trainer=auto"),
+        ("trainer.devices=4", "2xt4", "trainer=auto wants 4 CUDA devices; this machine has 2"),
+        ("trainer.accelerator=mps", "laptop", "this machine has no Apple MPS"),
+        (
+            "trainer.accelerator=mps trainer.devices=2",
+            "mac",
+            "trainer.devices=2: Apple MPS is one device",
+        ),
+        ("trainer=multinode", "8xa100", "start the job on every node with torchrun, or with srun"),
+        ("trainer=1gpu trainer.precision=bf16-mixed", "8xv100", "7.0 have no bf16"),
+        ("trainer=8xv100 trainer.precision=bf16-mixed", "laptop", "7.0 have no bf16"),
+        ("trainer.precision=16-mixed", "laptop", "trainer.precision=16-mixed needs CUDA devices"),
+        (
+            "trainer=8xv100 strategy=fsdp2",
+            "8xv100",
+            "strategy=fsdp2 does not work with trainer.precision=16-mixed",
+        ),
+        ("strategy=zero2", "laptop", "strategy=zero2 needs CUDA devices; this machine has 0 CUDA"),
+        (
+            "trainer=cpu strategy=zero3",
+            "8xa100",
+            "strategy=zero3 needs CUDA devices; trainer.accelerator=cpu",
+        ),
+        (
+            "strategy=zero2",
+            "2xt4",
+            "needs deepspeed, which is not installed: pip install -e '.[deepspeed]'",
+        ),
+        (
+            "strategy=zero2 trainer.precision=32-true",
+            "8xa100",
+            "trainer.precision=32-true is not that; use bf16-mixed or 16-mixed",
+        ),
+        (
+            "trainer=1gpu machine.attn_implementation=flash_attention_2",
+            "2xt4",
+            "needs flash_attn, which is not installed: pip install -e '.[flash]', or use sdpa",
+        ),
+        ("machine.attn_implementation=flash_attention_2", "8xv100", "7.0 cannot run it; use sdpa"),
+        ("machine.attn_implementation=flash_attention_2", "laptop", "needs CUDA devices; use sdpa"),
+        (
+            "model.spec.attn_implementation=flash_attention_2",
+            "8xv100",
+            "model.spec.attn_implementation=flash_attention_2: devices of compute capability 7.0",
+        ),
+        (
+            "machine.attn_implementation=flash_attention_2 trainer.precision=32-true",
+            "8xa100",
+            "computes in bf16 or fp16 only",
+        ),
+        ("stage=finetune tuning=lora", "8xa100", "tuning=lora is not in this version yet"),
+        ("stage=finetune tuning=lora", "laptop", "needs peft, which is not installed: pip install"),
+        (
+            "stage=finetune tuning=qlora",
+            "laptop",
+            "needs bitsandbytes, which is not installed: pip install -e '.[quant]'",
+        ),
+        ("tuning=lora", "8xa100", "which stage=pretrain leaves frozen; use tuning=full"),
+        ("logger=wandb", "laptop", "logger=wandb needs wandb, which is not installed"),
+        ("logger=tensorboard", "laptop", "pip install -e '.[tensorboard]'"),
+    ],
+)
+def test_machine_and_combinations(
+    job: str, machine: str, message: str, machines: dict[str, Hardware]
+):
+    found = problems(*job.split(), machine=machines[machine])
+    assert any(message in problem for problem in found), found
+
+
+def test_several_nodes_under_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, machines: dict[str, Hardware]
+):
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    assert problems("trainer=multinode", machine=machines["8xa100"]) == []
+
+
+def test_fsdp2_without_cuda_is_fine():
+    assert problems("strategy=fsdp2", "trainer=cpu", "trainer.devices=2") == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("checkpoint=runs/nothing", "checkpoint=runs/nothing: no such folder; train first or pass"),
+        ("bench.manifest=sample_region", "unknown (did you mean sample_regions?); known:"),
+        ("bench.draw_marks=maybe", "bench.draw_marks=maybe: expected one of true, false, both"),
+        ("batch_size=0", "batch_size=0: expected a whole number of at least 1"),
+        ("device=cuda:1", "device=cuda:1: this machine has 0 CUDA devices; use device=auto"),
+        ("device=tpu", "device=tpu: expected auto, cpu, cuda, cuda:N or mps"),
+        ("limit=0", "limit=0: expected a whole number of at least 1"),
+        ("attn_implementation=flash_attention_2", "needs flash_attn, which is not installed"),
+    ],
+)
+def test_evaluation(override: str, message: str):
+    found = problems("checkpoint=runs/tiny-pretrain/export", override, name="evaluate")
+    assert [p for p in found if message in p], found
+
+
+def test_sound_evaluation(machines: dict[str, Hardware]):
+    job = ("checkpoint=runs/tiny-pretrain/export", "bench.draw_marks=both", "device=cuda:7")
+    assert problems(*job, name="evaluate", machine=machines["8xa100"]) == []

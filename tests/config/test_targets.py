@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from vipllava.config.targets import check_targets, find_target_problems, missing_arguments, targets
+from vipllava.types import ConfigError
+
+
+def test_unknown_arguments_and_targets():
+    cfg = OmegaConf.create(
+        {
+            "a": {"_target_": "fractions.Fraction", "numerator": 1, "denominater": 2},
+            "b": {"_target_": "fractions.Fractoin"},
+            "c": [{"_target_": "argparse.Namespace", "anything": 1}],
+            "d": "${a}",
+            "e": "???",
+        }
+    )
+    assert find_target_problems(cfg) == [
+        "a.denominater: fractions.Fraction takes no such argument (did you mean denominator?)",
+        "b._target_=fractions.Fractoin cannot be imported: Error loading "
+        "'fractions.Fractoin': ModuleNotFoundError(\"No module named 'fractions.Fractoin'; "
+        "'fractions' is not a package\")",
+    ]
+    with pytest.raises(ConfigError, match="2 problems"):
+        check_targets(cfg)
+    assert [path for path, _ in targets(cfg)] == ["a", "b", "c.0"]
+
+
+def test_missing_arguments():
+    node = OmegaConf.create({"_target_": "shutil.copy", "src": "here"})
+    assert missing_arguments(node) == {"dst"}

@@ -1,0 +1,22 @@
+"""Train one stage: ``python train.py stage=finetune model=7b trainer=8xa100``."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from vipllava.config.checks import check_config
+from vipllava.config.entry import run_main
+from vipllava.config.targets import check_targets
+
+
+def train(cfg: DictConfig) -> None:
+    """Check the job, then run it; nothing heavy is imported before the check has passed."""
+    check_config(cfg)
+    check_targets(cfg)
+    from vipllava.training.run import run_training
+
+    run_training(cfg)
+
+
+if __name__ == "__main__":
+    run_main(train, config_dir=Path(__file__).resolve().parent / "conf", config_name="train")

@@ -1,0 +1,116 @@
+"""The console script ``vipllava``.
+
+Subcommands import what they need when they run, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vipllava import __version__
+from vipllava.types import VipLlavaError
+
+EXIT_USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit code.
+
+    A :class:`VipLlavaError` is a mistake the user can mend: it ends with its message and code 2.
+
+    Args:
+        arguments: the command line without the program's name; ``sys.argv`` if not given.
+    """
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if "rest" in options:
+        options.rest = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    run: Callable[[argparse.Namespace], int | None] = options.run
+    try:
+        return run(options) or 0
+    except VipLlavaError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vipllava",
+        description="ViP-LLaVA: multimodal models that understand visual prompts. "
+        "Training and evaluation are train.py and evaluate.py.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_quickstart, _add_sample_data, _add_teach_base):
+        add(commands)
+    return parser
+
+
+def _add_quickstart(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "quickstart",
+        help="train three stages of the tiny model on sample data, evaluate, write a report",
+    )
+    command.add_argument(
+        "--output", type=Path, default=Path("runs/quickstart"), help="folder (default: %(default)s)"
+    )
+    command.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    _add_data_root(command)
+    command.set_defaults(run=_quickstart)
+
+
+def _add_sample_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "sample-data", help="make the sample data sets and the sample ViP-Bench"
+    )
+    _add_data_root(command)
+    command.set_defaults(run=_sample_data)
+
+
+def _add_teach_base(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "teach-base",
+        help="teach the tiny model's vision tower and language model from nothing (long)",
+        add_help=False,  # --help is the command's own
+    )
+    command.set_defaults(run=_teach_base, rest=[])
+
+
+def _add_data_root(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data-root",
+        type=Path,
+        default=Path(os.environ.get("VIPLLAVA_DATA", "data")),
+        help="folder of all data sets (default: $VIPLLAVA_DATA, else data)",
+    )
+
+
+def _quickstart(options: argparse.Namespace) -> int | None:
+    from vipllava.quickstart import run
+
+    return run(options)
+
+
+def _sample_data(options: argparse.Namespace) -> int | None:
+    from vipllava.sample_world.build import ensure_sample_world
+
+    logging.getLogger(__name__).info("sample data: %s", ensure_sample_world(options.data_root))
+    return None
+
+
+def _teach_base(options: argparse.Namespace) -> int | None:
+    from vipllava.sample_world.teach import main as teach
+
+    return teach(options.rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

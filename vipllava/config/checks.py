@@ -1,0 +1,343 @@
+"""Everything that cannot run, found before anything is loaded and said all at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from vipllava.config import hardware
+from vipllava.config.batch import accumulation_steps
+from vipllava.config.hardware import Hardware
+from vipllava.config.schema import (
+    EVALUATE,
+    TRAIN,
+    check_schema,
+    did_you_mean,
+    read,
+)
+from vipllava.types import ConfigError
+
+_LAUNCHER_VARIABLES = ("MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "NODE_RANK")
+_BF16_CAPABILITY = (8, 0)
+
+
+def check_config(cfg: DictConfig, machine: Hardware | None = None) -> None:
+    """Check a composed training or evaluation job.
+
+    Args:
+        cfg: what Hydra composed from ``conf/train.yaml`` or ``conf/evaluate.yaml``.
+        machine: the hardware to check against; this machine if not given.
+
+    Raises:
+        ConfigError: listing every problem, each naming the key, its value and the remedy.
+    """
+    if problems := find_problems(cfg, machine):
+        raise ConfigError(format_problems(problems))
+
+
+def find_problems(cfg: DictConfig, machine: Hardware | None = None) -> list[str]:
+    """Return every problem of a composed job, without repetitions, in the order of the checks."""
+    evaluating = "bench" in cfg
+    rules = EVALUATE if evaluating else TRAIN
+    checks = _EVALUATE_CHECKS if evaluating else _TRAIN_CHECKS
+    problems = [_explain(p, cfg) for p in check_schema(cfg, rules)]
+    job = _Job(cfg, machine or hardware.detect())
+    for check in checks:
+        problems += check(job)
+    return list(dict.fromkeys(problems))
+
+
+def format_problems(problems: list[str]) -> str:
+    """Write a list of problems as the message of one error."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    listed = "\n".join(f"  - {problem}" for problem in problems)
+    return f"this configuration cannot run: {count}\n{listed}"
+
+
+class _Job:
+    """A composed job whose values read as None where they cannot be read.
+
+    The schema check has reported those already; a check that needs one of them is skipped.
+    """
+
+    def __init__(self, cfg: DictConfig, machine: Hardware) -> None:
+        self.cfg = cfg
+        self.machine = machine
+
+    def get(self, path: str, kind: type | tuple[type, ...] = object) -> Any:
+        """Return the value at ``path`` if it can be read and is of ``kind``, else None."""
+        try:
+            value = read(self.cfg, path)
+        except (ConfigError, KeyError, TypeError, AttributeError):
+            return None
+        return value if isinstance(value, kind) else None
+
+    def number(self, path: str) -> int | None:
+        value = self.get(path, int)
+        return None if isinstance(value, bool) or value is None or value < 1 else value
+
+
+def _explain(problem: str, cfg: DictConfig) -> str:
+    """Say more about the one value that a user has to bring."""
+    if problem.startswith("data.manifest is not set") or "model.manifests." in problem:
+        stage = cfg.stage.get("name")
+        names = _known_manifests(str(cfg.paths.manifests))
+        return (
+            f"data.manifest is not set: stage={stage} trains on data of your own; pass "
+            f"data.manifest=NAME ({', '.join(names) or 'no manifests here'}) or the path of a "
+            "manifest file"
+        )
+    return problem
+
+
+def _known_manifests(folder: str) -> list[str]:
+    return sorted(path.stem for path in Path(folder).expanduser().glob("*.yaml"))
+
+
+def _manifest(job: _Job) -> list[str]:
+    key = "bench.manifest" if "bench" in job.cfg else "data.manifest"
+    name, folder = job.get(key, str), job.get("paths.manifests", str)
+    if name is None or folder is None:
+        return []
+    if name.endswith((".yaml", ".yml")):
+        return [] if Path(name).is_file() else [f"{key}={name}: there is no such file"]
+    known = _known_manifests(folder)
+    if name in known:
+        return []
+    if not known:
+        return [
+            f"paths.manifests={folder} holds no manifests; start from the project's folder or pass "
+            "paths.manifests=FOLDER"
+        ]
+    return [f"{key}={name}: unknown{did_you_mean(name, known)}; known: {', '.join(known)}"]
+
+
+def _checkpoint(job: _Job) -> list[str]:
+    """The folder a stage starts from, or that is evaluated, where it is one of our runs."""
+    key = "checkpoint" if "bench" in job.cfg else "stage.checkpoint"
+    folder, runs = job.get(key, str), job.get("paths.runs", str)
+    if folder is None or runs is None or not Path(folder).is_relative_to(runs):
+        return []  # hub ids and folders elsewhere: the loader says what is wrong with them
+    if Path(folder).is_dir():
+        return []
+    if key == "checkpoint":
+        return [f"checkpoint={folder}: no such folder; train first or pass checkpoint=FOLDER"]
+    return [
+        f"stage={job.get('stage.name')} starts from {folder}, which is not there; run the stage "
+        "before it or pass stage.checkpoint=FOLDER"
+    ]
+
+
+def _global_batch(job: _Job) -> list[str]:
+    size, micro = job.number("stage.global_batch_size"), job.number("machine.micro_batch_size")
+    devices, nodes = job.number("trainer.devices"), job.number("trainer.num_nodes")
+    if size is None or micro is None or devices is None or nodes is None:
+        return []
+    try:
+        accumulation_steps(size, micro, devices, nodes)
+    except ConfigError as error:
+        return [str(error)]
+    steps = job.number("trainer.accumulate_grad_batches")
+    if steps is not None and micro * steps * devices * nodes != size:
+        return [
+            f"machine.micro_batch_size={micro} x trainer.accumulate_grad_batches={steps} x "
+            f"trainer.devices={devices} x trainer.num_nodes={nodes} = "
+            f"{micro * steps * devices * nodes}, not stage.global_batch_size={size}; leave "
+            "trainer.accumulate_grad_batches out, it is computed"
+        ]
+    return []
+
+
+def _devices(job: _Job) -> list[str]:
+    accelerator, wanted = job.get("trainer.accelerator"), job.number("trainer.devices")
+    if wanted is None:
+        return []
+    machine = job.machine
+    trainer = job.get("machine.name")
+    if accelerator == "mps":
+        if not machine.mps:
+            return ["trainer.accelerator=mps: this machine has no Apple MPS; use trainer=auto"]
+        return [] if wanted == 1 else [f"trainer.devices={wanted}: Apple MPS is one device"]
+    if accelerator == "auto" and not machine.cuda:
+        return []
+    if accelerator not in ("cuda", "auto"):
+        return []
+    memory = job.get("machine.memory_gb", (int, float))
+    needs = f"{wanted} CUDA device{'s' if wanted > 1 else ''}"
+    needs += f" with {memory} GB" if memory else ""
+    enough = [d for d in machine.cuda if d.memory_gib >= 0.95 * (memory or 0)]
+    if len(enough) >= wanted:
+        return []
+    return [
+        f"trainer={trainer} wants {needs}; this machine has {machine.describe()}; use "
+        "trainer=auto, or another of conf/trainer"
+    ]
+
+
+def _nodes(job: _Job) -> list[str]:
+    nodes = job.number("trainer.num_nodes")
+    if nodes is None or nodes == 1 or any(name in os.environ for name in _LAUNCHER_VARIABLES):
+        return []
+    return [
+        f"trainer.num_nodes={nodes}: start the job on every node with torchrun, or with srun; "
+        "started alone, this process would wait for the others for ever"
+    ]
+
+
+def _precision(job: _Job) -> list[str]:
+    precision, accelerator = job.get("trainer.precision", str), job.get("trainer.accelerator")
+    if precision is None:
+        return []
+    problems: list[str] = []
+    on_cuda = accelerator == "cuda" or (accelerator == "auto" and bool(job.machine.cuda))
+    if precision.startswith("16") and not on_cuda:
+        problems.append(
+            f"trainer.precision={precision} needs CUDA devices; use 32-true or bf16-mixed"
+        )
+    if precision.startswith("16") and job.get("strategy.name") == "fsdp2":
+        problems.append(
+            f"strategy=fsdp2 does not work with trainer.precision={precision}: FSDP2 has no loss "
+            "scaling; use bf16-mixed, 32-true, or strategy=zero3"
+        )
+    capability = _capability(job)
+    if precision.startswith("bf16") and on_cuda and capability and capability < _BF16_CAPABILITY:
+        problems.append(
+            f"trainer.precision={precision}: devices of compute capability "
+            f"{capability[0]}.{capability[1]} have no bf16; use trainer.precision=16-mixed"
+        )
+    return problems
+
+
+def _capability(job: _Job) -> tuple[int, int] | None:
+    """The least compute capability among the trainer's stated one and the devices here."""
+    found = [device.capability for device in job.machine.cuda]
+    stated = job.get("machine.capability", (int, float))
+    if stated is not None:
+        found.append((int(stated), round(stated * 10) % 10))
+    return min(found, default=None)
+
+
+def _strategy(job: _Job) -> list[str]:
+    strategy = job.get("strategy.name", str)
+    if strategy is None or not strategy.startswith("zero"):
+        return []
+    problems: list[str] = []
+    accelerator = job.get("trainer.accelerator", str)
+    if accelerator in ("cpu", "mps"):
+        problems.append(
+            f"strategy={strategy} needs CUDA devices; trainer.accelerator={accelerator}; use "
+            "strategy=auto, ddp or fsdp2"
+        )
+    elif accelerator == "auto" and not job.machine.cuda:  # `cuda` without any is said already
+        problems.append(
+            f"strategy={strategy} needs CUDA devices; this machine has {job.machine.describe()}; "
+            "use strategy=auto, ddp or fsdp2"
+        )
+    if "deepspeed" not in job.machine.installed:
+        problems.append(_needs_extra(f"strategy={strategy}", "deepspeed", "deepspeed"))
+    if job.get("trainer.precision") == "32-true" and job.machine.cuda:
+        problems.append(
+            f"strategy={strategy} wants half precision with fp32 master weights; "
+            "trainer.precision=32-true is not that; use bf16-mixed or 16-mixed"
+        )
+    return problems
+
+
+def _attention(job: _Job) -> list[str]:
+    if "bench" in job.cfg:
+        return _attention_at("attn_implementation", job)
+    # A model may have an implementation of its own in place of the machine's.
+    own = "model.spec.attn_implementation"
+    problems = _attention_at("machine.attn_implementation", job)
+    if job.get(own) != job.get("machine.attn_implementation"):
+        problems += _attention_at(own, job)
+    return problems
+
+
+def _attention_at(key: str, job: _Job) -> list[str]:
+    wanted = job.get(key, str)
+    if wanted is None or not wanted.startswith("flash_attention"):
+        return []
+    problems: list[str] = []
+    if "flash_attn" not in job.machine.installed:
+        problems.append(_needs_extra(f"{key}={wanted}", "flash", "flash_attn") + ", or use sdpa")
+    capability = _capability(job)
+    if capability is None:
+        problems.append(f"{key}={wanted} needs CUDA devices; use sdpa")
+    elif capability < _BF16_CAPABILITY:
+        problems.append(
+            f"{key}={wanted}: devices of compute capability {capability[0]}.{capability[1]} cannot "
+            "run it; use sdpa"
+        )
+    elif job.get("trainer.precision") == "32-true":
+        problems.append(f"{key}={wanted} computes in bf16 or fp16 only; use sdpa with 32-true")
+    return problems
+
+
+def _tuning(job: _Job) -> list[str]:
+    tuning = job.get("tuning.name", str)
+    if tuning not in ("lora", "qlora"):
+        return []
+    # The presets are there so that jobs compose; training with adapters is not.
+    problems = [f"tuning={tuning} is not in this version yet; use tuning=full"]
+    if "peft" not in job.machine.installed:
+        problems.append(_needs_extra(f"tuning={tuning}", "lora", "peft"))
+    if tuning == "qlora" and "bitsandbytes" not in job.machine.installed:
+        problems.append(_needs_extra("tuning=qlora", "quant", "bitsandbytes"))
+    if "language_model" not in (job.get("stage.trainable", list) or ["language_model"]):
+        problems.append(
+            f"tuning={tuning} adapts the language model, which stage={job.get('stage.name')} "
+            "leaves frozen; use tuning=full"
+        )
+    return problems
+
+
+def _loggers(job: _Job) -> list[str]:
+    loggers = job.get("logger", dict) or {}
+    return [
+        _needs_extra(f"logger={name}", name, name)
+        for name in ("tensorboard", "wandb")
+        if loggers.get(name) and name not in job.machine.installed
+    ]
+
+
+def _device(job: _Job) -> list[str]:
+    device = job.get("device", str)
+    if device is None:
+        return []
+    kind, _, index = device.partition(":")
+    there = {
+        "auto": not index,
+        "cpu": not index,
+        "mps": not index and job.machine.mps,
+        "cuda": (index or "0").isdecimal() and int(index or 0) < len(job.machine.cuda),
+    }
+    if kind not in there:
+        return [f"device={device}: expected auto, cpu, cuda, cuda:N or mps"]
+    if there[kind]:
+        return []
+    return [f"device={device}: this machine has {job.machine.describe()}; use device=auto"]
+
+
+def _needs_extra(what: str, extra: str, package: str) -> str:
+    return f"{what} needs {package}, which is not installed: pip install -e '.[{extra}]'"
+
+
+_Check = Callable[[_Job], list[str]]
+_TRAIN_CHECKS: tuple[_Check, ...] = (
+    _manifest,
+    _checkpoint,
+    _global_batch,
+    _devices,
+    _nodes,
+    _precision,
+    _strategy,
+    _attention,
+    _tuning,
+    _loggers,
+)
+_EVALUATE_CHECKS: tuple[_Check, ...] = (_manifest, _checkpoint, _device, _attention)

@@ -1,0 +1,69 @@
+"""Running an entry point: what ``@hydra.main`` does, with one readable error instead of a trace.
+
+A user's mistake ends with exit code 2 and a list of everything that is wrong. A defect of the
+program keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from vipllava.config.checks import format_problems
+from vipllava.config.overrides import find_override_problems
+from vipllava.config.resolvers import register_resolvers
+from vipllava.config.schema import first_line
+from vipllava.types import VipLlavaError
+
+EXIT_USER_ERROR = 2
+
+
+def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_name: str) -> None:
+    """Compose the job that the command line describes and hand it to ``task``.
+
+    Args:
+        task: what to do with the configuration; it is defined in the entry point's file.
+        config_dir: absolute path of ``conf``.
+        config_name: the root file in it, without suffix.
+    """
+    register_resolvers()
+    # Hydra would print its own short message and exit 1; ours needs the exception.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    started = False
+
+    @functools.wraps(task)
+    def job(cfg: DictConfig) -> None:
+        nonlocal started
+        started = True
+        try:
+            task(cfg)
+        except VipLlavaError as error:
+            _fail(str(error))
+
+    main = hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(job)
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if started:
+            raise
+        _fail(_composition_message(sys.argv[1:], config_dir, config_name, error))
+
+
+def _composition_message(
+    arguments: Sequence[str], config_dir: Path, config_name: str, error: Exception
+) -> str:
+    problems = find_override_problems(arguments, config_dir, config_name)
+    return format_problems(problems or [first_line(error)])
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(EXIT_USER_ERROR)

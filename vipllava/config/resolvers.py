@@ -1,0 +1,181 @@
+"""OmegaConf resolvers of ``conf/``: values that follow from other values.
+
+Each is written in YAML as ``${vip.NAME:ARGUMENTS}``. They are pure functions of the configuration,
+except the few that look at this machine because ``trainer=auto`` or ``trainer=1gpu`` says so.
+None of them imports torch unless it has to look.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from vipllava.config import hardware
+from vipllava.config.batch import accumulation_steps, largest_micro_batch
+from vipllava.types import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+STRATEGIES = ("single", "ddp", "zero2", "zero3", "zero3_offload")
+"""What ``strategy=auto`` chooses from, by how much of the model's state it takes off a device."""
+
+
+def register_resolvers() -> None:
+    """Make the ``vip.*`` resolvers known to OmegaConf; calling it again changes nothing."""
+    for name, function in _RESOLVERS.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def recipe(key: str, default: Any, *, _root_: DictConfig) -> Any:
+    """``${vip.recipe:KEY,PUBLISHED}``: the stage's value of ``key``.
+
+    The tuning's ``stage_overrides`` come first, then the model's (the tiny model has rates of its
+    own), each for this stage or for ``all``; then the published value. ``stage.KEY=...`` on the
+    command line replaces the expression and so beats all of them.
+    """
+    stage = OmegaConf.select(_root_, "stage.name")
+    for group in ("tuning", "model"):
+        for which in (stage, "all"):
+            overrides = OmegaConf.select(_root_, f"{group}.stage_overrides.{which}")
+            if overrides is not None and key in overrides:
+                return overrides[key]
+    return default
+
+
+def workload(trainable: Sequence[str], tuning: str) -> str:
+    """``projector`` when only that trains, else the tuning: what decides memory per device."""
+    return tuning if "language_model" in trainable else "projector"
+
+
+def micro_batch_size(*, _root_: DictConfig) -> int:
+    """Samples per device and forward pass.
+
+    The machine's table by workload, replaced by ``model.micro_batch_size`` where a model fits
+    everywhere, capped by ``model.max_micro_batch_sizes``; then the largest number up to that
+    which divides the global batch, so the recipe's global batch holds on any number of devices.
+    """
+    work = OmegaConf.select(_root_, "machine.workload")
+    limit = OmegaConf.select(_root_, "model.micro_batch_size")
+    if limit is None:
+        limit = OmegaConf.select(_root_, f"machine.micro_batch_sizes.{work}")
+        if limit is None:
+            raise ConfigError(f"machine.micro_batch_sizes has no entry for `{work}`")
+    cap = OmegaConf.select(_root_, f"model.max_micro_batch_sizes.{work}")
+    limit = int(limit if cap is None else min(limit, cap))
+    chosen = largest_micro_batch(
+        limit,
+        int(_root_.stage.global_batch_size),
+        int(_root_.trainer.devices),
+        int(_root_.trainer.num_nodes),
+    )
+    return limit if chosen is None else chosen
+
+
+def strategy(*, _root_: DictConfig) -> str:
+    """The strategy that ``strategy=auto`` stands for: by machine, workload and model.
+
+    One process needs none. Otherwise ``model.strategy`` (a model small enough to be replicated), or
+    the machine's table, raised to ``model.min_strategies`` where the model's state is larger.
+    """
+    if int(_root_.trainer.devices) * int(_root_.trainer.num_nodes) == 1:
+        return "single"
+    own = OmegaConf.select(_root_, "model.strategy")
+    if own is not None:
+        return str(own)
+    work = OmegaConf.select(_root_, "machine.workload")
+    chosen = OmegaConf.select(_root_, f"machine.strategies.{work}")
+    if chosen is None:
+        raise ConfigError(f"machine.strategies has no entry for `{work}`")
+    least = OmegaConf.select(_root_, f"model.min_strategies.{work}", default=chosen)
+    for name in (chosen, least):
+        if name not in STRATEGIES:
+            raise ConfigError(f"unknown strategy `{name}`; allowed: {', '.join(STRATEGIES)}")
+    return max(chosen, least, key=STRATEGIES.index)
+
+
+def devices(global_batch_size: int) -> int:
+    """``trainer=auto``: the most CUDA devices that divide the global batch; 1 without CUDA."""
+    present = len(hardware.detect().cuda)
+    return next((n for n in range(present, 1, -1) if global_batch_size % n == 0), 1)
+
+
+def precision() -> str:
+    """The best mixed precision of the first CUDA device; full precision without one."""
+    cuda = hardware.detect().cuda
+    if not cuda:
+        return "32-true"
+    # bf16 matrix units came with capability 8.0 (A100); older ones have fp16 only.
+    return "bf16-mixed" if cuda[0].capability >= (8, 0) else "16-mixed"
+
+
+def num_workers(limit: int) -> int:
+    """Loader processes: half of the cores, at most ``limit``; the other half trains."""
+    return min(limit, hardware.detect().num_cpus // 2)
+
+
+def attention(preferred: str) -> str:
+    """``preferred`` when its package is installed, else PyTorch's own ``sdpa``."""
+    if preferred.startswith("flash_attention") and importlib.util.find_spec("flash_attn") is None:
+        return "sdpa"
+    return preferred
+
+
+def weights_dtype(strategy_name: str, precision_name: str) -> str:
+    """Dtype the weights are loaded in.
+
+    DeepSpeed keeps fp32 master copies of half-precision weights itself; everywhere else the loaded
+    weights are the master copies and stay in fp32 (pure bf16 loses updates at 2e-7).
+    """
+    if strategy_name.startswith("zero"):
+        halves = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
+        return halves.get(precision_name, "float32")
+    return "float32"
+
+
+def zero_if_null(value: float | None) -> float:
+    """DeepSpeed spells "no clipping" 0, Lightning spells it null."""
+    return 0.0 if value is None else float(value)
+
+
+def product(*factors: int) -> int:
+    """Product of whole numbers, e.g. the processes of all nodes."""
+    return math.prod(factors)
+
+
+def run_dir(runs: str, name: str) -> str:
+    """Hydra's output folder of this job where Hydra runs it (a sweep's job has its own)."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if HydraConfig.initialized():
+        runtime = HydraConfig.get().runtime
+        # Missing while Hydra works out this very folder.
+        if not OmegaConf.is_missing(runtime, "output_dir"):
+            return str(runtime.output_dir)
+    return f"{runs}/{name}"
+
+
+def package_path(relative: str) -> str:
+    """Absolute path of a file that ships inside the package."""
+    return str(_PACKAGE / relative)
+
+
+_RESOLVERS: dict[str, Callable[..., Any]] = {
+    "vip.accumulation_steps": accumulation_steps,
+    "vip.attention": attention,
+    "vip.devices": devices,
+    "vip.micro_batch_size": micro_batch_size,
+    "vip.num_workers": num_workers,
+    "vip.package_path": package_path,
+    "vip.precision": precision,
+    "vip.product": product,
+    "vip.recipe": recipe,
+    "vip.run_dir": run_dir,
+    "vip.strategy": strategy,
+    "vip.weights_dtype": weights_dtype,
+    "vip.workload": workload,
+    "vip.zero_if_null": zero_if_null,
+}
