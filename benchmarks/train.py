@@ -101,7 +101,7 @@ def _batches(spec: ModelSpec, stage: str, data_root: Path) -> list[Batch]:
     return [
         collate_rows(
             [samples.encode(source.sample(index * _MICRO_BATCH + n)) for n in range(_MICRO_BATCH)],
-            pad_token_id=int(tokenizer.pad_token_id or 0),
+            pad_token_id=token_id(tokenizer, spec.pad_token),
             image_size=spec.image_size,
         )
         for index in range(_NUM_BATCHES)

@@ -10,6 +10,7 @@ from vipllava.config.hardware import OPTIONAL_PACKAGES, CudaDevice, Hardware
 EVERYTHING = frozenset(OPTIONAL_PACKAGES)
 MACHINES = {
     "laptop": Hardware(num_cpus=8),
+    "bf16_server": Hardware(num_cpus=32, cpu_bf16=True),
     "mac": Hardware(mps=True, num_cpus=8),
     "8xa100": Hardware((CudaDevice("A100", 79.2, (8, 0)),) * 8, num_cpus=96, installed=EVERYTHING),
     "8xa100_40g": Hardware(

@@ -24,6 +24,12 @@ def test_default_job_on_a_laptop():
     ]
 
 
+@pytest.mark.parametrize("here", ["bf16_server"], indirect=True)
+def test_auto_uses_bf16_units_of_a_cpu_and_cpu_keeps_full_precision():
+    assert _resolve(keys=("trainer.precision",)) == ["bf16-mixed"]
+    assert _resolve("trainer=cpu", keys=("trainer.precision",)) == ["32-true"]
+
+
 @pytest.mark.parametrize("here", ["2xt4"], indirect=True)
 def test_auto_takes_the_devices_that_are_there():
     keys = ("trainer.devices", "trainer.precision", "strategy.name", "machine.micro_batch_size")

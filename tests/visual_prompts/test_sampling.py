@@ -46,11 +46,11 @@ def test_same_key_same_plan_other_key_other_plan():
 def test_a_plan_is_pinned_by_its_key():
     """Literal: a change of these numbers changes every run's pictures."""
     assert generator_for(42, 0, "x", "y").integers(1 << 30) == 286709030
-    prompt = sample_plan(
-        [BOX], SIZE, VisualPromptPolicy(), generator_for(42, 0, "x", "y")
-    ).prompts[0]
+    prompt = sample_plan([BOX], SIZE, VisualPromptPolicy(), generator_for(42, 0, "x", "y")).prompts[
+        0
+    ]
     assert (prompt_words(prompt), prompt.rgb, prompt.alpha) == (
-        'at the red point',
+        "at the red point",
         (255, 0, 0),
         248,
     )

@@ -34,12 +34,14 @@ class Hardware:
         cuda: the visible CUDA devices.
         mps: whether Apple's Metal backend is there.
         num_cpus: cores this process may use.
+        cpu_bf16: whether the CPU multiplies bf16 matrices in hardware.
         installed: those of ``OPTIONAL_PACKAGES`` that can be imported.
     """
 
     cuda: tuple[CudaDevice, ...] = ()
     mps: bool = False
     num_cpus: int = 1
+    cpu_bf16: bool = False
     installed: frozenset[str] = field(default_factory=frozenset[str])
 
     def describe(self) -> str:
@@ -70,6 +72,7 @@ def detect() -> Hardware:
         cuda=tuple(cuda),
         mps=torch.backends.mps.is_available(),
         num_cpus=_usable_cpus(),
+        cpu_bf16=_cpu_multiplies_bf16(),
         installed=installed_packages(),
     )
 
@@ -77,6 +80,13 @@ def detect() -> Hardware:
 def installed_packages() -> frozenset[str]:
     """Return which of ``OPTIONAL_PACKAGES`` can be imported, without importing them."""
     return frozenset(name for name in OPTIONAL_PACKAGES if find_spec(name) is not None)
+
+
+def _cpu_multiplies_bf16() -> bool:
+    import torch
+
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _usable_cpus() -> int:

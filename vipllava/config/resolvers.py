@@ -104,10 +104,12 @@ def devices(global_batch_size: int) -> int:
 
 
 def precision() -> str:
-    """The best mixed precision of the first CUDA device; full precision without one."""
-    cuda = hardware.detect().cuda
+    """The best mixed precision of the first CUDA device, or of a CPU that has bf16 units."""
+    machine = hardware.detect()
+    cuda = machine.cuda
     if not cuda:
-        return "32-true"
+        # Twice as fast where the CPU has the units, many times slower where it emulates them.
+        return "bf16-mixed" if machine.cpu_bf16 and not machine.mps else "32-true"
     # bf16 matrix units came with capability 8.0 (A100); older ones have fp16 only.
     return "bf16-mixed" if cuda[0].capability >= (8, 0) else "16-mixed"
 

@@ -46,7 +46,7 @@ def run_training(cfg: DictConfig) -> Path:
     from vipllava.models.building import load_tokenizer
     from vipllava.training.callbacks import ExportCallback
 
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         # Lightning prints beside the root logger, which has both terminal and file.
         logging.getLogger(name).handlers.clear()
     lightning.seed_everything(int(cfg.seed), workers=True, verbose=False)

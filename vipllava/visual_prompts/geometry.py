@@ -111,4 +111,5 @@ def cubic_bezier(control: Sequence[Point]) -> tuple[Point, ...]:
 
 def _within(bbox: BBox, points: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
     x1, y1, x2, y2 = bbox
-    return ((points >= (x1, y1)) & (points <= (x2, y2))).all(axis=1)
+    inside = (points >= (x1, y1)) & (points <= (x2, y2))
+    return np.logical_and.reduce(inside, axis=1)

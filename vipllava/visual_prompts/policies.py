@@ -5,9 +5,9 @@ The values come from ``conf/visual_prompts``; the defaults here are the publishe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from vipllava.types import Shape, VipLlavaError
 from vipllava.visual_prompts.palette import named_colour
@@ -109,7 +109,7 @@ def build_policies(
     for name, spec in policies.items():
         where = f"visual_prompts.policies.{name}"
         try:
-            own = {**common, **(spec.get("ranges") or {})}
+            own: dict[str, Any] = {**common, **(spec.get("ranges") or {})}
             values = {key: value for key, value in spec.items() if key != "ranges"}
             _known_fields(VisualPromptPolicy, values, where)
             if "shapes" in values:
@@ -152,9 +152,9 @@ def _build_ranges(values: Mapping[str, Any], where: str) -> ShapeRanges:
         if not isinstance(getattr(defaults, key), tuple):
             checked[key] = value
             continue
-        pair = tuple(value) if isinstance(value, (list, tuple)) else ()  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        pair = _as_pair(value)
         # arrow_length mixes a fraction and pixels: its bounds may be reversed for big boxes.
-        if len(pair) != 2 or (pair[0] > pair[1] and key != "arrow_length"):
+        if pair is None or (pair[0] > pair[1] and key != "arrow_length"):
             raise VipLlavaError(f"ranges.{key} is {value}; give [low, high] with low <= high")
         checked[key] = pair
     if checked.get("anchor", 1) <= 0:
@@ -165,3 +165,10 @@ def _build_ranges(values: Mapping[str, Any], where: str) -> ShapeRanges:
         if not 1 <= low <= high <= 255:
             raise VipLlavaError(f"ranges.{key} is [{low}, {high}]; opacity lies in 1..255")
     return ShapeRanges(**checked)
+
+
+def _as_pair(value: Any) -> tuple[Any, Any] | None:
+    if not isinstance(value, (list, tuple)):
+        return None
+    items = cast("Sequence[Any]", value)
+    return (items[0], items[1]) if len(items) == 2 else None

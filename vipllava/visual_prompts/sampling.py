@@ -147,7 +147,7 @@ def _sample_shapes(
     names = len(PALETTE) if policy.name_colour and policy.colour is None else 1
     for index in own:
         if (fixed_shape := fixed[index].shape) is not None:
-            shape = check_shape(fixed_shape)
+            shape: Shape = check_shape(fixed_shape)
         else:
             free = [s for s in policy.shapes if uses[s] < names or not policy.distinguishable]
             if not free:

@@ -48,7 +48,9 @@ def mark_bounds(prompt: VisualPrompt) -> BBox:
     A line's round joints and square ends reach at most its width beyond its points; one pixel
     more covers rounding.
     """
-    xs, ys, reach = [], [], 0
+    xs: list[float] = []
+    ys: list[float] = []
+    reach = 0
     for stroke in prompt.strokes:
         xs.extend(x for x, _ in stroke.points)
         ys.extend(y for _, y in stroke.points)

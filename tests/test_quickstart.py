@@ -1,0 +1,99 @@
+"""The quick start: the commands it runs, and the summary and page it makes of their files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from vipllava import quickstart
+from vipllava.sample_world.build import ensure_sample_world
+from vipllava.types import VipLlavaError
+
+
+def test_the_steps_are_the_commands_a_user_would_type(tmp_path: Path):
+    steps = quickstart.plan_steps(Path("runs/q"), Path("d"), 7)
+    assert [step.part for step in steps] == [
+        "sample_data", "pretrain", "finetune", "gpt4v", "regions", "vip_bench",
+    ]  # fmt: skip
+    finetune = steps[2].command
+    assert Path(finetune[0]).name == "train.py"
+    assert finetune[1:] == (
+        "experiment=quickstart", "paths.runs=runs/q", "paths.data_root=d", "seed=7",
+        "stage=finetune",
+    )  # fmt: skip
+    assert "checkpoint=runs/q/tiny-gpt4v/export" in steps[4].command
+
+
+def test_a_failing_step_stops_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    steps = [quickstart.Step("broken", ("-c", "raise SystemExit(3)"))]
+    monkeypatch.setattr(quickstart, "plan_steps", lambda *_: steps)
+    options = argparse.Namespace(output=tmp_path, data_root=tmp_path, seed=1)
+    with pytest.raises(VipLlavaError, match="step `broken` ended with code 3"):
+        quickstart.run(options)
+
+
+def accuracy(correct: int, total: int) -> dict[str, float]:
+    return {
+        "correct": correct, "total": total, "accuracy": correct / total, "low": 0.1, "high": 0.9,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[Path, Path]:
+    """Output and data root of a quick start whose steps have ended."""
+    data_root, output = tmp_path / "data", tmp_path / "out"
+    ensure_sample_world(data_root, scale=0.01)
+    for stage in quickstart.STAGES:
+        folder = output / f"tiny-{stage}" / "csv"
+        folder.mkdir(parents=True)
+        rows = "".join(f"{step},{2 - step / 10}\n" for step in range(20))
+        (folder / "metrics.csv").write_text("step,train/loss\n" + rows)
+    regions = output / "eval" / "regions"
+    regions.mkdir(parents=True)
+    halves = {"marked": accuracy(7, 8), "unmarked": accuracy(1, 8)}
+    results = {
+        "seed": 42, "num_questions": 8, **halves, "by_shape": {"arrow": halves},
+        "gap": {"accuracy": 0.75, "low": 0.5, "high": 0.9},
+    }  # fmt: skip
+    (regions / "results.json").write_text(json.dumps(results))
+    lines = [
+        json.dumps({"shape": "arrow", "answer": "x", "marked": f"seen{n}", "unmarked": "guess"})
+        for n in range(8)
+    ]
+    (regions / "predictions.jsonl").write_text("\n".join(lines))
+    split = {
+        "total": 40.0, "low": 30.0, "high": 50.0, "num_items": 60,
+        "by_capability": {"rec": {"score": 40.0, "num_items": 60}},
+    }  # fmt: skip
+    bench = output / "eval" / "vip_bench"
+    bench.mkdir(parents=True)
+    splits = {"bbox": split, "human": {**split, "total": 50.0}}
+    (bench / "results.json").write_text(json.dumps({"splits": splits}))
+    return output, data_root
+
+
+def test_summary_and_page_come_from_the_steps_files(finished: tuple[Path, Path]):
+    output, data_root = finished
+    summary = quickstart.write_report(output, data_root, {"pretrain": 1.25, "all": 9.0})
+    assert summary == json.loads((output / "summary.json").read_text())
+    assert summary["accuracy_marked"] == 0.875
+    assert summary["accuracy_unmarked"] == 0.125
+    assert summary["num_questions"] == 8
+    assert summary["vip_bench_total"] == 45.0
+    assert summary["loss_first"]["pretrain"] == pytest.approx(1.55)
+    assert summary["loss_last"]["gpt4v"] == pytest.approx(0.55)
+    assert set(summary["seconds"]) == {"pretrain", "all"}
+    page = (output / "report.html").read_text()
+    assert "seen0" in page
+    assert (output / "shapes.png").stat().st_size > 10_000
+
+
+def test_two_metrics_files_are_not_mixed(finished: tuple[Path, Path]):
+    output, data_root = finished
+    (output / "tiny-pretrain" / "old").mkdir()
+    (output / "tiny-pretrain" / "old" / "metrics.csv").write_text("step,train/loss\n")
+    with pytest.raises(VipLlavaError, match=r"has 2 files metrics\.csv"):
+        quickstart.write_report(output, data_root, {})
