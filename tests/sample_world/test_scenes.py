@@ -10,11 +10,12 @@ import pytest
 from vipllava.keyed_random import generator_for
 from vipllava.sample_world.objects import DIGITS, DRAWINGS, KINDS
 from vipllava.sample_world.scenes import (
-    _PHOTOGRAPHS,  # pyright: ignore[reportPrivateUsage]
     LONGER_SIDE,
     _handwriting,  # pyright: ignore[reportPrivateUsage]
     compose_scene,
 )
+
+SPLITS = ("train", "heldout")
 
 
 def scenes(count: int, split="train"):
@@ -54,8 +55,10 @@ def test_every_kind_occurs_and_has_a_category():
     assert found["fish"] == "animal"
 
 
-def test_training_and_heldout_share_no_photograph_and_no_handwriting():
-    assert not set(_PHOTOGRAPHS["train"]) & set(_PHOTOGRAPHS["heldout"])
+def test_training_and_heldout_share_no_scene_and_no_handwriting():
+    pictures = {split: {scene.jpeg() for scene in scenes(50, split)} for split in SPLITS}
+    assert len(pictures["train"]) == len(pictures["heldout"]) == 50
+    assert not pictures["train"] & pictures["heldout"]
     train, heldout = _handwriting("train"), _handwriting("heldout")
     for digit in range(10):
         assert len(train[digit]) > 100
