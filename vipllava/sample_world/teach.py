@@ -6,6 +6,9 @@ safetensors in ``vipllava/sample_world/base``. The shipped ones took about two h
     vipllava teach-base --output first --tower-steps 4500
     vipllava teach-base --output second --parts vision_tower --tower-start first/vision_tower \
         --seed 1 --tower-steps 3000
+
+The scenes got more photographs and light after the first course of the shipped tower: the
+commands make weights of the same kind and quality, not the same bytes.
 """
 
 from __future__ import annotations
