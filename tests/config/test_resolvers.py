@@ -99,7 +99,7 @@ def test_tiny_brings_its_own_recipe():
 
 def test_marks_follow_the_model():
     keys = ("data.policies.ranges.anchor", "data.policies.ranges.rectangle_width")
-    assert _resolve(keys=keys) == [168, [2, 5]]
+    assert _resolve(keys=keys) == [168, [3, 5]]
     assert _resolve("model=7b", keys=keys) == [336, [2, 8]]
     assert _resolve("visual_prompts=published", keys=keys) == [336, [2, 8]]
 

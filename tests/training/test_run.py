@@ -59,8 +59,8 @@ def _metrics(run_dir: Path) -> str:
 
 
 def test_two_stages_from_the_projects_configuration(config, tmp_path):
-    first = run_training(config("stage=pretrain"))
-    second = run_training(config("stage=finetune"))
+    first = run_training(config("stage=pretrain", "stage.epochs=1"))
+    second = run_training(config("stage=finetune", "stage.epochs=1"))
 
     assert first == tmp_path / "runs" / "tiny-pretrain" / "export"
     assert second == tmp_path / "runs" / "tiny-finetune" / "export"
@@ -89,4 +89,4 @@ def test_equal_seeds_give_identical_loss_logs(config, tmp_path):
 
 def test_the_next_stage_needs_the_export_of_the_one_before(config):
     with pytest.raises(CheckpointError, match="tiny-pretrain/export' does not exist"):
-        run_training(config("stage=finetune"))
+        run_training(config("stage=finetune", "stage.epochs=1"))

@@ -149,7 +149,9 @@ def _sample_shapes(
         if (fixed_shape := fixed[index].shape) is not None:
             shape: Shape = check_shape(fixed_shape)
         else:
-            free = [s for s in policy.shapes if uses[s] < names or not policy.distinguishable]
+            free: list[Shape] = [
+                s for s in policy.shapes if uses[s] < names or not policy.distinguishable
+            ]
             if not free:
                 raise RecordError(
                     f"{len(own)} regions cannot be told apart by words: {len(policy.shapes)} "
