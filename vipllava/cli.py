@@ -94,7 +94,7 @@ def _add_data_root(command: argparse.ArgumentParser) -> None:
 
 
 def _quickstart(options: argparse.Namespace) -> int | None:
-    from vipllava.quickstart import run
+    from vipllava.commands.quickstart import run
 
     return run(options)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,13 +40,27 @@ Polygon = tuple[Point, ...]
 class VipLlavaError(Exception):
     """Base of the errors a user can act on: the thing, its value and the remedy."""
 
+    def at(self, where: object) -> Self:
+        """Return the same error with a place in front of its message."""
+        placed = type(self)(f"{where}: {self}")
+        placed.__dict__.update(self.__dict__)
+        return placed
+
 
 class ConfigError(VipLlavaError):
     """The composed configuration cannot run; the message lists every problem."""
 
 
 class RecordError(VipLlavaError):
-    """A record, image or annotation breaks its schema; the message names key and place."""
+    """A record, image or annotation breaks its schema; the message names key and place.
+
+    Attributes:
+        fault: the class of the fault, e.g. ``box-empty``; :mod:`vipllava.data.lint` lists them.
+    """
+
+    def __init__(self, message: str, fault: str = "record-invalid") -> None:
+        super().__init__(message)
+        self.fault = fault
 
 
 class CheckpointError(VipLlavaError):

@@ -78,3 +78,15 @@ def test_bad_arguments() -> None:
         ImageTransform(56, "crop")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="image size is 0"):
         ImageTransform(0, "pad")
+
+
+@pytest.mark.parametrize("aspect", ["square", "pad", "resize"])
+@pytest.mark.parametrize("size", [(640, 480), (427, 640), (500, 333), (60, 60)])
+def test_a_mapped_box_is_where_the_pixels_are(aspect: ImageAspect, size: tuple[int, int]):
+    picture = Image.new("RGB", size)
+    box = (size[0] * 0.4, size[1] * 0.3, size[0] * 0.6, size[1] * 0.7)
+    picture.paste((255, 255, 255), tuple(map(round, box)))
+    transform = ImageTransform(168, aspect)
+    rows, columns = np.nonzero(transform(picture).numpy().min(axis=0) > 127)
+    found = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    assert found == pytest.approx(transform.map_box(box, size), abs=1.5)

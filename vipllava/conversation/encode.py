@@ -159,7 +159,8 @@ class ConversationEncoder:
                     raise RecordError(
                         f"sample {key!r}: the picture stands in a turn that does not fit into "
                         f"max_length={self.max_length} (turns 1 to {index + 2} of {len(turns)} "
-                        f"need {length} ids); raise max_length, or move the picture to turn 1"
+                        f"need {length} ids); raise max_length, or move the picture to turn 1",
+                        "too-long",
                     )
                 draft.cut(mark)
                 break
@@ -287,7 +288,8 @@ class ConversationEncoder:
             f"sample {key!r}: its first question and answer need {length} ids ({num_image} of "
             f"the picture, {num_user} of the question, {num_assistant} of the answer, "
             f"{num_template} of template {self.template.name!r}) and max_length="
-            f"{self.max_length}; raise max_length, shorten the record or leave it out"
+            f"{self.max_length}; raise max_length, shorten the record or leave it out",
+            "too-long",
         )
 
 

@@ -87,7 +87,9 @@ def decode_image(data: bytes, key: str) -> Image.Image:
             image.load()
             fast = _to_rgb(image, key)
         except (*_BROKEN, Image.DecompressionBombError) as error:
-            raise RecordError(f"{key}: the picture cannot be decoded ({error}); {_FIX}") from error
+            raise RecordError(
+                f"{key}: the picture cannot be decoded ({error}); {_FIX}", "image-corrupt"
+            ) from error
     return fast.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else fast
 
 
@@ -98,18 +100,24 @@ def _open(data: bytes, key: str) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
         width, height = image.size
     except Image.DecompressionBombError as error:
-        raise RecordError(f"{key}: {error}; the limit is {MAX_PIXELS} pixels; {_FIX}") from error
+        raise RecordError(
+            f"{key}: {error}; the limit is {MAX_PIXELS} pixels; {_FIX}", "image-too-large"
+        ) from error
     except UnidentifiedImageError as error:
         start = bytes(data[:8])
         raise RecordError(
             f"{key}: {len(data)} bytes starting with {start!r} are no picture; expected "
-            f"{', '.join(_FORMATS)}; {_FIX}"
+            f"{', '.join(_FORMATS)}; {_FIX}",
+            "image-corrupt",
         ) from error
     except _BROKEN as error:
-        raise RecordError(f"{key}: the picture's header is broken ({error}); {_FIX}") from error
+        raise RecordError(
+            f"{key}: the picture's header is broken ({error}); {_FIX}", "image-corrupt"
+        ) from error
     if width * height > MAX_PIXELS:
         raise RecordError(
-            f"{key}: the picture has {width} x {height} pixels; the limit is {MAX_PIXELS}; {_FIX}"
+            f"{key}: the picture has {width} x {height} pixels; the limit is {MAX_PIXELS}; {_FIX}",
+            "image-too-large",
         )
     return image
 
@@ -146,7 +154,8 @@ def _to_rgb(image: Image.Image, key: str) -> Image.Image:
     if mode == "F":
         raise RecordError(
             f"{key}: the picture has floating-point pixels (mode F), whose range is unknown; "
-            "store it as 8-bit JPEG or PNG"
+            "store it as 8-bit JPEG or PNG",
+            "image-corrupt",
         )
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layer = image.convert("RGBA")

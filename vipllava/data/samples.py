@@ -15,10 +15,12 @@ in any process, worker or order, and another wording never moves a mark.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.data.collate import EncodedSample
@@ -97,7 +99,7 @@ class SampleSource:
                 rng=words_generator(self.seed, epoch, self.name, entry.key),
             )
         except RecordError as error:
-            raise RecordError(f"{entry.shard}: {error}") from error
+            raise error.at(entry.shard) from error
         return sample if self.policy == AUTO_POLICY else replace(sample, policy=self.policy)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -142,7 +144,28 @@ def plan_sample(
             plan = sample_plan(sample.regions, size, policy, rng, sample.fixed)
         return plan, refer_turns(sample.turns, plan)
     except VipLlavaError as error:
-        raise type(error)(f"{sample.dataset}/{sample.key}: {error}") from error
+        raise error.at(f"{sample.dataset}/{sample.key}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTrace:
+    """Everything that is made of one sample on its way to the network.
+
+    Attributes:
+        sample: the parsed record.
+        plan: its marks.
+        turns: its texts, with the marks' words.
+        encoded: ids and labels.
+        picture: the decoded, upright picture without marks, RGB; None for a text-only sample.
+        pixel_values: uint8 [3, size, size] as the network gets it, marks drawn; None likewise.
+    """
+
+    sample: Sample
+    plan: VisualPromptPlan
+    turns: tuple[Turn, ...]
+    encoded: Encoded
+    picture: Image.Image | None
+    pixel_values: torch.Tensor | None
 
 
 class SampleEncoder:
@@ -175,19 +198,24 @@ class SampleEncoder:
         return turns, self._encode(sample, turns)
 
     def encode(self, sample: Sample, epoch: int = 0) -> EncodedSample:
-        """Return the finished sample.
+        """Return the finished sample; raises what :meth:`trace` raises."""
+        trace = self.trace(sample, epoch)
+        return EncodedSample(f"{sample.dataset}/{sample.key}", trace.encoded, trace.pixel_values)
+
+    def trace(self, sample: Sample, epoch: int = 0) -> SampleTrace:
+        """Return the finished sample with all that led to it.
 
         Raises:
             RecordError: unreadable picture, regions that cannot be told apart, or a conversation
                 without a supervised token; names data set and key.
         """
         name = f"{sample.dataset}/{sample.key}"
-        image = None if sample.image is None else decode_image(sample.image, name)
-        size = (0, 0) if image is None else image.size
+        picture = None if sample.image is None else decode_image(sample.image, name)
+        size = (0, 0) if picture is None else picture.size
         plan, turns = plan_sample(sample, size, self.policies, self._marks(sample, epoch))
         encoded = self._encode(sample, turns)
-        pixels = None if image is None else self.transform(render_plan(image, plan))
-        return EncodedSample(name, encoded, pixels)
+        pixels = None if picture is None else self.transform(render_plan(picture, plan))
+        return SampleTrace(sample, plan, turns, encoded, picture, pixels)
 
     def _marks(self, sample: Sample, epoch: int) -> np.random.Generator:
         return marks_generator(self.seed, epoch, sample.dataset, sample.key)
@@ -197,7 +225,8 @@ class SampleEncoder:
         encoded = self.encoder.encode(turns, key=name)
         if encoded.num_supervised == 0:
             raise RecordError(
-                f"{name}: no token is supervised; expected an answer within the length limit"
+                f"{name}: no token is supervised; expected an answer within the length limit",
+                "unsupervised",
             )
         if encoded.num_images != (sample.image is not None):
             raise RecordError(

@@ -55,7 +55,7 @@ class VisualPromptDataset(Dataset[EncodedSample]):
             return self.encoder.encode(sample, epoch)
         except VipLlavaError as error:
             shard, _ = self.source.shards.locate(position)
-            raise type(error)(f"{self.source.shards.paths[shard]}: {error}") from error
+            raise error.at(self.source.shards.paths[shard]) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ def refer_turns(turns: Sequence[DraftTurn], plan: VisualPromptPlan) -> tuple[Tur
         if part.region not in words:
             raise RecordError(
                 f"the text mentions region {part.region}, the plan marks {sorted(words)}; "
-                "every mentioned region needs a box"
+                "every mentioned region needs a box",
+                "placeholder-without-region",
             )
         return words[part.region]
 

@@ -32,22 +32,33 @@ def render_plan(image: Image.Image, plan: VisualPromptPlan) -> Image.Image:
         )
     marked = image.copy()
     for prompt in plan.prompts:
-        _draw(marked, prompt)
+        if (painted := mark_opacity(prompt, image.size)) is not None:
+            opacity, (left, top) = painted
+            box = (left, top, left + opacity.width, top + opacity.height)
+            marked.paste(prompt.rgb, box, opacity)
     return marked
 
 
-def _draw(image: Image.Image, prompt: VisualPrompt) -> None:
+def mark_opacity(
+    prompt: VisualPrompt, size: tuple[int, int]
+) -> tuple[Image.Image, tuple[int, int]] | None:
+    """Return what a mark paints on a picture of ``size`` (width, height).
+
+    Returns:
+        The opacity of the mark's bounds, clipped to the picture (mode L: 0, or the mark's alpha
+        where it paints), and the place of its top-left corner; None if the mark lies outside.
+    """
     x1, y1, x2, y2 = mark_bounds(prompt)
     left, top = max(0, math.floor(x1)), max(0, math.floor(y1))
-    right, bottom = min(image.width, math.ceil(x2) + 1), min(image.height, math.ceil(y2) + 1)
+    right, bottom = min(size[0], math.ceil(x2) + 1), min(size[1], math.ceil(y2) + 1)
     if left >= right or top >= bottom:
-        return
+        return None
     opacity = Image.new("L", (right - left, bottom - top), 0)
     canvas = ImageDraw.Draw(opacity)
     for stroke in prompt.strokes:
         points = [(x - left, y - top) for x, y in stroke.points]
         _paint(canvas, stroke, points, prompt.alpha)
-    image.paste(prompt.rgb, (left, top, right, bottom), opacity)
+    return opacity, (left, top)
 
 
 def _paint(canvas: ImageDraw.ImageDraw, stroke: Stroke, points: list[Point], alpha: int) -> None:

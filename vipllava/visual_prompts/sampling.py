@@ -155,7 +155,8 @@ def _sample_shapes(
             if not free:
                 raise RecordError(
                     f"{len(own)} regions cannot be told apart by words: {len(policy.shapes)} "
-                    f"shapes with {names} colour names each; use more shapes or fewer regions"
+                    f"shapes with {names} colour names each; use more shapes or fewer regions",
+                    "same-words",
                 )
             shape = free[int(rng.integers(len(free)))]
         uses[shape] += 1

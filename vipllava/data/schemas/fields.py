@@ -60,13 +60,15 @@ class Fields:
             self._size = image_size(self.image, key=f"{self.dataset}/{self.key}")
         return self._size
 
-    def fail(self, name: str, found: object, expected: str) -> NoReturn:
+    def fail(
+        self, name: str, found: object, expected: str, fault: str = "record-invalid"
+    ) -> NoReturn:
         """Raise a RecordError about field ``name``."""
         shown = repr(found)
         if len(shown) > _SHOWN:
             shown = f"{shown[:_SHOWN]}..."
         raise RecordError(
-            f"{self.dataset}/{self.key}: field `{name}` is {shown}; expected {expected}"
+            f"{self.dataset}/{self.key}: field `{name}` is {shown}; expected {expected}", fault
         )
 
     def require_image(self) -> None:
@@ -75,7 +77,8 @@ class Fields:
             named = self.record.get("image")
             raise RecordError(
                 f"{self.dataset}/{self.key}: no picture beside the record (it names {named!r}); "
-                "expected KEY.jpg, .jpeg, .png or .webp in the same shard"
+                "expected KEY.jpg, .jpeg, .png or .webp in the same shard",
+                "image-missing",
             )
 
     def require(self, name: str, expected: str) -> Any:
@@ -105,11 +108,16 @@ class Fields:
         return self.as_list(value, name, expected, count)
 
     def as_list(
-        self, value: object, name: str, expected: str, count: int | None = None
+        self,
+        value: object,
+        name: str,
+        expected: str,
+        count: int | None = None,
+        fault: str = "record-invalid",
     ) -> list[Any]:
         """Check that ``value`` is a list, of ``count`` items where given."""
         if not isinstance(value, list):
-            self.fail(name, value, expected)
+            self.fail(name, value, expected, fault)
         values = cast("list[Any]", value)
         if count is not None and len(values) != count:
             found = f"a list of {len(values)}"
@@ -139,18 +147,19 @@ class Fields:
             extra: numbers that may follow the four.
         """
         expected = "a box [x1, y1, x2, y2] in pixels" + (" and a score" if extra else "")
-        numbers = self.as_list(value, name, expected)
+        numbers = self.as_list(value, name, expected, fault="box-invalid")
         if len(numbers) not in (4, 4 + extra) or not all(map(_is_number, numbers[:4])):
-            self.fail(name, numbers, expected)
+            self.fail(name, numbers, expected, "box-invalid")
         x1, y1, x2, y2 = (float(number) for number in numbers[:4])
         if x2 < x1 or y2 < y1:
-            self.fail(name, numbers, "x1 <= x2 and y1 <= y2: this box is reversed")
+            self.fail(name, numbers, "x1 <= x2 and y1 <= y2: this box is reversed", "box-reversed")
         if x1 == x2 or y1 == y2:
-            self.fail(name, numbers, "a box with an area: this one is empty")
+            self.fail(name, numbers, "a box with an area: this one is empty", "box-empty")
         width, height = self.size
         clipped = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
         if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
-            self.fail(name, numbers, f"a box inside the {width} x {height} picture")
+            expected = f"a box inside the {width} x {height} picture"
+            self.fail(name, numbers, expected, "box-outside")
         return clipped
 
     def polygons(self, value: object, name: str) -> tuple[Polygon, ...]:
@@ -161,11 +170,13 @@ class Fields:
         """
         expected = "a list of polygons, each a flat list x, y, x, y of at least 3 points"
         polygons: list[Polygon] = []
-        for number, flat in enumerate(self.as_list(value, name, expected)):
+        fault = "polygon-invalid"
+        for number, flat in enumerate(self.as_list(value, name, expected, fault=fault)):
             where = f"{name}[{number}]"
-            numbers = self.as_list(flat, where, expected)
+            numbers = self.as_list(flat, where, expected, fault=fault)
             if len(numbers) % 2:
-                self.fail(where, numbers, f"an even count of coordinates, not {len(numbers)}")
+                even = f"an even count of coordinates, not {len(numbers)}"
+                self.fail(where, numbers, even, fault)
             pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
             polygons.append(self.polygon(pairs, where))
         return tuple(polygons)
@@ -180,14 +191,17 @@ class Fields:
                 or len(cast("Sequence[Any]", point)) != 2
                 or not all(map(_is_number, cast("Sequence[Any]", point)))
             ):
-                self.fail(name, cast("object", point), "finite x, y coordinates in pixels")
+                expected = "finite x, y coordinates in pixels"
+                self.fail(name, cast("object", point), expected, "polygon-invalid")
             x, y = cast("tuple[float, float]", point)
             checked.append((float(x), float(y)))
         if len(checked) < 3:
-            self.fail(name, list(points), f"at least 3 points, not {len(checked)}")
+            expected = f"at least 3 points, not {len(checked)}"
+            self.fail(name, list(points), expected, "polygon-invalid")
         xs, ys = zip(*checked, strict=True)
         if max(xs) <= 0 or max(ys) <= 0 or min(xs) >= width or min(ys) >= height:
-            self.fail(name, list(points), f"a polygon inside the {width} x {height} picture")
+            expected = f"a polygon inside the {width} x {height} picture"
+            self.fail(name, list(points), expected, "polygon-outside")
         right, bottom = float(width), float(height)
         return tuple((min(max(x, 0.0), right), min(max(y, 0.0), bottom)) for x, y in checked)
 
@@ -281,14 +295,12 @@ class Fields:
         start = 0
         for match in _REGION_PLACEHOLDER.finditer(text):
             if not match.group(1) and num_regions != 1:
-                self.fail(
-                    name, match.group(), f"<bbox0> to <bbox{num_regions - 1}>: bare is unclear"
-                )
+                expected = f"<bbox0> to <bbox{num_regions - 1}>: bare is unclear"
+                self.fail(name, match.group(), expected, "placeholder-without-region")
             region = int(match.group(1) or 0)
             if region >= num_regions:
-                self.fail(
-                    name, match.group(), f"a region of this record, which has {num_regions} boxes"
-                )
+                expected = f"a region of this record, which has {num_regions} boxes"
+                self.fail(name, match.group(), expected, "placeholder-without-region")
             parts += [text[start : match.start()], Mention(region)]
             start = match.end()
         parts.append(text[start:])

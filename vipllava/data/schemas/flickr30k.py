@@ -51,9 +51,8 @@ def parse_flickr30k(fields: Fields, rng: np.random.Generator) -> Parsed:
     for phrase in order:
         where = f"bbox[{phrase}]"
         if phrase >= len(phrases):
-            fields.fail(
-                "grounding", f"<bbox{phrase}>", f"a phrase of `bbox`, which has {len(phrases)}"
-            )
+            expected = f"a phrase of `bbox`, which has {len(phrases)}"
+            fields.fail("grounding", f"<bbox{phrase}>", expected, "placeholder-without-region")
         boxes = fields.as_list(phrases[phrase], where, "a list of boxes")
         if not boxes:
             fields.fail(where, boxes, "at least one box: the caption marks this phrase")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 STAGES: Final = ("pretrain", "finetune", "gpt4v")
-_CHECKOUT: Final = Path(__file__).resolve().parent.parent
+_CHECKOUT: Final = Path(__file__).resolve().parents[2]
 _NUM_EXAMPLES: Final = 12
 _PACKAGES: Final = ("torch", "transformers", "lightning", "webdataset")
 

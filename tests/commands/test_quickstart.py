@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vipllava import quickstart
+from vipllava.commands import quickstart
 from vipllava.sample_world.build import ensure_sample_world
 from vipllava.types import VipLlavaError
 
