@@ -80,15 +80,22 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         """
         if self.dataset is not None:
             return
-        source = SampleSource.open(self.manifest, self.data_root, self.seed)
+        source = self.open_source()
         self.dataset = VisualPromptDataset(source, self.samples)
-        order = self._sampler(source).order(epoch=0)
-        proved = order[: self.num_proved].tolist()
+        proved = self.first_positions(source, self.num_proved)
         for position in proved:
             sample = source.sample(position)
             turns, encoded = self.samples.encode_text(sample)
             prove_labels(self.encoder, turns, encoded, key=f"{sample.dataset}/{sample.key}")
         log.info("%s: %d samples, labels of %d proved", source.name, len(source), len(proved))
+
+    def open_source(self) -> SampleSource:
+        """Open the shards; raises what :func:`vipllava.data.shards.open_shards` raises."""
+        return SampleSource.open(self.manifest, self.data_root, self.seed)
+
+    def first_positions(self, source: SampleSource, count: int) -> list[int]:
+        """Return the positions of the samples that training meets first."""
+        return self._sampler(source).order(epoch=0)[:count].tolist()
 
     def train_dataloader(self) -> StepLoader:
         """Return this rank's loader; its length is the epoch's number of micro-batches."""
