@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all check bench clean
+.PHONY: help quickstart test test-all test-browser check bench pictures clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -25,6 +25,9 @@ test: $(VENV)/.dev ## the fast tests
 test-all: $(VENV)/.dev ## every test this machine can run
 	$(BIN)/python -m pytest
 
+test-browser: $(VENV)/.browser ## look at the pages in a browser; needs Debian's package `chromium` (or Chrome)
+	$(BIN)/python -m pytest -m browser
+
 check: $(VENV)/.dev ## lint, format, types, import floors
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -33,6 +36,9 @@ check: $(VENV)/.dev ## lint, format, types, import floors
 
 bench: $(VENV)/.core ## measure; tables here, figures in runs/bench
 	$(BIN)/python -m benchmarks.run
+
+pictures: $(VENV)/.core ## make docs/pictures anew: the eight shapes, a page of `vipllava inspect`
+	$(BIN)/python docs/make_pictures.py
 
 clean: ## remove .venv and caches; runs and data stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -51,4 +57,8 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/.created
 
 $(VENV)/.dev: $(VENV)/.core
 	$(PIP_INSTALL) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.browser: $(VENV)/.dev
+	$(PIP_INSTALL) -e ".[browser]"
 	@touch $@

@@ -4,13 +4,19 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from vipllava.config.checks import check_config
+from vipllava.config.checks import check_config, check_data_config
 from vipllava.config.entry import run_main
 from vipllava.config.targets import check_targets
 
 
 def train(cfg: DictConfig) -> None:
     """Check the job, then run it; nothing heavy is imported before the check has passed."""
+    if cfg.inspect:
+        check_data_config(cfg)
+        from vipllava.commands.inspect import inspect_job
+
+        inspect_job(cfg)
+        return
     check_config(cfg)
     check_targets(cfg)
     from vipllava.training.run import run_training

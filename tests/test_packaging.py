@@ -36,6 +36,7 @@ def test_extras():
         "coco",
         "slurm",
         "sweep",
+        "browser",
         "dev",
         "all",
     }

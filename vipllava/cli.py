@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_quickstart, _add_sample_data, _add_teach_base):
+    for add in (_add_quickstart, _add_inspect, _add_lint, _add_sample_data, _add_teach_base):
         add(commands)
     return parser
 
@@ -65,6 +65,29 @@ def _add_quickstart(commands: argparse._SubParsersAction[argparse.ArgumentParser
     command.add_argument("--seed", type=int, default=42, help="default: %(default)s")
     _add_data_root(command)
     command.set_defaults(run=_quickstart)
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "inspect",
+        help="write a page of what the model will see of a data set, and which tokens it learns",
+        description="data=MANIFEST [n=24] [output=PAGE.html] and any override of conf/train.yaml: "
+        "vipllava inspect data=sample_finetune model=tiny",
+    )
+    command.add_argument("arguments", nargs="*", metavar="KEY=VALUE")
+    command.set_defaults(run=_inspect)
+
+
+def _add_lint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "lint",
+        help="find faults in a data set before training does",
+        description="data=MANIFEST [n=SAMPLES] [strict=true] [json=REPORT.json] [num_workers=N] "
+        "[epoch=0], lint.LIMIT=VALUE and any override of conf/train.yaml: "
+        "vipllava lint data=user_data strict=true lint.min_mark_pixels=6",
+    )
+    command.add_argument("arguments", nargs="*", metavar="KEY=VALUE")
+    command.set_defaults(run=_lint)
 
 
 def _add_sample_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -97,6 +120,18 @@ def _quickstart(options: argparse.Namespace) -> int | None:
     from vipllava.commands.quickstart import run
 
     return run(options)
+
+
+def _inspect(options: argparse.Namespace) -> int | None:
+    from vipllava.commands.inspect import run
+
+    return run(options.arguments)
+
+
+def _lint(options: argparse.Namespace) -> int | None:
+    from vipllava.commands.lint import run
+
+    return run(options.arguments)
 
 
 def _sample_data(options: argparse.Namespace) -> int | None:

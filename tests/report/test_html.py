@@ -45,6 +45,16 @@ def test_picture_travels_inside(lossless: bool, kind: str):
     assert (image.format, image.size) == (kind.upper(), (6, 4))
 
 
+@pytest.mark.parametrize(("quality", "thin_line_stays_red"), [(92, True), (88, False)])
+def test_high_quality_keeps_thin_lines_coloured(quality: int, thin_line_stays_red: bool):
+    image = Image.new("RGB", (16, 16), (40, 90, 60))
+    image.paste((255, 0, 0), (8, 0, 9, 16))
+    code = picture(image, "", quality=quality).split("base64,")[1].split('"')[0]
+    shown = Image.open(io.BytesIO(base64.b64decode(code)))
+    red, green, blue = shown.getpixel((8, 8))
+    assert (red > 225 and green < 30 and blue < 30) == thin_line_stays_red
+
+
 def test_page_is_a_whole_document():
     text = page("A & B", "p { color: red }", element("p", "x"))
     assert text.startswith('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"/>')

@@ -66,6 +66,24 @@ def test_line_widths_scale_with_the_picture_and_reach_both_ends(shape: Shape, lo
     assert max(widths) == high
 
 
+@pytest.mark.parametrize(("side", "low", "high"), [(336, 2, 8), (1000, 5, 23), (60, 1, 1)])
+def test_widths_are_whole_numbers_between_the_scaled_ends(side: int, low: int, high: int):
+    """``int(2 * s)`` to ``int(8 * s)``, at least 1; s is the longer side over 336."""
+    policy = VisualPromptPolicy(shapes=("rectangle",))
+    widths = {
+        sample_plan([Region((1, 1, 20, 20))], (side // 2, side), policy, generator_for(seed))
+        .prompts[0]
+        .strokes[0]
+        .width
+        for seed in range(400)
+    }
+    assert widths == set(range(low, high + 1))
+
+
+def test_arrow_lines_scale_too():
+    assert {one("arrow", seed).strokes[0].width for seed in range(300)} == set(range(2, 13))
+
+
 def test_contour_reaches_w_to_both_sides():
     assert {one("mask contour", seed).strokes[0].width for seed in range(60)} == {5, 7, 9}
 
@@ -140,6 +158,68 @@ def test_arrow_points_near_the_centre_with_its_stated_length():
         assert barb >= 12 - 1e-6
     assert 70 <= open_heads <= 130
     assert 70 <= bent <= 130
+
+
+def test_arrow_heads_open_sixty_degrees_to_each_side():
+    for seed in range(200):
+        shaft, head = one("arrow", seed).strokes
+        left, tip, right = map(np.array, head.points)
+        tail = np.array(shaft.points[0])
+        length = np.linalg.norm(tail - tip)
+        for barb in (left, right):
+            size = np.linalg.norm(barb - tip)
+            assert max(0.2 * length, 12) - 1e-6 <= size <= max(0.5 * length, 12) + 1e-6
+            cosine = (barb - tip) @ (tail - tip) / (size * length)
+            assert math.degrees(math.acos(cosine)) == pytest.approx(60)
+        # A filled head covers the shaft's end, an open one needs the shaft up to the tip.
+        end = np.array(shaft.points[-1])
+        reach = np.linalg.norm(end - tip)
+        assert reach == pytest.approx(0 if head.kind == "line" else size / 2)
+        assert (head.width == 0) == (head.kind == "polygon")
+        if len(shaft.points) == 3:
+            bend = np.linalg.norm(np.array(shaft.points[1]) - (tail + end) / 2)
+            assert bend <= 10 + 1e-6
+
+
+def test_without_a_mask_the_box_is_the_shape():
+    corners = ((100.0, 80.0), (260.0, 80.0), (260.0, 200.0), (100.0, 200.0))
+    assert one("mask", 0, BOX).strokes[0].points == corners
+    assert one("mask contour", 0, BOX).strokes[0].points == corners
+    for seed in range(50):
+        (x1, y1), (x2, y2) = one("ellipse", seed, BOX).strokes[0].points
+        assert 160 <= x2 - x1 <= 240
+        assert 120 <= y2 - y1 <= 180
+        for shape in ("triangle", "scribble"):
+            points = np.array(one(shape, seed, BOX).strokes[0].points)
+            assert (points >= (100, 80)).all()
+            assert (points <= (260, 200)).all()
+
+
+def test_several_rings_are_drawn_together_and_scribbled_on_one():
+    rings = tuple(((x, 80.0), (x + 40, 80.0), (x + 40, 200.0), (x, 200.0)) for x in (100.0, 220.0))
+    region = Region(BOX.bbox_xyxy, rings)
+    assert [stroke.points for stroke in one("mask", 0, region).strokes] == list(rings)
+    assert [stroke.points for stroke in one("mask contour", 0, region).strokes] == list(rings)
+    sides = set()
+    for seed in range(60):
+        xs = [x for x, _ in one("scribble", seed, region).strokes[0].points]
+        assert max(xs) <= 140 or min(xs) >= 220
+        sides.add(max(xs) <= 140)
+        for x, _ in one("triangle", seed, region).strokes[0].points:
+            assert x <= 140 or x >= 220
+    assert sides == {True, False}
+
+
+@pytest.mark.parametrize("shape", ["triangle", "scribble"])
+def test_triangles_and_scribbles_are_never_specks(shape: Shape):
+    """At least 4 pixels in the network's input, 8 here, as long as the region allows it."""
+    small = Region((100.0, 80.0, 112.0, 92.0))
+    for seed in range(200):
+        points = np.array(one(shape, seed, small).strokes[0].points)
+        assert np.ptp(points, axis=0).max() >= 8
+    speck = Region((100.0, 80.0, 103.0, 83.0))
+    points = np.array(one(shape, 0, speck).strokes[0].points)
+    assert np.ptp(points, axis=0).tolist() == [3, 3]
 
 
 def test_big_boxes_reverse_the_arrows_length_bounds():

@@ -39,6 +39,18 @@ def check_config(cfg: DictConfig, machine: Hardware | None = None) -> None:
         raise ConfigError(format_problems(problems))
 
 
+def check_data_config(cfg: DictConfig) -> None:
+    """Check what looking at a job's data needs; where it would train does not matter.
+
+    Raises:
+        ConfigError: listing every unknown key and impossible value, and an unknown manifest.
+    """
+    problems = [_explain(p, cfg) for p in check_schema(cfg, TRAIN)]
+    problems += _manifest(_Job(cfg, hardware.detect()))
+    if problems:
+        raise ConfigError(format_problems(list(dict.fromkeys(problems))))
+
+
 def find_problems(cfg: DictConfig, machine: Hardware | None = None) -> list[str]:
     """Return every problem of a composed job, without repetitions, in the order of the checks."""
     evaluating = "bench" in cfg

@@ -54,12 +54,13 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if started:
             raise
-        _fail(_composition_message(sys.argv[1:], config_dir, config_name, error))
+        _fail(composition_message(sys.argv[1:], config_dir, config_name, error))
 
 
-def _composition_message(
+def composition_message(
     arguments: Sequence[str], config_dir: Path, config_name: str, error: Exception
 ) -> str:
+    """Return everything that keeps a command line from composing; ``error`` is Hydra's own."""
     problems = find_override_problems(arguments, config_dir, config_name)
     return format_problems(problems or [first_line(error)])
 

@@ -122,6 +122,8 @@ TRAIN: Mapping[str, Rule] = {
     "name": _text(),
     "run_dir": _text(),
     "seed": _whole(0),
+    "inspect": Rule("true, false or how many samples", (bool, int), low=0),
+    "lint": _OPEN,
     "paths.runs": _text(),
     "paths.data_root": _text(),
     "paths.manifests": _text(),

@@ -17,6 +17,7 @@ from vipllava.types import VipLlavaError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from vipllava.data.datamodule import VisualPromptDataModule
     from vipllava.models.building import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -54,11 +55,10 @@ def run_training(cfg: DictConfig) -> Path:
         torch.set_float32_matmul_precision("high")
     export_dir = Path(cfg.run_dir) / EXPORT_FOLDER
 
-    _make_sample_data(cfg)
     spec: ModelSpec = instantiate(cfg.module.model, _convert_="all")
     tokenizer = load_tokenizer(spec)
     module = _partial(cfg.module)(seed=int(cfg.seed), tokenizer=tokenizer)
-    datamodule = _build_data(cfg, spec, tokenizer)
+    datamodule = build_datamodule(cfg, tokenizer)
     export = ExportCallback(export_dir, tokenizer, _export_meta(cfg, spec))
     trainer = _partial(cfg.trainer)(
         logger=_instantiate_all(cfg.get("logger")),
@@ -81,21 +81,33 @@ def run_training(cfg: DictConfig) -> Path:
 
 
 def _make_sample_data(cfg: DictConfig) -> None:
-    """Make the sample world if the manifest is of it; other data must be there already."""
+    """Make the sample world if a manifest is of it; other data must be there already."""
     from vipllava.data.manifest import load_manifest
 
-    if load_manifest(cfg.data.manifest, cfg.data.manifests_dir).made_by == "sample_world":
+    names = list(cfg.data.mix) if cfg.data.mix else [cfg.data.manifest]
+    made_by = {load_manifest(name, cfg.data.manifests_dir).made_by for name in names}
+    if "sample_world" in made_by:
         from vipllava.sample_world.build import ensure_sample_world
 
         ensure_sample_world(cfg.data.data_root)
 
 
-def _build_data(cfg: DictConfig, spec: ModelSpec, tokenizer: Any) -> Any:
-    """Build the data module; ids and pictures are made for this model."""
+def build_datamodule(cfg: DictConfig, tokenizer: Any = None) -> VisualPromptDataModule:
+    """Build a job's data module; ids and pictures are made for its model.
+
+    Args:
+        cfg: what Hydra composed from ``conf/train.yaml``, checked.
+        tokenizer: the model's, if it is loaded already.
+    """
+    from hydra.utils import instantiate
+
     from vipllava.conversation import ConversationEncoder
     from vipllava.data.image_transform import ImageTransform
-    from vipllava.models.building import image_seq_length, token_id
+    from vipllava.models.building import image_seq_length, load_tokenizer, token_id
 
+    _make_sample_data(cfg)
+    spec: ModelSpec = instantiate(cfg.module.model, _convert_="all")
+    tokenizer = tokenizer or load_tokenizer(spec)
     encoder = ConversationEncoder(
         tokenizer,
         cfg.stage.chat_template,

@@ -75,8 +75,9 @@ class VisualPromptPolicy:
         article_rate: how often the words say "the".
         constant_style: fixed rectangle width and round points of fixed radius.
         fixed_alpha: opacity for every mark (128 in evaluation), or None to sample.
-        distinguishable: refuse a sample whose regions cannot be told apart by words, instead of
-            falling back to unnamed colours when the palette is exhausted.
+        distinguishable: give no shape more marks than the palette has names, and refuse a sample
+            whose regions cannot be told apart by words, instead of falling back to unnamed colours
+            when the palette is exhausted.
     """
 
     shapes: tuple[Shape, ...] = SHAPES
@@ -121,6 +122,9 @@ def build_policies(
             for key in ("named_colour_rate", "article_rate"):
                 if not 0 <= float(values.get(key, 0)) <= 1:
                     raise VipLlavaError(f"{where}.{key} is {values[key]}; a rate lies in 0..1")
+            alpha = values.get("fixed_alpha")
+            if alpha is not None and (type(alpha) is not int or not 1 <= alpha <= 255):
+                raise VipLlavaError(f"{where}.fixed_alpha is {alpha}; opacity lies in 1..255")
             built[name] = VisualPromptPolicy(**values, ranges=_build_ranges(own, where))
         except VipLlavaError as error:
             problems.append(f"{where}: {error}")

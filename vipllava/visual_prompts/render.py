@@ -63,6 +63,10 @@ def mark_opacity(
 
 def _paint(canvas: ImageDraw.ImageDraw, stroke: Stroke, points: list[Point], alpha: int) -> None:
     filled = stroke.width == 0
+    if stroke.kind == "box" and not filled:
+        (x1, y1), (x2, y2) = points
+        # Pillow paints an outline that is wider than its box beyond the box.
+        filled = min(x2 - x1, y2 - y1) < 2 * stroke.width
     match stroke.kind:
         case "box" if filled:
             canvas.rectangle(points, fill=alpha)

@@ -36,10 +36,13 @@ from vipllava.visual_prompts.geometry import (
 )
 from vipllava.visual_prompts.palette import PALETTE, named_colour, sample_unnamed_colour
 from vipllava.visual_prompts.policies import FloatRange, IntRange, VisualPromptPolicy
-from vipllava.visual_prompts.shapes import check_shape
+from vipllava.visual_prompts.shapes import SHAPES, check_shape, shape_words
 
-_TRIANGLE_ATTEMPTS = 16
+_ATTEMPTS = 16
 _LARGEST_TRIANGLE_ANGLE = 150.0
+_LEAST_SPAN = 4.0
+"""Least longer side of a triangle or scribble, pixels at the anchor and of the stored picture;
+smaller ones are sampled anew."""
 _ARROW_BARB_ANGLE = math.radians(60)
 
 
@@ -76,7 +79,8 @@ def sample_plan(
         A plan with one prompt per region, in the regions' order.
 
     Raises:
-        RecordError: regions cannot be told apart by words although the policy demands it.
+        RecordError: regions cannot be told apart by words although the policy demands it, be it
+            that the palette is exhausted or that two are fixed to the same words.
         VipLlavaError: a fixed shape or colour is unknown.
     """
     fixed = fixed or (FixedVisualPrompt(),) * len(regions)
@@ -86,6 +90,8 @@ def sample_plan(
         )
     scale = max(size) / policy.ranges.anchor
     styles = _sample_styles(regions, fixed, policy, scale, rng)
+    if policy.distinguishable:
+        _check_words(regions, styles)
     prompts = tuple(
         VisualPrompt(
             region=index,
@@ -93,7 +99,7 @@ def sample_plan(
             rgb=style.rgb,
             colour_name=style.colour_name,
             alpha=style.alpha,
-            strokes=_sample_strokes(region, style, policy, scale, rng),
+            strokes=_sample_strokes(region, style, policy, size, rng),
             article=style.article,
         )
         for index, (region, style) in enumerate(zip(regions, styles, strict=True))
@@ -142,15 +148,27 @@ def _sample_shapes(
     rng: np.random.Generator,
 ) -> dict[int, Shape]:
     """Choose a shape per style; a distinguishable policy leaves no shape more marks than names."""
-    shapes: dict[int, Shape] = {}
-    uses: Counter[Shape] = Counter()
     names = len(PALETTE) if policy.name_colour and policy.colour is None else 1
-    for index in own:
+    said: dict[Shape, set[str]] = {shape: set() for shape in SHAPES}
+    undecided: Counter[Shape] = Counter()
+
+    def is_free(shape: Shape, colour_name: str | None) -> bool:
+        if colour_name == "":
+            return "" not in said[shape]
+        room = len(PALETTE) - len(said[shape] - {""}) - undecided[shape]
+        return room > 0 and colour_name not in said[shape]
+
+    # What is fixed comes first, so that nothing sampled takes its words.
+    spoken = {index: _spoken_colour(fixed[index], policy) for index in own}
+    order = sorted(own, key=lambda i: (fixed[i].shape is None, spoken[i] is None))
+    shapes: dict[int, Shape] = {}
+    for index in order:
+        colour_name = spoken[index]
         if (fixed_shape := fixed[index].shape) is not None:
             shape: Shape = check_shape(fixed_shape)
         else:
             free: list[Shape] = [
-                s for s in policy.shapes if uses[s] < names or not policy.distinguishable
+                s for s in policy.shapes if not policy.distinguishable or is_free(s, colour_name)
             ]
             if not free:
                 raise RecordError(
@@ -159,9 +177,20 @@ def _sample_shapes(
                     "same-words",
                 )
             shape = free[int(rng.integers(len(free)))]
-        uses[shape] += 1
         shapes[index] = shape
-    return shapes
+        if colour_name is None:
+            undecided[shape] += 1
+        else:
+            said[shape].add(colour_name)
+    return {index: shapes[index] for index in own}
+
+
+def _spoken_colour(choice: FixedVisualPrompt, policy: VisualPromptPolicy) -> str | None:
+    """Return the colour that the words will say, empty for none, None where that is sampled."""
+    colour = choice.colour if choice.colour is not None else policy.colour
+    if not policy.name_colour or (colour is not None and not isinstance(colour, str)):
+        return ""
+    return colour
 
 
 def _sample_colours(
@@ -200,6 +229,21 @@ def _sample_colours(
     return colours
 
 
+def _check_words(regions: Sequence[Region], styles: Sequence[_Style]) -> None:
+    """Refuse two styles of the same words; "the" or no "the" tells nobody apart."""
+    owners: dict[str, int] = {}
+    for index, (region, style) in enumerate(zip(regions, styles, strict=True)):
+        if region.style_of is not None:
+            continue
+        words = shape_words(style.shape, style.colour_name)
+        if (other := owners.setdefault(words, index)) != index:
+            raise RecordError(
+                f"regions {other} and {index} would both be called `{words}`; fix another shape "
+                "or colour for one of them",
+                "same-words",
+            )
+
+
 def _sample_width(
     shape: Shape, policy: VisualPromptPolicy, scale: float, rng: np.random.Generator
 ) -> int:
@@ -226,27 +270,28 @@ def _sample_strokes(
     region: Region,
     style: _Style,
     policy: VisualPromptPolicy,
-    scale: float,
+    size: tuple[int, int],
     rng: np.random.Generator,
 ) -> tuple[Stroke, ...]:
     bbox, polygons, width = region.bbox_xyxy, region.polygons, style.width
+    scale = max(size) / policy.ranges.anchor
     match style.shape:
         case "rectangle":
             return (Stroke("box", _corners(bbox), width),)
         case "ellipse":
             bounds = bounds_of(polygons) if polygons else bbox
             enlarged = _enlarge(bounds, _uniform(policy.ranges.ellipse_scale, rng))
+            enlarged = _keep_in_sight(enlarged, size)
             return (Stroke("ellipse", _corners(enlarged), width),)
         case "triangle":
-            return (Stroke("polygon", _sample_triangle(region, rng), width),)
+            return (Stroke("polygon", _sample_triangle(region, scale, rng), width),)
         case "point":
             x, y = sample_central_point(polygons, bbox, rng)
             radius_y = max(1.0, width * style.aspect)
             corners = ((x - width, y - radius_y), (x + width, y + radius_y))
             return (Stroke("ellipse", corners),)
         case "scribble":
-            chosen = (polygons[int(rng.integers(len(polygons)))],) if polygons else ()
-            return (Stroke("line", cubic_bezier(sample_points(chosen, bbox, 4, rng)), width),)
+            return (Stroke("line", _sample_scribble(region, scale, rng), width),)
         case "mask":
             return tuple(Stroke("polygon", ring) for ring in _outlines(region))
         case "mask contour":
@@ -256,14 +301,31 @@ def _sample_strokes(
             return _sample_arrow(bbox, width, policy, scale, rng)
 
 
-def _sample_triangle(region: Region, rng: np.random.Generator) -> tuple[Point, ...]:
-    for _ in range(_TRIANGLE_ATTEMPTS):
+def _sample_triangle(region: Region, scale: float, rng: np.random.Generator) -> tuple[Point, ...]:
+    for _ in range(_ATTEMPTS):
         corners = sample_points(region.polygons, region.bbox_xyxy, 3, rng)
-        if largest_angle(corners) <= _LARGEST_TRIANGLE_ANGLE:
+        if largest_angle(corners) <= _LARGEST_TRIANGLE_ANGLE and _is_seen(corners, scale):
             return tuple(corners)
-    # Regions too thin for such a triangle: the one that fills their bounds.
+    # Regions too thin or small for such a triangle: the one that fills their bounds.
     x1, y1, x2, y2 = bounds_of(region.polygons) if region.polygons else region.bbox_xyxy
     return ((x1 + x2) / 2, y1), (x2, y2), (x1, y2)
+
+
+def _sample_scribble(region: Region, scale: float, rng: np.random.Generator) -> tuple[Point, ...]:
+    polygons = region.polygons
+    for _ in range(_ATTEMPTS):
+        chosen = (polygons[int(rng.integers(len(polygons)))],) if polygons else ()
+        curve = cubic_bezier(sample_points(chosen, region.bbox_xyxy, 4, rng))
+        if _is_seen(curve, scale):
+            return curve
+    # Regions too small for a curve of any size: one through all of their bounds.
+    x1, y1, x2, y2 = bounds_of(polygons) if polygons else region.bbox_xyxy
+    return cubic_bezier(((x1, y1), (x2, y1), (x1, y2), (x2, y2)))
+
+
+def _is_seen(points: Sequence[Point], scale: float) -> bool:
+    x1, y1, x2, y2 = bounds_of((tuple(points),))
+    return max(x2 - x1, y2 - y1) >= _LEAST_SPAN * max(1.0, scale)
 
 
 def _sample_arrow(
@@ -312,6 +374,18 @@ def _enlarge(bbox: BBox, factor: float) -> BBox:
     x1, y1, x2, y2 = bbox
     dx, dy = (x2 - x1) * (factor - 1) / 2, (y2 - y1) * (factor - 1) / 2
     return x1 - dx, y1 - dy, x2 + dx, y2 + dy
+
+
+def _keep_in_sight(bbox: BBox, size: tuple[int, int]) -> BBox:
+    """Fit an ellipse that reaches out of the picture on all four sides into it.
+
+    Of an ellipse around a picture, slivers in the corners are seen, or nothing at all.
+    """
+    x1, y1, x2, y2 = bbox
+    width, height = size
+    if x1 < 0 and y1 < 0 and x2 > width and y2 > height:
+        return 0.0, 0.0, width - 1.0, height - 1.0
+    return bbox
 
 
 def _rotate(vector: np.ndarray, angle: float) -> np.ndarray:

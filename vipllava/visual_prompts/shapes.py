@@ -11,6 +11,12 @@ from vipllava.types import BBox, Shape, VipLlavaError, VisualPrompt
 
 SHAPES: Final[tuple[Shape, ...]] = get_args(Shape)
 
+LEAST_VISIBLE_PIXELS: Final = 4
+"""So many pixels of the stored picture any mark paints at least, whatever its place, if its region
+is ``LEAST_REGION_SIDE`` pixels wide and high. The mark of a smaller region, or of a mask without
+area, paints one pixel at least. What reaches out of the picture is cut off."""
+LEAST_REGION_SIDE: Final = 8
+
 _PREPOSITIONS: Final[dict[Shape, str]] = {
     "rectangle": "within",
     "ellipse": "within",

@@ -175,3 +175,11 @@ def test_an_unreadable_picture_under_a_region_record() -> None:
     rng = generator_for("test")
     with pytest.raises(RecordError, match=r"^d/k: 4 bytes .* are no picture"):
         parse_record(RECORDS["refcocog"], key="k", dataset="d", image=b"oops", rng=rng)
+
+
+def test_numbers_beyond_any_coordinate_are_refused() -> None:
+    with pytest.raises(RecordError, match=r"d/k: field `bboxes\[0\]` is .*; expected a box"):
+        parse("refcocog", bboxes=[[0, 0, 10**400, 5]])
+    unreadable = f"What is <bbox{'9' * 5000}>?"  # no number: text like any other
+    turns = parse("regions", conversations=said(unreadable, "Yes")).turns
+    assert turns[0].parts == (unreadable,)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn, cast
@@ -22,7 +22,7 @@ from vipllava.types import (
 
 _SHOWN: Final = 80
 IMAGE_PLACEHOLDER: Final = "<image>"
-_REGION_PLACEHOLDER: Final = re.compile(r"<bbox(\d*)>")
+_REGION_PLACEHOLDER: Final = re.compile(r"<bbox(\d{0,9})>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,15 @@ class Parsed:
     turns: tuple[DraftTurn, ...]
     regions: tuple[Region, ...] = ()
     fixed: tuple[FixedVisualPrompt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """One entry of ``conversations``, checked; ``where`` names it in messages."""
+
+    where: str
+    speaker: str
+    value: str
 
 
 @dataclass(slots=True)
@@ -244,7 +253,7 @@ class Fields:
         """
         expected = "a list of {from: human|gpt, value: text}, taking turns"
         items = self.items("conversations", expected)
-        said: list[tuple[str, str]] = []
+        said: list[_Said] = []
         for number, item in enumerate(items):
             where = f"conversations[{number}]"
             if not isinstance(item, Mapping):
@@ -255,38 +264,39 @@ class Fields:
                 self.fail(f"{where}.from", speaker, "human or gpt")
             if not isinstance(value, str):
                 self.fail(f"{where}.value", value, "a text")
-            said.append((speaker, value))
-        while said and said[0][0] == "gpt":
+            said.append(_Said(where, speaker, value))
+        while said and said[0].speaker == "gpt":
             said.pop(0)
-        if said and said[-1][0] == "human":
+        if said and said[-1].speaker == "human":
             said.pop()
         if not said:
             self.fail("conversations", items, "at least one question and its answer")
-        for number, (speaker, _) in enumerate(said):
-            if speaker != ("human", "gpt")[number % 2]:
-                self.fail("conversations", [s for s, _ in said], "human and gpt taking turns")
+        speakers = [turn.speaker for turn in said]
+        if speakers != ["human", "gpt"] * (len(said) // 2):
+            self.fail("conversations", speakers, "human and gpt taking turns")
         return self._draft(said, num_regions)
 
-    def _draft(
-        self, said: Sequence[tuple[str, str]], num_regions: int | None
-    ) -> tuple[DraftTurn, ...]:
+    def _draft(self, said: Sequence[_Said], num_regions: int | None) -> tuple[DraftTurn, ...]:
         image_at = 0
         if self.image is not None:
-            named = [n for n, (s, v) in enumerate(said) if s == "human" and IMAGE_PLACEHOLDER in v]
+            asked = [(n, t.value) for n, t in enumerate(said) if t.speaker == "human"]
+            named = [number for number, value in asked if IMAGE_PLACEHOLDER in value]
             if len(named) > 1:
                 self.fail(
                     "conversations", f"{IMAGE_PLACEHOLDER} in turns {named}", "one picture a record"
                 )
             image_at = named[0] if named else 0
         turns: list[DraftTurn] = []
-        for number, (speaker, value) in enumerate(said):
+        for number, turn in enumerate(said):
+            value = turn.value
             has_image = self.image is not None and number == image_at
             if has_image:
                 value = value.replace(IMAGE_PLACEHOLDER, "").strip()
             parts: tuple[str | Mention, ...] = (value,)
             if num_regions is not None:
-                parts = self.mentions(value, num_regions, f"conversations value {number}")
-            turns.append(DraftTurn("user" if speaker == "human" else "assistant", parts, has_image))
+                parts = self.mentions(value, num_regions, f"{turn.where}.value")
+            role = "user" if turn.speaker == "human" else "assistant"
+            turns.append(DraftTurn(role, parts, has_image))
         return tuple(turns)
 
     def mentions(self, text: str, num_regions: int, name: str) -> tuple[str | Mention, ...]:
@@ -308,4 +318,7 @@ class Fields:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
+    if not isinstance(value, (int, float)) or type(value) is bool:
+        return False
+    # A whole number may have more digits than a float can hold; no coordinate has.
+    return abs(value) <= sys.float_info.max

@@ -16,7 +16,7 @@ from vipllava.types import Mention, Region
 
 _HINT_RATE: Final = 0.5
 _MARKS_RATE: Final = 0.5
-_PHRASE_END: Final = re.compile(r"\s*<bbox(\d+)>")
+_PHRASE_END: Final = re.compile(r"\s*<bbox(\d{1,9})>")
 _SPACE_BEFORE_END: Final = re.compile(r"\s+([.,!?;:])")
 
 _NAME_OBJECTS: Final = (

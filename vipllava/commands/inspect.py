@@ -1,0 +1,120 @@
+"""``vipllava inspect`` and ``train.py inspect=true``: a page of what a job's model will see."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from vipllava.commands.job import (
+    compose_data_job,
+    forget_missing_checkpoint,
+    split_arguments,
+    whole,
+)
+from vipllava.types import RecordError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from vipllava.data.datamodule import VisualPromptDataModule
+    from vipllava.data.order import Item
+    from vipllava.data.samples import SampleSource
+    from vipllava.report.inspected import InspectedSample, RefusedSample
+
+logger = logging.getLogger(__name__)
+
+PAGE: Final = "inspect.html"
+DEFAULT_SAMPLES: Final = 24
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Write the page of ``data=... [n=...] [output=...]`` and any override of the job.
+
+    Raises:
+        VipLlavaError: the job does not compose, or its data cannot be opened.
+    """
+    own = {"data": str, "n": whole(1), "output": Path}
+    given, overrides = split_arguments(arguments, own)
+    cfg = compose_data_job(given.get("data"), overrides)
+    inspect_job(
+        cfg,
+        num_samples=given.get("n"),
+        output=given.get("output"),
+        command=shlex.join(["vipllava", "inspect", *arguments]),
+    )
+    return 0
+
+
+def inspect_job(
+    cfg: DictConfig,
+    *,
+    num_samples: int | None = None,
+    output: Path | None = None,
+    command: str = "",
+) -> Path:
+    """Write a page of the samples that a training job meets first.
+
+    A sample that training would refuse is shown with the reason.
+
+    Args:
+        cfg: what Hydra composed from ``conf/train.yaml``, its data checked.
+        num_samples: how many; by default what ``inspect`` says, else 24.
+        output: the page; ``inspect.html`` in the run's folder by default.
+        command: how to make the page again.
+
+    Raises:
+        VipLlavaError: the data cannot be opened.
+    """
+    from vipllava.report.inspect_page import JobSummary, write_inspect_page
+    from vipllava.training.run import build_datamodule
+
+    if num_samples is None:
+        asked = cfg.inspect
+        num_samples = DEFAULT_SAMPLES if isinstance(asked, bool) else int(asked)
+    path = output or Path(cfg.run_dir) / PAGE
+    forget_missing_checkpoint(cfg)
+    datamodule = build_datamodule(cfg)
+    dataset = datamodule.open_dataset()
+    name = " + ".join(source.name for source in dataset.sources)
+    num_stored = sum(len(source) for source in dataset.sources)
+    encoder, transform = datamodule.encoder, datamodule.samples.transform
+    summary = JobSummary(
+        dataset=name,
+        num_samples=num_stored,
+        stage=cfg.stage.name,
+        model=cfg.model.name,
+        chat_template=encoder.template.name,
+        image_aspect=transform.aspect,
+        image_size=transform.size,
+        image_seq_length=encoder.image_seq_length,
+        max_length=encoder.max_length,
+        seed=int(cfg.seed),
+        chosen="the first that training meets",
+        command=command,
+    )
+    items = datamodule.first_items(dataset, num_samples)
+    shown = [_look(datamodule, dataset.sources[item.part], item) for item in items]
+    write_inspect_page(path, summary, shown)
+    logger.info("%d of %d samples of %s: open %s", len(shown), num_stored, name, path)
+    return path
+
+
+def _look(
+    datamodule: VisualPromptDataModule, source: SampleSource, item: Item
+) -> InspectedSample | RefusedSample:
+    from vipllava.data.schemas import AUTO, kind_of
+    from vipllava.report.inspected import RefusedSample, inspect_trace
+
+    entry = source.shards.read(item.position)
+    shard = Path(entry.shard).name
+    try:
+        trace = datamodule.samples.trace(source.parse(entry, item.turn), item.turn)
+    except RecordError as error:
+        return RefusedSample(entry.key, source.name, shard, str(error))
+    kind = kind_of(entry.record) if source.record_kind == AUTO else source.record_kind
+    return inspect_trace(
+        trace, datamodule.encoder, datamodule.samples.transform, shard=shard, record_kind=kind
+    )
