@@ -29,6 +29,7 @@ from vipllava.data.order import (
     plan_parts,
 )
 from vipllava.data.pack_planner import PackPlanner, PlanStore
+from vipllava.data.prefetch import ShardPrefetcher
 from vipllava.data.samples import SampleEncoder, SampleSource
 from vipllava.data.shard_cache import ShardCache
 from vipllava.data.stream import StepLoader, StepSampler, VisualPromptDataset
@@ -211,6 +212,7 @@ class VisualPromptDataModule(lightning.LightningDataModule):
             pack_length=self.pack_length if self.batching == "packed" else None,
             all_reduce_sum=self._all_reduce_sum,
             fault_log=fault_log,
+            prefetcher=ShardPrefetcher([s.shards for s in self.dataset.sources], order),
             pin_memory=device.type == "cuda",
         )
         if self._restored is not None:

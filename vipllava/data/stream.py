@@ -34,6 +34,7 @@ from vipllava.data.batching import BatchPlan, Cursor, GlobalBatch, Row
 from vipllava.data.collate import EncodedSample, collate_packs
 from vipllava.data.faults import Fault, FaultLog, FaultPolicy, candidates, with_substitute
 from vipllava.data.order import Epoch, Item
+from vipllava.data.prefetch import ShardPrefetcher
 from vipllava.data.samples import SampleEncoder, SampleSource
 from vipllava.types import (
     IGNORE_INDEX,
@@ -331,6 +332,7 @@ class StepLoader:
         pack_length: rows are padded to exactly this length; None pads to the longest.
         all_reduce_sum: sums numbers over all ranks; called once per step, by every rank.
         fault_log: where quarantined samples are written and counted.
+        prefetcher: has remote shards fetched before the workers reach them.
         pin_memory: pin batches for the copy to a GPU.
         prefetch_factor: shares in the making per worker.
     """
@@ -346,6 +348,7 @@ class StepLoader:
         pack_length: int | None = None,
         all_reduce_sum: Callable[[Sequence[int]], list[int]] = _alone,
         fault_log: FaultLog | None = None,
+        prefetcher: ShardPrefetcher | None = None,
         pin_memory: bool = False,
         prefetch_factor: int = 2,
     ) -> None:
@@ -353,6 +356,7 @@ class StepLoader:
         self.sampler = sampler
         self.all_reduce_sum = all_reduce_sum
         self.fault_log = fault_log or FaultLog(None, dataset.policy)
+        self.prefetcher = prefetcher
         image_size = dataset.encoder.transform.size
         self._loader: DataLoader[Any] = DataLoader(
             _StepDataset(dataset, pad_token_id, image_size, multiple_of, pack_length),
@@ -388,6 +392,7 @@ class StepLoader:
         self._resume = None
         self._micro_batches = offset
         self.sampler.start = self._place
+        self._prefetch()
         for step in self._loader:
             total = self._agree(step)
             batches: list[Batch] = step.batches
@@ -401,6 +406,11 @@ class StepLoader:
                     self._place, self._micro_batches = step.share.after, 0
                 yield batch
             offset = 0
+            self._prefetch()
+
+    def _prefetch(self) -> None:
+        if self.prefetcher is not None:
+            self.prefetcher.consumed(self._place.epoch, self._place.samples)
 
     def _agree(self, step: _Step) -> int:
         """Return the global batch's supervised tokens, or fail on all ranks together."""
