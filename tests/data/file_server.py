@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ class Reply:
         status: of an error; 200 serves the file (or the range that is asked for).
         send: bytes of the body that are sent before the connection is closed; None: all.
         claim: the Content-Length that is announced; None: the true one; -1: none at all.
-        wait_s: seconds before the body's second half.
+        wait_s: seconds before each piece of the body but the first.
+        pieces: how many those are.
         headers: further headers.
     """
 
@@ -31,6 +33,7 @@ class Reply:
     send: int | None = None
     claim: int | None = None
     wait_s: float = 0.0
+    pieces: int = 2
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -136,11 +139,12 @@ def run_server() -> Iterator[FileServer]:
                 self.send_header(name, value)
             self.end_headers()
             sent = rest[: reply.send] if reply.send is not None else rest
-            half = len(sent) // 2
+            ends = [len(sent) * number // reply.pieces for number in range(reply.pieces + 1)]
             try:
-                self.wfile.write(sent[:half])
-                time.sleep(reply.wait_s)
-                self.wfile.write(sent[half:])
+                for begin, end in pairwise(ends):
+                    if begin:
+                        time.sleep(reply.wait_s)
+                    self.wfile.write(sent[begin:end])
             except OSError:  # the client has left
                 pass
 

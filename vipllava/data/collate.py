@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils.data import default_collate
 
 from vipllava.types import IGNORE_INDEX, PADDING_SEGMENT, Batch, Encoded, RecordError
 
@@ -75,7 +76,7 @@ def collate_packs(
     samples = [sample for pack in packs for sample in pack]
     pictures = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     pixel_values = (
-        torch.stack(pictures)
+        default_collate(pictures)  # in a worker straight into shared memory: saves a copy
         if pictures
         else torch.empty((0, 3, image_size, image_size), dtype=torch.uint8)
     )
