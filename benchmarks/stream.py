@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
+from webdataset.compat import WebDataset
 
 from benchmarks.train import tiny_spec
 from vipllava.conversation import ConversationEncoder
@@ -117,7 +117,7 @@ def _plain(
     workers: int,
 ) -> Iterable[Any]:
     urls = [str(path) for path in paths]
-    pipeline: Any = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=_SEED)
+    pipeline: Any = WebDataset(urls, shardshuffle=len(urls), seed=_SEED)
     pipeline = pipeline.shuffle(_NUM_SAMPLES)
     if decoder is not None:
         pipeline = pipeline.map(_keep_bytes).decode(decoder)

@@ -78,7 +78,9 @@ def consumed(root: Path, name: str) -> dict[tuple[int, int], list[list[str]]]:
         if len(ranks) < worlds[attempt]:
             continue  # killed before every rank had written the step down
         longest = max(map(len, ranks.values()))
-        rows = [ranks[rank][n] for n in range(longest) for rank in sorted(ranks) if n < len(ranks[rank])]
+        rows = [
+            ranks[rank][n] for n in range(longest) for rank in sorted(ranks) if n < len(ranks[rank])
+        ]
         rows = [row for row in rows if not row[0].endswith("#repeat")]
         epoch, number = step
         assert batches.setdefault((epoch, number), rows) == rows, (attempt, step)
@@ -120,9 +122,7 @@ def _run(job: Job, rank: int, port: int) -> None:
         devices=job.ranks,
         accumulate_grad_batches=rows // (job.micro_batch_size * job.ranks),
         callbacks=[
-            ModelCheckpoint(
-                checkpoints, filename="{step}", every_n_train_steps=1, save_top_k=-1
-            )
+            ModelCheckpoint(checkpoints, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         ],
         **({"strategy": "ddp"} if job.ranks > 1 else {}),
     )

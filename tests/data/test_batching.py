@@ -152,7 +152,7 @@ def test_an_abandoned_iteration_ends_its_planner():
 
 def test_an_error_of_the_planner_is_the_readers():
     class Broken(PairPlanner):
-        def __call__(self, items, rng, name):  # noqa: ANN001, ANN202
+        def __call__(self, items, rng, name):
             if name.endswith("window1"):
                 raise ConfigError("no plan")
             return super().__call__(items, rng, name)

@@ -1,4 +1,4 @@
-"""The order of samples: every one as often as stated, whole shards at a time, two epochs one pass."""
+"""The order of samples: every one as often as stated, whole shards at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_shards_stay_together_within_a_window():
     sizes = tuple([10] * 50)
     order = SampleOrder((Part("toy", sizes, 500),), 3, window_samples=30)
     shards = np.array(positions(order, 0)) // 10
-    windows = shards[: 480].reshape(-1, 30)
+    windows = shards[:480].reshape(-1, 30)
     assert all(len(set(window.tolist())) == 3 for window in windows)
     first = [tuple(sorted(set(window.tolist()))) for window in windows]
     assert len(set(first)) == len(first)

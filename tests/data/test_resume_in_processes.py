@@ -33,7 +33,9 @@ def sequence(root: Path, name: str) -> str:
     """Return a digest of the sequence of consumed keys, and check what an epoch holds."""
     batches = consumed(root, name)
     for epoch in range(2):
-        keys = [key for (e, _), rows in batches.items() if e == epoch for row in rows for key in row]
+        keys = [
+            key for (e, _), rows in batches.items() if e == epoch for row in rows for key in row
+        ]
         assert Counter(keys) == Counter({f"toy/s{n:03d}": 1 for n in range(NUM_SAMPLES)}), epoch
     return hashlib.sha256(repr(list(batches.items())).encode()).hexdigest()
 
@@ -65,7 +67,9 @@ def test_ranks_and_workers_change_nothing(
 
 @pytest.mark.parametrize("batching", BATCHINGS)
 @pytest.mark.parametrize("kill_at", [1, 4, 7, 9])
-@pytest.mark.parametrize(("before", "after"), [((1, 0), (1, 1)), ((1, 1), (2, 0)), ((2, 1), (1, 0))])
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 0), (1, 1)), ((1, 1), (2, 0)), ((2, 1), (1, 0))]
+)
 @pytest.mark.slow
 def test_a_killed_run_goes_on_at_the_very_sample(
     root: Path,
@@ -82,7 +86,7 @@ def test_a_killed_run_goes_on_at_the_very_sample(
         ranks, workers = division
         return Job(root, name, ranks, workers, 2 // ranks, 2, attempt, kill_at, data)
 
-    assert signal.SIGKILL == -start(job(0, before, kill_at))[0]  # type: ignore[operator]
+    assert start(job(0, before, kill_at))[0] == -signal.SIGKILL
     assert start(job(1, after, None)) == [0] * after[0]
     assert sequence(root, name) == whole[batching]
 

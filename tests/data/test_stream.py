@@ -32,9 +32,7 @@ def make_sampler(
     return StepSampler(plan, accumulate=accumulate, world_size=world, rank=rank)
 
 
-def make_loader(
-    dataset: VisualPromptDataset, num_workers: int = 0, **division: Any
-) -> StepLoader:
+def make_loader(dataset: VisualPromptDataset, num_workers: int = 0, **division: Any) -> StepLoader:
     options = {
         name: division.pop(name) for name in ("fault_log", "all_reduce_sum") if name in division
     }
@@ -322,7 +320,7 @@ def test_quarantine_puts_the_same_substitute_in_place_and_writes_it_down(
 
 def test_quarantine_ends_above_its_rate(build_dataset: Build) -> None:
     dataset = quarantining(build_dataset(corrupt(toy_samples(20), 3, 6)), rate=0.001)
-    with pytest.raises(RecordError, match="2 of .* samples are bad"):
+    with pytest.raises(RecordError, match=r"2 of .* samples are bad"):
         list(make_loader(dataset))
 
 

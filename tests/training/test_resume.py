@@ -49,9 +49,7 @@ def with_dropout(spec: ModelSpec, tmp_path: Path) -> ModelSpec:
     ],
     ids=["length_grouped", "packed"],
 )
-def test_a_killed_run_has_the_same_losses(
-    data_root: Path, with_dropout: ModelSpec, data: dict
-):
+def test_a_killed_run_has_the_same_losses(data_root: Path, with_dropout: ModelSpec, data: dict):
     def job(folder: str, kill_at: int | None = None) -> Job:
         (data_root / folder).mkdir(exist_ok=True)
         return Job(data_root / folder, data_root, with_dropout, kill_at, data)

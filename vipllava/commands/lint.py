@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,11 +18,17 @@ from vipllava.commands.job import (
 )
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from vipllava.data.lint import LintReport
 
 logger = logging.getLogger(__name__)
 
 EXIT_FINDINGS: Final = 1
+
+
+def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -68,7 +75,7 @@ def run(arguments: Sequence[str]) -> int:
                 num_samples=given.get("n"),
                 num_workers=given.get("num_workers", 0),
                 epoch=given.get("epoch", 0),
-                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+                on_progress=partial(_show, progress, task),
             )
         print_report(report, Console())
         reports.append(report)

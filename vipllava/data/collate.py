@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate  # pyright: ignore[reportUnknownVariableType]
 
 from vipllava.types import IGNORE_INDEX, PADDING_SEGMENT, Batch, Encoded, RecordError
 

@@ -189,9 +189,9 @@ class FaultLog:
         if num_faults and self.total > allowed:
             where = f"; they are listed in {self.path}" if self.path else ""
             raise RecordError(
-                f"{self.total} of {self.num_samples} samples are bad, more than data.max_fault_rate="
-                f"{self.policy.max_rate} allows{where}. Mend or remove them (`vipllava lint` finds "
-                "them all), or raise the rate"
+                f"{self.total} of {self.num_samples} samples are bad, more than "
+                f"data.max_fault_rate={self.policy.max_rate} allows{where}. Mend or remove them "
+                "(`vipllava lint` finds them all), or raise the rate"
             )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -141,8 +142,8 @@ def plan_parts(
     by_weight = any(entry.weight is not None for entry in mix.values())
     if samples_per_epoch is not None and not by_weight:
         raise ConfigError(
-            f"data.samples_per_epoch={samples_per_epoch} belongs to a mix by weight; this one gives "
-            "epochs, its size follows from them"
+            f"data.samples_per_epoch={samples_per_epoch} belongs to a mix by weight; this one "
+            "gives epochs, its size follows from them"
         )
     counts: dict[str, int] = {}
     if by_weight:
@@ -156,8 +157,8 @@ def plan_parts(
     for name, count in counts.items():
         if count < 1:
             raise ConfigError(
-                f"data.mix gives `{name}` ({totals[name]} samples) no sample in an epoch; raise its "
-                "share or leave it out"
+                f"data.mix gives `{name}` ({totals[name]} samples) no sample in an epoch; raise "
+                "its share or leave it out"
             )
     return tuple(Part(name, tuple(shard_sizes[name]), counts[name]) for name in mix)
 
@@ -194,9 +195,7 @@ class SampleOrder:
     def epoch(self, epoch: int) -> Epoch:
         """Return the samples of an epoch: 0.2 s for a million of them."""
         turns, positions = zip(*(self._stretch(part, epoch) for part in self.parts), strict=True)
-        part = np.concatenate(
-            [np.full(len(p), n, dtype=np.int16) for n, p in enumerate(positions)]
-        )
+        part = np.concatenate([np.full(len(p), n, dtype=np.int16) for n, p in enumerate(positions)])
         turn, position = np.concatenate(turns), np.concatenate(positions)
         if self.shuffle and len(self.parts) > 1:
             places = np.argsort(self._places(epoch), kind="stable")
@@ -205,15 +204,16 @@ class SampleOrder:
 
     def pass_order(self, part: Part, turn: int) -> Ints:
         """Return the positions of one pass over a data set, int64 [num_samples]."""
-        ends = np.cumsum(part.shard_sizes)
-        starts = ends - part.shard_sizes
+        ends = list(accumulate(part.shard_sizes))
+        starts = [0, *ends]
         if not self.shuffle:
             return np.arange(part.num_samples, dtype=np.int64)
         rng = generator_for(self.seed, turn, part.name, "order")
         order: list[Ints] = []
         window: list[Ints] = []
         gathered = 0
-        for shard in rng.permutation(len(ends)).tolist():
+        shuffled: list[int] = rng.permutation(len(ends)).tolist()
+        for shard in shuffled:
             window.append(np.arange(starts[shard], ends[shard], dtype=np.int64))
             gathered += len(window[-1])
             if gathered >= self.window_samples:

@@ -94,7 +94,9 @@ class PackPlanner:
             pack_length=self.pack_length,
             max_images=self.max_images,
         )
-        return tuple(tuple(used[n] for n in packs[place]) for place in rng.permutation(len(packs)))
+        shuffled: list[int] = rng.permutation(len(packs)).tolist()
+        indices: list[list[int]] = [pack.tolist() for pack in packs]
+        return tuple(tuple(used[n] for n in indices[place]) for place in shuffled)
 
 
 class PlanStore:
@@ -134,7 +136,8 @@ class PlanStore:
         try:
             rows = plan()
         except VipLlavaError as error:
-            self._write(failed, lambda file: file.write(str(error).encode()))
+            message = str(error).encode()
+            self._write(failed, lambda file: file.write(message))
             raise
         columns = np.array([item for row in rows for item in row], dtype=np.int64)
         ends = np.cumsum([len(row) for row in rows])

@@ -253,6 +253,8 @@ class ShardSet:
         paths: of the tars; an address as text.
         shard_ends: int64 [shards], number of samples up to the end of each tar.
         shard_sizes: number of samples in each tar.
+        tar_sizes: int64 [shards], bytes of each tar.
+        cache: where tars at an address are kept; None if all are files.
     """
 
     def __init__(
@@ -276,8 +278,9 @@ class ShardSet:
         self.index = index if isinstance(index, DatasetIndex) else DatasetIndex.join(index)
         self.shard_ends: npt.NDArray[np.int64] = self.index.tars["sample_end"].astype(np.int64)
         self.shard_sizes: tuple[int, ...] = tuple(np.diff(self.shard_ends, prepend=0).tolist())
+        self.tar_sizes: npt.NDArray[np.int64] = self.index.tars["tar_size"].astype(np.int64)
         self._ends: list[int] = self.shard_ends.tolist()
-        self._cache = cache
+        self.cache = cache
         self._files = _OpenFiles(_OPEN_FILES if cache is None else _OPEN_CACHED)
 
     def __len__(self) -> int:
@@ -337,9 +340,9 @@ class ShardSet:
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Have tars fetched that will be read soon; returns at once."""
-        if self._cache is not None:
+        if self.cache is not None:
             chosen = (self.paths[shard] for shard in shards)
-            self._cache.prefetch([path for path in chosen if isinstance(path, str)])
+            self.cache.prefetch([path for path in chosen if isinstance(path, str)])
 
     def read(self, position: int) -> Entry:
         """Read the sample at ``position``.
@@ -391,9 +394,9 @@ class ShardSet:
             if isinstance(path, Path):
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             else:
-                assert self._cache is not None
+                assert self.cache is not None
                 size = int(self.index.tars["tar_size"][shard])
-                with self._cache.open(path, size=size) as copy:
+                with self.cache.open(path, size=size) as copy:
                     descriptor = os.dup(copy.fileno())
         except OSError as error:
             raise ShardError(f"{path} cannot be opened: {error}") from error
@@ -406,8 +409,8 @@ class ShardSet:
             remedy = "Restore the tar, or delete the index to have it made anew"
         else:
             name = f"the index in {self.index.folder}"
-            assert self._cache is not None
-            copy = self._cache.directory / cache_name(path)
+            assert self.cache is not None
+            copy = self.cache.directory / cache_name(path)
             remedy = (
                 f"Delete the copy {copy} to have it fetched again; if the tar was replaced at its "
                 "address, the index, too"

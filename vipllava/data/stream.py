@@ -146,7 +146,7 @@ class VisualPromptDataset:
 
     def _describe(self, item: Item, error: VipLlavaError, substitute: Item) -> Fault:
         shards = self.sources[item.part].shards
-        shard, row = shards.locate(item.position)
+        shard, _ = shards.locate(item.position)
         return Fault(
             dataset=shards.name,
             key=shards.key(item.position),
