@@ -105,6 +105,7 @@ class SampleSource:
                 image=entry.image,
                 kind=self.record_kind,
                 rng=words_generator(self.seed, epoch, self.name, entry.key),
+                size=entry.image_size,
             )
         except RecordError as error:
             raise error.at(entry.shard) from error

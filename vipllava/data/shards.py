@@ -39,6 +39,7 @@ from vipllava.data.shard_cache import ShardCache, cache_name
 from vipllava.data.shard_index import (
     BLOCK,
     IMAGE_EXTENSIONS,
+    MOST,
     ShardError,
     ShardIndex,
     build_index,
@@ -75,6 +76,7 @@ class Entry:
         image: the encoded picture, or None for a text-only record.
         image_extension: as in the tar, without the dot; the bytes may be of another format.
         shard: the tar's path or address, for messages.
+        image_size: width and height of the upright picture, pixels, where the index knows them.
     """
 
     key: str
@@ -82,6 +84,7 @@ class Entry:
     image: bytes | None
     image_extension: str | None
     shard: Path | str
+    image_size: tuple[int, int] | None = None
 
 
 def write_shards(
@@ -367,7 +370,10 @@ class ShardSet:
         if not row.image_block:
             return Entry(key, record, None, None, self.paths[shard])
         image = member("picture", row.image_block, row.image_size, row.image_crc)
-        return Entry(key, record, image, IMAGE_EXTENSIONS[row.extension], self.paths[shard])
+        known = 0 < row.width < MOST and row.height < MOST
+        size = (row.width, row.height) if known else None
+        extension = IMAGE_EXTENSIONS[row.extension]
+        return Entry(key, record, image, extension, self.paths[shard], size)
 
     def verify(self) -> None:
         """Read every sample once.

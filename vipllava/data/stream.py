@@ -248,6 +248,7 @@ class _Step:
     batches: list[Batch]
     faults: list[Fault]
     error: VipLlavaError | None = None
+    num_supervised: int = 0
 
     def pin_memory(self) -> _Step:
         """Pin the batches (torch calls this in a thread of its own)."""
@@ -292,6 +293,7 @@ class _StepDataset(Dataset[Any]):
                 )
         except VipLlavaError as error:
             step.error = error
+        step.num_supervised = sum(batch.num_supervised for batch in step.batches)
         return step
 
     def _sample(self, item: Item, step: _Step, *, repeat: bool) -> EncodedSample:
@@ -414,9 +416,8 @@ class StepLoader:
 
     def _agree(self, step: _Step) -> int:
         """Return the global batch's supervised tokens, or fail on all ranks together."""
-        supervised = sum(batch.num_supervised for batch in step.batches)
         num_mine = len(step.faults) + self.fault_log.take_pending()
-        mine = (supervised, num_mine, int(step.error is not None))
+        mine = (step.num_supervised, num_mine, int(step.error is not None))
         total, num_faults, num_failed = self.all_reduce_sum(mine)
         self.fault_log.write(step.faults)
         if step.error is not None:

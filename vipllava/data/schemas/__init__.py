@@ -91,6 +91,7 @@ def parse_record(
     image: bytes | None,
     kind: str = AUTO,
     rng: np.random.Generator,
+    size: tuple[int, int] | None = None,
 ) -> Sample:
     """Check a record and draft its conversation.
 
@@ -101,6 +102,8 @@ def parse_record(
         image: the encoded picture beside the record, or None.
         kind: one of ``KINDS``, or ``auto``.
         rng: chooses wordings; see :func:`vipllava.keyed_random.generator_for`.
+        size: width and height of the upright picture, pixels, if they are known already; read
+            from its header otherwise.
 
     Raises:
         RecordError: naming data set, key, field, what was found and what is expected.
@@ -116,5 +119,5 @@ def parse_record(
         raise RecordError(
             f"{dataset}/{key}: unknown record kind `{kind}`; known: {AUTO}, {', '.join(KINDS)}"
         ) from None
-    parsed = schema.parse(Fields(record, key, dataset, image), rng)
+    parsed = schema.parse(Fields(record, key, dataset, image, size), rng)
     return Sample(key, dataset, image, parsed.regions, parsed.turns, schema.policy, parsed.fixed)
