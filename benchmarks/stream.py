@@ -3,8 +3,9 @@
 Both read the same tars of real-size photographs and share everything from the bytes of a sample
 on: parsing, decoding, marks, drawing, resizing, encoding. They differ in how a sample is found,
 shuffled, checked, collated and handed over. A third pipeline decodes with Pillow, as
-``webdataset`` does by itself. All take turns, an epoch each; workers are started before and the
-first epoch is not counted. ``ratio`` is ours over the plain one, the median of the rounds.
+``webdataset`` does by itself. All take turns, an epoch each and always the same one, for other
+marks would be other work; workers are started before and the first round is not counted. ``ratio``
+is ours over the plain one, the median of the rounds.
 
 ``packing`` is what planning a window of 4096 samples takes and how full the packs are.
 """
@@ -79,8 +80,6 @@ def _measure(root: Path, paths: list[Path], encoder: SampleEncoder, workers: int
     for round_ in range(_ROUNDS + 1):
         # Whoever comes first in one round comes last in the next.
         for name in sorted(loaders, reverse=bool(round_ % 2)):
-            if name == "ours":
-                loaders[name].sampler.set_epoch(round_)
             began = time.perf_counter()
             count = sum(map(_size, loaders[name]))
             if count != _NUM_SAMPLES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.data.file_server import run_server
 from tests.data.toy_data import encode_picture, said
 from vipllava.commands import shards
 from vipllava.data.shard_build import BuildError
@@ -95,6 +97,57 @@ def test_build_fails_unless_told_otherwise(place: Path):
 def test_a_manifest_of_ones_own_is_a_path(place: Path):
     own = place / "manifests/toy.yaml"
     assert run("build", f"data_root={place}", f"manifest={own}", "num_workers=0")[0] == 0
+
+
+def test_build_says_what_the_manifest_lacks(place: Path):
+    code, text = build(place, f"output={place / 'elsewhere'}")
+    assert code == 0
+    lines = "shards: elsewhere/shard-*.tar\nnum_samples: 7\n"
+    assert text.endswith(f"lines for the manifest:\n{lines}")
+    own = MANIFEST.replace("shards: toy/*.tar\n", lines)
+    (place / "manifests/toy.yaml").write_text(own)
+    assert run("verify", *settings(place, "num_workers=0"))[0] == 0
+    _, text = build(place)
+    assert "lines for the manifest" not in text
+
+
+def test_bars_are_drawn_on_a_terminal_only(place: Path, capfd: pytest.CaptureFixture[str]):
+    build(place)
+    run("verify", *settings(place, "num_workers=0"))
+    assert capfd.readouterr().err == ""
+    script = "import sys; from vipllava.commands.shards import run; sys.exit(run(sys.argv[1:]))"
+    shown, terminal = os.openpty()
+    try:
+        words = [*settings(place), "num_workers=0", f"output={place / 'seen'}"]
+        command = [sys.executable, "-c", script, "build", *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"}
+        subprocess.run(
+            command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL,
+            stderr=terminal,
+        )  # fmt: skip
+        assert b"7 of 7 records" in os.read(shown, 1 << 16)
+    finally:
+        os.close(shown)
+        os.close(terminal)
+
+
+def test_tars_at_an_address(place: Path):
+    build(place)
+    with run_server() as server:
+        for path in (place / "toy").iterdir():
+            server.serve(f"toy/{path.name}", path.read_bytes())
+        (place / "manifests/toy.yaml").write_text(
+            MANIFEST.replace("toy/*.tar", "toy/shard-{000000..000002}.tar")
+        )
+        words = [f"data_root={server.address}", *settings(place)[1:], f"cache={place / 'cache'}"]
+        for num_workers in (0, 2):
+            code, text = run("verify", *words, f"num_workers={num_workers}", "decode=true")
+            assert code == 0
+            assert re.search("whole samples +7", text)
+        code, text = run("stats", *words)
+        assert "image_level 6, text_only 1" in text
+        assert re.search(r"size of a tar .* kB", text)
+        assert len(server.asked("toy/shard-000000.tar")) == 1
 
 
 def test_index(place: Path):

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,12 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.data.toy_data import encode_picture, make_manifest, said
 from vipllava.data import shard_build
 from vipllava.data.annotations import AnnotationError
 from vipllava.data.manifest import Manifest
-from vipllava.data.shard_build import BuildError, BuildProgress, BuildSummary, build_shards
+from vipllava.data.shard_build import (
+    BuildError,
+    BuildProgress,
+    BuildSummary,
+    build_shards,
+    manifest_lines,
+)
+from vipllava.data.shard_index import build_index
 from vipllava.data.shards import open_shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,9 +151,36 @@ def test_progress_is_told(data_root: Path):
     ]
 
 
-def test_a_wrong_count_in_the_manifest_is_said(data_root: Path, caplog: pytest.LogCaptureFixture):
-    build(data_root, toy_manifest(num_samples=14))
-    assert "says num_samples: 14, the build has 13" in caplog.text
+@pytest.mark.parametrize(
+    ("changes", "output", "lines"),
+    [
+        ({"num_samples": NUM}, None, []),
+        ({}, None, ["num_samples: 13"]),
+        ({"num_samples": 14}, "data/toy", ["num_samples: 13"]),
+        ({"num_samples": NUM}, "data/sets/x", ["shards: sets/x/shard-*.tar"]),
+        ({"num_samples": NUM, "shards": "a/x-{0..9}.tar"}, "data/a", ["shards: a/shard-*.tar"]),
+        ({"num_samples": NUM, "shards": "toy/t-*.tar"}, "data/toy", ["shards: toy/shard-*.tar"]),
+    ],
+)
+def test_what_the_manifest_has_to_say(
+    data_root: Path, changes: dict[str, Any], output: str | None, lines: list[str]
+):
+    manifest = toy_manifest(**changes)
+    where = None if output is None else data_root.parent / output
+    summary = build(data_root, manifest, output=where)
+    assert manifest_lines(manifest, data_root, summary, where) == lines
+    new = {**changes, **yaml.safe_load("\n".join(lines) or "{}")}
+    assert len(open_shards(toy_manifest(**new), data_root)) == NUM
+
+
+def test_tars_beside_the_data_root(data_root: Path, tmp_path: Path):
+    summary = build(data_root, output=tmp_path / "fast" / "toys")
+    lines = manifest_lines(toy_manifest(), data_root, summary, tmp_path / "fast" / "toys")
+    assert lines == [
+        f"shards: toys/shard-*.tar # with data_root={tmp_path}/fast", "num_samples: 13",
+    ]  # fmt: skip
+    new = yaml.safe_load("\n".join(lines))
+    assert len(open_shards(toy_manifest(**new), tmp_path / "fast")) == NUM
 
 
 # Rejected records.
@@ -317,6 +353,50 @@ def test_a_mended_picture_is_taken_in(data_root: Path):
     }  # fmt: skip
 
 
+def test_a_picture_that_could_not_be_read_is_tried_anew(data_root: Path):
+    """A failing disk leaves size and time of the file as they are."""
+    picture = data_root / "pictures/1.jpg"
+    data = picture.read_bytes()
+    picture.unlink()
+    picture.mkdir()
+    with pytest.raises(BuildError, match=r"1 of 5 records .* \(input-unreadable 1\)"):
+        build(data_root)
+    report = data_root / "toy.building/.reports/shard-000000.json"
+    picture.rmdir()
+    picture.write_bytes(data)
+    stat = picture.stat()
+    state = json.loads(report.read_text())
+    state["rejected"][0]["inputs"]["pictures/pictures/1.jpg"] = None
+    state["rejected"][0]["inputs"]["pictures/1.jpg"] = [stat.st_size, stat.st_mtime_ns]
+    report.write_text(json.dumps(state))
+    assert build(data_root).num_samples == NUM
+
+
+@pytest.mark.parametrize("cut", [None, 1024])
+def test_a_finished_build_that_lost_a_tar_says_so(data_root: Path, cut: int | None):
+    build(data_root)
+    tar = data_root / "toy/shard-000001.tar"
+    data = tar.read_bytes()
+    tar.unlink()
+    if cut is not None:
+        tar.write_bytes(data[:-cut])
+    with pytest.raises(BuildError, match=r"shard-000001\.tar is gone or has another size"):
+        build(data_root)
+    tar.write_bytes(data)
+    assert build(data_root).num_samples == NUM
+
+
+def test_mended_records_of_a_finished_build(data_root: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    picture = data_root / "pictures/1.jpg"
+    data = picture.read_bytes()
+    picture.unlink()
+    build(data_root, max_bad_rate=1)
+    picture.write_bytes(data)
+    assert build(data_root, max_bad_rate=1).num_rejected == 1
+    assert "1 records were rejected; if they are mended, remove the folder" in caplog.text
+
+
 def test_a_finished_build_is_not_repeated(data_root: Path):
     summary = build(data_root)
     before = times(data_root / "toy")
@@ -370,6 +450,44 @@ def test_killed_at_any_time_it_ends_the_same(data_root: Path, tmp_path: Path):
     assert all(after[name] == when for name, when in kept.items())
     build(data_root, output=tmp_path / "fresh")
     assert contents(data_root / "toy") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_the_same(data_root: Path, tmp_path: Path):
+    """SIGKILL at random times, each build going on where the one before was killed."""
+    write_list(data_root, [{**r, "id": n} for n, r in enumerate(toy_records() * 80)])
+    build(data_root, output=tmp_path / "unbroken")
+    command = [sys.executable, "-m", "tests.data.build_job", str(data_root), "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    times_of_death = random.Random(0)
+    work = data_root / "toy.building"
+    num_kept = [0]
+    while len(num_kept) < 6:
+        job = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        assert job.stdout is not None
+        for line in job.stdout:
+            phase, done = line.split()
+            if phase == "shards" and int(done) > 5 * num_kept[-1] + 20:
+                break
+        time.sleep(times_of_death.uniform(0, 0.05))
+        workers = children(job.pid)
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+        job.stdout.close()
+        while any(map(is_running, workers)):
+            time.sleep(0.02)
+        if (data_root / "toy").exists():  # it was done before the kill
+            break
+        tars = sorted(work.glob("*.tar"))
+        for tar in tars:
+            build_index(tar)  # raises if it is not whole
+        num_kept.append(len(tars))
+    assert len(num_kept) > 3
+    assert num_kept == sorted(set(num_kept))
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert contents(data_root / "toy") == contents(tmp_path / "unbroken")
 
 
 def children(pid: int) -> list[int]:

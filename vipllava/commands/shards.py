@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from vipllava.commands.progress_bars import ProgressBars
     from vipllava.data.build_report import BuildSummary
     from vipllava.data.manifest import Manifest
     from vipllava.data.shard_cache import ShardCache
@@ -89,14 +90,13 @@ def _help(only: str | None = None) -> str:
 
 
 def _build(values: dict[str, Any], console: Console) -> int:
-    from vipllava.commands.progress_bars import ProgressBars
-    from vipllava.data.shard_build import BuildProgress, build_shards
+    from vipllava.data.shard_build import BuildProgress, build_shards, manifest_lines
 
     manifest = _load(values)
     rate: float = values["max_bad_rate"]
     if values["allow"]:
         rate = 1.0
-    with ProgressBars() as bars:
+    with _bars() as bars:
 
         def tell(progress: BuildProgress) -> None:
             if progress.phase == "list":
@@ -114,11 +114,12 @@ def _build(values: dict[str, Any], console: Console) -> int:
             max_bad_rate=rate,
             on_progress=tell,
         )
-    _print_build(summary, console)
+    lines = manifest_lines(manifest, values["data_root"], summary, values["output"])
+    _print_build(summary, lines, console)
     return 0
 
 
-def _print_build(summary: BuildSummary, console: Console) -> None:
+def _print_build(summary: BuildSummary, lines: Sequence[str], console: Console) -> None:
     table = _facts()
     tars = sum(row["num_bytes"] > 0 for row in summary.shards)
     table.add_row("data set", summary.dataset)
@@ -132,13 +133,16 @@ def _print_build(summary: BuildSummary, console: Console) -> None:
         rejected = f"{summary.num_rejected:,}: {_counts(summary.rejected_by_fault)}"
         table.add_row("rejected", f"{rejected}; listed in rejected.jsonl beside the tars")
     console.print(table)
+    if lines:
+        console.print("lines for the manifest:")
+        for line in lines:
+            console.print(_plain(line), soft_wrap=True)
 
 
 # Index.
 
 
 def _index(values: dict[str, Any], console: Console) -> int:
-    from vipllava.commands.progress_bars import ProgressBars
     from vipllava.data.shard_verify import Indexed, index_shards
 
     if not values["paths"]:
@@ -151,7 +155,7 @@ def _index(values: dict[str, Any], console: Console) -> int:
             raise ConfigError(f"{path} holds no *.tar")
         tars += found
     results: list[Indexed] = []
-    with ProgressBars() as bars:
+    with _bars() as bars:
         for result in index_shards(tars, values["num_workers"]):
             results.append(result)
             bars("indexing", "tars", len(results), len(tars))
@@ -168,11 +172,10 @@ def _index(values: dict[str, Any], console: Console) -> int:
 
 
 def _verify(values: dict[str, Any], console: Console) -> int:
-    from vipllava.commands.progress_bars import ProgressBars
     from vipllava.data.shard_verify import verify_shards
 
     manifest = _load(values)
-    with ProgressBars() as bars:
+    with _bars() as bars:
         verdict = verify_shards(
             manifest,
             values["data_root"],
@@ -212,13 +215,12 @@ def _print_verdict(verdict: Verdict, console: Console) -> None:
 
 
 def _stats(values: dict[str, Any], console: Console) -> int:
-    from vipllava.commands.progress_bars import ProgressBars
     from vipllava.data.shard_stats import shard_stats
     from vipllava.data.shards import open_shards
 
     manifest = replace(_load(values), num_samples=None)  # a wrong count can be described, too
     shards = open_shards(manifest, values["data_root"], cache=_cache(values, manifest))
-    with ProgressBars() as bars:
+    with _bars() as bars:
         stats = shard_stats(
             shards,
             manifest.record_kind,
@@ -263,6 +265,17 @@ def _print_stats(stats: ShardStats, console: Console) -> None:
 
 
 # Shared.
+
+
+def _bars() -> ProgressBars:
+    """Return bars that are drawn on a terminal only: a log file is no place for them."""
+    from rich.console import Console as MakeConsole
+
+    from vipllava.commands.progress_bars import ProgressBars
+
+    console = MakeConsole(stderr=True)
+    console.quiet = not console.is_terminal
+    return ProgressBars(console)
 
 
 def _facts() -> Table:

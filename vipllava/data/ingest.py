@@ -25,6 +25,9 @@ from vipllava.data.sources import is_inside
 from vipllava.keyed_random import generator_for
 from vipllava.types import RecordError
 
+UNREADABLE: Final = "input-unreadable"
+"""Fault of a file that is there and could not be read: it may be the disk, so it is tried anew."""
+
 _META: Final = "meta_dir"
 _WRITTEN_FROM: Final = re.compile(r"(\./)*(dataset/)?")
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_-]+")
@@ -233,7 +236,7 @@ def _read_first(places: list[Path], what: str, fault: str, data_root: Path) -> b
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise RecordError(f"{what} cannot be read: {error}", fault) from error
+            raise RecordError(f"{what} cannot be read: {error}", UNREADABLE) from error
     looked = ", ".join(os.fspath(path.relative_to(data_root)) for path in places[:3])
     more = f" and {len(places) - 3} more places" if len(places) > 3 else ""
     raise RecordError(f"{what} is missing: looked for {looked}{more} under {data_root}", fault)

@@ -36,7 +36,14 @@ from vipllava.data.build_report import (
     ShardReport,
     write_rejected,
 )
-from vipllava.data.ingest import Ingested, ingest, input_names, input_states, make_key
+from vipllava.data.ingest import (
+    UNREADABLE,
+    Ingested,
+    ingest,
+    input_names,
+    input_states,
+    make_key,
+)
 from vipllava.data.manifest import Manifest, is_remote
 from vipllava.data.process_pool import default_num_workers, run_jobs
 from vipllava.data.record_version import RECORD_VERSION
@@ -150,7 +157,7 @@ def build_shards(
     if is_remote(str(data_root)):
         raise BuildError(f"data_root is {data_root}; shards are built in a local folder")
     root = Path(data_root).expanduser().resolve()
-    folder, prefix = _target(manifest, root, output)
+    folder, prefix = build_target(manifest, root, output)
     _refuse_foreign(folder)
 
     def tell(progress: BuildProgress) -> None:
@@ -175,7 +182,7 @@ def build_shards(
         return finished
     with _work_folder(folder) as work:
         if (finished := _finished(folder, summary)) is not None:  # by a build that ran meanwhile
-            shutil.rmtree(work)
+            shutil.rmtree(work, ignore_errors=True)  # that build may have renamed it
             return finished
         names = [f"{prefix}-{part.number:06d}" for part in plan.ranges]
         jobs = [
@@ -193,15 +200,43 @@ def build_shards(
             summary.save(work)
             work.rename(folder)
             _drop_traces(folder)
-    if manifest.num_samples not in (None, summary.num_samples):
-        log.warning(
-            "manifest `%s` says num_samples: %s, the build has %d; correct the manifest before "
-            "training",
-            manifest.name,
-            manifest.num_samples,
-            summary.num_samples,
-        )
     return summary
+
+
+def manifest_lines(
+    manifest: Manifest,
+    data_root: str | Path,
+    summary: BuildSummary,
+    output: str | Path | None = None,
+) -> list[str]:
+    """Return the lines that make the manifest open a finished build and notice a lost tar.
+
+    Args:
+        manifest: that the build was made with, as are ``data_root`` and ``output``.
+        summary: of the build.
+
+    Returns:
+        Lines of YAML for the manifest; none if it has them.
+    """
+    root = Path(data_root).expanduser().resolve()
+    folder, prefix = target = build_target(manifest, root, output)
+    lines: list[str] = []
+    if not _opens(manifest, root, target):
+        tars = f"{prefix}-*.tar"
+        if folder.is_relative_to(root):
+            lines.append(f"shards: {(folder / tars).relative_to(root).as_posix()}")
+        else:
+            lines.append(f"shards: {folder.name}/{tars} # with data_root={folder.parent}")
+    if manifest.num_samples != summary.num_samples:
+        lines.append(f"num_samples: {summary.num_samples}")
+    return lines
+
+
+def _opens(manifest: Manifest, data_root: Path, target: tuple[Path, str]) -> bool:
+    try:
+        return build_target(manifest, data_root) == target
+    except BuildError:  # the pattern names no folder to build in
+        return False
 
 
 def _build(
@@ -315,11 +350,20 @@ def _is_current(report: ShardReport, job: ShardJob) -> bool:
             load_index(index_path(tar), tar)
         except (OSError, ShardError):
             return False
-    return all(input_states(row.inputs, job.data_root) == row.inputs for row in report.rejected)
+    return all(
+        row.fault != UNREADABLE and input_states(row.inputs, job.data_root) == row.inputs
+        for row in report.rejected
+    )
 
 
-def _target(manifest: Manifest, data_root: Path, output: str | Path | None) -> tuple[Path, str]:
-    """Return the folder of the tars and the first part of their names."""
+def build_target(
+    manifest: Manifest, data_root: Path, output: str | Path | None = None
+) -> tuple[Path, str]:
+    """Return the folder of the tars and the first part of their names; see :func:`build_shards`.
+
+    Raises:
+        BuildError: there is no ``output``, and the manifest's shards name no folder to build in.
+    """
     if output is not None:
         return Path(output).expanduser().resolve(), _PREFIX
     pattern = PurePosixPath(manifest.shards[0] if len(manifest.shards) == 1 else "")
@@ -345,8 +389,8 @@ def _refuse_foreign(folder: Path) -> None:
         raise BuildError(f"output {folder} is no folder that can be used: {error}") from error
     if foreign:
         raise BuildError(
-            f"output {folder} holds files that no build made; move them away, or pass another "
-            "output=FOLDER"
+            f"output {folder} holds files that no build made; tars get a folder of their own: "
+            "correct the manifest's `shards`, or pass another output=FOLDER"
         )
 
 
@@ -360,8 +404,20 @@ def _finished(folder: Path, summary: BuildSummary) -> BuildSummary | None:
             f"{folder} was built from another annotation list or with other settings; remove it "
             "to build it anew, or pass another output=FOLDER"
         )
+    for shard in present.shards:
+        tar = folder / f"{shard['name']}.tar"
+        if shard["num_bytes"] and not (tar.is_file() and tar.stat().st_size == shard["num_bytes"]):
+            raise BuildError(
+                f"{tar} is gone or has another size than when it was built; get it back, or "
+                f"remove {folder} to build it anew"
+            )
     _drop_traces(folder)  # of a build that was killed when it was as good as done
     log.info("%s is built already", folder)
+    if present.num_rejected:
+        log.info(
+            "%d records were rejected; if they are mended, remove the folder to build it anew",
+            present.num_rejected,
+        )
     return present
 
 

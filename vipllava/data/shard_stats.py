@@ -7,55 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from vipllava.data.build_report import BuildSummary
 from vipllava.data.schemas import AUTO, kind_of
-from vipllava.data.shards import Entry
+from vipllava.data.shards import ShardSet
 
 STATS_VERSION: Final = 1
 NUM_RECORDS: Final = 2000
 _BINS: Final = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 65536)
 _SQUARE: Final = 1.1  # width over height up to this, or down to its inverse, counts as square
-
-
-class MeasuredShards(Protocol):
-    """What is needed of a :class:`vipllava.data.shards.ShardSet`."""
-
-    name: str
-
-    @property
-    def paths(self) -> tuple[Path | str, ...]:
-        """The tars."""
-        ...
-
-    @property
-    def shard_ends(self) -> npt.NDArray[np.int64]:
-        """Samples up to the end of each tar."""
-        ...
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        ...
-
-    def read(self, position: int) -> Entry:
-        """Read one sample."""
-        ...
-
-    def text_tokens(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """Return estimated lengths of the texts, tokens."""
-        ...
-
-    def has_image(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Return which samples have a picture."""
-        ...
-
-    def picture_sizes(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """Return widths and heights, pixels."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +55,7 @@ class ShardStats:
         picture_width, picture_height: pixels, of upright pictures.
         picture_shapes: pictures that are ``landscape``, ``portrait``, ``square`` or ``unreadable``.
         shard_samples: samples per tar.
-        shard_bytes: bytes per local tar.
+        shard_bytes: bytes per tar.
         kinds: samples by record kind.
         kinds_from: how ``kinds`` is known: ``manifest`` (all are of the manifest's kind), ``build``
             (counted when the tars were built), ``all`` (every record was read) or ``sample``
@@ -129,7 +93,7 @@ class ShardStats:
 
 
 def shard_stats(
-    shards: MeasuredShards,
+    shards: ShardSet,
     record_kind: str = AUTO,
     *,
     num_records: int | None = NUM_RECORDS,
@@ -150,9 +114,7 @@ def shard_stats(
     pictured = shards.has_image(positions)
     sizes = shards.picture_sizes(positions)[pictured]
     readable = sizes[(sizes > 0).all(axis=1)]
-    local = [Path(path) for path in shards.paths]
-    on_disk = np.array([path.stat().st_size for path in local if path.is_file()], dtype=np.int64)
-    kinds, how, num_read = _kinds(shards, record_kind, num_records, local, on_progress)
+    kinds, how, num_read = _kinds(shards, record_kind, num_records, on_progress)
     return ShardStats(
         dataset=shards.name,
         num_samples=count,
@@ -164,7 +126,7 @@ def shard_stats(
         picture_height=Spread.of(readable[:, 1]),
         picture_shapes=_shapes(sizes),
         shard_samples=Spread.of(np.diff(shards.shard_ends, prepend=0)),
-        shard_bytes=Spread.of(on_disk),
+        shard_bytes=Spread.of(shards.index.tars["tar_size"]),
         kinds=dict(sorted(kinds.items())),
         kinds_from=how,
         num_records_read=num_read,
@@ -190,17 +152,16 @@ def _shapes(sizes: npt.NDArray[np.int32]) -> dict[str, int]:
 
 
 def _kinds(
-    shards: MeasuredShards,
+    shards: ShardSet,
     record_kind: str,
     num_records: int | None,
-    local: list[Path],
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[Mapping[str, int], str, int]:
     """Return samples by record kind, how that is known, and how many records were read for it."""
     count = len(shards)
     if record_kind != AUTO:
         return {record_kind: count}, "manifest", 0
-    folders = {path.parent for path in local}
+    folders = {Path(path).parent for path in shards.paths}
     built = BuildSummary.load(folders.pop()) if len(folders) == 1 else None
     if built is not None and built.num_samples == count and built.dataset == shards.name:
         return built.kinds, "build", 0
