@@ -65,8 +65,14 @@ def test_ranks_and_workers_change_nothing(
     assert sequence(root, name) == whole[batching]
 
 
-@pytest.mark.parametrize("batching", BATCHINGS)
-@pytest.mark.parametrize("kill_at", [1, 4, 7, 9])
+# Two epochs are twelve steps, packed four.
+KILLS = [
+    *((batching, step) for batching in ("shuffled", "length_grouped") for step in (1, 4, 7, 9)),
+    *(("packed", step) for step in (1, 2, 3)),
+]
+
+
+@pytest.mark.parametrize(("batching", "kill_at"), KILLS)
 @pytest.mark.parametrize(
     ("before", "after"), [((1, 0), (1, 1)), ((1, 1), (2, 0)), ((2, 1), (1, 0))]
 )

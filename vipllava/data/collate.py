@@ -77,7 +77,7 @@ def collate_packs(
     samples = [sample for pack in packs for sample in pack]
     pictures = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     pixel_values = (
-        torch.stack(pictures)
+        default_collate(pictures)  # in a worker straight into shared memory: saves a copy
         if pictures
         else torch.empty((0, 3, image_size, image_size), dtype=torch.uint8)
     )
