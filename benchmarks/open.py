@@ -4,7 +4,9 @@ The tars are sparse files with one record in them, their indices are as large as
 ``build_s`` is the one time that the index of the whole set is made, ``open_s`` any later opening
 with the first sample read, in a process of its own. ``bytes_per_sample`` is by how much that
 process grows when it looks at every row and key, the most that any use of the index can hold;
-``bytes_per_sample_private`` is the part of it that other processes do not share.
+``bytes_per_sample_private`` is the part of it that other processes do not share. ``resume_*_s`` is
+the time from opening to the first global batch of a run that goes on in the middle of an epoch,
+``state_bytes`` what its checkpoint keeps of the stream.
 """
 
 from __future__ import annotations
@@ -16,19 +18,29 @@ import sys
 import tempfile
 import time
 import zlib
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import numpy as np
 
-from vipllava.data.manifest import parse_manifest
+from vipllava.data.batching import Batching
+from vipllava.data.manifest import Manifest, parse_manifest
 from vipllava.data.shard_index import SAMPLE, ShardIndex, index_path, save_index
 from vipllava.data.shards import ShardSet, open_shards
 
 _NUM_TARS: Final = 1200
 _PER_TAR: Final = 1000
 _TAR_BYTES: Final = 100_000_000
-_RECORD: Final = b"{}"
+_RECORD: Final = json.dumps(
+    {
+        "conversations": [
+            {"from": "human", "value": "Which of the two is it, and why? " * 4},
+            {"from": "gpt", "value": "The first, as far as one can tell from here. " * 12},
+        ]
+    }
+).encode()
+_BATCH: Final = 128
 _KEY: Final = "{:012d}-{:07d}"  # a COCO picture's id and the position in the list
 _ROOT: Final = Path(__file__).resolve().parent.parent
 
@@ -54,6 +66,7 @@ def measure(num_tars: int = _NUM_TARS, per_tar: int = _PER_TAR) -> dict[str, Any
         fastest = min(later, key=lambda result: result["open_s"])
         on_disk = sum(path.stat().st_size for path in (root / ".vipllava").rglob("*.npy"))
         pickled = _in_process(root, "pickle")
+        resumed = {way: _in_process(root, way) for way in get_args(Batching)}
     count = num_tars * per_tar
     return {
         "samples": count,
@@ -64,6 +77,8 @@ def measure(num_tars: int = _NUM_TARS, per_tar: int = _PER_TAR) -> dict[str, Any
         "bytes_per_sample": fastest["grown"] / count,
         "bytes_per_sample_private": fastest["private"] / count,
         "bytes_per_sample_on_disk": on_disk / count,
+        **{f"resume_{way}_s": result["first_batch_s"] for way, result in resumed.items()},
+        "state_bytes": max(result["state_bytes"] for result in resumed.values()),
     }
 
 
@@ -111,6 +126,8 @@ def _main(way: str, root: Path) -> dict[str, Any]:
         shards: ShardSet = pickle.loads(sent)
         shards.read(len(shards) // 2)
         return {"open_s": time.perf_counter() - began}
+    if way in get_args(Batching):
+        return _resume(way, manifest, root)
     before = _memory()
     began = time.perf_counter()
     shards = open_shards(manifest, root)
@@ -122,6 +139,40 @@ def _main(way: str, root: Path) -> dict[str, Any]:
     assert tokens > len(shards)
     assert keys < 128
     return {"open_s": taken, **{name: after[name] - before[name] for name in before}}
+
+
+def _resume(way: str, manifest: Manifest, root: Path) -> dict[str, Any]:
+    """Go on in the middle of an epoch, as a new process does."""
+    from benchmarks.stream import text_encoder
+    from vipllava.data.batching import Cursor, PackedBatches, SampleBatches
+    from vipllava.data.order import MixEntry, SampleOrder, plan_parts
+    from vipllava.data.pack_planner import PackPlanner
+    from vipllava.data.samples import SampleSource
+    from vipllava.data.stream import StepLoader, StepSampler, VisualPromptDataset
+
+    encoder = text_encoder()
+    began = time.perf_counter()
+    source = SampleSource.open(manifest, root, 0)
+    dataset = VisualPromptDataset([source], encoder)
+    parts = plan_parts({"big": source.shards.shard_sizes}, {"big": MixEntry(epochs=1.0)})
+    order = SampleOrder(parts, 0)
+    if way == "packed":
+        planner = PackPlanner(dataset, pack_length=4096, max_images=16)
+        plan: Any = PackedBatches(order, _BATCH // 5, planner)
+        place = Cursor(0, step=4000, samples=600_000, window=150, row=10)
+    else:
+        plan = SampleBatches(
+            order, _BATCH, dataset.estimate_lengths if way == "length_grouped" else None
+        )
+        place = Cursor(0, step=4687, samples=4687 * _BATCH)
+    pack_length = 4096 if way == "packed" else None
+    loader = StepLoader(dataset, StepSampler(plan), pad_token_id=0, pack_length=pack_length)
+    state = {**loader.state_dict(), **asdict(place)}
+    loader.load_state_dict(state)
+    batch = next(iter(loader))
+    taken = time.perf_counter() - began
+    assert batch.num_supervised_global > 0
+    return {"first_batch_s": taken, "state_bytes": len(json.dumps(state))}
 
 
 def _memory() -> dict[str, int]:

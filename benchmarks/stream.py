@@ -58,7 +58,7 @@ _PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 
 def run() -> dict[str, Any]:
     """Measure; ``ratio`` is ours over plain ``webdataset`` per number of workers."""
-    encoder = _encoder()
+    encoder = text_encoder()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         paths = write_shards(_samples(), root / _NAME, max_samples=_PER_TAR)
@@ -177,7 +177,8 @@ def _manifest() -> Manifest:
     return parse_manifest(raw, where=_NAME)
 
 
-def _encoder() -> SampleEncoder:
+def text_encoder() -> SampleEncoder:
+    """Return the encoder of the tiny model's tokenizer with pictures of the real size."""
     spec = tiny_spec()
     tokenizer = load_tokenizer(spec)
     encoder = ConversationEncoder(

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from vipllava.data.record_version import upgrade_record
 from vipllava.data.schemas.fields import Fields, Parsed
 from vipllava.data.schemas.flickr30k import parse_flickr30k
 from vipllava.data.schemas.image_level import parse_image_level
@@ -108,6 +109,7 @@ def parse_record(
     Raises:
         RecordError: naming data set, key, field, what was found and what is expected.
     """
+    record = upgrade_record(record, f"{dataset}/{key}")
     name = kind
     if kind == AUTO:
         name = kind_of(record)
