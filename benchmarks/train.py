@@ -17,7 +17,7 @@ import torch
 from transformers import VipLlavaForConditionalGeneration
 
 from vipllava.conversation import ConversationEncoder
-from vipllava.data.collate import collate_rows
+from vipllava.data.collate import collate_packs
 from vipllava.data.image_transform import ImageTransform
 from vipllava.data.manifest import load_manifest
 from vipllava.data.samples import SampleEncoder, SampleSource
@@ -99,8 +99,11 @@ def _batches(spec: ModelSpec, stage: str, data_root: Path) -> list[Batch]:
     source = SampleSource.open(manifest, data_root, seed=42)
     # The plain loop needs a picture in every batch; text-only rows among them are fine.
     return [
-        collate_rows(
-            [samples.encode(source.sample(index * _MICRO_BATCH + n)) for n in range(_MICRO_BATCH)],
+        collate_packs(
+            [
+                [samples.encode(source.sample(index * _MICRO_BATCH + n))]
+                for n in range(_MICRO_BATCH)
+            ],
             pad_token_id=token_id(tokenizer, spec.pad_token),
             image_size=spec.image_size,
         )

@@ -36,6 +36,28 @@ def test_version(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f"vipllava {__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["shards", "--help"], "vipllava shards build [NAME=VALUE ...]"),
+        (["shards", "index", "-h"], "vipllava shards index PATH ... [NAME=VALUE ...]"),
+        (["data", "show", "v7w_test"], "Visual7W"),
+        (["data", "--help"], "vipllava data fetch NAME [NAME=VALUE ...]"),
+    ],
+)
+def test_commands_with_words_of_their_own(
+    words: list[str], shown: str, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main(words) == 0
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["data", "shards"])
+def test_their_mistakes_are_messages(command: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main([command, "make"]) == 2
+    assert f"error: {command} make: no such command; known: " in capsys.readouterr().err
+
+
 def test_a_users_mistake_is_a_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -49,7 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_quickstart, _add_inspect, _add_lint, _add_sample_data, _add_teach_base):
+    for add in (
+        _add_quickstart,
+        _add_data,
+        _add_shards,
+        _add_inspect,
+        _add_lint,
+        _add_sample_data,
+        _add_teach_base,
+    ):
         add(commands)
     return parser
 
@@ -65,6 +73,24 @@ def _add_quickstart(commands: argparse._SubParsersAction[argparse.ArgumentParser
     command.add_argument("--seed", type=int, default=42, help="default: %(default)s")
     _add_data_root(command)
     command.set_defaults(run=_quickstart)
+
+
+def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "data",
+        help="data sets: list, show parts and licences, fetch what is public, check what is here",
+        add_help=False,  # --help is the command's own
+    )
+    command.set_defaults(run=_data, rest=[])
+
+
+def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "shards",
+        help="build a data set's tars, index them, verify every sample, describe them",
+        add_help=False,  # --help is the command's own
+    )
+    command.set_defaults(run=_shards, rest=[])
 
 
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -120,6 +146,18 @@ def _quickstart(options: argparse.Namespace) -> int | None:
     from vipllava.commands.quickstart import run
 
     return run(options)
+
+
+def _data(options: argparse.Namespace) -> int | None:
+    from vipllava.commands.data import run
+
+    return run(options.rest)
+
+
+def _shards(options: argparse.Namespace) -> int | None:
+    from vipllava.commands.shards import run
+
+    return run(options.rest)
 
 
 def _inspect(options: argparse.Namespace) -> int | None:

@@ -216,6 +216,11 @@ class Encoded:
     num_dropped_turns: int = 0
 
     @property
+    def length(self) -> int:
+        """Number of ids."""
+        return len(self.input_ids)
+
+    @property
     def num_supervised(self) -> int:
         """Number of positions that carry loss."""
         return int((self.labels != IGNORE_INDEX).sum())
@@ -237,6 +242,8 @@ class Batch:
         pixel_values: uint8 [num_images, 3, height, width]; normalised on the device.
         num_supervised_global: supervised tokens of the whole global batch (all ranks and all
             accumulation steps): the loss's denominator.
+        progress: share of the epoch's samples consumed when this step is done, 0..1; None where
+            the number of steps is known and says the same.
         keys: ``dataset/key`` of the samples in row order.
     """
 
@@ -246,6 +253,7 @@ class Batch:
     segment_ids: torch.Tensor
     pixel_values: torch.Tensor
     num_supervised_global: int = 0
+    progress: float | None = None
     keys: tuple[str, ...] = field(default=())
 
     @property

@@ -112,9 +112,9 @@ def test_every_pair_of_options_composes():
         overrides = [f"{group}={option}" for group, option in job.items() if option != "null"]
         cfg, values = resolve(overrides)
         assert check_schema(cfg, TRAIN) == [], overrides
-        stage, trainer = values["stage"], values["trainer"]
-        assert stage["global_batch_size"] == (
-            values["machine"]["micro_batch_size"]
+        trainer = values["trainer"]
+        assert values["data"]["global_batch_size"] == (
+            values["data"]["micro_batch_size"]
             * trainer["accumulate_grad_batches"]
             * trainer["devices"]
             * trainer["num_nodes"]

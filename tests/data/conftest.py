@@ -39,7 +39,7 @@ def encoder() -> ConversationEncoder:
     return make_encoder()
 
 
-def make_encoder() -> ConversationEncoder:
+def make_encoder(max_length: int = 2048) -> ConversationEncoder:
     """Build what the fixture gives."""
     vocab = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     vocab += [chr(code) for code in range(0x21, 0x7F)]
@@ -61,7 +61,7 @@ def make_encoder() -> ConversationEncoder:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
-    return ConversationEncoder(tokenizer, "llava_v1", IMAGE_TOKEN_ID, IMAGE_SEQ_LENGTH, 2048)
+    return ConversationEncoder(tokenizer, "llava_v1", IMAGE_TOKEN_ID, IMAGE_SEQ_LENGTH, max_length)
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +83,6 @@ def build_dataset(
         write_shards(samples, tmp_path / "toy", max_samples=8, check_images=False)
         source = SampleSource.open(make_manifest(), tmp_path, seed=7)
         samples_encoder = SampleEncoder(policies, encoder, ImageTransform(SIDE, "pad"), seed=7)
-        return VisualPromptDataset(source, samples_encoder)
+        return VisualPromptDataset([source], samples_encoder)
 
     return build

@@ -11,6 +11,7 @@ from tests.data.toy_data import encode_picture, make_manifest, said, toy_samples
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.conversation.label_proof import prove_labels
 from vipllava.data.image_transform import ImageTransform
+from vipllava.data.order import Item
 from vipllava.data.samples import SampleEncoder, iter_samples
 from vipllava.data.shards import write_shards
 from vipllava.types import RecordError, VipLlavaError
@@ -22,9 +23,9 @@ def test_pixels_and_words_come_from_one_plan(build_dataset: Build) -> None:
     dataset = build_dataset(toy_samples(10))
     named = set()
     for epoch in range(12):
-        sample = dataset.source.sample(0, epoch)
+        sample = dataset.sources[0].sample(0, epoch)
         turns, encoded = dataset.encoder.encode_text(sample, epoch)
-        finished = dataset[epoch, 0]
+        finished = dataset.make(Item(0, epoch, 0))
         np.testing.assert_array_equal(finished.encoded.input_ids, encoded.input_ids)
         assert turns[0].text.startswith("What is ")
         named.add(turns[0].text)
@@ -35,7 +36,7 @@ def test_pixels_and_words_come_from_one_plan(build_dataset: Build) -> None:
 def test_an_epoch_repeats_itself_to_the_bit(build_dataset: Build) -> None:
     dataset = build_dataset(toy_samples(5))
     for position in range(5):
-        first, second = dataset[3, position], dataset[3, position]
+        first, second = dataset.make(Item(0, 3, position)), dataset.make(Item(0, 3, position))
         np.testing.assert_array_equal(first.encoded.labels, second.encoded.labels)
         if first.pixel_values is None:
             assert position == 4  # text only
@@ -48,14 +49,14 @@ def test_an_epoch_repeats_itself_to_the_bit(build_dataset: Build) -> None:
 
 def test_marks_are_drawn(build_dataset: Build) -> None:
     dataset = build_dataset(toy_samples(2))
-    sample = dataset.source.sample(0)
+    sample = dataset.sources[0].sample(0)
     assert sample.image is not None
-    marked = dataset[0, 0].pixel_values
+    marked = dataset.make(Item(0, 0, 0)).pixel_values
     plain = ImageTransform(28, "pad")(_decoded(sample.image))
     assert marked is not None
     assert not torch.equal(marked, plain)
-    untouched = dataset[0, 1].pixel_values
-    sample = dataset.source.sample(1)
+    untouched = dataset.make(Item(0, 0, 1)).pixel_values
+    sample = dataset.sources[0].sample(1)
     assert sample.image is not None
     assert untouched is not None
     assert torch.equal(untouched, ImageTransform(28, "pad")(_decoded(sample.image)))
@@ -86,7 +87,7 @@ def test_a_broken_record_names_file_and_record(build_dataset: Build) -> None:
     bad = {"id": 1, "conversations": said("<image>\nHi", "yes"), "bboxes": [[9, 9, 5, 5]]}
     dataset = build_dataset([*toy_samples(1), ("bad", bad, encode_picture(), "jpg")])
     with pytest.raises(RecordError, match=r"toy/shard-000000\.tar: toy/bad: field `bboxes\[0\]`"):
-        dataset[0, 1]
+        dataset.make(Item(0, 0, 1))
 
 
 def test_an_unreadable_picture_names_file_and_record(build_dataset: Build) -> None:
@@ -94,7 +95,7 @@ def test_an_unreadable_picture_names_file_and_record(build_dataset: Build) -> No
     picture = encode_picture()
     dataset = build_dataset([("bad", record, picture[: len(picture) // 2], "jpg")])
     with pytest.raises(RecordError, match=r"shard-000000\.tar: toy/bad: .*replace the file"):
-        dataset[0, 0]
+        dataset.make(Item(0, 0, 0))
 
 
 def test_an_unknown_policy_lists_the_known(
@@ -103,11 +104,11 @@ def test_an_unknown_policy_lists_the_known(
     dataset = build_dataset([("k", REGION, encode_picture(), "jpg")])
     dataset.encoder = SampleEncoder({}, encoder, ImageTransform(28, "pad"), seed=1)
     with pytest.raises(VipLlavaError, match=r"toy/k: unknown visual-prompt policy `regions`"):
-        dataset[0, 0]
+        dataset.make(Item(0, 0, 0))
 
 
 def test_a_conversation_over_the_limit(build_dataset: Build, encoder: ConversationEncoder) -> None:
     dataset = build_dataset([("k", REGION, encode_picture(), "jpg")])
     dataset.encoder.encoder = ConversationEncoder(encoder.tokenizer, "llava_v1", 400, 4, 16)
     with pytest.raises(RecordError, match=r"toy/k.*max_length=16"):
-        dataset[0, 0]
+        dataset.make(Item(0, 0, 0))

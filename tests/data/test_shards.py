@@ -1,14 +1,16 @@
 from __future__ import annotations
 
-import io
 import json
 import pickle
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.data.tar_files import write_tar
 from tests.data.toy_data import encode_picture, make_manifest, toy_samples
+from vipllava.data.samples import SampleSource
 from vipllava.data.shards import ShardError, ShardSet, index_shard, open_shards, write_shards
 from vipllava.types import RecordError
 
@@ -18,20 +20,10 @@ def build(root: Path, count: int = 20, **options: int) -> ShardSet:
     return open_shards(make_manifest(), root)
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     shards = build(tmp_path)
     assert len(shards) == 20
-    assert [path.name for path in shards.paths] == [f"shard-00000{n}.tar" for n in range(3)]
+    assert [Path(path).name for path in shards.paths] == [f"shard-00000{n}.tar" for n in range(3)]
     for position, (key, record, image, extension) in enumerate(toy_samples(20)):
         entry = shards.read(position)
         assert (entry.key, dict(entry.record), entry.image) == (key, record, image)
@@ -41,9 +33,11 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_the_index_knows_picture_sizes(tmp_path: Path) -> None:
-    index = build(tmp_path).indices[0]
-    assert index.picture_size[0].tolist() == [64, 48]
-    assert index.picture_size[4].tolist() == [0, 0]  # text only
+    shards = build(tmp_path)
+    positions = np.array([0, 4, 19])
+    assert shards.picture_sizes(positions).tolist() == [[64, 48], [0, 0], [0, 0]]  # text only
+    assert shards.has_image(positions).tolist() == [True, False, False]
+    assert shards.picture_sizes(positions).dtype == np.int32
 
 
 def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
@@ -126,7 +120,12 @@ def test_missing_data_root(tmp_path: Path) -> None:
 
 def test_missing_folder_says_where_the_data_come_from(tmp_path: Path) -> None:
     manifest = make_manifest(sources=[{"name": "hub/repository", "what": "all"}])
-    with pytest.raises(ShardError, match=r"toy/\*\.tar does not exist .*hub/repository"):
+    with pytest.raises(
+        ShardError, match=r"toy/\*\.tar does not exist .*`vipllava data fetch toy`$"
+    ):
+        open_shards(manifest, tmp_path)
+    manifest = make_manifest(annotation_file="toy.json")
+    with pytest.raises(ShardError, match=r"root, or run `vipllava shards build manifest=toy`$"):
         open_shards(manifest, tmp_path)
     with pytest.raises(ShardError, match="made on first use"):
         open_shards(make_manifest(made_by="sample_world"), tmp_path)
@@ -181,11 +180,12 @@ def test_a_file_that_is_no_tar(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["record", "picture"])
 def test_a_flipped_bit_is_noticed_when_read(tmp_path: Path, what: str) -> None:
     shards = build(tmp_path)
-    index = shards.indices[0]
-    offset = int((index.record_offset if what == "record" else index.image_offset)[2])
-    data = bytearray(shards.paths[0].read_bytes())
+    row = shards.index.row(2)
+    offset = 512 * (row.record_block if what == "record" else row.image_block)
+    tar = Path(shards.paths[0])
+    data = bytearray(tar.read_bytes())
     data[offset + 5] ^= 1
-    shards.paths[0].write_bytes(data)
+    tar.write_bytes(data)
     shards = open_shards(make_manifest(), tmp_path)
     assert shards.read(0).key == "s000"
     with pytest.raises(ShardError, match=rf"shard-000000\.tar: {what} of sample `s002`"):
@@ -213,7 +213,7 @@ def test_a_broken_index_and_its_remedy(tmp_path: Path) -> None:
 
 def test_a_tar_that_vanished(tmp_path: Path) -> None:
     shards = build(tmp_path)
-    shards.paths[1].unlink()
+    Path(shards.paths[1]).unlink()
     with pytest.raises(ShardError, match=r"shard-000001\.tar cannot be opened"):
         shards.read(8)
 
@@ -244,6 +244,25 @@ def test_tars_that_hold_no_samples(tmp_path: Path, members: dict[str, bytes], me
     write_tar(tmp_path / "toy" / "x.tar", members)
     with pytest.raises(ShardError, match=message):
         open_shards(make_manifest(), tmp_path)
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "toy" / "x.tar"
+    path.parent.mkdir()
+    path.touch()
+    with pytest.raises(
+        ShardError, match=r"x\.tar is not a whole tar .*restore it or build it again"
+    ):
+        open_shards(make_manifest(), tmp_path)
+
+
+def test_a_picture_that_is_missing(tmp_path: Path) -> None:
+    key, record, _, _ = toy_samples(1)[0]
+    write_tar(tmp_path / "toy" / "x.tar", {f"{key}.json": json.dumps(record).encode()})
+    shards = open_shards(make_manifest(), tmp_path)
+    source = SampleSource(shards, "auto", "auto", 0)
+    with pytest.raises(RecordError, match=r"x\.tar: toy/s000: .*picture"):
+        source.sample(0)
 
 
 def test_a_foreign_tar_with_folders_and_other_members(

@@ -1,62 +1,66 @@
+"""The loader: division by position, denominators, resume, packs, faults."""
+
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.data.conftest import Build
-from tests.data.toy_data import encode_picture, said, toy_samples
-from vipllava.data.stream import GlobalBatchSampler, StepLoader, VisualPromptDataset
-from vipllava.types import Batch, CheckpointError, ConfigError, RecordError
+from tests.data.toy_data import Stored, encode_picture, said, toy_samples
+from vipllava.data.batching import PackedBatches, Row, SampleBatches
+from vipllava.data.faults import FaultLog, FaultPolicy, read_quarantine
+from vipllava.data.order import Item, Part, SampleOrder
+from vipllava.data.stream import StepLoader, StepSampler, VisualPromptDataset
+from vipllava.types import Batch, CheckpointError, ConfigError, RecordError, VipLlavaError
+
+
+def make_order(num_samples: int = 20) -> SampleOrder:
+    return SampleOrder([Part("toy", (num_samples,), num_samples)], 7)
 
 
 def make_sampler(
     num_samples: int = 20, size: int = 8, accumulate: int = 1, world: int = 1, rank: int = 0
-) -> GlobalBatchSampler:
-    return GlobalBatchSampler(
-        "toy", num_samples, size, seed=7, accumulate=accumulate, world_size=world, rank=rank
-    )
+) -> StepSampler:
+    plan = SampleBatches(make_order(num_samples), size)
+    return StepSampler(plan, accumulate=accumulate, world_size=world, rank=rank)
 
 
-def make_loader(dataset: VisualPromptDataset, workers: int = 0, **division: int) -> StepLoader:
-    sampler = make_sampler(len(dataset), **division)
-    return StepLoader(dataset, sampler, pad_token_id=0, num_workers=workers)
+def make_loader(dataset: VisualPromptDataset, num_workers: int = 0, **division: Any) -> StepLoader:
+    options = {
+        name: division.pop(name) for name in ("fault_log", "all_reduce_sum") if name in division
+    }
+    sampler = make_sampler(len(dataset.sources[0]), **division)
+    return StepLoader(dataset, sampler, pad_token_id=0, num_workers=num_workers, **options)
 
 
 def real_keys(batches: Iterable[Batch]) -> list[str]:
     return [key for batch in batches for key in batch.keys if not key.endswith("#repeat")]
 
 
-# The order.
-
-
-def test_the_order_is_a_function_of_seed_and_epoch() -> None:
-    sampler = make_sampler()
-    assert sampler.order(0).tolist() == make_sampler().order(0).tolist()
-    assert sorted(sampler.order(0).tolist()) == list(range(20))
-    assert sampler.order(0).tolist() != sampler.order(1).tolist()
-    other = GlobalBatchSampler("toy", 20, 8, seed=8)
-    assert sampler.order(0).tolist() != other.order(0).tolist()
-    # Literal: a change here would make old runs impossible to resume.
-    assert make_sampler(8).order(0).tolist() == [6, 5, 4, 2, 3, 0, 7, 1]
+# Division.
 
 
 def test_ranks_and_accumulation_only_divide() -> None:
-    whole = [sorted(batch.tolist()) for batch in make_sampler(64).global_batches(2)]
+    whole = [list(batch.rows) for batch in make_sampler(64).plan.batches(make_sampler(64).start)]
     for world, accumulate in [(1, 4), (2, 1), (2, 2), (4, 2)]:
-        steps: list[list[int]] = [[] for _ in range(8)]
+        steps: list[list[Row | None]] = [[None] * 8 for _ in range(8)]
         for rank in range(world):
             sampler = make_sampler(64, accumulate=accumulate, world=world, rank=rank)
-            sampler.set_epoch(2)
             for step, share in enumerate(sampler):
-                assert share.epoch == 2
                 assert [len(m) for m in share.micro_batches] == [
                     8 // world // accumulate
                 ] * accumulate
-                steps[step] += [s.position for m in share.micro_batches for s in m]
-        assert [sorted(step) for step in steps] == whole
+                mine = [row for micro in share.micro_batches for row in micro]
+                steps[step][rank::world] = mine
+                assert share.repeats == (0,) * accumulate
+        assert steps == whole
 
 
 @pytest.mark.parametrize("remainder", range(1, 8))
@@ -71,12 +75,14 @@ def test_the_remainder_is_seen_once_and_no_micro_batch_is_empty(
         sizes = [len(micro) for micro in last.micro_batches]
         assert min(sizes) >= 1
         assert max(sizes) <= 8 // world // accumulate
-        seen.update(s.position for m in last.micro_batches for s in m if not s.repeat)
-    assert seen == Counter(make_sampler(16 + remainder).order(0)[16:].tolist())
+        for micro, repeats in zip(last.micro_batches, last.repeats, strict=True):
+            seen.update(row[0].position for row in micro[: len(micro) - repeats])
+    order = make_order(16 + remainder).epoch(0).position
+    assert seen == Counter(order[16:].tolist())
 
 
 def test_a_global_batch_that_does_not_divide() -> None:
-    with pytest.raises(ConfigError, match="global_batch_size=8 does not divide by accumulate=3 x"):
+    with pytest.raises(ConfigError, match="global batch of 8 does not divide by accumulate=3 x"):
         make_sampler(accumulate=3)
 
 
@@ -104,10 +110,11 @@ def test_two_ranks_see_what_one_sees(build_dataset: Build) -> None:
     shares = [[batch.num_supervised for batch in loader] for loader in ranks]
     asked: list[int] = []
 
-    def all_reduce(value: int) -> int:
+    def all_reduce(values: Sequence[int]) -> list[int]:
         step = len(asked)
-        asked.append(value)
-        return sum(sum(share[2 * step : 2 * step + 2]) for share in shares)
+        asked.append(values[0])
+        total = sum(sum(share[2 * step : 2 * step + 2]) for share in shares)
+        return [total, *values[1:]]
 
     ranks[0].all_reduce_sum = all_reduce
     first = list(ranks[0])
@@ -215,7 +222,110 @@ def test_other_data_are_refused(build_dataset: Build) -> None:
     dataset = build_dataset(toy_samples(10))
     state = make_loader(dataset).state_dict()
     with pytest.raises(CheckpointError, match="global_batch_size: saved 8, now 4") as error:
-        make_loader(dataset, size=4).load_state_dict({**state, "fingerprint": "0"})
-    assert "fingerprint: saved '0', now" in str(error.value)
+        make_loader(dataset, size=4).load_state_dict({**state, "data": {"toy": "0"}})
+    assert "data: saved {'toy': '0'}, now {'toy': '" in str(error.value)
     with pytest.raises(CheckpointError, match="3 micro-batches into an optimizer step"):
         make_loader(dataset).load_state_dict({**state, "micro_batch": 3})
+
+
+def test_the_state_is_a_few_numbers(build_dataset: Build) -> None:
+    state = make_loader(build_dataset(toy_samples(10))).state_dict()
+    assert len(json.dumps(state)) < 400
+
+
+# Packs.
+
+
+class PairPlanner:
+    """Two neighbours share a row."""
+
+    def __call__(
+        self, items: Sequence[Item], rng: np.random.Generator, name: str
+    ) -> tuple[Row, ...]:
+        return tuple(tuple(items[at : at + 2]) for at in range(0, len(items), 2))
+
+
+def make_packed(dataset: VisualPromptDataset, **options: Any) -> StepLoader:
+    plan = PackedBatches(make_order(len(dataset.sources[0])), 4, PairPlanner(), window_samples=8)
+    return StepLoader(dataset, StepSampler(plan), pad_token_id=0, pack_length=1024, **options)
+
+
+def test_packs_share_rows_of_one_length(build_dataset: Build) -> None:
+    batches = list(make_packed(build_dataset(toy_samples(21))))
+    assert sorted(real_keys(batches)) == [f"toy/s{n:03d}" for n in range(21)]
+    assert [batch.input_ids.shape for batch in batches] == [(4, 1024), (4, 1024), (3, 1024)]
+    progress = [batch.progress for batch in batches]
+    assert progress == pytest.approx([8 / 21, 16 / 21, 1.0])
+    first = batches[0]
+    assert first.segment_ids.unique().tolist() == [-1, 0, 1]
+    starts = (first.position_ids == 0) & (first.segment_ids >= 0)
+    assert starts.sum(dim=1).tolist() == [2, 2, 2, 2]
+
+
+def test_packs_go_on_at_window_and_row(build_dataset: Build) -> None:
+    dataset = build_dataset(toy_samples(21))
+    loader = make_packed(dataset)
+    stream = iter(loader)
+    next(stream)
+    state = loader.state_dict()
+    assert (state["window"], state["row"], state["samples"]) == (1, 0, 8)
+    resumed = make_packed(dataset)
+    resumed.load_state_dict(state)
+    assert [batch.keys for batch in resumed] == [batch.keys for batch in stream]
+
+
+# Faults.
+
+
+def corrupt(samples: list[Stored], *places: int) -> list[Stored]:
+    """Cut the pictures at ``places`` short: the header is whole, decoding fails."""
+    for place in places:
+        key, record, image, extension = samples[place]
+        assert image is not None
+        samples[place] = key, record, image[: len(image) // 2], extension
+    return samples
+
+
+def quarantining(dataset: VisualPromptDataset, rate: float = 1.0) -> VisualPromptDataset:
+    return VisualPromptDataset(
+        dataset.sources, dataset.encoder, FaultPolicy("quarantine", max_rate=rate)
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_quarantine_puts_the_same_substitute_in_place_and_writes_it_down(
+    build_dataset: Build, tmp_path: Path, packed: bool
+) -> None:
+    good = build_dataset(corrupt(toy_samples(20), 3, 6))
+    dataset = quarantining(good)
+    found: list[list[tuple[str, ...]]] = []
+    for name, workers in (("a", 0), ("b", 1)):
+        log = FaultLog(tmp_path / name, dataset.policy)
+        options: dict[str, Any] = {"num_workers": workers, "fault_log": log}
+        loader = make_packed(dataset, **options) if packed else make_loader(dataset, **options)
+        batches = list(loader)
+        found.append([batch.keys for batch in batches])
+        entries = {entry["key"]: entry for entry in read_quarantine(tmp_path / name)}
+        assert sorted(entries) == ["s003", "s006"]
+        assert log.total == 2
+        assert entries["s003"]["shard"].endswith("shard-000000.tar")
+        assert "cannot be decoded" in entries["s003"]["reason"]
+        assert entries["s003"]["fault"] == "image-corrupt"
+        keys = Counter(real_keys(batches))
+        expected = Counter({f"toy/s{n:03d}": 1 for n in range(20) if n not in (3, 6)})
+        expected.update(f"toy/{entry['substitute']}" for entry in entries.values())
+        assert keys == expected
+    assert found[0] == found[1]
+
+
+def test_quarantine_ends_above_its_rate(build_dataset: Build) -> None:
+    dataset = quarantining(build_dataset(corrupt(toy_samples(20), 3, 6)), rate=0.001)
+    with pytest.raises(RecordError, match=r"2 of .* samples are bad"):
+        list(make_loader(dataset))
+
+
+def test_a_rank_without_a_fault_stops_with_the_one_that_has_it(build_dataset: Build) -> None:
+    dataset = build_dataset(toy_samples(8))
+    loader = make_loader(dataset, all_reduce_sum=lambda mine: [mine[0], mine[1], mine[2] + 1])
+    with pytest.raises(VipLlavaError, match="1 other ranks met a sample that cannot be used"):
+        list(loader)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from vipllava.data.datamodule import VisualPromptDataModule
+    from vipllava.data.order import Item
     from vipllava.data.samples import SampleSource
     from vipllava.report.inspected import InspectedSample, RefusedSample
 
@@ -76,11 +77,13 @@ def inspect_job(
     path = output or Path(cfg.run_dir) / PAGE
     forget_missing_checkpoint(cfg)
     datamodule = build_datamodule(cfg)
-    source = datamodule.open_source()
+    dataset = datamodule.open_dataset()
+    name = " + ".join(source.name for source in dataset.sources)
+    num_stored = sum(len(source) for source in dataset.sources)
     encoder, transform = datamodule.encoder, datamodule.samples.transform
     summary = JobSummary(
-        dataset=source.name,
-        num_samples=len(source),
+        dataset=name,
+        num_samples=num_stored,
         stage=cfg.stage.name,
         model=cfg.model.name,
         chat_template=encoder.template.name,
@@ -92,23 +95,23 @@ def inspect_job(
         chosen="the first that training meets",
         command=command,
     )
-    positions = datamodule.first_positions(source, num_samples)
-    shown = [_look(datamodule, source, position) for position in positions]
+    items = datamodule.first_items(dataset, num_samples)
+    shown = [_look(datamodule, dataset.sources[item.part], item) for item in items]
     write_inspect_page(path, summary, shown)
-    logger.info("%d of %d samples of %s: open %s", len(shown), len(source), source.name, path)
+    logger.info("%d of %d samples of %s: open %s", len(shown), num_stored, name, path)
     return path
 
 
 def _look(
-    datamodule: VisualPromptDataModule, source: SampleSource, position: int
+    datamodule: VisualPromptDataModule, source: SampleSource, item: Item
 ) -> InspectedSample | RefusedSample:
     from vipllava.data.schemas import AUTO, kind_of
     from vipllava.report.inspected import RefusedSample, inspect_trace
 
-    entry = source.shards.read(position)
-    shard = entry.shard.name
+    entry = source.shards.read(item.position)
+    shard = Path(entry.shard).name
     try:
-        trace = datamodule.samples.trace(source.parse(entry))
+        trace = datamodule.samples.trace(source.parse(entry, item.turn), item.turn)
     except RecordError as error:
         return RefusedSample(entry.key, source.name, shard, str(error))
     kind = kind_of(entry.record) if source.record_kind == AUTO else source.record_kind

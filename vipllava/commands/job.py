@@ -91,7 +91,7 @@ def compose_data_job(data: str | None, overrides: Sequence[str]) -> DictConfig:
 
     if data is None:
         return compose(overrides)
-    chosen = [*overrides, f"data.manifest={data}"]
+    chosen = [*overrides, "data.mix=null", f"data.manifest={data}"]
     cfg = compose(chosen)
     if any(override.startswith("stage=") for override in overrides):
         return cfg

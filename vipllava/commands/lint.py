@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vipllava.commands.job import (
     compose_data_job,
@@ -16,9 +17,18 @@ from vipllava.commands.job import (
     whole,
 )
 
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from vipllava.data.lint import LintReport
+
 logger = logging.getLogger(__name__)
 
 EXIT_FINDINGS: Final = 1
+
+
+def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -52,23 +62,29 @@ def run(arguments: Sequence[str]) -> int:
     values: Any = OmegaConf.to_container(cfg.lint, resolve=True)
     limits = LintLimits.from_mapping(values)
     datamodule = build_datamodule(cfg)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"lint {datamodule.manifest.name}", total=None)
-        report = lint_shards(
-            datamodule.manifest,
-            datamodule.data_root,
-            datamodule.samples,
-            limits,
-            int(cfg.seed),
-            num_samples=given.get("n"),
-            num_workers=given.get("num_workers", 0),
-            epoch=given.get("epoch", 0),
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
-    print_report(report, Console())
+    reports: list[LintReport] = []
+    for manifest in datamodule.manifests:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(f"lint {manifest.name}", total=None)
+            report = lint_shards(
+                manifest,
+                datamodule.data_root,
+                datamodule.samples,
+                limits,
+                int(cfg.seed),
+                num_samples=given.get("n"),
+                num_workers=given.get("num_workers", 0),
+                epoch=given.get("epoch", 0),
+                on_progress=partial(_show, progress, task),
+            )
+        print_report(report, Console())
+        reports.append(report)
     if "json" in given:
         path: Path = given["json"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n")
+        found = [report.to_json() for report in reports]
+        text = json.dumps(found if len(found) > 1 else found[0], indent=1, ensure_ascii=False)
+        path.write_text(f"{text}\n")
         logger.info("written to %s", path)
-    return EXIT_FINDINGS if given.get("strict", False) and report.findings else 0
+    found_any = any(report.findings for report in reports)
+    return EXIT_FINDINGS if given.get("strict", False) and found_any else 0

@@ -112,7 +112,16 @@ def _known_manifests(folder: str) -> list[str]:
 
 def _manifest(job: _Job) -> list[str]:
     key = "bench.manifest" if "bench" in job.cfg else "data.manifest"
-    name, folder = job.get(key, str), job.get("paths.manifests", str)
+    named = {key: job.get(key, str)}
+    if mix := job.get("data.mix", dict):
+        named = {f"data.mix.{name}": str(name) for name in mix}
+    problems: list[str] = []
+    for where, name in named.items():
+        problems += _manifest_problems(where, name, job.get("paths.manifests", str))
+    return problems
+
+
+def _manifest_problems(key: str, name: str | None, folder: str | None) -> list[str]:
     if name is None or folder is None:
         return []
     if name.endswith((".yaml", ".yml")):
@@ -145,7 +154,7 @@ def _checkpoint(job: _Job) -> list[str]:
 
 
 def _global_batch(job: _Job) -> list[str]:
-    size, micro = job.number("stage.global_batch_size"), job.number("machine.micro_batch_size")
+    size, micro = job.number("data.global_batch_size"), job.number("data.micro_batch_size")
     devices, nodes = job.number("trainer.devices"), job.number("trainer.num_nodes")
     if size is None or micro is None or devices is None or nodes is None:
         return []

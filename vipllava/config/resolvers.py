@@ -75,6 +75,23 @@ def micro_batch_size(*, _root_: DictConfig) -> int:
     return limit if chosen is None else chosen
 
 
+def packs_per_micro_batch(*, _root_: DictConfig) -> int:
+    """Packs that hold about as many samples as the machine's micro-batch, at least one."""
+    tokens = int(_root_.machine.micro_batch_size) * int(_root_.stage.mean_length)
+    return max(1, tokens // int(_root_.data.pack_length))
+
+
+def packs_per_batch(*, _root_: DictConfig) -> int:
+    """Packs that hold about as many samples as the recipe's global batch.
+
+    Rounded to a multiple of what all devices take in one forward pass, at least one.
+    """
+    tokens = int(_root_.stage.global_batch_size) * int(_root_.stage.mean_length)
+    devices = int(_root_.trainer.devices) * int(_root_.trainer.num_nodes)
+    at_once = int(_root_.data.micro_batch_size) * devices
+    return at_once * max(1, round(tokens / int(_root_.data.pack_length) / at_once))
+
+
 def strategy(*, _root_: DictConfig) -> str:
     """The strategy that ``strategy=auto`` stands for: by machine, workload and model.
 
@@ -172,6 +189,8 @@ _RESOLVERS: dict[str, Callable[..., Any]] = {
     "vip.micro_batch_size": micro_batch_size,
     "vip.num_workers": num_workers,
     "vip.package_path": package_path,
+    "vip.packs_per_batch": packs_per_batch,
+    "vip.packs_per_micro_batch": packs_per_micro_batch,
     "vip.precision": precision,
     "vip.product": product,
     "vip.recipe": recipe,

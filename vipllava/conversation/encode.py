@@ -36,6 +36,7 @@ template to that.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -113,6 +114,18 @@ class ConversationEncoder:
             self.max_length,
         )
         return type(self), arguments
+
+    @property
+    def identity(self) -> str:
+        """Hex digest of all that decides which ids a conversation gets."""
+        parts = (
+            self.tokenizer.backend_tokenizer.to_str(),
+            self.template,
+            self.image_token_id,
+            self.image_seq_length,
+            self.max_length,
+        )
+        return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning
 import torch
@@ -13,10 +16,23 @@ import torch
 from vipllava.config.batch import accumulation_steps
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.conversation.label_proof import prove_labels
+from vipllava.data.batching import Batching, BatchPlan, Cursor, PackedBatches, SampleBatches
+from vipllava.data.faults import QUARANTINE_FILE, FaultLog, FaultPolicy, OnFault
 from vipllava.data.image_transform import ImageTransform
 from vipllava.data.manifest import load_manifest
+from vipllava.data.order import (
+    WINDOW_SAMPLES,
+    Item,
+    MixEntry,
+    SampleOrder,
+    parse_mix,
+    plan_parts,
+)
+from vipllava.data.pack_planner import PackPlanner, PlanStore
+from vipllava.data.prefetch import ShardPrefetcher
 from vipllava.data.samples import SampleEncoder, SampleSource
-from vipllava.data.stream import GlobalBatchSampler, StepLoader, VisualPromptDataset
+from vipllava.data.shard_cache import ShardCache
+from vipllava.data.stream import StepLoader, StepSampler, VisualPromptDataset
 from vipllava.types import ConfigError
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
@@ -29,12 +45,24 @@ class VisualPromptDataModule(lightning.LightningDataModule):
     Args:
         manifest: name in ``manifests_dir``, or path of a manifest of one's own.
         manifests_dir: folder of the known manifests.
-        data_root: folder that the manifests' patterns are relative to.
+        data_root: folder or URL that the manifests' patterns are relative to.
         policies: visual-prompt policies by name.
         encoder: conversations to ids and labels.
         image_transform: pictures to pixels.
-        micro_batch_size: samples per rank and forward pass.
-        global_batch_size: samples per optimizer step.
+        micro_batch_size: rows per rank and forward pass: samples, or packs.
+        global_batch_size: rows per optimizer step.
+        mix: several data sets instead of ``manifest``: per name or path ``epochs`` or ``weight``.
+        samples_per_epoch: size of an epoch mixed by weight.
+        batching: ``shuffled``, ``length_grouped`` or ``packed``.
+        pack_length: ids of a pack.
+        max_images_per_pack: pictures of a pack at most.
+        window_samples: samples that are shuffled among each other.
+        on_fault: ``error``, or ``quarantine`` for substitutes.
+        max_fault_rate: share of bad samples above which quarantine gives up.
+        run_dir: where ``quarantine.jsonl`` goes.
+        plan_dir: where the ranks of a node share plans of packs; a temporary folder if None.
+        cache_dir: where remote shards are kept.
+        cache_gb: size of that cache, 10^9 bytes.
         seed: of order, wordings and marks.
         num_workers: loader processes per rank.
         pad_to_multiple_of: row lengths are rounded up to a multiple of this.
@@ -43,7 +71,7 @@ class VisualPromptDataModule(lightning.LightningDataModule):
 
     def __init__(
         self,
-        manifest: str | Path,
+        manifest: str | Path | None,
         manifests_dir: str | Path,
         data_root: str | Path,
         policies: Mapping[str, VisualPromptPolicy],
@@ -51,51 +79,96 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         image_transform: ImageTransform,
         micro_batch_size: int,
         global_batch_size: int,
+        mix: Mapping[str, Mapping[str, Any]] | None = None,
+        samples_per_epoch: int | None = None,
+        batching: Batching = "shuffled",
+        pack_length: int = 4096,
+        max_images_per_pack: int = 16,
+        window_samples: int = WINDOW_SAMPLES,
+        on_fault: OnFault = "error",
+        max_fault_rate: float = 0.001,
+        run_dir: str | Path | None = None,
+        plan_dir: str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        cache_gb: float = 100.0,
         seed: int = 42,
         num_workers: int = 4,
         pad_to_multiple_of: int = 1,
         num_proved: int = 16,
     ) -> None:
         super().__init__()
-        self.manifest = load_manifest(manifest, manifests_dir)
-        self.data_root = Path(data_root)
+        if batching not in get_args(Batching):
+            known = ", ".join(get_args(Batching))
+            raise ConfigError(f"data.batching is {batching!r}; use one of {known}")
+        entries = parse_mix(mix) if mix else {str(manifest): MixEntry(epochs=1.0)}
+        self.manifests = [load_manifest(name, manifests_dir) for name in entries]
+        self.mix = dict(zip((m.name for m in self.manifests), entries.values(), strict=True))
+        if len(self.mix) < len(entries):
+            raise ConfigError(f"data.mix names a data set twice: {', '.join(entries)}")
+        self.data_root = data_root
         self.encoder = encoder
         self.samples = SampleEncoder(policies, encoder, image_transform, seed)
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
+        self.samples_per_epoch = samples_per_epoch
+        self.batching: Batching = batching
+        self.pack_length = pack_length
+        self.max_images_per_pack = max_images_per_pack
+        self.window_samples = window_samples
+        self.faults = FaultPolicy(on_fault, max_fault_rate)
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.plan_dir = None if plan_dir is None else Path(plan_dir)
+        self.cache = (
+            None if cache_dir is None else ShardCache(Path(cache_dir), int(cache_gb * 10**9))
+        )
         self.seed = seed
         self.num_workers = num_workers
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_proved = num_proved
         self.dataset: VisualPromptDataset | None = None
         self._loader: StepLoader | None = None
+        self._restored: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
         """Open the shards and prove the labels of the first samples.
 
         Raises:
             ShardError: the data are missing, damaged or not what the manifest says.
-            RecordError: one of the first samples breaks its schema.
+            RecordError: one of the first samples breaks its schema and the policy is ``error``.
             VipLlavaError: labels do not cover exactly the answers.
         """
         if self.dataset is not None:
             return
-        source = self.open_source()
-        self.dataset = VisualPromptDataset(source, self.samples)
-        proved = self.first_positions(source, self.num_proved)
-        for position in proved:
-            sample = source.sample(position)
-            turns, encoded = self.samples.encode_text(sample)
+        self.dataset = dataset = self.open_dataset()
+        num_proved = 0
+        for item in self.first_items(dataset, self.num_proved):
+            _, good, _ = dataset.measure(item)
+            sample = dataset.sources[good.part].sample(good.position, good.turn)
+            turns, encoded = self.samples.encode_text(sample, good.turn)
             prove_labels(self.encoder, turns, encoded, key=f"{sample.dataset}/{sample.key}")
-        log.info("%s: %d samples, labels of %d proved", source.name, len(source), len(proved))
+            num_proved += 1
+        for source in dataset.sources:
+            log.info("%s: %d samples", source.name, len(source))
+        log.info("labels of %d samples proved", num_proved)
 
-    def open_source(self) -> SampleSource:
+    def open_dataset(self) -> VisualPromptDataset:
         """Open the shards; raises what :func:`vipllava.data.shards.open_shards` raises."""
-        return SampleSource.open(self.manifest, self.data_root, self.seed)
+        sources = [
+            SampleSource.open(manifest, self.data_root, self.seed, cache=self.cache)
+            for manifest in self.manifests
+        ]
+        return VisualPromptDataset(sources, self.samples, self.faults)
 
-    def first_positions(self, source: SampleSource, count: int) -> list[int]:
-        """Return the positions of the samples that training meets first."""
-        return self._sampler(source).order(epoch=0)[:count].tolist()
+    def first_items(self, dataset: VisualPromptDataset, count: int) -> list[Item]:
+        """Return samples of epoch 0 in the order in which training meets them.
+
+        With packing it is the order before packing: nothing is planned for this.
+        """
+        order = self._order(dataset)
+        if self.batching == "packed":
+            return order.epoch(0).items(slice(count))
+        batches = self._plan(dataset, order).batches(Cursor())
+        return list(islice((item for batch in batches for (item,) in batch.rows), count))
 
     def train_dataloader(self) -> StepLoader:
         """Return this rank's loader; its length is the epoch's number of micro-batches."""
@@ -113,10 +186,22 @@ class VisualPromptDataModule(lightning.LightningDataModule):
                 f"on {trainer.world_size} ranks needs {accumulate}"
             )
         device: torch.device = trainer.strategy.root_device
+        fault_log = FaultLog(
+            None if self.run_dir is None else self.run_dir / QUARANTINE_FILE, self.faults
+        )
+        order = self._order(self.dataset)
+        store = self._plan_store(trainer) if per_node > 1 else None
+        plan = self._plan(self.dataset, order, fault_log if trainer.is_global_zero else None, store)
+        trainer.strategy.barrier("plans")  # the folder is cleared before anyone reads it
+        log.info(
+            "%s batches of %d %s, %d samples an epoch",
+            self.batching, self.global_batch_size,
+            "packs" if self.batching == "packed" else "samples", len(order),
+        )  # fmt: skip
         self._loader = StepLoader(
             self.dataset,
-            self._sampler(
-                self.dataset.source,
+            StepSampler(
+                plan,
                 accumulate=accumulate,
                 world_size=trainer.world_size,
                 rank=trainer.global_rank,
@@ -124,33 +209,83 @@ class VisualPromptDataModule(lightning.LightningDataModule):
             pad_token_id=_pad_token_id(self.encoder),
             num_workers=self.num_workers,
             multiple_of=self.pad_to_multiple_of,
+            pack_length=self.pack_length if self.batching == "packed" else None,
             all_reduce_sum=self._all_reduce_sum,
+            fault_log=fault_log,
+            prefetcher=ShardPrefetcher([s.shards for s in self.dataset.sources], order),
             pin_memory=device.type == "cuda",
         )
+        if self._restored is not None:
+            self._loader.load_state_dict(self._restored)
         return self._loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been consumed, for Lightning's checkpoint."""
+        return {} if self._loader is None else self._loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on behind what a checkpoint says was consumed.
+
+        Some strategies load a checkpoint before the loader is made, others after.
+
+        Raises:
+            CheckpointError: it is of other data; names each difference.
+        """
+        self._restored = state_dict
+        if self._loader is not None:
+            self._loader.load_state_dict(state_dict)
 
     def teardown(self, stage: str) -> None:
         """End the loader's workers."""
         if self._loader is not None:
             self._loader.close()
 
-    def _sampler(
-        self, source: SampleSource, *, accumulate: int = 1, world_size: int = 1, rank: int = 0
-    ) -> GlobalBatchSampler:
-        return GlobalBatchSampler(
-            source.name,
-            len(source),
-            self.global_batch_size,
-            seed=self.seed,
-            accumulate=accumulate,
-            world_size=world_size,
-            rank=rank,
-        )
+    def _order(self, dataset: VisualPromptDataset) -> SampleOrder:
+        sizes = {source.name: source.shards.shard_sizes for source in dataset.sources}
+        parts = plan_parts(sizes, self.mix, self.samples_per_epoch)
+        return SampleOrder(parts, self.seed, window_samples=self.window_samples)
 
-    def _all_reduce_sum(self, value: int) -> int:
+    def _plan(
+        self,
+        dataset: VisualPromptDataset,
+        order: SampleOrder,
+        fault_log: FaultLog | None = None,
+        store: PlanStore | None = None,
+    ) -> BatchPlan:
+        if self.batching != "packed":
+            lengths = dataset.estimate_lengths if self.batching == "length_grouped" else None
+            return SampleBatches(order, self.global_batch_size, lengths)
+        planner = PackPlanner(
+            dataset,
+            pack_length=self.pack_length,
+            max_images=self.max_images_per_pack,
+            store=store,
+            on_faults=None if fault_log is None else fault_log.add,
+        )
+        identity = {"pack_length": self.pack_length, "max_images": self.max_images_per_pack}
+        return PackedBatches(order, self.global_batch_size, planner, identity=identity)
+
+    def _plan_store(self, trainer: Any) -> PlanStore:
+        directory = self.plan_dir
+        if directory is None:
+            # One for the job: its ranks on this node find it by the address they met at.
+            job = f"{os.environ.get('MASTER_ADDR', '')}-{os.environ.get('MASTER_PORT', '')}"
+            directory = Path(tempfile.gettempdir()) / f"vipllava-plans-{os.getuid()}-{job}"
+        assert self.dataset is not None
+        identity = (
+            [source.shards.fingerprint for source in self.dataset.sources],
+            [str(entry) for entry in self.mix.values()],
+            (self.seed, self.samples_per_epoch, self.window_samples, self.faults),
+            (self.pack_length, self.max_images_per_pack),
+            sorted(map(repr, self.samples.policies.items())),
+            self.encoder.identity,
+        )
+        return PlanStore(directory, identity, writes=trainer.local_rank == 0)
+
+    def _all_reduce_sum(self, values: Sequence[int]) -> list[int]:
         strategy: Any = self.trainer.strategy  # pyright: ignore[reportOptionalMemberAccess]
-        total = torch.tensor(value, dtype=torch.int64, device=strategy.root_device)
-        return int(strategy.reduce(total, reduce_op="sum"))
+        total = torch.tensor(values, dtype=torch.int64, device=strategy.root_device)
+        return [int(value) for value in strategy.reduce(total, reduce_op="sum").tolist()]
 
 
 def _pad_token_id(encoder: ConversationEncoder) -> int:

@@ -1,27 +1,45 @@
-"""One YAML file per data set or benchmark: what it is, where its shards lie, under which terms.
+"""One YAML file per data set or benchmark: what it is, where its parts come from and lie.
 
-A manifest names things; it holds no data. ``shards`` and ``folder`` are relative to a data root,
-so the same manifest serves every machine.
+A manifest names things; it holds no data. Its paths are relative to a data root, so the same
+manifest serves every machine. ``docs/manifests.md`` describes the fields for those who write one.
+
+Versions: 2 is what this release writes and means. 1 is read, too, and raised on the way in (see
+``_UPGRADES``); newer ones are refused.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, cast
 
 import yaml
 
-from vipllava.data.schemas import AUTO, KINDS
+from vipllava.data.schemas import AUTO, KINDS, kind_of
+from vipllava.data.sources import SOURCES_FOLDER, Source, is_inside, read_sources
 from vipllava.types import ConfigError
 
-MANIFEST_VERSION: Final = 1
+__all__ = [
+    "AUTO_POLICY",
+    "MANIFEST_VERSION",
+    "Manifest",
+    "ManifestError",
+    "Source",
+    "is_remote",
+    "list_manifests",
+    "load_manifest",
+    "parse_manifest",
+]
+
+MANIFEST_VERSION: Final = 2
 STAGES: Final = ("pretrain", "finetune", "gpt4v", "task", "evaluation")
 FORMATS: Final = ("shards", "vip_bench")
 MAKERS: Final = ("sample_world",)
 AUTO_POLICY: Final = "auto"
+_REMOTE: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|pipe:")
 
 
 class ManifestError(ConfigError):
@@ -29,39 +47,29 @@ class ManifestError(ConfigError):
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where a part of a data set comes from.
-
-    Attributes:
-        name: hub repository or the project that publishes it.
-        what: which files of it are used.
-        access: ``public``, or how to get it (e.g. ``request form``).
-    """
-
-    name: str
-    what: str
-    access: str = "public"
-
-
-@dataclass(frozen=True, slots=True)
 class Manifest:
     """One data set or benchmark.
 
     Attributes:
-        schema_version: version of this file format.
+        schema_version: version of this file format; ``MANIFEST_VERSION`` once it is loaded.
         name: equal to the file's stem; part of every random key, so renaming reseeds.
         stage: one of ``STAGES``.
         licence: terms of use, in words.
         format: ``shards`` (WebDataset tars) or ``vip_bench`` (the official folder layout).
         record_kind: a kind of :mod:`vipllava.data.schemas`, or ``auto``: per record, by its id.
-        shards: patterns relative to the data root: globs and braces (``x-{000000..000009}.tar``).
+        shards: patterns relative to the data root: globs and braces (``x-{000000..000009}.tar``);
+            or addresses (``https://``, ``s3://``, ``gs://``, ``pipe:COMMAND``), with braces only.
         folder: the folder of a ``vip_bench`` layout, relative to the data root.
         policy: visual-prompt policy of every record, or ``auto``: the record kind's own.
-        num_samples: exact number of records, checked when opened; None if not known beforehand.
-        approximate_samples: published order of magnitude, never checked.
+        num_samples: exact number of samples in the shards, or of questions of a benchmark, checked
+            when opened; None if not known beforehand (building may reject broken inputs).
+        approximate_samples: published number of records; nothing fails where it differs.
         made_by: ``sample_world`` for data that is made on first use, else None.
-        annotation_file: the published annotation list the shards are built from.
-        image_roots: folders of the annotation's picture paths, relative to one data root.
+        annotation_file: the published annotation list the shards are built from, relative to the
+            data root.
+        annotation_kinds: only its records of these kinds belong to the data set; empty: all.
+        image_roots: folders of the pictures, relative to the data root. A record names its picture
+            either with the root (``coco/train2017/x.jpg``) or within one (``00453/x.jpg``).
         sources: where annotations and pictures come from.
         notes: what a reader should know.
     """
@@ -79,6 +87,7 @@ class Manifest:
     approximate_samples: int | None = None
     made_by: str | None = None
     annotation_file: str | None = None
+    annotation_kinds: tuple[str, ...] = ()
     image_roots: tuple[str, ...] = ()
     sources: tuple[Source, ...] = ()
     notes: str = ""
@@ -87,6 +96,15 @@ class Manifest:
     def patterns(self) -> tuple[str, ...]:
         """What has to exist under the data root."""
         return self.shards if self.folder is None else (self.folder,)
+
+    def has_record(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record of the annotation list belongs to this data set."""
+        return not self.annotation_kinds or kind_of(record) in self.annotation_kinds
+
+
+def is_remote(path: str) -> bool:
+    """Whether a pattern or data root is an address rather than a path."""
+    return _REMOTE.match(path) is not None
 
 
 def list_manifests(manifests_dir: str | Path) -> list[str]:
@@ -119,21 +137,32 @@ def load_manifest(name_or_path: str | Path, manifests_dir: str | Path) -> Manife
         raise ManifestError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(raw, Mapping):
         raise ManifestError(f"{path} holds {type(raw).__name__}; a manifest is a mapping")
-    return parse_manifest(cast("Mapping[Any, Any]", raw), where=str(path), stem=path.stem)
+    folders = (path.parent / SOURCES_FOLDER, Path(manifests_dir) / SOURCES_FOLDER)
+    return parse_manifest(
+        cast("Mapping[Any, Any]", raw), where=str(path), stem=path.stem, sources_dirs=folders
+    )
 
 
-def parse_manifest(raw: Mapping[Any, Any], *, where: str, stem: str | None = None) -> Manifest:
+def parse_manifest(
+    raw: Mapping[Any, Any],
+    *,
+    where: str,
+    stem: str | None = None,
+    sources_dirs: tuple[Path, ...] = (),
+) -> Manifest:
     """Check a mapping against the schema and freeze it.
 
     Args:
         raw: the YAML's content.
         where: named in errors.
         stem: the file's stem, which ``name`` has to equal.
+        sources_dirs: folders of the source files that ``sources`` may name.
 
     Raises:
         ManifestError: listing every problem.
     """
     problems: list[str] = []
+    raw = _upgrade(raw)
     known = {f.name: f for f in fields(Manifest)}
     if unknown := sorted(str(key) for key in raw if key not in known):
         problems.append(f"unknown fields {unknown}; known: {', '.join(known)}")
@@ -152,7 +181,8 @@ def parse_manifest(raw: Mapping[Any, Any], *, where: str, stem: str | None = Non
     expect(
         "schema_version",
         values.get("schema_version") == MANIFEST_VERSION,
-        f"{MANIFEST_VERSION}, the version this release reads",
+        f"{MANIFEST_VERSION}, or an older one that this release can raise to it "
+        f"({', '.join(map(str, _UPGRADES))})",
     )
     expect("name", isinstance(values.get("name"), str), "a text")
     if stem is not None:
@@ -169,13 +199,16 @@ def parse_manifest(raw: Mapping[Any, Any], *, where: str, stem: str | None = Non
         good = number is None or (type(number) is int and number > 0)
         expect(name, good, "a positive number or null")
     expect("made_by", values.get("made_by") in (None, *MAKERS), f"null or {', '.join(MAKERS)}")
-    for name in ("shards", "image_roots"):
+    for name in ("shards", "image_roots", "annotation_kinds"):
         _freeze_texts(values, name, problems)
-    _freeze_sources(values, problems)
-    for name in ("shards", "folder"):
-        for pattern in _as_texts(values.get(name)):
-            if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-                problems.append(f"{name} is `{pattern}`; expected a path inside the data root")
+    if "sources" in values:
+        values["sources"] = read_sources(values["sources"], sources_dirs, problems)
+    for name in ("shards", "folder", "annotation_file", "image_roots"):
+        for path in _as_texts(values.get(name)):
+            if not is_inside(path) and not (name == "shards" and is_remote(path)):
+                problems.append(f"{name} is `{path}`; expected a path inside the data root")
+    if unknown := sorted(set(values.get("annotation_kinds", ())) - set(KINDS)):
+        problems.append(f"annotation_kinds has {unknown}; known: {', '.join(KINDS)}")
     if values.get("format", "shards") == "shards" and not values.get("shards"):
         problems.append("shards is empty; format `shards` needs at least one pattern")
     if values.get("format") == "vip_bench" and not values.get("folder"):
@@ -209,17 +242,34 @@ def _freeze_texts(values: dict[str, Any], name: str, problems: list[str]) -> Non
     values[name] = texts
 
 
-def _freeze_sources(values: dict[str, Any], problems: list[str]) -> None:
-    if "sources" not in values:
-        return
-    value = values["sources"]
-    sources: list[Source] = []
-    for item in cast("list[Any]", value) if isinstance(value, list) else [value]:
-        try:
-            source = Source(**item)
-            if not all(isinstance(value, str) for value in cast("dict[str, Any]", item).values()):
-                raise TypeError
-            sources.append(source)
-        except TypeError:
-            problems.append(f"sources has {item!r}; expected texts `name`, `what`, `access`")
-    values["sources"] = tuple(sources)
+def _upgrade(raw: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Raise an older manifest to the present version, step by step."""
+    version = raw.get("schema_version")
+    while type(version) is int and version in _UPGRADES:
+        raw = _UPGRADES[version](raw)
+        version += 1
+    return raw
+
+
+def _upgrade_1(raw: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Version 2 separates the way to get a source (``access``) from its ``address``."""
+    new = {**raw, "schema_version": 2}
+    sources = raw.get("sources")
+    if isinstance(sources, list):
+        new["sources"] = [_upgrade_source_1(source) for source in cast("list[Any]", sources)]
+    return new
+
+
+def _upgrade_source_1(source: object) -> object:
+    if not isinstance(source, Mapping):
+        return source
+    values = cast("Mapping[Any, Any]", source)
+    access = values.get("access", "public")
+    if access == "public":
+        return values
+    return {**values, "access": "form" if access == "request form" else "by_hand"} | {
+        "address": str(access)
+    }
+
+
+_UPGRADES: Final[dict[int, Callable[[Mapping[Any, Any]], Mapping[Any, Any]]]] = {1: _upgrade_1}

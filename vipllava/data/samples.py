@@ -28,6 +28,7 @@ from vipllava.data.image_decode import decode_image, image_size
 from vipllava.data.image_transform import ImageTransform
 from vipllava.data.manifest import AUTO_POLICY, Manifest, load_manifest
 from vipllava.data.schemas import parse_record
+from vipllava.data.shard_cache import ShardCache
 from vipllava.data.shards import Entry, ShardSet, open_shards
 from vipllava.keyed_random import generator_for
 from vipllava.types import Encoded, RecordError, Sample, Turn, VipLlavaError, VisualPromptPlan
@@ -64,9 +65,16 @@ class SampleSource:
         self.seed = seed
 
     @classmethod
-    def open(cls, manifest: Manifest, data_root: str | Path, seed: int) -> SampleSource:
+    def open(
+        cls,
+        manifest: Manifest,
+        data_root: str | Path,
+        seed: int,
+        *,
+        cache: ShardCache | None = None,
+    ) -> SampleSource:
         """Open the shards of a manifest; see :func:`vipllava.data.shards.open_shards`."""
-        shards = open_shards(manifest, data_root)
+        shards = open_shards(manifest, data_root, cache=cache)
         return cls(shards, manifest.record_kind, manifest.policy, seed)
 
     @property
@@ -97,6 +105,7 @@ class SampleSource:
                 image=entry.image,
                 kind=self.record_kind,
                 rng=words_generator(self.seed, epoch, self.name, entry.key),
+                size=entry.image_size,
             )
         except RecordError as error:
             raise error.at(entry.shard) from error

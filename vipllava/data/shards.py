@@ -3,37 +3,50 @@
 Per sample ``KEY.json`` (the record) and, unless it is text only, ``KEY.jpg|jpeg|png|webp``. Beside
 ``NAME.tar`` lies ``NAME.index.npz`` with the place, size and checksum of every member, so that
 any sample is two reads away and a changed file is noticed. The tars stay plain: any WebDataset
-reader opens them.
+reader opens them. ``docs/storage.md`` describes the files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
 import os
 import re
+import threading
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, Final
 
 import braceexpand
+import numpy as np
+import numpy.typing as npt
 from webdataset.writer import TarWriter
 
+from vipllava.data.dataset_index import (
+    INDEX_FOLDER,
+    DatasetIndex,
+    open_dataset_index,
+    user_index_folder,
+)
 from vipllava.data.image_decode import image_size
-from vipllava.data.manifest import Manifest
+from vipllava.data.manifest import Manifest, is_remote
+from vipllava.data.remote_tars import CACHED_INDICES, IndexLoader, expand_address
+from vipllava.data.shard_cache import ShardCache, cache_name
 from vipllava.data.shard_index import (
+    BLOCK,
     IMAGE_EXTENSIONS,
+    MOST,
     ShardError,
     ShardIndex,
     build_index,
     index_path,
-    load_index,
+    parse_object,
     save_index,
+    tar_name,
 )
 from vipllava.types import RecordError
 
@@ -44,15 +57,13 @@ __all__ = [
     "ShardSet",
     "index_shard",
     "open_shards",
-    "read_entry",
     "write_shards",
 ]
-
-log = logging.getLogger(__name__)
 
 _KEY: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_/-]*")
 _LONGEST_KEY: Final = 90  # with an extension below the 100 bytes of a plain tar header
 _OPEN_FILES: Final = 64
+_OPEN_CACHED: Final = 24  # an open copy takes room even after the cache has dropped it
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +75,16 @@ class Entry:
         record: the JSON object.
         image: the encoded picture, or None for a text-only record.
         image_extension: as in the tar, without the dot; the bytes may be of another format.
-        shard: the tar's path, for messages.
+        shard: the tar's path or address, for messages.
+        image_size: width and height of the upright picture, pixels, where the index knows them.
     """
 
     key: str
     record: Mapping[str, Any]
     image: bytes | None
     image_extension: str | None
-    shard: Path
+    shard: Path | str
+    image_size: tuple[int, int] | None = None
 
 
 def write_shards(
@@ -186,81 +199,111 @@ def index_shard(path: str | Path) -> ShardIndex:
     return index
 
 
-def read_entry(file: BinaryIO, index: ShardIndex, row: int, *, shard: Path) -> Entry:
-    """Read one sample by seek.
+class _OpenFile:
+    """A file that stays open as long as someone holds this object."""
 
-    Args:
-        file: the tar, opened for reading.
-        index: its index.
-        row: position of the sample within the tar.
-        shard: the tar's path, for messages.
+    __slots__ = ("descriptor",)
 
-    Raises:
-        ShardError: the bytes are not the indexed ones, or the record is no JSON object.
-    """
-    key = index.key(row)
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
-    def member(kind: str, offset: int, size: int, checksum: int) -> bytes:
-        file.seek(offset)
-        data = file.read(size)
-        if len(data) != size or zlib.crc32(data) != checksum:
-            raise ShardError(
-                f"{shard}: {kind} of sample `{key}` (bytes {offset}..{offset + size}) is not what "
-                f"{index_path(shard).name} recorded: the tar was damaged or replaced. Restore the "
-                "tar, or delete the index to have it made anew"
-            )
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Read at a place, without a position that threads or processes would share."""
+        data = b""
+        while len(data) < size:
+            more = os.pread(self.descriptor, size - len(data), offset + len(data))
+            if not more:
+                break
+            data = data + more if data else more
         return data
 
-    text = member(
-        "record",
-        int(index.record_offset[row]),
-        int(index.record_size[row]),
-        int(index.record_crc[row]),
-    )
-    record: Any = json.loads(text)
-    if not isinstance(record, dict):
-        raise ShardError(
-            f"{shard}: {key}.json holds {type(record).__name__}; a record is a JSON object. "
-            "Correct the record and build the shard again"
-        )
-    image = None
-    if index.has_image(row):
-        image = member(
-            "picture",
-            int(index.image_offset[row]),
-            int(index.image_size[row]),
-            int(index.image_crc[row]),
-        )
-    extension = index.extension(row)
-    return Entry(key, cast("dict[str, Any]", record), image, extension, shard)
+
+class _OpenFiles:
+    """The files that were used last."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.process = os.getpid()
+        self._files: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, number: int) -> _OpenFile | None:
+        with self._lock:
+            if (file := self._files.get(number)) is not None:
+                self._files.move_to_end(number)
+            return file
+
+    def put(self, number: int, file: _OpenFile) -> _OpenFile:
+        with self._lock:
+            file = self._files.setdefault(number, file)
+            self._files.move_to_end(number)
+            if len(self._files) > self.most:
+                self._files.popitem(last=False)
+            return file
 
 
 class ShardSet:
     """The tars of one data set as one sequence.
 
-    Holds the indices in memory and a few files open per process; safe to send to workers.
+    The index is mapped from disk and shared by all processes; a few files are open per process.
+    Threads may read at the same time. It can be forked and sent to other processes.
+
+    Attributes:
+        name: of the data set.
+        paths: of the tars; an address as text.
+        shard_ends: int64 [shards], number of samples up to the end of each tar.
+        shard_sizes: number of samples in each tar.
+        tar_sizes: int64 [shards], bytes of each tar.
+        cache: where tars at an address are kept; None if all are files.
     """
 
-    def __init__(self, name: str, paths: Iterable[Path], indices: Iterable[ShardIndex]) -> None:
-        """Join tars; use :func:`open_shards`, which checks them."""
+    def __init__(
+        self,
+        name: str,
+        paths: Iterable[Path | str],
+        index: DatasetIndex | Sequence[ShardIndex],
+        *,
+        cache: ShardCache | None = None,
+    ) -> None:
+        """Join tars; use :func:`open_shards`, which checks them.
+
+        Args:
+            name: of the data set.
+            paths: of the tars, or their addresses.
+            index: of all of them, or theirs one by one.
+            cache: where tars at an address are kept.
+        """
         self.name = name
         self.paths = tuple(paths)
-        self.indices = tuple(indices)
-        self._ends = list(accumulate(len(index) for index in self.indices))
-        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
-        self._process = os.getpid()
+        self.index = index if isinstance(index, DatasetIndex) else DatasetIndex.join(index)
+        self.shard_ends: npt.NDArray[np.int64] = self.index.tars["sample_end"].astype(np.int64)
+        self.shard_sizes: tuple[int, ...] = tuple(np.diff(self.shard_ends, prepend=0).tolist())
+        self.tar_sizes: npt.NDArray[np.int64] = self.index.tars["tar_size"].astype(np.int64)
+        self._ends: list[int] = self.shard_ends.tolist()
+        self.cache = cache
+        self._files = _OpenFiles(_OPEN_FILES if cache is None else _OPEN_CACHED)
 
     def __len__(self) -> int:
         """Return the number of samples."""
-        return self._ends[-1] if self._ends else 0
+        return len(self.index)
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of the tars' names, sizes and first bytes: other data, other digest."""
-        parts = [
-            (p.name, i.tar_size, i.head_crc) for p, i in zip(self.paths, self.indices, strict=True)
-        ]
-        return f"{zlib.crc32(repr((self.name, parts)).encode()):08x}"
+        """Hex digest of the name and the tars' names, sizes and content: other data, other digest.
+
+        Wherever the tars lie, and whether or not at an address, it is the same.
+        """
+        tars = self.index.tars
+        columns = (
+            map(tar_name, self.paths),
+            tars["tar_size"].tolist(),
+            tars["content_crc"].tolist(),
+        )
+        parts = list(zip(*columns, strict=True))
+        return hashlib.blake2b(json.dumps([self.name, parts]).encode(), digest_size=8).hexdigest()
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return the shard's number and the row within it."""
@@ -271,105 +314,197 @@ class ShardSet:
 
     def key(self, position: int) -> str:
         """Return the key of the sample at ``position``."""
-        shard, row = self.locate(position)
-        return self.indices[shard].key(row)
+        return self.index.key(self.locate(position)[0], position)
 
     def keys(self) -> Iterator[str]:
         """Yield every key in shard order."""
-        for index in self.indices:
-            yield from index.iter_keys()
+        for shard in range(len(self.paths)):
+            yield from (key.decode() for key in self.index.tar_keys(shard))
+
+    def text_tokens(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """Return the estimated lengths of texts, tokens, int32 [n].
+
+        See :func:`vipllava.data.shard_index.estimate_tokens`.
+        """
+        return self.index.samples["text_tokens"][positions].astype(np.int32)
+
+    def has_image(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return which samples have a picture, bool [n]."""
+        return self.index.samples["image_block"][positions] > 0
+
+    def picture_sizes(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """Return widths and heights of upright pictures, pixels, int32 [n, 2]; 0 for none."""
+        sides = [self.index.samples[name][positions] for name in ("width", "height")]
+        return np.stack(sides, axis=-1).astype(np.int32)
+
+    def record_offset(self, position: int) -> int:
+        """Return where the record lies in its tar, bytes."""
+        return self.index.row(position).record_block * BLOCK
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Have tars fetched that will be read soon; returns at once."""
+        if self.cache is not None:
+            chosen = (self.paths[shard] for shard in shards)
+            self.cache.prefetch([path for path in chosen if isinstance(path, str)])
 
     def read(self, position: int) -> Entry:
         """Read the sample at ``position``.
 
         Raises:
             ShardError: the tar is gone or its bytes are not the indexed ones.
+            CacheError: the tar cannot be fetched.
         """
-        shard, row = self.locate(position)
-        return read_entry(self._open(shard), self.indices[shard], row, shard=self.paths[shard])
+        shard, _ = self.locate(position)
+        file = self._open(shard)
+        row = self.index.row(position)
+        key = self.index.key(shard, position)
+
+        def member(kind: str, block: int, size: int, checksum: int) -> bytes:
+            data = file.read(block * BLOCK, size)
+            if len(data) != size or zlib.crc32(data) != checksum:
+                raise self._damaged(shard, f"{kind} of sample `{key}`", block * BLOCK, size)
+            return data
+
+        text = member("record", row.record_block, row.record_size, row.record_crc)
+        record = parse_object(text, f"{self.paths[shard]}: {key}.json")
+        if not row.image_block:
+            return Entry(key, record, None, None, self.paths[shard])
+        image = member("picture", row.image_block, row.image_size, row.image_crc)
+        known = 0 < row.width < MOST and row.height < MOST
+        size = (row.width, row.height) if known else None
+        extension = IMAGE_EXTENSIONS[row.extension]
+        return Entry(key, record, image, extension, self.paths[shard], size)
 
     def verify(self) -> None:
         """Read every sample once.
 
         Raises:
             ShardError: the first damaged sample.
+            CacheError: a tar cannot be fetched.
         """
         for position in range(len(self)):
             self.read(position)
 
     def close(self) -> None:
         """Close the files this process holds open."""
-        while self._files:
-            self._files.popitem()[1].close()
+        self._files = _OpenFiles(self._files.most)
 
-    def _open(self, shard: int) -> BinaryIO:
-        if self._process != os.getpid():  # forked: the parent's files share their position
-            self.close()
-            self._process = os.getpid()
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
+    def _open(self, shard: int) -> _OpenFile:
+        if self._files.process != os.getpid():
+            self.close()  # forked: another thread may have held the lock
+        files = self._files
+        if (file := files.get(shard)) is not None:
+            return file
+        path = self.paths[shard]
         try:
-            file = self.paths[shard].open("rb")
+            if isinstance(path, Path):
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            else:
+                assert self.cache is not None
+                size = int(self.index.tars["tar_size"][shard])
+                with self.cache.open(path, size=size) as copy:
+                    descriptor = os.dup(copy.fileno())
         except OSError as error:
-            raise ShardError(f"{self.paths[shard]} cannot be opened: {error}") from error
-        self._files[shard] = file
-        if len(self._files) > _OPEN_FILES:
-            self._files.popitem(last=False)[1].close()
-        return file
+            raise ShardError(f"{path} cannot be opened: {error}") from error
+        return files.put(shard, _OpenFile(descriptor))
 
-    def __del__(self) -> None:
-        """Close the files; a set that was never finished has none."""
-        if "_files" in self.__dict__:
-            self.close()
+    def _damaged(self, shard: int, what: str, offset: int, size: int) -> ShardError:
+        path = self.paths[shard]
+        if isinstance(path, Path):
+            name = index_path(path).name
+            remedy = "Restore the tar, or delete the index to have it made anew"
+        else:
+            name = f"the index in {self.index.folder}"
+            assert self.cache is not None
+            copy = self.cache.directory / cache_name(path)
+            remedy = (
+                f"Delete the copy {copy} to have it fetched again; if the tar was replaced at its "
+                "address, the index, too"
+            )
+        return ShardError(
+            f"{path}: {what} (bytes {offset}..{offset + size}) is not what {name} recorded: the "
+            f"tar was damaged or replaced. {remedy}"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave open files behind when sent to another process."""
-        return {**self.__dict__, "_files": OrderedDict(), "_process": -1}
+        return {**self.__dict__, "_files": self._files.most}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Start without open files."""
+        self.__dict__.update(state)
+        self._files = _OpenFiles(state["_files"])
 
 
-def open_shards(manifest: Manifest, data_root: str | Path) -> ShardSet:
+_NO_CACHE: Final = (
+    "set data.cache_dir (paths.cache, VIPLLAVA_CACHE), or copy the tars into a folder and set "
+    "paths.data_root to it"
+)
+
+
+def open_shards(
+    manifest: Manifest, data_root: str | Path, *, cache: ShardCache | None = None
+) -> ShardSet:
     """Open a data set's tars and check that they are the ones the manifest means.
 
     A tar without an index is read once and indexed.
 
+    Args:
+        manifest: names the tars.
+        data_root: folder or address that its patterns are relative to.
+        cache: where tars at an address are kept.
+
     Raises:
         ShardError: folder or tar missing, a tar truncated or broken, an index that belongs to
-            another tar, a key that occurs twice, or a count other than the manifest's.
+            another tar, a key that occurs twice, a count other than the manifest's, or an address
+            and no cache.
+        CacheError: a tar at an address cannot be fetched.
     """
-    root = Path(data_root)
     if manifest.format != "shards":
         raise ShardError(f"`{manifest.name}` is a `{manifest.format}` layout, not shards")
-    if not root.is_dir():
-        raise ShardError(f"data root {root} does not exist; {_remedy(manifest)}")
-    paths = [path for pattern in manifest.shards for path in _expand(pattern, root, manifest)]
-    indices = [_load_or_build(path) for path in paths]
-    shards = ShardSet(manifest.name, paths, indices)
-    seen: dict[str, int] = {}
-    for number, index in enumerate(indices):
-        for key in index.iter_keys():
-            if (first := seen.setdefault(key, number)) != number:
-                raise ShardError(
-                    f"key `{key}` is in {paths[first]} and in {paths[number]}; keys are unique "
-                    "within a data set: remove one of the tars, or build them anew"
-                )
-    if manifest.num_samples is not None and manifest.num_samples != len(shards):
+    place = str(data_root)
+    tars: list[Path | str] = []
+    for pattern in manifest.shards:
+        if is_remote(pattern):
+            tars += expand_address(pattern, manifest.name)
+        elif is_remote(place):
+            tars += expand_address(f"{place.rstrip('/')}/{pattern}", manifest.name)
+        else:
+            tars += _expand(pattern, Path(data_root), manifest)
+    if any(isinstance(tar, str) for tar in tars):
+        if cache is None:
+            raise ShardError(f"`{manifest.name}` has tars at an address and no cache; {_NO_CACHE}")
+        home = cache.directory / CACHED_INDICES
+        index = open_dataset_index(
+            manifest.name, tars, homes=[home], load=IndexLoader(cache, home / "tars")
+        )
+    else:
+        root = Path(data_root)
+        digest = hashlib.blake2b(str(root.resolve()).encode(), digest_size=8).hexdigest()
+        homes = [root / INDEX_FOLDER, user_index_folder() / digest]
+        index = open_dataset_index(manifest.name, tars, homes=homes, root=root)
+        cache = None
+    if manifest.num_samples is not None and manifest.num_samples != len(index):
         raise ShardError(
-            f"`{manifest.name}` has {len(shards)} samples in {len(paths)} tars under {root}, its "
+            f"`{manifest.name}` has {len(index)} samples in {len(tars)} tars under {place}, its "
             f"manifest says {manifest.num_samples}; complete the tars or correct `num_samples`"
         )
-    return shards
+    return ShardSet(manifest.name, tars, index, cache=cache)
 
 
 def _remedy(manifest: Manifest) -> str:
     if manifest.made_by == "sample_world":
         return "the sample data is made on first use by train.py and evaluate.py"
-    named = ", ".join(source.name for source in manifest.sources) or "see its manifest"
-    return f"set paths.data_root, or get `{manifest.name}` from: {named}"
+    ways = [f"`vipllava data fetch {manifest.name}`"] if manifest.sources else []
+    if manifest.annotation_file:
+        ways.append(f"`vipllava shards build manifest={manifest.name}`")
+    return f"set paths.data_root, or run {' and '.join(ways)}" if ways else "set paths.data_root"
 
 
 def _expand(pattern: str, root: Path, manifest: Manifest) -> list[Path]:
     """Resolve one pattern; a brace names each tar, so each has to be there."""
+    if not root.is_dir():
+        raise ShardError(f"data root {root} does not exist; {_remedy(manifest)}")
     paths: list[Path] = []
     for name in braceexpand.braceexpand(pattern):
         found = sorted(root.glob(name)) if re.search(r"[*?\[]", name) else [root / name]
@@ -380,16 +515,3 @@ def _expand(pattern: str, root: Path, manifest: Manifest) -> list[Path]:
             )
         paths.extend(found)
     return paths
-
-
-def _load_or_build(path: Path) -> ShardIndex:
-    sidecar = index_path(path)
-    if not sidecar.is_file():
-        log.info("%s has no index; reading it once to make one", path)
-        index = build_index(path)
-        try:
-            save_index(index, sidecar)
-        except OSError as error:  # a read-only data folder still works, only slower next time
-            log.warning("%s could not be written (%s); the index is kept in memory", sidecar, error)
-        return index
-    return load_index(sidecar, path)

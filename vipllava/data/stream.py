@@ -1,22 +1,28 @@
 """The stream of training: global batches in a fixed order, divided over ranks by position.
 
-The sequence of global batches is a pure function of (seed, epoch). Ranks and accumulation only
-divide it: slot ``p`` of a global batch goes to rank ``p % world_size``, and a rank's slots are cut
-into ``accumulate`` micro-batches. The loader's unit is one rank's share of one optimizer step,
-because the loss's denominator, the supervised tokens of the whole global batch, must be known
-before the first backward pass of the step.
+    order (order.py)        which samples, in which order           pure in (seed, epoch)
+    plan (batching.py)      which of them make a global batch       pure in (seed, epoch)
+    share (StepSampler)     this rank's rows of it                  by position only
+    samples (in workers)    read, marked, encoded, collated
+    StepLoader              stamps the denominator, counts what was consumed
 
-The remainder of an epoch is one last, smaller global batch of ``R`` samples. It has as many
+Ranks and accumulation only divide: row ``p`` of a global batch goes to rank ``p % world_size``, and
+a rank's rows are cut into ``accumulate`` micro-batches. The loader's unit is one rank's share of
+one optimizer step, because the loss's denominator, the supervised tokens of the whole global batch,
+must be known before the first backward pass of the step.
+
+The remainder of an epoch is one last, smaller global batch of ``R`` rows. It has as many
 micro-batches on every rank as any other (DeepSpeed counts them), so where ``R`` does not divide,
-or is smaller than ranks x micro-batches, samples of the same batch are repeated with every label
-ignored: each sample is learnt from exactly once per epoch, and no micro-batch is empty.
+or is smaller than ranks x micro-batches, rows of the same batch are repeated with every label
+ignored: each sample is learnt from exactly as often as the mix says, and no micro-batch is empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -24,177 +30,285 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vipllava.data.collate import EncodedSample, collate_rows
+from vipllava.data.batching import BatchPlan, Cursor, GlobalBatch, Row
+from vipllava.data.collate import EncodedSample, collate_packs
+from vipllava.data.faults import Fault, FaultLog, FaultPolicy, candidates, with_substitute
+from vipllava.data.order import Epoch, Item
+from vipllava.data.prefetch import ShardPrefetcher
 from vipllava.data.samples import SampleEncoder, SampleSource
-from vipllava.keyed_random import generator_for
-from vipllava.types import IGNORE_INDEX, Batch, CheckpointError, ConfigError, VipLlavaError
+from vipllava.types import (
+    IGNORE_INDEX,
+    Batch,
+    CheckpointError,
+    ConfigError,
+    RecordError,
+    Sample,
+    VipLlavaError,
+)
 
-STATE_VERSION: Final = 1
+STATE_VERSION: Final = 2
 REPEAT_SUFFIX: Final = "#repeat"
 """Ends the key of a repeated sample without labels in an epoch's last batch."""
 
-Positions = npt.NDArray[np.int64]
 
+class VisualPromptDataset:
+    """Finished samples of a mix.
 
-class VisualPromptDataset(Dataset[EncodedSample]):
-    """Finished samples by (epoch, position)."""
+    Args:
+        sources: the data sets, in the order of the mix.
+        encoder: makes samples.
+        policy: what to do about bad ones.
+    """
 
-    def __init__(self, source: SampleSource, encoder: SampleEncoder) -> None:
-        self.source = source
+    def __init__(
+        self,
+        sources: Sequence[SampleSource],
+        encoder: SampleEncoder,
+        policy: FaultPolicy | None = None,
+    ) -> None:
+        self.sources = tuple(sources)
         self.encoder = encoder
+        self.policy = policy or FaultPolicy()
 
-    def __len__(self) -> int:
-        """Return the number of samples of an epoch."""
-        return len(self.source)
+    def make(self, item: Item) -> EncodedSample:
+        """Return one finished sample.
 
-    def __getitem__(self, index: tuple[int, int]) -> EncodedSample:
-        """Return the sample at ``(epoch, position)``; raises what its making raises."""
-        epoch, position = index
-        sample = self.source.sample(position, epoch)
+        Raises:
+            VipLlavaError: it cannot be read or made; names shard, key and remedy.
+        """
+        sample, shard = self._sample(item)
         try:
-            return self.encoder.encode(sample, epoch)
+            return self.encoder.encode(sample, item.turn)
         except VipLlavaError as error:
-            shard, _ = self.source.shards.locate(position)
-            raise error.at(self.source.shards.paths[shard]) from error
+            raise error.at(shard) from error
 
+    def load(self, item: Item, *, in_pack: bool = False) -> tuple[EncodedSample, Fault | None]:
+        """Return one finished sample, or by the policy a substitute.
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One place in a micro-batch; a ``repeat`` carries no labels."""
+        Args:
+            item: the sample.
+            in_pack: a substitute may not be longer than the sample, whose room it takes.
+        """
 
-    position: int
-    repeat: bool = False
+        def make(other: Item) -> EncodedSample:
+            if in_pack and other != item:
+                length, room = self._length(other), self._length(item)
+                if length > room:
+                    raise RecordError(f"{length} ids do not fit into the {room} of the sample")
+            return self.make(other)
+
+        made, _, fault = with_substitute(
+            item, make, self._describe, self.policy, self._candidates(item)
+        )
+        return made, fault
+
+    def measure(self, item: Item) -> tuple[int, Item, Fault | None]:
+        """Return a sample's true length in ids, without decoding its picture.
+
+        Returns:
+            The length, the item (a substitute by the policy) and what was wrong with the first.
+        """
+        return with_substitute(
+            item, self._length, self._describe, self.policy, self._candidates(item)
+        )
+
+    def estimate_lengths(self, epoch: Epoch) -> npt.NDArray[np.int32]:
+        """Return the estimated total length of samples, text and picture, int32 [samples]."""
+        lengths = np.empty(len(epoch), dtype=np.int32)
+        image = self.encoder.encoder.image_seq_length
+        for part, source in enumerate(self.sources):
+            chosen = epoch.part == part
+            positions = epoch.position[chosen]
+            shards = source.shards
+            lengths[chosen] = shards.text_tokens(positions) + image * shards.has_image(positions)
+        return lengths
+
+    def has_image(self, item: Item) -> bool:
+        """Return whether a sample has a picture."""
+        positions = np.array([item.position])
+        return bool(self.sources[item.part].shards.has_image(positions)[0])
+
+    def _length(self, item: Item) -> int:
+        sample, shard = self._sample(item)
+        try:
+            return self.encoder.encode_text(sample, item.turn)[1].length
+        except VipLlavaError as error:
+            raise error.at(shard) from error
+
+    def _sample(self, item: Item) -> tuple[Sample, Path | str]:
+        source = self.sources[item.part]
+        shard, _ = source.shards.locate(item.position)
+        return source.sample(item.position, item.turn), source.shards.paths[shard]
+
+    def _candidates(self, item: Item) -> Iterator[Item]:
+        source = self.sources[item.part]
+        return candidates(item, len(source), seed=self.encoder.seed, name=source.name)
+
+    def _describe(self, item: Item, error: VipLlavaError, substitute: Item) -> Fault:
+        shards = self.sources[item.part].shards
+        shard, _ = shards.locate(item.position)
+        return Fault(
+            dataset=shards.name,
+            key=shards.key(item.position),
+            shard=str(shards.paths[shard]),
+            offset=shards.record_offset(item.position),
+            turn=item.turn,
+            fault=error.fault if isinstance(error, RecordError) else "shard-broken",
+            reason=str(error),
+            substitute=shards.key(substitute.position),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class StepShare:
-    """One rank's part of one optimizer step, still as positions."""
+    """One rank's part of one optimizer step, still as items.
 
-    epoch: int
-    micro_batches: tuple[tuple[Slot, ...], ...]
+    Attributes:
+        micro_batches: rows per micro-batch.
+        repeats: per micro-batch how many of its last rows are repeats without labels.
+        num_samples: samples of the global batch, all ranks together.
+        after: the place behind this step.
+        progress: share of the epoch's samples consumed when it is done.
+    """
+
+    micro_batches: tuple[tuple[Row, ...], ...]
+    repeats: tuple[int, ...]
+    num_samples: int
+    after: Cursor
+    progress: float
 
 
-class GlobalBatchSampler(Sampler[StepShare]):
-    """Order of an epoch's samples, and this rank's share of every step.
+class StepSampler(Sampler[StepShare]):
+    """This rank's share of every global batch.
 
     Args:
-        name: the data set's name, part of the random key.
-        num_samples: samples of an epoch.
-        global_batch_size: samples of one optimizer step over all ranks.
-        seed: of the order.
+        plan: the sequence of global batches.
         accumulate: micro-batches per rank and step.
         world_size: number of ranks.
         rank: this process.
-        shuffle: False keeps shard order.
 
     Raises:
         ConfigError: the global batch does not divide by ranks and micro-batches.
     """
 
     def __init__(
-        self,
-        name: str,
-        num_samples: int,
-        global_batch_size: int,
-        *,
-        seed: int,
-        accumulate: int = 1,
-        world_size: int = 1,
-        rank: int = 0,
-        shuffle: bool = True,
+        self, plan: BatchPlan, *, accumulate: int = 1, world_size: int = 1, rank: int = 0
     ) -> None:
-        if global_batch_size < 1 or global_batch_size % (accumulate * world_size):
+        if plan.rows_per_batch % (accumulate * world_size):
             raise ConfigError(
-                f"global_batch_size={global_batch_size} does not divide by accumulate={accumulate} "
-                f"x world_size={world_size}"
+                f"a global batch of {plan.rows_per_batch} does not divide by accumulate="
+                f"{accumulate} x world_size={world_size}"
             )
-        self.name = name
-        self.num_samples = num_samples
-        self.global_batch_size = global_batch_size
-        self.seed = seed
+        self.plan = plan
         self.accumulate = accumulate
         self.world_size = world_size
         self.rank = rank
-        self.shuffle = shuffle
-        self.epoch = 0
-        self.start_step = 0
+        self.start = Cursor()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next iteration."""
+        return self.start.epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration (Lightning calls this)."""
-        self.epoch = epoch
+        if epoch != self.start.epoch:
+            self.start = Cursor(epoch)
 
     def __len__(self) -> int:
-        """Return the optimizer steps of an epoch."""
-        return -(-self.num_samples // self.global_batch_size)
+        """Return the optimizer steps that an epoch does not exceed."""
+        return self.plan.max_steps(self.epoch)
 
-    def order(self, epoch: int) -> Positions:
-        """Return the positions of an epoch in order, int64 [num_samples]."""
-        if not self.shuffle:
-            return np.arange(self.num_samples)
-        return generator_for(self.seed, epoch, self.name, "order").permutation(self.num_samples)
-
-    def global_batches(self, epoch: int) -> Iterator[Positions]:
-        """Yield the positions of each global batch; the last may be smaller."""
-        order = self.order(epoch)
-        for start in range(0, self.num_samples, self.global_batch_size):
-            yield order[start : start + self.global_batch_size]
-
-    def share(self, batch: Positions, epoch: int) -> StepShare:
+    def share(self, batch: GlobalBatch) -> StepShare:
         """Return this rank's part of a global batch."""
-        per_rank = max(-(-len(batch) // self.world_size), self.accumulate)
-        slots = [
-            Slot(int(batch[place % len(batch)]), place >= len(batch))
-            for place in range(self.rank, per_rank * self.world_size, self.world_size)
-        ]
+        rows = batch.rows
+        per_rank = max(-(-len(rows) // self.world_size), self.accumulate)
+        places = range(self.rank, per_rank * self.world_size, self.world_size)
         # Sizes differ by at most one; equal in every full batch.
         cuts = [per_rank * number // self.accumulate for number in range(self.accumulate + 1)]
-        parts = (tuple(slots[a:b]) for a, b in pairwise(cuts))
-        return StepShare(epoch, tuple(parts))
+        parts = [places[a:b] for a, b in pairwise(cuts)]
+        return StepShare(
+            micro_batches=tuple(tuple(rows[p % len(rows)] for p in part) for part in parts),
+            repeats=tuple(sum(p >= len(rows) for p in part) for part in parts),
+            num_samples=sum(map(len, rows)),
+            after=batch.after,
+            progress=batch.progress,
+        )
 
     def __iter__(self) -> Iterator[StepShare]:
-        """Yield this rank's shares of the epoch, from ``start_step`` on."""
-        epoch, start = self.epoch, self.start_step
-        for step, batch in enumerate(self.global_batches(epoch)):
-            if step >= start:
-                yield self.share(batch, epoch)
+        """Yield this rank's shares of the epoch, from ``start`` on."""
+        return map(self.share, self.plan.batches(self.start))
+
+
+@dataclass(slots=True)
+class _Step:
+    """What a worker makes of a share; an error travels as a value, torch would rewrite it."""
+
+    share: StepShare
+    batches: list[Batch]
+    faults: list[Fault]
+    error: VipLlavaError | None = None
+    num_supervised: int = 0
+
+    def pin_memory(self) -> _Step:
+        """Pin the batches (torch calls this in a thread of its own)."""
+        self.batches = [batch.pin_memory() for batch in self.batches]
+        return self
 
 
 class _StepDataset(Dataset[Any]):
     """A rank's share of a step to its micro-batches; runs in the workers."""
 
     def __init__(
-        self, dataset: VisualPromptDataset, pad_token_id: int, image_size: int, multiple_of: int
+        self,
+        dataset: VisualPromptDataset,
+        pad_token_id: int,
+        image_size: int,
+        multiple_of: int,
+        pack_length: int | None,
     ) -> None:
         self.dataset = dataset
         self.pad_token_id = pad_token_id
         self.image_size = image_size
         self.multiple_of = multiple_of
+        self.pack_length = pack_length
 
-    def __getitem__(self, share: StepShare) -> list[Batch] | VipLlavaError:
+    def __getitem__(self, share: StepShare) -> _Step:
+        step = _Step(share, [], [])
         try:
-            return [
-                collate_rows(
-                    [self._sample(share.epoch, slot) for slot in slots],
-                    pad_token_id=self.pad_token_id,
-                    image_size=self.image_size,
-                    multiple_of=self.multiple_of,
+            for rows, repeats in zip(share.micro_batches, share.repeats, strict=True):
+                labelled = len(rows) - repeats
+                packs = [
+                    [self._sample(item, step, repeat=place >= labelled) for item in row]
+                    for place, row in enumerate(rows)
+                ]
+                step.batches.append(
+                    collate_packs(
+                        packs,
+                        pad_token_id=self.pad_token_id,
+                        image_size=self.image_size,
+                        multiple_of=self.multiple_of,
+                        pack_length=self.pack_length,
+                    )
                 )
-                for slots in share.micro_batches
-            ]
-        except VipLlavaError as error:  # a value: torch would wrap it into a traceback's text
-            return error
+        except VipLlavaError as error:
+            step.error = error
+        step.num_supervised = sum(batch.num_supervised for batch in step.batches)
+        return step
 
-    def _sample(self, epoch: int, slot: Slot) -> EncodedSample:
-        sample = self.dataset[epoch, slot.position]
-        if not slot.repeat:
+    def _sample(self, item: Item, step: _Step, *, repeat: bool) -> EncodedSample:
+        sample, fault = self.dataset.load(item, in_pack=self.pack_length is not None)
+        if fault is not None and not repeat:
+            step.faults.append(fault)
+        if not repeat:
             return sample
         ignored = np.full_like(sample.encoded.labels, IGNORE_INDEX)
         encoded = replace(sample.encoded, labels=ignored)
         return replace(sample, key=sample.key + REPEAT_SUFFIX, encoded=encoded)
 
 
-def _alone(value: int) -> int:
-    return value
+def _alone(values: Sequence[int]) -> list[int]:
+    return list(values)
 
 
 def _as_it_is(value: Any) -> Any:
@@ -207,13 +321,20 @@ class StepLoader:
     Has a length, so Lightning fetches nothing ahead and ``state_dict`` counts what was consumed.
     The number of workers never changes what comes out.
 
+    Lightning saves and loads the state of a loader, but forgets to load it where the loader was
+    made before the checkpoint was read (asking for ``estimated_stepping_batches`` makes it). So the
+    data module saves and loads it, too; loading twice is loading once.
+
     Args:
         dataset: finished samples.
-        sampler: order and division.
+        sampler: plan and division.
         pad_token_id: id of padding.
         num_workers: processes that make samples; torch gives each one thread. 0 makes them here.
         multiple_of: row lengths are rounded up to a multiple of this.
-        all_reduce_sum: sums a number over all ranks; called once per step, by every rank.
+        pack_length: rows are padded to exactly this length; None pads to the longest.
+        all_reduce_sum: sums numbers over all ranks; called once per step, by every rank.
+        fault_log: where quarantined samples are written and counted.
+        prefetcher: has remote shards fetched before the workers reach them.
         pin_memory: pin batches for the copy to a GPU.
         prefetch_factor: shares in the making per worker.
     """
@@ -221,21 +342,26 @@ class StepLoader:
     def __init__(
         self,
         dataset: VisualPromptDataset,
-        sampler: GlobalBatchSampler,
+        sampler: StepSampler,
         *,
         pad_token_id: int,
         num_workers: int = 0,
         multiple_of: int = 1,
-        all_reduce_sum: Callable[[int], int] = _alone,
+        pack_length: int | None = None,
+        all_reduce_sum: Callable[[Sequence[int]], list[int]] = _alone,
+        fault_log: FaultLog | None = None,
+        prefetcher: ShardPrefetcher | None = None,
         pin_memory: bool = False,
         prefetch_factor: int = 2,
     ) -> None:
         self.dataset = dataset
         self.sampler = sampler
         self.all_reduce_sum = all_reduce_sum
+        self.fault_log = fault_log or FaultLog(None, dataset.policy)
+        self.prefetcher = prefetcher
         image_size = dataset.encoder.transform.size
         self._loader: DataLoader[Any] = DataLoader(
-            _StepDataset(dataset, pad_token_id, image_size, multiple_of),
+            _StepDataset(dataset, pad_token_id, image_size, multiple_of, pack_length),
             sampler=sampler,
             batch_size=None,
             collate_fn=_as_it_is,
@@ -246,38 +372,61 @@ class StepLoader:
             # Its own generator: the loader would else draw from the global one on every epoch.
             generator=torch.Generator().manual_seed(0),
         )
-        self._progress = (0, 0)  # epoch, micro-batches of it that were handed out
-        self._resume: tuple[int, int] | None = None
+        self._place = Cursor()  # of the step that is handed out
+        self._micro_batches = 0  # of it that were handed out
+        self._resume: tuple[Cursor, int] | None = None
 
     def __len__(self) -> int:
-        """Return the micro-batches of a whole epoch on this rank."""
+        """Return the micro-batches that an epoch does not exceed on this rank."""
         return len(self.sampler) * self.sampler.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the epoch's micro-batches; after ``load_state_dict``, those not yet consumed.
 
         Raises:
-            VipLlavaError: the first bad sample, with shard, key and remedy.
+            VipLlavaError: the first bad sample, with shard, key and remedy; on every rank, so that
+                none waits for ever for the one that met it.
         """
-        epoch, consumed = self.sampler.epoch, 0
-        if self._resume is not None and self._resume[0] == epoch:
-            consumed = self._resume[1]
+        epoch, offset = self.sampler.epoch, 0
+        self._place = Cursor(epoch)
+        if self._resume is not None and self._resume[0].epoch == epoch:
+            self._place, offset = self._resume
         self._resume = None
-        self._progress = (epoch, consumed)
-        self.sampler.start_step, offset = divmod(consumed, self.sampler.accumulate)
-        for batches in self._loader:
-            if isinstance(batches, VipLlavaError):
-                try:
-                    raise batches
-                finally:
-                    del batches  # error and frame would hold each other, and the workers with them
-            total = self.all_reduce_sum(sum(batch.num_supervised for batch in batches))
-            for batch in batches[offset:]:
+        self._micro_batches = offset
+        self.sampler.start = self._place
+        self._prefetch()
+        for step in self._loader:
+            total = self._agree(step)
+            batches: list[Batch] = step.batches
+            for number, batch in enumerate(batches):
+                if number < offset:
+                    continue
                 batch.num_supervised_global = total
-                consumed += 1
-                self._progress = (epoch, consumed)
+                batch.progress = None if self.sampler.plan.exact else step.share.progress
+                self._micro_batches = number + 1
+                if self._micro_batches == len(batches):
+                    self._place, self._micro_batches = step.share.after, 0
                 yield batch
             offset = 0
+            self._prefetch()
+
+    def _prefetch(self) -> None:
+        if self.prefetcher is not None:
+            self.prefetcher.consumed(self._place.epoch, self._place.samples)
+
+    def _agree(self, step: _Step) -> int:
+        """Return the global batch's supervised tokens, or fail on all ranks together."""
+        num_mine = len(step.faults) + self.fault_log.take_pending()
+        mine = (step.num_supervised, num_mine, int(step.error is not None))
+        total, num_faults, num_failed = self.all_reduce_sum(mine)
+        self.fault_log.write(step.faults)
+        if step.error is not None:
+            error, step.error = step.error, None  # frame and error would hold each other
+            raise error
+        if num_failed:
+            raise VipLlavaError(f"{num_failed} other ranks met a sample that cannot be used")
+        self.fault_log.count(num_faults, step.share.num_samples)
+        return total
 
     def close(self) -> None:
         """End the workers; the next iteration starts new ones.
@@ -292,17 +441,17 @@ class StepLoader:
             setattr(self._loader, "_iterator", None)  # noqa: B010 - private to torch's type
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has been consumed, and of which data."""
-        epoch, consumed = self._resume or self._progress
-        if epoch != self.sampler.epoch:  # the next epoch was announced and has not begun
-            epoch, consumed = self.sampler.epoch, 0
-        step, micro_batch = divmod(consumed, self.sampler.accumulate)
+        """Return what has been consumed, and of which data: a few numbers."""
+        place, micro_batch = self._resume or (self._place, self._micro_batches)
+        if place.epoch != self.sampler.epoch:  # the next epoch was announced and has not begun
+            place, micro_batch = Cursor(self.sampler.epoch), 0
         return {
             "version": STATE_VERSION,
             **self._identity(),
-            "epoch": epoch,
-            "step": step,
+            **asdict(place),
             "micro_batch": micro_batch,
+            "num_faults": self.fault_log.total,
+            "num_samples_seen": self.fault_log.num_samples,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -330,16 +479,16 @@ class StepLoader:
                 f"run has {self.sampler.accumulate} per step; resume with the same ranks and "
                 "micro-batch, or from a checkpoint at the end of a step"
             )
-        epoch = int(state["epoch"])
-        self.sampler.set_epoch(epoch)
-        self._resume = (epoch, int(state["step"]) * self.sampler.accumulate + micro_batch)
+        names = ("epoch", "step", "samples", "window", "row")
+        place = Cursor(**{name: int(state[name]) for name in names})
+        self.sampler.set_epoch(place.epoch)
+        self._resume = (place, micro_batch)
+        self.fault_log.total = int(state["num_faults"])
+        self.fault_log.num_samples = int(state["num_samples_seen"])
 
     def _identity(self) -> dict[str, Any]:
-        sampler = self.sampler
         return {
-            "dataset": sampler.name,
-            "fingerprint": self.dataset.source.shards.fingerprint,
-            "num_samples": sampler.num_samples,
-            "global_batch_size": sampler.global_batch_size,
-            "seed": sampler.seed,
+            "data": {s.name: s.shards.fingerprint for s in self.dataset.sources},
+            "seed": self.dataset.encoder.seed,
+            **self.sampler.plan.identity(),
         }

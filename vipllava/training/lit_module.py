@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from transformers import PreTrainedTokenizerFast, VipLlavaForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vipllava.keyed_random import generator_for
 from vipllava.models.building import ModelSpec, build_model
 from vipllava.models.freezing import check_parts, modules_of, set_trainable
 from vipllava.models.supervised_loss import supervised_loss_sum
@@ -26,6 +27,9 @@ from vipllava.training.optim import (
 from vipllava.types import Batch, VipLlavaError
 
 logger = logging.getLogger(__name__)
+
+_ACCUMULATE = "accumulate_grad_batches"
+"""Key of a checkpoint: micro-batches per optimizer step of the run that wrote it."""
 
 
 def backward_scale(world_size: int, accumulate: int, *, divides_twice: bool = False) -> float:
@@ -110,6 +114,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         self._step_tokens = 0
         self._step_values: dict[str, float | torch.Tensor] = {}
         self._last_global_step = 0
+        self._progress: float | None = None
 
     @property
     def network(self) -> VipLlavaForConditionalGeneration:
@@ -166,6 +171,8 @@ class VipLlavaLitModule(lightning.LightningModule):
                 f"(num_supervised_global={batch.num_supervised_global}): its answers are empty or "
                 "cut off; raise stage.max_length or look at these records"
             )
+        self._progress = batch.progress
+        self._key_random_state(batch_idx)
         loss_sum, num_supervised = supervised_loss_sum(self.network, batch)
         loss = loss_sum / batch.num_supervised_global
         if not torch.isfinite(loss):
@@ -214,18 +221,44 @@ class VipLlavaLitModule(lightning.LightningModule):
             network.named_parameters(), network.model.multi_modal_projector, self.settings
         )
         optimizer = build_optimizer(groups, self.settings)
-        num_steps = self.trainer.estimated_stepping_batches
-        schedule = build_schedule(optimizer, self.settings, int(num_steps))
+        num_steps = int(self.trainer.estimated_stepping_batches)
+
+        def steps_done(step: int) -> float:
+            if self._progress is None:
+                return step
+            # Packing: the number of steps is a bound, the share of the samples is known.
+            num_epochs = self.trainer.max_epochs or 1
+            return num_steps * (self.current_epoch + self._progress) / num_epochs
+
+        schedule = build_schedule(optimizer, self.settings, num_steps, steps_done)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _key_random_state(self, batch_idx: int) -> None:
+        """Make dropout a function of seed, step and rank: a resumed run draws the same masks.
+
+        Lightning saves no random state, and restoring one would need that of every rank.
+        """
+        trainer = self.trainer
+        micro_batch = batch_idx % trainer.accumulate_grad_batches
+        key = (self.seed, trainer.global_step, micro_batch, trainer.global_rank, "dropout")
+        torch.manual_seed(int(generator_for(*key).integers(1 << 63)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out: they are read from their source again, and are most of a 7B."""
+        checkpoint[_ACCUMULATE] = self.trainer.accumulate_grad_batches
         frozen = self._frozen_keys()
         state = checkpoint.get("state_dict", {})
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in frozen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the frozen weights of the built network where the checkpoint left them out."""
+        """Put the frozen weights of the built network where the checkpoint left them out.
+
+        Lightning counts an epoch's progress in micro-batches; with other ranks or micro-batches
+        the same step is another count, so it is put into this run's unit.
+        """
+        saved = checkpoint.get(_ACCUMULATE)
+        if saved is not None:
+            rescale_progress(checkpoint, saved, self.trainer.accumulate_grad_batches)
         present, state = self.state_dict(), checkpoint.setdefault("state_dict", {})
         for key in self._frozen_keys():
             state.setdefault(key, present[key])
@@ -237,6 +270,30 @@ class VipLlavaLitModule(lightning.LightningModule):
             for name, parameter in self.named_parameters(remove_duplicate=False)
             if id(parameter) in frozen
         }
+
+
+def rescale_progress(checkpoint: dict[str, Any], saved: int, now: int) -> None:
+    """Turn a checkpoint's counts of micro-batches into those of a run that accumulates otherwise.
+
+    Args:
+        checkpoint: Lightning's; changed in place.
+        saved: micro-batches per optimizer step of the run that wrote it.
+        now: the same of this run.
+
+    Raises:
+        VipLlavaError: the checkpoint stands within a step.
+    """
+    if saved == now:
+        return
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        for name, count in counts.items():
+            if count % saved:
+                raise VipLlavaError(
+                    f"the checkpoint stands {count % saved} micro-batches into a step of {saved}; "
+                    f"this run has {now} a step: resume from one at the end of a step"
+                )
+            counts[name] = count // saved * now
 
 
 def _divides_twice(strategy: Strategy) -> bool:

@@ -10,15 +10,13 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from vipllava.types import ConfigError
 
-_SCHEDULES: dict[str, Callable[[Optimizer, int, int], LambdaLR]] = {
-    "cosine": lambda optimizer, warmup, total: get_cosine_schedule_with_warmup(
-        optimizer, warmup, total
-    ),
-    "constant": lambda optimizer, warmup, _: get_constant_schedule_with_warmup(optimizer, warmup),
+_SCHEDULES: dict[str, Callable[[float], float]] = {
+    # Of the share of the steps behind the warm-up that are done, 0..1.
+    "cosine": lambda done: max(0.0, 0.5 * (1.0 + math.cos(math.pi * done))),
+    "constant": lambda done: 1.0,
 }
 
 
@@ -116,14 +114,34 @@ def build_optimizer(groups: list[dict[str, object]], settings: OptimizerSettings
     return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
 
 
-def build_schedule(optimizer: Optimizer, settings: OptimizerSettings, num_steps: int) -> LambdaLR:
+def build_schedule(
+    optimizer: Optimizer,
+    settings: OptimizerSettings,
+    num_steps: int,
+    steps_done: Callable[[int], float] = float,
+) -> LambdaLR:
     """Make the schedule over ``num_steps`` optimizer steps, warm-up rounded up.
 
     The first step of a run with a warm-up has rate 0: the rate of step k is k / warm-up steps, as
     in the released training.
+
+    Args:
+        optimizer: whose groups' rates are scaled.
+        settings: warm-up and shape.
+        num_steps: of the whole run.
+        steps_done: turns the count of steps into the share of the run that is done, in steps: for
+            a stream that knows its progress and not its number of steps.
     """
     num_warmup = math.ceil(settings.warmup_ratio * num_steps)
-    return _SCHEDULES[settings.schedule](optimizer, num_warmup, num_steps)
+    shape = _SCHEDULES[settings.schedule]
+
+    def scale(step: int) -> float:
+        done = steps_done(step)
+        if done < num_warmup:
+            return done / num_warmup
+        return shape((done - num_warmup) / max(1, num_steps - num_warmup))
+
+    return LambdaLR(optimizer, scale)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

@@ -81,10 +81,12 @@ def run_training(cfg: DictConfig) -> Path:
 
 
 def _make_sample_data(cfg: DictConfig) -> None:
-    """Make the sample world if the manifest is of it; other data must be there already."""
+    """Make the sample world if a manifest is of it; other data must be there already."""
     from vipllava.data.manifest import load_manifest
 
-    if load_manifest(cfg.data.manifest, cfg.data.manifests_dir).made_by == "sample_world":
+    names = list(cfg.data.mix) if cfg.data.mix else [cfg.data.manifest]
+    made_by = {load_manifest(name, cfg.data.manifests_dir).made_by for name in names}
+    if "sample_world" in made_by:
         from vipllava.sample_world.build import ensure_sample_world
 
         ensure_sample_world(cfg.data.data_root)

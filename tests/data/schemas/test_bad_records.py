@@ -183,3 +183,8 @@ def test_numbers_beyond_any_coordinate_are_refused() -> None:
     unreadable = f"What is <bbox{'9' * 5000}>?"  # no number: text like any other
     turns = parse("regions", conversations=said(unreadable, "Yes")).turns
     assert turns[0].parts == (unreadable,)
+
+
+def test_a_record_of_a_newer_release_is_refused() -> None:
+    with pytest.raises(RecordError, match=r"^d/k: field `schema_version` is 9; this release reads"):
+        parse("regions", schema_version=9)

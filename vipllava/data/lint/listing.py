@@ -10,18 +10,17 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 from vipllava.data.shard_index import (
     IMAGE_EXTENSIONS,
     ShardError,
-    ShardIndex,
     index_path,
     load_index,
 )
-from vipllava.data.shards import Entry, read_entry
+from vipllava.data.shards import Entry, ShardSet
 from vipllava.types import RecordError
 
 _MEMBER: Final = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset: cut at the first dot
@@ -55,14 +54,14 @@ class Listing:
         name: its path for messages, relative to the data root.
         keys: of the samples, in the tar's order.
         faults: of the tar as a whole.
-        rows: an index, or the rows of a tar that has none of its own.
+        rows: the tar by its index, or the rows of a tar that has none of its own.
     """
 
     path: Path
     name: str
     keys: tuple[str, ...]
     faults: tuple[Fault, ...]
-    rows: ShardIndex | tuple[_Row, ...]
+    rows: ShardSet | tuple[_Row, ...]
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -76,8 +75,8 @@ class Listing:
             RecordError: the record is no JSON object.
         """
         shard = Path(self.name)
-        if isinstance(self.rows, ShardIndex):
-            return read_entry(file, self.rows, row, shard=shard)
+        if isinstance(self.rows, ShardSet):
+            return replace(self.rows.read(row), shard=shard)
         found = self.rows[row]
         assert found.record is not None
         image = None if found.image is None else _bytes(file, *found.image)
@@ -95,8 +94,8 @@ def list_tar(path: Path, name: str) -> Listing:
     fault: tuple[Fault, ...]
     if (sidecar := index_path(path)).is_file():
         try:
-            index = load_index(sidecar, path)
-            return Listing(path, name, tuple(index.iter_keys()), (), index)
+            shards = ShardSet(name, [path], [load_index(sidecar, path)])
+            return Listing(path, name, tuple(shards.keys()), (), shards)
         except ShardError as error:
             fault = (("shard-broken", "", str(error)),)
     else:

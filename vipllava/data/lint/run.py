@@ -232,7 +232,7 @@ class _Checker:
             entry = listing.read(file, place[1])
         except (ShardError, RecordError) as error:
             code = error.fault if isinstance(error, RecordError) else "shard-broken"
-            message = str(error).removeprefix(f"{listing.name}: ")
+            message = str(error).removeprefix(f"{listing.path}: ").removeprefix(f"{listing.name}: ")
             return _Checked(
                 place, key, [Finding(code, self.source.name, listing.name, key, message)]
             )

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from vipllava.data.record_version import upgrade_record
 from vipllava.data.schemas.fields import Fields, Parsed
 from vipllava.data.schemas.flickr30k import parse_flickr30k
 from vipllava.data.schemas.image_level import parse_image_level
@@ -91,6 +92,7 @@ def parse_record(
     image: bytes | None,
     kind: str = AUTO,
     rng: np.random.Generator,
+    size: tuple[int, int] | None = None,
 ) -> Sample:
     """Check a record and draft its conversation.
 
@@ -101,10 +103,13 @@ def parse_record(
         image: the encoded picture beside the record, or None.
         kind: one of ``KINDS``, or ``auto``.
         rng: chooses wordings; see :func:`vipllava.keyed_random.generator_for`.
+        size: width and height of the upright picture, pixels, if they are known already; read
+            from its header otherwise.
 
     Raises:
         RecordError: naming data set, key, field, what was found and what is expected.
     """
+    record = upgrade_record(record, f"{dataset}/{key}")
     name = kind
     if kind == AUTO:
         name = kind_of(record)
@@ -116,5 +121,5 @@ def parse_record(
         raise RecordError(
             f"{dataset}/{key}: unknown record kind `{kind}`; known: {AUTO}, {', '.join(KINDS)}"
         ) from None
-    parsed = schema.parse(Fields(record, key, dataset, image), rng)
+    parsed = schema.parse(Fields(record, key, dataset, image, size), rng)
     return Sample(key, dataset, image, parsed.regions, parsed.turns, schema.policy, parsed.fixed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn, cast
 
 from vipllava.data.image_decode import image_size
@@ -52,22 +52,23 @@ class Fields:
         key: the sample's key.
         dataset: the manifest's name.
         image: the encoded picture, or None.
+        known_size: its upright width and height, pixels, once they are known.
     """
 
     record: Mapping[str, Any]
     key: str
     dataset: str
     image: bytes | None
-    _size: tuple[int, int] | None = field(default=None, init=False)
+    known_size: tuple[int, int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of the stored, upright picture, pixels."""
-        if self._size is None:
+        if self.known_size is None:
             self.require_image()
             assert self.image is not None
-            self._size = image_size(self.image, key=f"{self.dataset}/{self.key}")
-        return self._size
+            self.known_size = image_size(self.image, key=f"{self.dataset}/{self.key}")
+        return self.known_size
 
     def fail(
         self, name: str, found: object, expected: str, fault: str = "record-invalid"

@@ -1,0 +1,440 @@
+"""The shard cache against a real server on loopback: faults, room, and fetching ahead."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import pickle
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tests.data.cached_files import QUICK, ROOMY, SIZE, body, names, parts, read, until
+from tests.data.file_server import FileServer, Reply, run_server
+from vipllava.data import shard_cache
+from vipllava.data.downloading import Patience
+from vipllava.data.shard_cache import CacheError, MissingError, ShardCache, cache_name
+from vipllava.types import ConfigError
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    with run_server() as running:
+        yield running
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def cache(folder: Path) -> Iterator[ShardCache]:
+    made = ShardCache(folder, ROOMY, QUICK)
+    yield made
+    made.close()
+
+
+# One file.
+
+
+def test_a_file_is_fetched_once(server: FileServer, cache: ShardCache, folder: Path) -> None:
+    url = server.serve("set/0001.tar", body(1))
+    path = cache.get(url, size=SIZE)
+    assert path == folder / cache_name(url)
+    assert path.read_bytes() == body(1)
+    assert read(cache, url) == read(cache, url, SIZE) == body(1)
+    assert len(server.requests) == 1
+    assert parts(folder) == []
+
+
+def test_names_tell_addresses_apart() -> None:
+    same_folder = [cache_name(f"https://h/a/0001.{end}") for end in ("tar", "index.npz")]
+    assert [name[16:] for name in same_folder] == ["-0001.tar", "-0001.index.npz"]
+    assert len({name[:16] for name in same_folder}) == 1
+    urls = [
+        "https://h/a/0001.tar",
+        "https://h/b/0001.tar",
+        "https://h/a/0001.tar?v=2",
+        "https://h/a/0001.tar?v=2/x",
+        "s3://h/a/0001.tar",
+        "https://h/a/%30001.tar",
+        "https://h/a/0_01.tar",
+        "https://h/a/0@01.tar",
+        "pipe:aws s3 cp s3://h/a/0001.tar -",
+        "pipe:gzip -cd /a/0001.tar",
+        "pipe:make-shard 1",
+        "https://h",
+    ]
+    made = [cache_name(url) for url in urls]
+    assert len(set(made)) == len(urls)
+    assert [name[17:] for name in made[-4:]] == ["0001.tar", "0001.tar", "pipe", "h"]
+    assert len(cache_name(f"https://h/{'x' * 3000}.tar")) < 200
+
+
+def test_nothing_under_the_address(server: FileServer, cache: ShardCache, folder: Path) -> None:
+    with pytest.raises(MissingError) as caught:
+        cache.open(server.url("0001.index.npz"))
+    assert str(caught.value) == (
+        f"{server.url('0001.index.npz')}: the server answered 404 Not Found at attempt 1 and was "
+        "not asked again; correct `shards` in the manifest, or the data root"
+    )
+    assert len(server.requests) == 1
+    assert (names(folder), parts(folder)) == ([], [])
+
+
+def test_access_denied_is_not_missing(server: FileServer, cache: ShardCache) -> None:
+    url = server.serve("a.tar", body(1), always=Reply(status=403))
+    with pytest.raises(CacheError, match=r"answered 403 .*wants a login") as caught:
+        cache.get(url)
+    assert not isinstance(caught.value, MissingError)
+
+
+def test_a_failing_server_that_recovers(server: FileServer, cache: ShardCache) -> None:
+    url = server.serve("a.tar", body(1), Reply(status=500), Reply(status=503))
+    assert read(cache, url, SIZE) == body(1)
+    assert len(server.requests) == 3
+
+
+def test_a_server_that_keeps_failing(server: FileServer, cache: ShardCache, folder: Path) -> None:
+    url = server.serve("a.tar", body(1), always=Reply(status=500))
+    with pytest.raises(CacheError) as caught:
+        cache.get(url)
+    assert str(caught.value).startswith(
+        f"{url}: given up after 3 attempts in a row; the last one: the server answered 500"
+    )
+    assert str(folder) in str(caught.value)
+    assert len(server.requests) == 3
+    assert (names(folder), parts(folder)) == ([], [])
+
+
+def test_a_dribbling_server_is_waited_for(server: FileServer, folder: Path) -> None:
+    url = server.serve("a.tar", body(1), Reply(pieces=8, wait_s=0.05))
+    assert read(ShardCache(folder, ROOMY, Patience(1, timeout_s=2)), url) == body(1)
+
+
+def test_a_silent_server_is_not(server: FileServer, folder: Path) -> None:
+    url = server.serve("a.tar", body(1), always=Reply(wait_s=30))
+    server.ranges = False
+    cache = ShardCache(folder, ROOMY, Patience(max_attempts=2, timeout_s=0.2, backoff_s=0))
+    with pytest.raises(CacheError, match=r"after 2 attempts.*no byte came within the time limit"):
+        cache.get(url)
+    assert names(folder) == []
+
+
+def test_cut_off_with_the_right_length(server: FileServer, cache: ShardCache) -> None:
+    url = server.serve("a.tar", body(1), Reply(send=1000), Reply(send=SIZE // 2))
+    assert read(cache, url) == body(1)
+    assert server.asked("a.tar") == [None, "bytes=1000-", f"bytes={1000 + SIZE // 2}-"]
+
+
+@pytest.mark.parametrize(("claim", "verb"), [(1000, "were announced"), (-1, "came")])
+def test_cut_off_with_a_wrong_length(
+    server: FileServer, cache: ShardCache, folder: Path, claim: int, verb: str
+) -> None:
+    """The announced length says nothing; only what the index says of the tar does."""
+    url = server.serve("a.tar", body(1), Reply(send=1000, claim=claim))
+    assert read(cache, url, SIZE) == body(1)
+    server.always["b.tar"] = Reply(send=1000, claim=claim)
+    url = server.serve("b.tar", body(2))
+    with pytest.raises(CacheError) as caught:
+        cache.get(url, size=SIZE)
+    assert str(caught.value).startswith(
+        f"{url}: given up after 3 attempts; the last one: 1000 bytes {verb} where {SIZE} were "
+        "expected. Check address and network"
+    )
+    assert len(server.asked("b.tar")) == 3
+    assert (names(folder), parts(folder)) == (["a.tar"], [])
+
+
+def test_an_empty_answer_is_not_kept(server: FileServer, cache: ShardCache, folder: Path) -> None:
+    with pytest.raises(CacheError, match="after 3 attempts; the last one: nothing came"):
+        cache.get(server.serve("a.tar", b""))
+    assert names(folder) == []
+
+
+def test_another_size_than_before(server: FileServer, cache: ShardCache) -> None:
+    url = server.serve("a.tar", body(1)[:100])
+    cache.get(url)
+    server.serve("a.tar", body(2))
+    assert read(cache, url, SIZE) == body(2)
+
+
+def test_a_damaged_copy_is_discarded(server: FileServer, cache: ShardCache) -> None:
+    url = server.serve("a.tar", body(1))
+    cache.get(url).write_bytes(b"damaged")
+    cache.discard(url)
+    cache.discard(url)
+    assert read(cache, url) == body(1)
+
+
+def test_it_travels_to_workers(server: FileServer, cache: ShardCache) -> None:
+    url = server.serve("a.tar", body(1))
+    cache.prefetch([url])
+    copy = pickle.loads(pickle.dumps(cache))
+    assert (copy.directory, copy.max_bytes, copy.patience) == (cache.directory, ROOMY, QUICK)
+    assert read(copy, url) == body(1)
+
+
+def test_a_cache_without_room() -> None:
+    with pytest.raises(ConfigError, match="0 bytes holds nothing"):
+        ShardCache(Path("cache"), 0)
+
+
+# Other openers.
+
+
+def test_the_output_of_a_command(cache: ShardCache, tmp_path: Path) -> None:
+    source = tmp_path / "0001.tar"
+    source.write_bytes(body(1) * 200)  # more than a pipe holds
+    assert read(cache, f"pipe:cat {source}") == body(1) * 200
+
+
+@pytest.mark.parametrize(
+    ("ending", "cause"),
+    [("; exit 3", "status 3"), ("; kill -PIPE $$", "status -13"), ("; exit 141", "status 141")],
+)
+def test_a_command_that_fails(
+    cache: ShardCache, folder: Path, tmp_path: Path, ending: str, cause: str
+) -> None:
+    (tmp_path / "0001.tar").write_bytes(body(1))
+    log_file = tmp_path / "runs"
+    url = f"pipe:echo run >> {log_file}; cat {tmp_path}/0001.tar{ending}"
+    with pytest.raises(CacheError) as caught:
+        cache.get(url)
+    assert str(caught.value).startswith(
+        f"{url}: given up after 3 attempts; the last one: the command ended with {cause}"
+    )
+    assert log_file.read_text() == "run\n" * 3
+    assert (names(folder), parts(folder)) == ([], [])
+
+
+def test_a_command_that_says_nothing(folder: Path) -> None:
+    cache = ShardCache(folder, ROOMY, Patience(max_attempts=1, timeout_s=0.1))
+    with pytest.raises(CacheError, match=r"printed nothing for 0\.1 seconds"):
+        cache.get("pipe:echo 1; exec sleep 30")
+
+
+def test_a_command_that_does_not_end(folder: Path) -> None:
+    cache = ShardCache(folder, ROOMY, Patience(max_attempts=1, timeout_s=0.1))
+    with pytest.raises(CacheError, match=r"does not end 0\.1 seconds after"):
+        cache.get("pipe:echo 1; exec sleep 30 >&-")
+
+
+class FlakyStorage(fsspec.AbstractFileSystem):
+    """Breaks off in the middle of the first reads; what it was asked is in ``opened``."""
+
+    protocol = "flaky"
+    opened: list[str]
+    breaks: int
+    cachable = False
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: object) -> io.BufferedIOBase:
+        type(self).opened.append(path)
+        if "absent" in path:
+            raise FileNotFoundError(path)
+        if len(type(self).opened) > type(self).breaks:
+            return io.BytesIO(body(1))
+        broken = io.BytesIO(body(1)[:100])
+        reads = iter([broken.getvalue()])
+
+        def read_once(_: int = -1) -> bytes:
+            for chunk in reads:
+                return chunk
+            raise TimeoutError("the storage is silent")
+
+        broken.read = read_once  # type: ignore[method-assign]
+        return broken
+
+
+@pytest.fixture
+def storage(monkeypatch: pytest.MonkeyPatch) -> type[FlakyStorage]:
+    fsspec.register_implementation("flaky", FlakyStorage, clobber=True)
+    FlakyStorage.opened, FlakyStorage.breaks = [], 0
+    return FlakyStorage
+
+
+def test_other_storages(cache: ShardCache, storage: type[FlakyStorage], folder: Path) -> None:
+    storage.breaks = 2
+    assert read(cache, "flaky://b/0001.tar", SIZE) == body(1)
+    assert len(storage.opened) == 3
+    storage.breaks = 99
+    with pytest.raises(
+        CacheError, match=r"^flaky://b/2.tar: given up after 3 .*the storage is silent"
+    ):
+        cache.get("flaky://b/2.tar")
+    with pytest.raises(MissingError, match=r"^flaky://b/absent.tar: there is nothing"):
+        cache.get("flaky://b/absent.tar")
+    assert (names(folder), parts(folder)) == (["0001.tar"], [])
+
+
+def test_a_storage_that_is_not_installed(
+    cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(CacheError, match=r"^s3://b/1.tar: .*pip install 'vipllava-lightning\[s3\]"):
+        cache.get("s3://b/1.tar")
+    with pytest.raises(CacheError, match=r"^nosuch://b/1.tar: Protocol not known: nosuch"):
+        cache.get("nosuch://b/1.tar")
+
+
+# Room.
+
+
+def test_what_was_used_longest_ago_goes(server: FileServer, folder: Path) -> None:
+    cache = ShardCache(folder, 3 * SIZE, QUICK)
+    urls = [server.serve(f"{n}.tar", body(n)) for n in range(5)]
+    (folder / "sub").mkdir(parents=True)
+    (folder / "somebody's").write_bytes(bytes(10 * SIZE))
+    for url in urls[:3]:
+        cache.get(url)
+    read(cache, urls[0])
+    cache.get(urls[3])
+    assert names(folder) == ["0.tar", "2.tar", "3.tar"]
+    cache.get(urls[4])
+    assert names(folder) == ["0.tar", "3.tar", "4.tar"]
+    assert (folder / "somebody's").exists()
+    assert {path.name[17:] for path in (folder / ".locks").iterdir()} == {"0.tar", "3.tar", "4.tar"}
+
+
+def test_a_reader_keeps_its_file(server: FileServer, folder: Path) -> None:
+    cache = ShardCache(folder, SIZE, QUICK)
+    with cache.open(server.serve("1.tar", body(1))) as file:
+        half = file.read(SIZE // 2)
+        cache.get(server.serve("2.tar", body(2)))
+        assert names(folder) == ["2.tar"]
+        assert half + file.read() == body(1)
+
+
+@pytest.mark.parametrize("size", [None, SIZE])
+def test_a_file_larger_than_the_cache(server: FileServer, folder: Path, size: int | None) -> None:
+    cache = ShardCache(folder, SIZE - 1, QUICK)
+    url = server.serve("1.tar", body(1))
+    with pytest.raises(CacheError, match=f"^{url} has {SIZE} bytes or more, the shard cache .* ma"):
+        cache.get(url, size=size)
+    assert len(server.requests) == (0 if size else 1)
+    assert names(folder) == []
+    assert size or parts(folder) == []
+
+
+def test_a_full_disk(
+    server: FileServer, cache: ShardCache, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.get(server.serve("0.tar", body(0)))
+    url = server.serve("1.tar", body(1))
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(folder)._replace(free=1234)
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(CacheError) as caught:
+            cache.get(url)
+    assert str(caught.value) == (
+        f"{url}: no space left for it in the shard cache {folder}: 1234 bytes are free, the cache "
+        f"holds {SIZE} of at most {ROOMY}. Free some space there, allow the cache less, or put it "
+        "on another disk. Nothing partial was left"
+    )
+    assert (names(folder), parts(folder)) == (["0.tar"], [])
+    assert read(cache, url) == body(1)
+
+
+def test_a_disk_that_fills_up(
+    cache: ShardCache, folder: Path, storage: type[FlakyStorage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shard_cache.os, "fsync", full)
+    with pytest.raises(CacheError, match=r"^flaky://b/1.tar: no space left for it"):
+        cache.get("flaky://b/1.tar")
+    assert (names(folder), parts(folder)) == ([], [])
+
+
+def test_a_folder_that_cannot_be(cache: ShardCache, folder: Path) -> None:
+    folder.write_text("a file")
+    with pytest.raises(CacheError, match=f"^https://h/1.tar: the shard cache {folder} cannot be u"):
+        cache.get("https://h/1.tar")
+
+
+# Ahead.
+
+
+def test_prefetched_files_are_there(server: FileServer, cache: ShardCache, folder: Path) -> None:
+    urls = [server.serve(f"{n}.tar", body(n)) for n in range(4)]
+    cache.prefetch(urls)
+    until(lambda: folder.exists() and len(names(folder)) == 4)
+    assert [read(cache, url) for url in urls] == [body(n) for n in range(4)]
+    assert len(server.requests) == 4
+
+
+def test_get_waits_for_the_file_under_way(server: FileServer, cache: ShardCache) -> None:
+    url = server.serve("1.tar", body(1), Reply(wait_s=0.2))
+    cache.prefetch([url])
+    until(lambda: server.requests)
+    assert read(cache, url) == body(1)
+    assert len(server.requests) == 1
+
+
+def test_what_could_not_be_prefetched_is_tried_again(
+    server: FileServer, cache: ShardCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = server.serve("1.tar", body(1), *[Reply(status=500)] * 4)
+    good = server.serve("2.tar", body(2))
+    with caplog.at_level(logging.WARNING):
+        cache.prefetch([bad, good])
+        until(lambda: server.asked("2.tar"))
+    assert [line.split(": given")[0] for line in caplog.messages] == [f"prefetch: {bad}"]
+    assert read(cache, bad) == body(1)
+    assert len(server.asked("1.tar")) == 5
+    missing = server.url("3.tar")
+    with caplog.at_level(logging.CRITICAL):
+        cache.prefetch([missing])
+        with pytest.raises(MissingError):
+            cache.open(missing)
+
+
+def test_a_newer_list_replaces_the_rest(
+    server: FileServer, cache: ShardCache, folder: Path
+) -> None:
+    first = server.serve("1.tar", body(1), Reply(wait_s=0.2))
+    cache.prefetch([first, server.serve("2.tar", body(2))])
+    until(lambda: server.requests)
+    cache.prefetch([server.serve("3.tar", body(3))])
+    until(lambda: names(folder) == ["1.tar", "3.tar"])
+    assert server.asked("2.tar") == []
+
+
+def test_prefetching_leaves_room(server: FileServer, folder: Path) -> None:
+    cache = ShardCache(folder, 4 * SIZE, QUICK)
+    urls = [server.serve(f"{n}.tar", body(n)) for n in range(6)]
+    cache.prefetch(urls)
+    until(lambda: len(server.requests) == 2 and not prefetching())
+    assert names(folder) == ["0.tar", "1.tar"]
+    cache.prefetch(urls[1:])
+    until(lambda: len(server.requests) == 3 and not prefetching())
+    assert names(folder) == ["0.tar", "1.tar", "2.tar"]
+
+
+def prefetching() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "shard-prefetch"]
+
+
+def test_closing_stops_prefetching(server: FileServer, cache: ShardCache, folder: Path) -> None:
+    cache.close()
+    url = server.serve("1.tar", body(1), Reply(pieces=100, wait_s=0.05))
+    cache.prefetch([url, server.serve("2.tar", body(2))])
+    until(lambda: server.requests and any(p.suffix == ".part" for p in parts(folder)))
+    start = time.monotonic()
+    cache.close()
+    assert time.monotonic() - start < 1
+    until(lambda: not prefetching())
+    assert names(folder) == []
+    assert read(cache, url) == body(1)  # goes on from there
+    assert server.asked("1.tar")[1] is not None
+    assert server.asked("2.tar") == []

@@ -1,0 +1,388 @@
+"""One file over HTTP: resumed where it broke, checked, and only then under its final name.
+
+Beside the target ``NAME`` lie, while it is under way, ``.NAME.part`` with the bytes so far and
+``.NAME.part.json`` with what they belong to. A later call goes on from there if the server vouches
+that the file is still the same one (``If-Range``), else it starts anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeVar, cast
+from urllib.parse import urlsplit
+
+from vipllava import __version__
+from vipllava.types import ConfigError, VipLlavaError
+
+Progress = Callable[[int, "int | None"], None]
+"""Called with the bytes present and the bytes in all, None while unknown."""
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_IN_FLIGHT: Final = 4  # items per worker: a list of 200 thousand is not queued at once
+_CHUNK: Final = 1 << 20
+_FRUITFUL: Final = 1 << 20
+_LONGEST_PAUSE_S: Final = 60.0
+_TEMPORARY: Final = (408, 425, 429, 500, 502, 503, 504)
+_RANGE: Final = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")
+
+
+class DownloadError(VipLlavaError):
+    """A file could not be fetched; the message names address, cause and remedy."""
+
+
+class RefusedError(DownloadError):
+    """The server answered that it will not send the file.
+
+    Attributes:
+        status: its HTTP status.
+    """
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class DiskError(DownloadError):
+    """The place a download was meant for cannot take it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a download tries.
+
+    Attributes:
+        max_attempts: connections in a row that may bring (almost) nothing.
+        timeout_s: seconds without a byte after which a connection counts as broken.
+        backoff_s: seconds before the second attempt; doubles with each, up to a minute.
+    """
+
+    max_attempts: int = 5
+    timeout_s: float = 60.0
+    backoff_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_attempts < 1 or self.timeout_s <= 0 or self.backoff_s < 0:
+            raise ConfigError(
+                f"{self} cannot work; max_attempts is at least 1, timeout_s above 0, backoff_s not "
+                "negative"
+            )
+
+
+PATIENT: Final = Patience()
+
+
+class _Broken(Exception):
+    """This attempt failed; the next one may not."""
+
+    def __init__(self, message: str, pause_s: float | None = None) -> None:
+        super().__init__(message)
+        self.pause_s = pause_s
+
+
+class _Stale(_Broken):
+    """The bytes so far are of another file than the server has now."""
+
+
+@dataclass(slots=True)
+class _Partial:
+    """The bytes so far and what they belong to."""
+
+    path: Path
+    url: str
+    immutable: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    validator: str | None = None
+    total: int | None = None
+
+    @property
+    def note(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.json")
+
+    def load(self) -> None:
+        """Take up what an earlier call left; anything doubtful is dropped."""
+        try:
+            raw: Any = json.loads(self.note.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raw = None
+        known = cast("Mapping[str, Any]", raw) if isinstance(raw, dict) else dict[str, Any]()
+        validator, total = known.get("validator"), known.get("total")
+        if known.get("url") == self.url and (self.immutable or isinstance(validator, str)):
+            self.validator, self.total = validator, total if isinstance(total, int) else None
+        else:
+            self.drop()
+
+    def save(self) -> None:
+        note = {"url": self.url, "validator": self.validator, "total": self.total}
+        self.note.write_text(json.dumps(note), encoding="utf-8")
+
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def drop(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.note.unlink(missing_ok=True)
+        self.validator = self.total = None
+
+
+def download(
+    url: str,
+    target: Path,
+    *,
+    size: int | None = None,
+    md5: str | None = None,
+    sha256: str | None = None,
+    immutable: bool = False,
+    headers: Mapping[str, str] | None = None,
+    patience: Patience = PATIENT,
+    on_progress: Progress | None = None,
+) -> int:
+    """Download one file.
+
+    Args:
+        url: http or https.
+        target: final path; its folder is made. Replaced only by a whole, checked file.
+        size: bytes it must have.
+        md5, sha256: hex digests it must have.
+        immutable: whether the address always has the same bytes, as a commit of a repository has;
+            then a partial file is continued without the server's word.
+        headers: further headers, e.g. of a login; not passed on when the server redirects.
+        patience: bounds on waiting and trying.
+        on_progress: told about every megabyte or so.
+
+    Returns:
+        The file's bytes.
+
+    Raises:
+        RefusedError: the server will not send the file.
+        DownloadError: the server keeps failing or sends another file than stated. What came so far
+            stays in the partial file where it can be used again.
+        DiskError: the disk is full or cannot be written.
+    """
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise DownloadError(f"{url} is no http or https address")
+    partial_path = target.with_name(f".{target.name}.part")
+    part = _Partial(partial_path, url, immutable, headers or {})
+    failures = best = 0
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.load()
+        best = part.size()
+        while True:
+            try:
+                _transfer(part, size, patience.timeout_s, on_progress)
+                break
+            except _Broken as error:
+                # A long download over a shaky line may break often, as long as it moves.
+                failures = 1 if part.size() - best >= _FRUITFUL else failures + 1
+                best = max(best, part.size())
+                if isinstance(error, _Stale):
+                    part.drop()
+                if failures >= patience.max_attempts:
+                    raise DownloadError(
+                        f"{url}: given up after {failures} attempts in a row; the last one: "
+                        f"{error}. {_kept(part)}"
+                    ) from error
+                pause = patience.backoff_s * 2 ** (failures - 1)
+                time.sleep(min(max(pause, error.pause_s or 0), _LONGEST_PAUSE_S))
+        received = part.size()
+        _check(part, received, size, {"md5": md5, "sha256": sha256})
+        part.path.replace(target)
+        part.note.unlink(missing_ok=True)
+    except OSError as error:
+        raise disk_error(error, url, target) from error
+    return received
+
+
+def run_parallel(
+    work: Callable[[_Item], _Result], items: Iterable[_Item], num_workers: int
+) -> Iterator[_Result]:
+    """Yield results as they come, in threads, with a bounded number of items under way.
+
+    The first error ends it; what has not begun by then is left.
+    """
+    waiting: set[Future[_Result]] = set()
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        try:
+            for item in items:
+                waiting.add(pool.submit(work, item))
+                if len(waiting) >= _IN_FLIGHT * num_workers:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            yield from (future.result() for future in as_completed(waiting))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _kept(part: _Partial) -> str:
+    size = part.size()
+    return (
+        f"{size} bytes are kept in {part.path}: run the same command again to go on"
+        if size
+        else "Check the address and the network, then run the same command again"
+    )
+
+
+def _transfer(
+    part: _Partial, size: int | None, timeout_s: float, on_progress: Progress | None
+) -> None:
+    """Make one attempt; returns when every byte that the server announced is there."""
+    start = part.size()
+    if start and part.total is not None and start >= part.total:
+        if start == part.total:
+            return
+        raise _Stale(f"the partial file has {start} bytes, the server said {part.total}")
+    headers = {"User-Agent": f"vipllava/{__version__}", "Accept-Encoding": "identity"}
+    if start and part.immutable:
+        headers["Range"] = f"bytes={start}-"
+    elif start and part.validator is not None:
+        headers |= {"Range": f"bytes={start}-", "If-Range": part.validator}
+    request = urllib.request.Request(part.url, headers=headers)
+    for name, value in part.headers.items():
+        request.add_unredirected_header(name, value)
+    try:
+        response = urllib.request.urlopen(request, timeout=timeout_s)
+    except urllib.error.HTTPError as error:
+        with error:
+            _refused(part, error)
+    except (OSError, http.client.HTTPException) as error:
+        raise _Broken(_reason(error)) from error
+    with response:
+        start = _begin(part, response, start, size)
+        _receive(part, response, start, on_progress)
+
+
+def _begin(part: _Partial, response: http.client.HTTPResponse, start: int, size: int | None) -> int:
+    """Read the headers; return where the body belongs."""
+    headers = response.headers
+    length = headers.get("Content-Length", "")
+    rest = int(length) if length.isdigit() else None
+    if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+        match = _RANGE.match(headers.get("Content-Range", ""))
+        if match is None or match.group(1) is None or int(match.group(1)) != start:
+            raise _Stale(f"asked for bytes from {start}, got {headers.get('Content-Range')!r}")
+        total = int(match.group(2)) if match.group(2) != "*" else None
+        if total is not None and part.total not in (None, total):
+            raise _Stale(f"the file had {part.total} bytes and has {total} now")
+        part.total = part.total if total is None else total
+    else:  # the whole file, whether it was asked for or has changed
+        start, part.total = 0, rest
+        part.path.unlink(missing_ok=True)
+    if part.total is not None and size not in (None, part.total):
+        received = part.total
+        part.drop()
+        raise DownloadError(
+            f"{part.url} has {received} bytes, the manifest says {size}: the publisher has changed "
+            "the file, or the manifest is wrong. Check the address in a browser and correct `size` "
+            "and the checksums"
+        )
+    etag = headers.get("ETag", "")
+    weak = not etag or etag.startswith("W/")
+    part.validator = (headers.get("Last-Modified") if weak else etag) or None
+    part.save()
+    free = shutil.disk_usage(part.path.parent).free
+    if part.total is not None and free < part.total - start:
+        raise OSError(errno.ENOSPC, f"{part.total - start} bytes are to come, {free} are free")
+    return start
+
+
+def _receive(
+    part: _Partial,
+    response: http.client.HTTPResponse,
+    start: int,
+    on_progress: Progress | None,
+) -> None:
+    received = start
+    with part.path.open("r+b" if start else "wb") as file:
+        file.seek(start)
+        while True:
+            try:
+                # read1 hands over what has come; read would lose it when the connection breaks.
+                chunk = response.read1(_CHUNK)
+            except (OSError, http.client.HTTPException) as error:
+                raise _Broken(f"{_reason(error)} (after {received} bytes)") from error
+            if not chunk:
+                break
+            file.write(chunk)
+            file.flush()  # so that a killed process leaves what it has got
+            received += len(chunk)
+            if on_progress is not None:
+                on_progress(received, part.total)
+        os.fsync(file.fileno())
+    if part.total is not None and received < part.total:
+        raise _Broken(f"the connection ended after {received} of {part.total} bytes")
+    if part.total is not None and received > part.total:
+        raise _Stale(f"{received} bytes came where {part.total} were announced")
+
+
+def _refused(part: _Partial, error: urllib.error.HTTPError) -> NoReturn:
+    if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+        raise _Stale("the server no longer has a file of that length")
+    message = f"the server answered {error.code} {error.reason}"
+    if error.code in _TEMPORARY:
+        after = error.headers.get("Retry-After", "")
+        raise _Broken(message, float(after) if after.isdigit() else None)
+    remedy = {
+        401: "it wants a login: get the file with a browser",
+        403: "it denies access: get the file with a browser",
+        404: "the file has moved: correct the address in the manifest's sources",
+        410: "the file has been removed: correct the address in the manifest's sources",
+    }.get(error.code, "check the address in a browser")
+    raise RefusedError(f"{part.url}: {message}; {remedy}", error.code) from error
+
+
+def _check(
+    part: _Partial, received: int, size: int | None, digests: Mapping[str, str | None]
+) -> None:
+    """Compare the whole file with what is known of it; what differs is of no use later."""
+    wrong: str | None = None
+    if size is not None and received != size:
+        wrong = f"it has {received} bytes, the manifest says {size}"
+    for name, expected in digests.items():
+        if expected is None or wrong:
+            continue
+        with part.path.open("rb") as file:
+            digest = hashlib.file_digest(file, partial(hashlib.new, name, usedforsecurity=False))
+        found = digest.hexdigest()
+        if found != expected:
+            wrong = f"its {name} is {found}, the manifest says {expected}"
+    if wrong is None:
+        return
+    url = part.url
+    part.drop()
+    raise DownloadError(
+        f"{url}: what came is not the file that was meant ({wrong}); it was discarded. Run the "
+        "same command again; if this stays so, check the address and the manifest"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    cause: object = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, TimeoutError):
+        return "no byte came within the time limit"
+    return str(cause) or type(cause).__name__
+
+
+def disk_error(error: OSError, what: str, target: Path) -> DiskError:
+    """Say why ``what`` could not be written to ``target``, and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskError(
+            f"{what}: no space left for {target} ({error.strerror}). Free some space there, or put "
+            "the data root on another disk, and run the same command again: it goes on where it "
+            "stopped"
+        )
+    return DiskError(f"{what}: cannot write {target}: {error}")
