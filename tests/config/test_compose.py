@@ -143,6 +143,19 @@ def test_global_batch_is_the_recipes_on_every_trainer():
             assert effective == (64 if model == "tiny" else RECIPE[name]), (trainer, model, name)
 
 
+@pytest.mark.parametrize(
+    ("stage", "pack_length", "packs"), [("pretrain", 4224, (4, 32)), ("finetune", 4096, (3, 24))]
+)
+def test_packs_hold_about_the_recipes_samples(
+    stage: str, pack_length: int, packs: tuple[int, int]
+) -> None:
+    """Stage 1: 256 samples of 601 ids are 36.4 packs of 4224; 8 devices x 4 packs make 32 of it."""
+    _, values = resolve([f"stage={stage}", "model=7b", "trainer=8xa100", "data=packed"])
+    data = values["data"]
+    assert data["pack_length"] == pack_length
+    assert (data["micro_batch_size"], data["global_batch_size"]) == packs
+
+
 @pytest.mark.parametrize("bench", ["regions", "vip_bench"])
 def test_evaluation_composes(bench: str):
     cfg, values = resolve([f"bench={bench}"], "evaluate")

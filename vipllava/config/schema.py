@@ -141,6 +141,7 @@ TRAIN: Mapping[str, Rule] = {
     "stage.epochs": _whole(1),
     "stage.max_length": _whole(1),
     "stage.mean_length": _whole(1),
+    "stage.pack_length": _whole(1),
     "stage.schedule": _one_of("cosine", "constant"),
     "stage.warmup_ratio": Rule("a number from 0 to below 1", (int, float), low=0, below=1),
     "stage.weight_decay": Rule("a number of at least 0", (int, float), low=0),
