@@ -88,6 +88,8 @@ def consumed(root: Path, name: str) -> dict[tuple[int, int], list[list[str]]]:
 
 
 def _run(job: Job, rank: int, port: int) -> None:
+    # As in a real run; workers of a fork server outlive a trainer that is killed.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update(
         {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
 from tests.models.tiny_batches import PAD, batch_of, three_samples
 from vipllava.models.building import ModelSpec, build_model
@@ -174,6 +178,41 @@ def test_padding_and_other_rows_change_nothing(model):
     other_padding = logits_of(model, batch)
     for found, number in ((other_row, 0), (other_row, 1), *((other_padding, n) for n in range(3))):
         assert largest(found[number] - plain[number]) <= 1e-6
+
+
+def test_flash_attention_is_told_where_samples_begin(tiny_sources):
+    """In transformers it reads restarts in a batch of one row only; more rows leak without this."""
+    told = []
+
+    def by_bounds(module, query, key, value, attention_mask, scaling, **options):
+        """What flash attention does with bounds, [rows, heads, length, size] of a causal model."""
+        assert attention_mask is None
+        bounds = options["cu_seq_lens_q"].tolist()
+        assert bounds == options["cu_seq_lens_k"].tolist()
+        longest = max(b - a for a, b in pairwise(bounds))
+        assert (options["max_length_q"], options["max_length_k"]) == (longest, longest)
+        told.append(bounds)
+        heads = query.shape[1]
+        columns = (
+            x.repeat_interleave(heads // x.shape[1], dim=1).transpose(0, 1).flatten(1, 2)
+            for x in (query, key, value)
+        )
+        parts = [
+            functional.scaled_dot_product_attention(*part, is_causal=True, scale=scaling)
+            for part in zip(*(x.split(np.diff(bounds).tolist(), 1) for x in columns), strict=True)
+        ]
+        whole = torch.cat(parts, dim=1).unflatten(1, (query.shape[0], query.shape[2]))
+        return whole.permute(1, 2, 0, 3), None
+
+    model = make_model(tiny_sources, "language_model", "eager")
+    AttentionInterface.register("by_bounds", by_bounds)
+    AttentionMaskInterface.register("by_bounds", flash_attention_mask)
+    model.model.language_model.set_attn_implementation("by_bounds")
+    check_parity(model)
+    first, second, third = three_samples()
+    told.clear()
+    logits_of(model, batch_of([[first, second], [third]]))
+    assert told[0] == [0, 17, 31, 33, 45, 66]
 
 
 @pytest.mark.gpu

@@ -53,6 +53,8 @@ def losses(folder: Path) -> dict[int, str]:
 
 
 def _run(job: Job) -> None:
+    # As in a real run; workers of a fork server outlive a trainer that is killed.
+    multiprocessing.set_start_method("fork", force=True)
     import warnings
 
     import lightning

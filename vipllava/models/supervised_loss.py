@@ -6,7 +6,9 @@ Two choices differ from ``VipLlavaForConditionalGeneration.forward`` and give th
   most of the logits would be thrown away.
 * Rows are kept apart by ``position_ids`` that restart with every segment; there is no attention
   mask and no cache. transformers builds the block mask only in that combination: an all-ones
-  mask or ``use_cache=True`` makes packed samples see each other without any error.
+  mask or ``use_cache=True`` makes packed samples see each other without any error. Flash attention
+  reads restarts only in a batch of one row; in any other it sees them by the segments' bounds,
+  which are given along.
 
 The sum is not divided here: the right denominator is the count over all ranks and accumulation
 steps, and the caller has it.
@@ -110,6 +112,26 @@ def embed_inputs(
     return embeddings + 0.0 * image_features(model, blank).sum().to(embeddings.dtype)
 
 
+def flash_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
+    """Return the segments' bounds as flash attention wants them; the others ignore them.
+
+    Args:
+        position_ids: int64 [rows, length]; each 0 begins a segment, and each row begins with one.
+
+    Returns:
+        Keyword arguments of transformers' language models; the bounds count through all rows.
+    """
+    starts = (position_ids.flatten() == 0).nonzero().flatten()
+    bounds = functional.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
+    longest = int(bounds.diff().max())
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
 def supervised_loss_sum(
     model: VipLlavaForConditionalGeneration, batch: Batch
 ) -> tuple[torch.Tensor, int]:
@@ -137,6 +159,7 @@ def supervised_loss_sum(
         attention_mask=None,
         position_ids=batch.position_ids,
         use_cache=False,
+        **flash_bounds(batch.position_ids),
     ).last_hidden_state
     targets = batch.labels[:, 1:]
     supervised = (targets != IGNORE_INDEX) & (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1])
