@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.train import ROOT, tiny_spec
+from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder
 from vipllava.data.image_transform import ImageTransform
 from vipllava.data.samples import iter_samples
 from vipllava.evaluation.benches.regions import read_questions
 from vipllava.inference.engine import Engine, Request
-from vipllava.models.building import build_model, image_seq_length, load_tokenizer, token_id
+from vipllava.models.building import image_seq_length, token_id
 from vipllava.sample_world.build import ensure_sample_world
 from vipllava.sample_world.teach import load_tiny_policies
 

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from webdataset.compat import WebDataset
 
 from benchmarks.train import tiny_spec
+from vipllava.checkpoints.loading import load_tokenizer
 from vipllava.conversation import ConversationEncoder
 from vipllava.data.batching import SampleBatches
 from vipllava.data.collate import EncodedSample
@@ -42,7 +43,7 @@ from vipllava.data.samples import SampleEncoder, SampleSource, marks_generator, 
 from vipllava.data.schemas import parse_record
 from vipllava.data.shards import write_shards
 from vipllava.data.stream import StepLoader, StepSampler, VisualPromptDataset
-from vipllava.models.building import load_tokenizer, token_id
+from vipllava.models.building import token_id
 from vipllava.types import IGNORE_INDEX, Sample
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 from vipllava.visual_prompts.refer import refer_turns

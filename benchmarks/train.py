@@ -16,18 +16,13 @@ from typing import Any
 import torch
 from transformers import VipLlavaForConditionalGeneration
 
+from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder
 from vipllava.data.collate import collate_packs
 from vipllava.data.image_transform import ImageTransform
 from vipllava.data.manifest import load_manifest
 from vipllava.data.samples import SampleEncoder, SampleSource
-from vipllava.models.building import (
-    ModelSpec,
-    build_model,
-    image_seq_length,
-    load_tokenizer,
-    token_id,
-)
+from vipllava.models.building import ModelSpec, image_seq_length, token_id
 from vipllava.models.freezing import set_trainable
 from vipllava.models.supervised_loss import normalise_pixels, supervised_loss_sum
 from vipllava.sample_world.build import ensure_sample_world

@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_shards,
         _add_inspect,
         _add_lint,
+        _add_convert,
         _add_sample_data,
         _add_teach_base,
     ):
@@ -116,6 +117,15 @@ def _add_lint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.set_defaults(run=_lint)
 
 
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "convert",
+        help="one checkpoint format to another: Hugging Face, original, projector, merged LoRA",
+        add_help=False,  # --help is the command's own
+    )
+    command.set_defaults(run=_convert, rest=[])
+
+
 def _add_sample_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "sample-data", help="make the sample data sets and the sample ViP-Bench"
@@ -170,6 +180,12 @@ def _lint(options: argparse.Namespace) -> int | None:
     from vipllava.commands.lint import run
 
     return run(options.arguments)
+
+
+def _convert(options: argparse.Namespace) -> int | None:
+    from vipllava.commands.convert import run
+
+    return run(options.rest)
 
 
 def _sample_data(options: argparse.Namespace) -> int | None:

@@ -18,9 +18,10 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from vipllava.checkpoints.hf_format import ExportMeta, load_export, load_meta, save_export
+from vipllava.checkpoints.hf_format import ExportMeta, load_meta, save_export
+from vipllava.checkpoints.loading import build_model, load_tokenizer, open_source
 from vipllava.data.image_transform import reference_transform
-from vipllava.models.building import ModelSpec, build_model, load_tokenizer
+from vipllava.models.building import ModelSpec
 from vipllava.models.supervised_loss import normalise_pixels
 from vipllava.types import CheckpointError
 
@@ -70,16 +71,16 @@ def test_transformers_alone_gives_the_same_logits(parts, export):
     assert tokenizer.pad_token_id == model.config.pad_token_id == 260
 
 
-def test_load_export_returns_what_was_saved(parts, export):
-    model, tokenizer, meta = load_export(export)
+def test_an_export_opens_as_what_was_saved(parts, export):
+    opened = open_source(str(export))
+    model = opened.network()
 
-    assert meta == parts[2] == load_meta(export)
+    assert opened.meta == parts[2] == load_meta(export)
     assert not model.training
-    assert len(tokenizer) == len(parts[1])
+    assert len(opened.tokenizer) == len(parts[1])
     for name, weight in parts[0].state_dict().items():
         assert torch.equal(weight, model.state_dict()[name]), name
-    half, _, _ = load_export(export, torch.bfloat16)
-    assert half.dtype == torch.bfloat16
+    assert opened.network(dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_config_names_the_feature_layers_for_old_and_new_readers(export):
@@ -157,7 +158,7 @@ def test_missing_and_unexpected_keys_are_listed(export):
     save_file(weights, path, metadata={"format": "pt"})
 
     with pytest.raises(CheckpointError) as error:
-        load_export(export)
+        open_source(str(export)).network()
     assert "missing (1): model.multi_modal_projector.linear_1.bias" in str(error.value)
     assert "unexpected (1): " in str(error.value)
     assert "multi_modal_projector.linear_3.bias" in str(error.value)
@@ -165,9 +166,9 @@ def test_missing_and_unexpected_keys_are_listed(export):
 
 def test_what_is_no_export(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
-        load_export(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"is no export of a stage \(it has no vip"):
-        load_export(tmp_path)
+        open_source(str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match=r"without config\.json \(it holds nothing\)"):
+        open_source(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_broken_meta(export, change, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
     with pytest.raises(CheckpointError, match=message):
-        load_export(export)
+        open_source(str(export))
 
 
 def test_meta_that_is_no_json(export):

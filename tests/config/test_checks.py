@@ -187,7 +187,16 @@ def test_a_stage_before_its_predecessor():
             "8xa100",
             "computes in bf16 or fp16 only",
         ),
-        ("stage=finetune tuning=lora", "8xa100", "tuning=lora is not in this version yet"),
+        (
+            "stage=finetune tuning=lora stage.trainable=[projector,language_model,vision_tower]",
+            "8xa100",
+            "trains adapters and the projector only",
+        ),
+        (
+            "stage=finetune tuning=qlora strategy=zero3",
+            "8xa100",
+            "weights in 4 bits cannot be sharded here; use strategy=ddp",
+        ),
         ("stage=finetune tuning=lora", "laptop", "needs peft, which is not installed: pip install"),
         (
             "stage=finetune tuning=qlora",

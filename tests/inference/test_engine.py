@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from vipllava.checkpoints.hf_format import ExportMeta, save_export
+from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder, get_template
 from vipllava.data.image_transform import ImageTransform
 from vipllava.inference.engine import Engine, Request, resolve_device, resolve_dtype
-from vipllava.models.building import ModelSpec, build_model, load_tokenizer
+from vipllava.models.building import ModelSpec
 from vipllava.models.supervised_loss import normalise_pixels
 from vipllava.types import ConfigError, Turn, VipLlavaError
 
@@ -137,7 +138,7 @@ def test_a_stop_string_ends_the_work(parts):
     assert len(calls) < 24
 
 
-def test_from_export(parts, tmp_path):
+def test_from_checkpoint(parts, tmp_path):
     meta = ExportMeta(
         stage="finetune",
         chat_template="llava_v1",
@@ -150,7 +151,7 @@ def test_from_export(parts, tmp_path):
     )
     save_export(*parts, tmp_path / "export", meta)
 
-    engine = Engine.from_export(tmp_path / "export", device="cpu")
+    engine = Engine.from_checkpoint(tmp_path / "export", device="cpu")
 
     assert engine.encoder.template.name == "llava_v1"
     assert engine.image_transform.aspect == "pad"

@@ -11,12 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from vipllava.models.building import (
-    ModelSpec,
-    build_model,
-    image_seq_length,
-    load_tokenizer,
-)
+from vipllava.checkpoints.loading import build_model, load_tokenizer
+from vipllava.models.building import ModelSpec, image_seq_length
 from vipllava.types import CheckpointError, ConfigError
 
 
@@ -161,7 +157,7 @@ def test_truncated_weights_are_an_error(spec, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
 
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    with pytest.raises(CheckpointError, match="cut short"):
         build_model(opened)
 
 
@@ -177,7 +173,7 @@ def test_folder_without_config(spec, tmp_path):
 
 
 def test_unreachable_hub_id(spec):
-    with pytest.raises(CheckpointError, match="it is no folder here, and the Hugging Face Hub"):
+    with pytest.raises(CheckpointError, match="is no folder here and not in the cache"):
         build_model(replace(spec, vision_tower="nobody/no-such-model"))
 
 
@@ -187,10 +183,10 @@ def test_tower_that_is_no_clip(spec):
 
 
 def test_language_model_that_is_none(spec):
-    with pytest.raises(CheckpointError, match="no tokenizer"):
+    with pytest.raises(CheckpointError, match="it is a 'clip_vision_model' model; name a causal"):
         build_model(replace(spec, language_model=spec.vision_tower))
-    with pytest.raises(CheckpointError, match=r"language_model=.* cannot be loaded"):
-        build_model(replace(spec, language_model=spec.vision_tower), load_tokenizer(spec))
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        load_tokenizer(replace(spec, language_model=spec.vision_tower))
 
 
 def test_checkpoint_that_is_no_vipllava(spec):

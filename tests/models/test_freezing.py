@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from vipllava.models.building import ModelSpec, build_model
+from vipllava.checkpoints.loading import build_model
+from vipllava.models.building import ModelSpec
 from vipllava.models.freezing import ParameterRow, parameter_table, set_trainable
 from vipllava.types import ConfigError
 

@@ -14,7 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 from tests.models.tiny_batches import PAD, batch_of, three_samples
-from vipllava.models.building import ModelSpec, build_model
+from vipllava.checkpoints.loading import build_model
+from vipllava.models.building import ModelSpec
 from vipllava.models.freezing import set_trainable
 from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.types import IGNORE_INDEX, PADDING_SEGMENT

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional
 
 from tests.models.tiny_batches import IMAGE, batch_of, encoded_sample, three_samples
-from vipllava.models.building import ModelSpec, build_model
+from vipllava.checkpoints.loading import build_model
+from vipllava.models.building import ModelSpec
 from vipllava.models.freezing import set_trainable
 from vipllava.models.supervised_loss import embed_inputs, normalise_pixels, supervised_loss_sum
 from vipllava.types import IGNORE_INDEX, PADDING_SEGMENT, VipLlavaError

@@ -25,6 +25,7 @@ class Job:
         spec: the network.
         kill_at: global step at whose beginning it kills itself; None lets it end.
         data: further arguments of the data module.
+        module: further arguments of the LightningModule.
     """
 
     folder: Path
@@ -32,6 +33,7 @@ class Job:
     spec: ModelSpec
     kill_at: int | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    module: dict[str, Any] = field(default_factory=dict)
 
 
 def start(job: Job) -> int:
@@ -61,10 +63,11 @@ def _run(job: Job) -> None:
     import torch
     from lightning.pytorch.callbacks import ModelCheckpoint
 
+    from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.conversation import ConversationEncoder
     from vipllava.data.datamodule import VisualPromptDataModule
     from vipllava.data.image_transform import ImageTransform
-    from vipllava.models.building import image_seq_length, load_tokenizer, token_id
+    from vipllava.models.building import image_seq_length, token_id
     from vipllava.training.lit_module import VipLlavaLitModule
     from vipllava.visual_prompts.policies import VisualPromptPolicy
 
@@ -101,7 +104,14 @@ def _run(job: Job) -> None:
                 with (job.folder / "losses.txt").open("a") as file:
                     file.write(f"{self._last_global_step} {loss.hex()}\n")
 
-    module = Noting(job.spec, ["projector", "language_model"], 1e-2, seed=3, tokenizer=tokenizer)
+    module = Noting(
+        job.spec,
+        ["projector", "language_model"],
+        1e-2,
+        seed=3,
+        tokenizer=tokenizer,
+        **job.module,
+    )
     checkpoints = job.folder / "checkpoints"
     newest = sorted(checkpoints.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
     save = ModelCheckpoint(checkpoints, filename="{step}", every_n_train_steps=1, save_top_k=-1)

@@ -7,8 +7,8 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
-from vipllava.checkpoints.hf_format import ExportMeta, load_export
-from vipllava.models.building import load_tokenizer
+from vipllava.checkpoints.hf_format import ExportMeta
+from vipllava.checkpoints.loading import load_tokenizer, open_source
 from vipllava.training.callbacks import ExportCallback, ParameterTable
 
 pytestmark = LIGHTNING_WARNINGS
@@ -44,11 +44,11 @@ def test_export_at_the_end_of_fit(make_module, make_trainer, spec, tmp_path):
     export = ExportCallback(tmp_path / "run" / "export", load_tokenizer(spec), META)
     make_trainer(callbacks=[export]).fit(module, Loader(make_samples(2), 2, 1))
 
-    model, tokenizer, meta = load_export(tmp_path / "run" / "export")
-    assert meta == META
-    assert len(tokenizer) == 261
-    trained = module.network.state_dict()
-    assert all((trained[name] == weight).all() for name, weight in model.state_dict().items())
+    opened = open_source(str(tmp_path / "run" / "export"))
+    assert opened.meta == META
+    assert len(opened.tokenizer) == 261
+    trained, found = module.network.state_dict(), opened.network().state_dict()
+    assert all((trained[name] == weight).all() for name, weight in found.items())
 
 
 def test_a_failed_run_exports_nothing(make_module, make_trainer, spec, tmp_path):

@@ -23,12 +23,16 @@ def _network() -> nn.ModuleDict:
     )
 
 
+def _parts(network: nn.ModuleDict) -> dict[str, tuple[nn.Module, ...]]:
+    return {name: (module,) for name, module in network.items()}
+
+
 def test_groups_by_rate_and_decay():
     network = _network()
     network["language_model"][2].weight.requires_grad_(False)
     settings = OptimizerSettings(learning_rate=2e-5, projector_learning_rate=1e-3, weight_decay=0.1)
 
-    groups = parameter_groups(network.named_parameters(), network["projector"], settings)
+    groups = parameter_groups(_parts(network), settings)
 
     found = {
         g["name"]: (g["lr"], g["weight_decay"], [tuple(p.shape) for p in g["params"]])
@@ -37,20 +41,20 @@ def test_groups_by_rate_and_decay():
     assert found == {
         "projector": (1e-3, 0.1, [(3, 2)]),
         "projector_no_decay": (1e-3, 0.0, [(2,), (2,), (3,)]),
-        "base": (2e-5, 0.1, [(5, 3)]),
-        "base_no_decay": (2e-5, 0.0, [(3,), (3,), (5,)]),
+        "language_model": (2e-5, 0.1, [(5, 3)]),
+        "language_model_no_decay": (2e-5, 0.0, [(3,), (3,), (5,)]),
     }
 
 
 def test_nothing_trains():
     network = _network().requires_grad_(False)
     with pytest.raises(ConfigError, match="no parameter trains"):
-        parameter_groups(network.named_parameters(), network["projector"], OptimizerSettings(1e-3))
+        parameter_groups(_parts(network), OptimizerSettings(1e-3))
 
 
 def _rates(settings: OptimizerSettings, num_steps: int) -> list[float]:
     network = _network()
-    groups = parameter_groups(network.named_parameters(), network["projector"], settings)
+    groups = parameter_groups(_parts(network), settings)
     optimizer = build_optimizer(groups, settings)
     schedule = build_schedule(optimizer, settings, num_steps)
     rates = []
@@ -105,3 +109,20 @@ def test_gradient_norm():
     assert gradient_norm(weights).item() == 0.0
     weights[0].grad, weights[1].grad = torch.tensor([2.0, 3.0]), torch.tensor([6.0])
     assert gradient_norm(weights).item() == 7.0
+
+
+def test_every_part_may_have_a_rate_of_its_own():
+    network = nn.ModuleDict(
+        {
+            part: nn.Linear(2, 2, bias=False)
+            for part in ("vision_tower", "projector", "language_model")
+        }
+    )
+    settings = OptimizerSettings(
+        2e-5, projector_learning_rate=1e-4, vision_tower_learning_rate=2e-6
+    )
+    rates = {g["name"]: g["lr"] for g in parameter_groups(_parts(network), settings)}
+
+    assert rates == {"vision_tower": 2e-6, "projector": 1e-4, "language_model": 2e-5}
+    with pytest.raises(ConfigError, match="vision_tower_learning_rate=0 must be positive"):
+        OptimizerSettings(2e-5, vision_tower_learning_rate=0)

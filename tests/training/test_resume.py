@@ -12,6 +12,7 @@ import pytest
 from tests.data.toy_data import toy_samples
 from tests.training.resume_job import Job, losses, start
 from vipllava.data.shards import write_shards
+from vipllava.models.adapters import AdapterSettings
 from vipllava.models.building import ModelSpec
 
 
@@ -35,24 +36,27 @@ def with_dropout(spec: ModelSpec, tmp_path: Path) -> ModelSpec:
     return replace(spec, language_model=str(folder))
 
 
+PACKED = {
+    "batching": "packed",
+    "pack_length": 512,
+    "max_images_per_pack": 3,
+    "micro_batch_size": 1,
+    "global_batch_size": 2,
+}
+LORA = {"adapter": AdapterSettings(r=4, alpha=8, dropout=0.3)}
+
+
 @pytest.mark.parametrize(
-    "data",
-    [
-        {"batching": "length_grouped"},
-        {
-            "batching": "packed",
-            "pack_length": 512,
-            "max_images_per_pack": 3,
-            "micro_batch_size": 1,
-            "global_batch_size": 2,
-        },
-    ],
-    ids=["length_grouped", "packed"],
+    ("data", "module"),
+    [({"batching": "length_grouped"}, {}), (PACKED, {}), (PACKED, LORA)],
+    ids=["length_grouped", "packed", "lora"],
 )
-def test_a_killed_run_has_the_same_losses(data_root: Path, with_dropout: ModelSpec, data: dict):
+def test_a_killed_run_has_the_same_losses(
+    data_root: Path, with_dropout: ModelSpec, data: dict, module: dict
+):
     def job(folder: str, kill_at: int | None = None) -> Job:
         (data_root / folder).mkdir(exist_ok=True)
-        return Job(data_root / folder, data_root, with_dropout, kill_at, data)
+        return Job(data_root / folder, data_root, with_dropout, kill_at, data, module)
 
     assert start(job("whole")) == 0
     whole = losses(data_root / "whole")

@@ -11,7 +11,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from tests.data.toy_data import toy_samples
-from vipllava.checkpoints.hf_format import load_export, load_meta
+from vipllava.checkpoints.hf_format import load_meta
+from vipllava.checkpoints.loading import open_source
 from vipllava.config.resolvers import register_resolvers
 from vipllava.data.shards import write_shards
 from vipllava.training.run import run_training
@@ -67,7 +68,7 @@ def test_two_stages_from_the_projects_configuration(config, tmp_path):
     assert (load_meta(first).stage, load_meta(first).chat_template) == ("pretrain", "plain")
     assert load_meta(first).image_aspect == "square"
     assert (load_meta(second).stage, load_meta(second).chat_template) == ("finetune", "llava_v1")
-    before, after = load_export(first)[0].state_dict(), load_export(second)[0].state_dict()
+    before, after = (open_source(str(f)).network().state_dict() for f in (first, second))
     changed = {name.split(".")[1] for name in after if not torch.equal(before[name], after[name])}
     assert changed == {"multi_modal_projector", "language_model", "weight"}  # lm_head.weight
     metrics = _metrics(first.parent).splitlines()

@@ -15,15 +15,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
     VipLlavaForConditionalGeneration,
 )
 
-from vipllava.models.building import read_tokenizer
-from vipllava.models.opening import feature_layers_of, open_vipllava
+from vipllava.models.opening import feature_layers_of
 from vipllava.types import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -88,7 +86,7 @@ def save_export(
     """
     directory = Path(directory)
     network: Any = model
-    _check_meta(meta, model)
+    check_meta(meta, model.config)
     if directory.exists() and not (directory / META_NAME).is_file() and _is_used(directory):
         raise CheckpointError(
             f"{directory} exists and is no export of a stage (it has no {META_NAME}): choose "
@@ -160,44 +158,12 @@ def load_meta(directory: str | Path) -> ExportMeta:
     return ExportMeta(**values)
 
 
-def load_export(
-    directory: str | Path,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    *,
-    attn_implementation: str = "sdpa",
-) -> tuple[VipLlavaForConditionalGeneration, PreTrainedTokenizerFast, ExportMeta]:
-    """Open what :func:`save_export` wrote.
-
-    Args:
-        directory: the folder.
-        dtype: of the parameters.
-        device: where to put them.
-        attn_implementation: attention of tower and language model.
-
-    Returns:
-        The network in eval mode, the tokenizer and the metadata.
+def check_meta(meta: ExportMeta, config: Any) -> None:
+    """Insist that the metadata are of a network.
 
     Raises:
-        CheckpointError: no export is there, its weights are incomplete, left over or misshapen
-            (the keys are listed), or its files contradict each other.
+        CheckpointError: they contradict its config, or name an unknown image aspect.
     """
-    directory = Path(directory)
-    meta = load_meta(directory)
-    model: Any = open_vipllava(directory, dtype=dtype, attn_implementation=attn_implementation)
-    _check_meta(meta, model)
-    tokenizer = read_tokenizer(str(directory), "export")
-    added: dict[str, int] = cast("Any", tokenizer).get_added_vocab()
-    if added.get(meta.image_token) != model.config.image_token_id:
-        raise CheckpointError(
-            f"the export {directory} mixes two models: its tokenizer has no token "
-            f"{meta.image_token!r} with id {model.config.image_token_id}; write it again"
-        )
-    return model.to(device).eval(), tokenizer, meta
-
-
-def _check_meta(meta: ExportMeta, model: VipLlavaForConditionalGeneration) -> None:
-    config: Any = model.config
     pairs: dict[str, tuple[object, object]] = {
         "feature_layers": (meta.feature_layers, feature_layers_of(config)),
         "image_size": (meta.image_size, config.vision_config.image_size),

@@ -303,8 +303,7 @@ def _tuning(job: _Job) -> list[str]:
     tuning = job.get("tuning.name", str)
     if tuning not in ("lora", "qlora"):
         return []
-    # The presets are there so that jobs compose; training with adapters is not.
-    problems = [f"tuning={tuning} is not in this version yet; use tuning=full"]
+    problems: list[str] = []
     if "peft" not in job.machine.installed:
         problems.append(_needs_extra(f"tuning={tuning}", "lora", "peft"))
     if tuning == "qlora" and "bitsandbytes" not in job.machine.installed:
@@ -313,6 +312,17 @@ def _tuning(job: _Job) -> list[str]:
         problems.append(
             f"tuning={tuning} adapts the language model, which stage={job.get('stage.name')} "
             "leaves frozen; use tuning=full"
+        )
+    if "vision_tower" in (job.get("stage.trainable", list) or []):
+        problems.append(
+            f"stage.trainable names vision_tower, and tuning={tuning} trains adapters and the "
+            "projector only; use tuning=full, or leave the tower out"
+        )
+    strategy = job.get("strategy.name", str) or ""
+    if tuning == "qlora" and (strategy.startswith("zero3") or strategy == "fsdp2"):
+        problems.append(
+            f"tuning=qlora does not work with strategy={strategy}: weights in 4 bits cannot be "
+            "sharded here; use strategy=ddp or auto, or tuning=lora"
         )
     return problems
 

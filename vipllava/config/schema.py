@@ -137,6 +137,7 @@ TRAIN: Mapping[str, Rule] = {
     "stage.image_aspect": _one_of(*IMAGE_ASPECTS),
     "stage.learning_rate": _positive(),
     "stage.projector_learning_rate": _positive(nullable=True),
+    "stage.vision_tower_learning_rate": _positive(nullable=True),
     "stage.global_batch_size": _whole(1),
     "stage.epochs": _whole(1),
     "stage.max_length": _whole(1),

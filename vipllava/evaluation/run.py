@@ -39,7 +39,7 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     manifest = _open_manifest(cfg)
     from vipllava.inference.engine import Engine
 
-    engine = Engine.from_export(
+    engine = Engine.from_checkpoint(
         cfg.checkpoint, cfg.device, cfg.dtype, attn_implementation=cfg.attn_implementation
     )
     began = time.monotonic()

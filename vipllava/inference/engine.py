@@ -17,7 +17,7 @@ from transformers import (
     VipLlavaForConditionalGeneration,
 )
 
-from vipllava.checkpoints.hf_format import load_export
+from vipllava.checkpoints.loading import open_source
 from vipllava.conversation import ConversationEncoder
 from vipllava.data.image_transform import ImageAspect, ImageTransform
 from vipllava.models.supervised_loss import normalise_pixels
@@ -74,33 +74,44 @@ class Engine:
         self.image_transform = image_transform
 
     @classmethod
-    def from_export(
+    def from_checkpoint(
         cls,
-        path: str | Path,
+        source: str | Path,
         device: torch.device | str = "auto",
         dtype: str = "auto",
         *,
         attn_implementation: str = "sdpa",
+        vision_tower: str | None = None,
+        base: str | None = None,
+        chat_template: str | None = None,
     ) -> Engine:
-        """Open the export of a training stage.
+        """Open a model of any format: a stage's export, a published one, an adapter on its base.
 
         Args:
-            path: the folder; it says which chat template and image aspect to use.
+            source: folder or Hugging Face id; if it does not say which chat template and image
+                aspect to use, they are those of the published checkpoints.
             device: see :class:`Engine`.
             dtype: see :func:`resolve_dtype`.
             attn_implementation: as transformers names it.
+            vision_tower: see :func:`vipllava.checkpoints.loading.open_source`, as the next two.
+            base: what an adapter is put on.
+            chat_template: the template it was trained with, where the source does not say.
 
         Raises:
-            CheckpointError: see :func:`vipllava.checkpoints.hf_format.load_export`.
+            CheckpointError: see :func:`vipllava.checkpoints.loading.open_source`.
             ConfigError: unknown dtype, or the device is not there.
         """
         device = resolve_device(device)
-        model, tokenizer, meta = load_export(
-            path, resolve_dtype(dtype, device), device, attn_implementation=attn_implementation
+        opened = open_source(
+            str(source), vision_tower=vision_tower, base=base, chat_template=chat_template
+        )
+        model = opened.network(
+            dtype=resolve_dtype(dtype, device), attn_implementation=attn_implementation
         )
         config: Any = model.config
+        meta = opened.meta
         encoder = ConversationEncoder(
-            tokenizer,
+            opened.tokenizer,
             meta.chat_template,
             image_token_id=config.image_token_id,
             image_seq_length=meta.image_seq_length,
@@ -108,7 +119,7 @@ class Engine:
         )
         return cls(
             model,
-            tokenizer,
+            opened.tokenizer,
             encoder,
             ImageTransform(meta.image_size, cast("ImageAspect", meta.image_aspect)),
             device,

@@ -1,46 +1,46 @@
-"""Assemble the network: a CLIP tower and a causal language model become one VipLlava.
+"""The network from a config and tensors: what a VipLlava is made of, and how its weights come in.
 
-The network itself is ``transformers.VipLlavaForConditionalGeneration``. What is decided here is
-where the parts come from, which token ids they agree on, and how the new weights (projector,
-embedding rows) start. Sources are Hugging Face ids or folders; transformers does the loading.
+The network itself is ``transformers.VipLlavaForConditionalGeneration``. Wherever weights come from
+(:mod:`vipllava.checkpoints.loading` knows the formats), they arrive here as one dict of tensors
+that are read when they are needed, so that nothing is ever in memory twice. What is decided here
+is which token ids the parts agree on and how the new weights (projector, embedding rows) start.
 
 Importing this module imports transformers (seconds): entry points do it late.
 """
 
 from __future__ import annotations
 
-import logging
+import copy
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AddedToken,
-    AutoModelForCausalLM,
     AutoTokenizer,
-    CLIPVisionModel,
     GenerationConfig,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from vipllava.models.hub_models import local_folder
 from vipllava.models.opening import (
-    check_source,
-    feature_layers_of,
     load_config,
-    load_network,
-    open_vipllava,
+    load_strictly,
 )
+from vipllava.models.tensor_files import LazyTensor, dtype_of, read_tensor, shape_of
 from vipllava.types import CheckpointError, ConfigError
-
-logger = logging.getLogger(__name__)
 
 VOCABULARY_MULTIPLE = 64
 """Embedding rows are padded to a multiple of this, as in the Hugging Face format of VipLlava."""
+
+PROJECTOR = "multi_modal_projector"
+EMBEDDINGS = "language_model.model.embed_tokens.weight"
+HEAD = "language_model.lm_head.weight"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,8 +56,9 @@ class ModelSpec:
             embedding output, k the output of block k, negatives count from the end.
         chat_template: name of the template the language model answers in.
         image_size: side of the square picture, pixels.
-        checkpoint: folder or id of a VipLlava to open instead of assembling the two sources; it
-            must be of the same architecture as the sources say.
+        checkpoint: a VipLlava to open instead of assembling the two sources, in any format that
+            :func:`vipllava.checkpoints.loading.open_source` knows; it must be of the same
+            architecture as the sources say. A projector alone is put between them.
         dtype: dtype of the parameters. Training wants ``float32`` (master weights); the
             trainer's precision decides what is computed in.
         attn_implementation: attention of tower and language model, as transformers names them.
@@ -96,21 +97,6 @@ class ModelSpec:
         return _DTYPES[self.dtype]
 
 
-def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
-    """Load the tokenizer (no weights), with the image and the padding token present.
-
-    It comes from ``spec.checkpoint`` where that is set, else from the language model. Tokens that
-    are already there keep their ids; new ones take the first free ids, the image token first
-    (Vicuna: 32000 and 32001).
-
-    Raises:
-        CheckpointError: there is no tokenizer at the source.
-    """
-    role = "checkpoint" if spec.checkpoint else "language_model"
-    tokenizer = read_tokenizer(spec.checkpoint or spec.language_model, role)
-    return add_tokens(tokenizer, spec.image_token, spec.pad_token)
-
-
 def read_tokenizer(source: str, role: str) -> PreTrainedTokenizerFast:
     """Read a tokenizer as it is stored.
 
@@ -121,10 +107,10 @@ def read_tokenizer(source: str, role: str) -> PreTrainedTokenizerFast:
     Raises:
         CheckpointError: there is none, or it is not backed by the tokenizers library.
     """
-    check_source(source, role)
+    folder = local_folder(source, role, weights=False)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"no tokenizer could be read from {role}={source!r} ({_first_line(error)}): the folder "
             "needs tokenizer.json (or tokenizer.model) and tokenizer_config.json"
@@ -138,9 +124,13 @@ def read_tokenizer(source: str, role: str) -> PreTrainedTokenizerFast:
 
 
 def add_tokens(
-    tokenizer: PreTrainedTokenizerFast, image_token: str, pad_token: str
+    tokenizer: PreTrainedTokenizerFast, image_token: str = "<image>", pad_token: str = "<pad>"
 ) -> PreTrainedTokenizerFast:
-    """Make sure that both tokens exist, in place, and return the tokenizer."""
+    """Make sure that both tokens exist, in place, and return the tokenizer.
+
+    Tokens that are already there keep their ids; new ones take the first free ids, the image
+    token first (Vicuna: 32000 and 32001).
+    """
     for token in (image_token, pad_token):
         if token not in _added_tokens(tokenizer):
             tokenizer.add_tokens(
@@ -177,105 +167,101 @@ def image_seq_length(spec: ModelSpec) -> int:
         CheckpointError: the source is no CLIP tower.
         ConfigError: ``image_size`` is not the tower's.
     """
-    return _patches(_tower_config(spec), spec)
+    return num_patches(read_tower_config(spec), spec.image_size)
 
 
-def build_model(
-    spec: ModelSpec, tokenizer: PreTrainedTokenizerFast | None = None, *, seed: int = 0
-) -> VipLlavaForConditionalGeneration:
-    """Assemble the network, or open ``spec.checkpoint``.
-
-    Nothing here draws from torch's global generator: two calls with one seed give equal weights
-    whatever was drawn before.
-
-    Args:
-        spec: the parts.
-        tokenizer: what :func:`load_tokenizer` returned for the same spec; loaded if not given.
-        seed: decides the projector's first weights. Not used where a checkpoint is opened.
+def read_tower_config(spec: ModelSpec) -> Any:
+    """Read the tower's config.
 
     Raises:
-        CheckpointError: a source is missing or of the wrong kind, its weights are incomplete, or
-            ``spec.checkpoint`` is of another architecture than the spec.
-        ConfigError: feature layers or image size that the tower does not have.
+        CheckpointError: the source is no CLIP tower.
+        ConfigError: ``image_size`` or the feature layers are not the tower's.
     """
-    tokenizer = tokenizer or load_tokenizer(spec)
-    # from_pretrained draws initial values even for weights that it then reads.
-    with torch.random.fork_rng(devices=[]):
-        if spec.checkpoint is not None:
-            model = open_vipllava(
-                spec.checkpoint,
-                dtype=spec.torch_dtype,
-                attn_implementation=spec.attn_implementation,
-            )
-            _check_same_architecture(model, spec, tokenizer)
-        else:
-            model = _assemble(spec, tokenizer, seed)
-    return model
+    config = clip_vision_config(spec.vision_tower, "vision_tower")
+    if config.image_size != spec.image_size:
+        raise ConfigError(
+            f"image_size={spec.image_size} is not that of vision_tower={spec.vision_tower!r}, "
+            f"which has positions for {config.image_size} pixels: set image_size="
+            f"{config.image_size} or choose another tower"
+        )
+    num_blocks = config.num_hidden_layers
+    wrong = [k for k in spec.feature_layers if not -(num_blocks + 1) <= k <= num_blocks]
+    if wrong:
+        raise ConfigError(
+            f"feature_layers {wrong} do not exist: vision_tower={spec.vision_tower!r} has "
+            f"{num_blocks} blocks, hidden states 0 to {num_blocks} or {-num_blocks - 1} to -1"
+        )
+    return config
 
 
-def _assemble(
-    spec: ModelSpec, tokenizer: PreTrainedTokenizerFast, seed: int
-) -> VipLlavaForConditionalGeneration:
-    sequence_length = image_seq_length(spec)
-    loading: dict[str, Any] = {
-        "dtype": spec.torch_dtype,
-        "attn_implementation": spec.attn_implementation,
-    }
-    tower = load_network(CLIPVisionModel, spec.vision_tower, "vision_tower", **loading)
-    _check_feature_layers(spec, tower.config.num_hidden_layers)
-    language_model = load_network(
-        AutoModelForCausalLM, spec.language_model, "language_model", **loading
-    )
-    grow_vocabulary(language_model, len(tokenizer))
-    for part in (tower, language_model):
+def clip_vision_config(source: str, role: str) -> Any:
+    """Read the config of a CLIP tower; of a whole CLIP model its vision half.
+
+    Raises:
+        CheckpointError: the source is another kind of model.
+    """
+    config: Any = load_config(source, role)
+    config = getattr(config, "vision_config", config)
+    if config.model_type != "clip_vision_model":
+        raise CheckpointError(
+            f"{role}={source!r} is a {config.model_type!r} model, not a CLIP "
+            "tower: name a CLIP model, such as openai/clip-vit-large-patch14-336"
+        )
+    return config
+
+
+def num_patches(tower_config: Any, image_size: int) -> int:
+    """Return how many patches a square picture has."""
+    return (image_size // tower_config.patch_size) ** 2
+
+
+def padded_rows(num_rows: int, num_tokens: int) -> int:
+    """Return the embedding rows for ``num_tokens`` ids; never fewer than there are."""
+    return math.ceil(max(num_tokens, num_rows) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def vocabulary_rows(config: Any) -> int:
+    """Return the rows of a network's embeddings."""
+    return int(config.text_config.vocab_size)
+
+
+def network_config(
+    tower_config: Any,
+    text_config: Any,
+    *,
+    feature_layers: Sequence[int],
+    num_tokens: int,
+    image_token_id: int,
+    image_seq_length: int,
+    special_ids: Mapping[str, int | None] | None = None,
+) -> VipLlavaConfig:
+    """Make the config of a VipLlava from those of its parts, which stay as they are.
+
+    Args:
+        tower_config: of a CLIP vision tower.
+        text_config: of a causal language model, with its own vocabulary.
+        feature_layers: see :class:`ModelSpec`.
+        num_tokens: ids of the tokenizer, image and padding token included; the vocabulary grows
+            to hold them, see :func:`padded_rows`.
+        image_token_id: the placeholder's id.
+        image_seq_length: placeholders of one picture.
+        special_ids: the tokenizer's ``pad_token_id``, ``bos_token_id`` and ``eos_token_id``.
+    """
+    tower_config, text_config = copy.deepcopy(tower_config), copy.deepcopy(text_config)
+    text_config.vocab_size = padded_rows(text_config.vocab_size, num_tokens)
+    for part in (tower_config, text_config):
         # Else an export would carry this machine's folders; where the parts came from stands in
         # the export's own metadata.
-        part.config._name_or_path = ""
-
+        part._name_or_path = ""
     make_config: Any = VipLlavaConfig  # its signature leaves out what every config takes
-    config = make_config(
-        vision_config=tower.config,
-        text_config=language_model.config,
-        image_token_index=token_id(tokenizer, spec.image_token),
-        image_seq_length=sequence_length,
-        tie_word_embeddings=bool(getattr(language_model.config, "tie_word_embeddings", False)),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        attn_implementation=spec.attn_implementation,
-        dtype=spec.torch_dtype,
-        **{feature_layers_field(): list(spec.feature_layers)},
-    )
-    # On the meta device nothing is allocated: every weight comes from the loaded parts, which are
-    # moved in, not copied.
-    with torch.device("meta"):
-        model = VipLlavaForConditionalGeneration(config)
-    model.model.vision_tower = tower
-    model.model.language_model = language_model.base_model
-    model.lm_head = language_model.get_output_embeddings()
-    projector = model.model.multi_modal_projector
-    projector.to_empty(device=model.lm_head.weight.device)
-    initialise_projector(projector, seed)
-    projector.to(spec.torch_dtype)
-    model.generation_config = _generation_config(language_model, tokenizer)
-    # from_pretrained returns modules in eval mode; the projector was made in train mode.
-    return model.eval()
-
-
-def _generation_config(
-    language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> GenerationConfig:
-    """Keep the token ids of the language model's generation config and nothing else.
-
-    Vicuna's holds sampling values without ``do_sample``, which transformers refuses to save.
-    """
-    old = language_model.generation_config
-    bos = getattr(old, "bos_token_id", None)
-    eos = getattr(old, "eos_token_id", None)
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id if bos is None else bos,
-        eos_token_id=tokenizer.eos_token_id if eos is None else eos,
-        pad_token_id=tokenizer.pad_token_id,
+    return make_config(
+        vision_config=tower_config,
+        text_config=text_config,
+        image_token_index=image_token_id,
+        image_seq_length=image_seq_length,
+        tie_word_embeddings=bool(getattr(text_config, "tie_word_embeddings", False)),
+        **{feature_layers_field(): list(feature_layers)},
+        **(special_ids or {}),
     )
 
 
@@ -288,115 +274,154 @@ def feature_layers_field() -> str:
     return singular if hasattr(VipLlavaConfig(), singular) else singular + "s"
 
 
-def initialise_projector(projector: nn.Module, seed: int) -> None:
-    """Give every layer of the projector PyTorch's default initial values, drawn from ``seed``.
+def empty_network(config: VipLlavaConfig, dtype: torch.dtype) -> VipLlavaForConditionalGeneration:
+    """Make the network on the meta device: shapes and names, no memory."""
+    with torch.device("meta"):
+        model: Any = VipLlavaForConditionalGeneration(copy.deepcopy(config))
+    return model.to(dtype).eval()
+
+
+def materialise(
+    config: VipLlavaConfig,
+    tensors: Mapping[str, LazyTensor],
+    *,
+    source: str,
+    role: str = "checkpoint",
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    quantization_config: Any = None,
+    device_map: Any = None,
+) -> VipLlavaForConditionalGeneration:
+    """Make the network and read its weights into it, strict both ways.
+
+    Nothing here draws from torch's global generator.
+
+    Args:
+        config: of the network; it is copied.
+        tensors: by the names of the Hugging Face format.
+        source: where they come from, for messages.
+        role: the setting that names the source, for messages.
+        dtype: of the parameters.
+        attn_implementation: attention of tower and language model.
+        quantization_config: transformers' own, for weights held in fewer bits.
+        device_map: where to put the weights, as transformers takes it; the CPU if not given.
+
+    Raises:
+        CheckpointError: keys are missing, left over or misshapen; the message lists them.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if device_map is not None:
+        options["device_map"] = device_map
+    if is_deepspeed_zero3_enabled():
+        # The first process reads and hands out; the others need names and shapes only.
+        is_first = torch.distributed.get_rank() == 0
+        tensors = {
+            name: read_tensor(lazy)
+            if is_first
+            else torch.empty(shape_of(lazy), dtype=dtype_of(lazy), device="meta")
+            for name, lazy in tensors.items()
+        }
+    # Initial values are drawn even for weights that are then read.
+    with torch.random.fork_rng(devices=[]):
+        model = load_strictly(
+            VipLlavaForConditionalGeneration,
+            source,
+            role,
+            config=config,
+            state_dict=dict(tensors),
+            **options,
+        )
+    model.config._name_or_path = ""
+    return model.eval()
+
+
+def generation_config_for(
+    source: str | None, tokenizer: PreTrainedTokenizerFast
+) -> GenerationConfig:
+    """Return the token ids of a language model's generation config and nothing else.
+
+    Vicuna's holds sampling values without ``do_sample``, which transformers refuses to save.
+
+    Args:
+        source: folder or id with a ``generation_config.json``; without one the tokenizer's ids.
+        tokenizer: with the padding token.
+    """
+    old = None
+    if source is not None:
+        try:
+            old = GenerationConfig.from_pretrained(source)
+        except (OSError, ValueError):
+            old = None  # not every model has one
+    bos, eos = getattr(old, "bos_token_id", None), getattr(old, "eos_token_id", None)
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id if bos is None else bos,
+        eos_token_id=tokenizer.eos_token_id if eos is None else eos,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def initial_projector(config: VipLlavaConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Return a projector with PyTorch's default initial values, drawn from ``seed``.
 
     Drawn on the CPU in float32, so that the values do not depend on device or dtype.
+
+    Returns:
+        By the names of the Hugging Face format.
     """
     generator = torch.Generator().manual_seed(seed)
-    for module in projector.modules():
-        if isinstance(module, nn.Linear):
-            # nn.Linear.reset_parameters, with a generator of its own.
-            bound = 1.0 / math.sqrt(module.in_features)
-            for parameter in (module.weight, module.bias):
-                values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-                values.uniform_(-bound, bound, generator=generator)
-                parameter.data.copy_(values)
-        elif isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, shape in projector_shapes(config).items():
+        layer, _, kind = name.removeprefix(f"{PROJECTOR}.").partition(".")
+        if layer == "projector_layernorm":
+            tensors[name] = (torch.ones if kind == "weight" else torch.zeros)(shape)
+            continue
+        # nn.Linear.reset_parameters, with a generator of its own.
+        num_inputs = projector_shapes(config)[f"{PROJECTOR}.{layer}.weight"][1]
+        bound = 1.0 / math.sqrt(num_inputs)
+        tensors[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return tensors
 
 
-def grow_vocabulary(language_model: Any, num_tokens: int) -> None:
-    """Make room for ``num_tokens`` ids, in place, rows padded to a multiple of 64.
+def projector_shapes(config: VipLlavaConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every projector weight, in the order in which they are drawn."""
+    sizes: Any = config
+    num_layers = len(getattr(sizes, feature_layers_field()))
+    inputs, width = num_layers * sizes.vision_config.hidden_size, sizes.text_config.hidden_size
+    return {
+        f"{PROJECTOR}.projector_layernorm.weight": (inputs,),
+        f"{PROJECTOR}.projector_layernorm.bias": (inputs,),
+        f"{PROJECTOR}.linear_1.weight": (width, inputs),
+        f"{PROJECTOR}.linear_1.bias": (width,),
+        f"{PROJECTOR}.linear_2.weight": (width, width),
+        f"{PROJECTOR}.linear_2.bias": (width,),
+    }
 
-    New rows of both embeddings are the mean of the old ones: the head then gives added tokens a
-    middling logit instead of a random one. Never shrinks.
+
+def grow_vocabulary(tensors: dict[str, LazyTensor], num_rows: int) -> None:
+    """Make both embeddings ``num_rows`` high, in place.
+
+    New rows are the mean of the old ones: the head then gives added tokens a middling logit
+    instead of a random one. Never shrinks.
     """
-    old = language_model.get_input_embeddings().weight.shape[0]
-    new = math.ceil(max(num_tokens, old) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    if new == old:
-        return
-    language_model.resize_token_embeddings(new, mean_resizing=False)
-    embeddings = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
-    with torch.no_grad():
-        for layer in embeddings:
-            weight = layer.weight
-            weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
+    for name in (EMBEDDINGS, HEAD):
+        lazy = tensors.get(name)  # a tied head is not stored
+        if lazy is None or shape_of(lazy)[0] >= num_rows:
+            continue
+        old = read_tensor(lazy)
+        grown = torch.empty((num_rows, old.shape[1]), dtype=old.dtype)
+        grown[: len(old)] = old
+        grown[len(old) :] = mean_row(old).to(old.dtype)
+        tensors[name] = grown
 
 
-def _check_same_architecture(
-    model: VipLlavaForConditionalGeneration, spec: ModelSpec, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """Raise unless the opened checkpoint is of the architecture that the spec's sources give."""
-    assert spec.checkpoint is not None
-    tower_config = _tower_config(spec)
-    text_config: Any = load_config(spec.language_model, "language_model")
-    config: Any = model.config
-    vision, text = config.vision_config, config.text_config
-    pairs: list[tuple[str, object, object]] = [
-        ("feature layers", feature_layers_of(config), spec.feature_layers),
-        ("image size", vision.image_size, spec.image_size),
-        ("image token id", config.image_token_id, token_id(tokenizer, spec.image_token)),
-        ("language model type", text.model_type, text_config.model_type),
-    ]
-    for what in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"):
-        pairs.append((f"tower {what}", getattr(vision, what), getattr(tower_config, what)))
-    for what in (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    ):
-        pairs.append(
-            (f"language model {what}", getattr(text, what, None), getattr(text_config, what, None))
-        )
-    different = [
-        f"{what} {found} (model {expected})" for what, found, expected in pairs if found != expected
-    ]
-    if len(tokenizer) > text.vocab_size or text.vocab_size < text_config.vocab_size:
-        different.append(
-            f"vocabulary of {text.vocab_size} rows (tokenizer {len(tokenizer)} tokens, language "
-            f"model {text_config.vocab_size} rows)"
-        )
-    if different:
-        name = spec.name or f"{spec.vision_tower} with {spec.language_model}"
-        raise CheckpointError(
-            f"checkpoint {spec.checkpoint} is of another model than {name}: "
-            + "; ".join(different)
-            + ". Choose the model that the checkpoint was trained as, or another checkpoint"
-        )
-
-
-def _check_feature_layers(spec: ModelSpec, num_blocks: int) -> None:
-    wrong = [k for k in spec.feature_layers if not -(num_blocks + 1) <= k <= num_blocks]
-    if wrong:
-        raise ConfigError(
-            f"feature_layers {wrong} do not exist: vision_tower={spec.vision_tower!r} has "
-            f"{num_blocks} blocks, hidden states 0 to {num_blocks} or {-num_blocks - 1} to -1"
-        )
-
-
-def _tower_config(spec: ModelSpec) -> Any:
-    config: Any = load_config(spec.vision_tower, "vision_tower")
-    config = getattr(config, "vision_config", config)
-    if config.model_type != "clip_vision_model":
-        raise CheckpointError(
-            f"vision_tower={spec.vision_tower!r} is a {config.model_type!r} model, not a CLIP "
-            "tower: name a CLIP model, such as openai/clip-vit-large-patch14-336"
-        )
-    _patches(config, spec)
-    return config
-
-
-def _patches(tower_config: Any, spec: ModelSpec) -> int:
-    if tower_config.image_size != spec.image_size:
-        raise ConfigError(
-            f"image_size={spec.image_size} is not that of vision_tower={spec.vision_tower!r}, "
-            f"which has positions for {tower_config.image_size} pixels: set image_size="
-            f"{tower_config.image_size} or choose another tower"
-        )
-    return (spec.image_size // tower_config.patch_size) ** 2
+def mean_row(weight: torch.Tensor, rows_at_once: int = 4096) -> torch.Tensor:
+    """Return the mean over the rows, float32; a float32 copy of all of them never exists."""
+    total = torch.zeros(weight.shape[1], dtype=torch.float64)
+    for rows in weight.split(rows_at_once):
+        total += rows.double().sum(dim=0)
+    return (total / len(weight)).float()
 
 
 def _first_line(error: BaseException) -> str:

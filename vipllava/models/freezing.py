@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import VipLlavaForConditionalGeneration
 
+from vipllava.models.adapters import adapter_parameters, has_adapters
 from vipllava.types import ConfigError
 
 PARTS = ("vision_tower", "projector", "language_model")
@@ -56,13 +57,22 @@ def check_parts(parts: Iterable[str]) -> tuple[str, ...]:
 def set_trainable(model: VipLlavaForConditionalGeneration, parts: Sequence[str]) -> None:
     """Give gradients to the parameters of ``parts`` and to no others.
 
+    Of a language model with adapters these alone train.
+
     Raises:
         ConfigError: see :func:`check_parts`.
     """
     parts = check_parts(parts)
     for part, modules in modules_of(model).items():
         for module in modules:
-            module.requires_grad_(part in parts)
+            adapters = adapter_parameters(module)
+            for parameter in module.parameters():
+                # Weights in few bits are whole numbers and cannot have a gradient.
+                parameter.requires_grad_(part in parts and not adapters)
+            for parameter in adapters.values():
+                parameter.requires_grad_(part in parts)
+        if part == "language_model" and has_adapters(model):
+            model.lm_head.requires_grad_(False)
 
 
 def parameter_table(model: VipLlavaForConditionalGeneration) -> tuple[ParameterRow, ...]:

@@ -5,45 +5,18 @@ transformers replaces missing weights by random ones and warns; here that is an 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig, VipLlavaForConditionalGeneration
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from vipllava.models.hub_models import local_folder
 from vipllava.types import CheckpointError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SHOWN_KEYS = 20
-
-
-def check_source(source: str, role: str) -> None:
-    """Raise unless ``source`` is a folder with a ``config.json`` or could be a Hugging Face id.
-
-    Args:
-        source: folder or id.
-        role: the setting that names it, for the message.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-            raise CheckpointError(
-                f"{role}={source!r} is a folder without config.json (it holds {names}): name the "
-                "folder that save_pretrained or a training stage's export wrote"
-            )
-    elif path.exists():
-        raise CheckpointError(f"{role}={source!r} is a file: name the folder that holds it")
-    elif not _HUB_ID.fullmatch(source):
-        raise CheckpointError(
-            f"{role}={source!r} does not exist: give an existing folder or a Hugging Face id "
-            "such as openai/clip-vit-large-patch14-336"
-        )
 
 
 def load_config(source: str, role: str) -> PreTrainedConfig:
@@ -52,52 +25,46 @@ def load_config(source: str, role: str) -> PreTrainedConfig:
     Raises:
         CheckpointError: nothing is there, or its ``config.json`` cannot be read.
     """
-    check_source(source, role)
+    folder = local_folder(source, role, weights=False)
+    if folder.is_file():
+        raise CheckpointError(f"{role}={source!r} is a file: name the folder that holds it")
+    if not (folder / "config.json").is_file():
+        names = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"{role}={source!r} is a folder without config.json (it holds {names}): name the "
+            "folder that save_pretrained or a training stage's export wrote"
+        )
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(source, role, error) from error
 
 
-def load_network(cls: Any, source: str, role: str, **kwargs: Any) -> Any:
-    """Call ``cls.from_pretrained`` and insist that no weight is missing or misshapen.
+def load_strictly(
+    cls: Any, source: str, role: str, *, ignore_unexpected: bool = False, **kwargs: Any
+) -> Any:
+    """Make a network of ``config`` and ``state_dict`` and insist that they fit each other.
 
-    Weights that the network does not use (the text half of a CLIP checkpoint) are ignored.
-
-    Raises:
-        CheckpointError: the source is missing or unreadable, of a kind that ``cls`` does not
-            load, or lacks weights; the message lists them.
-    """
-    check_source(source, role)
-    model, report = _from_pretrained(cls, source, role, **kwargs)
-    _raise_if_broken(source, role, report, unexpected=False)
-    return model
-
-
-def open_vipllava(
-    source: str | Path, *, dtype: torch.dtype, attn_implementation: str = "sdpa"
-) -> VipLlavaForConditionalGeneration:
-    """Open a VipLlava in the Hugging Face format, strict both ways.
+    Args:
+        cls: class of transformers.
+        source: where the tensors come from, for messages.
+        role: the setting that names the source, for messages.
+        ignore_unexpected: weights that the network does not use (the text half of a CLIP
+            checkpoint) are left aside.
+        kwargs: of ``from_pretrained``.
 
     Raises:
-        CheckpointError: no VipLlava is there, or keys are missing, left over or misshapen; the
-            message lists them.
+        CheckpointError: weights are missing, left over or misshapen; the message lists them.
     """
-    source, role = str(source), "checkpoint"
-    config = load_config(source, role)
-    if config.model_type != "vipllava":
-        raise CheckpointError(
-            f"checkpoint {source} holds a {config.model_type!r} model, not a VipLlava: name the "
-            "export folder of a training stage, or convert the model first"
-        )
-    model, report = _from_pretrained(
-        VipLlavaForConditionalGeneration,
-        source,
-        role,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-    )
-    _raise_if_broken(source, role, report, unexpected=True)
+    try:
+        with _quiet_report():
+            # Misshapen weights are to be reported with the others, not to end the loading.
+            model, report = cls.from_pretrained(
+                None, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _unreadable(source, role, error) from error
+    _raise_if_broken(source, role, report, unexpected=not ignore_unexpected)
     return model
 
 
@@ -108,17 +75,6 @@ def feature_layers_of(config: Any) -> tuple[int, ...]:
     if value is None:
         value = getattr(config, name + "s")
     return (value,) if isinstance(value, int) else tuple(value)
-
-
-def _from_pretrained(cls: Any, source: str, role: str, **kwargs: Any) -> tuple[Any, Any]:
-    try:
-        with _quiet_report():
-            # Misshapen weights are to be reported with the others, not to end the loading.
-            return cls.from_pretrained(
-                source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise _unreadable(source, role, error) from error
 
 
 @contextmanager
@@ -156,11 +112,7 @@ def _raise_if_broken(source: str, role: str, report: Any, *, unexpected: bool) -
 
 def _unreadable(source: str, role: str, error: Exception) -> CheckpointError:
     reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
-    if Path(source).expanduser().is_dir():
-        remedy = "the folder is damaged or of another kind: write or download it again"
-    else:
-        remedy = (
-            "it is no folder here, and the Hugging Face Hub did not give it: check the spelling "
-            "and the network, log in with `hf auth login` if the model is gated, or name a folder"
-        )
-    return CheckpointError(f"{role}={source!r} cannot be loaded ({reason}): {remedy}")
+    return CheckpointError(
+        f"{role}={source!r} cannot be loaded ({reason}): the folder is damaged or of another kind: "
+        "write or download it again"
+    )

@@ -11,12 +11,18 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
+from vipllava.checkpoints.adapter_format import save_adapter
 from vipllava.checkpoints.hf_format import ExportMeta, save_export
+from vipllava.models.adapters import merge_adapters
 from vipllava.models.freezing import ParameterRow, parameter_table
 from vipllava.training.lit_module import VipLlavaLitModule
+from vipllava.training.sharding import whole_network
 from vipllava.types import VipLlavaError
 
 logger = logging.getLogger(__name__)
+
+ADAPTER_FOLDER = "adapter"
+"""Name of the folder of a run's adapters, beside its export."""
 
 
 def render_parameter_table(rows: tuple[ParameterRow, ...]) -> Table:
@@ -63,27 +69,42 @@ class ParameterTable(Callback):
 class ExportCallback(Callback):
     """Writes the trained network as a Hugging Face folder when training has ended.
 
-    An interrupted or failed run writes nothing, and a folder appears only when it is complete.
+    An interrupted or failed run writes nothing, and a folder appears only when it is complete. A
+    run with adapters writes these, with the projector, into ``adapter`` beside the folder, and the
+    folder holds them merged.
 
     Args:
         directory: the folder to write; one of an earlier run is replaced.
         tokenizer: saved with the weights.
         meta: what the folder says about itself.
+        base: what adapters belong on: the folder or id that the run started from.
     """
 
     def __init__(
-        self, directory: str | Path, tokenizer: PreTrainedTokenizerFast, meta: ExportMeta
+        self,
+        directory: str | Path,
+        tokenizer: PreTrainedTokenizerFast,
+        meta: ExportMeta,
+        base: str = "",
     ) -> None:
         self.directory = Path(directory)
         self.tokenizer = tokenizer
         self.meta = meta
+        self.base = base
 
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """Write the folder on the first rank; the others wait."""
-        if trainer.is_global_zero:
-            save_export(_network_of(pl_module).network, self.tokenizer, self.directory, self.meta)
+        module = _network_of(pl_module)
+        network = whole_network(module.network, trainer.strategy, module.adapter)
+        if network is not None:
+            if module.adapter is not None:
+                adapter = self.directory.with_name(ADAPTER_FOLDER)
+                save_adapter(network, adapter, self.meta, base=self.base, settings=module.adapter)
+                logger.info("wrote the adapter to %s", adapter)
+                merge_adapters(network)
+            save_export(network, self.tokenizer, self.directory, self.meta)
             logger.info("exported the model to %s", self.directory)
         trainer.strategy.barrier("export")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import lightning
@@ -13,9 +15,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from transformers import PreTrainedTokenizerFast, VipLlavaForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vipllava.checkpoints.loading import build_model
 from vipllava.keyed_random import generator_for
-from vipllava.models.building import ModelSpec, build_model
+from vipllava.models.adapters import AdapterSettings, add_adapters
+from vipllava.models.building import ModelSpec
 from vipllava.models.freezing import check_parts, modules_of, set_trainable
+from vipllava.models.quantization import QuantizationSettings, quantization_config
 from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.training.optim import (
     OptimizerSettings,
@@ -24,7 +29,8 @@ from vipllava.training.optim import (
     gradient_norm,
     parameter_groups,
 )
-from vipllava.types import Batch, VipLlavaError
+from vipllava.training.sharding import LOSS_METHOD, build_fsdp2, is_fsdp2, zero3_loading
+from vipllava.types import Batch, ConfigError, VipLlavaError
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +72,9 @@ class VipLlavaLitModule(lightning.LightningModule):
     Args:
         model: what to build.
         trainable: the parts that train, of :data:`vipllava.models.freezing.PARTS`.
-        learning_rate: see :class:`OptimizerSettings`, as the next six.
+        learning_rate: see :class:`OptimizerSettings`, as the next seven.
         projector_learning_rate: the projector's own rate.
+        vision_tower_learning_rate: the tower's own rate, where it trains.
         weight_decay: decay of matrices and embeddings.
         betas: Adam's.
         eps: Adam's.
@@ -76,6 +83,8 @@ class VipLlavaLitModule(lightning.LightningModule):
         gradient_checkpointing: recompute the language model's blocks in the backward pass.
         seed: of the projector's first weights.
         tokenizer: that of the data; loaded from the spec's source if not given.
+        adapter: LoRA on the language model, whose own weights then stay as they are.
+        quantization: hold those weights in fewer bits; only with an adapter.
     """
 
     def __init__(
@@ -92,14 +101,23 @@ class VipLlavaLitModule(lightning.LightningModule):
         gradient_checkpointing: bool = False,
         seed: int = 42,
         tokenizer: PreTrainedTokenizerFast | None = None,
+        vision_tower_learning_rate: float | None = None,
+        adapter: AdapterSettings | None = None,
+        quantization: QuantizationSettings | None = None,
     ) -> None:
         super().__init__()
+        if quantization is not None and adapter is None:
+            raise ConfigError(
+                f"weights held in {quantization.bits} bits cannot train: give them an adapter "
+                "(tuning=qlora)"
+            )
         beta1, beta2 = betas
         self.spec = model
         self.trainable = check_parts(trainable)
         self.settings = OptimizerSettings(
             learning_rate=learning_rate,
             projector_learning_rate=projector_learning_rate,
+            vision_tower_learning_rate=vision_tower_learning_rate,
             weight_decay=weight_decay,
             betas=(beta1, beta2),
             eps=eps,
@@ -108,6 +126,8 @@ class VipLlavaLitModule(lightning.LightningModule):
         )
         self.gradient_checkpointing = gradient_checkpointing
         self.seed = seed
+        self.adapter = adapter
+        self.quantization = quantization
         self.model: VipLlavaForConditionalGeneration | None = None
         self._tokenizer = tokenizer
         self._step_loss = torch.zeros(())
@@ -134,11 +154,35 @@ class VipLlavaLitModule(lightning.LightningModule):
         """Build the network once; Lightning calls this at the start of every loop."""
         if self.model is not None:
             return
-        self.model = build_model(self.spec, self._tokenizer, seed=self.seed)
-        set_trainable(self.model, self.trainable)
-        if self.gradient_checkpointing:
-            _enable_checkpointing(self.model.model.language_model)
+        strategy: Any = self.trainer.strategy if self._trainer is not None else None
+        if strategy is not None and is_fsdp2(strategy):
+            self.model = build_fsdp2(
+                self._build,
+                self._prepare,
+                strategy.device_mesh["data_parallel"],
+                device=strategy.root_device,
+                precision=str(self.trainer.precision),
+            )
+        else:
+            with zero3_loading(strategy) if strategy is not None else nullcontext():
+                self.model = self._build()
+                self._prepare(self.model)
         self.train(self.training)
+
+    def _build(self) -> VipLlavaForConditionalGeneration:
+        return build_model(
+            self.spec,
+            self._tokenizer,
+            seed=self.seed,
+            quantization_config=quantization_config(self.quantization),
+        )
+
+    def _prepare(self, model: VipLlavaForConditionalGeneration) -> None:
+        if self.adapter is not None:
+            add_adapters(model, self.adapter, seed=self.seed)
+        set_trainable(model, self.trainable)
+        if self.gradient_checkpointing:
+            _enable_checkpointing(model.model.language_model)
 
     def train(self, mode: bool = True) -> VipLlavaLitModule:
         """Switch the parts that train; the others stay in eval mode."""
@@ -173,7 +217,9 @@ class VipLlavaLitModule(lightning.LightningModule):
             )
         self._progress = batch.progress
         self._key_random_state(batch_idx)
-        loss_sum, num_supervised = supervised_loss_sum(self.network, batch)
+        network = self.network
+        loss_of = getattr(network, LOSS_METHOD, None) or partial(supervised_loss_sum, network)
+        loss_sum, num_supervised = loss_of(batch)
         loss = loss_sum / batch.num_supervised_global
         if not torch.isfinite(loss):
             raise VipLlavaError(
@@ -216,10 +262,7 @@ class VipLlavaLitModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make AdamW and its schedule over the steps that the trainer is going to do."""
-        network = self.network
-        groups = parameter_groups(
-            network.named_parameters(), network.model.multi_modal_projector, self.settings
-        )
+        groups = parameter_groups(modules_of(self.network), self.settings)
         optimizer = build_optimizer(groups, self.settings)
         num_steps = int(self.trainer.estimated_stepping_batches)
 
@@ -246,9 +289,9 @@ class VipLlavaLitModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out: they are read from their source again, and are most of a 7B."""
         checkpoint[_ACCUMULATE] = self.trainer.accumulate_grad_batches
-        frozen = self._frozen_keys()
         state = checkpoint.get("state_dict", {})
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in frozen}
+        kept = self._trainable_keys()
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the frozen weights of the built network where the checkpoint left them out.
@@ -260,15 +303,16 @@ class VipLlavaLitModule(lightning.LightningModule):
         if saved is not None:
             rescale_progress(checkpoint, saved, self.trainer.accumulate_grad_batches)
         present, state = self.state_dict(), checkpoint.setdefault("state_dict", {})
-        for key in self._frozen_keys():
+        for key in set(present) - self._trainable_keys():
             state.setdefault(key, present[key])
 
-    def _frozen_keys(self) -> set[str]:
-        frozen = {id(p) for p in self.parameters() if not p.requires_grad}
+    def _trainable_keys(self) -> set[str]:
+        """Return the names of what trains; the networks have no other state worth keeping."""
+        trainable = {id(p) for p in self.parameters() if p.requires_grad}
         return {
             name
             for name, parameter in self.named_parameters(remove_duplicate=False)
-            if id(parameter) in frozen
+            if id(parameter) in trainable
         }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ class OptimizerSettings:
     Attributes:
         learning_rate: peak learning rate.
         projector_learning_rate: that of the projector, or None for the same.
+        vision_tower_learning_rate: that of the vision tower where it trains, or None for the same.
         weight_decay: decoupled weight decay; norms and biases are never decayed.
         betas: decay rates of Adam's two moments.
         eps: Adam's epsilon.
@@ -36,6 +37,7 @@ class OptimizerSettings:
 
     learning_rate: float
     projector_learning_rate: float | None = None
+    vision_tower_learning_rate: float | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -45,7 +47,11 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError that lists all problems."""
         problems: list[str] = []
-        for name in ("learning_rate", "projector_learning_rate"):
+        for name in (
+            "learning_rate",
+            "projector_learning_rate",
+            "vision_tower_learning_rate",
+        ):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 problems.append(f"{name}={value} must be positive")
@@ -63,15 +69,13 @@ class OptimizerSettings:
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    projector: nn.Module,
-    settings: OptimizerSettings,
+    parts: Mapping[str, Iterable[nn.Module]], settings: OptimizerSettings
 ) -> list[dict[str, object]]:
     """Sort the trainable parameters into groups of one rate and one weight decay.
 
     Args:
-        named_parameters: of the whole network; frozen ones are left out, tied ones come once.
-        projector: its parameters get ``projector_learning_rate``.
+        parts: the modules of each part, see :func:`vipllava.models.freezing.modules_of`; frozen
+            parameters are left out, tied ones come once.
         settings: the rates.
 
     Returns:
@@ -80,33 +84,33 @@ def parameter_groups(
     Raises:
         ConfigError: nothing trains.
     """
-    in_projector = {id(parameter) for parameter in projector.parameters()}
-    groups: dict[str, dict[str, object]] = {}
-    for _, parameter in named_parameters:
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) in in_projector:
-            part, rate = "projector", settings.projector_learning_rate or settings.learning_rate
-        else:
-            part, rate = "base", settings.learning_rate
-        # Matrices and embeddings decay; norms, biases and single vectors do not.
-        decays = parameter.ndim >= 2
-        name = part if decays else f"{part}_no_decay"
-        group = groups.setdefault(
-            name,
-            {
-                "name": name,
-                "params": [],
-                "lr": rate,
-                "weight_decay": settings.weight_decay if decays else 0.0,
-            },
-        )
-        params = group["params"]
-        assert isinstance(params, list)
-        params.append(parameter)
+    rates = {
+        "projector": settings.projector_learning_rate,
+        "vision_tower": settings.vision_tower_learning_rate,
+    }
+    groups: list[dict[str, object]] = []
+    seen: set[int] = set()
+    for part, modules in parts.items():
+        decaying: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for parameter in (p for module in modules for p in module.parameters()):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            # Matrices and embeddings decay; norms, biases and single vectors do not.
+            (decaying if parameter.ndim >= 2 else others).append(parameter)
+        for name, parameters, decay in (
+            (part, decaying, settings.weight_decay),
+            (f"{part}_no_decay", others, 0.0),
+        ):
+            if parameters:
+                rate = rates.get(part) or settings.learning_rate
+                groups.append(
+                    {"name": name, "params": parameters, "lr": rate, "weight_decay": decay}
+                )
     if not groups:
         raise ConfigError("no parameter trains: name at least one part in stage.trainable")
-    return list(groups.values())
+    return groups
 
 
 def build_optimizer(groups: list[dict[str, object]], settings: OptimizerSettings) -> AdamW:

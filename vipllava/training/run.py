@@ -44,7 +44,7 @@ def run_training(cfg: DictConfig) -> Path:
     import torch
     from hydra.utils import instantiate
 
-    from vipllava.models.building import load_tokenizer
+    from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.training.callbacks import ExportCallback
 
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
@@ -59,7 +59,9 @@ def run_training(cfg: DictConfig) -> Path:
     tokenizer = load_tokenizer(spec)
     module = _partial(cfg.module)(seed=int(cfg.seed), tokenizer=tokenizer)
     datamodule = build_datamodule(cfg, tokenizer)
-    export = ExportCallback(export_dir, tokenizer, _export_meta(cfg, spec))
+    export = ExportCallback(
+        export_dir, tokenizer, _export_meta(cfg, spec), base=spec.checkpoint or spec.language_model
+    )
     trainer = _partial(cfg.trainer)(
         logger=_instantiate_all(cfg.get("logger")),
         callbacks=[*_instantiate_all(cfg.get("callbacks")), export],
@@ -101,9 +103,10 @@ def build_datamodule(cfg: DictConfig, tokenizer: Any = None) -> VisualPromptData
     """
     from hydra.utils import instantiate
 
+    from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.conversation import ConversationEncoder
     from vipllava.data.image_transform import ImageTransform
-    from vipllava.models.building import image_seq_length, load_tokenizer, token_id
+    from vipllava.models.building import image_seq_length, token_id
 
     _make_sample_data(cfg)
     spec: ModelSpec = instantiate(cfg.module.model, _convert_="all")

@@ -1,0 +1,143 @@
+"""FSDP2 and ZeRO on two processes end in the export that one process ends in."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.sharded_job import Job
+from vipllava.checkpoints.loading import open_source
+from vipllava.checkpoints.training_state import read_training_state
+from vipllava.models.building import ModelSpec
+from vipllava.models.tensor_files import read_tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
+
+
+def start(job: Job, num_processes: int) -> Path:
+    """Run a job on real processes and return its folder."""
+    folder = Path(job.folder)
+    folder.mkdir()
+    job.write(folder / "job.json")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(num_processes):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            # A killed build of DeepSpeed's kernels leaves a lock that others wait for.
+            "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
+        }
+        if num_processes > 1:
+            environment |= {
+                "TORCHELASTIC_RUN_ID": "test",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "GROUP_RANK": "0",
+                "WORLD_SIZE": str(num_processes),
+                "LOCAL_WORLD_SIZE": str(num_processes),
+            }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.training.sharded_job", str(folder / "job.json")],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=150)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * num_processes, "\n".join(output[-3000:] for output in outputs)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return an export's weights by the names of the Hugging Face format."""
+    opened = open_source(str(folder))
+    return {name: read_tensor(tensor) for name, tensor in opened.tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_sources) -> dict:
+    return asdict(
+        ModelSpec(
+            vision_tower=tiny_sources.vision_tower,
+            language_model=tiny_sources.language_model,
+            feature_layers=(-1, -2, 1),
+            chat_template="llava_v1",
+            image_size=28,
+        )
+    )
+
+
+WORKLOADS = {
+    "projector": {"trainable": ["projector"]},
+    "full": {"trainable": ["projector", "language_model"]},
+    "lora": {"trainable": ["projector", "language_model"], "adapter": LORA},
+}
+
+
+@pytest.fixture(scope="module")
+def expected(spec, tmp_path_factory) -> dict[str, Path]:
+    """What one process ends in, by workload."""
+    root = tmp_path_factory.mktemp("one")
+    return {
+        name: start(Job(str(root / name), "one", spec, **workload), 1)
+        for name, workload in WORKLOADS.items()
+    }
+
+
+SLOW = pytest.mark.slow  # DeepSpeed takes half a minute to start here
+CASES = [
+    pytest.param(strategy, workload, marks=[] if strategy == "fsdp2" else SLOW)
+    for strategy in ("fsdp2", "zero3", "zero2")
+    for workload in WORKLOADS
+    if (strategy, workload) != ("zero3", "full")
+]
+
+
+@pytest.mark.parametrize(("strategy", "workload"), [*CASES, ("zero3", "full")])
+def test_two_processes_export_what_one_does(spec, expected, tmp_path, strategy, workload):
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    save = workload != "lora"
+    job = Job(str(tmp_path / "two"), strategy, spec, **WORKLOADS[workload], save=save)
+    folder = start(job, 2)
+
+    one, two = (json.loads((f / "losses.json").read_text()) for f in (expected[workload], folder))
+    assert two == pytest.approx(one, rel=1e-5)
+    assert len(one) == 4
+    before = weights(expected[workload] / "export")
+    after = weights(folder / "export")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        # Adam divides by the root of tiny squares: sums in another order show up there.
+        torch.testing.assert_close(after[name], weight, rtol=1e-4, atol=2e-5, msg=name)
+    if save:
+        # What an early end leaves behind: the same weights, out of the training checkpoint.
+        state = read_training_state(folder / "checkpoint.ckpt")
+        assert {name for name in after if name.startswith("multi_modal_projector.")} <= set(state)
+        for name, tensor in state.items():
+            assert torch.equal(read_tensor(tensor).to(after[name].dtype), after[name]), name
+    else:
+        assert (folder / "adapter" / "adapter_model.safetensors").is_file()

@@ -1,0 +1,127 @@
+"""Weights out of a training checkpoint: Lightning's file, DeepSpeed's or FSDP2's folder.
+
+A run's own export is the ordinary way out. This is for the run that ended early: the newest
+checkpoint has what trained, and what it leaves out comes from what the run started from.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+
+from vipllava.checkpoints.names import HF_TO_HF, map_name
+from vipllava.models.tensor_files import LazyTensor
+from vipllava.types import CheckpointError
+
+_WRAPPERS: Final = re.compile(r"^(?:_forward_module\.|module\.|state_dict\.)*")
+_ATTRIBUTE: Final = "model."
+"""Of the LightningModule, before the names in the network."""
+
+
+def read_training_state(path: Path) -> dict[str, LazyTensor]:
+    """Read the weights of a training checkpoint.
+
+    Args:
+        path: Lightning's ``.ckpt`` file, or the folder that DeepSpeed (ZeRO-2, ZeRO-3) or FSDP2
+            writes in its place.
+
+    Returns:
+        By the names of the Hugging Face format; weights that did not train may be missing.
+
+    Raises:
+        CheckpointError: it is none of these, is damaged, or holds adapters.
+    """
+    if path.is_file():
+        tensors = _read_lightning(path)
+    elif (path / ".metadata").is_file():
+        tensors = _read_distributed(path)
+    else:
+        tensors = _read_deepspeed(path)
+    named: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        short = _WRAPPERS.sub("", name).removeprefix(_ATTRIBUTE)
+        if ".lora_" in short:
+            raise CheckpointError(
+                f"{path} holds adapters ({short}), which do not say their scale here: start the "
+                "run again and let it end, its `adapter` and `export` folders have them"
+            )
+        new = map_name(short, HF_TO_HF)
+        if new is None:
+            raise CheckpointError(f"{path} holds {name}, which is no weight of a VipLlava")
+        named[new] = tensor
+    if not named:
+        raise CheckpointError(f"{path} holds no weights")
+    return named
+
+
+def _read_lightning(path: Path) -> Mapping[str, torch.Tensor]:
+    try:
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint of plain values and tensors "
+            f"({_first_line(error)}): it is cut short, or holds code, which is not run"
+        ) from error
+    state = cast("dict[str, Any]", loaded).get("state_dict") if isinstance(loaded, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} has no state_dict: it is no checkpoint of Lightning's")
+    return cast("dict[str, torch.Tensor]", state)
+
+
+def _read_deepspeed(path: Path) -> Mapping[str, torch.Tensor]:
+    try:
+        zero_to_fp32: Any = importlib.import_module("deepspeed.utils.zero_to_fp32")
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} is a checkpoint of DeepSpeed, which is not installed: "
+            "pip install -e '.[deepspeed]'"
+        ) from error
+    read = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint
+    # Lightning keeps DeepSpeed's files under a tag of this name and may leave out `latest`.
+    tag = "checkpoint" if (path / "checkpoint").is_dir() else None
+    try:
+        return dict(read(str(path), tag=tag))
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint of DeepSpeed ({_first_line(error)}): a rank's "
+            "file is missing or cut short; use an earlier one"
+        ) from error
+
+
+def _read_distributed(path: Path) -> Mapping[str, torch.Tensor]:
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    distributed: Any = checkpoint
+
+    try:
+        reader = distributed.FileSystemReader(path)
+        entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        # Weights only: the optimizer's state is twice as large.
+        state: dict[str, torch.Tensor] = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata)
+            and _WRAPPERS.sub("", name).startswith(_ATTRIBUTE)
+        }
+        with warnings.catch_warnings():
+            # It says that one process reads what several wrote; that is what is wanted.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            distributed.load(state, storage_reader=reader, no_dist=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a distributed checkpoint ({_first_line(error)}): a rank's "
+            "file is missing or cut short; use an earlier one"
+        ) from error
+    return state
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

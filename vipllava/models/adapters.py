@@ -1,0 +1,212 @@
+"""LoRA on the language model: where adapters go, and how they become weights again.
+
+peft does the arithmetic. What is decided here is the targets: every linear layer of the decoder
+blocks, found by its type, and nothing of the tower, whose layers have the same names.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+import torch
+from torch import nn
+from transformers import VipLlavaForConditionalGeneration
+
+from vipllava.types import ConfigError
+
+BLOCKS: Final = "model.language_model.layers"
+"""Where the decoder blocks lie in the network."""
+
+_INSTALL: Final = "pip install -e '.[lora]'"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSettings:
+    """The numbers of LoRA.
+
+    Attributes:
+        r: rank.
+        alpha: the update is scaled by ``alpha / r``.
+        dropout: of an adapter's input, in training.
+        bias: ``none``; the published recipe trains no bias.
+    """
+
+    r: int = 128
+    alpha: float = 256
+    dropout: float = 0.05
+    bias: str = "none"
+
+    def __post_init__(self) -> None:
+        """Check every value; raises ConfigError that lists all problems."""
+        problems: list[str] = []
+        if self.r < 1:
+            problems.append(f"r={self.r} must be at least 1")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            problems.append(f"alpha={self.alpha} must be positive")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout={self.dropout} must lie in [0, 1)")
+        if self.bias != "none":
+            problems.append(f"bias={self.bias!r} is not supported; use none")
+        if problems:
+            raise ConfigError("the adapter's settings are impossible: " + "; ".join(problems))
+
+
+def adapter_targets(model: VipLlavaForConditionalGeneration) -> tuple[str, ...]:
+    """Return the names, in the network, of all linear layers of the decoder blocks.
+
+    Layers held in fewer bits are linear layers, too; Phi-3's fused projections are found as they
+    are.
+    """
+    blocks = model.get_submodule(BLOCKS)
+    names = (
+        # What is adapted has its layer and the factors inside it.
+        name.removesuffix(".base_layer")
+        for name, module in blocks.named_modules()
+        if isinstance(module, nn.Linear) and not re.search(r"\.lora_[AB]\.", name)
+    )
+    return tuple(f"{BLOCKS}.{name}" for name in names)
+
+
+def target_pattern(model: VipLlavaForConditionalGeneration) -> str:
+    """Return a regular expression that matches :func:`adapter_targets` and nothing else.
+
+    Anchored to the decoder blocks: a bare ``q_proj`` would match the tower's, too.
+
+    Raises:
+        ConfigError: the blocks have linear layers of differing names.
+    """
+    targets = adapter_targets(model)
+    kinds = sorted({name.removeprefix(f"{BLOCKS}.").split(".", 1)[1] for name in targets})
+    pattern = rf"{re.escape(BLOCKS)}\.\d+\.(?:{'|'.join(map(re.escape, kinds))})"
+    matched = {
+        name for name, module in model.named_modules() if re.fullmatch(pattern, name) and module
+    }
+    if matched != set(targets):
+        raise ConfigError(
+            f"the decoder blocks differ: {sorted(matched ^ set(targets))[:5]} are linear layers in "
+            "some blocks only; this language model cannot be adapted"
+        )
+    return pattern
+
+
+def add_adapters(
+    model: VipLlavaForConditionalGeneration,
+    settings: AdapterSettings,
+    *,
+    seed: int = 0,
+    config: Any = None,
+) -> None:
+    """Put an adapter beside every target, in place; the network keeps its class.
+
+    The adapters have the dtype of the projector, which trains as they do. They change nothing
+    until they are trained: one of the two factors is zero.
+
+    Args:
+        model: without adapters.
+        settings: rank, scale and dropout.
+        seed: decides the other factor.
+        config: peft's own, of a stored adapter, in place of the settings.
+
+    Raises:
+        ConfigError: peft is not installed, or the network has adapters already.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError(f"LoRA needs peft, which is not installed: {_INSTALL}") from error
+    if has_adapters(model):
+        raise ConfigError("the network has adapters already: merge them first")
+    pattern = target_pattern(model)
+    if config is None:
+        config = LoraConfig(
+            r=settings.r,
+            lora_alpha=cast("int", settings.alpha),
+            lora_dropout=settings.dropout,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+    config.target_modules = pattern
+    config.modules_to_save = None  # the projector trains by itself
+    dtype = model.model.multi_modal_projector.linear_1.weight.dtype
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, cast("nn.Module", model))
+    for parameter in adapter_parameters(model).values():
+        parameter.data = parameter.data.to(dtype)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether the network has adapters beside its weights."""
+    return bool(adapter_parameters(model))
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the adapters' factors by their names in the network."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if re.search(r"\.lora_[AB]\.", name)
+    }
+
+
+@torch.no_grad()
+def merge_adapters(model: VipLlavaForConditionalGeneration) -> None:
+    """Add every adapter to its weight, in place; what was adapted is a plain linear layer again.
+
+    A weight held in fewer bits is brought to the projector's dtype first and stays so: rounding
+    the sum to few bits again would not be the trained model.
+    """
+    if not has_adapters(model):
+        return
+    from peft.tuners.lora import LoraLayer
+
+    dtype = model.model.multi_modal_projector.linear_1.weight.dtype
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, LoraLayer):
+            continue
+        layer: Any = module
+        base: Any = layer.get_base_layer()
+        (adapter,) = layer.active_adapters
+        delta = layer.get_delta_weight(adapter)
+        weight = _whole_weight(base, dtype)
+        # The sum in float32: bfloat16 would round the small update away before it is added.
+        merged = (weight.float() + delta.float().to(weight.device)).to(weight.dtype)
+        plain = nn.Linear(
+            merged.shape[1], merged.shape[0], bias=base.bias is not None, device="meta"
+        )
+        plain.weight = nn.Parameter(merged, requires_grad=False)
+        if base.bias is not None:
+            plain.bias = nn.Parameter(base.bias.data.to(merged.dtype), requires_grad=False)
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, plain.train(layer.training))
+    _forget_quantization(model)
+    network: Any = model
+    if hasattr(network, "peft_config"):
+        del network.peft_config
+    network._hf_peft_config_loaded = False
+
+
+def _whole_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    if type(layer) is nn.Linear:
+        return layer.weight.data
+    from peft.utils.integrations import dequantize_module_weight
+
+    # On a CPU bitsandbytes repacks the bits at the first forward pass, which only saving undoes.
+    layer.state_dict()
+    return dequantize_module_weight(layer).to(dtype)
+
+
+def _forget_quantization(model: Any) -> None:
+    """Take the marks of a quantised network off one that has no quantised layer left."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return
+    for config in (model.config, model.config.text_config):
+        if hasattr(config, "quantization_config"):
+            delattr(config, "quantization_config")
+    model.hf_quantizer = None
+    for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+        if mark in model.__dict__:
+            delattr(model, mark)

@@ -1,0 +1,98 @@
+"""A model's folder on this machine, downloaded from the Hugging Face Hub if need be.
+
+``huggingface_hub`` does the work: its cache, its progress bars, its login. What is added is which
+files a model needs, and errors that say what to do.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from vipllava.types import CheckpointError
+
+_TEXTS: Final = ("*.json", "*.model", "*.txt", "*.jinja")
+_SAFETENSORS: Final = "*.safetensors"
+_PICKLES: Final = ("pytorch_model*.bin", "mm_projector.bin", "adapter_model.bin")
+_LEFT_OUT: Final = ("*/*", "*.onnx", "consolidated*", "*optimizer*")
+"""Other frameworks' and other releases' copies of the same weights."""
+_NON_LORA: Final = "non_lora_trainables.bin"
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def local_folder(source: str, role: str, *, weights: bool = True) -> Path:
+    """Return the folder or file that a source names, downloaded first if it is an id.
+
+    A model that is in the cache and complete is not asked for again in offline mode
+    (``HF_HUB_OFFLINE=1``).
+
+    Args:
+        source: folder, file or Hugging Face id.
+        role: the setting that names it, for the message.
+        weights: else config and tokenizer are enough.
+
+    Raises:
+        CheckpointError: nothing is there, the hub refuses (a gated model, a misspelt id), or
+            cannot be reached; the message says what to do.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if not _HUB_ID.fullmatch(source):
+        raise CheckpointError(
+            f"{role}={source!r} does not exist: give an existing folder or a Hugging Face id "
+            "such as openai/clip-vit-large-patch14-336"
+        )
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    hub: Any = huggingface_hub
+    try:
+        if hub.constants.HF_HUB_OFFLINE:
+            return Path(hub.snapshot_download(source, local_files_only=True))
+        names = hub.HfApi(endpoint=hub.constants.ENDPOINT).list_repo_files(source)
+        return Path(hub.snapshot_download(source, allow_patterns=_needed(names, weights)))
+    except Exception as error:  # the client's many kinds; what is not about the hub is raised again
+        raise _refusal(source, role, error, errors) from error
+
+
+def _needed(names: list[str], weights: bool) -> list[str]:
+    """Choose a model's files: texts, and its weights once, safetensors if there are any."""
+    top = [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in _LEFT_OUT)]
+    chosen = [n for n in top if any(fnmatch.fnmatchcase(n, p) for p in _TEXTS)]
+    if not weights:
+        return chosen
+    large = [n for n in top if fnmatch.fnmatchcase(n, _SAFETENSORS)]
+    large = large or [n for n in top if any(fnmatch.fnmatchcase(n, p) for p in _PICKLES)]
+    return [*chosen, *large, *(n for n in top if n == _NON_LORA)]
+
+
+def _refusal(source: str, role: str, error: Exception, errors: Any) -> Exception:
+    page = f"https://huggingface.co/{source}"
+    if isinstance(error, errors.GatedRepoError):
+        what = (
+            f"is gated: ask for access at {page}, then log in with `hf auth login` (or set "
+            "HF_TOKEN), or name a folder that has it"
+        )
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        what = (
+            f"is no folder here and no public model of the Hugging Face Hub ({page}): check the "
+            "spelling; for a private one log in with `hf auth login`"
+        )
+    elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        what = (
+            "is no folder here and not in the cache, and the Hugging Face Hub cannot be reached "
+            f"(or HF_HUB_OFFLINE is set): run `hf download {source}` where there is a network, or "
+            "name a folder"
+        )
+    elif isinstance(error, (OSError, errors.HfHubHTTPError)):
+        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        what = (
+            f"could not be downloaded ({reason}): check the network and the free space of the "
+            "cache (HF_HOME), then start again; what has come stays there"
+        )
+    else:
+        return error
+    return CheckpointError(f"{role}={source!r} {what}")
