@@ -33,6 +33,7 @@ def test_extras():
         "wandb",
         "lora",
         "quant",
+        "gguf",
         "serve",
         "coco",
         "s3",
