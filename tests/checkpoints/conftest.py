@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vipllava.checkpoints.hf_format import ExportMeta, save_export
+from vipllava.checkpoints.export_meta import ExportMeta
+from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.models.building import ModelSpec
 

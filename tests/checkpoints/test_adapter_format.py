@@ -18,7 +18,8 @@ from vipllava.checkpoints.adapter_format import (
     stored_settings,
     write_llava_adapter,
 )
-from vipllava.checkpoints.hf_format import ExportMeta, save_export
+from vipllava.checkpoints.export_meta import ExportMeta
+from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer, open_source
 from vipllava.models.adapters import add_adapters
 from vipllava.models.building import ModelSpec

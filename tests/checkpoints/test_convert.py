@@ -17,7 +17,7 @@ from tests.checkpoints.conftest import FAMILIES, LAYERS
 from tests.checkpoints.released_network import released_logits
 from vipllava.checkpoints import convert as convert_module
 from vipllava.checkpoints.convert import convert
-from vipllava.checkpoints.hf_format import load_meta
+from vipllava.checkpoints.export_meta import load_meta
 from vipllava.checkpoints.loading import build_model, load_tokenizer, open_source
 from vipllava.checkpoints.names import hf_to_hf
 from vipllava.models.tensor_files import read_tensor

@@ -18,7 +18,8 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from vipllava.checkpoints.hf_format import ExportMeta, load_meta, save_export
+from vipllava.checkpoints.export_meta import ExportMeta, load_meta
+from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer, open_source
 from vipllava.data.image_transform import reference_transform
 from vipllava.models.building import ModelSpec

@@ -18,13 +18,18 @@ import struct
 import subprocess
 import tarfile
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
+from vipllava.checkpoints.export_meta import ExportMeta
+from vipllava.checkpoints.processor import build_processor
 from vipllava.conversation import ConversationEncoder, prove_labels, supervised_texts
+from vipllava.models.building import add_tokens
 from vipllava.types import Turn
 
 IMAGE = 200000
@@ -349,3 +354,20 @@ def test_texts_without_difficulties_get_the_released_ids(
     prove_labels(encoder, turns, encoded)
     answers = [turn.text + encoder.template.assistant_end for turn in turns[1::2]]
     assert supervised_texts(encoder, encoded) == answers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VOCABULARY)
+def test_an_exported_processor_gives_the_ids_of_training(
+    real_tokenizers: dict[str, PreTrainedTokenizerFast], name: str
+) -> None:
+    tokenizer = add_tokens(deepcopy(real_tokenizers[VOCABULARY[name]]))
+    network = SimpleNamespace(
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_config=SimpleNamespace(patch_size=14),
+    )
+    meta = ExportMeta("finetune", name.split("/")[0], "pad", 336, 576, (-2,), "tower", "language")
+    _, agreement = build_processor(tokenizer, network, meta)
+    # A prompt that ends with the picture cannot begin a new word there.
+    with_space = {"a question about a picture", "a picture in the second question"}
+    assert set(agreement.different) == (with_space if name == "plain" else set())

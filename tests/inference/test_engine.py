@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vipllava.checkpoints.hf_format import ExportMeta, save_export
+from vipllava.checkpoints.export_meta import ExportMeta
+from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder, get_template
 from vipllava.data.image_transform import ImageTransform

@@ -47,7 +47,7 @@ def main(path: str) -> None:
     import torch
 
     from tests.training.toy_training import Loader, make_samples
-    from vipllava.checkpoints.hf_format import ExportMeta
+    from vipllava.checkpoints.export_meta import ExportMeta
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.models.adapters import AdapterSettings
     from vipllava.models.building import ModelSpec

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
-from vipllava.checkpoints.hf_format import ExportMeta
+from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.loading import load_tokenizer, open_source
 from vipllava.training.callbacks import ExportCallback, ParameterTable
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 pytest.importorskip("peft")
 
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
-from vipllava.checkpoints.hf_format import ExportMeta
+from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.loading import load_tokenizer, open_source
 from vipllava.models.adapters import AdapterSettings, adapter_parameters
 from vipllava.models.freezing import parameter_table

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from tests.data.toy_data import toy_samples
-from vipllava.checkpoints.hf_format import load_meta
+from vipllava.checkpoints.export_meta import load_meta
 from vipllava.checkpoints.loading import open_source
 from vipllava.config.resolvers import register_resolvers
 from vipllava.data.shards import write_shards

@@ -19,7 +19,8 @@ from typing import Any, Final
 import torch
 from transformers import PreTrainedTokenizerFast, VipLlavaForConditionalGeneration
 
-from vipllava.checkpoints.hf_format import META_NAME, ExportMeta
+from vipllava.checkpoints.export_meta import META_NAME, ExportMeta
+from vipllava.checkpoints.model_card import CARD_NAME, model_card
 from vipllava.checkpoints.names import hf_to_hf, hf_to_llava
 from vipllava.models.adapters import (
     AdapterSettings,
@@ -105,6 +106,8 @@ def save_adapter(
             saved.save_pretrained(unfinished)
         text = json.dumps(asdict(meta), indent=2) + "\n"
         (unfinished / META_NAME).write_text(text, encoding="utf-8")
+        card = model_card(meta, "lora", model.config, base=base)
+        (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
         if directory.exists():
             shutil.rmtree(directory)
         unfinished.rename(directory)

@@ -18,9 +18,11 @@ from typing import Any, Literal
 import torch
 from transformers import VipLlavaForConditionalGeneration
 
-from vipllava.checkpoints.hf_format import META_NAME, save_export
+from vipllava.checkpoints.export_meta import META_NAME
+from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.llava_format import read_projector, write_llava, write_projector
 from vipllava.checkpoints.loading import RELEASED_LAYERS, open_source
+from vipllava.checkpoints.model_card import CARD_NAME, model_card
 from vipllava.checkpoints.names import hf_to_hf
 from vipllava.checkpoints.source import KINDS, Source
 from vipllava.checkpoints.verify import Agreement, compare, insist, probe_logits
@@ -160,6 +162,8 @@ def _write(
         save_export(model, opened.tokenizer, directory, opened.meta)
         return
     directory.mkdir(parents=True)
+    card = model_card(opened.meta, format, opened.config)
+    (directory / CARD_NAME).write_text(card, encoding="utf-8")
     tensors = hf_to_hf(dict(model.state_dict()), opened.path)
     if format == "projector":
         names = projector_shapes(opened.config)

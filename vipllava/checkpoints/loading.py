@@ -19,7 +19,7 @@ from transformers import (
     VipLlavaForConditionalGeneration,
 )
 
-from vipllava.checkpoints.hf_format import META_NAME, ExportMeta, check_meta, load_meta
+from vipllava.checkpoints.export_meta import META_NAME, ExportMeta, check_meta, load_meta
 from vipllava.checkpoints.llava_format import is_llava, read_llava, read_projector
 from vipllava.checkpoints.names import clip_to_hf, hf_to_hf, text_model_to_hf
 from vipllava.checkpoints.source import KINDS, Kind, Source, infer_chat_template

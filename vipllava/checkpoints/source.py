@@ -18,7 +18,7 @@ from transformers import (
     VipLlavaForConditionalGeneration,
 )
 
-from vipllava.checkpoints.hf_format import ExportMeta
+from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.models.building import materialise
 from vipllava.models.tensor_files import LazyTensor
 from vipllava.types import CheckpointError

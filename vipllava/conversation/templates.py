@@ -122,6 +122,9 @@ _VISION_SYSTEM = (
     "and assist the user with a variety of tasks using natural language."
 )
 
+SYSTEM_TEXTS = (_HUMAN_SYSTEM, _VISION_SYSTEM)
+"""What the templates say by themselves before the first turn, role strings left out."""
+
 _TEMPLATES = {
     template.name: template
     for template in (

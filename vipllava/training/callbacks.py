@@ -12,7 +12,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
 from vipllava.checkpoints.adapter_format import save_adapter
-from vipllava.checkpoints.hf_format import ExportMeta, save_export
+from vipllava.checkpoints.export_meta import ExportMeta
+from vipllava.checkpoints.hf_format import save_export
 from vipllava.models.adapters import merge_adapters
 from vipllava.models.freezing import ParameterRow, parameter_table
 from vipllava.training.lit_module import VipLlavaLitModule

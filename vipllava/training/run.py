@@ -86,12 +86,15 @@ def _make_sample_data(cfg: DictConfig) -> None:
     """Make the sample world if a manifest is of it; other data must be there already."""
     from vipllava.data.manifest import load_manifest
 
-    names = list(cfg.data.mix) if cfg.data.mix else [cfg.data.manifest]
-    made_by = {load_manifest(name, cfg.data.manifests_dir).made_by for name in names}
+    made_by = {load_manifest(n, cfg.data.manifests_dir).made_by for n in _manifest_names(cfg)}
     if "sample_world" in made_by:
         from vipllava.sample_world.build import ensure_sample_world
 
         ensure_sample_world(cfg.data.data_root)
+
+
+def _manifest_names(cfg: DictConfig) -> list[str]:
+    return list(cfg.data.mix) if cfg.data.mix else [cfg.data.manifest]
 
 
 def build_datamodule(cfg: DictConfig, tokenizer: Any = None) -> VisualPromptDataModule:
@@ -123,8 +126,14 @@ def build_datamodule(cfg: DictConfig, tokenizer: Any = None) -> VisualPromptData
 
 
 def _export_meta(cfg: DictConfig, spec: ModelSpec) -> Any:
-    from vipllava.checkpoints.hf_format import ExportMeta
+    from omegaconf import OmegaConf
+
+    from vipllava.checkpoints.export_meta import ExportMeta, code_version
+    from vipllava.data.manifest import load_manifest
     from vipllava.models.building import image_seq_length
+
+    manifests = [load_manifest(name, cfg.data.manifests_dir) for name in _manifest_names(cfg)]
+    policies: Any = OmegaConf.to_container(cfg.visual_prompts, resolve=True)
 
     return ExportMeta(
         stage=cfg.stage.name,
@@ -136,6 +145,9 @@ def _export_meta(cfg: DictConfig, spec: ModelSpec) -> Any:
         vision_tower=spec.vision_tower,
         language_model=spec.language_model,
         image_token=spec.image_token,
+        data=tuple(f"{manifest.name}: {manifest.licence.strip()}" for manifest in manifests),
+        visual_prompts=policies,
+        code=code_version(),
     )
 
 
