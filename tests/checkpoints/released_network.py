@@ -15,6 +15,8 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
 )
@@ -22,6 +24,7 @@ from transformers import (
 FAMILIES = {
     "llava_llama": (LlamaConfig, LlamaForCausalLM),
     "llava_phi3": (Phi3Config, Phi3ForCausalLM),
+    "llava_mistral": (MistralConfig, MistralForCausalLM),
 }
 
 

@@ -23,7 +23,9 @@ from vipllava.checkpoints.names import hf_to_hf
 from vipllava.models.tensor_files import read_tensor
 from vipllava.types import CheckpointError, ConfigError
 
-UNTIED = [family for family in FAMILIES if family != "tied_language_model"]
+MODEL_TYPES = {"phi3": "llava_phi3", "mistral": "llava_mistral"}
+ORIGINAL = [family for family in FAMILIES if family != "qwen2"]
+UNTIED = [family for family in ORIGINAL if family != "tied_language_model"]
 
 
 def weights(folder: Path, **options: object) -> dict[str, torch.Tensor]:
@@ -64,13 +66,20 @@ def test_hf_to_hf_is_the_identity(make_export, tmp_path, family, dtype):
         assert (tmp_path / "again" / name).read_text() == (export / name).read_text(), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ORIGINAL)
 def test_ours_to_original_and_back_is_the_identity(make_export, tmp_path, tower, family):
     export = make_export(family)
     convert(str(export), tmp_path / "llava", format="llava", **tower)
     convert(str(tmp_path / "llava"), tmp_path / "hf", **tower)
 
     assert_same(files(export), files(tmp_path / "hf"))
+
+
+def test_a_family_that_the_original_lacks_is_refused(make_export, tmp_path):
+    export = make_export("qwen2")
+    with pytest.raises(CheckpointError, match=r"has no 'qwen2' language models.*use format=hf"):
+        convert(str(export), tmp_path / "llava", format="llava")
+    assert not (tmp_path / "llava").exists()
 
 
 def test_trained_rows_behind_the_vocabulary_come_back(make_export, tmp_path, tower):
@@ -105,7 +114,7 @@ def test_the_original_format_is_what_the_original_network_reads(
 
     assert theirs.shape == (10, 259)  # the language model's own vocabulary
     assert (ours[:, :259] - theirs).abs().max() <= 1e-5
-    assert config["model_type"] == ("llava_phi3" if family == "phi3" else "llava_llama")
+    assert config["model_type"] == MODEL_TYPES.get(family, "llava_llama")
     assert {k: v for k, v in config.items() if k.startswith("mm_")} == {
         "mm_vision_tower": "clip_4layers_336",
         "mm_projector_type": "mlp2x_gelu",

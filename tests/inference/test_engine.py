@@ -14,7 +14,7 @@ from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder, get_template
 from vipllava.data.image_transform import ImageTransform
-from vipllava.inference.engine import Engine, Request, resolve_device, resolve_dtype
+from vipllava.inference.engine import Engine, Request
 from vipllava.models.building import ModelSpec
 from vipllava.models.supervised_loss import normalise_pixels
 from vipllava.types import ConfigError, Turn, VipLlavaError
@@ -169,19 +169,51 @@ def test_picture_and_turns_must_agree(parts):
         _engine(parts).answer([Request(None, [Turn("user", "?", has_image=True)], "q")])
 
 
+def test_a_captioner_cannot_be_asked_without_a_picture(parts):
+    request = Request(None, [Turn("user", "What is the capital of France?")], "q")
+    with pytest.raises(VipLlavaError, match=r"request 'q' asks without a picture.*'plain'"):
+        _engine(parts, get_template("plain")).answer([request])
+
+
 def test_too_long_a_prompt_names_the_request(parts):
     request = Request(None, [Turn("user", "x" * 500)], "long")
     with pytest.raises(VipLlavaError, match=r"request 'long' has 5\d\d tokens.*512 positions"):
         _engine(parts).answer([request], max_new_tokens=10)
 
 
-def test_devices_and_dtypes():
-    assert resolve_device("cpu") == torch.device("cpu")
-    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
-    assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
-    with pytest.raises(ConfigError, match="dtype='int3' is not one of auto, float32"):
-        resolve_dtype("int3", torch.device("cpu"))
-    with pytest.raises(ConfigError, match="is not a device"):
-        resolve_device("toaster")
-    with pytest.raises(ConfigError, match="is not there"):
-        resolve_device("cuda:99")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+def test_few_bits_in_the_blocks_only(tiny_sources, tmp_path, bits):
+    from torch import nn
+
+    pytest.importorskip("bitsandbytes")
+    spec = ModelSpec(
+        vision_tower=tiny_sources.vision_tower,
+        language_model=tiny_sources.rows_of_64,
+        feature_layers=(-1, -2, 1),
+        chat_template="llava_v1",
+        image_size=28,
+    )
+    tokenizer = load_tokenizer(spec)
+    meta = ExportMeta("finetune", "llava_v1", "pad", 28, 4, (-1, -2, 1), "a", "b")
+    save_export(build_model(spec, tokenizer), tokenizer, tmp_path / "export", meta)
+
+    engine = Engine.from_checkpoint(tmp_path / "export", device="cpu", bits=bits)
+    kinds = {
+        n: type(m).__name__ for n, m in engine.model.named_modules() if isinstance(m, nn.Linear)
+    }
+    few = {"Linear4bit", "Linear8bitLt"}
+    assert {n for n, kind in kinds.items() if kind in few} == {
+        n for n in kinds if n.startswith("model.language_model.layers.")
+    }
+    assert len(engine.answer(_requests(3), max_new_tokens=4)) == 3
+
+
+def test_few_bits_must_be_four_or_eight(parts, tmp_path):
+    save_export(
+        *parts,
+        tmp_path / "export",
+        ExportMeta("finetune", "llava_v1", "pad", 28, 4, (-1, -2, 1), "a", "b"),
+    )
+    with pytest.raises(ConfigError, match="bits=3 must be 4 or 8"):
+        Engine.from_checkpoint(tmp_path / "export", device="cpu", bits=3)

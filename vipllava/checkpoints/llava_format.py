@@ -36,7 +36,11 @@ from vipllava.models.tensor_files import (
 )
 from vipllava.types import CheckpointError
 
-MODEL_TYPES: Final = {"llava_llama": "llama", "llava_phi3": "phi3"}
+MODEL_TYPES: Final = {
+    "llava_llama": "llama",
+    "llava_phi3": "phi3",
+    "llava_mistral": "mistral",
+}
 """The original's model types, and those of the language model inside."""
 
 PROJECTOR_FILES: Final = ("mm_projector.safetensors", "mm_projector.bin")
@@ -44,7 +48,11 @@ NON_LORA_FILES: Final = ("non_lora_trainables.safetensors", "non_lora_trainables
 RELEASED_TOWER: Final = "clip_4layers_336"
 """What the released code calls its tower of five layers."""
 
-_ARCHITECTURES: Final = {"llama": "LlavaLlamaForCausalLM", "phi3": "LlavaPhiForCausalLM"}
+_ARCHITECTURES: Final = {
+    "llama": "LlavaLlamaForCausalLM",
+    "phi3": "LlavaPhiForCausalLM",
+    "mistral": "LlavaMistralForCausalLM",
+}
 _TOWER: Final = "vision_tower."
 _MULTIMODAL_KEYS: Final = (
     "freeze_mm_mlp_adapter",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import yaml
 from transformers import VipLlavaConfig
@@ -77,10 +77,28 @@ def model_card(
 
 
 def licence_of(source: str) -> str:
-    """Return the terms of a published model, in words; that they are unknown, if they are."""
+    """Return the terms of a model in words: known ones, or what its folder's own card says."""
+    card = Path(source).expanduser() / CARD_NAME
+    if card.is_file():
+        stated = _stated_licence(card.read_text(encoding="utf-8"))
+        if stated:
+            return stated
     if source.lower().startswith("mucai/"):
         return _OF_MUCAI
     return LICENCES.get(source.lower(), _UNKNOWN)
+
+
+def _stated_licence(card: str) -> str | None:
+    """Read the licence in a card's front matter; ``other`` says nothing."""
+    parts = card.split("---", 2)
+    if parts[0] or len(parts) < 3:
+        return None
+    try:
+        values = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    stated = cast("dict[str, Any]", values).get("license") if isinstance(values, dict) else None
+    return str(stated) if stated and stated != "other" else None
 
 
 def _front_matter(meta: ExportMeta, format: CardFormat, base: str) -> str:
@@ -202,7 +220,9 @@ def _agreement(agreement: IdAgreement) -> str:
 def _visual_prompts(meta: ExportMeta) -> str:
     if not meta.visual_prompts:
         return "## Visual prompts\n\nHow marks were drawn in training is not recorded."
-    settings = yaml.safe_dump(json.loads(json.dumps(dict(meta.visual_prompts))), sort_keys=False)
+    settings = yaml.safe_dump(
+        json.loads(json.dumps(dict(meta.visual_prompts))), sort_keys=False, default_flow_style=None
+    )
     return f"## Visual prompts\n\nMarks were drawn with:\n\n```yaml\n{settings}```"
 
 

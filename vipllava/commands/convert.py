@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from vipllava.commands.settings import Setting, describe_settings, read_settings
-from vipllava.types import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,7 +63,7 @@ _SETTINGS: Final = (
         "auto",
         "of the written weights (default: as in SRC)",
     ),
-    Setting("device", str, "cpu", "where the answers are compared: cpu (default), cuda, mps"),
+    Setting("device", str, "cpu", "where the answers are compared: cpu (default), auto, cuda, mps"),
     Setting("push_to_hub", _repository, None, "OWNER/NAME to upload the result to (private)"),
 )
 
@@ -87,13 +85,12 @@ def run(words: Sequence[str], console: Console | None = None) -> int:
         console.print(_help(), highlight=False, markup=False, soft_wrap=True)
         return 0
     values = read_settings(words, _SETTINGS, positional=("SRC", "DST"))
-    from transformers.utils import logging as transformers_logging
-
     from vipllava.checkpoints.convert import convert
     from vipllava.checkpoints.loading import RELEASED_LAYERS
+    from vipllava.inference.devices import resolve_device
+    from vipllava.models.hub_models import draw_bars_on_terminals_only
 
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    draw_bars_on_terminals_only()
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -107,7 +104,7 @@ def run(words: Sequence[str], console: Console | None = None) -> int:
         chat_template=values["chat_template"],
         feature_layers=values["feature_layers"] or RELEASED_LAYERS,
         dtype=values["dtype"],
-        device=_device(values["device"]),
+        device=resolve_device(values["device"]),
         on_step=say,
     )
     same = done.agreement
@@ -120,20 +117,6 @@ def run(words: Sequence[str], console: Console | None = None) -> int:
 
         say(f"uploaded to {upload(done.destination, values['push_to_hub'])}")
     return 0
-
-
-def _device(name: str) -> str:
-    import torch
-
-    present = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not present.get(name.partition(":")[0], False):
-        there = ", ".join(kind for kind, is_there in present.items() if is_there)
-        raise ConfigError(f"device={name} is not there: use one of {there}")
-    return name
 
 
 def _help() -> str:

@@ -38,9 +38,18 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"unknown benchmark `{cfg.bench.name}`; known: {', '.join(_BENCHES)}")
     manifest = _open_manifest(cfg)
     from vipllava.inference.engine import Engine
+    from vipllava.models.hub_models import draw_bars_on_terminals_only
 
+    draw_bars_on_terminals_only()
     engine = Engine.from_checkpoint(
-        cfg.checkpoint, cfg.device, cfg.dtype, attn_implementation=cfg.attn_implementation
+        cfg.checkpoint,
+        cfg.device,
+        cfg.dtype,
+        attn_implementation=cfg.attn_implementation,
+        vision_tower=cfg.vision_tower,
+        base=cfg.base,
+        chat_template=cfg.chat_template,
+        bits=cfg.bits,
     )
     began = time.monotonic()
     results = _BENCHES[cfg.bench.name](cfg, manifest, engine)

@@ -20,10 +20,11 @@ from transformers import (
 from vipllava.checkpoints.loading import open_source
 from vipllava.conversation import ConversationEncoder
 from vipllava.data.image_transform import ImageAspect, ImageTransform
+from vipllava.inference.devices import resolve_device, resolve_dtype
+from vipllava.models.quantization import QuantizationSettings, quantization_config
 from vipllava.models.supervised_loss import normalise_pixels
 from vipllava.types import ConfigError, Turn, VipLlavaError
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STOP_WINDOW = 16
 """Generated tokens that are looked at for a stop string; longer than any stop string has."""
 
@@ -52,7 +53,8 @@ class Engine:
         tokenizer: the model's, with the padding token.
         encoder: makes the ids of the prompt, by the model's chat template.
         image_transform: RGB picture to uint8 [3, height, width] as the model was trained with.
-        device: where to run; ``auto`` takes the first of CUDA, MPS and CPU that is there.
+        device: where to run, see :func:`vipllava.inference.devices.resolve_device`. Weights in
+            few bits stay where they were loaded.
 
     Raises:
         ConfigError: the device is not there.
@@ -68,7 +70,9 @@ class Engine:
     ) -> None:
         self.device = resolve_device(device)
         self.model: Any = model  # transformers' own annotations deny it `to` and `generate`
-        self.model.to(self.device).eval()
+        self.model.eval()
+        if not getattr(model, "is_quantized", False):
+            self.model.to(self.device)
         self.tokenizer = tokenizer
         self.encoder = encoder
         self.image_transform = image_transform
@@ -84,6 +88,7 @@ class Engine:
         vision_tower: str | None = None,
         base: str | None = None,
         chat_template: str | None = None,
+        bits: int | None = None,
     ) -> Engine:
         """Open a model of any format: a stage's export, a published one, an adapter on its base.
 
@@ -91,22 +96,38 @@ class Engine:
             source: folder or Hugging Face id; if it does not say which chat template and image
                 aspect to use, they are those of the published checkpoints.
             device: see :class:`Engine`.
-            dtype: see :func:`resolve_dtype`.
+            dtype: see :func:`vipllava.inference.devices.resolve_dtype`.
             attn_implementation: as transformers names it.
             vision_tower: see :func:`vipllava.checkpoints.loading.open_source`, as the next two.
             base: what an adapter is put on.
             chat_template: the template it was trained with, where the source does not say.
+            bits: 4 or 8 hold the language model's blocks in as many (bitsandbytes); tower,
+                projector and head keep ``dtype``.
 
         Raises:
             CheckpointError: see :func:`vipllava.checkpoints.loading.open_source`.
-            ConfigError: unknown dtype, or the device is not there.
+            ConfigError: the device is not there or does not compute in the dtype, or bitsandbytes
+                is not installed.
         """
         device = resolve_device(device)
         opened = open_source(
             str(source), vision_tower=vision_tower, base=base, chat_template=chat_template
         )
+        torch_dtype = resolve_dtype(dtype, device)
+        few_bits: dict[str, Any] = {}
+        if bits is not None:
+            name = str(torch_dtype).removeprefix("torch.")
+            settings = QuantizationSettings(bits=bits, compute_dtype=name)
+            few_bits = {
+                "quantization_config": quantization_config(settings),
+                "device_map": {"": device},
+            }
         model = opened.network(
-            dtype=resolve_dtype(dtype, device), attn_implementation=attn_implementation
+            dtype=torch_dtype,
+            attn_implementation=attn_implementation,
+            # Added to weights in few bits, an adapter would make them whole again.
+            merge_adapter=bits is None,
+            **few_bits,
         )
         config: Any = model.config
         meta = opened.meta
@@ -143,8 +164,9 @@ class Engine:
             The texts, up to the template's stop, without blanks at their ends.
 
         Raises:
-            VipLlavaError: a request's picture and turns contradict each other, or its prompt is
-                too long for the model; the message names its key.
+            VipLlavaError: a request's picture and turns contradict each other, its prompt is too
+                long for the model, or a stage-1 model is asked without a picture; the message
+                names the request's key.
             RecordError: a request's turns are not a conversation that asks something.
         """
         if max_new_tokens < 1 or batch_size < 1:
@@ -172,6 +194,12 @@ class Engine:
             raise VipLlavaError(
                 f"request {request.key!r} has {have}, but {num_images} of its turns say "
                 "has_image: mark the first user turn, or leave the picture out"
+            )
+        if self.encoder.template.drops_user_text and not num_images:
+            raise VipLlavaError(
+                f"request {request.key!r} asks without a picture, and the chat template "
+                f"{self.encoder.template.name!r} of this model leaves the question out: it is a "
+                "stage-1 model, which captions pictures; use one of a later stage"
             )
         ids = self.encoder.encode_generation_prompt(request.turns, request.key).tolist()
         limit = self.model.config.text_config.max_position_embeddings
@@ -243,41 +271,3 @@ class _StopStrings(StoppingCriteria):
             for text in (self.encoder.decode(row.tolist()) for row in input_ids[:, start:])
         ]
         return torch.tensor(stopped, dtype=torch.bool, device=input_ids.device)  # pyright: ignore
-
-
-def resolve_device(device: torch.device | str) -> torch.device:
-    """Return the device that ``auto`` or a name means.
-
-    Raises:
-        ConfigError: a named device is not there.
-    """
-    if str(device) == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(
-            f"device={device!r} is not a device: use auto, cpu, cuda, cuda:N or mps"
-        ) from None
-    missing = (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()) or (
-        device.type == "mps" and not torch.backends.mps.is_available()
-    )
-    if missing:
-        raise ConfigError(f"device={str(device)!r} is not there: use auto or cpu")
-    return device
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the dtype that a name means; ``auto`` is bfloat16 on CUDA devices that compute in it.
-
-    Raises:
-        ConfigError: the name is unknown.
-    """
-    if dtype == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if has_bf16 else torch.float32
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not one of auto, {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,6 +57,17 @@ def local_folder(source: str, role: str, *, weights: bool = True) -> Path:
         return Path(hub.snapshot_download(source, allow_patterns=_needed(names, weights)))
     except Exception as error:  # the client's many kinds; what is not about the hub is raised again
         raise _refusal(source, role, error, errors) from error
+
+
+def draw_bars_on_terminals_only() -> None:
+    """Keep the bars of transformers and huggingface_hub out of log files, for the whole process."""
+    if sys.stderr.isatty():
+        return
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
 
 
 def _needed(names: list[str], weights: bool) -> list[str]:

@@ -45,11 +45,13 @@ def run_training(cfg: DictConfig) -> Path:
     from hydra.utils import instantiate
 
     from vipllava.checkpoints.loading import load_tokenizer
+    from vipllava.models.hub_models import draw_bars_on_terminals_only
     from vipllava.training.callbacks import ExportCallback
 
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         # Lightning prints beside the root logger, which has both terminal and file.
         logging.getLogger(name).handlers.clear()
+    draw_bars_on_terminals_only()
     lightning.seed_everything(int(cfg.seed), workers=True, verbose=False)
     if cfg.machine.tf32:
         torch.set_float32_matmul_precision("high")
