@@ -85,7 +85,7 @@ def test_groups_are_all_named_here():
 
 def test_the_options_that_were_promised():
     assert options("stage") == ["finetune", "gpt4v", "pretrain", "task"]
-    assert options("model") == ["13b", "7b", "llama3_8b", "phi3_mini", "tiny"]
+    assert options("model") == ["13b", "7b", "llama3_8b", "phi3_mini", "smollm2_135m", "tiny"]
     assert {
         "cpu",
         "1gpu",

@@ -1,4 +1,4 @@
-"""A small hub on loopback: one data set repository that huggingface_hub can list and read."""
+"""A small hub on loopback: one repository that huggingface_hub can list and read."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ REPO = "org/set"
 class Hub:
     """A repository of the hub, as far as listing and downloading need it."""
 
-    def __init__(self, server: FileServer) -> None:
+    def __init__(self, server: FileServer, kind: str = "datasets") -> None:
         self.server = server
+        self.kind = kind
         server.headers = {"X-Repo-Commit": COMMIT}
         self.tree: list[dict[str, object]] = []
         self._publish()
@@ -35,18 +36,20 @@ class Hub:
         self._publish()
 
     def place(self, path: str) -> str:
-        return f"datasets/{REPO}/resolve/{COMMIT}/{path}"
+        prefix = "datasets/" if self.kind == "datasets" else ""
+        return f"{prefix}{REPO}/resolve/{COMMIT}/{path}"
 
     def _publish(self) -> None:
         info = {"id": REPO, "sha": COMMIT, "siblings": []}
         for revision in ("", "/revision/main", "/revision/v1"):
-            self.server.serve(f"api/datasets/{REPO}{revision}", json.dumps(info).encode())
+            self.server.serve(f"api/{self.kind}/{REPO}{revision}", json.dumps(info).encode())
         tree = json.dumps([*self.tree, {"type": "directory", "path": "bbox", "oid": "d" * 40}])
-        self.server.serve(f"api/datasets/{REPO}/tree/{COMMIT}", tree.encode())
+        for revision in (COMMIT, "main"):
+            self.server.serve(f"api/{self.kind}/{REPO}/tree/{revision}", tree.encode())
 
 
 @contextmanager
-def run_hub() -> Iterator[Hub]:
+def run_hub(kind: str = "datasets") -> Iterator[Hub]:
     """Let huggingface_hub talk to a hub on loopback until the block ends."""
     from huggingface_hub import close_session, constants
 
@@ -57,5 +60,5 @@ def run_hub() -> Iterator[Hub]:
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", place)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         close_session()
-        yield Hub(server)
+        yield Hub(server, kind)
         close_session()

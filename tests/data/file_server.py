@@ -90,8 +90,12 @@ def run_server() -> Iterator[FileServer]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
-            body = state.files.get(self.path.partition("?")[0].lstrip("/"))
-            self.send_response(404 if body is None else 200)
+            path = self.path.partition("?")[0].lstrip("/")
+            body = state.files.get(path)
+            reply = state.always.get(path, Reply())
+            self.send_response(404 if body is None else reply.status)
+            for name, value in reply.headers.items():
+                self.send_header(name, value)
             for name, value in state.headers_of(body or b"").items():
                 self.send_header(name, value)
             self.end_headers()

@@ -52,11 +52,31 @@ def local_folder(source: str, role: str, *, weights: bool = True) -> Path:
     hub: Any = huggingface_hub
     try:
         if hub.constants.HF_HUB_OFFLINE:
-            return Path(hub.snapshot_download(source, local_files_only=True))
+            return _cached(source, weights)
         names = hub.HfApi(endpoint=hub.constants.ENDPOINT).list_repo_files(source)
         return Path(hub.snapshot_download(source, allow_patterns=_needed(names, weights)))
     except Exception as error:  # the client's many kinds; what is not about the hub is raised again
         raise _refusal(source, role, error, errors) from error
+
+
+def _cached(source: str, weights: bool) -> Path:
+    """Find a model in the cache; other copies of its weights need not be there."""
+    import huggingface_hub
+
+    hub: Any = huggingface_hub
+    folder = Path()
+    for large in ((_SAFETENSORS,), _PICKLES):
+        wanted = [*_TEXTS, *((*large, _NON_LORA) if weights else ())]
+        found = hub.snapshot_download(
+            source,
+            local_files_only=True,
+            allow_patterns=wanted,
+            ignore_patterns=list(_LEFT_OUT),
+        )
+        folder = Path(found)
+        if not weights or any(path for pattern in large for path in folder.glob(pattern)):
+            break
+    return folder
 
 
 def draw_bars_on_terminals_only() -> None:

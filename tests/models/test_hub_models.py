@@ -1,0 +1,119 @@
+"""Models by id, through huggingface_hub itself, against a small hub on loopback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.data.fake_hub import REPO, Hub, run_hub
+from tests.data.file_server import Reply
+from vipllava.checkpoints.loading import build_model, load_tokenizer
+from vipllava.models.building import ModelSpec
+from vipllava.models.hub_models import local_folder
+from vipllava.types import CheckpointError
+
+REFUSED = {"gated": "GatedRepo", "unknown": "RepoNotFound"}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with run_hub("models") as running:
+        yield running
+
+
+def _publish(hub: Hub, folder: str) -> None:
+    for path in sorted(Path(folder).iterdir()):
+        hub.add(path.name, path.read_bytes(), large=path.suffix == ".safetensors")
+
+
+def _spec(tiny_sources, language_model: str) -> ModelSpec:
+    return ModelSpec(
+        vision_tower=tiny_sources.vision_tower,
+        language_model=language_model,
+        feature_layers=(-1, -2, 1),
+        chat_template="llava_v1",
+        image_size=28,
+    )
+
+
+def _fetched(hub: Hub) -> set[str]:
+    return {path.rpartition("/")[2] for path, _ in hub.server.requests if "/resolve/" in path}
+
+
+def test_a_model_by_its_id(hub, tiny_sources, monkeypatch):
+    _publish(hub, tiny_sources.language_model)
+    for other in ("model.onnx", "consolidated.safetensors", "pytorch_model.bin"):
+        hub.add(other, b"another copy of the weights")
+    spec = _spec(tiny_sources, REPO)
+
+    tokenizer = load_tokenizer(spec)
+    assert "model.safetensors" not in _fetched(hub)
+    model = build_model(spec, tokenizer)
+    here = build_model(_spec(tiny_sources, tiny_sources.language_model))
+    assert _fetched(hub) == {p.name for p in Path(tiny_sources.language_model).iterdir()}
+    for name, tensor in here.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+    # What is in the cache needs no network.
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    before = len(hub.server.requests)
+    build_model(spec)
+    assert len(hub.server.requests) == before
+
+
+def test_pickles_where_there_is_nothing_better(hub, monkeypatch):
+    for name in ("config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"):
+        hub.add(name, b"{}")
+    assert {path.name for path in local_folder(REPO, "language_model").iterdir()} == {
+        "config.json",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model.bin.index.json",
+    }
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert local_folder(REPO, "language_model").is_dir()
+
+
+def test_a_gated_model(hub):
+    refusal = Reply(403, headers={"X-Error-Code": "GatedRepo", "X-Error-Message": "no access"})
+    hub.add("config.json", b"{}")
+    hub.server.always[hub.place("config.json")] = refusal
+    with pytest.raises(
+        CheckpointError, match=r"language_model='org/set' is gated: ask for access at https://.*"
+    ):
+        local_folder(REPO, "language_model")
+
+
+def test_an_id_that_does_not_exist(hub):
+    for path in list(hub.server.files):
+        hub.server.always[path] = Reply(404, headers={"X-Error-Code": "RepoNotFound"})
+    with pytest.raises(CheckpointError, match=r"vision_tower='org/set' is no folder here and no"):
+        local_folder(REPO, "vision_tower")
+
+
+def test_no_network(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"not in the cache.*hf download org/set"):
+        local_folder(REPO, "checkpoint")
+    with pytest.raises(CheckpointError, match=r"checkpoint='a/b/c' does not exist: give an"):
+        local_folder("a/b/c", "checkpoint")
+
+
+def test_a_hub_that_fails(hub, monkeypatch):
+    # The client waits between its five tries.
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.add("config.json", b"{}")
+    for path in list(hub.server.files):
+        hub.server.always[path] = Reply(500)
+    with pytest.raises(CheckpointError, match=r"could not be downloaded \(.*500.*check the net"):
+        local_folder(REPO, "checkpoint")
