@@ -2,15 +2,20 @@
 
 A run's own export is the ordinary way out. This is for the run that ended early: the newest
 checkpoint has what trained, and what it leaves out comes from what the run started from.
+
+All of them are pickles in part. None is read in a way that could run code from it: the libraries'
+own readers would, and are held to plain values here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -23,6 +28,23 @@ from vipllava.types import CheckpointError
 _WRAPPERS: Final = re.compile(r"^(?:_forward_module\.|module\.|state_dict\.)*")
 _ATTRIBUTE: Final = "model."
 """Of the LightningModule, before the names in the network."""
+
+
+_DEEPSPEED_VALUES: Final = (
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
+)
+"""Plain classes in its checkpoints."""
+_METADATA: Final = "torch.distributed.checkpoint.metadata"
+_METADATA_VALUES: Final = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+}
 
 
 def read_training_state(path: Path) -> dict[str, LazyTensor]:
@@ -87,12 +109,51 @@ def _read_deepspeed(path: Path) -> Mapping[str, torch.Tensor]:
     # Lightning keeps DeepSpeed's files under a tag of this name and may leave out `latest`.
     tag = "checkpoint" if (path / "checkpoint").is_dir() else None
     try:
-        return dict(read(str(path), tag=tag))
+        with _plain_values_only():
+            return dict(read(str(path), tag=tag))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds code, or something else that is no plain value, and is not read "
+            f"({_first_line(error)})"
+        ) from error
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint of DeepSpeed ({_first_line(error)}): a rank's "
             "file is missing or cut short; use an earlier one"
         ) from error
+
+
+@contextlib.contextmanager
+def _plain_values_only() -> Generator[None]:
+    """Hold every ``torch.load`` to ``weights_only``, DeepSpeed's own with its few classes."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    known: list[Any] = []
+    for module, attribute in _DEEPSPEED_VALUES:
+        with contextlib.suppress(ImportError):  # another release of it
+            known += [getattr(importlib.import_module(module), attribute, None)]
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([value for value in known if value is not None]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads the index of a distributed checkpoint: its own classes, dtypes and paths only."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (module_name, global_name) in _METADATA_VALUES:
+            return super().find_class(module_name, global_name)
+        if module_name in (_METADATA, "torch") and "." not in global_name:
+            found = super().find_class(module_name, global_name)
+            if isinstance(found, torch.dtype) or getattr(found, "__module__", "") == _METADATA:
+                return found
+        raise pickle.UnpicklingError(f"{module_name}.{global_name} is no plain value")
 
 
 def _read_distributed(path: Path) -> Mapping[str, torch.Tensor]:
@@ -102,8 +163,10 @@ def _read_distributed(path: Path) -> Mapping[str, torch.Tensor]:
     distributed: Any = checkpoint
 
     try:
+        with (path / ".metadata").open("rb") as file:
+            # Looked through here; the reader opens the same file again without such care.
+            entries: dict[str, Any] = _MetadataUnpickler(file).load().state_dict_metadata
         reader = distributed.FileSystemReader(path)
-        entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
         # Weights only: the optimizer's state is twice as large.
         state: dict[str, torch.Tensor] = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)

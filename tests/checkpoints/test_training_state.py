@@ -1,0 +1,138 @@
+"""Weights out of training checkpoints; tests/training/test_sharded.py reads real sharded ones."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from vipllava.checkpoints.convert import convert
+from vipllava.checkpoints.loading import build_model, open_source
+from vipllava.checkpoints.training_state import read_training_state
+from vipllava.models.tensor_files import read_tensor
+from vipllava.types import CheckpointError
+
+PROJECTOR = "model.multi_modal_projector.linear_1.weight"
+
+
+class _Code:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def ran(tmp_path) -> Path:
+    """Is there if code in a pickle was run."""
+    return tmp_path / "code_was_run"
+
+
+def _save(path: Path, **state: torch.Tensor) -> Path:
+    torch.save({"state_dict": {f"model.{name}": value for name, value in state.items()}}, path)
+    return path
+
+
+def test_what_trained_lies_over_what_training_began_with(make_spec, make_export, tmp_path):
+    export = make_export()
+    changed = torch.full((32, 96), 0.5)
+    path = _save(tmp_path / "last.ckpt", **{PROJECTOR: changed})
+
+    assert {n: tuple(t.shape) for n, t in read_training_state(path).items()} == {
+        "multi_modal_projector.linear_1.weight": (32, 96)
+    }
+    done = convert(str(path), tmp_path / "hf", base=str(export))
+    assert done.kind == "training_state"
+    after, before = (open_source(str(f)).tensors for f in (tmp_path / "hf", export))
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        is_changed = name == "multi_modal_projector.linear_1.weight"
+        expected = changed if is_changed else read_tensor(before[name])
+        assert torch.equal(read_tensor(tensor), expected), name
+
+
+def test_every_weight_of_a_network_has_its_name(make_spec, tmp_path):
+    model = build_model(make_spec())
+    path = tmp_path / "whole.ckpt"
+    torch.save({"state_dict": {f"model.{n}": t for n, t in model.state_dict().items()}}, path)
+    assert len(read_training_state(path)) == len(model.state_dict())
+
+
+def test_it_needs_what_the_run_started_from(tmp_path):
+    path = _save(tmp_path / "last.ckpt", **{PROJECTOR: torch.ones(2)})
+    with pytest.raises(CheckpointError, match="needs what the run started from under it: pass"):
+        open_source(str(path))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"model.language_model.layers.0.lora_A.default.weight": torch.ones(2)}, "holds adapters"),
+        ({"optimizer.weight": torch.ones(2)}, "which is no weight of a VipLlava"),
+        ({}, "holds no weights"),
+    ],
+)
+def test_other_states(tmp_path, state, message):
+    with pytest.raises(CheckpointError, match=message):
+        read_training_state(_save(tmp_path / "last.ckpt", **state))
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path):
+    path = _save(tmp_path / "last.ckpt", **{PROJECTOR: torch.ones(200, 200)})
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="it is cut short, or holds code"):
+        read_training_state(path)
+    torch.save({"weights": 1}, path)
+    with pytest.raises(CheckpointError, match="has no state_dict"):
+        read_training_state(path)
+
+
+def test_code_in_lightnings_file_is_not_run(tmp_path, ran):
+    torch.save({"state_dict": {}, "callbacks": _Code(ran)}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match="holds code, which is not run"):
+        read_training_state(tmp_path / "last.ckpt")
+    assert not ran.exists()
+
+
+def test_code_in_the_index_of_a_distributed_checkpoint_is_not_run(tmp_path, ran):
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / ".metadata").write_bytes(pickle.dumps(_Code(ran)))
+    with pytest.raises(CheckpointError, match="cannot be read as a distributed checkpoint"):
+        read_training_state(tmp_path / "step")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["mkdir", "os.mkdir"])
+def test_code_by_way_of_an_allowed_module_is_not_run(tmp_path, name):
+    """torch itself imports os: a pickle may ask for torch.os.mkdir."""
+    (tmp_path / "step").mkdir()
+    stolen = f"\x80\x04\x8c\x05torch\x8c{chr(len(name))}{name}\x93.".encode("latin-1")
+    (tmp_path / "step" / ".metadata").write_bytes(stolen)
+    with pytest.raises(CheckpointError, match="cannot be read as a distributed checkpoint"):
+        read_training_state(tmp_path / "step")
+
+
+def test_code_in_deepspeeds_files_is_not_run(tmp_path, ran):
+    pytest.importorskip("deepspeed")
+    folder = tmp_path / "step" / "checkpoint"
+    folder.mkdir(parents=True)
+    state = {"ds_version": "0.19.8", "buffer_names": [], "module": {}, "other": _Code(ran)}
+    torch.save(state, folder / "mp_rank_00_model_states.pt")
+    torch.save({}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    with pytest.raises(CheckpointError, match="holds code, or something else that is no plain"):
+        read_training_state(tmp_path / "step")
+    assert not ran.exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_a_folder_of_something_else(tmp_path):
+    pytest.importorskip("deepspeed")
+    (tmp_path / "step").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint of DeepSpeed"):
+        read_training_state(tmp_path / "step")
