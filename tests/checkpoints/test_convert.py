@@ -75,6 +75,15 @@ def test_ours_to_original_and_back_is_the_identity(make_export, tmp_path, tower,
     assert_same(files(export), files(tmp_path / "hf"))
 
 
+def test_an_original_checkpoint_opens_without_a_word_of_warning(
+    make_export, tmp_path, tower, caplog
+):
+    convert(str(make_export()), tmp_path / "llava", format="llava", **tower)
+    caplog.clear()
+    open_source(str(tmp_path / "llava"), **tower).network()
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
+
+
 def test_a_family_that_the_original_lacks_is_refused(make_export, tmp_path):
     export = make_export("qwen2")
     with pytest.raises(CheckpointError, match=r"has no 'qwen2' language models.*use format=hf"):

@@ -11,16 +11,20 @@ Importing this module imports transformers (seconds): entry points do it late.
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AddedToken,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
@@ -109,7 +113,7 @@ def read_tokenizer(source: str, role: str) -> PreTrainedTokenizerFast:
     """
     folder = local_folder(source, role, weights=False)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=_unknown_config(folder))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"no tokenizer could be read from {role}={source!r} ({_first_line(error)}): the folder "
@@ -121,6 +125,20 @@ def read_tokenizer(source: str, role: str) -> PreTrainedTokenizerFast:
             "the tokenizers library: save it with a tokenizer.json first"
         )
     return tokenizer
+
+
+def _unknown_config(folder: Path) -> PreTrainedConfig | None:
+    """Return an empty config where the folder's is of a kind that transformers does not know.
+
+    Such as the original format's: the tokenizer is then read by its own files, and nobody is
+    warned of what is meant to be so.
+    """
+    path = folder / "config.json"
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return None if model_type in CONFIG_MAPPING else PreTrainedConfig()
 
 
 def add_tokens(
