@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from vipllava import cli
@@ -114,3 +115,12 @@ def test_the_page(place, published, capsys):
     for export in ("runs/tiny-task/export", "runs/my-lora/export"):
         exec(code.replace("runs/7b-task/export", export), {})
         assert capsys.readouterr().out.strip() == "A cup."
+
+
+def test_the_settings_of_the_table_compose():
+    rows = re.findall(r"^\| ([^|`]+) \| `([^|]+)` \|$", PAGE, flags=re.MULTILINE)
+    assert len(rows) == 6
+    for _, setting in rows:
+        given = ["stage=task", "model=7b", "trainer=8xa100", "data.manifest=user_data"]
+        cfg = compose_job([*given, "tuning=lora", *shlex.split(setting)])
+        OmegaConf.to_container(cfg, resolve=True)

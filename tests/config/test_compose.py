@@ -125,6 +125,7 @@ def test_every_pair_of_options_composes():
 
 
 RECIPE = {"pretrain": 256, "finetune": 128, "gpt4v": 128, "task": 128}
+SMALL = ("tiny", "smollm2_135m")
 
 
 def test_global_batch_is_the_recipes_on_every_trainer():
@@ -140,7 +141,7 @@ def test_global_batch_is_the_recipes_on_every_trainer():
                 * cfg.trainer.devices
                 * cfg.trainer.num_nodes
             )
-            assert effective == (64 if model == "tiny" else RECIPE[name]), (trainer, model, name)
+            assert effective == (64 if model in SMALL else RECIPE[name]), (trainer, model, name)
 
 
 @pytest.mark.parametrize(
