@@ -239,8 +239,43 @@ def test_adapters_become_one_model(make_export, make_spec, tmp_path):
     assert 0 < done.agreement.difference < 1e-3
     merged = VipLlavaForConditionalGeneration.from_pretrained(tmp_path / "merged")
     assert (logits_of(merged) - logits_of(model)).abs().max() <= 1e-4
-    with pytest.raises(CheckpointError, match="there is no adapter to merge; use format=hf"):
+    with pytest.raises(CheckpointError, match="it has no adapter; use format=hf"):
         convert(str(export), tmp_path / "other", format="lora-merged")
+
+
+def test_adapters_as_the_originals_lora_runs_leave_them(make_export, make_spec, tmp_path):
+    pytest.importorskip("peft")
+    from tests.models.test_adapters import SMALL, logits_of, train_a_little
+    from vipllava.checkpoints.adapter_format import save_adapter
+    from vipllava.models.adapters import add_adapters
+
+    export, spec = make_export(), make_spec()
+    model = open_source(str(export)).network()
+    add_adapters(model, SMALL)
+    train_a_little(model)
+    meta = replace(load_meta(export), language_model=spec.language_model)
+    adapter = save_adapter(model, tmp_path / "adapter", meta, base=str(export), settings=SMALL)
+    done = convert(str(adapter), tmp_path / "original", format="llava-lora")
+
+    assert done.agreement.difference == 0
+    assert {path.name for path in (tmp_path / "original").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "non_lora_trainables.bin",
+        "config.json",
+        "tokenizer.json",
+        "README.md",
+    }
+    config = json.loads((tmp_path / "original" / "config.json").read_text())
+    assert (config["model_type"], config["vocab_size"]) == ("llava_llama", 259)
+    # On the language model it names, as the released code loads it.
+    opened = open_source(
+        str(tmp_path / "original"), vision_tower=spec.vision_tower, feature_layers=LAYERS
+    )
+    assert opened.kind == "llava_lora"
+    assert (logits_of(opened.network()) - logits_of(model)).abs().max() <= 1e-5
+    with pytest.raises(CheckpointError, match="it has no adapter; use format=hf or llava"):
+        convert(str(export), tmp_path / "none", format="llava-lora")
 
 
 def test_a_conversion_that_answers_otherwise_is_not_kept(make_export, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -11,7 +12,11 @@ import torch
 
 from vipllava.checkpoints.convert import convert
 from vipllava.checkpoints.loading import build_model, open_source
-from vipllava.checkpoints.training_state import read_training_state
+from vipllava.checkpoints.training_state import (
+    _MetadataUnpickler,
+    _plain_values_only,
+    read_training_state,
+)
 from vipllava.models.tensor_files import read_tensor
 from vipllava.types import CheckpointError
 
@@ -116,6 +121,38 @@ def test_code_by_way_of_an_allowed_module_is_not_run(tmp_path, name):
     (tmp_path / "step" / ".metadata").write_bytes(stolen)
     with pytest.raises(CheckpointError, match="cannot be read as a distributed checkpoint"):
         read_training_state(tmp_path / "step")
+
+
+class _AsEarlyReleasesDo:
+    """Pickles as Python 3.11.2 pickles the member of an enum."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.call = (owner, name)
+
+    def __reduce__(self):
+        return getattr, self.call
+
+
+def test_getattr_reaches_members_of_enums_only(tmp_path):
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    pytest.importorskip("deepspeed")
+    member = _AsEarlyReleasesDo(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")
+    read = _MetadataUnpickler(io.BytesIO(pickle.dumps(member))).load()
+    assert read is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+    for owner, name in ((_MEM_FORMAT_ENCODING, "mro"), (torch.Size, "count")):
+        stolen = pickle.dumps(_AsEarlyReleasesDo(owner, name))
+        with pytest.raises(pickle.UnpicklingError, match="is no plain value"):
+            _MetadataUnpickler(io.BytesIO(stolen)).load()
+
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    torch.save(_AsEarlyReleasesDo(ZeroStageEnum, "weights"), tmp_path / "stage.pt")
+    with _plain_values_only():
+        assert torch.load(tmp_path / "stage.pt") is ZeroStageEnum.weights
+    torch.save(_AsEarlyReleasesDo(torch.Size, "count"), tmp_path / "stolen.pt")
+    with _plain_values_only(), pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "stolen.pt")
 
 
 def test_code_in_deepspeeds_files_is_not_run(tmp_path, ran):

@@ -56,7 +56,10 @@ def test_the_result_is_uploaded_on_request(export, tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["format=gguf"], "format=gguf: expected one of hf, llava, projector, lora-merged"),
+        (
+            ["format=gguf"],
+            "format=gguf: expected one of hf, llava, projector",
+        ),
         (["feature_layers=a,b"], "expected whole numbers, such as -2,-5"),
         (["push_to_hub=model"], "expected OWNER/NAME"),
         (["device=cuda:77"], "device='cuda:77' is not there"),

@@ -12,9 +12,11 @@ from omegaconf import DictConfig
 
 from tests.data.toy_data import toy_samples
 from vipllava.checkpoints.export_meta import load_meta
+from vipllava.checkpoints.llava_format import read_projector
 from vipllava.checkpoints.loading import open_source
 from vipllava.config.resolvers import register_resolvers
 from vipllava.data.shards import write_shards
+from vipllava.models.tensor_files import read_tensor
 from vipllava.training.run import run_training
 from vipllava.types import CheckpointError
 
@@ -68,6 +70,12 @@ def test_two_stages_from_the_projects_configuration(config, tmp_path):
     assert (load_meta(first).stage, load_meta(first).chat_template) == ("pretrain", "plain")
     assert load_meta(first).image_aspect == "square"
     assert (load_meta(second).stage, load_meta(second).chat_template) == ("finetune", "llava_v1")
+    assert not (second.parent / "projector").exists()
+    projector = read_projector(first.parent / "projector")
+    exported = open_source(str(first)).tensors
+    assert len(projector) == 6
+    for name, weight in projector.items():
+        assert torch.equal(read_tensor(weight), read_tensor(exported[name])), name
     before, after = (open_source(str(f)).network().state_dict() for f in (first, second))
     changed = {name.split(".")[1] for name in after if not torch.equal(before[name], after[name])}
     assert changed == {"multi_modal_projector", "language_model", "weight"}  # lm_head.weight

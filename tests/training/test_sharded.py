@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.training.sharded_job import Job
+from vipllava.checkpoints.llava_format import read_projector
 from vipllava.checkpoints.loading import open_source
 from vipllava.checkpoints.training_state import read_training_state
 from vipllava.models.building import ModelSpec
@@ -133,6 +134,11 @@ def test_two_processes_export_what_one_does(spec, expected, tmp_path, strategy, 
     for name, weight in before.items():
         # Adam divides by the root of tiny squares: sums in another order show up there.
         torch.testing.assert_close(after[name], weight, rtol=1e-4, atol=2e-5, msg=name)
+    if workload == "projector":
+        alone, among = (read_projector(f / "projector") for f in (expected[workload], folder))
+        assert alone.keys() == among.keys() == {n for n in after if n.startswith("multi_modal")}
+        for name, weight in among.items():
+            assert torch.equal(read_tensor(weight), after[name]), name
     if save:
         # What an early end leaves behind: the same weights, out of the training checkpoint.
         state = read_training_state(folder / "checkpoint.ckpt")

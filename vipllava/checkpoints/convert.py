@@ -18,9 +18,15 @@ from typing import Any, Literal
 import torch
 from transformers import VipLlavaForConditionalGeneration
 
+from vipllava.checkpoints.adapter_format import stored_settings, write_llava_adapter
 from vipllava.checkpoints.export_meta import META_NAME
 from vipllava.checkpoints.hf_format import save_export
-from vipllava.checkpoints.llava_format import read_projector, write_llava, write_projector
+from vipllava.checkpoints.llava_format import (
+    read_projector,
+    write_config,
+    write_llava,
+    write_projector,
+)
 from vipllava.checkpoints.loading import RELEASED_LAYERS, open_source
 from vipllava.checkpoints.model_card import CARD_NAME, model_card
 from vipllava.checkpoints.names import hf_to_hf
@@ -33,12 +39,13 @@ from vipllava.types import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-Format = Literal["hf", "llava", "projector", "lora-merged"]
+Format = Literal["hf", "llava", "projector", "lora-merged", "llava-lora"]
 FORMATS: dict[Format, str] = {
     "hf": "the Hugging Face format: opens in transformers and vLLM",
     "llava": "the original format: opens in the released code",
     "projector": "the projector alone (mm_projector.bin), to start stage 2 from",
     "lora-merged": "an adapter folder and its base as one model in the Hugging Face format",
+    "llava-lora": "an adapter folder as the original's LoRA runs leave it",
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ADAPTERS = ("lora", "llava_lora")
@@ -111,9 +118,9 @@ def convert(
     }
     opened = open_source(source, base=base, **options)
     on_step(f"{source} is {KINDS[opened.kind]}")
-    if format == "lora-merged" and opened.adapter is None:
+    if format in ("lora-merged", "llava-lora") and opened.adapter is None:
         raise CheckpointError(
-            f"{source} is {KINDS[opened.kind]}: there is no adapter to merge; use format=hf"
+            f"{source} is {KINDS[opened.kind]}: it has no adapter; use format=hf or llava"
         )
     wanted = dtype_of(opened.tensors[EMBEDDINGS]) if dtype == "auto" else _DTYPES[dtype]
     _check_space(destination, opened, format, wanted)
@@ -122,7 +129,7 @@ def convert(
     model = _network(opened, wanted, device, merge_adapter=False)
     num_rows = _own_rows(opened)
     expected = probe_logits(model, num_rows)
-    if opened.adapter is not None:
+    if opened.adapter is not None and format != "llava-lora":
         merge_adapters(model)
     unfinished = destination.with_name(f".{destination.name}.unfinished-{os.getpid()}")
     try:
@@ -133,7 +140,8 @@ def convert(
         gc.collect()
         on_step("opening the result and comparing its answers")
         again = _reopen(unfinished, opened, format, options)
-        found = probe_logits(_network(again, wanted, device), num_rows)
+        merge = format != "llava-lora"
+        found = probe_logits(_network(again, wanted, device, merge_adapter=merge), num_rows)
         agreement = compare(expected, found, dtype=wanted, merged=opened.adapter is not None)
         insist(agreement, f"the conversion of {source}")
         _move(unfinished, destination)
@@ -162,8 +170,17 @@ def _write(
         save_export(model, opened.tokenizer, directory, opened.meta)
         return
     directory.mkdir(parents=True)
-    card = model_card(opened.meta, format, opened.config)
+    card = model_card(opened.meta, "lora" if format == "llava-lora" else format, opened.config)
     (directory / CARD_NAME).write_text(card, encoding="utf-8")
+    if format == "llava-lora":
+        assert opened.adapter is not None
+        settings = stored_settings(opened.adapter)
+        write_llava_adapter(directory, model, settings, base=opened.meta.language_model)
+        rows = int(opened.config.image_token_id)
+        write_config(directory, opened.config, num_rows=rows, dtype=model.dtype)
+        saved: Any = opened.tokenizer
+        saved.save_pretrained(directory)
+        return
     tensors = hf_to_hf(dict(model.state_dict()), opened.path)
     if format == "projector":
         names = projector_shapes(opened.config)
@@ -175,11 +192,13 @@ def _write(
 
 
 def _reopen(directory: Path, opened: Source, format: Format, options: dict[str, Any]) -> Source:
-    """Open what was written as a user would; a projector on the source's own parts."""
+    """Open what was written as a user would; projector and adapter on the source's own parts."""
     if format == "projector":
         return replace(
             opened, tensors={**opened.tensors, **read_projector(directory / "mm_projector.bin")}
         )
+    if format == "llava-lora":
+        return replace(opened, adapter=directory)
     if format == "llava":
         options = {**options, "vision_tower": options["vision_tower"] or opened.meta.vision_tower}
     again = open_source(str(directory), **options)

@@ -8,13 +8,21 @@ given by whoever opens it. A stage-1 run leaves the projector alone in ``mm_proj
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast, VipLlavaConfig
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
+)
 
 from vipllava.checkpoints.names import (
     LLAVA_TO_HF,
@@ -24,7 +32,7 @@ from vipllava.checkpoints.names import (
     rename,
     without_prefixes,
 )
-from vipllava.models.building import EMBEDDINGS, HEAD, PROJECTOR, mean_row
+from vipllava.models.building import EMBEDDINGS, HEAD, PROJECTOR, mean_row, projector_shapes
 from vipllava.models.tensor_files import (
     LazyTensor,
     dtype_of,
@@ -174,6 +182,47 @@ def write_llava(
         CheckpointError: the language model is of a family that the original does not have.
     """
     whole: Any = config
+    kept = dict(tensors)
+    own = _rows_without_means(kept, int(whole.image_token_id))
+    for name in (EMBEDDINGS, HEAD):
+        if name in kept and shape_of(kept[name])[0] > own:
+            kept[name] = read_tensor(kept[name])[:own].clone()
+    write_config(
+        directory,
+        config,
+        num_rows=own,
+        dtype=dtype_of(kept[EMBEDDINGS]),
+        vision_tower=vision_tower,
+        image_aspect=image_aspect,
+    )
+    saved: Any = tokenizer
+    saved.save_pretrained(directory)
+    write_tensors(directory, hf_to_llava(kept, "this model").items())
+
+
+def write_config(
+    directory: Path,
+    config: VipLlavaConfig,
+    *,
+    num_rows: int,
+    dtype: torch.dtype,
+    vision_tower: str = RELEASED_TOWER,
+    image_aspect: str = "pad",
+) -> None:
+    """Write ``config.json`` as the released code reads it.
+
+    Args:
+        directory: exists.
+        config: of the network.
+        num_rows: of the embeddings in the file.
+        dtype: of the weights in the file.
+        vision_tower: what ``mm_vision_tower`` says.
+        image_aspect: ``pad`` or what the released code calls otherwise.
+
+    Raises:
+        CheckpointError: the language model is of a family that the original does not have.
+    """
+    whole: Any = config
     text: dict[str, Any] = whole.text_config.to_dict()
     family = text["model_type"]
     types = {inner: outer for outer, inner in MODEL_TYPES.items()}
@@ -182,21 +231,16 @@ def write_llava(
             f"the original format has no {family!r} language models, only "
             f"{', '.join(types)}: use format=hf"
         )
-    kept = dict(tensors)
-    own = _rows_without_means(kept, int(whole.image_token_id))
-    for name in (EMBEDDINGS, HEAD):
-        if name in kept and shape_of(kept[name])[0] > own:
-            kept[name] = read_tensor(kept[name])[:own].clone()
     for key in ("_name_or_path", "transformers_version"):
         text.pop(key, None)
     text |= {
         "architectures": [_ARCHITECTURES[family]],
         "model_type": types[family],
-        "vocab_size": own,
-        "dtype": str(dtype_of(kept[EMBEDDINGS])).removeprefix("torch."),
+        "vocab_size": num_rows,
+        "dtype": str(dtype).removeprefix("torch."),
         "mm_vision_tower": vision_tower,
         "mm_projector_type": "mlp2x_gelu",
-        "mm_hidden_size": shape_of(kept[f"{PROJECTOR}.linear_1.weight"])[1],
+        "mm_hidden_size": projector_shapes(config)[f"{PROJECTOR}.linear_1.weight"][1],
         "mm_vision_select_layer": -2,  # the released tower ignores it
         "mm_vision_select_feature": "patch",
         "mm_use_im_start_end": False,
@@ -207,12 +251,9 @@ def write_llava(
         "use_mm_proj": True,
     }
     text["torch_dtype"] = text["dtype"]  # as the transformers of the released code reads it
-    saved: Any = tokenizer
-    saved.save_pretrained(directory)
     (directory / "config.json").write_text(
         json.dumps(text, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
-    write_tensors(directory, hf_to_llava(kept, "this model").items())
 
 
 def read_projector(path: Path) -> dict[str, LazyTensor]:
@@ -263,6 +304,40 @@ def write_projector(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     renamed = {name: value.cpu().clone() for name, value in hf_to_llava(values, "this").items()}
     torch.save(renamed, path)
     save_tensors(path.with_suffix(".safetensors"), renamed)
+
+
+def save_projector(model: VipLlavaForConditionalGeneration, directory: Path) -> Path:
+    """Write a network's projector alone into a folder: beside its place first, then renamed.
+
+    Raises:
+        CheckpointError: the folder holds something else, or cannot be written.
+    """
+    if directory.is_dir() and any(directory.iterdir()) and not _holds_projector(directory):
+        raise CheckpointError(
+            f"{directory} exists and holds no projector: choose another, or move it away"
+        )
+    projector: Any = model.model.multi_modal_projector
+    tensors = {f"{PROJECTOR}.{name}": p.detach() for name, p in projector.named_parameters()}
+    unfinished = directory.with_name(f".{directory.name}.unfinished-{os.getpid()}")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        write_projector(unfinished / PROJECTOR_FILES[1], tensors)
+        if directory.exists():
+            shutil.rmtree(directory)
+        unfinished.rename(directory)
+    except OSError as error:
+        raise CheckpointError(
+            f"the projector could not be written to {directory} ({error}): free some space or "
+            "choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return directory
+
+
+def _holds_projector(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in PROJECTOR_FILES)
 
 
 def _rows_without_means(tensors: Mapping[str, LazyTensor], image_token_id: int) -> int:

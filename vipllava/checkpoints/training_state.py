@@ -10,6 +10,7 @@ own readers would, and are held to plain values here.
 from __future__ import annotations
 
 import contextlib
+import enum
 import importlib
 import os
 import pickle
@@ -134,7 +135,8 @@ def _plain_values_only() -> Generator[None]:
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        with torch.serialization.safe_globals([value for value in known if value is not None]):
+        plain = [value for value in known if value is not None]
+        with torch.serialization.safe_globals([*plain, (_enum_member, "builtins.getattr")]):
             yield
     finally:
         if before is None:
@@ -143,10 +145,20 @@ def _plain_values_only() -> Generator[None]:
             os.environ[name] = before
 
 
+def _enum_member(kind: object, name: str) -> enum.Enum:
+    """Stand in for ``getattr``, as which early releases of Python 3.11 pickle an enum's member."""
+    if isinstance(kind, enum.EnumMeta) and name in kind.__members__:
+        members = cast("type[enum.Enum]", kind)
+        return members[name]
+    raise pickle.UnpicklingError(f"{name} of {kind} is no plain value")
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Reads the index of a distributed checkpoint: its own classes, dtypes and paths only."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (module_name, global_name) == ("builtins", "getattr"):
+            return _enum_member
         if (module_name, global_name) in _METADATA_VALUES:
             return super().find_class(module_name, global_name)
         if module_name in (_METADATA, "torch") and "." not in global_name:

@@ -10,7 +10,7 @@ from vipllava.commands.settings import Setting, describe_settings, read_settings
 if TYPE_CHECKING:
     from rich.console import Console
 
-_FORMATS: Final = ("hf", "llava", "projector", "lora-merged")
+_FORMATS: Final = ("hf", "llava", "projector", "lora-merged", "llava-lora")
 
 
 def _one_of(*names: str) -> Any:
@@ -40,7 +40,8 @@ _SETTINGS: Final = (
         "format",
         _one_of(*_FORMATS),
         "hf",
-        "hf (default), llava (the original), projector, or lora-merged",
+        "hf (default), llava (the original), projector, lora-merged, or llava-lora (the "
+        "original's adapter folder)",
     ),
     Setting(
         "vision_tower",

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from vipllava.checkpoints.adapter_format import save_adapter
 from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.hf_format import save_export
+from vipllava.checkpoints.llava_format import save_projector
 from vipllava.models.adapters import merge_adapters
 from vipllava.models.freezing import ParameterRow, parameter_table
 from vipllava.training.lit_module import VipLlavaLitModule
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"
 """Name of the folder of a run's adapters, beside its export."""
+
+PROJECTOR_FOLDER = "projector"
+"""Name of the folder of what a stage-1 run trained, beside its export."""
 
 
 def render_parameter_table(rows: tuple[ParameterRow, ...]) -> Table:
@@ -72,7 +76,8 @@ class ExportCallback(Callback):
 
     An interrupted or failed run writes nothing, and a folder appears only when it is complete. A
     run with adapters writes these, with the projector, into ``adapter`` beside the folder, and the
-    folder holds them merged.
+    folder holds them merged. One that trains the projector alone (stage 1) writes it into
+    ``projector``, too.
 
     Args:
         directory: the folder to write; one of an earlier run is replaced.
@@ -107,6 +112,9 @@ class ExportCallback(Callback):
                 merge_adapters(network)
             save_export(network, self.tokenizer, self.directory, self.meta)
             logger.info("exported the model to %s", self.directory)
+            if tuple(module.trainable) == ("projector",):
+                folder = save_projector(network, self.directory.with_name(PROJECTOR_FOLDER))
+                logger.info("wrote what was trained, the projector alone, to %s", folder)
         trainer.strategy.barrier("export")
 
 
