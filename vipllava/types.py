@@ -40,6 +40,9 @@ Polygon = tuple[Point, ...]
 class VipLlavaError(Exception):
     """Base of the errors a user can act on: the thing, its value and the remedy."""
 
+    exit_code = 2
+    """Of a command that ends with it."""
+
     def at(self, where: object) -> Self:
         """Return the same error with a place in front of its message."""
         placed = type(self)(f"{where}: {self}")
@@ -65,6 +68,13 @@ class RecordError(VipLlavaError):
 
 class CheckpointError(VipLlavaError):
     """A checkpoint or model folder is missing, broken, or belongs to another model."""
+
+
+class Interrupted(VipLlavaError):
+    """A run was asked to stop, has saved its state, and goes on with the same command."""
+
+    exit_code = 75
+    """``EX_TEMPFAIL``: try again; what a batch script asks for to put the job back in the queue."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,12 +161,12 @@ def test_flash_attention_only_where_installed(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_names_make_the_folders():
-    keys = ("run_dir", "callbacks.checkpoint.dirpath", "logger.csv.save_dir", "stage.checkpoint")
+    keys = ("run_dir", "callbacks.checkpoint.dirpath", "logger.csv.folder", "stage.checkpoint")
     job = ("stage=gpt4v", "experiment=quickstart")
     assert _resolve(*job, keys=keys) == [
         "runs/quickstart/tiny-gpt4v",
         "runs/quickstart/tiny-gpt4v/checkpoints",
-        "runs/quickstart/tiny-gpt4v",
+        "runs/quickstart/tiny-gpt4v/csv",
         "runs/quickstart/tiny-finetune/export",
     ]
 

@@ -24,6 +24,8 @@ class Job:
         data_root: holds the shards and ``manifests``.
         spec: the network.
         kill_at: global step at whose beginning it kills itself; None lets it end.
+        kill_in_save_of: step in the middle of whose checkpoint's file it kills itself.
+        ask_at: step during which it is asked to stop by SIGTERM.
         data: further arguments of the data module.
         module: further arguments of the LightningModule.
     """
@@ -32,6 +34,8 @@ class Job:
     data_root: Path
     spec: ModelSpec
     kill_at: int | None = None
+    kill_in_save_of: int | None = None
+    ask_at: int | None = None
     data: dict[str, Any] = field(default_factory=dict)
     module: dict[str, Any] = field(default_factory=dict)
 
@@ -54,6 +58,11 @@ def losses(folder: Path) -> dict[int, str]:
     return found
 
 
+def log(folder: Path) -> str:
+    """Return the run's own log."""
+    return (folder / "csv" / "metrics.csv").read_text()
+
+
 def _run(job: Job) -> None:
     # As in a real run; workers of a fork server outlive a trainer that is killed.
     multiprocessing.set_start_method("fork", force=True)
@@ -61,14 +70,17 @@ def _run(job: Job) -> None:
 
     import lightning
     import torch
-    from lightning.pytorch.callbacks import ModelCheckpoint
 
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.conversation import ConversationEncoder
     from vipllava.data.datamodule import VisualPromptDataModule
     from vipllava.data.image_transform import ImageTransform
     from vipllava.models.building import image_seq_length, token_id
+    from vipllava.training import checkpointing
+    from vipllava.training.csv_log import CsvLog, cut_csv
     from vipllava.training.lit_module import VipLlavaLitModule
+    from vipllava.training.restart import prepare_run
+    from vipllava.types import Interrupted
     from vipllava.visual_prompts.policies import VisualPromptPolicy
 
     warnings.simplefilter("ignore")
@@ -95,10 +107,12 @@ def _run(job: Job) -> None:
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             if self.trainer.global_step == job.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.trainer.global_step == job.ask_at:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def log_step(self) -> None:
             before = self._last_global_step
-            super().on_train_batch_end(outputs, batch, batch_idx)
+            super().log_step()
             if self._last_global_step != before:
                 loss = float(self.trainer.callback_metrics["train/loss"])
                 with (job.folder / "losses.txt").open("a") as file:
@@ -112,20 +126,46 @@ def _run(job: Job) -> None:
         tokenizer=tokenizer,
         **job.module,
     )
-    checkpoints = job.folder / "checkpoints"
-    newest = sorted(checkpoints.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
-    save = ModelCheckpoint(checkpoints, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    if job.kill_in_save_of is not None:
+        _kill_in_save_of(job.kill_in_save_of)
+    restart = prepare_run(job.folder, {"seed": 3})
+    cut_csv(job.folder / "csv" / "metrics.csv", restart.num_steps)
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=2,
         accumulate_grad_batches=2,
-        logger=False,
+        logger=CsvLog(job.folder / "csv"),
+        log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[save],
+        callbacks=[checkpointing.CheckpointCallback(job.folder / "checkpoints", every_n_steps=1)],
+        plugins=[checkpointing.AtomicCheckpointIO()],
         default_root_dir=job.folder,
     )
-    resume = newest[-1] if newest else None
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=restart.checkpoint, weights_only=True)
+    except Interrupted as error:
+        raise SystemExit(error.exit_code) from error
+
+
+def _kill_in_save_of(step: int) -> None:
+    """Let this process die when half of a checkpoint is in its file."""
+    import io
+
+    import torch
+
+    save = torch.save
+
+    def half(value: Any, file: Any) -> None:
+        if value["global_step"] != step:
+            save(value, file)
+            return
+        whole = io.BytesIO()
+        save(value, whole)
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.data.toy_data import toy_samples
-from tests.training.resume_job import Job, losses, start
+from tests.training.resume_job import Job, log, losses, start
 from vipllava.data.shards import write_shards
 from vipllava.models.adapters import AdapterSettings
 from vipllava.models.building import ModelSpec
+from vipllava.training.restart import list_checkpoints
 
 
 @pytest.fixture
@@ -54,14 +55,21 @@ LORA = {"adapter": AdapterSettings(r=4, alpha=8, dropout=0.3)}
 def test_a_killed_run_has_the_same_losses(
     data_root: Path, with_dropout: ModelSpec, data: dict, module: dict
 ):
-    def job(folder: str, kill_at: int | None = None) -> Job:
+    def job(folder: str, **ends: int) -> Job:
         (data_root / folder).mkdir(exist_ok=True)
-        return Job(data_root / folder, data_root, with_dropout, kill_at, data, module)
+        return Job(data_root / folder, data_root, with_dropout, data=data, module=module, **ends)
 
     assert start(job("whole")) == 0
     whole = losses(data_root / "whole")
     assert len(whole) >= 8
     assert len(set(whole.values())) == len(whole)
-    for kill_at in (2, 5, None):
-        assert start(job("killed", kill_at)) == (-9 if kill_at else 0)
+    assert start(job("killed", kill_at=2)) == -9
+    assert start(job("killed", kill_in_save_of=4)) == -9
+    names = {path.name for path in (data_root / "killed" / "checkpoints").iterdir()}
+    assert names == {"000002.ckpt", "000003.ckpt", ".000004.ckpt.unfinished"}
+    assert start(job("killed", ask_at=5)) == 75
+    assert list_checkpoints(data_root / "killed" / "checkpoints")[-1].name == "000006.ckpt"
+    assert start(job("killed")) == 0
     assert losses(data_root / "killed") == whole
+    assert log(data_root / "killed") == log(data_root / "whole")
+    assert len(log(data_root / "whole").splitlines()) == 1 + len(whole)

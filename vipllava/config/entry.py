@@ -46,7 +46,7 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
         try:
             task(cfg)
         except VipLlavaError as error:
-            _fail(str(error))
+            _fail(str(error), error.exit_code)
 
     main = hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(job)
     try:
@@ -65,6 +65,6 @@ def composition_message(
     return format_problems(problems or [first_line(error)])
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, exit_code: int = EXIT_USER_ERROR) -> None:
     sys.stderr.write(f"error: {message}\n")
-    sys.exit(EXIT_USER_ERROR)
+    sys.exit(exit_code)

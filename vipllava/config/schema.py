@@ -121,6 +121,8 @@ _OPEN_OPTIONAL = Rule("anything", optional=True, nullable=True)
 TRAIN: Mapping[str, Rule] = {
     "name": _text(),
     "run_dir": _text(),
+    "resume": _text(),
+    "resume_anyway": _flag(),
     "seed": _whole(0),
     "inspect": Rule("true, false or how many samples", (bool, int), low=0),
     "lint": _OPEN,

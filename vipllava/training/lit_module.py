@@ -66,8 +66,8 @@ class VipLlavaLitModule(lightning.LightningModule):
     rate of 2e-7 would be rounded away.
 
     Logged once per optimizer step: ``train/loss`` (cross entropy per supervised token of the
-    global batch), ``train/lr`` (the highest of the groups), ``train/grad_norm`` (before clipping;
-    not with DeepSpeed, which keeps the gradients to itself) and ``train/supervised_tokens``.
+    global batch), ``train/lr`` (the highest of the groups), ``train/grad_norm`` (before clipping)
+    and ``train/supervised_tokens``.
 
     Args:
         model: what to build.
@@ -243,15 +243,39 @@ class VipLlavaLitModule(lightning.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log what belongs to the optimizer step, if this micro-batch completed one."""
+        if self.trainer.global_step != self._last_global_step:
+            self.log_step()
+
+    def log_step(self) -> None:
+        """Log the step that has just ended, once; every process has to call this.
+
+        To the loggers at once: Lightning's own way goes there after all callbacks, and a run that
+        is killed behind a checkpoint would lack the row.
+        """
         if self.trainer.global_step == self._last_global_step:
             return
         self._last_global_step = self.trainer.global_step
+        strategy: Any = self.trainer.strategy
         # Every rank's sum is already divided by the global count: the ranks' values add up.
-        shared = {"sync_dist": True, "reduce_fx": "sum", "on_step": True, "on_epoch": False}
-        self.log("train/loss", self._step_loss, prog_bar=True, batch_size=1, **shared)
-        self.log("train/supervised_tokens", float(self._step_tokens), batch_size=1, **shared)
-        for name, value in self._step_values.items():
-            self.log(name, value, prog_bar=name == "train/lr", batch_size=1)
+        sums = torch.stack([self._step_loss.float(), self._step_loss.new_tensor(self._step_tokens)])
+        loss, num_tokens = strategy.reduce(sums, reduce_op="sum").tolist()
+        if _divides_twice(strategy):
+            norm = strategy.deepspeed_engine.get_global_grad_norm()
+            if norm is not None:
+                self._step_values["train/grad_norm"] = norm
+        values = {
+            "train/loss": loss,
+            "train/supervised_tokens": num_tokens,
+            **{name: float(value) for name, value in self._step_values.items()},
+        }
+        shown = {name: values[name] for name in ("train/loss", "train/lr") if name in values}
+        self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+        rest = {name: value for name, value in values.items() if name not in shown}
+        self.log_dict(rest, logger=False, batch_size=1)
+        for log in self.trainer.loggers:
+            # Numbered as Lightning does: by the steps before this one.
+            row = {**values, "epoch": self.current_epoch}
+            log.log_metrics(row, step=self.trainer.global_step - 1)
         self._step_loss = torch.zeros_like(self._step_loss)
         self._step_tokens = 0
 

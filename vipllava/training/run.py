@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from vipllava.data.datamodule import VisualPromptDataModule
     from vipllava.models.building import ModelSpec
+    from vipllava.training.restart import Restart
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def run_training(cfg: DictConfig) -> Path:
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.models.hub_models import draw_bars_on_terminals_only
     from vipllava.training.callbacks import ExportCallback
+    from vipllava.types import Interrupted
 
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         # Lightning prints beside the root logger, which has both terminal and file.
@@ -56,6 +58,7 @@ def run_training(cfg: DictConfig) -> Path:
     if cfg.machine.tf32:
         torch.set_float32_matmul_precision("high")
     export_dir = Path(cfg.run_dir) / EXPORT_FOLDER
+    restart = _begin(cfg)
 
     spec: ModelSpec = instantiate(cfg.module.model, _convert_="all")
     tokenizer = load_tokenizer(spec)
@@ -67,6 +70,7 @@ def run_training(cfg: DictConfig) -> Path:
     trainer = _partial(cfg.trainer)(
         logger=_instantiate_all(cfg.get("logger")),
         callbacks=[*_instantiate_all(cfg.get("callbacks")), export],
+        plugins=_plugins(cfg),
     )
 
     logger.info("training stage %s of %s into %s", cfg.stage.name, cfg.model.name, cfg.run_dir)
@@ -75,13 +79,56 @@ def run_training(cfg: DictConfig) -> Path:
         warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
         # Lightning 2.6 with torch 2.13; nothing a user can do.
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-        trainer.fit(module, datamodule=datamodule)
+        try:
+            trainer.fit(
+                module,
+                datamodule=datamodule,
+                ckpt_path=None if restart.checkpoint is None else str(restart.checkpoint),
+                weights_only=True,
+            )
+        except Interrupted:
+            if trainer.is_global_zero:
+                raise
+            return export_dir  # one process tells; a launcher takes an error of another for a crash
     if trainer.interrupted or (trainer.is_global_zero and not export_dir.is_dir()):
         raise VipLlavaError(
             f"training ended before its last step and exported nothing to {export_dir}: "
             "start it again"
         )
     return export_dir
+
+
+def _begin(cfg: DictConfig) -> Restart:
+    """Decide where the run begins; the first process also brings its folder into that state."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+    from omegaconf import OmegaConf
+
+    from vipllava.training.csv_log import FILE_NAME, cut_csv
+    from vipllava.training.restart import find_restart, prepare_run
+
+    run_dir, resume = Path(cfg.run_dir), str(cfg.resume)
+    if rank_zero_only.rank not in (0, None):
+        return find_restart(run_dir, resume=resume)
+    job: Any = OmegaConf.to_container(cfg, resolve=True)
+    restart = prepare_run(run_dir, job, resume=resume, anyway=bool(cfg.resume_anyway))
+    cut_csv(run_dir / "csv" / FILE_NAME, restart.num_steps)
+    if restart.checkpoint is not None:
+        logger.info("going on from %s, after %s steps", restart.checkpoint, restart.num_steps)
+    return restart
+
+
+def _plugins(cfg: DictConfig) -> list[Any]:
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    from vipllava.training.checkpointing import AtomicCheckpointIO
+
+    plugins: list[Any] = []
+    if cfg.strategy.name in ("single", "ddp"):
+        plugins.append(AtomicCheckpointIO())
+    if SLURMEnvironment.detect():
+        # Its own way of saving and queueing again knows nothing of run folders.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return plugins
 
 
 def _make_sample_data(cfg: DictConfig) -> None:

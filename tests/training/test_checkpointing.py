@@ -1,0 +1,108 @@
+"""Checkpoints are whole or not there; tests/training/test_resume.py kills real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
+from vipllava.training import checkpointing
+from vipllava.training.checkpointing import AtomicCheckpointIO, CheckpointCallback
+from vipllava.types import CheckpointError, Interrupted
+
+pytestmark = LIGHTNING_WARNINGS
+
+
+def _names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk that is full after half of a file."""
+
+    def write(value, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", write)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_file_has_its_name_when_it_is_whole(tmp_path, asynchronous):
+    plugin = AtomicCheckpointIO(asynchronous)
+    weight = torch.ones(3)
+    plugin.save_checkpoint({"weight": weight}, tmp_path / "000001.ckpt")
+    weight += 1  # training goes on while the file is written
+    plugin.teardown()
+    assert _names(tmp_path) == ["000001.ckpt"]
+    assert torch.load(tmp_path / "000001.ckpt")["weight"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_keeps_the_one_before(tmp_path, full_disk, asynchronous):
+    (tmp_path / "000001.ckpt").write_bytes(b"whole")
+    plugin = AtomicCheckpointIO(asynchronous)
+
+    def save_and_wait() -> None:
+        plugin.save_checkpoint({}, tmp_path / "000002.ckpt")
+        plugin.wait()
+
+    with pytest.raises(CheckpointError, match=r"000002\.ckpt could not be written .*No space"):
+        save_and_wait()
+    plugin.teardown()
+    assert _names(tmp_path) == ["000001.ckpt"]
+
+
+def _fit(make_module, make_trainer, callback, **changes):
+    trainer = make_trainer(
+        enable_checkpointing=True, callbacks=[callback], plugins=[AtomicCheckpointIO()], **changes
+    )
+    trainer.fit(make_module(), Loader(make_samples(12), 2, 2))
+    return trainer
+
+
+def test_the_last_ones_stay(make_module, make_trainer, tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / ".000009.ckpt.unfinished").write_bytes(b"half of an earlier one")
+    _fit(make_module, make_trainer, CheckpointCallback(folder, every_n_steps=2, keep_last=2))
+    # The one that is being written does not push out the last whole one.
+    assert _names(folder)[-2:] == ["000004.ckpt", "000006.ckpt"]
+    assert len(_names(folder)) <= 3
+    assert torch.load(folder / "000006.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_by_the_clock(make_module, make_trainer, tmp_path, monkeypatch):
+    now = iter(range(10_000))
+    monkeypatch.setattr(checkpointing.time, "monotonic", lambda: 30.0 * next(now))
+    callback = CheckpointCallback(
+        tmp_path / "c", every_n_steps=None, every_n_minutes=1, keep_last=9
+    )
+    _fit(make_module, make_trainer, callback)
+    steps = [int(name[:6]) for name in _names(tmp_path / "c")]
+    assert 1 <= len(steps) < 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_a_run_saves_first(make_module, make_trainer, tmp_path, number):
+    before = signal.getsignal(number)
+
+    class Asking(CheckpointCallback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 3:
+                os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted, match=rf"stopped at step 4 by {number.name}.*same command"):
+        _fit(make_module, make_trainer, Asking(tmp_path / "c", every_n_steps=100))
+    assert _names(tmp_path / "c") == ["000004.ckpt"]
+    assert signal.getsignal(number) == before
+
+
+def test_an_error_of_the_disk_ends_the_run_readably(make_module, make_trainer, tmp_path, full_disk):
+    with pytest.raises(CheckpointError, match="free some space"):
+        _fit(make_module, make_trainer, CheckpointCallback(tmp_path / "c", every_n_steps=1))
+    assert _names(tmp_path / "c") == []

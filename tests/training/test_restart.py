@@ -1,0 +1,181 @@
+"""Where a run begins, what may have changed since, and the log that goes on with it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from vipllava.training.csv_log import CsvLog, cut_csv
+from vipllava.training.restart import (
+    Restart,
+    differences,
+    find_restart,
+    list_checkpoints,
+    prepare_run,
+)
+from vipllava.types import CheckpointError, ConfigError
+
+JOB = {
+    "seed": 1,
+    "stage": {"name": "finetune", "max_length": 2048, "learning_rate": 2e-5},
+    "data": {"manifest": "mine", "num_workers": 4},
+    "strategy": {"name": "ddp"},
+    "module": {"model": {"language_model": "a", "dtype": "float32"}},
+}
+
+
+def _job(**changes: object) -> dict:
+    """Return the job with dotted keys changed."""
+    import copy
+
+    job = copy.deepcopy(JOB)
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        node: dict = job
+        for name in path:
+            node = node[name]
+        node[last] = value
+    return job
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    """A run that was started and has two checkpoints, one of them a folder."""
+    prepare_run(tmp_path / "run", JOB)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "000010.ckpt").mkdir(parents=True)
+    (checkpoints / "000009.ckpt").write_bytes(b"nine")
+    (checkpoints / ".000011.ckpt.unfinished").write_bytes(b"half")
+    (checkpoints / "best.ckpt").write_bytes(b"best")
+    return tmp_path / "run"
+
+
+def test_only_whole_checkpoints_count(run_dir):
+    names = [path.name for path in list_checkpoints(run_dir / "checkpoints")]
+    assert names == ["000009.ckpt", "000010.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("resume", "checkpoint", "num_steps"),
+    [
+        ("auto", "000010.ckpt", 10),
+        ("never", None, 0),
+        ("checkpoints/000009.ckpt", "000009.ckpt", 9),
+    ],
+)
+def test_every_process_begins_at_the_same_place(
+    run_dir, monkeypatch, resume, checkpoint, num_steps
+):
+    monkeypatch.chdir(run_dir)
+    others = find_restart(run_dir, resume=resume)
+    first = prepare_run(run_dir, JOB, resume=resume)
+    assert first == others
+    assert first.num_steps == num_steps
+    assert (first.checkpoint.name if first.checkpoint else None) == checkpoint
+
+
+def test_a_new_run(tmp_path):
+    assert prepare_run(tmp_path / "new" / "run", JOB) == Restart(None, 0)
+    assert (tmp_path / "new" / "run" / "job.yaml").is_file()
+
+
+def test_beginning_anew_loses_nothing(run_dir):
+    prepare_run(run_dir, JOB, resume="never")
+    assert (run_dir / "before-1" / "checkpoints" / "000009.ckpt").read_bytes() == b"nine"
+    assert not (run_dir / "checkpoints").exists()
+    prepare_run(run_dir, JOB, resume="never")
+    assert (run_dir / "before-2" / "job.yaml").is_file()
+
+
+def test_a_checkpoint_that_is_not_there(run_dir):
+    with pytest.raises(CheckpointError, match=r"resume=nowhere does not exist.*has 000009.ckpt, 0"):
+        prepare_run(run_dir, JOB, resume="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "listed"),
+    [
+        ({"seed": 2}, "seed: 1 -> 2"),
+        ({"stage__max_length": 1024}, "stage.max_length: 2048 -> 1024"),
+        ({"data__manifest": "other"}, "data.manifest: mine -> other"),
+        ({"module__model__language_model": "b"}, "module.model.language_model: a -> b"),
+        ({"strategy__name": "zero3"}, "strategy.name: ddp -> zero3"),
+    ],
+)
+def test_what_changes_data_or_model_is_refused(run_dir, caplog, change, listed):
+    before = (run_dir / "job.yaml").read_text()
+    with pytest.raises(ConfigError, match="was started with another configuration") as error:
+        prepare_run(run_dir, _job(**change))
+    assert listed in str(error.value)
+    assert (run_dir / "job.yaml").read_text() == before
+
+    with caplog.at_level(logging.WARNING):
+        assert prepare_run(run_dir, _job(**change), anyway=True).num_steps == 10
+    assert listed in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "listed"),
+    [
+        ({"stage__learning_rate": 1e-5}, "stage.learning_rate: 2e-05 -> 1e-05"),
+        ({"data__num_workers": 0}, "data.num_workers: 4 -> 0"),
+        ({"strategy__name": "single"}, "strategy.name: ddp -> single"),
+        ({"module__model__dtype": "bfloat16"}, "module.model.dtype: float32 -> bfloat16"),
+    ],
+)
+def test_other_changes_are_shown(run_dir, caplog, change, listed):
+    with caplog.at_level(logging.INFO):
+        assert prepare_run(run_dir, _job(**change)).num_steps == 10
+    assert listed in caplog.text
+    caplog.clear()
+    prepare_run(run_dir, _job(**change))
+    assert listed not in caplog.text
+
+
+def test_a_job_that_never_saved_may_be_changed(tmp_path):
+    prepare_run(tmp_path, JOB)
+    assert prepare_run(tmp_path, _job(seed=2)) == Restart(None, 0)
+
+
+def test_differences_name_what_only_one_has():
+    assert differences({"a": {"b": 1}, "c": [1]}, {"a": {}, "c": [1]}) == {
+        "a": ("(not set)", {}),
+        "a.b": (1, "(not set)"),
+    }
+
+
+class TestCsvLog:
+    def test_metrics_of_one_step_share_a_row(self, tmp_path):
+        log = CsvLog(tmp_path)
+        log.log_metrics({"b": 1.5, "epoch": 0}, step=0)
+        log.log_metrics({"a": 2.0}, step=0)
+        log.log_metrics({"b": 2.5, "epoch": 0}, step=1)
+        assert (tmp_path / "metrics.csv").read_text() == ("epoch,step,a,b\n0,0,2.0,1.5\n0,1,,2.5\n")
+        log.log_metrics({"Zürich": 3.0}, step=1)
+        log.log_metrics({"c": 4.0}, step=2)
+        assert (tmp_path / "metrics.csv").read_text(encoding="utf-8") == (
+            "epoch,step,Zürich,a,b,c\n0,0,,2.0,1.5,\n0,1,3.0,,2.5,\n,2,,,,4.0\n"
+        )
+
+    def test_a_resumed_run_goes_on_below_its_checkpoint(self, tmp_path):
+        path = tmp_path / "metrics.csv"
+        whole = CsvLog(tmp_path)
+        for step in range(4):
+            whole.log_metrics({"loss": step / 3}, step=step)
+        expected = path.read_text()
+        with path.open("a") as file:
+            file.write("4,1.2")  # a row that a kill cut short
+        cut_csv(path, 2)
+        assert path.read_text() == "".join(expected.splitlines(keepends=True)[:3])
+        again = CsvLog(tmp_path)
+        for step in range(2, 4):
+            again.log_metrics({"loss": step / 3}, step=step)
+        assert path.read_text() == expected
+
+    def test_nothing_to_cut(self, tmp_path):
+        cut_csv(tmp_path / "metrics.csv", 3)
+        (tmp_path / "metrics.csv").write_text("half a head")
+        cut_csv(tmp_path / "metrics.csv", 3)
+        assert not (tmp_path / "metrics.csv").exists()

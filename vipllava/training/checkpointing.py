@@ -1,0 +1,279 @@
+"""Training checkpoints that a kill, a full disk or a lost node cannot spoil.
+
+A checkpoint has its name only when it is whole: it is written beside its place, brought to the
+disk, and renamed. Older ones go after that, so at least one good one is always there. Weights that
+are on one process are copied to the CPU and written while training goes on; sharded ones are
+written by all processes together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning_utilities.core.apply_func import apply_to_collection
+
+from vipllava.training.lit_module import VipLlavaLitModule
+from vipllava.training.restart import SUFFIX, list_checkpoints
+from vipllava.types import CheckpointError, Interrupted
+
+logger = logging.getLogger(__name__)
+
+_UNFINISHED: Final = ".unfinished"
+_SIGNALS: Final = ("SIGTERM", "SIGUSR1", "SIGUSR2")
+"""What asks a run to stop: a person or Slurm, before the time is up or on pre-emption."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes one file per checkpoint: beside its place, to the disk, then renamed.
+
+    Args:
+        asynchronous: write from a thread, from a copy on the CPU; the next save waits for it.
+    """
+
+    def __init__(self, asynchronous: bool = True) -> None:
+        self.asynchronous = asynchronous
+        self._executor: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            CheckpointError: this one or the one before it could not be written.
+        """
+        self.wait()
+        if not self.asynchronous:
+            _write(checkpoint, Path(path))
+            return
+        copy = apply_to_collection(checkpoint, torch.Tensor, _to_cpu)
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending = self._executor.submit(_write, copy, Path(path))
+
+    def wait(self) -> None:
+        """Wait for the file that is being written; raises what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def teardown(self) -> None:
+        """Finish the last file."""
+        try:
+            self.wait()
+        finally:
+            if self._executor is not None:
+                self._executor.shutdown()
+                self._executor = None
+
+
+class CheckpointCallback(Checkpoint):
+    """Saves at steps, at times, and before a run that is asked to stop does so.
+
+    Args:
+        dirpath: folder of the run's checkpoints.
+        every_n_steps: optimizer steps between two; None: not by steps.
+        every_n_minutes: minutes between two, on the first process's clock; None: not by time.
+        keep_last: how many stay, at least one.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path,
+        every_n_steps: int | None = 500,
+        every_n_minutes: float | None = None,
+        keep_last: int = 2,
+    ) -> None:
+        self.folder = Path(dirpath)
+        self.every_n_steps = every_n_steps
+        self.every_n_minutes = every_n_minutes
+        self.keep_last = max(1, keep_last)
+        self._asked_by: str | None = None
+        self._last_step = 0
+        self._last_time = time.monotonic()
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Clear what a killed save left, and listen to the signals that ask to stop."""
+        self._last_step, self._last_time = trainer.global_step, time.monotonic()
+        if trainer.is_global_zero and self.folder.is_dir():
+            for path in self.folder.glob(f".*{_UNFINISHED}"):
+                _remove(path)
+        if threading.current_thread() is threading.main_thread():
+            for name in _SIGNALS:
+                if number := getattr(signal, name, None):  # Windows has SIGTERM only
+                    # In place of Lightning's, which talks to other processes from the handler.
+                    self._handlers[number] = signal.signal(number, self._note_signal)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save if this micro-batch completed a step that is due."""
+        step = trainer.global_step
+        if step == self._last_step:
+            return
+        asked, due = self._decide(trainer, step)
+        if asked or due:
+            self.save(trainer)
+        if asked:
+            _wait(trainer)
+            raise Interrupted(
+                f"stopped at step {step} by {self._asked_by or 'a signal to another process'}; the "
+                f"checkpoint is in {self.folder}: start the same command again to go on"
+            )
+        self._last_step = step
+
+    def save(self, trainer: lightning.Trainer) -> Path:
+        """Save now; every process has to call this.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be written; those of before stay.
+        """
+        path = self.folder / f"{trainer.global_step:06d}{SUFFIX}"
+        if isinstance(trainer.lightning_module, VipLlavaLitModule):
+            # Lightning would log this step only after the callbacks, and a kill in between lose it.
+            trainer.lightning_module.log_step()
+        if trainer.is_global_zero:
+            for log in trainer.loggers:
+                log.save()
+            self.folder.mkdir(parents=True, exist_ok=True)
+        sharded = isinstance(trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy))
+        try:
+            if sharded:
+                _save_sharded(trainer, path)
+            else:
+                trainer.save_checkpoint(path)
+        except OSError as error:
+            raise CheckpointError(_unwritten(path, error)) from error
+        self._last_time = time.monotonic()
+        if trainer.is_global_zero:
+            for old in list_checkpoints(self.folder)[: -self.keep_last]:
+                _remove(old)
+        return path
+
+    def teardown(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Give the signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self._asked_by = signal.Signals(number).name
+
+    def _decide(self, trainer: lightning.Trainer, step: int) -> tuple[bool, bool]:
+        """Say whether to stop and whether to save; the same on every process."""
+        asked = self._asked_by is not None
+        due = bool(self.every_n_steps) and step % int(self.every_n_steps or 1) == 0
+        late = (
+            self.every_n_minutes is not None
+            and trainer.is_global_zero
+            and time.monotonic() - self._last_time >= 60 * self.every_n_minutes
+        )
+        if trainer.world_size > 1:
+            device = trainer.strategy.root_device
+            flags = torch.tensor([asked, late], dtype=torch.int32, device=device)
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+            asked, late = (bool(flag) for flag in flags.tolist())
+        return asked, due or late
+
+
+def _save_sharded(trainer: lightning.Trainer, path: Path) -> None:
+    unfinished = _beside(path)
+    if trainer.is_global_zero:
+        _remove(unfinished)
+    trainer.strategy.barrier("before saving")
+    trainer.save_checkpoint(unfinished)
+    trainer.strategy.barrier("saved")
+    if trainer.is_global_zero:
+        for file in [*unfinished.rglob("*"), unfinished]:
+            _sync(file)
+        if path.exists():
+            _remove(path)
+        unfinished.rename(path)
+        _sync(path.parent)
+    trainer.strategy.barrier("renamed")
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    unfinished = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        _sync(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError on a full disk
+        _remove(unfinished)
+        raise CheckpointError(_unwritten(path, error)) from error
+
+
+def _unwritten(path: Path, error: BaseException) -> str:
+    reason = str(error).strip().split("\n", 1)[0]
+    return (
+        f"the checkpoint {path} could not be written ({reason}): free some space; those of before "
+        "are whole, and the same command goes on from the newest"
+    )
+
+
+def _wait(trainer: lightning.Trainer) -> None:
+    plugin: Any = trainer.strategy.checkpoint_io
+    if isinstance(plugin, AtomicCheckpointIO):
+        plugin.wait()
+
+
+def _to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_UNFINISHED}")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder; a folder loses its name first, so no half of one is found."""
+    if path.is_dir():
+        if not path.name.startswith("."):
+            path = path.rename(_beside(path))
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk where the system can."""
+    with contextlib.suppress(OSError):  # Windows opens no folders, some file systems sync none
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

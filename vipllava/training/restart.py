@@ -1,0 +1,201 @@
+"""The same command again goes on where the run stopped, or says why it cannot.
+
+A run's folder keeps the configuration it was started with. Before a run goes on, what has changed
+since is shown; what would change the order of the data or the model is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from vipllava.types import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+JOB_FILE: Final = "job.yaml"
+CHECKPOINTS: Final = "checkpoints"
+SUFFIX: Final = ".ckpt"
+_MATTERS: Final = (
+    "seed",
+    "stage.name",
+    "stage.checkpoint",
+    "stage.trainable",
+    "stage.chat_template",
+    "stage.image_aspect",
+    "stage.max_length",
+    "stage.pack_length",
+    "stage.global_batch_size",
+    "module.model",
+    "module.adapter",
+    "module.quantization",
+    "visual_prompts",
+    "data.manifest",
+    "data.mix",
+    "data.samples_per_epoch",
+    "data.batching",
+    "data.global_batch_size",
+    "data.window_samples",
+    "strategy.name",
+)
+"""What decides the order of the data, the model, or the form of its checkpoints."""
+_HARMLESS: Final = ("module.model.attn_implementation", "module.model.dtype")
+"""Exceptions: how the model is computed."""
+_UNSHARDED: Final = ("single", "ddp")
+"""Strategies whose checkpoints are one and the same file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """How a run begins.
+
+    Attributes:
+        checkpoint: to go on from, or None to begin.
+        num_steps: optimizer steps that it has done.
+    """
+
+    checkpoint: Path | None
+    num_steps: int
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the whole checkpoints of a run, oldest first; files, or folders where sharded."""
+    found = [path for path in folder.glob(f"*{SUFFIX}") if path.stem.isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem))
+
+
+def prepare_run(
+    run_dir: Path, job: Mapping[str, Any], *, resume: str = "auto", anyway: bool = False
+) -> Restart:
+    """Decide where a run begins, and bring its folder into that state.
+
+    To be called by the first process only, before any weight is loaded.
+
+    Args:
+        run_dir: the run's folder; made if it is not there.
+        job: the whole configuration as plain values.
+        resume: ``auto`` goes on from the newest checkpoint if there is one; ``never`` begins, and
+            moves what an earlier run left aside; else the path of a checkpoint.
+        anyway: go on although what has changed decides the data's order or the model.
+
+    Raises:
+        CheckpointError: the named checkpoint is not there.
+        ConfigError: the run was started with other data or another model; the message lists what
+            differs.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoints = run_dir / CHECKPOINTS
+    if resume == "never":
+        _move_aside(run_dir)
+    found = list_checkpoints(checkpoints)
+    checkpoint = found[-1] if found else None
+    if resume not in ("auto", "never"):
+        checkpoint = Path(resume).expanduser()
+        if not checkpoint.exists():
+            known = ", ".join(path.name for path in found) or "none"
+            raise CheckpointError(
+                f"resume={resume} does not exist; {checkpoints} has {known}: use resume=auto, or "
+                "name a checkpoint"
+            )
+    if checkpoint is not None:
+        _check_job(run_dir, job, checkpoint, anyway)
+    _write_job(run_dir / JOB_FILE, job)
+    return _restart(checkpoint)
+
+
+def find_restart(run_dir: Path, *, resume: str = "auto") -> Restart:
+    """Return what :func:`prepare_run` decides, for the other processes; nothing is touched."""
+    if resume == "never":
+        return Restart(None, 0)
+    if resume != "auto":
+        return _restart(Path(resume).expanduser())
+    found = list_checkpoints(run_dir / CHECKPOINTS)
+    return _restart(found[-1] if found else None)
+
+
+def _restart(checkpoint: Path | None) -> Restart:
+    if checkpoint is None:
+        return Restart(None, 0)
+    return Restart(checkpoint, int(checkpoint.stem) if checkpoint.stem.isdecimal() else 0)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two configurations, by dotted key."""
+    first, second = _flat(before), _flat(now)
+    absent = "(not set)"
+    return {
+        key: (first.get(key, absent), second.get(key, absent))
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key, absent) != second.get(key, absent)
+    }
+
+
+def _check_job(run_dir: Path, job: Mapping[str, Any], checkpoint: Path, anyway: bool) -> None:
+    path = run_dir / JOB_FILE
+    if not path.is_file():
+        return
+    before: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    changed = differences(before if isinstance(before, dict) else {}, job)
+    refused = {key: pair for key, pair in changed.items() if _is_refused(key, pair)}
+    shown = {key: pair for key, pair in changed.items() if key not in refused}
+    if shown:
+        logger.info("the configuration has changed since the run began:\n%s", _listed(shown))
+    if refused and not anyway:
+        raise ConfigError(
+            f"{run_dir} was started with another configuration, which decides the order of the "
+            f"data or the model:\n{_listed(refused)}\nTo go on from {checkpoint.name}, take these "
+            "back; for a run of its own pass name=NEW_NAME; to begin this one anew resume=never; "
+            "to go on all the same resume_anyway=true"
+        )
+    if refused:
+        logger.warning("resume_anyway=true: going on with changes:\n%s", _listed(refused))
+
+
+def _is_refused(key: str, pair: tuple[Any, Any]) -> bool:
+    if key == "strategy.name" and set(pair) <= set(_UNSHARDED):
+        return False
+    return _is_below(key, _MATTERS) and not _is_below(key, _HARMLESS)
+
+
+def _is_below(key: str, roots: tuple[str, ...]) -> bool:
+    return any(key == root or key.startswith(f"{root}.") for root in roots)
+
+
+def _listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    return "\n".join(f"  {key}: {was} -> {now}" for key, (was, now) in changed.items())
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, Mapping) or not values:
+        return {prefix: list(values) if isinstance(values, tuple) else values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _write_job(path: Path, job: Mapping[str, Any]) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    unfinished.write_text(yaml.safe_dump(dict(job), sort_keys=False), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _move_aside(run_dir: Path) -> None:
+    """Keep an earlier run's files under a name of their own; nothing is deleted."""
+    kept = [path for path in run_dir.iterdir() if path.name not in (".hydra", "train.log")]
+    kept = [path for path in kept if not path.name.startswith("before-")]
+    if not kept:
+        return
+    number = 1
+    while (aside := run_dir / f"before-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in kept:
+        path.rename(aside / path.name)
+    logger.info("resume=never: what an earlier run left is in %s", aside)
