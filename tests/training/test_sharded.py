@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.training.launching import start
 from tests.training.sharded_job import Job
 from vipllava.checkpoints.llava_format import read_projector
 from vipllava.checkpoints.loading import open_source
@@ -20,56 +17,7 @@ from vipllava.checkpoints.training_state import read_training_state
 from vipllava.models.building import ModelSpec
 from vipllava.models.tensor_files import read_tensor
 
-ROOT = Path(__file__).resolve().parents[2]
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
-
-
-def start(job: Job, num_processes: int) -> Path:
-    """Run a job on real processes and return its folder."""
-    folder = Path(job.folder)
-    folder.mkdir()
-    job.write(folder / "job.json")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(num_processes):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            # A killed build of DeepSpeed's kernels leaves a lock that others wait for.
-            "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
-        }
-        if num_processes > 1:
-            environment |= {
-                "TORCHELASTIC_RUN_ID": "test",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "GROUP_RANK": "0",
-                "WORLD_SIZE": str(num_processes),
-                "LOCAL_WORLD_SIZE": str(num_processes),
-            }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.training.sharded_job", str(folder / "job.json")],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    try:
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.returncode for process in processes]
-    assert codes == [0] * num_processes, "\n".join(output[-3000:] for output in outputs)
-    return folder
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

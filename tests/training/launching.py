@@ -1,0 +1,60 @@
+"""Starting a job on several real processes, as torchrun does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(job: Any, num_processes: int) -> Path:
+    """Run a job on real processes and return its folder."""
+    folder = Path(job.folder)
+    folder.mkdir()
+    job.write(folder / "job.json")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(num_processes):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            # A killed build of DeepSpeed's kernels leaves a lock that others wait for.
+            "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
+        }
+        if num_processes > 1:
+            environment |= {
+                "TORCHELASTIC_RUN_ID": "test",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "GROUP_RANK": "0",
+                "WORLD_SIZE": str(num_processes),
+                "LOCAL_WORLD_SIZE": str(num_processes),
+            }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", type(job).__module__, str(folder / "job.json")],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * num_processes, "\n".join(output[-3000:] for output in outputs)
+    return folder

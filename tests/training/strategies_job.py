@@ -1,0 +1,142 @@
+"""The same training under one strategy in several ways, one after the other; see test_strategies.
+
+Started as ``python -m tests.training.strategies_job JOB.json`` with the variables of torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+NUM_STEPS = 20
+MICRO_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training.
+
+    Attributes:
+        trainable: the parts that train.
+        accumulate: micro-batches per optimizer step on each of two processes.
+        clip: greatest gradient norm, or None.
+    """
+
+    trainable: list[str]
+    accumulate: int
+    clip: float | None
+
+    @property
+    def name(self) -> str:
+        return f"{'+'.join(self.trainable)}-{self.accumulate}-{self.clip}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Cases under one strategy: ``one`` process, or ``ddp``, ``fsdp2``, ``zero2``, ``zero3``."""
+
+    folder: str
+    strategy: str
+    spec: dict[str, Any]
+    cases: list[dict[str, Any]]
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+
+def main(path: str) -> None:
+    warnings.simplefilter("ignore")
+    job = Job(**json.loads(Path(path).read_text()))
+    import torch
+
+    torch.set_num_threads(1)
+    found = {}
+    for values in job.cases:
+        case = Case(**values)
+        found[case.name] = _train(job, case)
+    if os.environ.get("RANK", "0") == "0":
+        (Path(job.folder) / "rows.json").write_text(json.dumps(found))
+
+
+def _train(job: Job, case: Case) -> list[dict[str, float]]:
+    import lightning
+    import torch
+
+    from tests.training.toy_training import Loader, make_samples
+    from vipllava.checkpoints.loading import load_tokenizer
+    from vipllava.models.building import ModelSpec
+    from vipllava.training.csv_log import CsvLog
+    from vipllava.training.lit_module import VipLlavaLitModule
+
+    class RankLoader(Loader):
+        def __len__(self) -> int:
+            return super().__len__() // 2
+
+        def __iter__(self):
+            for index, batch in enumerate(super().__iter__()):
+                if index % 2 == torch.distributed.get_rank():
+                    yield batch
+
+    class Noting(CsvLog):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            rows.append({name: float(value) for name, value in metrics.items()})
+
+    rows: list[dict[str, float]] = []
+    spec = ModelSpec(**job.spec)
+    one = job.strategy == "one"
+    module = VipLlavaLitModule(spec, case.trainable, 1e-3, seed=3, tokenizer=load_tokenizer(spec))
+    size = 2 * MICRO_BATCH * case.accumulate
+    # Samples 2, 3 and 6, 7 are text only: all that the second process ever gets.
+    samples = make_samples(NUM_STEPS * size, text_only=lambda i: i % 4 >= 2)
+    loader = Loader if one else RankLoader
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1 if one else 2,
+        strategy="auto" if one else _strategy(job.strategy, case),
+        accumulate_grad_batches=case.accumulate * (2 if one else 1),
+        gradient_clip_val=case.clip,
+        max_epochs=1,
+        logger=Noting(job.folder),
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=job.folder,
+    )
+    trainer.fit(module, loader(samples, MICRO_BATCH, 2 * case.accumulate))
+    return rows
+
+
+def _strategy(name: str, case: Case) -> Any:
+    """Make the shipped preset, on gloo."""
+    from omegaconf import OmegaConf
+
+    from vipllava.config.composing import compose_job
+
+    clip = "null" if case.clip is None else case.clip
+    cfg = compose_job(
+        [
+            *("model=7b", "trainer=8xa100", "trainer.devices=2", f"strategy={name}"),
+            *(f"stage.gradient_clip={clip}", f"machine.micro_batch_size={MICRO_BATCH}"),
+            f"stage.global_batch_size={2 * MICRO_BATCH * case.accumulate}",
+        ]
+    )
+    preset: Any = OmegaConf.to_container(cfg.strategy.lightning, resolve=True)
+    target = preset.pop("_target_").rpartition(".")[2]
+    if target == "DeepSpeedStrategy":
+        from tests.training.cpu_deepspeed import CpuDeepSpeedStrategy
+
+        return CpuDeepSpeedStrategy(**preset, process_group_backend="gloo")
+    from lightning.pytorch import strategies
+
+    return getattr(strategies, target)(**preset, process_group_backend="gloo")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

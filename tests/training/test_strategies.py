@@ -1,0 +1,65 @@
+"""Every shipped strategy on two processes gives the losses and gradient norms of one process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from tests.training.launching import start
+from tests.training.strategies_job import NUM_STEPS, Case, Job
+from vipllava.models.building import ModelSpec
+
+# Stage 1, and what all later stages train; each with and without accumulation and clipping. The
+# norms are near 1: 0.05 clips every step, 1000 none.
+CASES = [
+    Case(["projector"], 1, None),
+    Case(["projector"], 4, 0.05),
+    Case(["projector", "language_model"], 1, 0.05),
+    Case(["projector", "language_model"], 4, 1000.0),
+]
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_sources) -> dict:
+    return asdict(
+        ModelSpec(
+            vision_tower=tiny_sources.vision_tower,
+            language_model=tiny_sources.language_model,
+            feature_layers=(-1, -2, 1),
+            chat_template="llava_v1",
+            image_size=28,
+        )
+    )
+
+
+def _rows(folder: Path, strategy: str, spec: dict) -> dict[str, list[dict[str, float]]]:
+    job = Job(str(folder / strategy), strategy, spec, [asdict(case) for case in CASES])
+    start(job, 1 if strategy == "one" else 2)
+    return json.loads((folder / strategy / "rows.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def expected(spec, tmp_path_factory) -> dict[str, list[dict[str, float]]]:
+    return _rows(tmp_path_factory.mktemp("one"), "one", spec)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", "fsdp2", pytest.param("zero2", marks=pytest.mark.slow), "zero3"],
+)
+def test_two_processes_train_as_one(spec, expected, tmp_path, strategy):
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    found = _rows(tmp_path, strategy, spec)
+    for case in CASES:
+        one, two = expected[case.name], found[case.name]
+        assert len(one) == len(two) == NUM_STEPS, case
+        for name in ("train/loss", "train/grad_norm", "train/supervised_tokens", "train/lr"):
+            values = [row[name] for row in one]
+            assert [row[name] for row in two] == pytest.approx(values, rel=1e-4), (case, name)
+    clipped = [case for case in CASES if case.clip == 0.05]
+    for case in clipped:
+        assert min(row["train/grad_norm"] for row in expected[case.name]) > 0.05
