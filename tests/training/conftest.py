@@ -52,6 +52,7 @@ def make_trainer(tmp_path) -> Callable[..., lightning.Trainer]:
             "enable_checkpointing": False,
             "logger": CSVLogger(run_dir, name="", version=""),
             "default_root_dir": run_dir,
+            "limit_val_batches": 0,
         }
         return lightning.Trainer(**{**arguments, **changes})
 

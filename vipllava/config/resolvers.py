@@ -160,6 +160,11 @@ def zero_if_null(value: float | None) -> float:
     return 0.0 if value is None else float(value)
 
 
+def one_if_set(value: Any) -> float:
+    """All of something where a value is set, none of it where it is null."""
+    return 0.0 if value is None else 1.0
+
+
 def product(*factors: int) -> int:
     """Product of whole numbers, e.g. the processes of all nodes."""
     return math.prod(factors)
@@ -188,6 +193,7 @@ _RESOLVERS: dict[str, Callable[..., Any]] = {
     "vip.devices": devices,
     "vip.micro_batch_size": micro_batch_size,
     "vip.num_workers": num_workers,
+    "vip.one_if_set": one_if_set,
     "vip.package_path": package_path,
     "vip.packs_per_batch": packs_per_batch,
     "vip.packs_per_micro_batch": packs_per_micro_batch,

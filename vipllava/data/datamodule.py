@@ -18,6 +18,7 @@ from vipllava.conversation.encode import ConversationEncoder
 from vipllava.conversation.label_proof import prove_labels
 from vipllava.data.batching import Batching, BatchPlan, Cursor, PackedBatches, SampleBatches
 from vipllava.data.faults import QUARANTINE_FILE, FaultLog, FaultPolicy, OnFault
+from vipllava.data.held_out import HeldOutLoader
 from vipllava.data.image_transform import ImageTransform
 from vipllava.data.manifest import load_manifest
 from vipllava.data.order import (
@@ -67,6 +68,9 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         num_workers: loader processes per rank.
         pad_to_multiple_of: row lengths are rounded up to a multiple of this.
         num_proved: how many of the first samples get their labels proved before training.
+        held_out: manifest of samples for the loss between training steps, or None.
+        held_out_samples: only the first so many of them; None: all.
+        held_out_batch_size: samples of them per rank and forward pass.
     """
 
     def __init__(
@@ -95,6 +99,9 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         num_workers: int = 4,
         pad_to_multiple_of: int = 1,
         num_proved: int = 16,
+        held_out: str | Path | None = None,
+        held_out_samples: int | None = 1000,
+        held_out_batch_size: int = 8,
     ) -> None:
         super().__init__()
         if batching not in get_args(Batching):
@@ -125,6 +132,9 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         self.num_workers = num_workers
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_proved = num_proved
+        self.held_out = None if held_out is None else load_manifest(held_out, manifests_dir)
+        self.held_out_samples = held_out_samples
+        self.held_out_batch_size = held_out_batch_size
         self.dataset: VisualPromptDataset | None = None
         self._loader: StepLoader | None = None
         self._restored: dict[str, Any] | None = None
@@ -218,6 +228,25 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         if self._restored is not None:
             self._loader.load_state_dict(self._restored)
         return self._loader
+
+    def val_dataloader(self) -> HeldOutLoader | list[Any]:
+        """Return this rank's held-out batches; none if no manifest names any."""
+        trainer: Any = self.trainer
+        if self.held_out is None:
+            return []
+        loader = HeldOutLoader(
+            SampleSource.open(self.held_out, self.data_root, self.seed, cache=self.cache),
+            self.samples,
+            micro_batch_size=self.held_out_batch_size,
+            max_samples=self.held_out_samples,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            num_workers=self.num_workers,
+            pad_token_id=_pad_token_id(self.encoder),
+            multiple_of=self.pad_to_multiple_of,
+        )
+        log.info("%s: %d held-out samples", self.held_out.name, loader.num_samples)
+        return loader
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been consumed, for Lightning's checkpoint."""

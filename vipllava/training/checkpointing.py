@@ -33,6 +33,7 @@ from vipllava.types import CheckpointError, Interrupted
 
 logger = logging.getLogger(__name__)
 
+BEST: Final = "best.ckpt"
 _UNFINISHED: Final = ".unfinished"
 _SIGNALS: Final = ("SIGTERM", "SIGUSR1", "SIGUSR2")
 """What asks a run to stop: a person or Slurm, before the time is up or on pre-emption."""
@@ -91,6 +92,7 @@ class CheckpointCallback(Checkpoint):
         every_n_steps: optimizer steps between two; None: not by steps.
         every_n_minutes: minutes between two, on the first process's clock; None: not by time.
         keep_last: how many stay, at least one.
+        keep_best: also keep the one with the lowest ``val/loss``, as ``best.ckpt``.
     """
 
     def __init__(
@@ -99,11 +101,15 @@ class CheckpointCallback(Checkpoint):
         every_n_steps: int | None = 500,
         every_n_minutes: float | None = None,
         keep_last: int = 2,
+        keep_best: bool = True,
     ) -> None:
         self.folder = Path(dirpath)
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
         self.keep_last = max(1, keep_last)
+        self.keep_best = keep_best
+        self.best_loss: float | None = None
+        self._deferred = False
         self._asked_by: str | None = None
         self._last_step = 0
         self._last_time = time.monotonic()
@@ -136,7 +142,9 @@ class CheckpointCallback(Checkpoint):
         if step == self._last_step:
             return
         asked, due = self._decide(trainer, step)
-        if asked or due:
+        # A checkpoint of the same step belongs behind its validation, which a resumed run skips.
+        self._deferred = due and not asked and _validation_follows(trainer)
+        if asked or (due and not self._deferred):
             self.save(trainer)
         if asked:
             _wait(trainer)
@@ -146,8 +154,36 @@ class CheckpointCallback(Checkpoint):
             )
         self._last_step = step
 
-    def save(self, trainer: lightning.Trainer) -> Path:
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Save what was due before the validation, and the best so far."""
+        value = trainer.callback_metrics.get("val/loss")
+        loss = None if value is None else float(value)
+        is_best = loss is not None and (self.best_loss is None or loss < self.best_loss)
+        if is_best:
+            self.best_loss = loss
+        if self._deferred:
+            self._deferred = False
+            self.save(trainer)
+        if is_best and self.keep_best:
+            logger.info("val/loss %.4f is the lowest so far", loss)
+            self.save(trainer, BEST)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best loss."""
+        return {"best_loss": self.best_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best loss."""
+        self.best_loss = state_dict.get("best_loss")
+
+    def save(self, trainer: lightning.Trainer, name: str | None = None) -> Path:
         """Save now; every process has to call this.
+
+        Args:
+            trainer: of the run.
+            name: of the checkpoint; by its step if not given.
 
         Returns:
             The checkpoint.
@@ -155,7 +191,7 @@ class CheckpointCallback(Checkpoint):
         Raises:
             CheckpointError: it cannot be written; those of before stay.
         """
-        path = self.folder / f"{trainer.global_step:06d}{SUFFIX}"
+        path = self.folder / (name or f"{trainer.global_step:06d}{SUFFIX}")
         if isinstance(trainer.lightning_module, VipLlavaLitModule):
             # Lightning would log this step only after the callbacks, and a kill in between lose it.
             trainer.lightning_module.log_step()
@@ -203,6 +239,13 @@ class CheckpointCallback(Checkpoint):
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
             asked, late = (bool(flag) for flag in flags.tolist())
         return asked, due or late
+
+
+def _validation_follows(trainer: lightning.Trainer) -> bool:
+    every = trainer.val_check_batch
+    if not trainer.enable_validation or not every or every == float("inf"):
+        return False
+    return (trainer.fit_loop.total_batch_idx + 1) % int(every) == 0
 
 
 def _save_sharded(trainer: lightning.Trainer, path: Path) -> None:

@@ -67,7 +67,7 @@ class VipLlavaLitModule(lightning.LightningModule):
 
     Logged once per optimizer step: ``train/loss`` (cross entropy per supervised token of the
     global batch), ``train/lr`` (the highest of the groups), ``train/grad_norm`` (before clipping)
-    and ``train/supervised_tokens``.
+    and ``train/supervised_tokens``. After a pass over held-out samples: ``val/loss``.
 
     Args:
         model: what to build.
@@ -133,6 +133,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         self._step_loss = torch.zeros(())
         self._step_tokens = 0
         self._step_values: dict[str, float | torch.Tensor] = {}
+        self._held_out = torch.zeros(2, dtype=torch.float64)
         self._last_global_step = 0
         self._progress: float | None = None
 
@@ -234,6 +235,27 @@ class VipLlavaLitModule(lightning.LightningModule):
             self.trainer.accumulate_grad_batches,
             divides_twice=_divides_twice(self.trainer.strategy),
         )
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin the sums of a pass over the held-out samples."""
+        self._held_out = torch.zeros(2, dtype=torch.float64)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add up the loss of a held-out batch; a repeated one has no labels and adds nothing."""
+        network = self.network
+        loss_of = getattr(network, LOSS_METHOD, None) or partial(supervised_loss_sum, network)
+        loss_sum, num_supervised = loss_of(batch)
+        self._held_out += torch.tensor([float(loss_sum), num_supervised], dtype=torch.float64)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean over all supervised tokens of the held-out samples, on all ranks."""
+        strategy: Any = self.trainer.strategy
+        sums = self._held_out.to(self.device, torch.float32)
+        loss_sum, num_supervised = strategy.reduce(sums, reduce_op="sum").tolist()
+        value = loss_sum / max(1.0, num_supervised)
+        self.log("val/loss", value, prog_bar=True, logger=False, batch_size=1)
+        for log in self.trainer.loggers:
+            log.log_metrics({"val/loss": value}, step=max(0, self.trainer.global_step - 1))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note the gradient norm, which clipping changes, and the rate, which the step changes."""

@@ -69,7 +69,7 @@ def run_training(cfg: DictConfig) -> Path:
     )
     trainer = _partial(cfg.trainer)(
         logger=_instantiate_all(cfg.get("logger")),
-        callbacks=[*_instantiate_all(cfg.get("callbacks")), export],
+        callbacks=[*_instantiate_all(cfg.get("callbacks")), *_early_stop(cfg), export],
         plugins=_plugins(cfg),
     )
 
@@ -115,6 +115,14 @@ def _begin(cfg: DictConfig) -> Restart:
     if restart.checkpoint is not None:
         logger.info("going on from %s, after %s steps", restart.checkpoint, restart.num_steps)
     return restart
+
+
+def _early_stop(cfg: DictConfig) -> list[Any]:
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    if cfg.validation.manifest is None or cfg.validation.patience is None:
+        return []
+    return [EarlyStopping("val/loss", patience=int(cfg.validation.patience))]
 
 
 def _plugins(cfg: DictConfig) -> list[Any]:
