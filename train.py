@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from vipllava.config.checks import check_config, check_data_config
+from vipllava.config.checks import check_config, check_data_config, check_plan_config
 from vipllava.config.entry import run_main
 from vipllava.config.targets import check_targets
 
@@ -16,6 +16,12 @@ def train(cfg: DictConfig) -> None:
         from vipllava.commands.inspect import inspect_job
 
         inspect_job(cfg)
+        return
+    if cfg.preflight:
+        check_plan_config(cfg)
+        from vipllava.training.preflight import preflight
+
+        preflight(cfg)
         return
     check_config(cfg)
     check_targets(cfg)

@@ -51,6 +51,21 @@ def check_data_config(cfg: DictConfig) -> None:
         raise ConfigError(format_problems(list(dict.fromkeys(problems))))
 
 
+def check_plan_config(cfg: DictConfig) -> None:
+    """Check what a forecast of a job needs; what this machine has or lacks does not matter.
+
+    Raises:
+        ConfigError: listing every unknown key and impossible value, an unknown manifest, a global
+            batch that does not divide, and settings that contradict each other.
+    """
+    problems = [_explain(p, cfg) for p in check_schema(cfg, TRAIN)]
+    job = _Job(cfg, Hardware(installed=frozenset(hardware.OPTIONAL_PACKAGES)))
+    for check in (_manifest, _global_batch, _tuning):
+        problems += check(job)
+    if problems:
+        raise ConfigError(format_problems(list(dict.fromkeys(problems))))
+
+
 def find_problems(cfg: DictConfig, machine: Hardware | None = None) -> list[str]:
     """Return every problem of a composed job, without repetitions, in the order of the checks."""
     evaluating = "bench" in cfg

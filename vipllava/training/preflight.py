@@ -1,0 +1,486 @@
+"""A job looked over before it starts: its data, what it needs, what it will take.
+
+``train.py preflight=true`` does all of it and stops; nothing is trained, no weights are read, and
+the machine that the job is for need not be there. ``short_forecast`` says the main numbers at every
+start. Like :mod:`vipllava.training.run` this knows configuration objects; what it calls does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from vipllava.types import VipLlavaError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from rich.console import Console
+
+    from vipllava.data.datamodule import VisualPromptDataModule
+    from vipllava.data.stream import VisualPromptDataset
+    from vipllava.models.architecture import Architecture
+    from vipllava.models.building import ModelSpec
+    from vipllava.training.forecast import Choice, Corpus, Forecast, Plan
+    from vipllava.training.memory import Setup
+
+logger = logging.getLogger(__name__)
+
+LINTED_SAMPLES: Final = 64
+"""Samples of each data set that lint looks at."""
+
+_PACK_FILL: Final = 0.97  # of a pack's tokens, as packing reaches
+_SUPERVISED_SHARE: Final = 0.4
+"""Of a long sample's tokens, where no sample could be looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreflightReport:
+    """What a preflight found.
+
+    Attributes:
+        title: stage, model and machine.
+        setup: how the job trains.
+        plan: epochs, batch and device.
+        corpus: an epoch of its data; assumed where they could not be opened.
+        forecast: what it will need and take.
+        capacity: bytes of a device, or None where that is not known.
+        choice: the strategy and micro-batch that fit; None if nothing does, or for want of
+            ``capacity``.
+        largest: micro-batch that fits the job's own strategy; None likewise.
+        without_checkpointing: bytes of a device if nothing is recomputed; None if that is so.
+        num_proved: samples whose labels were proved.
+        num_linted: samples that lint looked at.
+        free_disk: bytes where the run will be written.
+        notes: what a reader should know.
+        problems: what would stop the job, each with its remedy.
+    """
+
+    title: str
+    setup: Setup
+    plan: Plan
+    corpus: Corpus
+    forecast: Forecast
+    capacity: float | None
+    choice: Choice | None
+    largest: int | None
+    without_checkpointing: float | None
+    num_proved: int
+    num_linted: int
+    free_disk: float
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def preflight(cfg: DictConfig, console: Console | None = None) -> PreflightReport:
+    """Look a job over, print what was found, and complain if it cannot run.
+
+    Args:
+        cfg: what Hydra composed from ``conf/train.yaml``, its plan checked.
+        console: where tables go; the standard output if not given.
+
+    Returns:
+        What was printed, if nothing stands in the way.
+
+    Raises:
+        VipLlavaError: config or tokenizer of the model cannot be had; or, when all has been
+            printed, something would stop the job: each problem with its remedy.
+    """
+    from vipllava.training.preflight_tables import print_preflight
+
+    report = examine(cfg)
+    print_preflight(report, console)
+    if report.problems:
+        listed = "\n".join(f"  - {problem}" for problem in report.problems)
+        count = len(report.problems)
+        raise VipLlavaError(f"preflight found {count} problem{'s' if count > 1 else ''}:\n{listed}")
+    return report
+
+
+def examine(cfg: DictConfig) -> PreflightReport:
+    """Look a job over; see :func:`preflight`.
+
+    Raises:
+        VipLlavaError: config or tokenizer of the model cannot be had.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from vipllava.checkpoints.loading import load_tokenizer
+    from vipllava.training.forecast import choose_strategy, forecast
+    from vipllava.training.memory import device_memory
+    from vipllava.training.run import build_datamodule
+
+    notes = _forget_missing_checkpoint(cfg)
+    spec = _spec(cfg)
+    tokenizer = load_tokenizer(spec)
+    architecture = _architecture(spec, tokenizer)
+    problems: list[str] = []
+    datamodule, found = None, None
+    try:
+        datamodule = build_datamodule(cfg, tokenizer)
+        found = _look_at_data(cfg, datamodule)
+    except VipLlavaError as error:
+        problems.append(str(error))
+    num_proved = num_linted = 0
+    if found is not None and datamodule is not None:
+        corpus, num_proved = found
+        num_linted, faults = _lint(cfg, datamodule, notes)
+        problems += faults
+    else:
+        corpus = _assumed_corpus(cfg)
+        notes.append(
+            "the data could not be looked at: lengths are the recipe's, sizes the manifests'"
+        )
+    setup, plan = _setup(cfg, corpus), _plan(cfg, corpus)
+    expected = forecast(architecture, setup, corpus, plan)
+    capacity = _capacity(cfg)
+    choice = largest = None
+    if capacity is not None:
+        choice = choose_strategy(architecture, setup, capacity, plan.global_rows)
+        largest = _largest(architecture, setup, capacity, plan.global_rows)
+        problems += _memory_problems(setup, expected, capacity, choice, largest)
+    free = _free_disk(Path(cfg.run_dir))
+    if free < expected.disk_bytes:
+        problems.append(
+            f"run_dir={cfg.run_dir} has {free / 1e9:.1f} GB free; checkpoints and export need "
+            f"{expected.disk_bytes / 1e9:.1f} GB: free some, or pass paths.runs=FOLDER"
+        )
+    without = None
+    if setup.gradient_checkpointing:
+        without = device_memory(architecture, replace(setup, gradient_checkpointing=False)).total
+    return PreflightReport(
+        title=f"{cfg.stage.name} of {cfg.model.name} on {cfg.machine.name}",
+        setup=setup,
+        plan=plan,
+        corpus=corpus,
+        forecast=expected,
+        capacity=capacity,
+        choice=choice,
+        largest=largest,
+        without_checkpointing=without,
+        num_proved=num_proved,
+        num_linted=num_linted,
+        free_disk=free,
+        notes=tuple(notes),
+        problems=tuple(problems),
+    )
+
+
+def short_forecast(
+    cfg: DictConfig, tokenizer: Any, datamodule: VisualPromptDataModule | None = None
+) -> tuple[str, ...]:
+    """Return the main numbers of a job as a few lines for its log.
+
+    Args:
+        cfg: what Hydra composed from ``conf/train.yaml``, checked.
+        tokenizer: the model's.
+        datamodule: the job's; its data are opened already or opened here. Without it lengths are
+            the recipe's and sizes the manifests'.
+    """
+    from vipllava.training.forecast import forecast
+
+    spec = _spec(cfg)
+    architecture = _architecture(spec, tokenizer)
+    corpus = _assumed_corpus(cfg)
+    if datamodule is not None:
+        dataset = datamodule.dataset or datamodule.open_dataset()
+        corpus = _measured_corpus(cfg, datamodule, dataset, 1.0, _SUPERVISED_SHARE)
+    setup, plan = _setup(cfg, corpus), _plan(cfg, corpus)
+    expected = forecast(architecture, setup, corpus, plan)
+    capacity, memory = _capacity(cfg), expected.memory.total
+    trained = sum(row.num_trainable for row in expected.parameters)
+    count = sum(row.num_parameters for row in expected.parameters)
+    steps = "an unknown number of" if expected.num_steps is None else f"{expected.num_steps:,}"
+    lines = [
+        f"forecast: {trained:,} of {count:,} parameters train; {steps} steps of "
+        f"{expected.samples_per_step:,.0f} samples, about {expected.tokens_per_step:,.0f} tokens "
+        f"and {expected.flops_per_step / 1e12:,.3g} TFLOP",
+        f"forecast: {memory / 2**30:.1f} GiB a device"
+        + (f" of {capacity / 2**30:.1f}" if capacity else "")
+        + f" with {setup.strategy} and rows of {setup.row_tokens} tokens; a checkpoint "
+        f"{expected.checkpoint_bytes / 1e9:.2f} GB, in all {expected.disk_bytes / 1e9:.2f} GB",
+    ]
+    if expected.hours is not None:
+        lines.append(f"forecast: {expected.hours:.1f} hours at an MFU of {plan.mfu:.0%}")
+    if capacity is not None and memory > capacity:
+        lines.append(
+            "forecast: this may not fit; `preflight=true` says which micro-batch and strategy would"
+        )
+    return tuple(lines)
+
+
+# The job's values, from its configuration.
+
+
+def _spec(cfg: DictConfig) -> ModelSpec:
+    from hydra.utils import instantiate
+
+    return instantiate(cfg.module.model, _convert_="all")
+
+
+def _forget_missing_checkpoint(cfg: DictConfig) -> list[str]:
+    """Take config and tokenizer from the parts where the earlier stage has not run yet."""
+    folder = cfg.stage.checkpoint
+    if folder is None or not Path(folder).is_relative_to(cfg.paths.runs) or Path(folder).is_dir():
+        return []
+    cfg.stage.checkpoint = None
+    return [f"it starts from {folder}, which is not there yet: run the stage before it first"]
+
+
+def _architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
+    """Return the sizes of the network that a spec describes; reads config files only."""
+    from vipllava.models.architecture import architecture_of
+    from vipllava.models.building import network_config, num_patches, read_tower_config, token_id
+    from vipllava.models.opening import load_config
+
+    tower = read_tower_config(spec)
+    config = network_config(
+        tower,
+        load_config(spec.language_model, "language_model"),
+        feature_layers=spec.feature_layers,
+        num_tokens=len(tokenizer),
+        image_token_id=token_id(tokenizer, spec.image_token),
+        image_seq_length=num_patches(tower, spec.image_size),
+    )
+    return architecture_of(config)
+
+
+def _setup(cfg: DictConfig, corpus: Corpus) -> Setup:
+    from vipllava.training.memory import Setup
+
+    adapter, quantization = cfg.tuning.adapter, cfg.tuning.quantization
+    packed = cfg.data.batching == "packed"
+    row_tokens = int(cfg.data.pack_length) if packed else corpus.longest
+    return Setup(
+        trainable=tuple(cfg.stage.trainable),
+        workload=cfg.machine.workload,
+        strategy=cfg.strategy.name,
+        precision=cfg.trainer.precision,
+        num_devices=int(cfg.trainer.devices) * int(cfg.trainer.num_nodes),
+        micro_batch_size=int(cfg.data.micro_batch_size),
+        row_tokens=row_tokens,
+        row_images=_samples_per_row(cfg, corpus) * corpus.images_per_sample if packed else 1.0,
+        row_supervised=corpus.supervised_share * row_tokens,
+        gradient_checkpointing=bool(cfg.stage.gradient_checkpointing),
+        attention=cfg.model.spec.attn_implementation,
+        adapter_rank=0 if adapter is None else int(adapter.r),
+        adapter_dropout=adapter is not None and float(adapter.dropout) > 0,
+        weights_dtype=cfg.machine.weights_dtype,
+        bits=None if quantization is None else int(quantization.bits),
+        double_quantization=quantization is None or bool(quantization.double_quantization),
+    )
+
+
+def _samples_per_row(cfg: DictConfig, corpus: Corpus) -> float:
+    if cfg.data.batching != "packed":
+        return 1.0
+    by_length = _PACK_FILL * int(cfg.data.pack_length) / corpus.mean_tokens
+    by_images = int(cfg.data.max_images_per_pack) / max(corpus.images_per_sample, 1e-9)
+    return max(1.0, min(by_length, by_images))
+
+
+def _plan(cfg: DictConfig, corpus: Corpus) -> Plan:
+    from omegaconf import OmegaConf
+
+    from vipllava.training.forecast import Plan
+
+    device = cfg.machine.device
+    if device is None and (present := _present_devices(cfg)):
+        device = present[0].name
+    saves_frozen = not OmegaConf.select(
+        cfg, "strategy.lightning.exclude_frozen_parameters", default=True
+    )
+    kept = OmegaConf.select(cfg, "callbacks.checkpoint.save_top_k", default=1)
+    return Plan(
+        epochs=int(cfg.stage.epochs),
+        global_rows=int(cfg.data.global_batch_size),
+        samples_per_row=_samples_per_row(cfg, corpus),
+        mfu=float(cfg.machine.mfu),
+        device=device,
+        saves_frozen=saves_frozen,
+        num_checkpoints=max(0, int(kept)),
+    )
+
+
+def _present_devices(cfg: DictConfig) -> Sequence[Any]:
+    """Return this machine's CUDA devices where the job is for whatever machine it starts on."""
+    from vipllava.config import hardware
+
+    return () if cfg.trainer.accelerator in ("cpu", "mps") else hardware.detect().cuda
+
+
+def _capacity(cfg: DictConfig) -> float | None:
+    from vipllava.training.forecast import device_capacity
+
+    if cfg.machine.memory_gb is not None:
+        return device_capacity(float(cfg.machine.memory_gb))
+    present = _present_devices(cfg)
+    return min(device.memory_gib for device in present) * 2**30 if present else None
+
+
+def _free_disk(folder: Path) -> float:
+    folder = folder.expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return float(shutil.disk_usage(folder).free)
+
+
+# The data.
+
+
+def _look_at_data(cfg: DictConfig, datamodule: VisualPromptDataModule) -> tuple[Corpus, int]:
+    """Open the shards, prove the first labels, and measure; raises what is wrong."""
+    datamodule.setup("fit")
+    dataset = datamodule.dataset
+    assert dataset is not None
+    texts = estimated = 0
+    share, num_proved = 0.0, 0
+    for item in datamodule.first_items(dataset, datamodule.num_proved):
+        _, good, _ = dataset.measure(item)
+        source = dataset.sources[good.part]
+        _, encoded = datamodule.samples.encode_text(
+            source.sample(good.position, good.turn), good.turn
+        )
+        texts += encoded.length - encoded.num_images * datamodule.encoder.image_seq_length
+        estimated += _text_tokens(source, good.position)
+        share = max(share, encoded.num_supervised / encoded.length)
+        num_proved += 1
+    # The index estimates lengths for a real vocabulary; this tokenizer's are known for a few.
+    ratio = texts / estimated if estimated else 1.0
+    corpus = _measured_corpus(cfg, datamodule, dataset, ratio, share or _SUPERVISED_SHARE)
+    return corpus, num_proved
+
+
+def _text_tokens(source: Any, position: int) -> int:
+    import numpy as np
+
+    return int(source.shards.text_tokens(np.array([position]))[0])
+
+
+def _measured_corpus(
+    cfg: DictConfig,
+    datamodule: VisualPromptDataModule,
+    dataset: VisualPromptDataset,
+    ratio: float,
+    supervised_share: float,
+) -> Corpus:
+    """Measure an epoch by the indices of its shards; ``ratio`` corrects their texts' lengths."""
+    import numpy as np
+
+    from vipllava.data.order import SampleOrder, plan_parts
+    from vipllava.training.forecast import Corpus, DataSetShare
+
+    sizes = {source.name: source.shards.shard_sizes for source in dataset.sources}
+    parts = plan_parts(sizes, datamodule.mix, datamodule.samples_per_epoch)
+    epoch = SampleOrder(parts, datamodule.seed, window_samples=datamodule.window_samples).epoch(0)
+    pictured = np.empty(len(epoch), dtype=np.int64)
+    for number, source in enumerate(dataset.sources):
+        chosen = epoch.part == number
+        pictured[chosen] = source.shards.has_image(epoch.position[chosen])
+    placeholders = pictured * datamodule.encoder.image_seq_length
+    texts = ratio * (dataset.estimate_lengths(epoch) - placeholders)
+    lengths = np.minimum(placeholders + texts, int(cfg.stage.max_length)).astype(np.float64)
+    return Corpus(
+        datasets=tuple(DataSetShare(p.name, p.num_samples, p.num_per_epoch) for p in parts),
+        mean_tokens=float(lengths.mean()),
+        mean_squared_tokens=float((lengths**2).mean()),
+        images_per_sample=float(pictured.mean()),
+        longest=int(np.ceil(lengths.max())),
+        supervised_share=supervised_share,
+    )
+
+
+def _assumed_corpus(cfg: DictConfig) -> Corpus:
+    """Return the recipe's lengths and the manifests' sizes, for data that cannot be opened."""
+    from vipllava.data.manifest import load_manifest
+    from vipllava.data.order import parse_mix, plan_parts
+    from vipllava.training.forecast import Corpus, DataSetShare
+
+    mix: Any = parse_mix(cfg.data.mix) if cfg.data.mix else {cfg.data.manifest: None}
+    manifests = {name: load_manifest(name, cfg.data.manifests_dir) for name in mix}
+    sizes = {m.name: m.num_samples or m.approximate_samples or 0 for m in manifests.values()}
+    shares = tuple(DataSetShare(name, size, size) for name, size in sizes.items())
+    if cfg.data.mix and all(sizes.values()):
+        entries = {manifests[name].name: entry for name, entry in mix.items()}
+        parts = plan_parts({n: (s,) for n, s in sizes.items()}, entries, cfg.data.samples_per_epoch)
+        shares = tuple(DataSetShare(p.name, p.num_samples, p.num_per_epoch) for p in parts)
+    mean = float(cfg.stage.mean_length)
+    return Corpus(shares, mean, mean**2, 1.0, int(cfg.stage.max_length), _SUPERVISED_SHARE)
+
+
+def _lint(
+    cfg: DictConfig, datamodule: VisualPromptDataModule, notes: list[str]
+) -> tuple[int, list[str]]:
+    """Lint a few samples of each data set; returns how many, and the errors found."""
+    from omegaconf import OmegaConf
+
+    from vipllava.data.lint import LintLimits, lint_shards
+    from vipllava.data.manifest import is_remote
+
+    values: Any = OmegaConf.to_container(cfg.lint, resolve=True)
+    limits, problems, count = LintLimits.from_mapping(values), [], 0
+    for manifest in datamodule.manifests:
+        if is_remote(str(datamodule.data_root)) or any(map(is_remote, manifest.patterns)):
+            notes.append(f"{manifest.name} lies at an address and was not linted")
+            continue
+        found = lint_shards(
+            manifest,
+            datamodule.data_root,
+            datamodule.samples,
+            limits,
+            int(cfg.seed),
+            num_samples=LINTED_SAMPLES,
+        )
+        count += found.num_checked
+        for severity, into in (("error", problems), ("warning", notes)):
+            counted = [
+                f"{number} {code}"
+                for code, number in found.counts.items()
+                if any(f.code == code and f.severity == severity for f in found.findings)
+            ]
+            if counted:
+                into.append(
+                    f"lint of {found.num_checked} samples of {manifest.name}: "
+                    f"{', '.join(counted)}; `vipllava lint data={manifest.name}` shows each"
+                )
+    return count, problems
+
+
+# Memory.
+
+
+def _largest(
+    architecture: Architecture, setup: Setup, capacity: float, global_rows: int
+) -> int | None:
+    from vipllava.training.forecast import largest_micro_batch, micro_batches
+
+    sizes = micro_batches(global_rows, setup.num_devices)
+    return largest_micro_batch(architecture, setup, capacity, sizes)
+
+
+def _memory_problems(
+    setup: Setup,
+    expected: Forecast,
+    capacity: float,
+    choice: Choice | None,
+    largest: int | None,
+) -> list[str]:
+    needed = expected.memory.total
+    if needed <= capacity:
+        return []
+    remedies: list[str] = []
+    if largest is not None:
+        remedies.append(f"machine.micro_batch_size={largest}")
+    if choice is not None and choice.strategy != setup.strategy:
+        size = min(choice.micro_batch_size, setup.micro_batch_size)
+        remedies.append(f"strategy={choice.strategy} machine.micro_batch_size={size}")
+    if not remedies:
+        remedies.append("a larger machine, tuning=lora or tuning=qlora (docs/machines.md)")
+    return [
+        f"machine.micro_batch_size={setup.micro_batch_size} with strategy={setup.strategy} needs "
+        f"about {needed / 2**30:.1f} GiB a device, which has {capacity / 2**30:.1f}: use "
+        + ", or ".join(remedies)
+    ]
