@@ -94,8 +94,11 @@ def test_two_stages_from_the_projects_configuration(config, tmp_path):
     )
     assert "train/loss/toy" in metrics[0]
     shown = (first.parent / "samples" / "000000.jsonl").read_text().splitlines()
-    # Two samples a micro-batch; the target is what the labels say, the template's end left out.
-    assert [json.loads(line)["target"] for line in shown] != []
+    # The first micro-batch; s005 has a picture, s004 has none.
+    assert [(row["key"], row["picture"], row["target"]) for row in map(json.loads, shown)] == [
+        ("toy/s005", "000000-0.jpg", "yesyes"),
+        ("toy/s004", None, "yes"),
+    ]
 
 
 def test_equal_seeds_give_identical_loss_logs(config, tmp_path):

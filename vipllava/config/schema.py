@@ -122,6 +122,7 @@ TRAIN: Mapping[str, Rule] = {
     "name": _text(),
     "run_dir": _text(),
     "seed": _whole(0),
+    "objective": _text(),
     "inspect": Rule("true, false or how many samples", (bool, int), low=0),
     "lint": _OPEN,
     "paths.runs": _text(),

@@ -7,6 +7,7 @@ process does anything that the others do not, so it works under every strategy.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
 
+from vipllava.conversation.pieces import FastTokenizer
 from vipllava.data.datamodule import VisualPromptDataModule
 from vipllava.models.supervised_loss import Predictions
 from vipllava.training.lit_module import VipLlavaLitModule
@@ -55,7 +56,7 @@ class ShownSample:
 def shown_samples(
     batch: Batch,
     predictions: Predictions,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: FastTokenizer,
     *,
     image_token_id: int,
     limit: int,
@@ -77,7 +78,8 @@ def shown_samples(
 
     def text(tokens: torch.Tensor) -> str:
         kept = tokens[tokens != image_token_id].tolist()
-        return " ".join(str(tokenizer.decode(kept, skip_special_tokens=True)).split())
+        decoded = tokenizer.backend_tokenizer.decode(kept, skip_special_tokens=True)
+        return " ".join(decoded.split())
 
     shown: list[ShownSample] = []
     keys, next_picture = iter(batch.keys), 0
@@ -126,7 +128,7 @@ class SampleTable(Callback):
         run_dir: str | Path,
         every_n_steps: int = 500,
         num_samples: int = 4,
-        tokenizer: PreTrainedTokenizerFast | None = None,
+        tokenizer: FastTokenizer | None = None,
     ) -> None:
         self.directory = Path(run_dir) / FOLDER
         self.every_n_steps = every_n_steps
@@ -213,8 +215,7 @@ def write_samples(directory: Path, shown: list[ShownSample], step: int) -> Path:
 def log_samples(to: Logger, shown: list[ShownSample], step: int) -> None:
     """Give samples to a logger that can show pictures; others get nothing."""
     if isinstance(to, WandbLogger):
-        import wandb
-
+        wandb: Any = importlib.import_module("wandb")  # an extra
         rows = [
             [
                 step,
