@@ -135,7 +135,10 @@ def test_a_sweep_of_two_rates_and_two_shapes(tmp_path: Path, sample_job: list[st
         first.setdefault(next(o for o in row["overrides"] if o.startswith(shapes)), set()).add(loss)
     assert [len(losses) for losses in first.values()] == [1, 1]
     assert len(set.union(*first.values())) == 2
-    assert "stage.learning_rate=0.001" in capsys.readouterr().out
+    assert {row["folder"] for row in rows} == {
+        f"{rate}={r},{shapes}=[{s}]" for r in ("0.001", "0.002") for s in ("rectangle", "ellipse")
+    }
+    assert capsys.readouterr().out.count("rectangle") >= 2
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 
 from vipllava.config.composing import CONFIG_DIR, compose_job
 from vipllava.config.resolvers import folder_name, register_resolvers
-from vipllava.config.sweep import job_command, objective_value
+from vipllava.config.sweep import job_command, objective_value, with_folder_names
 
 JOB = f"""
 import json, os, sys
@@ -97,6 +97,17 @@ def test_the_command_of_a_job_leaves_the_sweeps_own_overrides_out():
         "hydra.verbose=true",
         "hydra.run.dir='/runs/it\\'s/a=1,b=2'",
     ]
+
+
+def test_folders_are_named_by_what_is_swept():
+    fixed = ["stage=finetune", "+a.b='x y'", "hydra/launcher=basic", "trainer.max_steps=1"]
+    assert with_folder_names(["-m", *fixed, "seed=1,2", "stage.epochs=range(1,3)"])[-1] == (
+        "hydra.job.config.override_dirname.exclude_keys="
+        "['stage','a.b','hydra/launcher','trainer.max_steps']"
+    )
+    assert with_folder_names([*fixed, "seed=1"]) == [*fixed, "seed=1"]
+    own = ["-m", "seed=1,2", "hydra.job.config.override_dirname.exclude_keys=[]"]
+    assert with_folder_names(own) == own
 
 
 def test_the_folder_survives_the_command_line():

@@ -102,7 +102,7 @@ def sweep_table(jobs: Sequence[SweepJob], metric: str = _METRIC) -> Table:
     from rich.text import Text
 
     table = Table(title=metric)
-    table.add_column("overrides")
+    table.add_column("overrides", overflow="fold")
     for name in ("last", "best", "steps", "seconds"):
         table.add_column(name, justify="right")
     table.add_column("folder", overflow="fold")

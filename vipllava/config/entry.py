@@ -41,6 +41,8 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
     register_resolvers()
     # Hydra would print its own short message and exit 1; ours needs the exception.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    given = sys.argv[1:]
+    sys.argv[1:] = sweep.with_folder_names(given)
     started = False
 
     @functools.wraps(task)
@@ -65,7 +67,7 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if started:
             raise
-        _fail(composition_message(sys.argv[1:], config_dir, config_name, error))
+        _fail(composition_message(given, config_dir, config_name, error))
 
 
 def composition_message(

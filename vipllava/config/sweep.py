@@ -20,16 +20,19 @@ from types import FrameType
 from typing import Final
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from vipllava.types import ConfigError, VipLlavaError
 
 GROUP_VARIABLE: Final = "WANDB_RUN_GROUP"
+_DIRNAME: Final = "hydra.job.config.override_dirname"
 _OF_THE_SWEEP: Final = (
-    "hydra.mode", "hydra.sweep", "hydra.sweeper", "hydra.launcher", "hydra.run", "hydra/sweeper",
-    "hydra/launcher", "hydra.output_subdir",
+    _DIRNAME, "hydra.mode", "hydra.sweep", "hydra.launcher", "hydra.run", "hydra.output_subdir",
+    "hydra/sweeper", "hydra/launcher",
 )  # fmt: skip
 """Hydra's own overrides that describe the sweep and not a job."""
 _NUM_VALUES: Final = 10
@@ -39,6 +42,31 @@ _NUM_VALUES: Final = 10
 def is_sweep() -> bool:
     """Return whether Hydra runs this process's function as one job of several."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def with_folder_names(arguments: Sequence[str]) -> list[str]:
+    """Name the folders of a sweep's jobs by what differs between them.
+
+    Hydra makes these names of all overrides, and has a list of keys to leave out.
+
+    Args:
+        arguments: the command line without the program's name.
+
+    Returns:
+        The same; that of a sweep with the list.
+    """
+    if not {"-m", "--multirun"} & set(arguments) or any(_DIRNAME in a for a in arguments):
+        return list(arguments)
+    fixed: list[str] = []
+    for argument in arguments:
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            continue  # an option; or a mistake, which composing will report
+        if not override.is_sweep_override():
+            fixed.append(override.key_or_group)
+    keys = ",".join(QuotedString(key, Quote.single).with_quotes() for key in fixed)
+    return [*arguments, f"{_DIRNAME}.exclude_keys=[{keys}]"]
 
 
 def name_group() -> None:
