@@ -56,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_inspect,
         _add_lint,
         _add_convert,
+        _add_sweep_table,
+        _add_dashboard,
         _add_unpack_gguf,
         _add_sample_data,
         _add_teach_base,
@@ -127,6 +129,24 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.set_defaults(run=_convert, rest=[])
 
 
+def _add_sweep_table(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "sweep-table",
+        help="the jobs of a sweep (train.py -m) beside each other, the best first",
+        add_help=False,  # --help is the command's own
+    )
+    command.set_defaults(run=_sweep_table, rest=[])
+
+
+def _add_dashboard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "dashboard",
+        help="make the Weights & Biases workspace of this project's metrics",
+        add_help=False,  # --help is the command's own
+    )
+    command.set_defaults(run=_dashboard, rest=[])
+
+
 def _add_unpack_gguf(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "unpack-gguf",
@@ -195,6 +215,18 @@ def _lint(options: argparse.Namespace) -> int | None:
 
 def _convert(options: argparse.Namespace) -> int | None:
     from vipllava.commands.convert import run
+
+    return run(options.rest)
+
+
+def _sweep_table(options: argparse.Namespace) -> int | None:
+    from vipllava.commands.sweep_table import run
+
+    return run(options.rest)
+
+
+def _dashboard(options: argparse.Namespace) -> int | None:
+    from vipllava.commands.dashboard import run
 
     return run(options.rest)
 

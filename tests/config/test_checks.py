@@ -222,6 +222,74 @@ def test_several_nodes_under_a_launcher(
     assert problems("trainer=multinode", machine=machines["8xa100"]) == []
 
 
+@pytest.fixture
+def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without any key of W&B's."""
+    for name in (
+        "WANDB_MODE",
+        "WANDB_API_KEY",
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "WANDB_BASE_URL",
+        "NETRC",
+        "RANK",
+        "LOCAL_RANK",
+        "NODE_RANK",
+        "SLURM_PROCID",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+WITH_WANDB = Hardware(num_cpus=8, installed=frozenset({"wandb"}))
+
+
+def test_wandb_without_a_key_is_said_before_anything_is_loaded(nobody: Path):
+    assert problems("logger=wandb", machine=WITH_WANDB) == [
+        "logger=wandb has no key for api.wandb.ai: run `wandb login`, set WANDB_API_KEY, or set "
+        "WANDB_MODE=offline and upload later with `wandb sync`"
+    ]
+    assert problems("logger=csv", machine=WITH_WANDB) == []
+    assert problems("logger=wandb", "logger.wandb=null", machine=WITH_WANDB) == []
+    assert problems("logger=wandb", "logger.wandb.offline=true", machine=WITH_WANDB) == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "fine"),
+    [
+        ("WANDB_API_KEY", "x" * 40, True),
+        ("WANDB_MODE", "offline", True),
+        ("WANDB_MODE", "disabled", True),
+        ("WANDB_MODE", "online", False),
+        ("LOCAL_RANK", "1", True),
+        ("LOCAL_RANK", "0", False),
+    ],
+)
+def test_variables_of_wandb(
+    nobody: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, fine: bool
+):
+    monkeypatch.setenv(variable, value)
+    assert (problems("logger=wandb", machine=WITH_WANDB) == []) is fine
+
+
+def test_a_netrc_entry_of_the_right_host_is_a_key(nobody: Path, monkeypatch: pytest.MonkeyPatch):
+    entry = nobody / ".netrc"
+    entry.write_text("machine api.wandb.ai\n  login user\n  password secret\n")
+    entry.chmod(0o600)
+    assert problems("logger=wandb", machine=WITH_WANDB) == []
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
+    (found,) = problems("logger=wandb", machine=WITH_WANDB)
+    assert found.startswith("logger=wandb has no key for wandb.example.org: ")
+
+
+def test_intervals_of_callbacks():
+    assert problems("callbacks.samples.every_n_steps=0", "callbacks.throughput=null") == [
+        "callbacks.samples.every_n_steps=0: expected a whole number of at least 1"
+    ]
+    assert problems("callbacks.samples=null") == []
+
+
 def test_fsdp2_without_cuda_is_fine():
     assert problems("strategy=fsdp2", "trainer=cpu", "trainer.devices=2") == []
 

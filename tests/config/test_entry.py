@@ -118,6 +118,13 @@ def test_override_problems(override: str, message: str):
     assert "seed=-1: expected a whole number of at least 0" in found
 
 
+def test_problems_of_a_sweep_are_those_of_its_first_job():
+    arguments = ["-m", "stage.learning_rte=1,2", "stage=pretrain,finetune", "seed=-1,1"]
+    (unknown, seed, *_) = find_override_problems(arguments, CONFIG_DIR, "train")
+    assert unknown.startswith("stage.learning_rte: no such key (did you mean stage.learning_rate?)")
+    assert seed == "seed=-1: expected a whole number of at least 0"
+
+
 def test_sound_overrides_have_no_problem(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     assert find_override_problems(["seed=1", "--cfg", "job"], CONFIG_DIR, "train") == []

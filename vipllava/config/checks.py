@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import netrc
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from omegaconf import DictConfig
 
@@ -18,10 +20,13 @@ from vipllava.config.schema import (
     check_schema,
     did_you_mean,
     read,
+    spell,
 )
 from vipllava.types import ConfigError
 
 _LAUNCHER_VARIABLES = ("MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "NODE_RANK")
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+_WANDB_WITHOUT_KEY = ("offline", "disabled", "dryrun")
 _BF16_CAPABILITY = (8, 0)
 
 
@@ -351,6 +356,49 @@ def _loggers(job: _Job) -> list[str]:
     ]
 
 
+def _wandb_key(job: _Job) -> list[str]:
+    """W&B asks for a key when a run starts, which is late, and a batch job cannot answer."""
+    mode = os.environ.get("WANDB_MODE", "").lower()
+    if not job.get("logger.wandb", dict) or "wandb" not in job.machine.installed:
+        return []
+    if job.get("logger.wandb.offline") is True or mode in _WANDB_WITHOUT_KEY:
+        return []
+    if any(os.environ.get(name, "0") != "0" for name in _RANK_VARIABLES):
+        return []  # only the first process logs
+    if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return []
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    host = urlsplit(url).hostname or url
+    if _in_netrc(host):
+        return []
+    return [
+        f"logger=wandb has no key for {host}: run `wandb login`, set WANDB_API_KEY, or set "
+        "WANDB_MODE=offline and upload later with `wandb sync`"
+    ]
+
+
+def _in_netrc(host: str) -> bool:
+    named = os.environ.get("NETRC")
+    files = [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    for file in files:
+        try:
+            if netrc.netrc(file.expanduser()).authenticators(host) is not None:
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def _callbacks(job: _Job) -> list[str]:
+    keys = ("throughput.every_n_steps", "samples.every_n_steps", "samples.num_samples")
+    problems: list[str] = []
+    for key in (f"callbacks.{key}" for key in keys):
+        value = job.get(key)
+        if value is not None and job.number(key) is None:
+            problems.append(f"{key}={spell(value)}: expected a whole number of at least 1")
+    return problems
+
+
 def _device(job: _Job) -> list[str]:
     device = job.get("device", str)
     if device is None:
@@ -385,5 +433,7 @@ _TRAIN_CHECKS: tuple[_Check, ...] = (
     _attention,
     _tuning,
     _loggers,
+    _wandb_key,
+    _callbacks,
 )
 _EVALUATE_CHECKS: tuple[_Check, ...] = (_manifest, _checkpoint, _device, _attention)

@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from vipllava.config import sweep
 from vipllava.config.checks import format_problems
 from vipllava.config.overrides import find_override_problems
 from vipllava.config.resolvers import register_resolvers
@@ -29,6 +30,9 @@ EXIT_USER_ERROR = 2
 def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_name: str) -> None:
     """Compose the job that the command line describes and hand it to ``task``.
 
+    With ``-m`` every job of the sweep becomes a process of its own, see
+    :mod:`vipllava.config.sweep`.
+
     Args:
         task: what to do with the configuration; it is defined in the entry point's file.
         config_dir: absolute path of ``conf``.
@@ -37,24 +41,33 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
     register_resolvers()
     # Hydra would print its own short message and exit 1; ours needs the exception.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    given = sys.argv[1:]
+    sys.argv[1:] = sweep.with_folder_names(given)
     started = False
 
     @functools.wraps(task)
-    def job(cfg: DictConfig) -> None:
+    def job(cfg: DictConfig) -> float | None:
         nonlocal started
         started = True
+        if sweep.is_sweep():
+            sweep.name_group()
+            if sweep.needs_fresh_process():
+                return sweep.run_in_fresh_process(cfg)
         try:
             task(cfg)
         except VipLlavaError as error:
             _fail(str(error), error.exit_code)
+        return None
 
     main = hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(job)
     try:
         main()
+    except VipLlavaError as error:  # of a sweep's job, when all of them have run
+        _fail(str(error))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if started:
             raise
-        _fail(composition_message(sys.argv[1:], config_dir, config_name, error))
+        _fail(composition_message(given, config_dir, config_name, error))
 
 
 def composition_message(

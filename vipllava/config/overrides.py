@@ -42,7 +42,19 @@ def find_override_problems(
     register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir), version_base="1.3"):
-        return _find(list(options.overrides), extra, options.config_name or config_name)
+        overrides = [_first_of_sweep(o) if options.multirun else o for o in options.overrides]
+        return _find(overrides, extra, options.config_name or config_name)
+
+
+def _first_of_sweep(text: str) -> str:
+    """Return the override of a sweep's first job; what cannot be listed stays as it is."""
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        return text
+    if not override.is_sweep_override() or not override.is_discrete_sweep():
+        return text
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
 
 
 def _find(overrides: list[str], extra: list[str], config_name: str) -> list[str]:

@@ -7,6 +7,7 @@ None of them imports torch unless it has to look.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from vipllava.config import hardware
 from vipllava.config.batch import accumulation_steps, largest_micro_batch
 from vipllava.types import ConfigError
 
+_LONGEST_FOLDER = 200
+"""Bytes; file systems end at 255, and files beside the folder may add to its name."""
 _PACKAGE = Path(__file__).resolve().parent.parent
 STRATEGIES = ("single", "ddp", "zero2", "zero3", "zero3_offload")
 """What ``strategy=auto`` chooses from, by how much of the model's state it takes off a device."""
@@ -182,6 +185,19 @@ def run_dir(runs: str, name: str) -> str:
     return f"{runs}/{name}"
 
 
+def folder_name(text: str) -> str:
+    """``text`` as the name of one folder: no slashes, and of a length that file systems bear."""
+    name = text.replace("/", "-").replace(" ", "")
+    if len(name.encode()) <= _LONGEST_FOLDER:
+        return name
+    return f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def last_part(path: str) -> str:
+    """The last folder of a path."""
+    return Path(path).name
+
+
 def package_path(relative: str) -> str:
     """Absolute path of a file that ships inside the package."""
     return str(_PACKAGE / relative)
@@ -191,6 +207,8 @@ _RESOLVERS: dict[str, Callable[..., Any]] = {
     "vip.accumulation_steps": accumulation_steps,
     "vip.attention": attention,
     "vip.devices": devices,
+    "vip.folder_name": folder_name,
+    "vip.last_part": last_part,
     "vip.micro_batch_size": micro_batch_size,
     "vip.num_workers": num_workers,
     "vip.one_if_set": one_if_set,

@@ -124,6 +124,7 @@ TRAIN: Mapping[str, Rule] = {
     "resume": _text(),
     "resume_anyway": _flag(),
     "seed": _whole(0),
+    "objective": _text(),
     "inspect": Rule("true, false or how many samples", (bool, int), low=0),
     "preflight": _flag(),
     "lint": _OPEN,

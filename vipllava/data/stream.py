@@ -19,6 +19,7 @@ ignored: each sample is learnt from exactly as often as the mix says, and no mic
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -337,6 +338,9 @@ class StepLoader:
         prefetcher: has remote shards fetched before the workers reach them.
         pin_memory: pin batches for the copy to a GPU.
         prefetch_factor: shares in the making per worker.
+
+    Attributes:
+        seconds_waited: how long the workers were waited for, all in all.
     """
 
     def __init__(
@@ -359,6 +363,7 @@ class StepLoader:
         self.all_reduce_sum = all_reduce_sum
         self.fault_log = fault_log or FaultLog(None, dataset.policy)
         self.prefetcher = prefetcher
+        self.seconds_waited = 0.0
         image_size = dataset.encoder.transform.size
         self._loader: DataLoader[Any] = DataLoader(
             _StepDataset(dataset, pad_token_id, image_size, multiple_of, pack_length),
@@ -395,7 +400,7 @@ class StepLoader:
         self._micro_batches = offset
         self.sampler.start = self._place
         self._prefetch()
-        for step in self._loader:
+        for step in self._steps():
             total = self._agree(step)
             batches: list[Batch] = step.batches
             for number, batch in enumerate(batches):
@@ -409,6 +414,16 @@ class StepLoader:
                 yield batch
             offset = 0
             self._prefetch()
+
+    def _steps(self) -> Iterator[_Step]:
+        steps = iter(self._loader)
+        while True:
+            began = time.perf_counter()
+            step: _Step | None = next(steps, None)
+            self.seconds_waited += time.perf_counter() - began
+            if step is None:
+                return
+            yield step
 
     def _prefetch(self) -> None:
         if self.prefetcher is not None:

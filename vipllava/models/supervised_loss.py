@@ -16,13 +16,41 @@ steps, and the caller has it.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 from transformers import VipLlavaForConditionalGeneration
 
 from vipllava.types import IGNORE_INDEX, Batch, VipLlavaError
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What the network said at the supervised positions of a micro-batch; no graph.
+
+    Attributes:
+        supervised: bool [rows, length - 1]; position ``i`` predicts the id at ``i + 1``.
+        logits: float32 [num_supervised, vocabulary].
+        targets: int64 [num_supervised].
+        loss_sum: float32 scalar, the summed cross entropy.
+    """
+
+    supervised: torch.Tensor
+    logits: torch.Tensor
+    targets: torch.Tensor
+    loss_sum: torch.Tensor
+
+
+class Observer(Protocol):
+    """Looks at the predictions of a micro-batch; must change nothing and call no collective."""
+
+    def observe(self, batch: Batch, predictions: Predictions) -> None:
+        """Take from a micro-batch what is of interest."""
+        ...
+
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -133,7 +161,7 @@ def flash_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
 
 
 def supervised_loss_sum(
-    model: VipLlavaForConditionalGeneration, batch: Batch
+    model: VipLlavaForConditionalGeneration, batch: Batch, observers: Sequence[Observer] = ()
 ) -> tuple[torch.Tensor, int]:
     """Return the summed cross entropy of a micro-batch and the number of its terms.
 
@@ -143,6 +171,7 @@ def supervised_loss_sum(
     Args:
         model: the network.
         batch: the micro-batch, on the model's device.
+        observers: see the logits, which exist nowhere else.
 
     Returns:
         The sum as a float32 scalar with a graph (0 for a batch without supervised positions,
@@ -164,5 +193,10 @@ def supervised_loss_sum(
     targets = batch.labels[:, 1:]
     supervised = (targets != IGNORE_INDEX) & (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1])
     logits = model.lm_head(hidden[:, :-1][supervised])
-    loss_sum = functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+    logits, targets = logits.float(), targets[supervised]
+    loss_sum = functional.cross_entropy(logits, targets, reduction="sum")
+    if observers:
+        predictions = Predictions(supervised, logits.detach(), targets, loss_sum.detach())
+        for observer in observers:
+            observer.observe(batch, predictions)
     return loss_sum, int(logits.shape[0])

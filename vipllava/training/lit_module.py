@@ -21,7 +21,7 @@ from vipllava.models.adapters import AdapterSettings, add_adapters
 from vipllava.models.building import ModelSpec
 from vipllava.models.freezing import check_parts, modules_of, set_trainable
 from vipllava.models.quantization import QuantizationSettings, quantization_config
-from vipllava.models.supervised_loss import supervised_loss_sum
+from vipllava.models.supervised_loss import Observer, supervised_loss_sum
 from vipllava.training.optim import (
     OptimizerSettings,
     build_optimizer,
@@ -68,6 +68,7 @@ class VipLlavaLitModule(lightning.LightningModule):
     Logged once per optimizer step: ``train/loss`` (cross entropy per supervised token of the
     global batch), ``train/lr`` (the highest of the groups), ``train/grad_norm`` (before clipping)
     and ``train/supervised_tokens``. After a pass over held-out samples: ``val/loss``.
+    Callbacks that want more than the loss put an observer of the predictions into ``observers``.
 
     Args:
         model: what to build.
@@ -129,6 +130,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         self.adapter = adapter
         self.quantization = quantization
         self.model: VipLlavaForConditionalGeneration | None = None
+        self.observers: list[Observer] = []
         self._tokenizer = tokenizer
         self._step_loss = torch.zeros(())
         self._step_tokens = 0
@@ -220,7 +222,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         self._key_random_state(batch_idx)
         network = self.network
         loss_of = getattr(network, LOSS_METHOD, None) or partial(supervised_loss_sum, network)
-        loss_sum, num_supervised = loss_of(batch)
+        loss_sum, num_supervised = loss_of(batch, self.observers)
         loss = loss_sum / batch.num_supervised_global
         if not torch.isfinite(loss):
             raise VipLlavaError(

@@ -1,0 +1,82 @@
+"""What a run was made with: configuration, code, packages, devices, command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from vipllava.checkpoints.export_meta import code_version
+
+FILE: Final = "environment.json"
+_PACKAGES: Final = (
+    "torch", "lightning", "transformers", "tokenizers", "safetensors", "webdataset", "numpy",
+    "pillow", "hydra-core", "omegaconf", "deepspeed", "peft", "bitsandbytes", "flash-attn", "wandb",
+)  # fmt: skip
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return this process's command, Python, packages and devices as plain values."""
+    packages: dict[str, str] = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cuda = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    return {
+        "command": shlex.join(sys.argv),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "cuda": torch.version.cuda,
+        "devices": cuda or [platform.machine()],
+        "cpus": os.cpu_count(),
+    }
+
+
+class StartLog(Callback):
+    """Writes down what a run starts with, before any weight is loaded.
+
+    It goes to ``RUN_DIR/environment.json`` and as hyper-parameters to every logger.
+
+    Args:
+        run_dir: the run's folder.
+        configuration: the resolved job as plain values.
+    """
+
+    def __init__(self, run_dir: str | Path, configuration: Mapping[str, Any]) -> None:
+        self.path = Path(run_dir) / FILE
+        self.configuration = dict(configuration)
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Write, on the first process."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        about = {
+            "code": code_version(),
+            "environment": describe_environment()
+            | {"processes": trainer.world_size, "nodes": trainer.num_nodes},
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(
+            json.dumps({**about, "configuration": self.configuration}, indent=1, default=str) + "\n"
+        )
+        partial.replace(self.path)
+        for logger in trainer.loggers:
+            logger.log_hyperparams({**self.configuration, **about})

@@ -1,0 +1,250 @@
+"""What a run logs, by name, and the callback that measures how fast it goes.
+
+These names are the same in every logger; ``docs/logging.md`` explains them. What belongs to one
+optimizer step is logged by the module; what needs a stretch of time, or a sum over ranks that no
+step can spare, is measured here over a window of steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from vipllava.data.stream import REPEAT_SUFFIX, StepLoader
+from vipllava.training.dataset_losses import DatasetLosses
+from vipllava.training.lit_module import VipLlavaLitModule
+from vipllava.types import PADDING_SEGMENT, Batch
+
+LOSS: Final = "train/loss"
+LEARNING_RATE: Final = "train/lr"
+GRADIENT_NORM: Final = "train/grad_norm"
+SUPERVISED_TOKENS: Final = "train/supervised_tokens"
+SAMPLES_PER_SECOND: Final = "train/samples_per_second"
+SUPERVISED_TOKENS_PER_SECOND: Final = "train/supervised_tokens_per_second"
+TOKENS_PER_SECOND: Final = "train/tokens_per_second"
+MFU: Final = "train/mfu"
+MEMORY: Final = "train/memory_gb"
+WAIT_SHARE: Final = "data/wait_share"
+QUARANTINED: Final = "data/quarantined_total"
+VALIDATION_LOSS: Final = "val/loss"
+SAMPLES: Final = "samples"
+
+METRICS: Final[Mapping[str, str]] = {
+    LOSS: "cross entropy per supervised token of the step's global batch",
+    LEARNING_RATE: "the highest of the parameter groups' rates in this step",
+    GRADIENT_NORM: "norm of the whole gradient before clipping; not with DeepSpeed",
+    SUPERVISED_TOKENS: "supervised tokens of the step's global batch",
+    SAMPLES_PER_SECOND: "samples, all ranks together",
+    SUPERVISED_TOKENS_PER_SECOND: "tokens that carry loss, all ranks together",
+    TOKENS_PER_SECOND: "tokens with those of pictures, without padding, all ranks together",
+    MFU: "useful FLOP/s over the devices' peak; recomputation and padding never count",
+    MEMORY: "most memory allocated on any device since the start, 10^9 bytes; CUDA only",
+    WAIT_SHARE: "share of the time that the rank which waited longest waited for data, 0..1",
+    QUARANTINED: "bad samples replaced since the start, all ranks together",
+    VALIDATION_LOSS: "cross entropy per supervised token of the validation data",
+}
+"""Every metric and its meaning; beside them there is :func:`dataset_loss` for each data set."""
+
+
+def dataset_loss(name: str) -> str:
+    """Return the metric of one data set's loss: the mean over a window's supervised tokens."""
+    return f"{LOSS}/{name}"
+
+
+@dataclass(slots=True)
+class _Window:
+    """What one rank adds up between two logs; ``waited`` is the loader's clock at its start."""
+
+    began: float
+    waited: float
+    num_steps: int = 0
+    num_samples: int = 0
+    num_supervised: int = 0
+    num_tokens: torch.Tensor | None = None
+    useful_flops: float = 0.0
+    idle: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WindowSums:
+    """What one rank did in a window of optimizer steps.
+
+    Attributes:
+        seconds: how long it took, validation left out.
+        seconds_waited: for data; None where the loader does not say.
+        num_samples: of this rank.
+        num_supervised: supervised tokens of the global batches: all ranks together.
+        num_tokens: of this rank, without padding.
+        useful_flops: of this rank; None where nothing counts them.
+        memory: most bytes allocated on its device; None where the device does not say.
+        losses: by data set the summed loss and the number of its tokens, of this rank.
+    """
+
+    seconds: float
+    seconds_waited: float | None
+    num_samples: int
+    num_supervised: int
+    num_tokens: int
+    useful_flops: float | None = None
+    memory: int | None = None
+    losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def window_metrics(ranks: list[WindowSums], peak_flops: float | None = None) -> dict[str, float]:
+    """Return the metrics of a window from what every rank did in it.
+
+    Args:
+        ranks: one for each rank.
+        peak_flops: of one device, FLOP/s.
+    """
+    seconds = max(rank.seconds for rank in ranks)
+    metrics: dict[str, float] = {}
+    if seconds > 0:
+        metrics[SAMPLES_PER_SECOND] = sum(rank.num_samples for rank in ranks) / seconds
+        metrics[SUPERVISED_TOKENS_PER_SECOND] = ranks[0].num_supervised / seconds
+        metrics[TOKENS_PER_SECOND] = sum(rank.num_tokens for rank in ranks) / seconds
+        waits = [rank.seconds_waited for rank in ranks if rank.seconds_waited is not None]
+        if waits:
+            metrics[WAIT_SHARE] = max(waits) / seconds
+        flops = [rank.useful_flops for rank in ranks if rank.useful_flops is not None]
+        if flops and peak_flops:
+            metrics[MFU] = sum(flops) / seconds / (peak_flops * len(ranks))
+    memory = [rank.memory for rank in ranks if rank.memory is not None]
+    if memory:
+        metrics[MEMORY] = max(memory) / 1e9
+    for name in sorted({name for rank in ranks for name in rank.losses}):
+        pairs = [rank.losses[name] for rank in ranks if name in rank.losses]
+        total, count = (sum(values) for values in zip(*pairs, strict=True))
+        if count:
+            metrics[dataset_loss(name)] = total / count
+    return metrics
+
+
+class Throughput(Callback):
+    """Measures speed, waiting, memory and the loss of each data set over windows of steps.
+
+    The ranks meet once a window, not every step. A window ends every so many optimizer steps of the
+    run, and with the training; time spent in validation is left out. The first one has the start-up
+    in it.
+
+    Args:
+        every_n_steps: optimizer steps of a window.
+        useful_flops: FLOPs of a micro-batch that count as useful; None logs no MFU.
+        peak_flops: of one device, FLOP/s; None logs no MFU.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 10,
+        useful_flops: Callable[[Batch], float] | None = None,
+        peak_flops: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.every_n_steps = every_n_steps
+        self.useful_flops = useful_flops
+        self.peak_flops = peak_flops
+        self._clock = clock
+        self._losses = DatasetLosses()
+        self._window = _Window(0.0, 0.0)
+        self._paused_at = 0.0
+        self._last_step = 0
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Begin the first window."""
+        if isinstance(pl_module, VipLlavaLitModule) and self._losses not in pl_module.observers:
+            pl_module.observers.append(self._losses)
+        self._last_step = trainer.global_step
+        self._begin(trainer)
+
+    def on_validation_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Stop the clock."""
+        self._paused_at = self._clock()
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Go on."""
+        self._window.idle += self._clock() - self._paused_at
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Add a micro-batch; log if it ends a window."""
+        window = self._window
+        window.num_samples += sum(not key.endswith(REPEAT_SUFFIX) for key in batch.keys)
+        # Added up on the device, and read at the window's end: no step waits for it.
+        tokens = (batch.segment_ids != PADDING_SEGMENT).sum()
+        window.num_tokens = tokens if window.num_tokens is None else window.num_tokens + tokens
+        if self.useful_flops is not None:
+            window.useful_flops += self.useful_flops(batch)
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        window.num_steps += 1
+        window.num_supervised += batch.num_supervised_global
+        if trainer.global_step % self.every_n_steps == 0:
+            self._log(trainer)
+
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Log what is left."""
+        if self._window.num_steps:
+            self._log(trainer)
+
+    def _begin(self, trainer: lightning.Trainer) -> None:
+        self._window = _Window(self._clock(), _seconds_waited(trainer) or 0.0)
+
+    def _log(self, trainer: lightning.Trainer) -> None:
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what is queued belongs to this window
+        window, waited = self._window, _seconds_waited(trainer)
+        mine = WindowSums(
+            seconds=self._clock() - window.began - window.idle,
+            seconds_waited=None if waited is None else waited - window.waited,
+            num_samples=window.num_samples,
+            num_supervised=window.num_supervised,
+            num_tokens=0 if window.num_tokens is None else int(window.num_tokens),
+            useful_flops=None if self.useful_flops is None else window.useful_flops,
+            memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            losses=self._losses.take(),
+        )
+        metrics = window_metrics(_of_all_ranks(mine, trainer.world_size), self.peak_flops)
+        loader = trainer.train_dataloader
+        if isinstance(loader, StepLoader):
+            metrics[QUARANTINED] = float(loader.fault_log.total)
+        for logger in trainer.loggers:
+            # Not by the module's `log`, which repeats a value in every step until the next one.
+            logger.log_metrics(metrics, step=trainer.global_step - 1)
+        self._begin(trainer)
+
+
+def _seconds_waited(trainer: lightning.Trainer) -> float | None:
+    loader = trainer.train_dataloader
+    return loader.seconds_waited if isinstance(loader, StepLoader) else None
+
+
+def _of_all_ranks(mine: WindowSums, world_size: int) -> list[WindowSums]:
+    """Return what every rank brings; which data sets it met may differ, so they are objects."""
+    if world_size == 1:
+        return [mine]
+    ranks: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(ranks, mine)
+    return ranks
