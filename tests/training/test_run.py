@@ -59,10 +59,9 @@ def config(tmp_path, tiny_sources):
 
 
 def _metrics(run_dir: Path) -> list[dict[str, str]]:
-    """The rows of the optimizer steps; those of windows hold times and have no loss."""
     (path,) = run_dir.rglob("metrics.csv")
     with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["train/loss"]]
+        return list(csv.DictReader(file))
 
 
 def test_two_stages_from_the_projects_configuration(config, tmp_path):
@@ -105,7 +104,11 @@ def test_equal_seeds_give_identical_loss_logs(config, tmp_path):
     logs = []
     for runs, seed in (("a", 1), ("b", 1), ("c", 2)):
         run_training(config("stage=pretrain", f"seed={seed}", runs=runs))
-        logs.append(_metrics(tmp_path / runs / "tiny-pretrain"))
+        rows = _metrics(tmp_path / runs / "tiny-pretrain")
+        # What a clock says is never the same.
+        logs.append(
+            [{k: v for k, v in r.items() if "_second" not in k and "wait" not in k} for r in rows]
+        )
     assert logs[0] == logs[1]
     assert logs[0] != logs[2]
 
