@@ -45,6 +45,19 @@ finally:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    done = run(
+        tmp_path,
+        str(ROOT / "train.py"),
+        "trainer=cpu",
+        f"paths.manifests={ROOT / 'data_manifests'}",
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the run's folder cannot be written")
+    assert "Traceback" not in done.stderr
+
+
 def test_running_it_without_the_hardware_says_what_is_missing(tmp_path: Path):
     done = run(
         tmp_path,

@@ -134,6 +134,12 @@ def test_other_changes_are_shown(run_dir, caplog, change, listed):
     assert listed not in caplog.text
 
 
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    with pytest.raises(ConfigError, match=r"run_dir=.*cannot be written .*set paths.runs=FOLDER"):
+        prepare_run(tmp_path / "runs" / "mine", JOB)
+
+
 def test_a_job_that_never_saved_may_be_changed(tmp_path):
     prepare_run(tmp_path, JOB)
     assert prepare_run(tmp_path, _job(seed=2)) == Restart(None, 0)

@@ -86,13 +86,21 @@ def prepare_run(
 
     Raises:
         CheckpointError: the named checkpoint is not there.
-        ConfigError: the run was started with other data or another model; the message lists what
-            differs.
+        ConfigError: the folder cannot be written, or the run was started with other data or
+            another model; the message lists what differs.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if resume == "never":
+            _move_aside(run_dir)
+        _write_job(run_dir / f".{JOB_FILE}.probe", job)
+        (run_dir / f".{JOB_FILE}.probe").unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={run_dir} cannot be written ({error}): free some space or set "
+            "paths.runs=FOLDER"
+        ) from error
     checkpoints = run_dir / CHECKPOINTS
-    if resume == "never":
-        _move_aside(run_dir)
     found = list_checkpoints(checkpoints)
     checkpoint = found[-1] if found else None
     if resume not in ("auto", "never"):
