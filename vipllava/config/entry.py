@@ -64,14 +64,14 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
         main()
     except VipLlavaError as error:  # of a sweep's job, when all of them have run
         _fail(str(error))
-    except OSError as error:
-        if started:
-            raise
-        _fail(f"the run's folder cannot be written ({error}): free some space or set paths.runs")
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if started:
             raise
         _fail(composition_message(given, config_dir, config_name, error))
+    except OSError as error:
+        if started:
+            raise
+        _fail(f"the run's folder cannot be written ({error}): free some space or set paths.runs")
 
 
 def composition_message(
