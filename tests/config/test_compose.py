@@ -181,6 +181,9 @@ JOBS = [
 ]
 
 
+PLUGIN_KIND = {"optuna": "sweeper", "submitit": "launcher"}
+
+
 def documented_jobs() -> list[str]:
     """Return the commands that README and docs show."""
     jobs: list[str] = []
@@ -207,6 +210,9 @@ def test_documented_jobs_compose(job: str):
         overrides = [next(iter(_each(o))) for o in parsed]
     if any(word.isupper() for override in overrides for word in override.split("=")[1:2]):
         pytest.skip("a placeholder to fill in")
+    for plugin in ("optuna", "submitit"):
+        if any(o.startswith("hydra/") and plugin in o for o in overrides):
+            pytest.importorskip(f"hydra_plugins.hydra_{plugin}_{PLUGIN_KIND[plugin]}")
     arguments = [o for o in overrides if not o.startswith("-") and o not in ("job",)]
     cfg = compose_job(arguments, config_name=Path(script).stem)
     OmegaConf.to_container(cfg, resolve=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -101,6 +103,20 @@ def test_every_sample_once_and_denominators_of_the_global_batch(build_dataset: B
     # " yes" * n and </s>, one token a character.
     lengths = [3 * (1 + n % 4) + 2 for n in range(21)]
     assert sum(b.num_supervised for b in batches) == sum(lengths)
+
+
+def test_it_adds_up_how_long_its_workers_were_waited_for(
+    build_dataset: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each look at the clock is three seconds after the one before.
+    clock = SimpleNamespace(perf_counter=count(0.0, 3.0).__next__)
+    monkeypatch.setattr("vipllava.data.stream.time", clock)
+    loader = make_loader(build_dataset(toy_samples(20)), accumulate=2)
+    batches = iter(loader)
+    next(batches), next(batches)
+    assert loader.seconds_waited == 3.0  # two micro-batches of one step
+    next(batches)
+    assert loader.seconds_waited == 6.0
 
 
 def test_two_ranks_see_what_one_sees(build_dataset: Build) -> None:

@@ -18,7 +18,7 @@ class Job:
     """What to train and where to leave it.
 
     Attributes:
-        folder: gets ``export``, ``losses.json`` and ``checkpoints``.
+        folder: gets ``export``, ``losses.json``, ``samples`` and ``checkpoints``.
         strategy: ``one``, ``ddp``, ``zero2``, ``zero3`` or ``fsdp2``.
         spec: arguments of ``ModelSpec``.
         trainable: the parts that train.
@@ -53,6 +53,8 @@ def main(path: str) -> None:
     from vipllava.models.building import ModelSpec
     from vipllava.training.callbacks import ExportCallback
     from vipllava.training.lit_module import VipLlavaLitModule
+    from vipllava.training.metrics import Throughput
+    from vipllava.training.samples import SampleTable
 
     torch.set_num_threads(1)
 
@@ -103,7 +105,11 @@ def main(path: str) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[ExportCallback(folder / "export", tokenizer, meta, base="base")],
+        callbacks=[
+            ExportCallback(folder / "export", tokenizer, meta, base="base"),
+            Throughput(every_n_steps=1),
+            SampleTable(folder, every_n_steps=2, num_samples=2, tokenizer=tokenizer),
+        ],
         default_root_dir=folder,
     )
     trainer.fit(module, Loader(samples, 2, 2) if one else RankLoader(samples, 2, 2))

@@ -49,6 +49,13 @@ class Mixed(Loader):
         super().__init__([samples[n] for n in order], micro_batch_size, accumulate)
 
 
+def test_the_page_explains_every_metric():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "logging.md").read_text()
+    for metric, meaning in METRICS.items():
+        assert f"| `{metric}` | {meaning} |" in page
+    assert f"`{dataset_loss('<data set>')}`" in page
+
+
 def test_metrics_of_a_window_of_two_ranks():
     ranks = [
         WindowSums(4.0, 1.0, 10, 600, 2000, 3e12, 5_000_000_000, {"a": (30.0, 10.0)}),

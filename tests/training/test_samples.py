@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -112,6 +114,40 @@ def test_without_a_tokenizer_it_says_so_and_writes_nothing(
         )
     assert "no table of samples: the training data have no tokenizer" in caplog.text
     assert not (tmp_path / "samples").exists()
+
+
+def test_wandb_gets_a_table(monkeypatch):
+    """As far as that goes without the package; tests/training/test_wandb.py runs it."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    tables = []
+
+    class Recorder(WandbLogger):
+        def __init__(self) -> None:
+            pass
+
+        def log_table(self, key, columns=None, data=None, dataframe=None, step=None) -> None:
+            tables.append((key, columns, data, step))
+
+    module = ModuleType("wandb")
+    module.Image = lambda picture: ("image", picture.size)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    shown = [
+        ShownSample("a/1", Image.new("RGB", (8, 4)), "Q", "T", "P"),
+        ShownSample("a/2", None, "Q2", "T2", "P2"),
+    ]
+    log_samples(Recorder(), shown, 500)
+    assert tables == [
+        (
+            "samples",
+            ["step", "key", "picture", "question", "target", "prediction"],
+            [
+                [500, "a/1", ("image", (8, 4)), "Q", "T", "P"],
+                [500, "a/2", None, "Q2", "T2", "P2"],
+            ],
+            500,
+        )
+    ]
 
 
 def test_tensorboard_gets_pictures_and_texts(tmp_path):

@@ -76,6 +76,9 @@ def test_two_processes_export_what_one_does(spec, expected, tmp_path, strategy, 
     one, two = (json.loads((f / "losses.json").read_text()) for f in (expected[workload], folder))
     assert two == pytest.approx(one, rel=1e-5)
     assert len(one) == 4
+    # Callbacks that look at the logits see the same ones, and no process waits for another.
+    shown = [(f / "samples" / "000000.jsonl").read_text() for f in (expected[workload], folder)]
+    assert shown[0] == shown[1] != ""
     before = weights(expected[workload] / "export")
     after = weights(folder / "export")
     assert before.keys() == after.keys()

@@ -1,0 +1,101 @@
+"""A real run to Weights & Biases, offline, read back from the file it leaves."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
+from vipllava.checkpoints.loading import load_tokenizer
+from vipllava.training.environment import StartLog
+from vipllava.training.metrics import Throughput
+from vipllava.training.samples import SampleTable
+
+pytestmark = [
+    *LIGHTNING_WARNINGS,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture
+def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The package, offline and without a key, with every file of its own below the test."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "WANDB_CONFIG_DIR": str(tmp_path / "config"),
+        "WANDB_CACHE_DIR": str(tmp_path / "cache"),
+        "WANDB_DATA_DIR": str(tmp_path / "staging"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    return pytest.importorskip("wandb")
+
+
+def records(file: Path) -> list[Any]:
+    """Read a run's file with the package's own reader."""
+    store = importlib.import_module("wandb.sdk.internal.datastore").DataStore()
+    record_type = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
+    store.open_for_scan(str(file))
+    found = []
+    while (data := store.scan_data()) is not None:
+        record = record_type()
+        record.ParseFromString(data)
+        found.append(record)
+    return found
+
+
+def test_an_offline_run_holds_metrics_tables_and_the_start(
+    wandb, make_module, make_trainer, spec, tmp_path
+):
+    from lightning.pytorch.loggers import WandbLogger
+
+    logger = WandbLogger(
+        name="toy", project="vipllava", group="search", job_type="pretrain", save_dir=tmp_path
+    )
+    callbacks = [
+        StartLog(tmp_path, {"stage": {"learning_rate": 0.01}}),
+        Throughput(2),
+        SampleTable(tmp_path, 2, num_samples=2, tokenizer=load_tokenizer(spec)),
+    ]
+    trainer = make_trainer(logger=logger, callbacks=callbacks)
+    try:
+        trainer.fit(make_module(), Loader(make_samples(12), 4, 1))
+    finally:
+        wandb.finish()
+
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    read = records(file)
+    (run,) = [record.run for record in read if record.WhichOneof("record_type") == "run"]
+    assert (run.project, run.run_group, run.job_type) == ("vipllava", "search", "pretrain")
+    history = [
+        {
+            item.key or ".".join(item.nested_key): json.loads(item.value_json)
+            for item in r.history.item
+        }
+        for r in read
+        if r.WhichOneof("record_type") == "history"
+    ]
+    losses = {r["trainer/global_step"]: r["train/loss"] for r in history if "train/loss" in r}
+    assert sorted(losses) == [0, 1, 2]
+    windows = [row for row in history if "train/samples_per_second" in row]
+    assert [row["trainer/global_step"] for row in windows] == [1, 2]
+    assert all(row["train/loss/set"] > 0 for row in windows)
+    config: dict[str, Any] = {}
+    for record in read:
+        for item in [*record.config.update, *record.run.config.update]:
+            config[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+    assert config["stage"] == {"learning_rate": 0.01}
+    assert config["environment"]["packages"]["torch"]
+
+    tables = [row["samples"] for row in history if "samples" in row]
+    assert [(table["_type"], table["nrows"]) for table in tables] == [("table-file", 2)] * 2
+    table = json.loads((file.parent / "files" / tables[0]["path"]).read_text())
+    assert table["columns"] == ["step", "key", "picture", "question", "target", "prediction"]
+    assert [row[:2] for row in table["data"]] == [[0, "set/0"], [0, "set/1"]]
+    assert (file.parent / "files" / table["data"][0][2]["path"]).is_file()
