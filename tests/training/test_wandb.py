@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,28 @@ def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def records(file: Path) -> list[Any]:
-    """Read a run's file with the package's own reader."""
-    store = importlib.import_module("wandb.sdk.internal.datastore").DataStore()
+    """Read a run's file: protobuf records in the log format of LevelDB, behind 7 bytes of header.
+
+    A block of 32 KiB holds fragments: checksum (4 bytes), length (2), kind (1: whole, 2: first,
+    3: middle, 4: last), data; what is left of a block after the last fragment is zero.
+    """
     record_type = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
-    store.open_for_scan(str(file))
-    found = []
-    while (data := store.scan_data()) is not None:
-        record = record_type()
-        record.ParseFromString(data)
-        found.append(record)
+    content = file.read_bytes()
+    assert content[:4] == b":W&B"
+    found, data, place = [], b"", 7
+    while place + 7 <= len(content):
+        left = 32768 - place % 32768
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        if left < 7 or kind == 0:
+            place += left
+            continue
+        data += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            record = record_type()
+            record.ParseFromString(data)
+            found.append(record)
+            data = b""
     return found
 
 
@@ -73,14 +87,17 @@ def test_an_offline_run_holds_metrics_tables_and_the_start(
     read = records(file)
     (run,) = [record.run for record in read if record.WhichOneof("record_type") == "run"]
     assert (run.project, run.run_group, run.job_type) == ("vipllava", "search", "pretrain")
-    history = [
-        {
-            item.key or ".".join(item.nested_key): json.loads(item.value_json)
-            for item in r.history.item
-        }
-        for r in read
-        if r.WhichOneof("record_type") == "history"
-    ]
+    history: list[dict[str, Any]] = []
+    for record in read:
+        if record.WhichOneof("record_type") == "history":
+            history.append({})
+            for item in record.history.item:
+                first, *rest = item.nested_key or [item.key]
+                value = json.loads(item.value_json)
+                if rest:
+                    history[-1].setdefault(first, {})[".".join(rest)] = value
+                else:
+                    history[-1][first] = value
     losses = {r["trainer/global_step"]: r["train/loss"] for r in history if "train/loss" in r}
     assert sorted(losses) == [0, 1, 2]
     windows = [row for row in history if "train/samples_per_second" in row]
