@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_shards,
         _add_inspect,
         _add_lint,
+        _add_machines,
         _add_convert,
         _add_sweep_table,
         _add_dashboard,
@@ -118,6 +119,20 @@ def _add_lint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     command.add_argument("arguments", nargs="*", metavar="KEY=VALUE")
     command.set_defaults(run=_lint)
+
+
+def _add_machines(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "machines",
+        help="which machine do I need: memory, strategy and hours of every model, stage, trainer",
+        description="The same for one job, with its data: train.py preflight=true",
+    )
+    command.add_argument("--model", action="append", help="of conf/model (default: all real ones)")
+    command.add_argument(
+        "--mfu", type=float, default=0.4, help="share of the devices' peak (default: %(default)s)"
+    )
+    command.add_argument("--markdown", action="store_true", help="as docs/machines.md")
+    command.set_defaults(run=_machines)
 
 
 def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -211,6 +226,12 @@ def _lint(options: argparse.Namespace) -> int | None:
     from vipllava.commands.lint import run
 
     return run(options.arguments)
+
+
+def _machines(options: argparse.Namespace) -> int | None:
+    from vipllava.commands.machines import run
+
+    return run(options)
 
 
 def _convert(options: argparse.Namespace) -> int | None:

@@ -262,7 +262,8 @@ def choose_strategy(
 ) -> Choice | None:
     """Choose the least sharded strategy that fits the setup's micro-batch.
 
-    Where none does, the one that fits the largest micro-batch; None where nothing fits.
+    Where none does, the one that fits the largest micro-batch; offloading, which is slow, only
+    where nothing else fits at all; None where nothing fits.
 
     Args:
         architecture: the network's sizes.
@@ -273,6 +274,8 @@ def choose_strategy(
     sizes = micro_batches(global_rows, setup.num_devices)
     best: Choice | None = None
     for strategy in candidates(setup):
+        if best is not None and strategy.endswith("offload"):
+            break
         tried = replace(setup, strategy=strategy)
         largest = largest_micro_batch(architecture, tried, capacity, sizes)
         if largest is None:

@@ -144,7 +144,8 @@ def examine(cfg: DictConfig) -> PreflightReport:
         problems += _memory_problems(setup, expected, capacity, choice, largest)
     free = _free_disk(Path(cfg.run_dir))
     if free < expected.disk_bytes:
-        problems.append(
+        # Another machine's disk is not this one's.
+        (problems if _is_here(cfg) else notes).append(
             f"run_dir={cfg.run_dir} has {free / 1e9:.1f} GB free; checkpoints and export need "
             f"{expected.disk_bytes / 1e9:.1f} GB: free some, or pass paths.runs=FOLDER"
         )
@@ -319,6 +320,14 @@ def _capacity(cfg: DictConfig) -> float | None:
         return device_capacity(float(cfg.machine.memory_gb))
     present = _present_devices(cfg)
     return min(device.memory_gib for device in present) * 2**30 if present else None
+
+
+def _is_here(cfg: DictConfig) -> bool:
+    """Whether this machine could be the one that the job is for."""
+    from vipllava.config import hardware
+
+    on_cuda = cfg.trainer.accelerator == "cuda"
+    return not on_cuda or len(hardware.detect().cuda) >= int(cfg.trainer.devices)
 
 
 def _free_disk(folder: Path) -> float:

@@ -1,0 +1,292 @@
+"""``vipllava machines``: which machine a stage needs, for every real model and every trainer."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from rich.console import Console
+
+    from vipllava.models.architecture import Architecture
+    from vipllava.models.flops import Workload
+    from vipllava.training.forecast import Corpus
+
+MODELS: Final = ("7b", "13b", "llama3_8b", "phi3_mini")
+_SINGLE: Final = (("RTX 4090", 24), ("A100", 80), ("H200", 141))
+"""Devices and their GB: what ``trainer=1gpu`` is shown for: it takes whatever there is."""
+
+_LONGEST: Final = {"pretrain": 768, "finetune": 2048}
+"""Tokens of the longest row: captions are short, instructions are cut at ``stage.max_length``."""
+
+_SUPERVISED_SHARE: Final = {"pretrain": 0.05, "finetune": 0.4}
+_PARTS: Final = {"pretrain": ("projector",), "finetune": ("projector", "language_model")}
+_HEADERS: Final = (
+    "trains",
+    "machine",
+    "strategy",
+    "micro-batch",
+    "largest",
+    "plain",
+    "GiB",
+    "host GiB",
+    "hours",
+)
+_GIB: Final = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class MachineRow:
+    """One model, workload and machine.
+
+    Attributes:
+        model: of ``conf/model``.
+        workload: what trains.
+        machine: the trainer, and which device where that is open.
+        strategy: the least sharded that fits; None if nothing does.
+        micro_batch_size: that ``memory`` is of: the trainer's, or the largest if that is smaller.
+        largest: micro-batch that fits; None if none does.
+        largest_plain: the same without gradient checkpointing.
+        memory: bytes of a device; where nothing fits, the least that was tried.
+        capacity: bytes that the device has.
+        host: bytes on the hosts, of all devices together.
+        hours: of the stage.
+    """
+
+    model: str
+    workload: str
+    machine: str
+    strategy: str | None
+    micro_batch_size: int
+    largest: int | None
+    largest_plain: int | None
+    memory: float
+    capacity: float
+    host: float
+    hours: float | None
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the row as texts, one for each of the table's headers."""
+        room = f"{self.memory / _GIB:.1f} of {self.capacity / _GIB:.1f}"
+        fits = self.strategy is not None
+        return (
+            self.workload,
+            self.machine,
+            self.strategy or "does not fit",
+            str(self.micro_batch_size),
+            str(self.largest) if self.largest else "-",
+            str(self.largest_plain) if self.largest_plain else "-",
+            room,
+            f"{self.host / _GIB:.0f}" if self.host else "-",
+            f"{self.hours:.1f}" if fits and self.hours is not None else "-",
+        )
+
+
+def run(options: argparse.Namespace, console: Console | None = None) -> int:
+    """Print the table, as Markdown if asked.
+
+    Args:
+        options: ``markdown``, ``mfu`` and ``model`` of the command line.
+        console: where tables go; the standard output if not given.
+
+    Raises:
+        VipLlavaError: a model is not one of :data:`MODELS`, or the configuration is not there.
+    """
+    from rich.console import Console as MakeConsole
+
+    from vipllava.config.schema import did_you_mean
+    from vipllava.types import ConfigError
+
+    for model in options.model or ():
+        if model not in MODELS:
+            raise ConfigError(
+                f"--model {model}: not one of {', '.join(MODELS)}{did_you_mean(model, MODELS)}; of "
+                "another model `python train.py ... preflight=true` makes a forecast"
+            )
+    console = console or MakeConsole()
+    rows = machine_rows(options.model or MODELS, mfu=options.mfu)
+    if options.markdown:
+        console.print(markdown(rows, options.mfu), highlight=False, markup=False, soft_wrap=True)
+        return 0
+    from rich import box
+    from rich.table import Table
+
+    for model in dict.fromkeys(row.model for row in rows):
+        title = f"{model}, hours at an MFU of {options.mfu:.0%}"
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0))
+        for header in _HEADERS:
+            table.add_column(header, justify="left" if header in _HEADERS[:3] else "right")
+        for row in rows:
+            if row.model == model:
+                table.add_row(*row.cells())
+        console.print(table)
+    return 0
+
+
+def machine_rows(models: Sequence[str] = MODELS, *, mfu: float) -> list[MachineRow]:
+    """Forecast every workload of some models on every trainer whose memory is known.
+
+    Args:
+        models: of ``conf/model``, made of published parts.
+        mfu: share of the devices' peak.
+    """
+    from vipllava.config.composing import compose_job
+    from vipllava.models.flops import WORKLOADS
+    from vipllava.models.published import published_architecture
+
+    machines = {stage: list(_machines(stage)) for stage in _PARTS}
+    rows: list[MachineRow] = []
+    for name in models:
+        model = compose_job([f"model={name}", "trainer=8xa100"]).model
+        architecture = published_architecture(
+            model.spec.vision_tower, model.spec.language_model, tuple(model.spec.feature_layers)
+        )
+        corpora = {stage: _corpus(stage, str(model.manifests[stage])) for stage in _PARTS}
+        for workload in WORKLOADS:
+            stage = "pretrain" if workload == "projector" else "finetune"
+            for machine, cfg in machines[stage]:
+                limit = (model.get("max_micro_batch_sizes") or {}).get(workload)
+                rows.append(
+                    _row(name, architecture, workload, machine, cfg, corpora[stage], mfu, limit)
+                )
+    return rows
+
+
+def markdown(rows: Sequence[MachineRow], mfu: float) -> str:
+    """Return ``docs/machines.md``."""
+    lines = [
+        "# Which machine do I need",
+        "",
+        "Forecasts, made by `vipllava machines --markdown`. For a job of your own, with its data, "
+        "add `preflight=true` to its command: `python train.py stage=pretrain model=13b "
+        "trainer=8xa100 preflight=true`. Neither needs the machine or any weights.",
+        "",
+        "Each line is a stage on a machine of `conf/trainer` (`trainer=NAME`): `projector` is "
+        "`stage=pretrain`, the others are `stage=finetune` with `tuning=full`, `lora` or `qlora`. "
+        "`strategy` is the least sharded one that fits the trainer's micro-batch, or else the one "
+        "that fits the largest; it offloads only where nothing else fits. `largest` is the largest "
+        "micro-batch that fits it and divides the recipe's global batch; `plain` is the same "
+        "without gradient checkpointing.",
+        "",
+        "`GiB` is a device's memory at a step's peak, of what it has, with rows of "
+        f"{_LONGEST['pretrain']} tokens (projector) or {_LONGEST['finetune']} (the others), the "
+        "longest there are: weights, gradients, optimizer, activations, working copies, and an "
+        "allowance for CUDA, NCCL and fragmentation. `host GiB` counts all devices "
+        "together. Where nothing fits, the least that was tried is shown.",
+        "",
+        f"Hours are useful work over the devices' peak at an MFU of {mfu:.0%} (`--mfu`; "
+        "`machine.mfu` in a job): what good code reaches on large devices. Half of it is common "
+        "where weights travel between devices without NVLink or live on the host, so take the "
+        "hours of `zero3` on such machines, and of `zero3_offload` everywhere, as a lower bound. "
+        "The data are those of the recipe: 558,000 captions of about 601 tokens, 1,185,000 "
+        "instructions of about 774.",
+    ]
+    for model in dict.fromkeys(row.model for row in rows):
+        lines += ["", f"## {model}", "", _line(_HEADERS), _line(["---"] * len(_HEADERS))]
+        lines += [_line(row.cells()) for row in rows if row.model == model]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _machines(stage: str) -> Iterator[tuple[str, DictConfig]]:
+    """Yield every trainer whose memory is known, composed for a stage."""
+    from vipllava.config.composing import CONFIG_DIR, compose_job
+
+    for path in sorted((CONFIG_DIR / "trainer").glob("*.yaml")):
+        if path.stem == "1gpu":
+            for device, memory in _SINGLE:
+                overrides = [
+                    f"machine.device={device}",
+                    f"machine.memory_gb={memory}",
+                    # Not what this machine would choose.
+                    "trainer.precision=bf16-mixed",
+                ]
+                cfg = compose_job(["trainer=1gpu", "model=7b", f"stage={stage}", *overrides])
+                yield f"1gpu ({device})", cfg
+        elif path.stem not in ("auto", "cpu"):
+            cfg = compose_job([f"trainer={path.stem}", "model=7b", f"stage={stage}"])
+            if cfg.machine.memory_gb is not None:
+                yield path.stem, cfg
+
+
+def _corpus(stage: str, manifest_name: str) -> Corpus:
+    from vipllava.config.composing import CONFIG_DIR, compose_job
+    from vipllava.data.manifest import load_manifest
+    from vipllava.training.forecast import Corpus, DataSetShare
+
+    manifest = load_manifest(manifest_name, CONFIG_DIR.parent / "data_manifests")
+    size = manifest.num_samples or manifest.approximate_samples or 0
+    mean = float(compose_job(["model=7b", "trainer=8xa100", f"stage={stage}"]).stage.mean_length)
+    share = DataSetShare(manifest.name, size, size)
+    longest, supervised = _LONGEST[stage], _SUPERVISED_SHARE[stage]
+    return Corpus((share,), mean, mean**2, 1.0, longest, supervised)
+
+
+def _row(
+    model: str,
+    architecture: Architecture,
+    workload: Workload,
+    machine: str,
+    cfg: Any,
+    corpus: Corpus,
+    mfu: float,
+    limit: int | None,
+) -> MachineRow:
+    from vipllava.config.batch import largest_micro_batch as largest_dividing
+    from vipllava.training import forecast as forecasts
+    from vipllava.training.memory import Setup, device_memory
+
+    devices = int(cfg.trainer.devices) * int(cfg.trainer.num_nodes)
+    global_rows = int(cfg.stage.global_batch_size)
+    wanted = int(cfg.machine.micro_batch_sizes[workload])
+    wanted = largest_dividing(min(wanted, limit or wanted), global_rows, devices, 1) or 1
+    capability = cfg.machine.capability
+    setup = Setup(
+        trainable=_PARTS[cfg.stage.name],
+        workload=workload,
+        strategy="single" if devices == 1 else "zero2",
+        precision=cfg.trainer.precision,
+        num_devices=devices,
+        micro_batch_size=wanted,
+        row_tokens=corpus.longest,
+        row_supervised=corpus.supervised_share * corpus.longest,
+        # As if flash attention were installed wherever it runs: no matter who makes the table.
+        attention="sdpa" if capability is not None and capability < 8 else "flash_attention_2",
+        adapter_rank=128,
+        bits=4 if workload == "qlora" else None,
+    )
+    capacity = forecasts.device_capacity(float(cfg.machine.memory_gb))
+    choice = forecasts.choose_strategy(architecture, setup, capacity, global_rows)
+    plan = forecasts.Plan(1, global_rows, mfu=mfu, device=cfg.machine.device)
+    hours = forecasts.forecast(architecture, setup, corpus, plan).hours
+    if choice is None:
+        least = replace(setup, strategy=forecasts.candidates(setup)[-1], micro_batch_size=1)
+        memory = device_memory(architecture, least)
+        return MachineRow(
+            model, workload, machine, None, 1, None, None, memory.total, capacity, memory.host, None
+        )
+    plain = forecasts.largest_micro_batch(
+        architecture,
+        replace(setup, strategy=choice.strategy, gradient_checkpointing=False),
+        capacity,
+        forecasts.micro_batches(global_rows, devices),
+    )
+    return MachineRow(
+        model=model,
+        workload=workload,
+        machine=machine,
+        strategy=choice.strategy,
+        micro_batch_size=min(wanted, choice.micro_batch_size),
+        largest=choice.micro_batch_size,
+        largest_plain=plain,
+        memory=choice.memory.total,
+        capacity=capacity,
+        host=choice.memory.host,
+        hours=hours,
+    )
