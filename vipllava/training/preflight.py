@@ -116,7 +116,7 @@ def examine(cfg: DictConfig) -> PreflightReport:
     notes = _forget_missing_checkpoint(cfg)
     spec = _spec(cfg)
     tokenizer = load_tokenizer(spec)
-    architecture = _architecture(spec, tokenizer)
+    architecture = job_architecture(spec, tokenizer)
     problems: list[str] = []
     datamodule, found = None, None
     try:
@@ -184,7 +184,7 @@ def short_forecast(
     from vipllava.training.forecast import forecast
 
     spec = _spec(cfg)
-    architecture = _architecture(spec, tokenizer)
+    architecture = job_architecture(spec, tokenizer)
     corpus = _assumed_corpus(cfg)
     if datamodule is not None:
         dataset = datamodule.dataset or datamodule.open_dataset()
@@ -231,7 +231,7 @@ def _forget_missing_checkpoint(cfg: DictConfig) -> list[str]:
     return [f"it starts from {folder}, which is not there yet: run the stage before it first"]
 
 
-def _architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
+def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
     """Return the sizes of the network that a spec describes; reads config files only."""
     from vipllava.models.architecture import architecture_of
     from vipllava.models.building import network_config, num_patches, read_tower_config, token_id

@@ -44,10 +44,14 @@ def run_training(cfg: DictConfig) -> Path:
     import lightning
     import torch
     from hydra.utils import instantiate
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+    from omegaconf import OmegaConf
 
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.models.hub_models import draw_bars_on_terminals_only
     from vipllava.training.callbacks import ExportCallback
+    from vipllava.training.environment import StartLog
+    from vipllava.training.preflight import short_forecast
     from vipllava.types import Interrupted
 
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
@@ -58,18 +62,27 @@ def run_training(cfg: DictConfig) -> Path:
     if cfg.machine.tf32:
         torch.set_float32_matmul_precision("high")
     export_dir = Path(cfg.run_dir) / EXPORT_FOLDER
-    restart = _begin(cfg)
+    job: Any = OmegaConf.to_container(cfg, resolve=True)
+    restart = _begin(cfg, job)
 
     spec: ModelSpec = instantiate(cfg.module.model, _convert_="all")
     tokenizer = load_tokenizer(spec)
     module = _partial(cfg.module)(seed=int(cfg.seed), tokenizer=tokenizer)
     datamodule = build_datamodule(cfg, tokenizer)
+    if rank_zero_only.rank in (0, None):
+        for line in short_forecast(cfg, tokenizer, datamodule):
+            logger.info(line)
     export = ExportCallback(
         export_dir, tokenizer, _export_meta(cfg, spec), base=spec.checkpoint or spec.language_model
     )
     trainer = _partial(cfg.trainer)(
         logger=_instantiate_all(cfg.get("logger")),
-        callbacks=[*_instantiate_all(cfg.get("callbacks")), *_early_stop(cfg), export],
+        callbacks=[
+            StartLog(cfg.run_dir, job),
+            *_with_flops(_instantiate_all(cfg.get("callbacks")), cfg, spec, tokenizer),
+            *_early_stop(cfg),
+            export,
+        ],
         plugins=_plugins(cfg),
     )
 
@@ -98,10 +111,9 @@ def run_training(cfg: DictConfig) -> Path:
     return export_dir
 
 
-def _begin(cfg: DictConfig) -> Restart:
+def _begin(cfg: DictConfig, job: dict[str, Any]) -> Restart:
     """Decide where the run begins; the first process also brings its folder into that state."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
-    from omegaconf import OmegaConf
 
     from vipllava.training.csv_log import FILE_NAME, cut_csv
     from vipllava.training.restart import find_restart, prepare_run
@@ -109,12 +121,47 @@ def _begin(cfg: DictConfig) -> Restart:
     run_dir, resume = Path(cfg.run_dir), str(cfg.resume)
     if rank_zero_only.rank not in (0, None):
         return find_restart(run_dir, resume=resume)
-    job: Any = OmegaConf.to_container(cfg, resolve=True)
     restart = prepare_run(run_dir, job, resume=resume, anyway=bool(cfg.resume_anyway))
     cut_csv(run_dir / "csv" / FILE_NAME, restart.num_steps)
     if restart.checkpoint is not None:
         logger.info("going on from %s, after %s steps", restart.checkpoint, restart.num_steps)
     return restart
+
+
+def _with_flops(callbacks: list[Any], cfg: DictConfig, spec: ModelSpec, tokenizer: Any) -> Any:
+    """Tell the callback that measures speed what a batch's work is, for the MFU."""
+    import torch
+
+    from vipllava.models.flops import device_peak, useful_flops
+    from vipllava.training.metrics import Throughput
+    from vipllava.training.preflight import job_architecture
+    from vipllava.types import PADDING_SEGMENT, Batch
+
+    peak = device_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    architecture = job_architecture(spec, tokenizer)
+    rank = int(cfg.tuning.adapter.r) if cfg.tuning.adapter else 0
+
+    def flops_of(batch: Batch) -> float:
+        real = batch.segment_ids != PADDING_SEGMENT
+        # A segment's last position is its length less one.
+        last = real & (batch.position_ids.roll(-1, 1) == 0)
+        last[:, -1] = real[:, -1]
+        lengths = batch.position_ids[last] + 1
+        return useful_flops(
+            architecture,
+            cfg.machine.workload,
+            num_samples=len(batch.keys),
+            num_tokens=int(lengths.sum()),
+            num_images=len(batch.pixel_values),
+            squared_tokens=float((lengths.double() ** 2).sum()),
+            adapter_rank=rank,
+            tower_trains="vision_tower" in cfg.stage.trainable,
+        )
+
+    for callback in callbacks:
+        if isinstance(callback, Throughput) and peak is not None:
+            callback.useful_flops, callback.peak_flops = flops_of, peak
+    return callbacks
 
 
 def _early_stop(cfg: DictConfig) -> list[Any]:
