@@ -48,7 +48,13 @@ def expected(spec, tmp_path_factory) -> dict[str, list[dict[str, float]]]:
 
 @pytest.mark.parametrize(
     "strategy",
-    ["ddp", "fsdp2", pytest.param("zero2", marks=pytest.mark.slow), "zero3"],
+    [
+        "ddp",
+        "fsdp2",
+        pytest.param("zero2", marks=pytest.mark.slow),
+        "zero3",
+        pytest.param("zero3_offload", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_train_as_one(spec, expected, tmp_path, strategy):
     if strategy.startswith("zero"):
