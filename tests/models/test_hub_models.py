@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -41,11 +43,21 @@ def _spec(tiny_sources, language_model: str) -> ModelSpec:
     )
 
 
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Undone before the hub itself goes, which has a value of its own to put back."""
+    from huggingface_hub import constants
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        yield
+
+
 def _fetched(hub: Hub) -> set[str]:
     return {path.rpartition("/")[2] for path, _ in hub.server.requests if "/resolve/" in path}
 
 
-def test_a_model_by_its_id(hub, tiny_sources, monkeypatch):
+def test_a_model_by_its_id(hub, tiny_sources):
     _publish(hub, tiny_sources.language_model)
     for other in ("model.onnx", "consolidated.safetensors", "pytorch_model.bin"):
         hub.add(other, b"another copy of the weights")
@@ -60,15 +72,13 @@ def test_a_model_by_its_id(hub, tiny_sources, monkeypatch):
         assert torch.equal(tensor, model.state_dict()[name]), name
 
     # What is in the cache needs no network.
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     before = len(hub.server.requests)
-    build_model(spec)
+    with _offline():
+        build_model(spec)
     assert len(hub.server.requests) == before
 
 
-def test_pickles_where_there_is_nothing_better(hub, monkeypatch):
+def test_pickles_where_there_is_nothing_better(hub):
     for name in ("config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"):
         hub.add(name, b"{}")
     assert {path.name for path in local_folder(REPO, "language_model").iterdir()} == {
@@ -76,10 +86,8 @@ def test_pickles_where_there_is_nothing_better(hub, monkeypatch):
         "pytorch_model-00001-of-00002.bin",
         "pytorch_model.bin.index.json",
     }
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert local_folder(REPO, "language_model").is_dir()
+    with _offline():
+        assert local_folder(REPO, "language_model").is_dir()
 
 
 def test_a_gated_model(hub):
@@ -99,11 +107,11 @@ def test_an_id_that_does_not_exist(hub):
         local_folder(REPO, "vision_tower")
 
 
-def test_no_network(hub, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match=r"not in the cache.*hf download org/set"):
+def test_no_network(hub):
+    with (
+        _offline(),
+        pytest.raises(CheckpointError, match=r"not in the cache.*hf download org/set"),
+    ):
         local_folder(REPO, "checkpoint")
     with pytest.raises(CheckpointError, match=r"checkpoint='a/b/c' does not exist: give an"):
         local_folder("a/b/c", "checkpoint")
