@@ -24,7 +24,8 @@ from vipllava.data.manifest import load_manifest
 from vipllava.data.samples import SampleEncoder, SampleSource
 from vipllava.models.building import ModelSpec, image_seq_length, token_id
 from vipllava.models.freezing import set_trainable
-from vipllava.models.supervised_loss import normalise_pixels, supervised_loss_sum
+from vipllava.models.image_features import normalise_pixels
+from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.sample_world.build import ensure_sample_world
 from vipllava.sample_world.teach import BASE, load_tiny_policies
 from vipllava.types import PADDING_SEGMENT, Batch

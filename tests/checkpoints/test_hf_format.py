@@ -23,7 +23,7 @@ from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer, open_source
 from vipllava.data.image_transform import reference_transform
 from vipllava.models.building import ModelSpec
-from vipllava.models.supervised_loss import normalise_pixels
+from vipllava.models.image_features import normalise_pixels
 from vipllava.types import CheckpointError
 
 

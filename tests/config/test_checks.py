@@ -203,6 +203,18 @@ def test_a_stage_before_its_predecessor():
             "laptop",
             "needs bitsandbytes, which is not installed: pip install -e '.[quant]'",
         ),
+        ("machine.compile=true", "8xa100", "pass data=packed, whose rows have one length"),
+        (
+            "machine.compile=true data=packed strategy=zero3",
+            "8xa100",
+            "use strategy=zero2, fsdp2 or ddp",
+        ),
+        (
+            "machine.compile=true data=packed stage=finetune tuning=qlora",
+            "8xa100",
+            "torch.compile cannot follow; use tuning=lora",
+        ),
+        ("stage.gradient_checkpointing=some", "8xa100", "expected auto, true, false or how many"),
         ("tuning=lora", "8xa100", "which stage=pretrain leaves frozen; use tuning=full"),
         ("logger=wandb", "laptop", "logger=wandb needs wandb, which is not installed"),
         ("logger=tensorboard", "laptop", "pip install -e '.[tensorboard]'"),

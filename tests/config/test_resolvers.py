@@ -94,7 +94,7 @@ def test_learning_rates(job: str, rate: float, projector: float | None):
 def test_tiny_brings_its_own_recipe():
     keys = ("stage.global_batch_size", "stage.max_length", "stage.gradient_checkpointing")
     assert _resolve(keys=keys) == [64, 512, False]
-    assert _resolve("model=7b", keys=keys) == [256, 2048, True]
+    assert _resolve("model=7b", keys=keys) == [256, 2048, "auto"]
 
 
 def test_marks_follow_the_model():

@@ -123,6 +123,27 @@ def test_epochs_steps_and_denominators(fitted: tuple[Path, Recorder]) -> None:
     assert model.seen[:6] != model.seen[6:]
 
 
+def test_batches_are_copied_while_the_device_computes(
+    tmp_path: Path,
+    encoder: ConversationEncoder,
+    policies: Policies,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copies: list[bool] = []
+    move = Batch.to
+
+    def note(batch: Batch, device: Any, non_blocking: bool = False) -> Batch:
+        copies.append(non_blocking)
+        return move(batch, device, non_blocking)
+
+    monkeypatch.setattr(Batch, "to", note)
+    write_shards(toy_samples(4), tmp_path / "toy")
+    make_trainer(tmp_path, max_epochs=1).fit(
+        Recorder(), datamodule=make_module(tmp_path, encoder, policies)
+    )
+    assert copies == [True] * 2
+
+
 @pytest.mark.parametrize("step", range(1, 6))
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_goes_on_where_the_checkpoint_was(

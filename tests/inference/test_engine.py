@@ -16,7 +16,7 @@ from vipllava.conversation import ConversationEncoder, get_template
 from vipllava.data.image_transform import ImageTransform
 from vipllava.inference.engine import Engine, Request
 from vipllava.models.building import ModelSpec
-from vipllava.models.supervised_loss import normalise_pixels
+from vipllava.models.image_features import normalise_pixels
 from vipllava.types import ConfigError, Turn, VipLlavaError
 
 # Short, so that a prompt of the byte tokenizer stays short.

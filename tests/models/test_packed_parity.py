@@ -191,7 +191,8 @@ def test_flash_attention_is_told_where_samples_begin(tiny_sources):
         bounds = options["cu_seq_lens_q"].tolist()
         assert bounds == options["cu_seq_lens_k"].tolist()
         longest = max(b - a for a, b in pairwise(bounds))
-        assert (options["max_length_q"], options["max_length_k"]) == (longest, longest)
+        # An upper bound that needs no waiting for the device: the rows' length.
+        assert options["max_length_q"] == options["max_length_k"] >= longest
         told.append(bounds)
         heads = query.shape[1]
         columns = (

@@ -10,7 +10,8 @@ from tests.models.tiny_batches import IMAGE, batch_of, encoded_sample, three_sam
 from vipllava.checkpoints.loading import build_model
 from vipllava.models.building import ModelSpec
 from vipllava.models.freezing import set_trainable
-from vipllava.models.supervised_loss import embed_inputs, normalise_pixels, supervised_loss_sum
+from vipllava.models.image_features import normalise_pixels
+from vipllava.models.supervised_loss import embed_inputs, supervised_loss_sum
 from vipllava.types import IGNORE_INDEX, PADDING_SEGMENT, VipLlavaError
 
 
@@ -104,8 +105,8 @@ def test_batch_without_supervision_has_zero_loss_and_a_graph(model):
 def test_frozen_tower_records_no_graph(model):
     set_trainable(model, ["projector"])
     outputs = []
-    hook = model.model.vision_tower.register_forward_hook(
-        lambda module, args, output: outputs.append(output.last_hidden_state)
+    hook = model.model.vision_tower.encoder.layers[-1].register_forward_hook(
+        lambda module, args, output: outputs.append(output)
     )
     supervised_loss_sum(model, batch_of([[three_samples()[0]]]))
     hook.remove()

@@ -16,6 +16,7 @@ from vipllava.training.forecast import (
     choose_strategy,
     device_capacity,
     export_bytes,
+    fewest_recomputed,
     forecast,
     largest_micro_batch,
     micro_batches,
@@ -159,3 +160,22 @@ def test_what_could_take_a_strategys_place():
 
 def test_a_device_has_a_little_less_than_its_name_says():
     assert device_capacity(80) / 2**30 == pytest.approx(78.8)
+
+
+def test_as_few_blocks_are_recomputed_as_memory_allows(seven):
+    large = replace(PROJECTOR, micro_batch_size=32)
+
+    def count(gb: float, **changes: object) -> int:
+        return fewest_recomputed(seven, replace(large, **changes), device_capacity(gb))
+
+    assert count(1000) == 0
+    assert count(24) == 32  # nothing fits: all of them
+    chosen = count(80)
+    assert 0 < chosen < 32
+    # The chosen number leaves a tenth of the memory, one fewer does not.
+    totals = [
+        1.1 * device_memory(seven, replace(large, recomputed_blocks=n)).total
+        for n in (chosen, chosen - 1)
+    ]
+    assert totals[0] <= device_capacity(80) < totals[1]
+    assert count(80, micro_batch_size=8) == 0 < count(80, micro_batch_size=24) < chosen

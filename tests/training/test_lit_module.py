@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.nn import functional
 
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
-from vipllava.models.supervised_loss import normalise_pixels
+from vipllava.models.image_features import normalise_pixels
 from vipllava.training.lit_module import backward_scale
 from vipllava.types import ConfigError, VipLlavaError
 

@@ -23,11 +23,11 @@ from tests.training.memory_meter import MemoryMeter
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.models.adapters import AdapterSettings, add_adapters
 from vipllava.models.architecture import architecture_of
+from vipllava.models.blocks import recompute_blocks, train_recomputed
 from vipllava.models.building import ModelSpec, network_config
-from vipllava.models.freezing import set_trainable
+from vipllava.models.freezing import hold_frozen, set_trainable
 from vipllava.models.published import published_architecture
 from vipllava.models.supervised_loss import supervised_loss_sum
-from vipllava.training.lit_module import _enable_checkpointing
 from vipllava.training.memory import DeviceMemory, Setup, device_memory, parameter_rows
 from vipllava.types import Batch, ConfigError
 
@@ -93,10 +93,10 @@ ARITHMETIC = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("recomputed", [None, 2, 0], ids=["all", "two", "none"])
 @pytest.mark.parametrize("workload", WORKLOADS)
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
-def test_activations_are_those_of_a_real_pass(arithmetic, workload, checkpointing):
+def test_activations_are_those_of_a_real_pass(arithmetic, workload, recomputed):
     """Forward and backward of a Llama, every tensor counted while it lives."""
     changes, dtype, autocast = ARITHMETIC[arithmetic]
     rows, length, supervised = 2, 256, 16
@@ -120,10 +120,10 @@ def test_activations_are_those_of_a_real_pass(arithmetic, workload, checkpointin
         add_adapters(model, AdapterSettings(r=8, alpha=16, dropout=0.0))
     set_trainable(model, list(WORKLOADS[workload]))
     model.to(dtype)
-    if checkpointing:
-        _enable_checkpointing(model.model.language_model)
-        for block in model.model.language_model.layers:
-            block.training = True
+    if autocast:
+        hold_frozen(model, autocast)
+    recompute_blocks(model, recomputed)
+    train_recomputed(model)
     ids = torch.randint(0, 510, (rows, length))
     ids[:, 1:17] = 511
     labels = torch.full_like(ids, -100)
@@ -142,7 +142,7 @@ def test_activations_are_those_of_a_real_pass(arithmetic, workload, checkpointin
         micro_batch_size=rows,
         row_tokens=length,
         row_supervised=supervised,
-        gradient_checkpointing=checkpointing,
+        recomputed_blocks=recomputed,
         adapter_rank=8,
         adapter_dropout=False,
         attention="flash_attention_2",  # whole rows have no mask
@@ -164,10 +164,11 @@ def test_a_real_size_under_every_strategy():
     """13B in full on eight devices: 13 068 968 960 trained weights, 303 507 456 frozen ones."""
     tower, layers = PUBLISHED
     architecture = published_architecture(tower, "lmsys/vicuna-13b-v1.5", layers)
-    trained, every = 13_068_968_960, 13_372_476_416
+    trained, frozen = 13_068_968_960, 303_507_456
+    every = trained + frozen
     expected = {
-        "ddp": (4 * every, 4 * trained, 8 * trained, 0),
-        "fsdp2": (every / 2, trained / 2, trained, 0),
+        "ddp": (4 * trained + 2 * frozen, 4 * trained, 8 * trained, 0),
+        "fsdp2": (trained / 2 + frozen / 4, trained / 2, trained, 0),
         "zero2": (2 * every, trained / 4, 12 * trained / 8, 0),
         "zero3": (every / 4, trained / 4, 12 * trained / 8, 0),
         "zero3_offload": (every / 4, 0, 0, 18 * trained),
@@ -180,16 +181,17 @@ def test_a_real_size_under_every_strategy():
 
 
 def test_four_bits_replace_the_blocks_linear_layers_only():
-    """7B: 6 476 005 376 weights of linear layers; what remains is float32."""
+    """7B: 6 476 005 376 weights of linear layers; the rest is bf16, or float32 if it trains."""
     tower, layers = PUBLISHED
     architecture = published_architecture(tower, "lmsys/vicuna-7b-v1.5", layers)
     setup = setup_for(
         "lora", precision="bf16-mixed", adapter_rank=128, strategy="ddp", num_devices=8
     )
     setup = replace(setup, workload="qlora", bits=4)
-    few, every = 6_476_005_376, 6_738_939_904 + 303_507_456 + 37_767_168 + 319_815_680
+    few, others = 6_476_005_376, 6_738_939_904 - 6_476_005_376 + 303_507_456
+    trained = 37_767_168 + 319_815_680
     memory = device_memory(architecture, setup)
-    assert memory.weights == pytest.approx(4 * (every - few) + 0.5159 * few, rel=1e-4)
+    assert memory.weights == pytest.approx(4 * trained + 2 * others + 0.5159 * few, rel=1e-4)
     eight = device_memory(architecture, replace(setup, bits=8))
     assert eight.weights - memory.weights == pytest.approx((1 - 0.5159) * few, rel=1e-3)
 
@@ -214,11 +216,11 @@ def test_more_needs_more():
     small = total(micro_batch_size=1)
     assert small - total(micro_batch_size=1, fused_optimizer=True) > 2e9
     assert total(row_tokens=4096) > total()
-    assert total(gradient_checkpointing=False) > total()
+    assert total(recomputed_blocks=0) > total()
     assert total(num_devices=16) < total()
     assert total(strategy="zero3") < total()
     # Without recomputing there is a mask for every block, and keys and values are repeated.
-    plain = {"gradient_checkpointing": False, "micro_batch_size": 4}
+    plain = {"recomputed_blocks": 0, "micro_batch_size": 4}
     flash, sdpa = total(**plain, attention="flash_attention_2"), total(**plain, attention="sdpa")
     assert flash < sdpa < total(**plain, attention="eager")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,7 +21,7 @@ from vipllava.config.composing import compose_job
 from vipllava.config.hardware import CudaDevice, Hardware
 from vipllava.data.shards import write_shards
 from vipllava.training import preflight as preflight_module
-from vipllava.training.preflight import examine, preflight, short_forecast
+from vipllava.training.preflight import examine, look_ahead, preflight
 from vipllava.types import CheckpointError, ConfigError, VipLlavaError
 
 MANIFEST = {"schema_version": 1, "name": "toy", "stage": "finetune", "licence": "none"}
@@ -86,6 +87,12 @@ def run(overrides: list[str]) -> str:
     console = Console(file=io.StringIO(), width=120)
     preflight(job(overrides), console)
     return console.file.getvalue()
+
+
+def _tokenizer(cfg: DictConfig) -> Any:
+    from vipllava.checkpoints.loading import load_tokenizer
+
+    return load_tokenizer(preflight_module._spec(cfg))
 
 
 def test_a_tiny_job(tiny, tmp_path):
@@ -249,18 +256,38 @@ def test_settings_are_checked_and_hardware_is_not(real):
 
 
 def test_the_short_form(real):
-    from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.training.run import build_datamodule
 
     cfg = job([*real, "stage=pretrain"])
-    tokenizer = load_tokenizer(preflight_module._spec(cfg))
-    lines = short_forecast(cfg, tokenizer, build_datamodule(cfg, tokenizer))
+    tokenizer = _tokenizer(cfg)
+    lines = look_ahead(cfg, tokenizer, build_datamodule(cfg, tokenizer)).lines
     assert lines[0].startswith("forecast: 37,767,168 of 7,079,690,240 parameters train; 1 steps of")
     assert "GiB a device of 78.8 with zero2" in lines[1]
-    assert lines[2].endswith("hours at an MFU of 40%")
-    assert len(lines) == 3
-    unknown = short_forecast(cfg, tokenizer)
+    assert lines[2].endswith(
+        "of 32 decoder blocks are recomputed (stage.gradient_checkpointing=auto)"
+    )
+    assert lines[3].endswith("hours at an MFU of 40%")
+    assert len(lines) == 4
+    unknown = look_ahead(cfg, tokenizer).lines
     assert "an unknown number of steps of 256 samples, about 153,856 tokens" in unknown[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "recomputed"),
+    [
+        (["trainer=8xa100"], 29),  # the fewest that leave a tenth of 80 GB
+        (["trainer=multinode", "machine.micro_batch_size=1"], 0),
+        # Another node may have other devices, and all have to decide alike.
+        (["trainer=multinode", "machine.micro_batch_size=1", "machine.memory_gb=null"], None),
+        (["trainer=8xa100", "stage.gradient_checkpointing=true"], None),
+        (["trainer=8xa100", "stage.gradient_checkpointing=false"], 0),
+        (["trainer=8xa100", "stage.gradient_checkpointing=1"], 1),
+        (["trainer=cpu"], None),  # nobody knows what a CPU's job may take
+    ],
+)
+def test_how_many_blocks_are_recomputed(real, overrides, recomputed):
+    cfg = job([*real, "stage=pretrain", *overrides])
+    assert look_ahead(cfg, _tokenizer(cfg)).setup.recomputed_blocks == recomputed
 
 
 def test_the_entry_point_stops_behind_it(tiny, tmp_path, capsys):

@@ -20,7 +20,7 @@ from vipllava.config.resolvers import register_resolvers
 from vipllava.data.shards import write_shards
 from vipllava.models.tensor_files import read_tensor
 from vipllava.training.run import run_training
-from vipllava.types import CheckpointError
+from vipllava.types import CheckpointError, VipLlavaError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 MANIFEST = {"schema_version": 1, "name": "toy", "stage": "finetune", "licence": "none"}
@@ -98,6 +98,21 @@ def test_two_stages_from_the_projects_configuration(config, tmp_path):
         ("toy/s005", "000000-0.jpg", "yesyes"),
         ("toy/s004", None, "yes"),
     ]
+
+
+def test_a_device_without_memory_says_what_to_change(config, monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr("vipllava.training.lit_module.supervised_loss_sum", full)
+    with pytest.raises(VipLlavaError) as error:
+        run_training(config("stage=pretrain"))
+    assert str(error.value) == (
+        "the device's memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB.): pass "
+        "stage.gradient_checkpointing=true (recompute every block), machine.micro_batch_size=N "
+        "with an N below 2, or another strategy; the same command with preflight=true says what "
+        "fits"
+    )
 
 
 def test_equal_seeds_give_identical_loss_logs(config, tmp_path):

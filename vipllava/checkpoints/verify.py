@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import VipLlavaForConditionalGeneration
 
-from vipllava.models.supervised_loss import normalise_pixels
+from vipllava.models.image_features import normalise_pixels
 from vipllava.types import CheckpointError
 
 NUM_WORDS = 48

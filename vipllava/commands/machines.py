@@ -30,7 +30,7 @@ _HEADERS: Final = (
     "strategy",
     "micro-batch",
     "largest",
-    "plain",
+    "recomputed",
     "GiB",
     "host GiB",
     "hours",
@@ -49,7 +49,8 @@ class MachineRow:
         strategy: the least sharded that fits; None if nothing does.
         micro_batch_size: that ``memory`` is of: the trainer's, or the largest if that is smaller.
         largest: micro-batch that fits; None if none does.
-        largest_plain: the same without gradient checkpointing.
+        recomputed: the fewest decoder blocks that have to be, for that micro-batch to fit.
+        num_blocks: that the model has.
         memory: bytes of a device; where nothing fits, the least that was tried.
         capacity: bytes that the device has.
         host: bytes on the hosts, of all devices together.
@@ -62,7 +63,8 @@ class MachineRow:
     strategy: str | None
     micro_batch_size: int
     largest: int | None
-    largest_plain: int | None
+    recomputed: int | None
+    num_blocks: int
     memory: float
     capacity: float
     host: float
@@ -78,7 +80,7 @@ class MachineRow:
             self.strategy or "does not fit",
             str(self.micro_batch_size),
             str(self.largest) if self.largest else "-",
-            str(self.largest_plain) if self.largest_plain else "-",
+            f"{self.recomputed} of {self.num_blocks}" if self.recomputed is not None else "-",
             room,
             f"{self.host / _GIB:.0f}" if self.host else "-",
             f"{self.hours:.1f}" if fits and self.hours is not None else "-",
@@ -168,13 +170,16 @@ def markdown(rows: Sequence[MachineRow], mfu: float) -> str:
         "`stage=pretrain`, the others are `stage=finetune` with `tuning=full`, `lora` or `qlora`. "
         "`strategy` is the least sharded one that fits the trainer's micro-batch, or else the one "
         "that fits the largest; it offloads only where nothing else fits. `largest` is the largest "
-        "micro-batch that fits it and divides the recipe's global batch; `plain` is the same "
-        "without gradient checkpointing.",
+        "micro-batch that fits it and divides the recipe's global batch, with every decoder block "
+        "recomputed in the backward pass (gradient checkpointing); `recomputed` is how many have "
+        "to be at `micro-batch`, with a tenth of the memory left free: what "
+        "`stage.gradient_checkpointing=auto` does.",
         "",
         "`GiB` is a device's memory at a step's peak, of what it has, with rows of "
         f"{_LONGEST['pretrain']} tokens (projector) or {_LONGEST['finetune']} (the others), the "
         "longest there are: weights, gradients, optimizer, activations, working copies, and an "
-        "allowance for CUDA, NCCL and fragmentation. `host GiB` counts all devices "
+        "allowance for CUDA, NCCL and fragmentation, with every block recomputed. `host GiB` "
+        "counts all devices "
         "together. Where nothing fits, the least that was tried is shown.",
         "",
         f"Hours are useful work over the devices' peak at an MFU of {mfu:.0%} (`--mfu`; "
@@ -247,6 +252,7 @@ def _row(
     wanted = int(cfg.machine.micro_batch_sizes[workload])
     wanted = largest_dividing(min(wanted, limit or wanted), global_rows, devices, 1) or 1
     capability = cfg.machine.capability
+    num_blocks = architecture.language_model.num_blocks
     setup = Setup(
         trainable=_PARTS[cfg.stage.name],
         workload=workload,
@@ -260,6 +266,7 @@ def _row(
         attention="sdpa" if capability is not None and capability < 8 else "flash_attention_2",
         adapter_rank=128,
         bits=4 if workload == "qlora" else None,
+        fused_optimizer=cfg.trainer.precision != "16-mixed",
     )
     capacity = forecasts.device_capacity(float(cfg.machine.memory_gb))
     choice = forecasts.choose_strategy(architecture, setup, capacity, global_rows)
@@ -269,22 +276,30 @@ def _row(
         least = replace(setup, strategy=forecasts.candidates(setup)[-1], micro_batch_size=1)
         memory = device_memory(architecture, least)
         return MachineRow(
-            model, workload, machine, None, 1, None, None, memory.total, capacity, memory.host, None
+            model=model,
+            workload=workload,
+            machine=machine,
+            strategy=None,
+            micro_batch_size=1,
+            largest=None,
+            recomputed=None,
+            num_blocks=num_blocks,
+            memory=memory.total,
+            capacity=capacity,
+            host=memory.host,
+            hours=None,
         )
-    plain = forecasts.largest_micro_batch(
-        architecture,
-        replace(setup, strategy=choice.strategy, gradient_checkpointing=False),
-        capacity,
-        forecasts.micro_batches(global_rows, devices),
-    )
+    size = min(wanted, choice.micro_batch_size)
+    chosen = replace(setup, strategy=choice.strategy, micro_batch_size=size)
     return MachineRow(
         model=model,
         workload=workload,
         machine=machine,
         strategy=choice.strategy,
-        micro_batch_size=min(wanted, choice.micro_batch_size),
+        micro_batch_size=size,
         largest=choice.micro_batch_size,
-        largest_plain=plain,
+        recomputed=forecasts.fewest_recomputed(architecture, chosen, capacity),
+        num_blocks=num_blocks,
         memory=choice.memory.total,
         capacity=capacity,
         host=choice.memory.host,

@@ -65,7 +65,7 @@ def check_plan_config(cfg: DictConfig) -> None:
     """
     problems = [_explain(p, cfg) for p in check_schema(cfg, TRAIN)]
     job = _Job(cfg, Hardware(installed=frozenset(hardware.OPTIONAL_PACKAGES)))
-    for check in (_manifest, _global_batch, _tuning):
+    for check in (_manifest, _global_batch, _tuning, _compile):
         problems += check(job)
     if problems:
         raise ConfigError(format_problems(list(dict.fromkeys(problems))))
@@ -347,6 +347,29 @@ def _tuning(job: _Job) -> list[str]:
     return problems
 
 
+def _compile(job: _Job) -> list[str]:
+    if not job.get("machine.compile", bool):
+        return []
+    problems: list[str] = []
+    batching, strategy = job.get("data.batching", str), job.get("strategy.name", str) or ""
+    if batching != "packed":
+        problems.append(
+            f"machine.compile=true with data.batching={batching}: every other length of the rows "
+            "would be compiled anew; pass data=packed, whose rows have one length"
+        )
+    if strategy.startswith("zero3"):
+        problems.append(
+            f"machine.compile=true does not work with strategy={strategy}, which gathers weights "
+            "inside of what would be compiled; use strategy=zero2, fsdp2 or ddp"
+        )
+    if job.get("tuning.name", str) == "qlora":
+        problems.append(
+            "machine.compile=true does not work with tuning=qlora, whose weights in few bits "
+            "torch.compile cannot follow; use tuning=lora"
+        )
+    return problems
+
+
 def _loggers(job: _Job) -> list[str]:
     loggers = job.get("logger", dict) or {}
     return [
@@ -432,6 +455,7 @@ _TRAIN_CHECKS: tuple[_Check, ...] = (
     _strategy,
     _attention,
     _tuning,
+    _compile,
     _loggers,
     _wandb_key,
     _callbacks,

@@ -20,6 +20,7 @@ from vipllava.types import ConfigError
 CHAT_TEMPLATES = ("plain", "llava_v1", "llama_3", "phi_3", "llava_v0", "chatml")
 IMAGE_ASPECTS = ("square", "pad", "resize")
 PARTS = ("vision_tower", "projector", "language_model")
+AUTO = "auto"
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 _WHILE_RESOLVING = " raised while resolving interpolation: "
@@ -40,6 +41,7 @@ class Rule:
         optional: whether the key may be absent.
         length: exact length of a list.
         each: rule of a list's items.
+        words: the allowed texts, where numbers are allowed, too.
     """
 
     expected: str
@@ -52,6 +54,7 @@ class Rule:
     optional: bool = False
     length: int | None = None
     each: Rule | None = None
+    words: tuple[str, ...] = ()
 
     def accepts(self, value: Any) -> bool:
         """Return whether ``value`` follows the rule."""
@@ -65,7 +68,7 @@ class Rule:
         if isinstance(value, bool) and bool not in self.types:
             return False
         if isinstance(value, str):
-            return bool(value)
+            return value in self.words if self.words else bool(value)
         if isinstance(value, (int, float)):
             # Not-a-number fails every comparison, so ask for what is right, not for what is wrong.
             return (
@@ -153,7 +156,9 @@ TRAIN: Mapping[str, Rule] = {
     "stage.betas": _list(Rule("a number from 0 to below 1", (int, float), low=0, below=1), 2),
     "stage.eps": _positive(),
     "stage.gradient_clip": _positive(nullable=True),
-    "stage.gradient_checkpointing": _flag(),
+    "stage.gradient_checkpointing": Rule(
+        "auto, true, false or how many decoder blocks", (bool, int, str), low=0, words=(AUTO,)
+    ),
     "stage.checkpoint_steps": _whole(1),
     "machine.name": _text(),
     "machine.workload": _one_of("projector", "full", "lora", "qlora"),
@@ -164,6 +169,7 @@ TRAIN: Mapping[str, Rule] = {
     "machine.memory_gb": _positive(nullable=True),
     "machine.capability": _positive(nullable=True),
     "machine.tf32": _flag(),
+    "machine.compile": _flag(),
     "machine.attn_implementation": _one_of(*ATTENTIONS),
     "machine.num_workers": _whole(0),
     "machine.micro_batch_sizes": _OPEN,

@@ -34,7 +34,7 @@ from vipllava.data.prefetch import ShardPrefetcher
 from vipllava.data.samples import SampleEncoder, SampleSource
 from vipllava.data.shard_cache import ShardCache
 from vipllava.data.stream import StepLoader, StepSampler, VisualPromptDataset
-from vipllava.types import ConfigError
+from vipllava.types import Batch, ConfigError
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
 log = logging.getLogger(__name__)
@@ -247,6 +247,12 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         )
         log.info("%s: %d held-out samples", self.held_out.name, loader.num_samples)
         return loader
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Copy pinned batches while the device still computes; Lightning would wait for them."""
+        return batch.to(device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been consumed, for Lightning's checkpoint."""

@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,7 @@ def network_config(
     )
 
 
+@lru_cache(maxsize=1)
 def feature_layers_field() -> str:
     """Return how this release of transformers names the feature layers in the config.
 

@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional
 from transformers import VipLlavaForConditionalGeneration
 
+from vipllava.models.image_features import image_features
 from vipllava.types import IGNORE_INDEX, Batch, VipLlavaError
 
 
@@ -50,45 +51,6 @@ class Observer(Protocol):
     def observe(self, batch: Batch, predictions: Predictions) -> None:
         """Take from a micro-batch what is of interest."""
         ...
-
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def normalise_pixels(pixel_values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Turn uint8 pictures into what CLIP expects, on the device they are on.
-
-    Args:
-        pixel_values: uint8 [num_images, 3, height, width].
-        dtype: of the result; the arithmetic is float32.
-
-    Returns:
-        ``dtype`` [num_images, 3, height, width], zero mean and unit variance by CLIP's constants.
-    """
-    mean = torch.tensor(CLIP_MEAN, device=pixel_values.device).view(1, 3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=pixel_values.device).view(1, 3, 1, 1)
-    return ((pixel_values.float() / 255.0 - mean) / std).to(dtype)
-
-
-def image_features(
-    model: VipLlavaForConditionalGeneration, pixel_values: torch.Tensor
-) -> torch.Tensor:
-    """Run tower and projector.
-
-    A frozen tower records no graph: neither its weights nor the pixels ask for a gradient.
-
-    Args:
-        model: the network.
-        pixel_values: uint8 [num_images, 3, height, width].
-
-    Returns:
-        [num_images, image_seq_length, hidden size of the language model].
-    """
-    outputs: Any = model.get_image_features(
-        pixel_values=normalise_pixels(pixel_values, model.model.vision_tower.dtype)
-    )
-    return outputs.pooler_output
 
 
 def embed_inputs(
@@ -151,7 +113,9 @@ def flash_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
     """
     starts = (position_ids.flatten() == 0).nonzero().flatten()
     bounds = functional.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
-    longest = int(bounds.diff().max())
+    # No segment is longer than a row. The longest one's own length would have to be waited for, and
+    # compiled code be made anew for each.
+    longest = position_ids.shape[1]
     return {
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,

@@ -18,6 +18,9 @@ MFU: Final = 0.4
 _USABLE: Final = 0.985
 """A device "of 80 GB" tells of 79.2 GiB, one of 24 of 23.7."""
 
+_MARGIN: Final = 0.1
+"""Left free where memory is used to recompute less: a forecast is no measurement."""
+
 _OPTIMIZER_BYTES: Final = 8  # Adam's moments in a checkpoint, per trained weight
 _MASTER_BYTES: Final = 4
 
@@ -240,6 +243,24 @@ def largest_micro_batch(
         if device_memory(architecture, replace(setup, micro_batch_size=size)).total <= capacity
     ]
     return max(fitting, default=None)
+
+
+def fewest_recomputed(architecture: Architecture, setup: Setup, capacity: float) -> int:
+    """Return how many decoder blocks have to be recomputed for a step to fit, with a margin.
+
+    All of them, where nothing fits.
+
+    Args:
+        architecture: the network's sizes.
+        setup: how it is trained; what it recomputes itself does not matter.
+        capacity: bytes of a device.
+    """
+    num_blocks = architecture.language_model.num_blocks
+    for count in range(num_blocks):
+        tried = device_memory(architecture, replace(setup, recomputed_blocks=count))
+        if tried.total * (1 + _MARGIN) <= capacity:
+            return count
+    return num_blocks
 
 
 def candidates(setup: Setup) -> tuple[str, ...]:

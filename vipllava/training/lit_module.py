@@ -13,13 +13,13 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from transformers import PreTrainedTokenizerFast, VipLlavaForConditionalGeneration
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vipllava.checkpoints.loading import build_model
 from vipllava.keyed_random import generator_for
 from vipllava.models.adapters import AdapterSettings, add_adapters
+from vipllava.models.blocks import compile_blocks, recompute_blocks, train_recomputed
 from vipllava.models.building import ModelSpec
-from vipllava.models.freezing import check_parts, modules_of, set_trainable
+from vipllava.models.freezing import check_parts, hold_frozen, modules_of, set_trainable
 from vipllava.models.quantization import QuantizationSettings, quantization_config
 from vipllava.models.supervised_loss import Observer, supervised_loss_sum
 from vipllava.training.optim import (
@@ -33,6 +33,9 @@ from vipllava.training.sharding import LOSS_METHOD, build_fsdp2, is_fsdp2, zero3
 from vipllava.types import Batch, ConfigError, VipLlavaError
 
 logger = logging.getLogger(__name__)
+
+_HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""What is computed in, by the trainer's precision, where weights are held in more."""
 
 _ACCUMULATE = "accumulate_grad_batches"
 """Key of a checkpoint: micro-batches per optimizer step of the run that wrote it."""
@@ -61,9 +64,9 @@ class VipLlavaLitModule(lightning.LightningModule):
 
     The network is made in ``configure_model``, on every process by itself and under the
     strategy's own contexts; before that ``model`` is None. Parts that do not train stay in eval
-    mode. Parameters keep ``ModelSpec.dtype``: with float32 and a trainer precision of
-    ``bf16-mixed`` they and Adam's state are float32 master copies, without which updates at a
-    rate of 2e-7 would be rounded away.
+    mode, and are held in the dtype that is computed in. Parameters that train keep
+    ``ModelSpec.dtype``: with float32 and a trainer precision of ``bf16-mixed`` they and Adam's
+    state are float32 master copies, without which updates at a rate of 2e-7 would be rounded away.
 
     Logged once per optimizer step: ``train/loss`` (cross entropy per supervised token of the
     global batch), ``train/lr`` (the highest of the groups), ``train/grad_norm`` (before clipping)
@@ -81,7 +84,10 @@ class VipLlavaLitModule(lightning.LightningModule):
         eps: Adam's.
         warmup_ratio: share of the steps.
         schedule: ``cosine`` or ``constant``.
-        gradient_checkpointing: recompute the language model's blocks in the backward pass.
+        gradient_checkpointing: recompute the language model's blocks in the backward pass: all of
+            them, none, or the first so many.
+        compile_blocks: have ``torch.compile`` make each decoder block faster; for rows of one
+            length.
         seed: of the projector's first weights.
         tokenizer: that of the data; loaded from the spec's source if not given.
         adapter: LoRA on the language model, whose own weights then stay as they are.
@@ -99,12 +105,13 @@ class VipLlavaLitModule(lightning.LightningModule):
         eps: float = 1e-8,
         warmup_ratio: float = 0.03,
         schedule: str = "cosine",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | int = False,
         seed: int = 42,
         tokenizer: PreTrainedTokenizerFast | None = None,
         vision_tower_learning_rate: float | None = None,
         adapter: AdapterSettings | None = None,
         quantization: QuantizationSettings | None = None,
+        compile_blocks: bool = False,
     ) -> None:
         super().__init__()
         if quantization is not None and adapter is None:
@@ -126,6 +133,7 @@ class VipLlavaLitModule(lightning.LightningModule):
             schedule=schedule,
         )
         self.gradient_checkpointing = gradient_checkpointing
+        self.compile_blocks = compile_blocks
         self.seed = seed
         self.adapter = adapter
         self.quantization = quantization
@@ -184,8 +192,16 @@ class VipLlavaLitModule(lightning.LightningModule):
         if self.adapter is not None:
             add_adapters(model, self.adapter, seed=self.seed)
         set_trainable(model, self.trainable)
+        if self._trainer is not None and not _divides_twice(self.trainer.strategy):
+            # DeepSpeed holds everything in half precision by itself.
+            half = _HALVES.get(str(self.trainer.precision))
+            if half is not None:
+                hold_frozen(model, half)
         if self.gradient_checkpointing:
-            _enable_checkpointing(model.model.language_model)
+            every = self.gradient_checkpointing is True
+            recompute_blocks(model, None if every else self.gradient_checkpointing)
+        if self.compile_blocks:
+            compile_blocks(model)
 
     def train(self, mode: bool = True) -> VipLlavaLitModule:
         """Switch the parts that train; the others stay in eval mode."""
@@ -198,11 +214,7 @@ class VipLlavaLitModule(lightning.LightningModule):
             for module in modules:
                 module.eval()
         if self.gradient_checkpointing and mode:
-            # transformers recomputes a block only while the block itself is in train mode. Its
-            # attention and MLP stay in eval mode, so a frozen model still has no dropout.
-            for module in self.model.model.language_model.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True
+            train_recomputed(self.model)
         return self
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
@@ -311,7 +323,10 @@ class VipLlavaLitModule(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make AdamW and its schedule over the steps that the trainer is going to do."""
         groups = parameter_groups(modules_of(self.network), self.settings)
-        optimizer = build_optimizer(groups, self.settings)
+        # With fp16's loss scaling Lightning could not clip what a fused step unscales by itself.
+        on_device = self.trainer.strategy.root_device.type == "cuda"
+        fused = on_device and self.trainer.precision != "16-mixed"
+        optimizer = build_optimizer(groups, self.settings, fused=fused)
         num_steps = int(self.trainer.estimated_stepping_batches)
 
         def steps_done(step: int) -> float:
@@ -390,16 +405,3 @@ def rescale_progress(checkpoint: dict[str, Any], saved: int, now: int) -> None:
 
 def _divides_twice(strategy: Strategy) -> bool:
     return isinstance(strategy, DeepSpeedStrategy)
-
-
-def _enable_checkpointing(language_model: Any) -> None:
-    # transformers renames the method from 5.18 on and warns about the old name.
-    enable = getattr(
-        language_model,
-        "activation_checkpointing_enable",
-        getattr(language_model, "gradient_checkpointing_enable", None),
-    )
-    assert enable is not None
-    # Reentrant checkpointing needs an input that asks for a gradient, and frozen embeddings of a
-    # text-only batch do not.
-    enable({"use_reentrant": False})

@@ -1,9 +1,10 @@
 """What a training step holds on each device, computed from sizes alone; nothing is built.
 
 The figures follow what the code does. Without sharding (``single``, ``ddp``) and with FSDP2 the
-weights are float32 and are computed with as half-precision copies; DeepSpeed holds half-precision
-weights and float32 masters beside Adam's moments. Activations are the tensors that autograd keeps
-for the backward pass of a Llama-like block, counted one by one:
+weights that train are float32 and are computed with as half-precision copies, the others are held
+in half precision; DeepSpeed holds all of them so, with float32 masters beside Adam's moments.
+Activations are the tensors that autograd keeps for the backward pass of a Llama-like block, counted
+one by one:
 
 ====================== ====================================== =====================================
 in a block             frozen weights                         trained weights keep also
@@ -55,7 +56,8 @@ class Setup:
         row_tokens: tokens of a row, padding among them; of the longest that is to fit.
         row_images: pictures of a row.
         row_supervised: positions of a row that carry loss.
-        gradient_checkpointing: blocks are recomputed in the backward pass.
+        recomputed_blocks: how many decoder blocks are computed again in the backward pass, the
+            first ones; None: all.
         attention: as transformers names it.
         adapter_rank: of LoRA, or 0.
         adapter_dropout: whether adapters drop any of their input.
@@ -73,7 +75,7 @@ class Setup:
     row_tokens: int
     row_images: float = 1.0
     row_supervised: float = 0.0
-    gradient_checkpointing: bool = True
+    recomputed_blocks: int | None = None
     attention: str = "sdpa"
     adapter_rank: int = 0
     adapter_dropout: bool = True
@@ -106,23 +108,35 @@ class Setup:
         return 4 if self.weights_dtype == "float32" else 2
 
     @property
+    def frozen_bytes(self) -> int:
+        """Bytes of a weight that does not train."""
+        return self.compute_bytes if self.precision.endswith("-mixed") else self.weight_bytes
+
+    @property
     def stream_bytes(self) -> int:
         """Bytes of a number between the blocks.
 
         Embeddings of float32 weights are float32, and autocast leaves sums alone. FSDP2 gathers
         half-precision copies, which then are the weights.
         """
-        return self.compute_bytes if self.strategy == "fsdp2" else self.weight_bytes
+        if self.strategy == "fsdp2":
+            return self.compute_bytes
+        return self.weight_bytes if self.trains_language_model else self.frozen_bytes
 
     @property
     def casts(self) -> bool:
-        """Whether autocast makes half-precision copies of whole weights."""
+        """Whether autocast makes half-precision copies of the weights that train."""
         return self.strategy in ("single", "ddp") and self.weight_bytes != self.compute_bytes
 
     @property
     def trains_language_model(self) -> bool:
         """Whether the language model's own weights get gradients."""
         return self.workload == "full" and "language_model" in self.trainable
+
+    def num_recomputed(self, num_blocks: int) -> int:
+        """Return how many of so many decoder blocks are recomputed."""
+        wanted = num_blocks if self.recomputed_blocks is None else self.recomputed_blocks
+        return min(wanted, num_blocks)
 
     @property
     def rank(self) -> int:
@@ -192,11 +206,11 @@ def device_memory(architecture: Architecture, setup: Setup) -> DeviceMemory:
     trained = sum(row.num_trainable for row in rows)
     shards = setup.num_devices
     held = setup.weight_bytes
-    weights = float(held * count)
+    weights = float(held * trained + setup.frozen_bytes * (count - trained))
     if setup.bits is not None:
         few = architecture.language_model.linear_parameters
         each = 1.0 if setup.bits == 8 else _NF4_BYTES[setup.double_quantization]
-        weights += (each - held) * few
+        weights += (each - setup.frozen_bytes) * few
     if setup.strategy in ("zero3", "zero3_offload", "fsdp2"):
         weights /= shards
     own = trained if setup.strategy in ("single", "ddp") else trained / shards
@@ -210,10 +224,11 @@ def device_memory(architecture: Architecture, setup: Setup) -> DeviceMemory:
         gradients, optimizer = 0.0, 0.0
     forward, backward = _activations(architecture, setup)
     passes, step = _working(architecture, setup, count, trained)
-    # Copies that autocast keeps of trained weights end with the forward pass; without recomputing,
-    # they are what the blocks keep.
-    recomputes = setup.gradient_checkpointing
-    cached = setup.compute_bytes * trained if setup.casts and recomputes else 0.0
+    # Copies that autocast keeps of trained weights end with the forward pass; those of blocks that
+    # are not recomputed are what the blocks keep.
+    num_blocks = architecture.language_model.num_blocks
+    share = setup.num_recomputed(num_blocks) / num_blocks
+    cached = setup.compute_bytes * trained * share if setup.casts else 0.0
     phases = {
         "forward": (forward, passes + cached),
         "backward": (backward, passes),
@@ -272,12 +287,13 @@ def _activations(architecture: Architecture, setup: Setup) -> tuple[float, float
     kept = features + tokens * model.width * (setup.stream_bytes + 1)
     head = setup.micro_batch_size * setup.row_supervised
     logits = head * model.vocabulary * 4.0
-    if setup.gradient_checkpointing:
-        inputs = model.num_blocks * tokens * setup.stream_bytes * model.width
-        forward = kept + inputs + last_norm + 3 * logits
-        return forward, max(forward, kept + inputs + block + passing)
-    forward = kept + model.num_blocks * block + last_norm + 3 * logits
-    return forward, max(forward, forward - 3 * logits + passing)
+    again = setup.num_recomputed(model.num_blocks)
+    kept += again * tokens * setup.stream_bytes * model.width  # their inputs
+    forward = kept + (model.num_blocks - again) * block + last_norm + 3 * logits
+    backward = kept + block + passing if again else 0.0
+    if again < model.num_blocks:
+        backward = max(backward, forward - 3 * logits + passing)
+    return forward, max(forward, backward)
 
 
 def _block_bytes(model: LanguageModel, setup: Setup, tokens: float) -> float:
@@ -302,12 +318,13 @@ def _block_bytes(model: LanguageModel, setup: Setup, tokens: float) -> float:
         inputs = sum(i for i, _ in model.block_linears)
         if setup.adapter_dropout:
             kept += tokens * inputs * (compute + 1)
-        elif setup.stream_bytes != compute:
+        elif setup.casts:
+            # peft casts the input to the adapter's float32, autocast back: a copy for each.
             kept += tokens * inputs * compute
         else:
             kept += tokens * (2 * model.width + model.mlp_width) * compute
         kept += tokens * len(model.block_linears) * setup.rank * compute
-    if setup.casts and setup.bits is None:
+    if setup.casts and trained:
         kept += compute * model.block_parameters
     squares = setup.micro_batch_size * setup.row_tokens**2
     if setup.attention == "eager":

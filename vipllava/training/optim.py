@@ -113,9 +113,18 @@ def parameter_groups(
     return groups
 
 
-def build_optimizer(groups: list[dict[str, object]], settings: OptimizerSettings) -> AdamW:
-    """Make AdamW over the groups."""
-    return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
+def build_optimizer(
+    groups: list[dict[str, object]], settings: OptimizerSettings, *, fused: bool = False
+) -> AdamW:
+    """Make AdamW over the groups.
+
+    Args:
+        groups: see :func:`parameter_groups`.
+        settings: the numbers.
+        fused: one kernel for the whole step, without temporary copies.
+    """
+    betas = settings.betas
+    return AdamW(groups, settings.learning_rate, betas, settings.eps, fused=fused or None)
 
 
 def build_schedule(

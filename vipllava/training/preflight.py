@@ -1,7 +1,7 @@
 """A job looked over before it starts: its data, what it needs, what it will take.
 
 ``train.py preflight=true`` does all of it and stops; nothing is trained, no weights are read, and
-the machine that the job is for need not be there. ``short_forecast`` says the main numbers at every
+the machine that the job is for need not be there. ``look_ahead`` says the main numbers at every
 start. Like :mod:`vipllava.training.run` this knows configuration objects; what it calls does not.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from vipllava.config.schema import AUTO, spell
 from vipllava.types import VipLlavaError
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ class PreflightReport:
         choice: the strategy and micro-batch that fit; None if nothing does, or for want of
             ``capacity``.
         largest: micro-batch that fits the job's own strategy; None likewise.
-        without_checkpointing: bytes of a device if nothing is recomputed; None if that is so.
+        num_blocks: decoder blocks of the language model.
+        all_recomputed: bytes of a device if all of them are recomputed.
+        none_recomputed: bytes of a device if none is.
         num_proved: samples whose labels were proved.
         num_linted: samples that lint looked at.
         free_disk: bytes where the run will be written.
@@ -68,7 +71,9 @@ class PreflightReport:
     capacity: float | None
     choice: Choice | None
     largest: int | None
-    without_checkpointing: float | None
+    num_blocks: int
+    all_recomputed: float
+    none_recomputed: float
     num_proved: int
     num_linted: int
     free_disk: float
@@ -134,13 +139,15 @@ def examine(cfg: DictConfig) -> PreflightReport:
         notes.append(
             "the data could not be looked at: lengths are the recipe's, sizes the manifests'"
         )
-    setup, plan = _setup(cfg, corpus), _plan(cfg, corpus)
+    setup, plan = _setup(cfg, architecture, corpus), _plan(cfg, corpus)
     expected = forecast(architecture, setup, corpus, plan)
     capacity = _capacity(cfg)
     choice = largest = None
+    every = replace(setup, recomputed_blocks=None)
     if capacity is not None:
-        choice = choose_strategy(architecture, setup, capacity, plan.global_rows)
-        largest = _largest(architecture, setup, capacity, plan.global_rows)
+        choosable = every if cfg.stage.gradient_checkpointing == AUTO else setup
+        choice = choose_strategy(architecture, choosable, capacity, plan.global_rows)
+        largest = _largest(architecture, choosable, capacity, plan.global_rows)
         problems += _memory_problems(setup, expected, capacity, choice, largest)
     free = _free_disk(Path(cfg.run_dir))
     if free < expected.disk_bytes:
@@ -149,9 +156,6 @@ def examine(cfg: DictConfig) -> PreflightReport:
             f"run_dir={cfg.run_dir} has {free / 1e9:.1f} GB free; checkpoints and export need "
             f"{expected.disk_bytes / 1e9:.1f} GB: free some, or pass paths.runs=FOLDER"
         )
-    without = None
-    if setup.gradient_checkpointing:
-        without = device_memory(architecture, replace(setup, gradient_checkpointing=False)).total
     return PreflightReport(
         title=f"{cfg.stage.name} of {cfg.model.name} on {cfg.machine.name}",
         setup=setup,
@@ -161,7 +165,9 @@ def examine(cfg: DictConfig) -> PreflightReport:
         capacity=capacity,
         choice=choice,
         largest=largest,
-        without_checkpointing=without,
+        num_blocks=architecture.language_model.num_blocks,
+        all_recomputed=device_memory(architecture, every).total,
+        none_recomputed=device_memory(architecture, replace(setup, recomputed_blocks=0)).total,
         num_proved=num_proved,
         num_linted=num_linted,
         free_disk=free,
@@ -170,10 +176,23 @@ def examine(cfg: DictConfig) -> PreflightReport:
     )
 
 
-def short_forecast(
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What is known of a job before it starts.
+
+    Attributes:
+        setup: how it will train.
+        lines: its main numbers, for the log.
+    """
+
+    setup: Setup
+    lines: tuple[str, ...]
+
+
+def look_ahead(
     cfg: DictConfig, tokenizer: Any, datamodule: VisualPromptDataModule | None = None
-) -> tuple[str, ...]:
-    """Return the main numbers of a job as a few lines for its log.
+) -> Outlook:
+    """Decide what is left open how a job trains, and say its main numbers.
 
     Args:
         cfg: what Hydra composed from ``conf/train.yaml``, checked.
@@ -189,7 +208,8 @@ def short_forecast(
     if datamodule is not None:
         dataset = datamodule.dataset or datamodule.open_dataset()
         corpus = _measured_corpus(cfg, datamodule, dataset, 1.0, _SUPERVISED_SHARE)
-    setup, plan = _setup(cfg, corpus), _plan(cfg, corpus)
+    setup, plan = _setup(cfg, architecture, corpus), _plan(cfg, corpus)
+    num_blocks = architecture.language_model.num_blocks
     expected = forecast(architecture, setup, corpus, plan)
     capacity, memory = _capacity(cfg), expected.memory.total
     trained = sum(row.num_trainable for row in expected.parameters)
@@ -203,6 +223,8 @@ def short_forecast(
         + (f" of {capacity / 2**30:.1f}" if capacity else "")
         + f" with {setup.strategy} and rows of {setup.row_tokens} tokens; a checkpoint "
         f"{expected.checkpoint_bytes / 1e9:.2f} GB, in all {expected.disk_bytes / 1e9:.2f} GB",
+        f"{setup.num_recomputed(num_blocks)} of {num_blocks} decoder blocks are recomputed "
+        f"(stage.gradient_checkpointing={spell(cfg.stage.gradient_checkpointing)})",
     ]
     if expected.hours is not None:
         lines.append(f"forecast: {expected.hours:.1f} hours at an MFU of {plan.mfu:.0%}")
@@ -210,7 +232,7 @@ def short_forecast(
         lines.append(
             "forecast: this may not fit; `preflight=true` says which micro-batch and strategy would"
         )
-    return tuple(lines)
+    return Outlook(setup, tuple(lines))
 
 
 # The job's values, from its configuration.
@@ -249,13 +271,16 @@ def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
     return architecture_of(config)
 
 
-def _setup(cfg: DictConfig, corpus: Corpus) -> Setup:
+def _setup(cfg: DictConfig, architecture: Architecture, corpus: Corpus) -> Setup:
+    from vipllava.training.forecast import fewest_recomputed
     from vipllava.training.memory import Setup
 
     adapter, quantization = cfg.tuning.adapter, cfg.tuning.quantization
     packed = cfg.data.batching == "packed"
     row_tokens = int(cfg.data.pack_length) if packed else corpus.longest
-    return Setup(
+    asked = cfg.stage.gradient_checkpointing
+    on_cuda = cfg.trainer.accelerator == "cuda" or bool(_present_devices(cfg))
+    setup = Setup(
         trainable=tuple(cfg.stage.trainable),
         workload=cfg.machine.workload,
         strategy=cfg.strategy.name,
@@ -265,14 +290,21 @@ def _setup(cfg: DictConfig, corpus: Corpus) -> Setup:
         row_tokens=row_tokens,
         row_images=_samples_per_row(cfg, corpus) * corpus.images_per_sample if packed else 1.0,
         row_supervised=corpus.supervised_share * row_tokens,
-        gradient_checkpointing=bool(cfg.stage.gradient_checkpointing),
+        recomputed_blocks=None if asked is True or asked == AUTO else int(asked),
         attention=cfg.model.spec.attn_implementation,
         adapter_rank=0 if adapter is None else int(adapter.r),
         adapter_dropout=adapter is not None and float(adapter.dropout) > 0,
         weights_dtype=cfg.machine.weights_dtype,
         bits=None if quantization is None else int(quantization.bits),
         double_quantization=quantization is None or bool(quantization.double_quantization),
+        fused_optimizer=on_cuda and cfg.trainer.precision != "16-mixed",
     )
+    capacity = _capacity(cfg)
+    # Every process has to decide alike: what is not written down may differ between nodes.
+    known = cfg.machine.memory_gb is not None or int(cfg.trainer.num_nodes) == 1
+    if asked == AUTO and capacity is not None and known:
+        return replace(setup, recomputed_blocks=fewest_recomputed(architecture, setup, capacity))
+    return setup
 
 
 def _samples_per_row(cfg: DictConfig, corpus: Corpus) -> float:

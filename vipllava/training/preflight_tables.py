@@ -96,8 +96,11 @@ def _memory_table(report: PreflightReport) -> Table:
     }
     if memory.host:
         facts["on the host"] = in_gib(memory.host)
-    if report.without_checkpointing is not None:
-        facts["all, nothing recomputed"] = in_gib(report.without_checkpointing)
+    facts["decoder blocks recomputed"] = (
+        f"{setup.num_recomputed(report.num_blocks)} of {report.num_blocks}"
+    )
+    facts["all, if none is recomputed"] = in_gib(report.none_recomputed)
+    facts["all, if every one is"] = in_gib(report.all_recomputed)
     if report.capacity is not None:
         largest = "none" if report.largest is None else str(report.largest)
         facts[f"largest micro-batch with {setup.strategy}"] = largest

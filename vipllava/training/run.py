@@ -51,7 +51,7 @@ def run_training(cfg: DictConfig) -> Path:
     from vipllava.models.hub_models import draw_bars_on_terminals_only
     from vipllava.training.callbacks import ExportCallback
     from vipllava.training.environment import StartLog
-    from vipllava.training.preflight import short_forecast
+    from vipllava.training.preflight import look_ahead
     from vipllava.types import Interrupted
 
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
@@ -67,11 +67,17 @@ def run_training(cfg: DictConfig) -> Path:
 
     spec: ModelSpec = instantiate(cfg.module.model, _convert_="all")
     tokenizer = load_tokenizer(spec)
-    module = _partial(cfg.module)(seed=int(cfg.seed), tokenizer=tokenizer)
     datamodule = build_datamodule(cfg, tokenizer)
+    outlook = look_ahead(cfg, tokenizer, datamodule)
     if rank_zero_only.rank in (0, None):
-        for line in short_forecast(cfg, tokenizer, datamodule):
+        for line in outlook.lines:
             logger.info(line)
+    recomputed = outlook.setup.recomputed_blocks
+    module = _partial(cfg.module)(
+        seed=int(cfg.seed),
+        tokenizer=tokenizer,
+        gradient_checkpointing=True if recomputed is None else recomputed,
+    )
     export = ExportCallback(
         export_dir, tokenizer, _export_meta(cfg, spec), base=spec.checkpoint or spec.language_model
     )
@@ -99,6 +105,8 @@ def run_training(cfg: DictConfig) -> Path:
                 ckpt_path=None if restart.checkpoint is None else str(restart.checkpoint),
                 weights_only=True,
             )
+        except torch.OutOfMemoryError as error:
+            raise VipLlavaError(_out_of_memory(cfg, error)) from error
         except Interrupted:
             if trainer.is_global_zero:
                 raise
@@ -109,6 +117,20 @@ def run_training(cfg: DictConfig) -> Path:
             "start it again"
         )
     return export_dir
+
+
+def _out_of_memory(cfg: DictConfig, error: BaseException) -> str:
+    reason = str(error).strip().split("\n", 1)[0]
+    recompute = (
+        ""
+        if cfg.stage.gradient_checkpointing is True
+        else ("stage.gradient_checkpointing=true (recompute every block), ")
+    )
+    return (
+        f"the device's memory ran out ({reason}): pass {recompute}machine.micro_batch_size=N with "
+        f"an N below {cfg.data.micro_batch_size}, or another strategy; the same command with "
+        "preflight=true says what fits"
+    )
 
 
 def _begin(cfg: DictConfig, job: dict[str, Any]) -> Restart:

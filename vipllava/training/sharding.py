@@ -94,9 +94,10 @@ def build_fsdp2(
 
     rank = mesh.get_local_rank()
     whole = build() if rank == 0 else None
+    # Its dtype, before `prepare` holds what is frozen in another.
+    facts: list[Any] = [(whole.config, whole.dtype, whole.generation_config) if whole else None]
     if whole is not None:
         prepare(whole)
-    facts: list[Any] = [(whole.config, whole.dtype, whole.generation_config) if whole else None]
     torch.distributed.broadcast_object_list(facts, src=0)
     config, dtype, generation_config = facts[0]
     model = empty_network(config, dtype)
