@@ -23,6 +23,12 @@ def train(cfg: DictConfig) -> None:
 
         preflight(cfg)
         return
+    if cfg.replay:
+        check_data_config(cfg)
+        from vipllava.commands.replay import replay_job
+
+        replay_job(cfg)
+        return
     check_config(cfg)
     check_targets(cfg)
     from vipllava.training.run import run_training

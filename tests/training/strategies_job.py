@@ -25,15 +25,17 @@ class Case:
         trainable: the parts that train.
         accumulate: micro-batches per optimizer step on each of two processes.
         clip: greatest gradient norm, or None.
+        skip: a step that the guard has left out, or None.
     """
 
     trainable: list[str]
     accumulate: int
     clip: float | None
+    skip: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{'+'.join(self.trainable)}-{self.accumulate}-{self.clip}"
+        return f"{'+'.join(self.trainable)}-{self.accumulate}-{self.clip}-{self.skip}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.models.building import ModelSpec
     from vipllava.training.csv_log import CsvLog
+    from vipllava.training.guard import LossGuard, Verdict
     from vipllava.training.lit_module import VipLlavaLitModule
 
     class RankLoader(Loader):
@@ -86,10 +89,22 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
         def log_metrics(self, metrics: Any, step: int | None = None) -> None:
             rows.append({name: float(value) for name, value in metrics.items()})
 
+    class Skipping(LossGuard):
+        num_judged = 0
+
+        def judge(self, loss: float) -> Verdict | None:
+            self.num_judged += 1
+            if self.num_judged - 1 == case.skip:
+                return Verdict("skip", "the test says so")
+            return super().judge(loss)
+
     rows: list[dict[str, float]] = []
     spec = ModelSpec(**job.spec)
     one = job.strategy == "one"
-    module = VipLlavaLitModule(spec, case.trainable, 1e-3, seed=3, tokenizer=load_tokenizer(spec))
+    tokenizer = load_tokenizer(spec)
+    module = VipLlavaLitModule(
+        spec, case.trainable, 1e-3, seed=3, tokenizer=tokenizer, guard=Skipping()
+    )
     size = 2 * MICRO_BATCH * case.accumulate
     # Samples 2, 3 and 6, 7 are text only: all that the second process ever gets.
     samples = make_samples(NUM_STEPS * size, text_only=lambda i: i % 4 >= 2)

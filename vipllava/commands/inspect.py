@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from vipllava.data.datamodule import VisualPromptDataModule
     from vipllava.data.order import Item
-    from vipllava.data.samples import SampleSource
+    from vipllava.data.stream import VisualPromptDataset
+    from vipllava.report.inspect_page import JobSummary
     from vipllava.report.inspected import InspectedSample, RefusedSample
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def inspect_job(
     Raises:
         VipLlavaError: the data cannot be opened.
     """
-    from vipllava.report.inspect_page import JobSummary, write_inspect_page
+    from vipllava.report.inspect_page import write_inspect_page
     from vipllava.training.run import build_datamodule
 
     if num_samples is None:
@@ -78,12 +79,41 @@ def inspect_job(
     forget_missing_checkpoint(cfg)
     datamodule = build_datamodule(cfg)
     dataset = datamodule.open_dataset()
-    name = " + ".join(source.name for source in dataset.sources)
-    num_stored = sum(len(source) for source in dataset.sources)
+    summary = summary_of(
+        cfg, datamodule, dataset, chosen="the first that training meets", command=command
+    )
+    items = datamodule.first_items(dataset, num_samples)
+    shown = [look_at(datamodule, dataset, item) for item in items]
+    write_inspect_page(path, summary, shown)
+    logger.info(
+        "%d of %d samples of %s: open %s", len(shown), summary.num_samples, summary.dataset, path
+    )
+    return path
+
+
+def summary_of(
+    cfg: DictConfig,
+    datamodule: VisualPromptDataModule,
+    dataset: VisualPromptDataset,
+    *,
+    chosen: str,
+    command: str = "",
+) -> JobSummary:
+    """Return the head of a page about a job's samples.
+
+    Args:
+        cfg: what Hydra composed.
+        datamodule: the job's.
+        dataset: its opened data.
+        chosen: which samples the page shows, in words.
+        command: how to make the page again.
+    """
+    from vipllava.report.inspect_page import JobSummary
+
     encoder, transform = datamodule.encoder, datamodule.samples.transform
-    summary = JobSummary(
-        dataset=name,
-        num_samples=num_stored,
+    return JobSummary(
+        dataset=" + ".join(source.name for source in dataset.sources),
+        num_samples=sum(len(source) for source in dataset.sources),
         stage=cfg.stage.name,
         model=cfg.model.name,
         chat_template=encoder.template.name,
@@ -92,22 +122,19 @@ def inspect_job(
         image_seq_length=encoder.image_seq_length,
         max_length=encoder.max_length,
         seed=int(cfg.seed),
-        chosen="the first that training meets",
+        chosen=chosen,
         command=command,
     )
-    items = datamodule.first_items(dataset, num_samples)
-    shown = [_look(datamodule, dataset.sources[item.part], item) for item in items]
-    write_inspect_page(path, summary, shown)
-    logger.info("%d of %d samples of %s: open %s", len(shown), num_stored, name, path)
-    return path
 
 
-def _look(
-    datamodule: VisualPromptDataModule, source: SampleSource, item: Item
+def look_at(
+    datamodule: VisualPromptDataModule, dataset: VisualPromptDataset, item: Item
 ) -> InspectedSample | RefusedSample:
+    """Return one sample as a page shows it; one that training would refuse with the reason."""
     from vipllava.data.schemas import AUTO, kind_of
     from vipllava.report.inspected import RefusedSample, inspect_trace
 
+    source = dataset.sources[item.part]
     entry = source.shards.read(item.position)
     shard = Path(entry.shard).name
     try:

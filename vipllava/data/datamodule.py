@@ -31,6 +31,7 @@ from vipllava.data.order import (
 )
 from vipllava.data.pack_planner import PackPlanner, PlanStore
 from vipllava.data.prefetch import ShardPrefetcher
+from vipllava.data.replay import ReplayedMicroBatch, replay_step
 from vipllava.data.samples import SampleEncoder, SampleSource
 from vipllava.data.shard_cache import ShardCache
 from vipllava.data.stream import StepLoader, StepSampler, VisualPromptDataset
@@ -253,6 +254,40 @@ class VisualPromptDataModule(lightning.LightningDataModule):
     ) -> Batch:
         """Copy pinned batches while the device still computes; Lightning would wait for them."""
         return batch.to(device, non_blocking=True)
+
+    def replay(
+        self,
+        place: Mapping[str, int],
+        data: Mapping[str, Any],
+        *,
+        world_size: int,
+        accumulate: int,
+    ) -> list[ReplayedMicroBatch]:
+        """Make the micro-batches of one step again, of every rank.
+
+        Args:
+            place: where the step begins, see :attr:`vipllava.data.stream.StepLoader.began`.
+            data: the stream that it was of, see its ``identity``.
+            world_size: ranks that it was divided among.
+            accumulate: micro-batches of each.
+
+        Raises:
+            CheckpointError: the data are others now; names each difference.
+            VipLlavaError: see :meth:`open_dataset`.
+        """
+        self.dataset = dataset = self.dataset or self.open_dataset()
+        plan = self._plan(dataset, self._order(dataset))
+        return replay_step(
+            dataset,
+            plan,
+            Cursor(**place),
+            data,
+            world_size=world_size,
+            accumulate=accumulate,
+            pad_token_id=_pad_token_id(self.encoder),
+            multiple_of=self.pad_to_multiple_of,
+            pack_length=self.pack_length if self.batching == "packed" else None,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been consumed, for Lightning's checkpoint."""

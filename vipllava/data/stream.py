@@ -379,6 +379,7 @@ class StepLoader:
         )
         self._place = Cursor()  # of the step that is handed out
         self._micro_batches = 0  # of it that were handed out
+        self._began = Cursor()  # where the step of the last micro-batch begins
         self._resume: tuple[Cursor, int] | None = None
 
     def __len__(self) -> int:
@@ -402,6 +403,7 @@ class StepLoader:
         self._prefetch()
         for step in self._steps():
             total = self._agree(step)
+            self._began = self._place
             batches: list[Batch] = step.batches
             for number, batch in enumerate(batches):
                 if number < offset:
@@ -462,7 +464,7 @@ class StepLoader:
             place, micro_batch = Cursor(self.sampler.epoch), 0
         return {
             "version": STATE_VERSION,
-            **self._identity(),
+            **self.identity(),
             **asdict(place),
             "micro_batch": micro_batch,
             "num_faults": self.fault_log.total,
@@ -476,7 +478,7 @@ class StepLoader:
             CheckpointError: the state is of other data, another order or another version, or
                 stands within a step; names each difference.
         """
-        expected = {"version": STATE_VERSION, **self._identity()}
+        expected = {"version": STATE_VERSION, **self.identity()}
         different = [
             f"{name}: saved {state.get(name)!r}, now {value!r}"
             for name, value in expected.items()
@@ -501,9 +503,20 @@ class StepLoader:
         self.fault_log.total = int(state["num_faults"])
         self.fault_log.num_samples = int(state["num_samples_seen"])
 
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "data": {s.name: s.shards.fingerprint for s in self.dataset.sources},
-            "seed": self.dataset.encoder.seed,
-            **self.sampler.plan.identity(),
-        }
+    @property
+    def began(self) -> Cursor:
+        """The place where the step of the last micro-batch begins."""
+        return self._began
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the stream depends on, see :func:`stream_identity`."""
+        return stream_identity(self.dataset, self.sampler.plan)
+
+
+def stream_identity(dataset: VisualPromptDataset, plan: BatchPlan) -> dict[str, Any]:
+    """Return what decides a stream: data, seed and plan, as plain values."""
+    return {
+        "data": {s.name: s.shards.fingerprint for s in dataset.sources},
+        "seed": dataset.encoder.seed,
+        **plan.identity(),
+    }

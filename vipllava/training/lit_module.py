@@ -22,6 +22,7 @@ from vipllava.models.building import ModelSpec
 from vipllava.models.freezing import check_parts, hold_frozen, modules_of, set_trainable
 from vipllava.models.quantization import QuantizationSettings, quantization_config
 from vipllava.models.supervised_loss import Observer, supervised_loss_sum
+from vipllava.training.guard import LossGuard, Verdict, refuse_step
 from vipllava.training.optim import (
     OptimizerSettings,
     build_optimizer,
@@ -29,16 +30,21 @@ from vipllava.training.optim import (
     gradient_norm,
     parameter_groups,
 )
+from vipllava.training.restart import rescale_progress
 from vipllava.training.sharding import LOSS_METHOD, build_fsdp2, is_fsdp2, zero3_loading
 from vipllava.types import Batch, ConfigError, VipLlavaError
 
 logger = logging.getLogger(__name__)
 
-_HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """What is computed in, by the trainer's precision, where weights are held in more."""
 
 _ACCUMULATE = "accumulate_grad_batches"
 """Key of a checkpoint: micro-batches per optimizer step of the run that wrote it."""
+
+
+_GUARD = "loss_guard"
+"""Key of a checkpoint: what the guard knows."""
 
 
 def backward_scale(world_size: int, accumulate: int, *, divides_twice: bool = False) -> float:
@@ -88,6 +94,7 @@ class VipLlavaLitModule(lightning.LightningModule):
             them, none, or the first so many.
         compile_blocks: have ``torch.compile`` make each decoder block faster; for rows of one
             length.
+        guard: decides about steps whose loss is not finite or far too high.
         seed: of the projector's first weights.
         tokenizer: that of the data; loaded from the spec's source if not given.
         adapter: LoRA on the language model, whose own weights then stay as they are.
@@ -112,6 +119,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         adapter: AdapterSettings | None = None,
         quantization: QuantizationSettings | None = None,
         compile_blocks: bool = False,
+        guard: LossGuard | None = None,
     ) -> None:
         super().__init__()
         if quantization is not None and adapter is None:
@@ -134,6 +142,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         )
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_blocks = compile_blocks
+        self.guard = guard or LossGuard()
         self.seed = seed
         self.adapter = adapter
         self.quantization = quantization
@@ -142,7 +151,10 @@ class VipLlavaLitModule(lightning.LightningModule):
         self._tokenizer = tokenizer
         self._step_loss = torch.zeros(())
         self._step_tokens = 0
-        self._step_values: dict[str, float | torch.Tensor] = {}
+        self._step_sums: tuple[float, float] | None = None
+        self._micro_batches: list[tuple[tuple[str, ...], torch.Tensor]] = []
+        self._skips = False
+        self._step_values: dict[str, float] = {}
         self._held_out = torch.zeros(2, dtype=torch.float64)
         self._last_global_step = 0
         self._progress: float | None = None
@@ -194,7 +206,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         set_trainable(model, self.trainable)
         if self._trainer is not None and not _divides_twice(self.trainer.strategy):
             # DeepSpeed holds everything in half precision by itself.
-            half = _HALVES.get(str(self.trainer.precision))
+            half = HALVES.get(str(self.trainer.precision))
             if half is not None:
                 hold_frozen(model, half)
         if self.gradient_checkpointing:
@@ -221,8 +233,8 @@ class VipLlavaLitModule(lightning.LightningModule):
         """Return the loss whose gradients add up to that of the global batch's mean.
 
         Raises:
-            VipLlavaError: the loss is not finite, or the batch does not say how many supervised
-                tokens the global batch has; both name the samples.
+            VipLlavaError: the guard stops at the step's loss, or the batch does not say how many
+                supervised tokens the global batch has; both name the samples.
         """
         if batch.num_supervised_global < 1:
             raise VipLlavaError(
@@ -236,14 +248,15 @@ class VipLlavaLitModule(lightning.LightningModule):
         loss_of = getattr(network, LOSS_METHOD, None) or partial(supervised_loss_sum, network)
         loss_sum, num_supervised = loss_of(batch, self.observers)
         loss = loss_sum / batch.num_supervised_global
-        if not torch.isfinite(loss):
-            raise VipLlavaError(
-                f"the loss is {loss.item()} at step {self.trainer.global_step} in a batch of "
-                f"{num_supervised} supervised tokens; its samples: {', '.join(batch.keys)}. "
-                "Lower the learning rate, or look at these records"
-            )
         self._step_loss = self._step_loss.to(loss.device) + loss.detach()
         self._step_tokens += num_supervised
+        self._micro_batches.append((batch.keys, loss.detach()))
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self._step_sums = self._sum_over_ranks()
+            self._obey(self.guard.judge(self._step_sums[0]))
+            if self._skips:
+                # Gradients that are no numbers: DeepSpeed leaves such a step out by itself.
+                loss = loss * float("nan")
         return loss * backward_scale(
             self.trainer.world_size,
             self.trainer.accumulate_grad_batches,
@@ -271,11 +284,37 @@ class VipLlavaLitModule(lightning.LightningModule):
         for log in self.trainer.loggers:
             log.log_metrics({"val/loss": value}, step=max(0, self.trainer.global_step - 1))
 
+    def _obey(self, verdict: Verdict | None) -> None:
+        """Stop, or have the step left out, if the guard says so; all ranks hear the same."""
+        if verdict is None:
+            return
+        loss, _ = self._step_sums or self._sum_over_ranks()
+        message = refuse_step(self.trainer, self.guard, verdict, loss, self._micro_batches)
+        if verdict.action == "stop":
+            raise VipLlavaError(message)
+        self._skips = True
+        logger.warning("%s", message)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note the gradient norm, which clipping changes, and the rate, which the step changes."""
         self._step_values["train/lr"] = max(group["lr"] for group in optimizer.param_groups)
-        if not _divides_twice(self.trainer.strategy):
-            self._step_values["train/grad_norm"] = gradient_norm(self.network.parameters())
+        self._step_values.pop("train/grad_norm", None)
+        strategy: Any = self.trainer.strategy
+        if _divides_twice(strategy):
+            if self._skips:
+                # In float32 it looks only if told to.
+                strategy.deepspeed_engine.optimizer.check_grad_overflow = True
+            return
+        if not self._skips:
+            self._note_gradient_norm(float(gradient_norm(self.network.parameters())))
+        if self._skips:
+            for parameter in self.network.parameters():
+                parameter.grad = None
+
+    def _note_gradient_norm(self, norm: float) -> None:
+        self._step_values["train/grad_norm"] = norm
+        if self.trainer.precision != "16-mixed":  # whose scaling overflows now and then
+            self._obey(self.guard.judge_gradient(norm))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log what belongs to the optimizer step, if this micro-batch completed one."""
@@ -292,17 +331,15 @@ class VipLlavaLitModule(lightning.LightningModule):
             return
         self._last_global_step = self.trainer.global_step
         strategy: Any = self.trainer.strategy
-        # Every rank's sum is already divided by the global count: the ranks' values add up.
-        sums = torch.stack([self._step_loss.float(), self._step_loss.new_tensor(self._step_tokens)])
-        loss, num_tokens = strategy.reduce(sums, reduce_op="sum").tolist()
-        if _divides_twice(strategy):
+        loss, num_tokens = self._step_sums or self._sum_over_ranks()
+        if _divides_twice(strategy) and not self._skips:
             norm = strategy.deepspeed_engine.get_global_grad_norm()
             if norm is not None:
-                self._step_values["train/grad_norm"] = norm
+                self._note_gradient_norm(float(norm))
         values = {
             "train/loss": loss,
             "train/supervised_tokens": num_tokens,
-            **{name: float(value) for name, value in self._step_values.items()},
+            **self._step_values,
         }
         shown = {name: values[name] for name in ("train/loss", "train/lr") if name in values}
         self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
@@ -312,12 +349,23 @@ class VipLlavaLitModule(lightning.LightningModule):
             # Numbered as Lightning does: by the steps before this one.
             row = {**values, "epoch": self.current_epoch}
             log.log_metrics(row, step=self.trainer.global_step - 1)
-        self._step_loss = torch.zeros_like(self._step_loss)
-        self._step_tokens = 0
+        self._forget_step()
+
+    def _sum_over_ranks(self) -> tuple[float, float]:
+        """Return loss and supervised tokens of the step so far, of all ranks together."""
+        strategy: Any = self.trainer.strategy
+        # Every rank's sum is already divided by the global count: the ranks' values add up.
+        sums = torch.stack([self._step_loss.float(), self._step_loss.new_tensor(self._step_tokens)])
+        loss, num_tokens = strategy.reduce(sums, reduce_op="sum").tolist()
+        return loss, num_tokens
+
+    def _forget_step(self) -> None:
+        self._step_loss, self._step_tokens = torch.zeros((), device=self.device), 0
+        self._step_sums, self._micro_batches, self._skips = None, [], False
 
     def on_train_start(self) -> None:
         """Forget sums of an earlier fit; a resumed run starts at its own step."""
-        self._step_loss, self._step_tokens = torch.zeros((), device=self.device), 0
+        self._forget_step()
         self._last_global_step = self.trainer.global_step
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -352,6 +400,7 @@ class VipLlavaLitModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out: they are read from their source again, and are most of a 7B."""
         checkpoint[_ACCUMULATE] = self.trainer.accumulate_grad_batches
+        checkpoint[_GUARD] = self.guard.state_dict()
         state = checkpoint.get("state_dict", {})
         kept = self._trainable_keys()
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in kept}
@@ -362,6 +411,8 @@ class VipLlavaLitModule(lightning.LightningModule):
         Lightning counts an epoch's progress in micro-batches; with other ranks or micro-batches
         the same step is another count, so it is put into this run's unit.
         """
+        if _GUARD in checkpoint:
+            self.guard.load_state_dict(checkpoint[_GUARD])
         saved = checkpoint.get(_ACCUMULATE)
         if saved is not None:
             rescale_progress(checkpoint, saved, self.trainer.accumulate_grad_batches)
@@ -377,30 +428,6 @@ class VipLlavaLitModule(lightning.LightningModule):
             for name, parameter in self.named_parameters(remove_duplicate=False)
             if id(parameter) in trainable
         }
-
-
-def rescale_progress(checkpoint: dict[str, Any], saved: int, now: int) -> None:
-    """Turn a checkpoint's counts of micro-batches into those of a run that accumulates otherwise.
-
-    Args:
-        checkpoint: Lightning's; changed in place.
-        saved: micro-batches per optimizer step of the run that wrote it.
-        now: the same of this run.
-
-    Raises:
-        VipLlavaError: the checkpoint stands within a step.
-    """
-    if saved == now:
-        return
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    for counts in (progress["total"], progress["current"]):
-        for name, count in counts.items():
-            if count % saved:
-                raise VipLlavaError(
-                    f"the checkpoint stands {count % saved} micro-batches into a step of {saved}; "
-                    f"this run has {now} a step: resume from one at the end of a step"
-                )
-            counts[name] = count // saved * now
 
 
 def _divides_twice(strategy: Strategy) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import yaml
 
-from vipllava.types import CheckpointError, ConfigError
+from vipllava.types import CheckpointError, ConfigError, VipLlavaError
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,30 @@ def find_restart(run_dir: Path, *, resume: str = "auto") -> Restart:
         return _restart(Path(resume).expanduser())
     found = list_checkpoints(run_dir / CHECKPOINTS)
     return _restart(found[-1] if found else None)
+
+
+def rescale_progress(checkpoint: dict[str, Any], saved: int, now: int) -> None:
+    """Turn a checkpoint's counts of micro-batches into those of a run that accumulates otherwise.
+
+    Args:
+        checkpoint: Lightning's; changed in place.
+        saved: micro-batches per optimizer step of the run that wrote it.
+        now: the same of this run.
+
+    Raises:
+        VipLlavaError: the checkpoint stands within a step.
+    """
+    if saved == now:
+        return
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        for name, count in counts.items():
+            if count % saved:
+                raise VipLlavaError(
+                    f"the checkpoint stands {count % saved} micro-batches into a step of {saved}; "
+                    f"this run has {now} a step: resume from one at the end of a step"
+                )
+            counts[name] = count // saved * now
 
 
 def _restart(checkpoint: Path | None) -> Restart:

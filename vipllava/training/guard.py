@@ -1,0 +1,268 @@
+"""What happens when a step's loss is not finite, or far above what it was.
+
+The loss of the whole global batch is known on every process before the weights change, so all of
+them decide alike. A run stops with the weights as they were, or leaves the step out; either way a
+file names the samples, and ``train.py ... replay=FILE`` goes through them one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Final, Literal, get_args
+
+import torch
+
+from vipllava.data.stream import REPEAT_SUFFIX, StepLoader
+from vipllava.training.restart import CHECKPOINTS, list_checkpoints
+from vipllava.types import CheckpointError, ConfigError
+
+OnNonfinite = Literal["stop", "skip"]
+OnSpike = Literal["stop", "skip", "ignore"]
+
+_LEAST: Final = 20
+"""Steps that have to be known before one can stand out."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """A step that was refused, and all that is needed to make its batches again.
+
+    Attributes:
+        reason: why, in words.
+        step: optimizer steps that were done before it.
+        loss: of its global batch; as a text where JSON has no number for it.
+        place: where it begins in the stream, see :class:`vipllava.data.batching.Cursor`.
+        data: which stream that is, as in a checkpoint.
+        world_size: processes.
+        accumulate: micro-batches of each.
+        keys: of the samples, by process and micro-batch.
+        losses: of the micro-batches, by process: their shares of the step's loss.
+        checkpoint: the newest one when it happened, or None.
+    """
+
+    reason: str
+    step: int
+    loss: float | str
+    place: Mapping[str, int]
+    data: Mapping[str, Any]
+    world_size: int
+    accumulate: int
+    keys: Sequence[Sequence[Sequence[str]]]
+    losses: Sequence[Sequence[float | str]]
+    checkpoint: str | None = None
+
+    def write(self, folder: Path) -> Path:
+        """Write the record into a folder; one of an earlier try of the step is replaced."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(folder)
+        values = asdict(self) | {"loss": spell_loss(self.loss)}
+        values["losses"] = [[spell_loss(loss) for loss in losses] for losses in self.losses]
+        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        return path
+
+    def path(self, folder: Path) -> Path:
+        """Return the record's path in a folder."""
+        return folder / f"step-{self.step:06d}.json"
+
+    @classmethod
+    def read(cls, path: Path) -> StepRecord:
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            CheckpointError: there is no such file, or it is another one.
+        """
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"replay={path} is no record of a refused step ({str(error).splitlines()[0]}): "
+                "name a file of RUN/guard"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is to be done about a step that is not as it should be.
+
+    Attributes:
+        action: stop the run, or leave the step out.
+        reason: why, in words.
+    """
+
+    action: Literal["stop", "skip"]
+    reason: str
+
+
+class LossGuard:
+    """Decides whether a step may change the weights.
+
+    Args:
+        folder: where records go; None writes none.
+        on_nonfinite: ``stop`` the run, or ``skip`` the step, at a loss that is no number.
+        on_spike: the same, or ``ignore``, at a loss far above the last ones.
+        spike_factor: how many times their median is far.
+        window: how many steps that median is of.
+        max_skipped: steps that may be left out in one run.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        on_nonfinite: OnNonfinite = "stop",
+        on_spike: OnSpike = "stop",
+        spike_factor: float = 10.0,
+        window: int = 100,
+        max_skipped: int = 20,
+    ) -> None:
+        for name, value, known in (
+            ("on_nonfinite", on_nonfinite, get_args(OnNonfinite)),
+            ("on_spike", on_spike, get_args(OnSpike)),
+        ):
+            if value not in known:
+                raise ConfigError(f"guard.{name}={value} is not one of {', '.join(known)}")
+        if spike_factor <= 1 or window < _LEAST:
+            raise ConfigError(
+                f"guard.spike_factor={spike_factor} must be above 1, guard.window={window} at "
+                f"least {_LEAST}"
+            )
+        self.folder = None if folder is None else Path(folder)
+        self.on_nonfinite: OnNonfinite = on_nonfinite
+        self.on_spike: OnSpike = on_spike
+        self.spike_factor = spike_factor
+        self.max_skipped = max_skipped
+        self.num_skipped = 0
+        self._losses: deque[float] = deque(maxlen=window)
+
+    def judge(self, loss: float) -> Verdict | None:
+        """Say what is to be done about a step, and why; None where nothing is wrong.
+
+        Args:
+            loss: of the global batch, the same on every process.
+        """
+        if not math.isfinite(loss):
+            return self._refuse(self.on_nonfinite, f"the loss is {loss}")
+        if len(self._losses) >= _LEAST and loss > self.spike_factor * median(self._losses):
+            verdict = self._refuse(
+                self.on_spike,
+                f"the loss is {loss:.4g}, more than {self.spike_factor:g} times the "
+                f"{median(self._losses):.4g} that is the median of the last {len(self._losses)} "
+                "steps",
+            )
+            if verdict is not None:
+                return verdict
+        self._losses.append(loss)
+        return None
+
+    def judge_gradient(self, norm: float) -> Verdict | None:
+        """Say what is to be done about a step whose loss was right.
+
+        Args:
+            norm: of the whole gradient, the same on every process.
+        """
+        if math.isfinite(norm):
+            return None
+        return self._refuse(self.on_nonfinite, f"the gradient's norm is {norm}")
+
+    def _refuse(self, action: OnSpike, reason: str) -> Verdict | None:
+        if action == "ignore":
+            return None
+        if action == "skip":
+            self.num_skipped += 1
+            if self.num_skipped > self.max_skipped:
+                reason += f"; {self.max_skipped} steps were left out already (guard.max_skipped)"
+                return Verdict("stop", reason)
+        return Verdict(action, reason)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to decide as this one would."""
+        return {"losses": list(self._losses), "num_skipped": self.num_skipped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self._losses.clear()
+        self._losses.extend(state["losses"])
+        self.num_skipped = int(state["num_skipped"])
+
+
+def spell_loss(loss: float | str) -> float | str:
+    """Return a loss as JSON can hold it: NaN and infinity as texts."""
+    return loss if isinstance(loss, str) or math.isfinite(loss) else str(loss)
+
+
+def refuse_step(
+    trainer: Any,
+    guard: LossGuard,
+    verdict: Verdict,
+    loss: float,
+    micro_batches: Sequence[tuple[tuple[str, ...], torch.Tensor]],
+) -> str:
+    """Write down a refused step and say what a person should know; every process has to call this.
+
+    Args:
+        trainer: of the run.
+        guard: that refused it.
+        verdict: what it said.
+        loss: of the global batch.
+        micro_batches: keys and loss of this process's micro-batches.
+
+    Returns:
+        The message, on every process.
+    """
+    path = _record(trainer, guard, verdict.reason, loss, micro_batches)
+    keys = [key for batch, _ in micro_batches for key in batch]
+    where = f"its samples: {', '.join(keys)}"
+    if path is not None:
+        where = f"its samples are in {path}; the same command with replay={path} looks at each"
+    message = f"{verdict.reason} at step {trainer.global_step}; {where}"
+    if verdict.action == "skip":
+        return f"{message}. It is left out, the {guard.num_skipped}. of this run"
+    return (
+        f"{message}. The weights are as they were before it: lower the learning rate, mend these "
+        "records, or pass guard.on_nonfinite=skip or guard.on_spike=skip (or ignore)"
+    )
+
+
+def _record(
+    trainer: Any,
+    guard: LossGuard,
+    reason: str,
+    loss: float,
+    micro_batches: Sequence[tuple[tuple[str, ...], torch.Tensor]],
+) -> Path | None:
+    loader = trainer.train_dataloader
+    if guard.folder is None or not isinstance(loader, StepLoader):
+        return None
+    mine = [(keys, float(value)) for keys, value in micro_batches]
+    ranks: list[Any] = [mine]
+    if trainer.world_size > 1:
+        ranks = [None] * trainer.world_size
+        torch.distributed.all_gather_object(ranks, mine)
+    wait = getattr(trainer.strategy.checkpoint_io, "wait", None)
+    if wait is not None:
+        wait()  # the newest one may still be being written
+    found = list_checkpoints(guard.folder.parent / CHECKPOINTS)
+    record = StepRecord(
+        reason=reason,
+        step=trainer.global_step,
+        loss=loss,
+        place=asdict(loader.began),
+        data=loader.identity(),
+        world_size=trainer.world_size,
+        accumulate=trainer.accumulate_grad_batches,
+        keys=[
+            [[key for key in keys if not key.endswith(REPEAT_SUFFIX)] for keys, _ in rank]
+            for rank in ranks
+        ],
+        losses=[[value for _, value in rank] for rank in ranks],
+        checkpoint=str(found[-1]) if found else None,
+    )
+    return record.write(guard.folder) if trainer.is_global_zero else record.path(guard.folder)
