@@ -369,16 +369,23 @@ def _wandb_key(job: _Job) -> list[str]:
         return []
     if any(os.environ.get(name, "0") != "0" for name in _RANK_VARIABLES):
         return []  # only the first process logs
-    if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
-        return []
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    host = urlsplit(url).hostname or url
-    if _in_netrc(host):
+    if has_wandb_key():
         return []
     return [
-        f"logger=wandb has no key for {host}: run `wandb login`, set WANDB_API_KEY, or set "
-        "WANDB_MODE=offline and upload later with `wandb sync`"
+        f"logger=wandb has no key for {_wandb_host()}: run `wandb login`, set WANDB_API_KEY, or "
+        "set WANDB_MODE=offline and upload later with `wandb sync`"
     ]
+
+
+def has_wandb_key() -> bool:
+    """Return whether W&B would find a key, in the environment or in the user's netrc file."""
+    names = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    return any(os.environ.get(name) for name in names) or _in_netrc(_wandb_host())
+
+
+def _wandb_host() -> str:
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return urlsplit(url).hostname or url
 
 
 def _in_netrc(host: str) -> bool:
