@@ -182,10 +182,13 @@ def test_the_installed_torch_takes_the_call():
     """On meta tensors: names and shapes fit, no device is needed."""
     kernel = attention.load_kernel()
     with torch.device("meta"):
-        query, key = (torch.zeros(6, heads, 8, dtype=torch.bfloat16) for heads in (4, 2))
+        shapes = ((6, 4, 8), (6, 2, 8), (6, 2, 8))
+        tensors = [torch.zeros(s, dtype=torch.bfloat16, requires_grad=True) for s in shapes]
         bounds = torch.zeros(3, dtype=torch.int32)
-        mixed = kernel(query, key, key, bounds, 4, scale=None, window=3)
-    assert (mixed.shape, mixed.dtype) == (query.shape, torch.bfloat16)
+        mixed = kernel(*tensors, bounds, 4, scale=None, window=3)
+        mixed.backward(torch.zeros_like(mixed))
+    assert (mixed.shape, mixed.dtype) == ((6, 4, 8), torch.bfloat16)
+    assert [x.grad.shape for x in tensors if x.grad is not None] == list(shapes)
 
 
 @pytest.mark.gpu
