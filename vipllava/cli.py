@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_inspect,
         _add_lint,
         _add_machines,
+        _add_doctor,
         _add_convert,
         _add_sweep_table,
         _add_dashboard,
@@ -133,6 +134,19 @@ def _add_machines(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     command.add_argument("--markdown", action="store_true", help="as docs/machines.md")
     command.set_defaults(run=_machines)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="what this machine has and lacks: versions, devices, kernels, network, disk, extras",
+        description="For a new machine, and for a bug report. Exit code 1 if something is wrong.",
+    )
+    command.add_argument("--json", action="store_true", help="the same as JSON")
+    command.add_argument(
+        "--no-network", action="store_true", help="do not let two processes talk to each other"
+    )
+    command.set_defaults(run=_doctor)
 
 
 def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -230,6 +244,12 @@ def _lint(options: argparse.Namespace) -> int | None:
 
 def _machines(options: argparse.Namespace) -> int | None:
     from vipllava.commands.machines import run
+
+    return run(options)
+
+
+def _doctor(options: argparse.Namespace) -> int | None:
+    from vipllava.commands.doctor import run
 
     return run(options)
 

@@ -32,6 +32,7 @@ def here(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Har
     """The machine that the tests run on: a laptop without CUDA, or the marked one."""
     machine = MACHINES[getattr(request, "param", "laptop")]
     monkeypatch.setattr(hardware, "detect", lambda: machine)
+    monkeypatch.setattr(hardware, "installed_packages", lambda: machine.installed)
     for name in ("VIPLLAVA_DATA", "WANDB_RUN_GROUP", "MASTER_ADDR", "SLURM_JOB_ID", "NODE_RANK"):
         monkeypatch.delenv(name, raising=False)
     return machine

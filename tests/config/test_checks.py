@@ -175,7 +175,36 @@ def test_a_stage_before_its_predecessor():
             "2xt4",
             "needs flash_attn, which is not installed: pip install -e '.[flash]', or use sdpa",
         ),
-        ("machine.attn_implementation=flash_attention_2", "8xv100", "7.0 cannot run it; use sdpa"),
+        (
+            "machine.attn_implementation=flash_attention_2",
+            "8xv100",
+            "7.0 cannot run it, it needs 8.0 or more; use sdpa",
+        ),
+        (
+            "machine.attn_implementation=flash_attention_3",
+            "8xa100",
+            "8.0 cannot run it, it needs 9.0; use sdpa",
+        ),
+        (
+            "machine.attn_implementation=flash_attention_4",
+            "2xt4",
+            "not installed: pip install --pre flash-attn-4, or use sdpa",
+        ),
+        (
+            "machine.attn_implementation=torch_varlen trainer.precision=32-true",
+            "8xa100",
+            "torch_varlen: computes in bf16 or fp16 only, not in 32-true; use sdpa",
+        ),
+        (
+            "trainer=cpu machine.attn_implementation=torch_varlen",
+            "8xa100",
+            "torch_varlen: needs CUDA devices; use sdpa",
+        ),
+        (
+            "machine.attn_implementation=flash_attention_5",
+            "8xa100",
+            "machine.attn_implementation=flash_attention_5: expected one of sdpa, eager,",
+        ),
         ("machine.attn_implementation=flash_attention_2", "laptop", "needs CUDA devices; use sdpa"),
         (
             "model.spec.attn_implementation=flash_attention_2",
@@ -317,6 +346,7 @@ def test_fsdp2_without_cuda_is_fine():
         ("device=tpu", "device=tpu: expected auto, cpu, cuda, cuda:N or mps"),
         ("limit=0", "limit=0: expected a whole number of at least 1"),
         ("attn_implementation=flash_attention_2", "needs flash_attn, which is not installed"),
+        ("attn_implementation=torch_varlen", "attn_implementation=torch_varlen: expected one of"),
     ],
 )
 def test_evaluation(override: str, message: str):

@@ -152,12 +152,26 @@ def test_weights_dtype(strategy: str, precision: str, dtype: str):
     assert resolvers.weights_dtype(strategy, precision) == dtype
 
 
-def test_flash_attention_only_where_installed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert resolvers.attention("flash_attention_2") == "sdpa"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert resolvers.attention("flash_attention_2") == "flash_attention_2"
-    assert resolvers.attention("eager") == "eager"
+@pytest.mark.parametrize(
+    ("here", "job", "chosen"),
+    [
+        ("laptop", "", "sdpa"),
+        ("laptop", "trainer=8xa100", "sdpa"),  # nothing is installed on this laptop
+        ("8xa100", "", "flash_attention_2"),
+        ("8xa100", "trainer=1gpu", "flash_attention_2"),
+        ("8xa100", "trainer=cpu", "sdpa"),
+        ("8xa100", "trainer.accelerator=cpu", "sdpa"),
+        ("8xa100", "trainer.precision=32-true", "sdpa"),
+        ("8xa100", "trainer=8xv100", "sdpa"),  # planned for another machine
+        ("8xa100", "trainer=8xa100 machine.capability=9.0", "flash_attention_3"),
+        ("8xa100", "machine.attn_implementation=eager", "eager"),
+        ("8xv100", "trainer=8xa100", "flash_attention_2"),
+        ("2xt4", "", "sdpa"),
+    ],
+    indirect=["here"],
+)
+def test_attention_follows_devices_precision_and_what_is_installed(job: str, chosen: str):
+    assert _resolve("model=7b", *job.split(), keys=("model.spec.attn_implementation",)) == [chosen]
 
 
 def test_names_make_the_folders():

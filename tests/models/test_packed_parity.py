@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from tests.models.plain_attention import attend_inside_segments
 from tests.models.tiny_batches import PAD, batch_of, three_samples
 from vipllava.checkpoints.loading import build_model
 from vipllava.models.building import ModelSpec
@@ -45,9 +46,14 @@ def make_model(tiny_sources, language_model, attention, dtype="float32"):
     return model
 
 
-@pytest.fixture(scope="module", params=["eager", "sdpa", "flex_attention"])
+@pytest.fixture(scope="module", params=["eager", "sdpa", "flex_attention", "torch_varlen"])
 def attention(request):
-    """Every implementation that runs on a CPU."""
+    """Every implementation that runs on a CPU; the kernel of one is replaced."""
+    if request.param == "torch_varlen":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vipllava.models.attention.load_kernel", lambda: attend_inside_segments)
+            yield request.param
+        return
     if request.param != "flex_attention":
         yield request.param
         return
@@ -219,11 +225,13 @@ def test_flash_attention_is_told_where_samples_begin(tiny_sources):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("attention", ["sdpa", "flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize(
+    "attention", ["sdpa", "flex_attention", "flash_attention_2", "torch_varlen"]
+)
 @pytest.mark.parametrize("mode", ["train", "checkpointed"])
 def test_on_a_gpu(tiny_sources, attention, mode):
-    flash = attention == "flash_attention_2"
-    if flash:
+    flash = attention in ("flash_attention_2", "torch_varlen")
+    if attention == "flash_attention_2":
         pytest.importorskip("flash_attn")
     # Flash attention computes in 16 bits only; a sample that saw another would be off by far more.
     dtype, tolerance = ("bfloat16", 0.05) if flash else ("float32", 1e-4)

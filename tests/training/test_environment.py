@@ -19,8 +19,9 @@ JOB = {"name": "toy", "stage": {"learning_rate": 0.01, "betas": [0.9, 0.999]}}
 
 
 def test_file_and_loggers_hold_configuration_code_and_environment(
-    make_module, make_trainer, tmp_path, monkeypatch
+    make_module, make_trainer, tmp_path, monkeypatch, caplog
 ):
+    caplog.set_level("INFO", "vipllava")
     monkeypatch.setattr("sys.argv", ["train.py", "stage=pretrain", "data.mix={a: {epochs: 1}}"])
     trainer = make_trainer(callbacks=[StartLog(tmp_path / "run", JOB)])
     trainer.fit(make_module(), Loader(make_samples(2), 2, 1))
@@ -32,6 +33,8 @@ def test_file_and_loggers_hold_configuration_code_and_environment(
     assert environment["command"] == "train.py stage=pretrain 'data.mix={a: {epochs: 1}}'"
     assert environment["packages"]["torch"] == torch.__version__
     assert (environment["processes"], environment["nodes"]) == (1, 1)
+    assert environment["attention"] == "sdpa (all others need CUDA devices)"
+    assert f"attention: {environment['attention']}" in caplog.messages
     logged = yaml.safe_load(Path(trainer.logger.log_dir, "hparams.yaml").read_text())
     assert logged == JOB | {"code": written["code"], "environment": environment}
 

@@ -222,6 +222,7 @@ def test_more_needs_more():
     # Without recomputing there is a mask for every block, and keys and values are repeated.
     plain = {"recomputed_blocks": 0, "micro_batch_size": 4}
     flash, sdpa = total(**plain, attention="flash_attention_2"), total(**plain, attention="sdpa")
+    assert total(**plain, attention="torch_varlen") == flash
     assert flash < sdpa < total(**plain, attention="eager")
 
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from omegaconf import DictConfig
 
 from vipllava.config import hardware
+from vipllava.config.attention import attention_candidates
 from vipllava.config.batch import accumulation_steps
 from vipllava.config.hardware import Hardware
 from vipllava.config.schema import (
@@ -258,7 +259,7 @@ def _capability(job: _Job) -> tuple[int, int] | None:
     found = [device.capability for device in job.machine.cuda]
     stated = job.get("machine.capability", (int, float))
     if stated is not None:
-        found.append((int(stated), round(stated * 10) % 10))
+        found.append(hardware.capability_of(stated))
     return min(found, default=None)
 
 
@@ -301,21 +302,24 @@ def _attention(job: _Job) -> list[str]:
 
 def _attention_at(key: str, job: _Job) -> list[str]:
     wanted = job.get(key, str)
-    if wanted is None or not wanted.startswith("flash_attention"):
-        return []
+    on_cuda = job.get("trainer.accelerator") not in ("cpu", "mps")
+    candidates = attention_candidates(
+        job.machine.installed,
+        _capability(job) if on_cuda else None,
+        job.get("dtype" if "bench" in job.cfg else "trainer.precision", str),
+    )
     problems: list[str] = []
-    if "flash_attn" not in job.machine.installed:
-        problems.append(_needs_extra(f"{key}={wanted}", "flash", "flash_attn") + ", or use sdpa")
-    capability = _capability(job)
-    if capability is None:
-        problems.append(f"{key}={wanted} needs CUDA devices; use sdpa")
-    elif capability < _BF16_CAPABILITY:
-        problems.append(
-            f"{key}={wanted}: devices of compute capability {capability[0]}.{capability[1]} cannot "
-            "run it; use sdpa"
-        )
-    elif job.get("trainer.precision") == "32-true":
-        problems.append(f"{key}={wanted} computes in bf16 or fp16 only; use sdpa with 32-true")
+    for candidate in candidates:
+        if candidate.name != wanted:
+            continue
+        if candidate.missing:
+            kernel = candidate.kernel
+            problems.append(
+                f"{key}={wanted} needs {kernel.label}, which is not installed: {kernel.install}, "
+                "or use sdpa"
+            )
+        if candidate.unsupported:
+            problems.append(f"{key}={wanted}: {candidate.unsupported}; use sdpa")
     return problems
 
 
@@ -388,16 +392,23 @@ def _wandb_key(job: _Job) -> list[str]:
         return []
     if any(os.environ.get(name, "0") != "0" for name in _RANK_VARIABLES):
         return []  # only the first process logs
-    if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
-        return []
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    host = urlsplit(url).hostname or url
-    if _in_netrc(host):
+    if has_wandb_key():
         return []
     return [
-        f"logger=wandb has no key for {host}: run `wandb login`, set WANDB_API_KEY, or set "
-        "WANDB_MODE=offline and upload later with `wandb sync`"
+        f"logger=wandb has no key for {_wandb_host()}: run `wandb login`, set WANDB_API_KEY, or "
+        "set WANDB_MODE=offline and upload later with `wandb sync`"
     ]
+
+
+def has_wandb_key() -> bool:
+    """Return whether W&B would find a key, in the environment or in the user's netrc file."""
+    names = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    return any(os.environ.get(name) for name in names) or _in_netrc(_wandb_host())
+
+
+def _wandb_host() -> str:
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return urlsplit(url).hostname or url
 
 
 def _in_netrc(host: str) -> bool:

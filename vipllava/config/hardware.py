@@ -5,10 +5,23 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
+from pathlib import Path
 
-OPTIONAL_PACKAGES = ("bitsandbytes", "deepspeed", "flash_attn", "peft", "tensorboard", "wandb")
-"""Import names of what the extras bring and a configuration may ask for."""
+from vipllava.config.attention import TORCH_VARLEN
+
+# Three releases of flash attention share two import names: the distribution tells them apart.
+_FLASH = {
+    "flash_attn": "flash_attn",
+    "flash_attn_3": "flash_attn_interface",
+    "flash_attn_4": "flash_attn",
+}
+OPTIONAL_PACKAGES = (
+    "bitsandbytes", "deepspeed", "peft", "tensorboard", TORCH_VARLEN, "wandb", *_FLASH,
+)  # fmt: skip
+"""What a configuration may ask for and not every installation has, by import name; flash attention
+by distribution. ``torch_varlen`` is PyTorch's own kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +48,7 @@ class Hardware:
         mps: whether Apple's Metal backend is there.
         num_cpus: cores this process may use.
         cpu_bf16: whether the CPU multiplies bf16 matrices in hardware.
-        installed: those of ``OPTIONAL_PACKAGES`` that can be imported.
+        installed: those of ``OPTIONAL_PACKAGES`` that are there.
     """
 
     cuda: tuple[CudaDevice, ...] = ()
@@ -43,6 +56,11 @@ class Hardware:
     num_cpus: int = 1
     cpu_bf16: bool = False
     installed: frozenset[str] = field(default_factory=frozenset[str])
+
+    @property
+    def least_capability(self) -> tuple[int, int] | None:
+        """The least compute capability of the CUDA devices; None without any."""
+        return min((device.capability for device in self.cuda), default=None)
 
     def describe(self) -> str:
         """Say in a few words which devices there are, e.g. ``2 CUDA devices (T4 15 GiB, ...)``."""
@@ -57,6 +75,9 @@ def detect() -> Hardware:
     """Look at this machine; imports torch, and only here."""
     import torch
 
+    installed = installed_packages()
+    if torch.version.cuda and not torch.backends.cuda.is_flash_attention_available():
+        installed -= {TORCH_VARLEN}  # built without the kernels, as some for Windows are
     cuda: list[CudaDevice] = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -73,13 +94,38 @@ def detect() -> Hardware:
         mps=torch.backends.mps.is_available(),
         num_cpus=_usable_cpus(),
         cpu_bf16=_cpu_multiplies_bf16(),
-        installed=installed_packages(),
+        installed=installed,
     )
 
 
 def installed_packages() -> frozenset[str]:
-    """Return which of ``OPTIONAL_PACKAGES`` can be imported, without importing them."""
-    return frozenset(name for name in OPTIONAL_PACKAGES if find_spec(name) is not None)
+    """Return which of ``OPTIONAL_PACKAGES`` are there, without importing them."""
+    return frozenset(name for name in OPTIONAL_PACKAGES if _is_installed(name))
+
+
+def capability_of(number: float) -> tuple[int, int]:
+    """Return a compute capability as CUDA has it, e.g. (8, 6) of 8.6."""
+    return int(number), round(number * 10) % 10
+
+
+def _is_installed(name: str) -> bool:
+    if name == TORCH_VARLEN:
+        torch = find_spec("torch")
+        return torch is not None and any(
+            (Path(folder) / "nn/attention/varlen.py").is_file()
+            for folder in torch.submodule_search_locations or ()
+        )
+    if name in _FLASH:
+        return find_spec(_FLASH[name]) is not None and _is_distribution(name)
+    return find_spec(name) is not None
+
+
+def _is_distribution(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _cpu_multiplies_bf16() -> bool:

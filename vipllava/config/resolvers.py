@@ -8,7 +8,6 @@ None of them imports torch unless it has to look.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vipllava.config import hardware
+from vipllava.config.attention import FALLBACK, attention_candidates, choose_attention
 from vipllava.config.batch import accumulation_steps, largest_micro_batch
 from vipllava.types import ConfigError
 
@@ -139,11 +139,21 @@ def num_workers(limit: int) -> int:
     return min(limit, hardware.detect().num_cpus // 2)
 
 
-def attention(preferred: str) -> str:
-    """``preferred`` when its package is installed, else PyTorch's own ``sdpa``."""
-    if preferred.startswith("flash_attention") and importlib.util.find_spec("flash_attn") is None:
-        return "sdpa"
-    return preferred
+def attention(*, _root_: DictConfig) -> str:
+    """The best attention that is installed and that the trainer's devices and precision support.
+
+    The devices are those that the trainer states, else those that are here.
+    """
+    stated = OmegaConf.select(_root_, "machine.capability")
+    if str(_root_.trainer.accelerator) not in ("cuda", "auto"):
+        return FALLBACK
+    if stated is not None:
+        capability, installed = hardware.capability_of(stated), hardware.installed_packages()
+    else:
+        machine = hardware.detect()
+        capability, installed = machine.least_capability, machine.installed
+    precision = str(_root_.trainer.precision)
+    return choose_attention(attention_candidates(installed, capability, precision))
 
 
 def weights_dtype(strategy_name: str, precision_name: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from vipllava.config.attention import KERNELS, TORCH_VARLEN
 from vipllava.types import ConfigError
 
 CHAT_TEMPLATES = ("plain", "llava_v1", "llama_3", "phi_3", "llava_v0", "chatml")
@@ -22,7 +23,9 @@ IMAGE_ASPECTS = ("square", "pad", "resize")
 PARTS = ("vision_tower", "projector", "language_model")
 AUTO = "auto"
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+ATTENTIONS = ("sdpa", "eager", "flex_attention", *(kernel.name for kernel in KERNELS))
+_ATTENTIONS_OF_ANSWERS = tuple(name for name in ATTENTIONS if name != TORCH_VARLEN)
+"""Generating works with padding and a cache, which PyTorch's kernel for packed rows has not."""
 _WHILE_RESOLVING = " raised while resolving interpolation: "
 
 
@@ -244,7 +247,7 @@ EVALUATE: Mapping[str, Rule] = {
     "bits": _one_of(4, 8, nullable=True),
     "device": _text(),
     "dtype": _one_of("auto", "float32", "bfloat16", "float16"),
-    "attn_implementation": _one_of(*ATTENTIONS),
+    "attn_implementation": _one_of(*_ATTENTIONS_OF_ANSWERS),
     "batch_size": _whole(1),
     "max_new_tokens": _whole(1),
     "limit": _whole(1, nullable=True),

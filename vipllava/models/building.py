@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from vipllava.models.attention import attention_settings
 from vipllava.models.hub_models import local_folder
 from vipllava.models.opening import (
     load_config,
@@ -66,7 +67,8 @@ class ModelSpec:
             architecture as the sources say. A projector alone is put between them.
         dtype: dtype of the parameters. Training wants ``float32`` (master weights); the
             trainer's precision decides what is computed in.
-        attn_implementation: attention of tower and language model, as transformers names them.
+        attn_implementation: attention of tower and language model, as transformers names them, or
+            ``torch_varlen``, see :mod:`vipllava.models.attention`.
         image_token: the placeholder's token; added to the tokenizer once.
         pad_token: the padding token; added to the tokenizer once.
         name: the variant's name, for messages only.
@@ -329,7 +331,10 @@ def materialise(
     Raises:
         CheckpointError: keys are missing, left over or misshapen; the message lists them.
     """
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention_settings(attn_implementation),
+    }
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     if device_map is not None:

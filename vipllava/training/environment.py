@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shlex
@@ -18,12 +19,31 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from vipllava.checkpoints.export_meta import code_version
+from vipllava.config.attention import attention_candidates, explain_attention
+from vipllava.config.hardware import detect
+
+_logger = logging.getLogger(__name__)
 
 FILE: Final = "environment.json"
 _PACKAGES: Final = (
     "torch", "lightning", "transformers", "tokenizers", "safetensors", "webdataset", "numpy",
-    "pillow", "hydra-core", "omegaconf", "deepspeed", "peft", "bitsandbytes", "flash-attn", "wandb",
+    "pillow", "hydra-core", "omegaconf", "deepspeed", "peft", "bitsandbytes", "flash-attn",
+    "flash-attn-3", "flash-attn-4", "wandb",
 )  # fmt: skip
+
+
+def describe_attention(used: str, trainer: lightning.Trainer) -> str:
+    """Say which attention a run's network gets, and why not a faster one.
+
+    Args:
+        used: the implementation, as the model's spec names it.
+        trainer: with the devices and the precision.
+    """
+    machine = detect()
+    on_cuda = trainer.strategy.root_device.type == "cuda"
+    capability = machine.least_capability if on_cuda else None
+    rows = attention_candidates(machine.installed, capability, str(trainer.precision))
+    return explain_attention(used, rows)
 
 
 def describe_environment() -> dict[str, Any]:
@@ -50,7 +70,8 @@ def describe_environment() -> dict[str, Any]:
 class StartLog(Callback):
     """Writes down what a run starts with, before any weight is loaded.
 
-    It goes to ``RUN_DIR/environment.json`` and as hyper-parameters to every logger.
+    It goes to ``RUN_DIR/environment.json`` and as hyper-parameters to every logger; which attention
+    was chosen, and why, is also a line of the log.
 
     Args:
         run_dir: the run's folder.
@@ -67,10 +88,13 @@ class StartLog(Callback):
         """Write, on the first process."""
         if stage != "fit" or not trainer.is_global_zero:
             return
+        module: Any = pl_module
+        attention = describe_attention(module.spec.attn_implementation, trainer)
+        _logger.info("attention: %s", attention)
         about = {
             "code": code_version(),
             "environment": describe_environment()
-            | {"processes": trainer.world_size, "nodes": trainer.num_nodes},
+            | {"processes": trainer.world_size, "nodes": trainer.num_nodes, "attention": attention},
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")

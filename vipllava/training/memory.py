@@ -23,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Final
 
+from vipllava.config.attention import keeps_no_mask
 from vipllava.models.architecture import Architecture, LanguageModel
 from vipllava.models.flops import Workload
 from vipllava.models.freezing import ParameterRow
@@ -301,7 +302,7 @@ def _block_bytes(model: LanguageModel, setup: Setup, tokens: float) -> float:
     compute, trained = setup.compute_bytes, setup.trains_language_model
     queries = model.num_heads * model.head_dim
     # A mask over padded rows makes PyTorch's own attention repeat grouped keys and values.
-    flash = setup.attention.startswith("flash")
+    flash = keeps_no_mask(setup.attention)
     keys = model.head_dim * (model.num_key_value_heads if flash else model.num_heads)
     numbers = 2 * queries + 2 * keys + 3 * model.mlp_width
     kept = 2 * _norm_bytes(setup, tokens * model.width) + compute * tokens * numbers

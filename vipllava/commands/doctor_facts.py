@@ -1,0 +1,340 @@
+"""What ``vipllava doctor`` looks at, as plain values that a test can make up."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+import time
+import tomllib
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from vipllava.commands.network_probe import Probe
+from vipllava.config.hardware import Hardware
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+PROJECT: Final = "vipllava-lightning"
+NO_FEATURES: Final = ("all", "browser", "dev")
+"""Extras that are for working on the project."""
+
+_PYPROJECT: Final = Path(__file__).resolve().parents[2] / "pyproject.toml"
+_SHOWN: Final = (
+    "torch", "lightning", "transformers", "tokenizers", "hydra-core", "omegaconf", "numpy",
+    "deepspeed", "peft", "bitsandbytes", "flash-attn", "flash-attn-3", "flash-attn-4", "wandb",
+)  # fmt: skip
+_IMPORTED: Final = ("torch", "lightning", "transformers")
+_NETWORK_VARIABLES: Final = ("NCCL_", "MASTER_", "GLOO_")
+_VARIABLES: Final = (
+    "HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE", "TORCH_EXTENSIONS_DIR", "DS_ACCELERATOR",
+    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "VIPLLAVA_DATA", "VIPLLAVA_CACHE",
+)  # fmt: skip
+"""None of these ever holds a key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packages:
+    """What is installed.
+
+    Attributes:
+        python: version.
+        platform: operating system and processor.
+        code: our version, with the commit of a checkout.
+        versions: of the packages worth showing that are installed.
+        unfit: of our requirements those that are not met, with the version that is there or None.
+        import_errors: by package, why it cannot be imported.
+        torch_cuda: CUDA version that torch was built with; None for a CPU build.
+        extras: by extra, the requirements that are not met.
+    """
+
+    python: str
+    platform: str
+    code: str
+    versions: Mapping[str, str]
+    unfit: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
+    import_errors: Mapping[str, str] = field(default_factory=dict[str, str])
+    torch_cuda: str | None = None
+    extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """What computes here.
+
+    Attributes:
+        hardware: devices and optional packages.
+        free_gib: free memory of each CUDA device, GiB.
+        driver: whether an NVIDIA driver is installed.
+    """
+
+    hardware: Hardware
+    free_gib: tuple[float, ...] = ()
+    driver: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """How processes talk to each other.
+
+    Attributes:
+        backends: of torch.distributed that are built in.
+        nccl: version of NCCL; empty without.
+        variables: of the environment that change it.
+        probe: what came of trying; None where it was left out.
+    """
+
+    backends: tuple[str, ...]
+    nccl: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict[str, str])
+    probe: Probe | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A folder that runs write to or read from.
+
+    Attributes:
+        name: what it is for.
+        path: the folder, which may not be there yet.
+        free: free bytes of its disk.
+        writable: whether it, or the nearest folder above it that is there, can be written to.
+    """
+
+    name: str
+    path: str
+    free: int
+    writable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Where there is room.
+
+    Attributes:
+        places: the folders.
+        shm: bytes of ``/dev/shm``; None where a system has none.
+    """
+
+    places: tuple[Place, ...]
+    shm: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the environment says.
+
+    Attributes:
+        variables: those that are set, of a list that holds no keys.
+        wandb_key: whether W&B has a key, in the environment or in a file.
+        locks: lock files of torch's extension builds, with their age in seconds.
+    """
+
+    variables: Mapping[str, str] = field(default_factory=dict[str, str])
+    wandb_key: bool = False
+    locks: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything that the sections are made of."""
+
+    packages: Packages
+    devices: Devices
+    network: Network
+    disk: Disk
+    surroundings: Surroundings
+
+
+def look(*, network: bool = True) -> Facts:
+    """Look at this machine.
+
+    Args:
+        network: try whether two processes can talk to each other; takes seconds.
+    """
+    packages = look_at_packages()
+    if "torch" in packages.import_errors:
+        devices, talking = Devices(Hardware(), driver=_has_driver()), Network(())
+    else:
+        devices = look_at_devices()
+        talking = look_at_network(len(devices.hardware.cuda), try_it=network)
+    return Facts(packages, devices, talking, look_at_disk(), look_at_surroundings())
+
+
+def look_at_packages() -> Packages:
+    """Read versions, check our requirements, and import what everything needs."""
+    errors: dict[str, str] = {}
+    for name in _IMPORTED:
+        try:
+            import_module(name)
+        except Exception as error:  # noqa: BLE001  whatever it is, it is what is wrong here
+            lines = str(error).strip().splitlines()
+            errors[name] = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    import vipllava
+
+    code, torch_cuda = vipllava.__version__, None
+    if not errors:
+        from vipllava.checkpoints.export_meta import code_version
+
+        code = code_version()
+    if "torch" not in errors:
+        import torch
+
+        torch_cuda = torch.version.cuda
+    requirements = project_requirements()
+    core = {str(r): _version(r.name) for r in requirements.pop("", ()) if not _is_met(r)}
+    return Packages(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        code=code,
+        versions={name: found for name in _SHOWN if (found := _version(name))},
+        unfit=core,
+        import_errors=errors,
+        torch_cuda=torch_cuda,
+        extras={
+            name: _missing(name, requirements) for name in requirements if name not in NO_FEATURES
+        },
+    )
+
+
+def project_requirements() -> dict[str, tuple[Requirement, ...]]:
+    """Return what we need by extra, under an empty name what we always need.
+
+    From ``pyproject.toml`` in a checkout, else from what is installed.
+    """
+    from packaging.requirements import Requirement
+
+    if _PYPROJECT.is_file():
+        project = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8"))["project"]
+        groups = {"": project["dependencies"], **project["optional-dependencies"]}
+        return {name: tuple(map(Requirement, lines)) for name, lines in groups.items()}
+    try:
+        metadata = importlib.metadata.metadata(PROJECT)
+    except importlib.metadata.PackageNotFoundError:
+        return {}  # a copy of the package alone
+    found: dict[str, list[Requirement]] = {"": []}
+    for extra in metadata.get_all("Provides-Extra") or ():
+        found[extra] = []
+    for line in metadata.get_all("Requires-Dist") or ():
+        requirement = Requirement(line)
+        marker, requirement.marker = requirement.marker, None
+        for extra, group in found.items():
+            if marker is None or (extra and marker.evaluate({"extra": extra})):
+                group.append(requirement)
+                break
+    return {extra: tuple(group) for extra, group in found.items()}
+
+
+def look_at_devices() -> Devices:
+    """Ask torch for devices and their free memory."""
+    import torch
+
+    from vipllava.config import hardware
+
+    found = hardware.detect()
+    free = tuple(torch.cuda.mem_get_info(n)[0] / 2**30 for n in range(len(found.cuda)))
+    return Devices(found, free, _has_driver())
+
+
+def look_at_network(num_cuda: int, *, try_it: bool) -> Network:
+    """Look at torch.distributed, and try it if asked to: NCCL where two CUDA devices are.
+
+    Args:
+        num_cuda: CUDA devices.
+        try_it: let two processes add up a tensor.
+    """
+    from torch import distributed
+    from torch.cuda import nccl
+
+    from vipllava.commands.network_probe import PROCESSES, probe_network
+
+    if not distributed.is_available():
+        return Network((), variables=_network_variables())
+    there = {"nccl": distributed.is_nccl_available(), "gloo": distributed.is_gloo_available()}
+    backends = tuple(name for name in there if there[name])
+    version = ".".join(map(str, nccl.version())) if there["nccl"] else ""
+    wanted = "nccl" if num_cuda >= PROCESSES else "gloo"
+    probe = probe_network(wanted) if try_it and wanted in backends else None
+    return Network(backends, version, _network_variables(), probe)
+
+
+def look_at_disk() -> Disk:
+    """Look at the folders that the configuration names, the temporary one, and shared memory."""
+    from vipllava.config.composing import compose_job
+    from vipllava.types import ConfigError
+
+    folders: dict[str, str] = {}
+    with suppress(ConfigError):  # installed without a checkout there is nothing to run either
+        paths = compose_job(["trainer=cpu"]).paths
+        folders = {"runs": paths.runs, "data": paths.data_root, "shard cache": paths.cache}
+    folders["temporary"] = tempfile.gettempdir()
+    shm = Path("/dev/shm")
+    return Disk(
+        tuple(look_at_place(name, Path(path)) for name, path in folders.items()),
+        shutil.disk_usage(shm).total if shm.is_dir() else None,
+    )
+
+
+def look_at_place(name: str, path: Path) -> Place:
+    """Return how much room there is where ``path`` is or would be made."""
+    path = path.expanduser().absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    return Place(name, str(path), shutil.disk_usage(there).free, os.access(there, os.W_OK))
+
+
+def look_at_surroundings() -> Surroundings:
+    """Read variables, look for a W&B key and for locks of extension builds."""
+    from vipllava.config.checks import has_wandb_key
+
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    root = Path(named) if named else Path.home() / ".cache" / "torch_extensions"
+    # ROOT/EXTENSION/lock where it is named, ROOT/py311_cu128/EXTENSION/lock where not.
+    locks = sorted({*root.glob("*/lock"), *root.glob("*/*/lock")})
+    return Surroundings(
+        {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        has_wandb_key(),
+        {str(lock): max(0.0, time.time() - lock.stat().st_mtime) for lock in locks},
+    )
+
+
+def _missing(extra: str, groups: Mapping[str, tuple[Requirement, ...]]) -> tuple[str, ...]:
+    """Return an extra's requirements that are not met, those of extras it names included."""
+    found: list[str] = []
+    for requirement in groups[extra]:
+        if requirement.name == PROJECT:
+            for other in sorted(requirement.extras):
+                found += _missing(other, groups)
+        elif not _is_met(requirement):
+            found.append(str(requirement))
+    return tuple(found)
+
+
+def _is_met(requirement: Requirement) -> bool:
+    version = _version(requirement.name)
+    return version is not None and requirement.specifier.contains(version, prereleases=True)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _has_driver() -> bool:
+    proc = Path("/proc/driver/nvidia/version")
+    return proc.exists() or shutil.which("nvidia-smi") is not None
+
+
+def _network_variables() -> dict[str, str]:
+    return {
+        name: value for name, value in sorted(os.environ.items())
+        if name.startswith(_NETWORK_VARIABLES)
+    }  # fmt: skip

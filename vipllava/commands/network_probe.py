@@ -1,0 +1,105 @@
+"""Whether two processes of this machine can add up a tensor, within a bounded time.
+
+This file is also what the two processes run, by its path: it imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+PROCESSES = 2
+_NUMBERS = 1 << 20
+"""Long enough that NCCL moves it as it moves gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What came of it.
+
+    Attributes:
+        backend: ``nccl`` (one CUDA device for each process) or ``gloo``.
+        seconds: from start to end, imports included.
+        error: what went wrong, in one line; empty if nothing did.
+    """
+
+    backend: str
+    seconds: float
+    error: str = ""
+
+
+def probe_network(backend: str, timeout: float = 60.0, *, script: Path = Path(__file__)) -> Probe:
+    """Start two processes that add up a tensor; none of them outlives this call.
+
+    Args:
+        backend: ``nccl`` or ``gloo``.
+        timeout: seconds after which it counts as failed.
+        script: what the processes run; this file.
+    """
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        children: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(PROCESSES):
+                # -P: this folder holds modules with the names of Python's own.
+                command = [sys.executable, "-P", str(script), str(rank), backend, name]
+                with (folder / f"{rank}.txt").open("wb") as log:
+                    arguments = [*command, str(timeout)]
+                    children.append(
+                        subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT)
+                    )
+            error = _wait(children, folder, timeout)
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+    return Probe(backend, time.monotonic() - began, error)
+
+
+def _wait(children: list[subprocess.Popen[bytes]], folder: Path, timeout: float) -> str:
+    """Return the first failure in a line, or nothing when both are done."""
+    deadline = time.monotonic() + timeout
+    running = dict(enumerate(children))
+    while running:
+        for rank, child in list(running.items()):
+            if child.poll() is None:
+                continue
+            if child.returncode:
+                said = (folder / f"{rank}.txt").read_text(errors="replace").strip().splitlines()
+                return said[-1] if said else f"process {rank} ended with code {child.returncode}"
+            del running[rank]
+        if running and time.monotonic() > deadline:
+            return f"no answer within {timeout:g} s"
+        time.sleep(0.05)
+    return ""
+
+
+def _add_up(rank: int, backend: str, folder: str, timeout: float) -> None:
+    import torch
+    from torch import distributed
+
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    distributed.init_process_group(
+        backend,
+        init_method=(Path(folder) / "store").as_uri(),
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=timedelta(seconds=timeout),
+    )
+    numbers = torch.full((_NUMBERS,), float(rank + 1), device=device)
+    distributed.all_reduce(numbers)
+    if not bool((numbers == sum(range(1, PROCESSES + 1))).all()):
+        sys.exit("the sum is wrong")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _add_up(int(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4]))

@@ -1,0 +1,173 @@
+"""Which attention implementation a job gets, and why not another.
+
+The first in the order of :data:`KERNELS` that is installed and that devices and precision support;
+without one, PyTorch's own ``sdpa``. Pure functions of what is installed: nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+TORCH_VARLEN: Final = "torch_varlen"
+"""PyTorch's own flash kernel for rows of several samples (:mod:`vipllava.models.attention`)."""
+
+FALLBACK: Final = "sdpa"
+_FULL_PRECISION: Final = ("32-true", "float32")
+_NO_CUDA: Final = "needs CUDA devices"
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """An implementation that not every machine can run; all of these compute in 16 bits only.
+
+    Attributes:
+        name: as a configuration and transformers name it; our own for :data:`TORCH_VARLEN`.
+        package: what has to be installed, as :attr:`~vipllava.config.hardware.Hardware.installed`
+            names it.
+        label: the same for a reader.
+        install: how it comes.
+        least: the least compute capability.
+        below: the first capability that is too new for it; None if none is.
+        by_name_only: never chosen by itself.
+    """
+
+    name: str
+    package: str
+    label: str
+    install: str
+    least: tuple[int, int]
+    below: tuple[int, int] | None = None
+    by_name_only: bool = False
+
+
+KERNELS: Final = (
+    # An alpha, so far.
+    Kernel(
+        "flash_attention_4",
+        "flash_attn_4",
+        "flash-attn-4",
+        "pip install --pre flash-attn-4",
+        (9, 0),
+        by_name_only=True,
+    ),
+    # Its kernels use instructions that only Hopper has.
+    Kernel(
+        "flash_attention_3",
+        "flash_attn_3",
+        "flash-attn-3",
+        "build it from the folder `hopper` of Dao-AILab/flash-attention",
+        (9, 0),
+        below=(10, 0),
+    ),
+    Kernel("flash_attention_2", "flash_attn", "flash_attn", "pip install -e '.[flash]'", (8, 0)),
+    Kernel(
+        TORCH_VARLEN,
+        TORCH_VARLEN,
+        "a torch with flash kernels",
+        "install a CUDA build of torch 2.11 or newer",
+        (8, 0),
+    ),
+)
+"""The best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What stands against one implementation, on one machine.
+
+    Attributes:
+        kernel: the implementation.
+        missing: whether its package is not installed.
+        unsupported: why devices or precision cannot use it; None if they can.
+    """
+
+    kernel: Kernel
+    missing: bool
+    unsupported: str | None
+
+    @property
+    def name(self) -> str:
+        """The implementation's name."""
+        return self.kernel.name
+
+    @property
+    def usable(self) -> bool:
+        """Whether it runs if asked for by name."""
+        return not self.missing and self.unsupported is None
+
+    @property
+    def why_not(self) -> str:
+        """Why it is not chosen by itself; empty if nothing stands against it."""
+        found = [f"needs {self.kernel.label}, which is not installed"] if self.missing else []
+        found += [self.unsupported] if self.unsupported else []
+        if not found and self.kernel.by_name_only:
+            found = ["an alpha, used only where it is asked for by name"]
+        return "; ".join(found)
+
+
+def attention_candidates(
+    installed: Collection[str], capability: tuple[int, int] | None, precision: str | None
+) -> tuple[Candidate, ...]:
+    """Say of every kernel what stands against it.
+
+    Args:
+        installed: packages, see :attr:`~vipllava.config.hardware.Hardware.installed`.
+        capability: the least compute capability of the CUDA devices; None without any.
+        precision: the trainer's precision or the weights' dtype; None where it does not matter.
+
+    Returns:
+        In the order of :data:`KERNELS`.
+    """
+    return tuple(
+        Candidate(
+            kernel, kernel.package not in installed, _unsupported(kernel, capability, precision)
+        )
+        for kernel in KERNELS
+    )
+
+
+def choose_attention(candidates: Sequence[Candidate]) -> str:
+    """Return the first implementation that nothing stands against, else :data:`FALLBACK`."""
+    return next((c.name for c in candidates if not c.why_not), FALLBACK)
+
+
+def explain_attention(used: str, candidates: Sequence[Candidate]) -> str:
+    """Say in one line what is used, and why no better one: ``sdpa (flash_attention_2: ...)``.
+
+    Args:
+        used: what the job's network gets.
+        candidates: what stands against each kernel on this machine.
+    """
+    best = choose_attention(candidates)
+    if used != best:
+        return f"{used}, as configured (by itself it would be {best})"
+    if all(candidate.unsupported == _NO_CUDA for candidate in candidates):
+        return f"{used} (all others need CUDA devices)"
+    better: list[str] = []
+    for candidate in candidates:
+        if candidate.name == used:
+            break
+        if not candidate.kernel.by_name_only:
+            better.append(f"{candidate.name}: {candidate.why_not}")
+    return f"{used} ({' | '.join(better)})" if better else used
+
+
+def keeps_no_mask(name: str) -> bool:
+    """Return whether an implementation tells samples of a row apart by bounds, without a mask."""
+    return any(name == kernel.name for kernel in KERNELS)
+
+
+def _unsupported(
+    kernel: Kernel, capability: tuple[int, int] | None, precision: str | None
+) -> str | None:
+    if capability is None:
+        return _NO_CUDA
+    if capability < kernel.least or (kernel.below is not None and capability >= kernel.below):
+        least = f"{kernel.least[0]}.{kernel.least[1]}{'' if kernel.below else ' or more'}"
+        have = f"{capability[0]}.{capability[1]}"
+        return f"devices of compute capability {have} cannot run it, it needs {least}"
+    if precision in _FULL_PRECISION:
+        return f"computes in bf16 or fp16 only, not in {precision}"
+    return None

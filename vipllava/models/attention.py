@@ -1,0 +1,159 @@
+"""PyTorch's own flash kernel for rows of several samples, as an attention of transformers.
+
+Machines without flash-attn have it, too. transformers hands its language models' keyword arguments
+through to the attention; with the segments' bounds among them
+(:func:`vipllava.models.supervised_loss.flash_bounds`) the kernel keeps samples apart and no mask
+is made. Where no bounds come, as in generating with padding and a cache, PyTorch's ``sdpa`` does
+the work with the mask that it needs. The vision tower has nothing to bound and always uses that.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from vipllava.config.attention import FALLBACK, TORCH_VARLEN
+
+
+class Kernel(Protocol):
+    """Causal attention inside segments that lie behind each other."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bounds: torch.Tensor,
+        longest: int,
+        *,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Return the mixed values, [tokens, heads, size].
+
+        Args:
+            query: [tokens, heads, size].
+            key: [tokens, key-value heads, size].
+            value: as ``key``.
+            bounds: int32 [segments + 1], where segments begin, and the end of the last.
+            longest: tokens of the longest segment.
+            scale: of the scores; None for 1 / sqrt(size).
+            window: how many tokens a token sees, itself included; None for all before it.
+        """
+        ...
+
+
+def attention_settings(name: str) -> str | dict[str, str]:
+    """Return an implementation as transformers' ``attn_implementation`` takes it.
+
+    Args:
+        name: of :data:`vipllava.config.schema.ATTENTIONS`; ``torch_varlen`` is registered.
+    """
+    if name != TORCH_VARLEN:
+        return name
+    AttentionInterface.register(TORCH_VARLEN, partial(varlen_attention, load_kernel()))
+    AttentionMaskInterface.register(TORCH_VARLEN, mask_for_sdpa)
+    return {"": FALLBACK, "vision_config": FALLBACK, "text_config": TORCH_VARLEN}
+
+
+def load_kernel() -> Kernel:
+    """Return the installed PyTorch's kernel; it runs on CUDA devices only."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return adapt_kernel(varlen_attn)
+
+
+def adapt_kernel(varlen_attn: Callable[..., Any]) -> Kernel:
+    """Return a ``varlen_attn`` behind one signature; releases of PyTorch differ in theirs.
+
+    Args:
+        varlen_attn: of ``torch.nn.attention.varlen``. It is causal by ``window_size``; 2.11 has no
+            ``enable_gqa`` and wants as many key-value heads as heads.
+    """
+    known = inspect.signature(varlen_attn).parameters
+
+    def kernel(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bounds: torch.Tensor,
+        longest: int,
+        *,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        options: dict[str, Any] = {}
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and "enable_gqa" in known:
+            options["enable_gqa"] = True
+        elif groups > 1:
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        # To the left it counts the tokens beside the own one.
+        left = -1 if window is None or window >= longest else window - 1
+        return varlen_attn(
+            query, key, value, bounds, bounds, longest, longest,
+            scale=scale, window_size=(left, 0), **options,
+        )  # fmt: skip
+
+    return kernel
+
+
+def varlen_attention(
+    kernel: Kernel,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | Callable[[], torch.Tensor | None] | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend inside the segments, as transformers calls an attention.
+
+    Args:
+        kernel: what computes it.
+        module: the attention module.
+        query: [rows, heads, length, size].
+        key: [rows, key-value heads, length, size].
+        value: as ``key``.
+        attention_mask: what :func:`mask_for_sdpa` returned; used without bounds only.
+        dropout: of the scores, which the kernel has not: sdpa does it.
+        scaling: of the scores.
+        sliding_window: how many tokens a token sees; None for all.
+        **options: ``cu_seq_lens_q`` and ``max_length_q`` where segments are bounded.
+
+    Returns:
+        The mixed values, [rows, length, heads, size], and no scores.
+    """
+    bounds = options.get("cu_seq_lens_q")
+    if bounds is None or dropout:
+        mask: Any = attention_mask() if callable(attention_mask) else attention_mask
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **options
+        )
+    rows, _, length, _ = query.shape
+    # Rotated in float32 under autocast, which casts for PyTorch's own functions only.
+    dtype = get_target_dtype(query, module) or query.dtype
+    q, k, v = (x.to(dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    longest = options["max_length_q"]
+    mixed = kernel(q, k, v, bounds, longest, scale=scaling, window=sliding_window)
+    return mixed.unflatten(0, (rows, length)), None
+
+
+def mask_for_sdpa(**arguments: Any) -> Any:
+    """Return the mask of ``sdpa``; for rows of several samples a promise of it.
+
+    With bounds nobody asks for it, and at 8,192 tokens a row's mask has 67 million entries.
+    """
+    several = arguments.get("attention_mask") is None and not arguments["allow_is_causal_skip"]
+    return partial(sdpa_mask, **arguments) if several else sdpa_mask(**arguments)
