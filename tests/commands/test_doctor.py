@@ -124,7 +124,7 @@ def test_attention_marks_what_would_be_chosen():
 def test_a_device_that_could_do_better_than_sdpa_is_a_warning():
     section = sections.attention(Hardware((A100,)))
     assert (values(section)["sdpa"], bad(section)) == ("chosen", [("sdpa", "warning")])
-    assert section.rows[-1].remedy == 'pip install "vipllava-lightning[flash]"'
+    assert section.rows[-1].remedy == "pip install -e '.[flash]'"
     assert bad(sections.attention(Hardware())) == []
 
 
@@ -217,7 +217,7 @@ def test_extras_say_what_brings_them():
         Row(
             "serve",
             "lacks fastapi>=0.115, gradio<7,>=6",
-            remedy='pip install "vipllava-lightning[serve]"',
+            remedy="pip install -e '.[serve]'",
         ),
     )
 

@@ -45,7 +45,7 @@ def test_packed_rows_have_the_logits_of_sdpa(tiny_sources, kernel, language_mode
     segments = [0, 17, 31, 33, 45, 66]
     assert len(kernel.calls) == model.config.text_config.num_hidden_layers
     assert {str(call[:4]) for call in kernel.calls} == {
-        str(((66, 4, 8), (66, heads, 8), segments, 21))
+        str(((66, 4, 8), (66, heads, 8), segments, 33))
     }
 
 
@@ -209,3 +209,33 @@ def test_the_real_kernel_computes_the_plain_one(heads, window):
     torch.testing.assert_close(found.float().cpu(), wanted, atol=0.03, rtol=0.03)
     for a, b in zip(real, plain, strict=True):
         torch.testing.assert_close(a.grad.float().cpu(), b.grad, atol=0.1, rtol=0.05)
+
+
+def test_a_right_kernel_has_no_problem():
+    device = torch.device("cpu")
+    for dtype in (torch.bfloat16, torch.float32):
+        assert attention.find_kernel_problem(attend_inside_segments, device, dtype) is None
+
+
+def test_a_kernel_that_cannot_run_is_found():
+    problem = attention.find_kernel_problem(attention.load_kernel(), torch.device("cpu"))
+    assert problem is not None  # it runs on CUDA devices only
+    assert "Error: " in problem
+
+
+@pytest.mark.parametrize("fault", ["bounds", "causal", "gradient"])
+def test_a_wrong_kernel_is_found(fault):
+    def kernel(query, key, value, bounds, longest, *, scale, window):
+        if fault == "bounds":
+            bounds = bounds[[0, -1]]
+        if fault == "causal":
+            key, value = key.flip(0), value.flip(0)
+        mixed = attend_inside_segments(
+            query, key, value, bounds, longest, scale=scale, window=window
+        )
+        return mixed if fault != "gradient" else mixed + 0.5 * (query - query.detach())
+
+    problem = attention.find_kernel_problem(kernel, torch.device("cpu"), torch.float32)
+    expected = "a query's gradient differ" if fault == "gradient" else "its values differ"
+    assert problem is not None
+    assert problem.startswith(expected)

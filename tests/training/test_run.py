@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
 
 from vipllava.checkpoints.export_meta import load_meta
 from vipllava.checkpoints.llava_format import read_projector
 from vipllava.checkpoints.loading import open_source
 from vipllava.models.tensor_files import read_tensor
+from vipllava.training import run
 from vipllava.training.run import run_training
 from vipllava.types import CheckpointError, VipLlavaError
 
@@ -72,6 +75,29 @@ def test_a_device_without_memory_says_what_to_change(config, monkeypatch):
         "with an N below 2, or another strategy; the same command with preflight=true says what "
         "fits"
     )
+
+
+@pytest.mark.parametrize("problem", [None, "RuntimeError: no kernel image"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_kernel_is_tried_before_a_run_relies_on_it(config, monkeypatch, caplog, problem, asked):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr("vipllava.models.attention.find_kernel_problem", lambda *_: problem)
+    cfg = config("stage=pretrain", *["machine.attn_implementation=torch_varlen"] * asked)
+    spec = replace(
+        instantiate(cfg.module.model, _convert_="all"), attn_implementation="torch_varlen"
+    )
+    cfg.model.spec.attn_implementation = "${machine.attn_implementation}"
+    if not asked:
+        cfg.machine.attn_implementation = "${vip.attention:}"
+    if problem is None:
+        assert run._with_proven_attention(cfg, spec).attn_implementation == "torch_varlen"
+    elif asked:
+        with pytest.raises(VipLlavaError, match=r"H200 .*pass machine\.attn_implementation=sdpa"):
+            run._with_proven_attention(cfg, spec)
+    else:
+        assert run._with_proven_attention(cfg, spec).attn_implementation == "sdpa"
+        assert "does not work on NVIDIA H200 (RuntimeError: no kernel image)" in caplog.text
 
 
 def test_equal_seeds_give_identical_loss_logs(config, tmp_path):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from vipllava.commands.doctor_facts import (
-    PROJECT,
     Devices,
     Disk,
     Facts,
@@ -267,4 +266,4 @@ def extras(packages: Packages) -> Section:
 
 
 def _install_extra(name: str) -> str:
-    return f'pip install "{PROJECT}[{name}]"'
+    return f"pip install -e '.[{name}]'"

@@ -66,8 +66,9 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
     )
 
     table = Table(title=f"step {record.step}: {record.reason}")
-    for header in ("sample", "rank", "micro-batch", "tokens", "supervised", "loss"):
-        table.add_column(header, justify="left" if header == "sample" else "right")
+    table.add_column("sample", overflow="fold")
+    for header in ("rank", "micro-batch", "tokens", "supervised", "loss"):
+        table.add_column(header, justify="right")
     for sample in step.samples[:_SHOWN]:
         table.add_row(
             sample.key,

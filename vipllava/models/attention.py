@@ -12,7 +12,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any, Final, Protocol
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -21,6 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vipllava.config.attention import FALLBACK, TORCH_VARLEN
+
+_TOLERANCE: Final = 0.05
+"""Of the largest number: bf16 has three digits."""
 
 
 class Kernel(Protocol):
@@ -44,7 +48,7 @@ class Kernel(Protocol):
             key: [tokens, key-value heads, size].
             value: as ``key``.
             bounds: int32 [segments + 1], where segments begin, and the end of the last.
-            longest: tokens of the longest segment.
+            longest: no segment has more tokens.
             scale: of the scores; None for 1 / sqrt(size).
             window: how many tokens a token sees, itself included; None for all before it.
         """
@@ -104,6 +108,57 @@ def adapt_kernel(varlen_attn: Callable[..., Any]) -> Kernel:
         )  # fmt: skip
 
     return kernel
+
+
+def find_kernel_problem(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> str | None:
+    """Compute a few segments forward and backward, and say what is wrong with them.
+
+    Args:
+        kernel: to try.
+        device: to try it on.
+        dtype: of its numbers.
+
+    Returns:
+        What it raised, or how far it is from ``sdpa``; None where it is right.
+    """
+    generator = torch.Generator().manual_seed(0)
+    bounds, heads, groups, size = [0, 3, 40, 41, 168], 8, 2, 64
+    shapes = [(bounds[-1], heads, size), *[(bounds[-1], groups, size)] * 2]
+    inputs = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
+    weight = torch.randn(shapes[0], generator=generator).to(device, dtype)
+
+    def learn(attend: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        mixed = attend(*leaves)
+        (mixed * weight).sum().backward()
+        return [mixed.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for begin, end in pairwise(bounds):
+            q, k, v = (x[begin:end].transpose(0, 1).float() for x in (query, key, value))
+            k, v = (x.repeat_interleave(heads // groups, dim=0) for x in (k, v))
+            part = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            parts.append(part.transpose(0, 1))
+        return torch.cat(parts)
+
+    places = torch.tensor(bounds, dtype=torch.int32, device=device)
+    try:
+        found = learn(partial(kernel, bounds=places, longest=bounds[-1], scale=None, window=None))
+    except Exception as error:  # noqa: BLE001 - a kernel may fail in any way
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    for name, mine, wanted in zip(
+        ("its values", "a query's gradient", "a key's gradient", "a value's gradient"),
+        found,
+        learn(plain),
+        strict=True,
+    ):
+        difference = (mine.float() - wanted.float()).abs().max() / wanted.float().abs().max()
+        if not difference < _TOLERANCE:
+            return f"{name} differ from those of sdpa by {float(difference):.2g} of the largest"
+    return None
 
 
 def varlen_attention(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ def run_training(cfg: DictConfig) -> Path:
     restart = _begin(cfg, job)
 
     spec: ModelSpec = instantiate(cfg.module.model, _convert_="all")
+    spec = _with_proven_attention(cfg, spec)
     tokenizer = load_tokenizer(spec)
     datamodule = build_datamodule(cfg, tokenizer)
     outlook = look_ahead(cfg, tokenizer, datamodule)
@@ -75,6 +77,7 @@ def run_training(cfg: DictConfig) -> Path:
     recomputed = outlook.setup.recomputed_blocks
     module = _partial(cfg.module)(
         seed=int(cfg.seed),
+        model=spec,
         tokenizer=tokenizer,
         gradient_checkpointing=True if recomputed is None else recomputed,
     )
@@ -117,6 +120,32 @@ def run_training(cfg: DictConfig) -> Path:
             "start it again"
         )
     return export_dir
+
+
+def _with_proven_attention(cfg: DictConfig, spec: ModelSpec) -> ModelSpec:
+    """Try PyTorch's own kernel on this device before a run relies on it.
+
+    It is newer than most machines, and a wrong one would train without any error.
+    """
+    import torch
+    from omegaconf import OmegaConf
+
+    from vipllava.config.attention import FALLBACK, TORCH_VARLEN
+    from vipllava.models.attention import find_kernel_problem, load_kernel
+
+    if spec.attn_implementation != TORCH_VARLEN or not torch.cuda.is_available():
+        return spec
+    problem = find_kernel_problem(load_kernel(), torch.device("cuda"))
+    if problem is None:
+        return spec
+    message = f"{TORCH_VARLEN} does not work on {torch.cuda.get_device_name()} ({problem})"
+    if not all(
+        OmegaConf.is_interpolation(node, "attn_implementation")
+        for node in (cfg.machine, cfg.model.spec)
+    ):
+        raise VipLlavaError(f"{message}: pass machine.attn_implementation={FALLBACK}")
+    logger.warning("%s: %s is used instead", message, FALLBACK)
+    return replace(spec, attn_implementation=FALLBACK)
 
 
 def _out_of_memory(cfg: DictConfig, error: BaseException) -> str:
