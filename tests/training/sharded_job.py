@@ -121,9 +121,9 @@ def main(path: str) -> None:
 
 def _strategy(name: str) -> Any:
     if name == "fsdp2":
-        from lightning.pytorch.strategies import ModelParallelStrategy
+        from vipllava.training.sharding import Fsdp2Strategy
 
-        return ModelParallelStrategy(
+        return Fsdp2Strategy(
             data_parallel_size=2,
             tensor_parallel_size=1,
             save_distributed_checkpoint=True,

@@ -26,16 +26,18 @@ class Case:
         accumulate: micro-batches per optimizer step on each of two processes.
         clip: greatest gradient norm, or None.
         skip: a step that the guard has left out, or None.
+        stops: in the middle, and goes on from a checkpoint; one process never does.
     """
 
     trainable: list[str]
     accumulate: int
     clip: float | None
     skip: int | None = None
+    stops: bool = False
 
     @property
     def name(self) -> str:
-        return f"{'+'.join(self.trainable)}-{self.accumulate}-{self.clip}-{self.skip}"
+        return f"{'+'.join(self.trainable)}-{self.accumulate}-{self.clip}-{self.skip}-{self.stops}"
 
 
 @dataclass(frozen=True)
@@ -102,29 +104,41 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
     spec = ModelSpec(**job.spec)
     one = job.strategy == "one"
     tokenizer = load_tokenizer(spec)
-    module = VipLlavaLitModule(
-        spec, case.trainable, 1e-3, seed=3, tokenizer=tokenizer, guard=Skipping()
-    )
     size = 2 * MICRO_BATCH * case.accumulate
+    num_epochs = 2 if case.stops else 1
     # Samples 2, 3 and 6, 7 are text only: all that the second process ever gets.
-    samples = make_samples(NUM_STEPS * size, text_only=lambda i: i % 4 >= 2)
-    loader = Loader if one else RankLoader
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=1 if one else 2,
-        strategy="auto" if one else _strategy(job.strategy, case),
-        accumulate_grad_batches=case.accumulate * (2 if one else 1),
-        gradient_clip_val=case.clip,
-        max_epochs=1,
-        logger=Noting(job.folder),
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=job.folder,
-    )
-    trainer.fit(module, loader(samples, MICRO_BATCH, 2 * case.accumulate))
+    samples = make_samples(NUM_STEPS // num_epochs * size, text_only=lambda i: i % 4 >= 2)
+    loader = (Loader if one else RankLoader)(samples, MICRO_BATCH, 2 * case.accumulate)
+
+    def fit(max_epochs: int, checkpoint: Path | None = None) -> lightning.Trainer:
+        module = VipLlavaLitModule(
+            spec, case.trainable, 1e-3, seed=3, tokenizer=tokenizer, guard=Skipping(),
+            schedule="constant" if case.stops else "cosine",
+        )  # fmt: skip
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=1 if one else 2,
+            strategy="auto" if one else _strategy(job.strategy, case),
+            accumulate_grad_batches=case.accumulate * (2 if one else 1),
+            gradient_clip_val=case.clip,
+            max_epochs=max_epochs,
+            logger=Noting(job.folder),
+            log_every_n_steps=1,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=job.folder,
+        )
+        trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+        return trainer
+
+    if not case.stops or one:
+        fit(num_epochs)
+        return rows
+    checkpoint = Path(job.folder) / "half-way.ckpt"
+    fit(1).save_checkpoint(checkpoint)
+    fit(2, checkpoint)
     return rows
 
 
@@ -143,14 +157,14 @@ def _strategy(name: str, case: Case) -> Any:
         ]
     )
     preset: Any = OmegaConf.to_container(cfg.strategy.lightning, resolve=True)
-    target = preset.pop("_target_").rpartition(".")[2]
-    if target == "DeepSpeedStrategy":
+    target = preset.pop("_target_")
+    if target.endswith("DeepSpeedStrategy"):
         from tests.training.cpu_deepspeed import CpuDeepSpeedStrategy
 
         return CpuDeepSpeedStrategy(**preset, process_group_backend="gloo")
-    from lightning.pytorch import strategies
+    from hydra.utils import get_class
 
-    return getattr(strategies, target)(**preset, process_group_backend="gloo")
+    return get_class(target)(**preset, process_group_backend="gloo")
 
 
 if __name__ == "__main__":

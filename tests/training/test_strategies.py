@@ -10,6 +10,7 @@ import pytest
 
 from tests.training.launching import start
 from tests.training.strategies_job import NUM_STEPS, Case, Job
+from vipllava.checkpoints.training_state import read_training_state
 from vipllava.models.building import ModelSpec
 
 # Stage 1, and what all later stages train; each with and without accumulation and clipping. The
@@ -22,6 +23,7 @@ CASES = [
     ALL,
     Case(["projector", "language_model"], 4, 1000.0),
     ONE_LEFT_OUT,
+    Case(["projector"], 1, None, stops=True),
 ]
 
 
@@ -76,6 +78,10 @@ def test_two_processes_train_as_one(spec, expected, tmp_path, strategy):
         for step, (norm, expected_norm) in enumerate(zip(norms, expected_norms, strict=True)):
             assert (expected_norm is None) == (step == case.skip), case
             assert norm == (expected_norm and pytest.approx(expected_norm, rel=1e-4)), case
+    # A checkpoint holds what trains, whoever writes it.
+    state = read_training_state(tmp_path / strategy / "half-way.ckpt")
+    assert len(state) == 6
+    assert all(name.startswith("multi_modal_projector.") for name in state)
     # The weights of a step that is left out are not changed by it, and those after it are.
     every, without = (expected[case.name] for case in (ALL, ONE_LEFT_OUT))
     same = [a["train/loss"] == b["train/loss"] for a, b in zip(every, without, strict=True)]

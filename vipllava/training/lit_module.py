@@ -178,6 +178,10 @@ class VipLlavaLitModule(lightning.LightningModule):
         if self.model is not None:
             return
         strategy: Any = self.trainer.strategy if self._trainer is not None else None
+        if strategy is not None and _divides_twice(strategy):
+            # DeepSpeed writes and reads checkpoints itself, without what is frozen; of the others
+            # `on_load_checkpoint` fills the gaps.
+            self.strict_loading = False
         if strategy is not None and is_fsdp2(strategy):
             self.model = build_fsdp2(
                 self._build,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -21,9 +22,52 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vipllava.models.adapters import BLOCKS, AdapterSettings, add_adapters
 from vipllava.models.building import empty_network
 from vipllava.models.supervised_loss import supervised_loss_sum
+from vipllava.types import CheckpointError
+
+_METADATA = "meta.pt"
+"""Beside the shards of a checkpoint: what Lightning keeps of a run."""
 
 LOSS_METHOD = "supervised_loss_sum"
 """Under FSDP2 the loss is called as a method of the network, which gathers what it needs then."""
+
+
+class Fsdp2Strategy(ModelParallelStrategy):
+    """Lightning's strategy, for checkpoints that hold what trains and nothing else.
+
+    Its own way asks a checkpoint for every weight of the network, and a frozen one is not there.
+    """
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a folder of all processes into weights and optimizers; return the rest.
+
+        Raises:
+            CheckpointError: it is no such folder.
+        """
+        from torch.distributed.checkpoint import state_dict as states
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        path = Path(self.broadcast(str(checkpoint_path)))
+        if not (path / _METADATA).is_file():
+            raise CheckpointError(
+                f"{path} is no checkpoint that FSDP2 wrote: go on with the strategy that wrote it, "
+                "or make a model of it with `vipllava convert` and start from that"
+            )
+        module: Any = self.model
+        trained = states.StateDictOptions(ignore_frozen_params=True, cpu_offload=True)
+        weights = {"state_dict": states.get_model_state_dict(module, options=trained)}
+        load(weights, checkpoint_id=path)
+        module.load_state_dict(weights["state_dict"], strict=False)
+        options = states.StateDictOptions(cpu_offload=True)
+        for number, optimizer in enumerate(self.optimizers):
+            name = f"optimizer_{number}"
+            state = {name: states.get_optimizer_state_dict(module, optimizer)}
+            load(state, checkpoint_id=path)
+            states.set_optimizer_state_dict(
+                module, optimizer, optim_state_dict=state[name], options=options
+            )
+        return torch.load(path / _METADATA, weights_only=weights_only)
 
 
 def is_fsdp2(strategy: Strategy) -> bool:
