@@ -26,6 +26,9 @@ from vipllava.types import VipLlavaError
 
 EXIT_USER_ERROR = 2
 
+# On import: a process of a launcher gets the job by pickle, and composes before it calls anything.
+register_resolvers()
+
 
 def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_name: str) -> None:
     """Compose the job that the command line describes and hand it to ``task``.
@@ -38,10 +41,9 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
         config_dir: absolute path of ``conf``.
         config_name: the root file in it, without suffix.
     """
-    register_resolvers()
     # Hydra would print its own short message and exit 1; ours needs the exception.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    given = sys.argv[1:]
+    script, given = str(Path(sys.argv[0]).resolve()), sys.argv[1:]
     sys.argv[1:] = sweep.with_folder_names(given)
     started = False
 
@@ -51,8 +53,8 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
         started = True
         if sweep.is_sweep():
             sweep.name_group()
-            if sweep.needs_fresh_process():
-                return sweep.run_in_fresh_process(cfg)
+            sweep.check_launcher()
+            return sweep.run_in_fresh_process(cfg, script)
         try:
             task(cfg)
         except VipLlavaError as error:
@@ -72,6 +74,10 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
         if started:
             raise
         _fail(f"the run's folder cannot be written ({error}): free some space or set paths.runs")
+    except RuntimeError as error:
+        if not type(error).__module__.startswith("submitit."):
+            raise
+        _fail(f"a queued job did not end well; the others go on. {error}")
 
 
 def composition_message(

@@ -75,7 +75,8 @@ def prepare_run(
 ) -> Restart:
     """Decide where a run begins, and bring its folder into that state.
 
-    To be called by the first process only, before any weight is loaded.
+    To be called by the first process only, before any weight is loaded. A job that Slurm has
+    queued again goes on from its own newest checkpoint, whatever ``resume`` says.
 
     Args:
         run_dir: the run's folder; made if it is not there.
@@ -89,6 +90,7 @@ def prepare_run(
         ConfigError: the folder cannot be written, or the run was started with other data or
             another model; the message lists what differs.
     """
+    resume = _resume_of_queue(run_dir, resume)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if resume == "never":
@@ -119,12 +121,19 @@ def prepare_run(
 
 def find_restart(run_dir: Path, *, resume: str = "auto") -> Restart:
     """Return what :func:`prepare_run` decides, for the other processes; nothing is touched."""
+    resume = _resume_of_queue(run_dir, resume)
     if resume == "never":
         return Restart(None, 0)
     if resume != "auto":
         return _restart(Path(resume).expanduser())
     found = list_checkpoints(run_dir / CHECKPOINTS)
     return _restart(found[-1] if found else None)
+
+
+def _resume_of_queue(run_dir: Path, resume: str) -> str:
+    """The command of a job that is queued again is the same; what it has done since stays."""
+    again = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    return "auto" if again and list_checkpoints(run_dir / CHECKPOINTS) else resume
 
 
 def _restart(checkpoint: Path | None) -> Restart:
@@ -196,7 +205,9 @@ def _write_job(path: Path, job: Mapping[str, Any]) -> None:
 
 def _move_aside(run_dir: Path) -> None:
     """Keep an earlier run's files under a name of their own; nothing is deleted."""
-    kept = [path for path in run_dir.iterdir() if path.name not in (".hydra", "train.log")]
+    # What the process that is starting writes already, and the queue's files of its job.
+    own = (".hydra", "train.log", ".submitit")
+    kept = [path for path in run_dir.iterdir() if path.name not in own]
     kept = [path for path in kept if not path.name.startswith("before-")]
     if not kept:
         return
