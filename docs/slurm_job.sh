@@ -23,7 +23,9 @@
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
 # --wait: when a task has ended, the others have so many seconds; so one that is lost ends the job.
-srun --wait=300 "${PYTHON:-python}" train.py "$@"
+# PYTHON may be a whole command: PYTHON="apptainer exec --nv vip.sif python" sbatch ...
+# shellcheck disable=SC2086
+srun --wait=300 ${PYTHON:-python} train.py "$@"
 code=$?
 
 # 75: saved, and not done. 138: killed by the signal before training had begun.

@@ -102,7 +102,9 @@ def test_the_preset_fits_the_plugin():
     assert (launcher.nodes, launcher.tasks_per_node) == (2, 8)
 
 
-def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(
+    tmp_path: Path, *arguments: str, launcher: str = "submitit_local"
+) -> subprocess.Popen[str]:
     (tmp_path / "job.py").write_text(JOB)
     outer = {
         k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "WANDB_RUN_GROUP")
@@ -110,8 +112,8 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(CONFIG_DIR.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [
-            *(sys.executable, "job.py", "-m", "hydra/launcher=submitit_local", "name=queued"),
-            *("hydra.launcher.gpus_per_node=0", *arguments),
+            *(sys.executable, "job.py", "-m", f"hydra/launcher={launcher}", "name=queued"),
+            *arguments,
         ],
         cwd=tmp_path,
         env={**outer, "PYTHONPATH": path},
@@ -157,11 +159,26 @@ def test_a_job_whose_time_is_up_is_queued_again_and_a_cancelled_one_is_not(
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     run = start(tmp_path, "seed=5")
     folder = tmp_path / "runs" / "queued"
+    os.kill(launchers_process(folder), number)
+    errors = run.communicate(timeout=120)[1]
+    assert (folder / "said.json").is_file() == again
+    assert run.returncode == (0 if again else 2), errors
+
+
+def launchers_process(folder: Path) -> int:
+    """Return the process that waits for the job of seed 5, once that has begun."""
     limit = time.monotonic() + 60
     while not (folder / "begun-0").is_file() or not (folder / "begun-0").read_text():
         assert time.monotonic() < limit
         time.sleep(0.02)
-    os.kill(int((folder / "begun-0").read_text()), number)
+    return int((folder / "begun-0").read_text())
+
+
+def test_without_a_queue_the_code_says_that_the_sweep_can_go_on(tmp_path: Path):
+    run = start(tmp_path, "seed=5,7", launcher="basic")
+    folder = tmp_path / "runs" / "sweeps" / "queued"
+    os.kill(launchers_process(folder / "seed=5"), signal.SIGUSR2)
     errors = run.communicate(timeout=120)[1]
-    assert (folder / "said.json").is_file() == again
-    assert run.returncode == (0 if again else 2), errors
+    assert run.returncode == 75, errors
+    assert "start the same command again" in errors
+    assert not (folder / "seed=7").exists()

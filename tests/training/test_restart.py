@@ -76,10 +76,11 @@ def test_every_process_begins_at_the_same_place(
     assert (first.checkpoint.name if first.checkpoint else None) == checkpoint
 
 
+@pytest.mark.parametrize("launcher", ["SLURM", "TORCHELASTIC"])
 @pytest.mark.parametrize("resume", ["never", "checkpoints/000009.ckpt"])
-def test_a_job_that_slurm_queued_again_goes_on(run_dir, monkeypatch, resume):
+def test_a_job_that_its_launcher_started_again_goes_on(run_dir, monkeypatch, resume, launcher):
     monkeypatch.chdir(run_dir)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv(f"{launcher}_RESTART_COUNT", "1")
     assert find_restart(run_dir, resume=resume).num_steps == 10
     assert prepare_run(run_dir, JOB, resume=resume).num_steps == 10
     assert not (run_dir / "before-1").exists()

@@ -47,6 +47,8 @@ _MATTERS: Final = (
 """What decides the order of the data, the model, or the form of its checkpoints."""
 _HARMLESS: Final = ("module.model.attn_implementation", "module.model.dtype")
 """Exceptions: how the model is computed."""
+_RESTARTS: Final = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+"""How often a launcher has started this job again."""
 _UNSHARDED: Final = ("single", "ddp")
 """Strategies whose checkpoints are one and the same file."""
 
@@ -75,8 +77,8 @@ def prepare_run(
 ) -> Restart:
     """Decide where a run begins, and bring its folder into that state.
 
-    To be called by the first process only, before any weight is loaded. A job that Slurm has
-    queued again goes on from its own newest checkpoint, whatever ``resume`` says.
+    To be called by the first process only, before any weight is loaded. A job that Slurm or
+    torchrun has started again goes on from its own newest checkpoint, whatever ``resume`` says.
 
     Args:
         run_dir: the run's folder; made if it is not there.
@@ -90,7 +92,7 @@ def prepare_run(
         ConfigError: the folder cannot be written, or the run was started with other data or
             another model; the message lists what differs.
     """
-    resume = _resume_of_queue(run_dir, resume)
+    resume = _resume_of_launcher(run_dir, resume)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if resume == "never":
@@ -121,7 +123,7 @@ def prepare_run(
 
 def find_restart(run_dir: Path, *, resume: str = "auto") -> Restart:
     """Return what :func:`prepare_run` decides, for the other processes; nothing is touched."""
-    resume = _resume_of_queue(run_dir, resume)
+    resume = _resume_of_launcher(run_dir, resume)
     if resume == "never":
         return Restart(None, 0)
     if resume != "auto":
@@ -130,9 +132,9 @@ def find_restart(run_dir: Path, *, resume: str = "auto") -> Restart:
     return _restart(found[-1] if found else None)
 
 
-def _resume_of_queue(run_dir: Path, resume: str) -> str:
-    """The command of a job that is queued again is the same; what it has done since stays."""
-    again = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+def _resume_of_launcher(run_dir: Path, resume: str) -> str:
+    """The command of a job that its launcher starts again is the same; what it has done stays."""
+    again = any(os.environ.get(name, "0") not in ("", "0") for name in _RESTARTS)
     return "auto" if again and list_checkpoints(run_dir / CHECKPOINTS) else resume
 
 
