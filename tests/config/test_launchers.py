@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +184,15 @@ def test_without_a_queue_the_code_says_that_the_sweep_can_go_on(tmp_path: Path):
     assert run.returncode == 75, errors
     assert "start the same command again" in errors
     assert not (folder / "seed=7").exists()
+
+
+def test_without_slurm_the_launcher_says_what_is_missing(tmp_path: Path):
+    """Either the extra is not installed, or this is no node of a cluster."""
+    if shutil.which("srun"):
+        pytest.skip("this is a cluster")
+    run = start(tmp_path, "seed=1", launcher="slurm")
+    errors = run.communicate(timeout=120)[1]
+    assert run.returncode == 2
+    missing = "there is no `srun` here" if find_spec("submitit") else "pip install -e '.[slurm]'"
+    assert missing in errors
+    assert "Traceback" not in errors

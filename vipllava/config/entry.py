@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
@@ -74,10 +75,12 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
         if started:
             raise
         _fail(f"the run's folder cannot be written ({error}): free some space or set paths.runs")
-    except RuntimeError as error:
-        if not type(error).__module__.startswith("submitit."):
+    except RuntimeError as error:  # submitit's, which has no class of its own for all of them
+        if type(error).__module__.startswith("submitit."):
+            _fail(f"a queued job did not end well; the others go on. {error}")
+        if started or "srun" not in str(error):
             raise
-        _fail(f"a queued job did not end well; the others go on. {error}")
+        _fail("hydra/launcher=slurm: there is no `srun` here; start it on a node of the cluster")
 
 
 def composition_message(
@@ -85,6 +88,10 @@ def composition_message(
 ) -> str:
     """Return everything that keeps a command line from composing; ``error`` is Hydra's own."""
     problems = find_override_problems(arguments, config_dir, config_name)
+    if "submitit_" in str(error) and find_spec("submitit") is None:
+        problems = [
+            "the launcher needs submitit, which is not installed: pip install -e '.[slurm]'"
+        ]
     return format_problems(problems or [first_line(error)])
 
 
