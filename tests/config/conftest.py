@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from vipllava.config import hardware
@@ -33,6 +35,7 @@ def here(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Har
     machine = MACHINES[getattr(request, "param", "laptop")]
     monkeypatch.setattr(hardware, "detect", lambda: machine)
     monkeypatch.setattr(hardware, "installed_packages", lambda: machine.installed)
-    for name in ("VIPLLAVA_DATA", "WANDB_RUN_GROUP", "MASTER_ADDR", "SLURM_JOB_ID", "NODE_RANK"):
+    ours = ("VIPLLAVA_DATA", "WANDB_RUN_GROUP", "MASTER_ADDR", "NODE_RANK", "TORCHELASTIC_RUN_ID")
+    for name in (*ours, *(name for name in os.environ if name.startswith("SLURM_"))):
         monkeypatch.delenv(name, raising=False)
     return machine

@@ -91,6 +91,8 @@ def test_the_options_that_were_promised():
         "1gpu",
         "8xa100",
         "8xa100_40g",
+        "8xh100",
+        "8xh200",
         "8xv100",
         "8xa6000",
         "8xrtx3090",
@@ -181,7 +183,11 @@ JOBS = [
 ]
 
 
-PLUGIN_KIND = {"optuna": "sweeper", "submitit": "launcher"}
+PLUGINS = {
+    "optuna": "optuna_sweeper",
+    "submitit": "submitit_launcher",
+    "slurm": "submitit_launcher",
+}
 
 
 def documented_jobs() -> list[str]:
@@ -210,9 +216,9 @@ def test_documented_jobs_compose(job: str):
         overrides = [next(iter(_each(o))) for o in parsed]
     if any(word.isupper() for override in overrides for word in override.split("=")[1:2]):
         pytest.skip("a placeholder to fill in")
-    for plugin in ("optuna", "submitit"):
-        if any(o.startswith("hydra/") and plugin in o for o in overrides):
-            pytest.importorskip(f"hydra_plugins.hydra_{plugin}_{PLUGIN_KIND[plugin]}")
+    for name, plugin in PLUGINS.items():
+        if any(o.startswith("hydra/") and name in o for o in overrides):
+            pytest.importorskip(f"hydra_plugins.hydra_{plugin}")
     arguments = [o for o in overrides if not o.startswith("-") and o not in ("job",)]
     cfg = compose_job(arguments, config_name=Path(script).stem)
     OmegaConf.to_container(cfg, resolve=True)

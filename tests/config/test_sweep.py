@@ -69,6 +69,14 @@ def test_each_job_is_a_process_and_a_failed_one_does_not_stop_the_others(tmp_pat
     assert "Traceback" not in done.stderr
 
 
+def test_one_job_has_the_folder_of_the_same_command_without_m(tmp_path: Path):
+    done = start(tmp_path, "-m", "seed=1", "name=alone")
+    assert done.returncode == 0, done.stderr
+    (said,) = tmp_path.rglob("said.json")
+    assert said.parent == tmp_path / "runs" / "alone"
+    assert json.loads(said.read_text())[2] == str(said.parent)
+
+
 def test_a_sweep_under_torchrun_is_refused(tmp_path: Path):
     done = start(tmp_path, "-m", "seed=1,3", TORCHELASTIC_RUN_ID="none")
     assert done.returncode == 2
@@ -78,6 +86,7 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path: Path):
 
 def test_the_command_of_a_job_leaves_the_sweeps_own_overrides_out():
     command = job_command(
+        "/repo/train.py",
         ["stage.learning_rate=0.1", "data.mix={a: {epochs: 1}}"],
         [
             "hydra.mode=MULTIRUN",
@@ -91,7 +100,7 @@ def test_the_command_of_a_job_leaves_the_sweeps_own_overrides_out():
     )
     assert command == [
         sys.executable,
-        sys.argv[0],
+        "/repo/train.py",
         "stage.learning_rate=0.1",
         "data.mix={a: {epochs: 1}}",
         "hydra.verbose=true",
@@ -106,6 +115,10 @@ def test_folders_are_named_by_what_is_swept():
         "['stage','a.b','hydra/launcher','trainer.max_steps']"
     )
     assert with_folder_names([*fixed, "seed=1"]) == [*fixed, "seed=1"]
+    # One job, for a queue: the folder is that of the command without -m.
+    assert with_folder_names(["-m", *fixed])[-1] == "hydra.sweep.dir=${run_dir}"
+    for own in ("hydra/sweeper=optuna_example", "hydra.sweep.dir=x"):
+        assert "exclude_keys" in with_folder_names(["-m", own])[-1]
     own = ["-m", "seed=1,2", "hydra.job.config.override_dirname.exclude_keys=[]"]
     assert with_folder_names(own) == own
 
@@ -113,7 +126,7 @@ def test_folders_are_named_by_what_is_swept():
 def test_the_folder_survives_the_command_line():
     register_resolvers()
     folder = "/runs/it's/a=1,b={c: [d, e]}"
-    override = job_command([], [], folder)[-1]
+    override = job_command("train.py", [], [], folder)[-1]
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         cfg = compose("train", [override], return_hydra_config=True)
     assert cfg.hydra.run.dir == folder

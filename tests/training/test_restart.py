@@ -76,9 +76,27 @@ def test_every_process_begins_at_the_same_place(
     assert (first.checkpoint.name if first.checkpoint else None) == checkpoint
 
 
+@pytest.mark.parametrize("launcher", ["SLURM", "TORCHELASTIC"])
+@pytest.mark.parametrize("resume", ["never", "checkpoints/000009.ckpt"])
+def test_a_job_that_its_launcher_started_again_goes_on(run_dir, monkeypatch, resume, launcher):
+    monkeypatch.chdir(run_dir)
+    monkeypatch.setenv(f"{launcher}_RESTART_COUNT", "1")
+    assert find_restart(run_dir, resume=resume).num_steps == 10
+    assert prepare_run(run_dir, JOB, resume=resume).num_steps == 10
+    assert not (run_dir / "before-1").exists()
+    # Stopped before its first checkpoint: nothing to go on from.
+    assert prepare_run(run_dir / "new", JOB, resume=resume).num_steps == (resume != "never") * 9
+
+
 def test_a_new_run(tmp_path):
     assert prepare_run(tmp_path / "new" / "run", JOB) == Restart(None, 0)
     assert (tmp_path / "new" / "run" / "job.yaml").is_file()
+
+
+def test_beginning_anew_leaves_the_queues_files_where_they_are(run_dir):
+    (run_dir / ".submitit").mkdir()
+    prepare_run(run_dir, JOB, resume="never")
+    assert (run_dir / ".submitit").is_dir()
 
 
 def test_beginning_anew_loses_nothing(run_dir):

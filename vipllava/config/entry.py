@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
@@ -26,6 +27,9 @@ from vipllava.types import VipLlavaError
 
 EXIT_USER_ERROR = 2
 
+# On import: a process of a launcher gets the job by pickle, and composes before it calls anything.
+register_resolvers()
+
 
 def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_name: str) -> None:
     """Compose the job that the command line describes and hand it to ``task``.
@@ -38,10 +42,9 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
         config_dir: absolute path of ``conf``.
         config_name: the root file in it, without suffix.
     """
-    register_resolvers()
     # Hydra would print its own short message and exit 1; ours needs the exception.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    given = sys.argv[1:]
+    script, given = str(Path(sys.argv[0]).resolve()), sys.argv[1:]
     sys.argv[1:] = sweep.with_folder_names(given)
     started = False
 
@@ -51,8 +54,8 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
         started = True
         if sweep.is_sweep():
             sweep.name_group()
-            if sweep.needs_fresh_process():
-                return sweep.run_in_fresh_process(cfg)
+            sweep.check_launcher()
+            return sweep.run_in_fresh_process(cfg, script)
         try:
             task(cfg)
         except VipLlavaError as error:
@@ -72,6 +75,12 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
         if started:
             raise
         _fail(f"the run's folder cannot be written ({error}): free some space or set paths.runs")
+    except RuntimeError as error:  # submitit's, which has no class of its own for all of them
+        if type(error).__module__.startswith("submitit."):
+            _fail(f"a queued job did not end well; the others go on. {error}")
+        if started or "srun" not in str(error):
+            raise
+        _fail("hydra/launcher=slurm: there is no `srun` here; start it on a node of the cluster")
 
 
 def composition_message(
@@ -79,6 +88,10 @@ def composition_message(
 ) -> str:
     """Return everything that keeps a command line from composing; ``error`` is Hydra's own."""
     problems = find_override_problems(arguments, config_dir, config_name)
+    if "submitit_" in str(error) and find_spec("submitit") is None:
+        problems = [
+            "the launcher needs submitit, which is not installed: pip install -e '.[slurm]'"
+        ]
     return format_problems(problems or [first_line(error)])
 
 

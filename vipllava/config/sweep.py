@@ -4,7 +4,11 @@ Hydra's basic launcher calls the job's function once per job in one process. The
 inherit what the one before it left (seeds, process groups, memory of the device), and Lightning,
 which starts its further processes with the command line of the first, would start the whole sweep
 again in each of them. So a sweep's job starts ``python train.py`` anew with its own overrides.
-Launchers that bring processes of their own (submitit) are left to do so.
+
+A launcher that queues its jobs (submitit, for Slurm) calls the function in each process of a job;
+there, too, it starts ``python train.py``, which finds its rank in the queue's variables. What asks
+the job to stop is handed on; a job that saved because its time is up, or because others come first,
+is then queued again by the launcher's own handler.
 """
 
 from __future__ import annotations
@@ -14,10 +18,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,7 +30,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from vipllava.types import ConfigError, VipLlavaError
+from vipllava.types import ConfigError, Interrupted, VipLlavaError
 
 GROUP_VARIABLE: Final = "WANDB_RUN_GROUP"
 _DIRNAME: Final = "hydra.job.config.override_dirname"
@@ -35,6 +39,10 @@ _OF_THE_SWEEP: Final = (
     "hydra/sweeper", "hydra/launcher",
 )  # fmt: skip
 """Hydra's own overrides that describe the sweep and not a job."""
+_STOP: Final = ("SIGTERM",)
+"""What ends a job for good: a person, or a queue that starts it again by itself."""
+_QUEUE_AGAIN: Final = ("SIGUSR1", "SIGUSR2")
+"""What a queue sends before the time is up."""
 _NUM_VALUES: Final = 10
 """Values at the end of a run whose mean a sweeper compares; one step's loss is too noisy."""
 
@@ -47,26 +55,32 @@ def is_sweep() -> bool:
 def with_folder_names(arguments: Sequence[str]) -> list[str]:
     """Name the folders of a sweep's jobs by what differs between them.
 
-    Hydra makes these names of all overrides, and has a list of keys to leave out.
+    Hydra makes these names of all overrides, and has a list of keys to leave out. One job that
+    is only to be queued is no sweep: its folder is that of the same command without ``-m``.
 
     Args:
         arguments: the command line without the program's name.
 
     Returns:
-        The same; that of a sweep with the list.
+        The same; that of a sweep with the list, that of one job with its folder.
     """
     if not {"-m", "--multirun"} & set(arguments) or any(_DIRNAME in a for a in arguments):
         return list(arguments)
     fixed: list[str] = []
+    own = ["hydra/sweeper", "hydra.sweeper", "hydra.sweep"]
+    swept = any(a.lstrip("+").startswith(tuple(own)) for a in arguments)
     for argument in arguments:
         try:
             override = OverridesParser.create().parse_override(argument)
         except HydraException:
             continue  # an option; or a mistake, which composing will report
-        if not override.is_sweep_override():
+        if override.is_sweep_override():
+            swept = True
+        else:
             fixed.append(override.key_or_group)
     keys = ",".join(QuotedString(key, Quote.single).with_quotes() for key in fixed)
-    return [*arguments, f"{_DIRNAME}.exclude_keys=[{keys}]"]
+    folder = [] if swept else ["hydra.sweep.dir=${run_dir}"]
+    return [*arguments, f"{_DIRNAME}.exclude_keys=[{keys}]", *folder]
 
 
 def name_group() -> None:
@@ -74,38 +88,44 @@ def name_group() -> None:
     os.environ.setdefault(GROUP_VARIABLE, Path(HydraConfig.get().sweep.dir).name)
 
 
-def needs_fresh_process() -> bool:
-    """Return whether the launcher would run the job's function in this very process.
+def check_launcher() -> None:
+    """Refuse to run a sweep in each of several processes.
 
     Raises:
         ConfigError: torchrun started this process; each of its processes would run the sweep.
     """
-    if not str(HydraConfig.get().launcher.get("_target_", "")).endswith(".BasicLauncher"):
-        return False
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if not _is_queued() and "TORCHELASTIC_RUN_ID" in os.environ:
         raise ConfigError(
             "a sweep (-m) under torchrun: every process would run all of its jobs. Start it with "
-            "`python train.py -m ...` on one node, with hydra/launcher=submitit_slurm, or one job "
-            "at a time"
+            "`python train.py -m ...` on one node, with hydra/launcher=slurm, or one job at a time"
         )
-    return True
 
 
-def job_command(task: Sequence[str], own: Sequence[str], output_dir: str) -> list[str]:
+def _is_queued() -> bool:
+    """Return whether the launcher brings processes of its own."""
+    return not str(HydraConfig.get().launcher.get("_target_", "")).endswith(".BasicLauncher")
+
+
+def job_command(script: str, task: Sequence[str], own: Sequence[str], output_dir: str) -> list[str]:
     """Return the command of one job of a sweep.
 
     Args:
+        script: the entry point's file.
         task: the job's overrides, one value each.
         own: overrides of Hydra's own configuration.
         output_dir: the job's folder.
     """
     kept = [override for override in own if not override.lstrip("+").startswith(_OF_THE_SWEEP)]
     folder = QuotedString(output_dir, Quote.single).with_quotes()
-    return [sys.executable, sys.argv[0], *task, *kept, f"hydra.run.dir={folder}"]
+    return [sys.executable, script, *task, *kept, f"hydra.run.dir={folder}"]
 
 
-def run_in_fresh_process(cfg: DictConfig) -> float | None:
+def run_in_fresh_process(cfg: DictConfig, script: str) -> float | None:
     """Run this job of a sweep in a process of its own and wait for it.
+
+    Args:
+        cfg: the job's configuration.
+        script: the entry point's file.
 
     Returns:
         What a sweeper compares: the mean of the last values of ``cfg.objective``; None where the
@@ -117,32 +137,64 @@ def run_in_fresh_process(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     output_dir = str(hydra.runtime.output_dir)
     task = list(hydra.overrides.task)
-    child = subprocess.Popen(job_command(task, list(hydra.overrides.hydra), output_dir))
-
-    stopped = False
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        stopped = True
-        child.send_signal(number)
-
-    # Ctrl-C reaches the job from the terminal; what Slurm or `kill` sends has to be handed on.
-    before = signal.signal(signal.SIGTERM, forward)
-    try:
-        code = child.wait()
-    except BaseException:
-        child.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if stopped:  # however well the job ended: the sweep ends with it
-        sys.exit(128 + signal.SIGTERM)
+    code, asked_by, handlers = _run(
+        job_command(script, task, list(hydra.overrides.hydra), output_dir)
+    )
+    if asked_by is not None:
+        _end_as_asked(code, asked_by, handlers)
+    if code and _is_queued():
+        sys.exit(code)  # the queue has to see it, to end the job's other processes
     if code:
         raise VipLlavaError(
             f"job {hydra.job.num} of the sweep ({', '.join(task)}) ended with code {code}; its "
             f"messages stand above and in {output_dir}"
         )
     return objective_value(Path(output_dir), str(cfg.get("objective", "train/loss")))
+
+
+def _run(command: list[str]) -> tuple[int, str | None, dict[str, Any]]:
+    """Run a command and hand signals on to it; Ctrl-C reaches it from the terminal.
+
+    Returns:
+        Its exit code, the first signal that asked it to stop, and who else listens to which.
+    """
+    asked: list[str] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(signal.Signals(number).name)
+        child.send_signal(number)
+
+    numbers = {name: getattr(signal, name, None) for name in (*_STOP, *_QUEUE_AGAIN)}
+    child = subprocess.Popen(command)
+    before = {
+        name: signal.signal(number, forward)
+        for name, number in numbers.items()
+        if number is not None  # Windows has SIGTERM only
+    }
+    try:
+        code = child.wait()
+    except BaseException:
+        child.wait()
+        raise
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+    return code, asked[0] if asked else None, before
+
+
+def _end_as_asked(code: int, asked_by: str, handlers: dict[str, Any]) -> None:
+    """End the sweep with its job; where a queue asked, let the launcher queue the job again."""
+    number = getattr(signal, asked_by)
+    if asked_by not in _QUEUE_AGAIN:
+        if code or not _is_queued():  # one process tells the queue; another may still be saving
+            sys.exit(128 + number)
+        return
+    if code not in (Interrupted.exit_code, -number):  # done, or failed for a reason of its own
+        return
+    handler: Callable[..., Any] | Any = handlers[asked_by]
+    if callable(handler):
+        handler(number, None)  # submitit's: writes down what to run, queues it, and exits
+    sys.exit(Interrupted.exit_code)
 
 
 def objective_value(run_dir: Path, metric: str) -> float | None:

@@ -47,6 +47,8 @@ _MATTERS: Final = (
 """What decides the order of the data, the model, or the form of its checkpoints."""
 _HARMLESS: Final = ("module.model.attn_implementation", "module.model.dtype")
 """Exceptions: how the model is computed."""
+_RESTARTS: Final = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+"""How often a launcher has started this job again."""
 _UNSHARDED: Final = ("single", "ddp")
 """Strategies whose checkpoints are one and the same file."""
 
@@ -75,7 +77,8 @@ def prepare_run(
 ) -> Restart:
     """Decide where a run begins, and bring its folder into that state.
 
-    To be called by the first process only, before any weight is loaded.
+    To be called by the first process only, before any weight is loaded. A job that Slurm or
+    torchrun has started again goes on from its own newest checkpoint, whatever ``resume`` says.
 
     Args:
         run_dir: the run's folder; made if it is not there.
@@ -89,6 +92,7 @@ def prepare_run(
         ConfigError: the folder cannot be written, or the run was started with other data or
             another model; the message lists what differs.
     """
+    resume = _resume_of_launcher(run_dir, resume)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if resume == "never":
@@ -119,6 +123,7 @@ def prepare_run(
 
 def find_restart(run_dir: Path, *, resume: str = "auto") -> Restart:
     """Return what :func:`prepare_run` decides, for the other processes; nothing is touched."""
+    resume = _resume_of_launcher(run_dir, resume)
     if resume == "never":
         return Restart(None, 0)
     if resume != "auto":
@@ -149,6 +154,12 @@ def rescale_progress(checkpoint: dict[str, Any], saved: int, now: int) -> None:
                     f"this run has {now} a step: resume from one at the end of a step"
                 )
             counts[name] = count // saved * now
+
+
+def _resume_of_launcher(run_dir: Path, resume: str) -> str:
+    """The command of a job that its launcher starts again is the same; what it has done stays."""
+    again = any(os.environ.get(name, "0") not in ("", "0") for name in _RESTARTS)
+    return "auto" if again and list_checkpoints(run_dir / CHECKPOINTS) else resume
 
 
 def _restart(checkpoint: Path | None) -> Restart:
@@ -220,7 +231,9 @@ def _write_job(path: Path, job: Mapping[str, Any]) -> None:
 
 def _move_aside(run_dir: Path) -> None:
     """Keep an earlier run's files under a name of their own; nothing is deleted."""
-    kept = [path for path in run_dir.iterdir() if path.name not in (".hydra", "train.log")]
+    # What the process that is starting writes already, and the queue's files of its job.
+    own = (".hydra", "train.log", ".submitit")
+    kept = [path for path in run_dir.iterdir() if path.name not in own]
     kept = [path for path in kept if not path.name.startswith("before-")]
     if not kept:
         return
