@@ -132,35 +132,22 @@ def _with_flops(callbacks: list[Any], cfg: DictConfig, spec: ModelSpec, tokenize
     """Tell the callback that measures speed what a batch's work is, for the MFU."""
     import torch
 
-    from vipllava.models.flops import device_peak, useful_flops
-    from vipllava.training.metrics import Throughput
+    from vipllava.models.flops import device_peak
+    from vipllava.training.metrics import BatchFlops, Throughput
     from vipllava.training.preflight import job_architecture
-    from vipllava.types import PADDING_SEGMENT, Batch
 
     peak = device_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    architecture = job_architecture(spec, tokenizer)
-    rank = int(cfg.tuning.adapter.r) if cfg.tuning.adapter else 0
-
-    def flops_of(batch: Batch) -> float:
-        real = batch.segment_ids != PADDING_SEGMENT
-        # A segment's last position is its length less one.
-        last = real & (batch.position_ids.roll(-1, 1) == 0)
-        last[:, -1] = real[:, -1]
-        lengths = batch.position_ids[last] + 1
-        return useful_flops(
-            architecture,
-            cfg.machine.workload,
-            num_samples=len(batch.keys),
-            num_tokens=int(lengths.sum()),
-            num_images=len(batch.pixel_values),
-            squared_tokens=float((lengths.double() ** 2).sum()),
-            adapter_rank=rank,
-            tower_trains="vision_tower" in cfg.stage.trainable,
-        )
-
+    if peak is None:
+        return callbacks
+    flops = BatchFlops(
+        job_architecture(spec, tokenizer),
+        cfg.machine.workload,
+        adapter_rank=int(cfg.tuning.adapter.r) if cfg.tuning.adapter else 0,
+        tower_trains="vision_tower" in cfg.stage.trainable,
+    )
     for callback in callbacks:
-        if isinstance(callback, Throughput) and peak is not None:
-            callback.useful_flops, callback.peak_flops = flops_of, peak
+        if isinstance(callback, Throughput):
+            callback.useful_flops, callback.peak_flops = flops, peak
     return callbacks
 
 
