@@ -7,10 +7,19 @@ from pathlib import Path
 
 import lightning
 import pytest
+import yaml
+from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig
 
+from tests.data.toy_data import toy_samples
+from vipllava.config.resolvers import register_resolvers
+from vipllava.data.shards import write_shards
 from vipllava.models.building import ModelSpec
 from vipllava.training.lit_module import VipLlavaLitModule
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+MANIFEST = {"schema_version": 1, "name": "toy", "stage": "finetune", "licence": "none"}
 
 
 @pytest.fixture
@@ -55,5 +64,37 @@ def make_trainer(tmp_path) -> Callable[..., lightning.Trainer]:
             "limit_val_batches": 0,
         }
         return lightning.Trainer(**{**arguments, **changes})
+
+    return make
+
+
+@pytest.fixture
+def config(tmp_path, tiny_sources) -> Callable[..., DictConfig]:
+    """Compose a job for the tiny sources and 10 samples, four at a time."""
+    write_shards(toy_samples(10), tmp_path / "toy", prefix="shard", max_samples=6)
+    manifest = MANIFEST | {"shards": "toy/*.tar", "policy": "regions"}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(manifest))
+    register_resolvers()
+
+    def make(*overrides: str, runs: str = "runs") -> DictConfig:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose(
+                "train",
+                [
+                    "trainer=cpu",
+                    f"paths.runs={tmp_path / runs}",
+                    f"data.manifest={tmp_path / 'toy.yaml'}",
+                    f"data.data_root={tmp_path}",
+                    f"model.spec.vision_tower={tiny_sources.vision_tower}",
+                    f"model.spec.language_model={tiny_sources.language_model}",
+                    "model.spec.feature_layers=[-1,-2,1]",
+                    "model.spec.image_size=28",
+                    "stage.global_batch_size=4",
+                    "machine.micro_batch_size=2",
+                    "data.num_workers=0",
+                    "callbacks=quiet",
+                    *overrides,
+                ],
+            )
 
     return make

@@ -8,54 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 
-from tests.data.toy_data import toy_samples
 from vipllava.checkpoints.export_meta import load_meta
 from vipllava.checkpoints.llava_format import read_projector
 from vipllava.checkpoints.loading import open_source
-from vipllava.config.resolvers import register_resolvers
-from vipllava.data.shards import write_shards
 from vipllava.models.tensor_files import read_tensor
 from vipllava.training.run import run_training
 from vipllava.types import CheckpointError
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
-MANIFEST = {"schema_version": 1, "name": "toy", "stage": "finetune", "licence": "none"}
-
-
-@pytest.fixture
-def config(tmp_path, tiny_sources):
-    """Compose a job for the tiny sources and 10 samples, four at a time."""
-    write_shards(toy_samples(10), tmp_path / "toy", prefix="shard", max_samples=6)
-    manifest = MANIFEST | {"shards": "toy/*.tar", "policy": "regions"}
-    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(manifest))
-    register_resolvers()
-
-    def make(*overrides: str, runs: str = "runs") -> DictConfig:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose(
-                "train",
-                [
-                    "trainer=cpu",
-                    f"paths.runs={tmp_path / runs}",
-                    f"data.manifest={tmp_path / 'toy.yaml'}",
-                    f"data.data_root={tmp_path}",
-                    f"model.spec.vision_tower={tiny_sources.vision_tower}",
-                    f"model.spec.language_model={tiny_sources.language_model}",
-                    "model.spec.feature_layers=[-1,-2,1]",
-                    "model.spec.image_size=28",
-                    "stage.global_batch_size=4",
-                    "machine.micro_batch_size=2",
-                    "data.num_workers=0",
-                    "callbacks=quiet",
-                    *overrides,
-                ],
-            )
-
-    return make
 
 
 def _metrics(run_dir: Path) -> list[dict[str, str]]:
@@ -116,3 +75,21 @@ def test_equal_seeds_give_identical_loss_logs(config, tmp_path):
 def test_the_next_stage_needs_the_export_of_the_one_before(config):
     with pytest.raises(CheckpointError, match="tiny-pretrain/export' does not exist"):
         run_training(config("stage=finetune", "stage.epochs=1"))
+
+
+def test_tensorboard_shows_steps_that_are_done_again_once(config, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    job = "stage=pretrain", "stage.epochs=1", "stage.checkpoint_steps=1", "logger=tensorboard"
+    run_training(config(*job))
+    run_dir = tmp_path / "runs" / "tiny-pretrain"
+    # As if it had been killed behind its second step, whose checkpoint is the newest.
+    (run_dir / "checkpoints" / "000003.ckpt").unlink()
+    run_training(config(*job, "callbacks.samples.every_n_steps=1"))
+
+    found = events.EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert len(list((run_dir / "tensorboard").glob("events*"))) == 2
+    for metric in ("train/loss", "train/lr", "train/samples_per_second"):
+        steps = [event.step for event in found.Scalars(metric)]
+        assert steps == ([2] if "second" in metric else [0, 1, 2]), metric
+    shown = found.Tensors("samples/0/text_summary")
+    assert [event.step for event in shown] == [0, 2]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.checkpoints.loading import load_tokenizer
 from vipllava.training.environment import StartLog
 from vipllava.training.metrics import Throughput
+from vipllava.training.run import run_training
 from vipllava.training.samples import SampleTable
 
 pytestmark = [
@@ -62,6 +65,41 @@ def records(file: Path) -> list[Any]:
             found.append(record)
             data = b""
     return found
+
+
+def test_a_resumed_run_is_the_same_run_on_wandb(wandb, config, tmp_path):
+    run_dir = tmp_path / "runs" / "tiny-pretrain"
+
+    def start(*changes: str) -> tuple[str, list[int]]:
+        """Return the run's id and the steps whose loss was logged."""
+        job = "stage=pretrain", "stage.epochs=1", "stage.checkpoint_steps=1", "logger=wandb"
+        try:
+            run_training(config(*job, "callbacks.samples=null", *changes))
+        finally:
+            wandb.finish()
+        (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+        read = records(file)
+        # wandb names the folder by the second, and these runs are short.
+        shutil.rmtree(run_dir / "wandb")
+        (run,) = [record.run for record in read if record.WhichOneof("record_type") == "run"]
+        rows = [
+            {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+            for record in read
+            if record.WhichOneof("record_type") == "history"
+        ]
+        steps = [int(row["trainer/global_step"]) for row in rows if "train/loss" in row]
+        return run.run_id, steps
+
+    first, steps = start()
+    assert re.fullmatch(r"tiny-pretrain-[0-9a-f]{8}", first)
+    assert steps == [0, 1, 2]
+    (run_dir / "checkpoints" / "000003.ckpt").unlink()  # as if killed behind its second step
+    assert start() == (first, [2])
+    assert start("resume=never", "logger.wandb.id=chosen") == ("chosen", [0, 1, 2])
+    assert (run_dir / "before-1" / "wandb_id").read_text().strip() == first
+    anew, steps = start("resume=never")
+    assert anew not in (first, "chosen")
+    assert steps == [0, 1, 2]
 
 
 def test_an_offline_run_holds_metrics_tables_and_the_start(

@@ -191,7 +191,8 @@ class Throughput(Callback):
 
     Args:
         every_n_steps: optimizer steps of a window.
-        useful_flops: FLOPs of a micro-batch that count as useful, see :class:`BatchFlops`; None logs no MFU.
+        useful_flops: FLOPs of a micro-batch that count as useful, such as :class:`BatchFlops`;
+            None logs no MFU.
         peak_flops: of one device, FLOP/s; None logs no MFU.
         clock: seconds that only grow.
     """

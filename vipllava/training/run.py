@@ -76,7 +76,7 @@ def run_training(cfg: DictConfig) -> Path:
         export_dir, tokenizer, _export_meta(cfg, spec), base=spec.checkpoint or spec.language_model
     )
     trainer = _partial(cfg.trainer)(
-        logger=_instantiate_all(cfg.get("logger")),
+        logger=_loggers(cfg, restart),
         callbacks=[
             StartLog(cfg.run_dir, job),
             *_with_flops(_instantiate_all(cfg.get("callbacks")), cfg, spec, tokenizer),
@@ -126,6 +126,23 @@ def _begin(cfg: DictConfig, job: dict[str, Any]) -> Restart:
     if restart.checkpoint is not None:
         logger.info("going on from %s, after %s steps", restart.checkpoint, restart.num_steps)
     return restart
+
+
+def _loggers(cfg: DictConfig, restart: Restart) -> list[Any]:
+    """Instantiate the loggers by name; null switches one off. Each goes on where the run does."""
+    from hydra.utils import instantiate
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+    from omegaconf import OmegaConf
+
+    from vipllava.training.restart import wandb_id
+
+    nodes = {name: node for name, node in (cfg.get("logger") or {}).items() if node}
+    # TensorBoard hides what an earlier start wrote about steps that are now done again.
+    more: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": restart.num_steps}}
+    chosen = "WANDB_RUN_ID" in os.environ or OmegaConf.select(cfg, "logger.wandb.id") is not None
+    if "wandb" in nodes and not chosen and rank_zero_only.rank in (0, None):
+        more["wandb"] = {"id": wandb_id(Path(cfg.run_dir))}
+    return [instantiate(n, _convert_="all", **more.get(name, {})) for name, n in nodes.items()]
 
 
 def _with_flops(callbacks: list[Any], cfg: DictConfig, spec: ModelSpec, tokenizer: Any) -> Any:
