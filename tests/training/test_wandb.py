@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def records(file: Path) -> list[Any]:
     """
     record_type = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
     content = file.read_bytes()
-    assert content[:4] == b":W&B"
+    assert content[:4] in (b":W&B", b"")
     found, data, place = [], b"", 7
     while place + 7 <= len(content):
         left = 32768 - place % 32768
@@ -57,6 +58,8 @@ def records(file: Path) -> list[Any]:
         if left < 7 or kind == 0:
             place += left
             continue
+        if place + 7 + length > len(content):  # still being written
+            break
         data += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):
@@ -65,6 +68,17 @@ def records(file: Path) -> list[Any]:
             found.append(record)
             data = b""
     return found
+
+
+def finished_records(file: Path) -> list[Any]:
+    """Read the file of a run that has ended; wandb's own process may still be writing it."""
+    until = time.monotonic() + 30
+    while True:
+        found = records(file)
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        assert time.monotonic() < until, f"{file} has no end"
+        time.sleep(0.05)
 
 
 def test_a_resumed_run_is_the_same_run_on_wandb(wandb, config, tmp_path):
@@ -78,7 +92,7 @@ def test_a_resumed_run_is_the_same_run_on_wandb(wandb, config, tmp_path):
         finally:
             wandb.finish()
         (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-        read = records(file)
+        read = finished_records(file)
         # wandb names the folder by the second, and these runs are short.
         shutil.rmtree(run_dir / "wandb")
         (run,) = [record.run for record in read if record.WhichOneof("record_type") == "run"]
@@ -122,7 +136,7 @@ def test_an_offline_run_holds_metrics_tables_and_the_start(
         wandb.finish()
 
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    read = records(file)
+    read = finished_records(file)
     (run,) = [record.run for record in read if record.WhichOneof("record_type") == "run"]
     assert (run.project, run.run_group, run.job_type) == ("vipllava", "search", "pretrain")
     history: list[dict[str, Any]] = []
