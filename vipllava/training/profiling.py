@@ -154,7 +154,7 @@ class StepTrace(Profiler):
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{self._first_traced:06d}.json.gz"
         traced.export_chrome_trace(str(path))
-        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = traced.key_averages().table(sort_by=by, row_limit=_TABLE_ROWS)
         path.with_name(f"step-{self._first_traced:06d}.txt").write_text(table, encoding="utf-8")
         logger.info("profiler=torch: wrote %s; open it at https://ui.perfetto.dev", path)
