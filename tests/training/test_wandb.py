@@ -30,7 +30,8 @@ pytestmark = [
 @pytest.fixture
 def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The package, offline and without a key, with every file of its own below the test."""
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in {
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
