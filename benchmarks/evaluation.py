@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train import ROOT, tiny_spec
+from benchmarks.train_cases import ROOT, tiny_spec
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder
 from vipllava.data.image_transform import ImageTransform

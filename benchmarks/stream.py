@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from webdataset.compat import WebDataset
 
-from benchmarks.train import tiny_spec
+from benchmarks.train_cases import tiny_spec
 from vipllava.checkpoints.loading import load_tokenizer
 from vipllava.conversation import ConversationEncoder
 from vipllava.data.batching import SampleBatches

@@ -28,6 +28,7 @@ TRAIN_GROUPS = (
     "trainer",
     "strategy",
     "logger",
+    "profiler",
     "callbacks",
     "experiment",
     "data",
@@ -101,6 +102,7 @@ def test_the_options_that_were_promised():
     assert options("strategy") == ["auto", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload"]
     assert options("tuning") == ["full", "lora", "qlora"]
     assert options("logger") == ["csv", "tensorboard", "wandb"]
+    assert options("profiler") == ["none", "torch"]
     assert options("bench") == ["regions", "vip_bench"]
 
 
@@ -233,7 +235,7 @@ def test_every_target_exists_and_binds():
     """Each constructor call: known arguments only, none missing but what the builder adds."""
     jobs: list[DictConfig] = [
         compose_job([f"{group}={option}"])
-        for group in ("model", "strategy", "logger", "callbacks", "data")
+        for group in ("model", "strategy", "logger", "profiler", "callbacks", "data")
         for option in options(group)
     ]
     jobs += [compose_job([f"bench={b}"], config_name="evaluate") for b in options("bench")]

@@ -69,7 +69,7 @@ def make_trainer(tmp_path) -> Callable[..., lightning.Trainer]:
 
 
 @pytest.fixture
-def config(tmp_path, tiny_sources):
+def config(tmp_path, tiny_sources) -> Callable[..., DictConfig]:
     """Compose a job for the tiny sources and 10 samples, four at a time."""
     write_shards(toy_samples(10), tmp_path / "toy", prefix="shard", max_samples=6)
     manifest = MANIFEST | {"shards": "toy/*.tar", "policy": "regions"}

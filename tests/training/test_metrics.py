@@ -14,9 +14,19 @@ import torch
 from tests.models.tiny_batches import batch_of, encoded_sample, three_samples
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.checkpoints.loading import build_model
+from vipllava.models.architecture import architecture_of
+from vipllava.models.flops import useful_flops
 from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.training.dataset_losses import DatasetLosses, sample_of_position
-from vipllava.training.metrics import METRICS, Throughput, WindowSums, dataset_loss, window_metrics
+from vipllava.training.metrics import (
+    METRICS,
+    BatchFlops,
+    Throughput,
+    WindowSums,
+    dataset_loss,
+    segment_lengths,
+    window_metrics,
+)
 from vipllava.types import Batch
 
 pytestmark = [
@@ -131,6 +141,40 @@ def test_validation_and_repeats_do_not_count():
     ((step, metrics),) = logged
     assert step == 0
     assert metrics["train/samples_per_second"] == 2 / (20 - 3)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 5])
+@pytest.mark.parametrize("rows", [[[0], [1], [2]], [[0, 1, 2]], [[1], [2, 0]]])
+def test_lengths_of_a_batch_are_those_of_its_samples(rows, padding):
+    samples = three_samples()
+    assert [s.encoded.length for s in samples] == [17, 14, 12]
+    lengths = segment_lengths(batch_of([[samples[n] for n in row] for row in rows], padding))
+    found = [row[row > 0].tolist() for row in lengths]
+    assert found == [[(17, 14, 12)[n] for n in row] for row in rows]
+
+
+def test_lengths_with_padding_between_samples():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1], [0, 0, 1, 2, 3, 4, 0]])
+    segments = torch.tensor([[0, 0, 0, -1, -1, 1, 1], [-1, 0, 0, 0, 0, 0, 1]])
+    batch = Batch(positions, positions, positions, segments, torch.empty(0, 3, 28, 28))
+    assert segment_lengths(batch).tolist() == [[0, 0, 3, 0, 0, 0, 2], [0, 0, 0, 0, 0, 5, 1]]
+
+
+@pytest.mark.parametrize("workload", ["projector", "full", "lora"])
+def test_work_of_a_batch_is_that_of_its_samples(spec, workload):
+    architecture = architecture_of(build_model(spec).config)
+    samples = three_samples()
+    batch = batch_of([[samples[1]], [samples[2], samples[0]]], padding=3)
+    # 17 + 14 + 12 tokens; 289 + 196 + 144; two of the three have a picture.
+    assert BatchFlops(architecture, workload, adapter_rank=4)(batch) == useful_flops(
+        architecture,
+        workload,
+        num_samples=3,
+        num_tokens=43,
+        num_images=2,
+        squared_tokens=629,
+        adapter_rank=4,
+    )
 
 
 def test_positions_of_packed_rows_belong_to_their_samples():

@@ -116,3 +116,21 @@ def test_equal_seeds_give_identical_loss_logs(config, tmp_path):
 def test_the_next_stage_needs_the_export_of_the_one_before(config):
     with pytest.raises(CheckpointError, match="tiny-pretrain/export' does not exist"):
         run_training(config("stage=finetune", "stage.epochs=1"))
+
+
+def test_tensorboard_shows_steps_that_are_done_again_once(config, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    job = "stage=pretrain", "stage.epochs=1", "stage.checkpoint_steps=1", "logger=tensorboard"
+    run_training(config(*job))
+    run_dir = tmp_path / "runs" / "tiny-pretrain"
+    # As if it had been killed behind its second step, whose checkpoint is the newest.
+    (run_dir / "checkpoints" / "000003.ckpt").unlink()
+    run_training(config(*job, "callbacks.samples.every_n_steps=1"))
+
+    found = events.EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert len(list((run_dir / "tensorboard").glob("events*"))) == 2
+    for metric in ("train/loss", "train/lr", "train/samples_per_second"):
+        steps = [event.step for event in found.Scalars(metric)]
+        assert steps == ([2] if "second" in metric else [0, 1, 2]), metric
+    shown = found.Tensors("samples/0/text_summary")
+    assert [event.step for event in shown] == [0, 2]

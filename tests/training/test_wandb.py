@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import shutil
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.checkpoints.loading import load_tokenizer
 from vipllava.training.environment import StartLog
 from vipllava.training.metrics import Throughput
+from vipllava.training.run import run_training
 from vipllava.training.samples import SampleTable
 
 pytestmark = [
@@ -26,7 +30,8 @@ pytestmark = [
 @pytest.fixture
 def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The package, offline and without a key, with every file of its own below the test."""
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in {
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
@@ -46,7 +51,7 @@ def records(file: Path) -> list[Any]:
     """
     record_type = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
     content = file.read_bytes()
-    assert content[:4] == b":W&B"
+    assert content[:4] in (b":W&B", b"")
     found, data, place = [], b"", 7
     while place + 7 <= len(content):
         left = 32768 - place % 32768
@@ -54,6 +59,8 @@ def records(file: Path) -> list[Any]:
         if left < 7 or kind == 0:
             place += left
             continue
+        if place + 7 + length > len(content):  # still being written
+            break
         data += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):
@@ -62,6 +69,52 @@ def records(file: Path) -> list[Any]:
             found.append(record)
             data = b""
     return found
+
+
+def finished_records(file: Path) -> list[Any]:
+    """Read the file of a run that has ended; wandb's own process may still be writing it."""
+    until = time.monotonic() + 30
+    while True:
+        found = records(file)
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        assert time.monotonic() < until, f"{file} has no end"
+        time.sleep(0.05)
+
+
+def test_a_resumed_run_is_the_same_run_on_wandb(wandb, config, tmp_path):
+    run_dir = tmp_path / "runs" / "tiny-pretrain"
+
+    def start(*changes: str) -> tuple[str, list[int]]:
+        """Return the run's id and the steps whose loss was logged."""
+        job = "stage=pretrain", "stage.epochs=1", "stage.checkpoint_steps=1", "logger=wandb"
+        try:
+            run_training(config(*job, "callbacks.samples=null", *changes))
+        finally:
+            wandb.finish()
+        (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+        read = finished_records(file)
+        # wandb names the folder by the second, and these runs are short.
+        shutil.rmtree(run_dir / "wandb")
+        (run,) = [record.run for record in read if record.WhichOneof("record_type") == "run"]
+        rows = [
+            {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+            for record in read
+            if record.WhichOneof("record_type") == "history"
+        ]
+        steps = [int(row["trainer/global_step"]) for row in rows if "train/loss" in row]
+        return run.run_id, steps
+
+    first, steps = start()
+    assert re.fullmatch(r"tiny-pretrain-[0-9a-f]{8}", first)
+    assert steps == [0, 1, 2]
+    (run_dir / "checkpoints" / "000003.ckpt").unlink()  # as if killed behind its second step
+    assert start() == (first, [2])
+    assert start("resume=never", "logger.wandb.id=chosen") == ("chosen", [0, 1, 2])
+    assert (run_dir / "before-1" / "wandb_id").read_text().strip() == first
+    anew, steps = start("resume=never")
+    assert anew not in (first, "chosen")
+    assert steps == [0, 1, 2]
 
 
 def test_an_offline_run_holds_metrics_tables_and_the_start(
@@ -84,7 +137,7 @@ def test_an_offline_run_holds_metrics_tables_and_the_start(
         wandb.finish()
 
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    read = records(file)
+    read = finished_records(file)
     (run,) = [record.run for record in read if record.WhichOneof("record_type") == "run"]
     assert (run.project, run.run_group, run.job_type) == ("vipllava", "search", "pretrain")
     history: list[dict[str, Any]] = []

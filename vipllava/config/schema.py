@@ -229,6 +229,7 @@ TRAIN: Mapping[str, Rule] = {
     "module": _OPEN,
     "callbacks": _OPEN,
     "logger": _OPEN,
+    "profiler.trace": _OPEN_OPTIONAL,
 }
 """Keys of ``conf/train.yaml``. A key without entries below it is not looked into."""
 

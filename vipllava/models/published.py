@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from transformers import AutoConfig, CLIPVisionConfig
+from transformers import AutoConfig, CLIPVisionConfig, VipLlavaConfig
 
 from vipllava.models.architecture import Architecture, architecture_of
 from vipllava.models.building import network_config, num_patches
@@ -74,10 +74,10 @@ LANGUAGE_MODELS: Final[Mapping[str, Mapping[str, Any]]] = {
 """Language models by their id; ``num_tokens`` is their tokenizer's."""
 
 
-def published_architecture(
+def published_config(
     vision_tower: str, language_model: str, feature_layers: Sequence[int]
-) -> Architecture:
-    """Return the sizes of a network of published parts.
+) -> VipLlavaConfig:
+    """Return the config of a network of published parts, as far as sizes follow from it.
 
     Args:
         vision_tower: an id of :data:`TOWERS`.
@@ -100,13 +100,18 @@ def published_architecture(
     num_tokens = int(sizes.pop("num_tokens"))
     make_tower: Any = CLIPVisionConfig  # its signature knows no plain mapping
     tower = make_tower(**TOWERS[vision_tower])
-    return architecture_of(
-        network_config(
-            tower,
-            AutoConfig.for_model(**sizes, tie_word_embeddings=False),
-            feature_layers=feature_layers,
-            num_tokens=num_tokens + _NEW_TOKENS,
-            image_token_id=num_tokens,
-            image_seq_length=num_patches(tower, TOWERS[vision_tower]["image_size"]),
-        )
+    return network_config(
+        tower,
+        AutoConfig.for_model(**sizes, tie_word_embeddings=False),
+        feature_layers=feature_layers,
+        num_tokens=num_tokens + _NEW_TOKENS,
+        image_token_id=num_tokens,
+        image_seq_length=num_patches(tower, TOWERS[vision_tower]["image_size"]),
     )
+
+
+def published_architecture(
+    vision_tower: str, language_model: str, feature_layers: Sequence[int]
+) -> Architecture:
+    """Return the sizes of a network of published parts; see :func:`published_config`."""
+    return architecture_of(published_config(vision_tower, language_model, feature_layers))

@@ -17,6 +17,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from vipllava.data.stream import REPEAT_SUFFIX, StepLoader
+from vipllava.models.architecture import Architecture
+from vipllava.models.flops import Workload, useful_flops
 from vipllava.training.dataset_losses import DatasetLosses
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.types import PADDING_SEGMENT, Batch
@@ -57,6 +59,60 @@ def dataset_loss(name: str) -> str:
     return f"{LOSS}/{name}"
 
 
+def segment_lengths(batch: Batch) -> torch.Tensor:
+    """Return at the last position of every sample its length, and 0 elsewhere.
+
+    A shape that does not depend on the values: on a device nothing has to wait for it.
+
+    Args:
+        batch: padded or packed rows; padding may lie anywhere.
+
+    Returns:
+        int64 [rows, length].
+    """
+    real = batch.segment_ids != PADDING_SEGMENT
+    ends = batch.position_ids.roll(-1, 1) == 0
+    ends[:, -1] = True
+    return (batch.position_ids + 1) * (real & ends)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFlops:
+    """Counts the useful operations of a micro-batch by the lengths of its samples.
+
+    Attributes:
+        architecture: the network's sizes.
+        workload: what trains of the language model.
+        adapter_rank: of LoRA, or 0.
+        tower_trains: the tower gets gradients, too.
+    """
+
+    architecture: Architecture
+    workload: Workload
+    adapter_rank: int = 0
+    tower_trains: bool = False
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Return the FLOPs of a micro-batch, float64 and on its device: no step waits for it.
+
+        See :func:`vipllava.models.flops.useful_flops`.
+        """
+        lengths = segment_lengths(batch).double()
+        num_tokens: Any = lengths.sum()
+        squared_tokens: Any = lengths.square().sum()
+        flops: Any = useful_flops(
+            self.architecture,
+            self.workload,
+            num_samples=len(batch.keys),
+            num_tokens=num_tokens,
+            num_images=len(batch.pixel_values),
+            squared_tokens=squared_tokens,
+            adapter_rank=self.adapter_rank,
+            tower_trains=self.tower_trains,
+        )
+        return flops
+
+
 @dataclass(slots=True)
 class _Window:
     """What one rank adds up between two logs; ``waited`` is the loader's clock at its start."""
@@ -67,7 +123,7 @@ class _Window:
     num_samples: int = 0
     num_supervised: int = 0
     num_tokens: torch.Tensor | None = None
-    useful_flops: float = 0.0
+    useful_flops: float | torch.Tensor = 0.0
     idle: float = 0.0
 
 
@@ -135,7 +191,8 @@ class Throughput(Callback):
 
     Args:
         every_n_steps: optimizer steps of a window.
-        useful_flops: FLOPs of a micro-batch that count as useful; None logs no MFU.
+        useful_flops: FLOPs of a micro-batch that count as useful, such as :class:`BatchFlops`;
+            None logs no MFU.
         peak_flops: of one device, FLOP/s; None logs no MFU.
         clock: seconds that only grow.
     """
@@ -143,7 +200,7 @@ class Throughput(Callback):
     def __init__(
         self,
         every_n_steps: int = 10,
-        useful_flops: Callable[[Batch], float] | None = None,
+        useful_flops: Callable[[Batch], float | torch.Tensor] | None = None,
         peak_flops: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -222,7 +279,7 @@ class Throughput(Callback):
             num_samples=window.num_samples,
             num_supervised=window.num_supervised,
             num_tokens=0 if window.num_tokens is None else int(window.num_tokens),
-            useful_flops=None if self.useful_flops is None else window.useful_flops,
+            useful_flops=None if self.useful_flops is None else float(window.useful_flops),
             memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             losses=self._losses.take(),
         )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from vipllava.types import CheckpointError, ConfigError, VipLlavaError
 logger = logging.getLogger(__name__)
 
 JOB_FILE: Final = "job.yaml"
+WANDB_ID_FILE: Final = "wandb_id"
 CHECKPOINTS: Final = "checkpoints"
 SUFFIX: Final = ".ckpt"
 _MATTERS: Final = (
@@ -166,6 +169,25 @@ def _restart(checkpoint: Path | None) -> Restart:
     if checkpoint is None:
         return Restart(None, 0)
     return Restart(checkpoint, int(checkpoint.stem) if checkpoint.stem.isdecimal() else 0)
+
+
+def wandb_id(run_dir: Path) -> str:
+    """Return the id of a run on W&B, made at its first start and kept in its folder.
+
+    To be called by the first process only, after :func:`prepare_run`, which moves the id of a run
+    that is begun anew aside.
+    """
+    path = run_dir / WANDB_ID_FILE
+    if path.is_file() and (known := path.read_text(encoding="utf-8").strip()):
+        return known
+    # A random end: equal folders on two machines are two runs, and an id that was deleted on W&B
+    # cannot be had again.
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", run_dir.name).strip("-")
+    made = f"{name[:40]}-{secrets.token_hex(4)}"
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(made + "\n", encoding="utf-8")
+    unfinished.replace(path)
+    return made
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -85,7 +85,7 @@ def run_training(cfg: DictConfig) -> Path:
         export_dir, tokenizer, _export_meta(cfg, spec), base=spec.checkpoint or spec.language_model
     )
     trainer = _partial(cfg.trainer)(
-        logger=_instantiate_all(cfg.get("logger")),
+        logger=_loggers(cfg, restart),
         callbacks=[
             StartLog(cfg.run_dir, job),
             *_with_flops(_instantiate_all(cfg.get("callbacks")), cfg, spec, tokenizer),
@@ -179,39 +179,43 @@ def _begin(cfg: DictConfig, job: dict[str, Any]) -> Restart:
     return restart
 
 
+def _loggers(cfg: DictConfig, restart: Restart) -> list[Any]:
+    """Instantiate the loggers by name; null switches one off. Each goes on where the run does."""
+    from hydra.utils import instantiate
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+    from omegaconf import OmegaConf
+
+    from vipllava.training.restart import wandb_id
+
+    nodes = {name: node for name, node in (cfg.get("logger") or {}).items() if node}
+    # TensorBoard hides what an earlier start wrote about steps that are now done again.
+    more: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": restart.num_steps}}
+    chosen = "WANDB_RUN_ID" in os.environ or OmegaConf.select(cfg, "logger.wandb.id") is not None
+    if "wandb" in nodes and not chosen and rank_zero_only.rank in (0, None):
+        more["wandb"] = {"id": wandb_id(Path(cfg.run_dir))}
+    return [instantiate(n, _convert_="all", **more.get(name, {})) for name, n in nodes.items()]
+
+
 def _with_flops(callbacks: list[Any], cfg: DictConfig, spec: ModelSpec, tokenizer: Any) -> Any:
     """Tell the callback that measures speed what a batch's work is, for the MFU."""
     import torch
 
-    from vipllava.models.flops import device_peak, useful_flops
-    from vipllava.training.metrics import Throughput
+    from vipllava.models.flops import device_peak
+    from vipllava.training.metrics import BatchFlops, Throughput
     from vipllava.training.preflight import job_architecture
-    from vipllava.types import PADDING_SEGMENT, Batch
 
     peak = device_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    architecture = job_architecture(spec, tokenizer)
-    rank = int(cfg.tuning.adapter.r) if cfg.tuning.adapter else 0
-
-    def flops_of(batch: Batch) -> float:
-        real = batch.segment_ids != PADDING_SEGMENT
-        # A segment's last position is its length less one.
-        last = real & (batch.position_ids.roll(-1, 1) == 0)
-        last[:, -1] = real[:, -1]
-        lengths = batch.position_ids[last] + 1
-        return useful_flops(
-            architecture,
-            cfg.machine.workload,
-            num_samples=len(batch.keys),
-            num_tokens=int(lengths.sum()),
-            num_images=len(batch.pixel_values),
-            squared_tokens=float((lengths.double() ** 2).sum()),
-            adapter_rank=rank,
-            tower_trains="vision_tower" in cfg.stage.trainable,
-        )
-
+    if peak is None:
+        return callbacks
+    flops = BatchFlops(
+        job_architecture(spec, tokenizer),
+        cfg.machine.workload,
+        adapter_rank=int(cfg.tuning.adapter.r) if cfg.tuning.adapter else 0,
+        tower_trains="vision_tower" in cfg.stage.trainable,
+    )
     for callback in callbacks:
-        if isinstance(callback, Throughput) and peak is not None:
-            callback.useful_flops, callback.peak_flops = flops_of, peak
+        if isinstance(callback, Throughput):
+            callback.useful_flops, callback.peak_flops = flops, peak
     return callbacks
 
 
