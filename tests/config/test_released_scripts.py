@@ -109,6 +109,7 @@ def test_the_released_recipe_does_not_clip(file: str):
     assert cfg.stage.gradient_clip is None
     assert cfg.strategy.lightning.config.gradient_clipping == 0.0
     assert cfg.trainer.gradient_clip_val is None
+    assert cfg.stage.gradient_checkpointing is True
 
 
 def test_what_a_remark_says_takes_effect():

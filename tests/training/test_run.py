@@ -134,3 +134,15 @@ def test_tensorboard_shows_steps_that_are_done_again_once(config, tmp_path):
         assert steps == ([2] if "second" in metric else [0, 1, 2]), metric
     shown = found.Tensors("samples/0/text_summary")
     assert [event.step for event in shown] == [0, 2]
+
+
+@pytest.mark.parametrize("by_torchrun", [False, True])
+def test_torchrun_inside_a_slurm_job_keeps_its_own_ranks(config, monkeypatch, by_torchrun):
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train"}.items():
+        monkeypatch.setenv(name, value)
+    if by_torchrun:
+        names = ("RANK", "GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+        for name in names:
+            monkeypatch.setenv(name, "0")
+    found = [type(plugin).__name__ for plugin in run._plugins(config("stage=pretrain"))]
+    assert ("SLURMEnvironment" in found) is not by_torchrun

@@ -229,13 +229,15 @@ def _early_stop(cfg: DictConfig) -> list[Any]:
 
 def _plugins(cfg: DictConfig) -> list[Any]:
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     from vipllava.training.checkpointing import AtomicCheckpointIO
 
     plugins: list[Any] = []
     if cfg.strategy.name in ("single", "ddp"):
         plugins.append(AtomicCheckpointIO())
-    if SLURMEnvironment.detect():
+    # torchrun inside a Slurm job has its own ranks, which Lightning prefers, too.
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Its own way of saving and queueing again knows nothing of run folders.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     return plugins
