@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from lightning.pytorch.callbacks import Callback
 
 from tests.data.toy_data import toy_samples
 from vipllava.data.shards import write_shards
@@ -35,7 +36,7 @@ def data_root(tmp_path_factory) -> Path:
 class Run:
     """One start of the command; the same folder goes on."""
 
-    def __init__(self, data_root: Path, name: str, strategy: str) -> None:
+    def __init__(self, data_root: Path, name: str, strategy: str, *more: str) -> None:
         self.folder = data_root / "runs" / name
         command = [
             *(sys.executable, str(ROOT / "train.py"), "stage=pretrain", "model=tiny"),
@@ -44,6 +45,7 @@ class Run:
             *(f"paths.runs={data_root / 'runs'}", f"paths.manifests={ROOT / 'data_manifests'}"),
             *(f"name={name}", "stage.global_batch_size=8", "machine.micro_batch_size=4"),
             *("stage.epochs=20", "stage.checkpoint_steps=3", "machine.num_workers=0"),
+            *more,
         ]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
@@ -110,11 +112,28 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(data_root, whol
     assert again.rows() == pytest.approx(whole, rel=1e-6)
 
 
+def test_a_rank_that_fails_shows_its_traceback_and_ends_the_job(data_root):
+    bomb = "+callbacks.bomb._target_=tests.training.test_killed_ranks.Bomb"
+    run = Run(data_root, "failing", "ddp", bomb)
+    assert run.end(BOUND_S) != 0
+    assert "Traceback" in run.stderr
+    assert "RuntimeError: rank 1 is broken" in run.stderr
+
+
+class Bomb(Callback):
+    """Raises on the second process in the third step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 2:
+            raise RuntimeError("rank 1 is broken")
+
+
 @pytest.mark.slow
 def test_all_ranks_killed_in_a_sharded_save(data_root, whole):
     run = Run(data_root, "sharded", "fsdp2")
     run.wait_for(lambda: len(run.rows()) >= 2)
     ranks = run.ranks()
+    run.wait_for(lambda: any(run.folder.glob("checkpoints/0*.ckpt")))
     run.wait_for(lambda: any(run.folder.glob("checkpoints/.0*.unfinished")))
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
@@ -122,6 +141,7 @@ def test_all_ranks_killed_in_a_sharded_save(data_root, whole):
 
     again = Run(data_root, "sharded", "fsdp2")
     assert again.end() == 0, again.stderr[-3000:]
+    assert "going on from" in (again.folder / "train.log").read_text()
     assert again.rows() == pytest.approx(whole, rel=1e-4)
     assert not list(again.folder.glob("checkpoints/.*"))
 

@@ -52,9 +52,11 @@ def run_training(cfg: DictConfig) -> Path:
     from vipllava.models.hub_models import draw_bars_on_terminals_only
     from vipllava.training.callbacks import ExportCallback
     from vipllava.training.environment import StartLog
+    from vipllava.training.orphans import end_with_parent
     from vipllava.training.preflight import look_ahead
     from vipllava.types import Interrupted
 
+    end_with_parent()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         # Lightning prints beside the root logger, which has both terminal and file.
         logging.getLogger(name).handlers.clear()
