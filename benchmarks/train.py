@@ -133,7 +133,9 @@ def measure(case: Case, warm_up: int = _WARM_UP) -> list[dict[str, Any]]:
     """Train a case in every way; return a row of the table for each."""
     model = case.network()
     settings = OptimizerSettings(learning_rate=1e-5)
-    optimizer = build_optimizer(parameter_groups(modules_of(model), settings), settings)
+    optimizer = build_optimizer(
+        parameter_groups(modules_of(model), settings), settings, fused=case.device.type == "cuda"
+    )
     rank = case.adapter.r if case.workload == "lora" else 0
     work_of = BatchFlops(architecture_of(model.config), case.workload, adapter_rank=rank)
     steps = {rows: batches(case, rows) for rows in ("packed", "padded")}

@@ -235,8 +235,11 @@ def test_the_disk_of_another_machine_is_a_note(real, monkeypatch):
     monkeypatch.setattr(preflight_module, "_free_disk", lambda folder: 1000.0)
     report = examine(job([*real, "stage=finetune"]))
     assert report.problems == ()
-    # Two checkpoints: bf16 weights, frozen ones among them, masters and moments; and the export.
-    assert any("export need 205.1 GB" in note for note in report.notes)
+    # Two checkpoints that are kept and the one being written: of 6 776 707 072 trained weights the
+    # bf16 ones, masters and moments, 94.9 GB each; and the export, 14.2.
+    assert any("export need 298.8 GB" in note for note in report.notes)
+    with_best = examine(job([*real, "stage=finetune", "validation.manifest=sample_finetune"]))
+    assert any("export need 393.6 GB" in note for note in with_best.notes)
 
 
 def test_a_model_that_cannot_be_had_is_a_clear_error(data):

@@ -326,7 +326,8 @@ def _plan(cfg: DictConfig, corpus: Corpus) -> Plan:
     saves_frozen = not OmegaConf.select(
         cfg, "strategy.lightning.exclude_frozen_parameters", default=True
     )
-    kept = OmegaConf.select(cfg, "callbacks.checkpoint.save_top_k", default=1)
+    kept = int(OmegaConf.select(cfg, "callbacks.checkpoint.keep_last", default=1))
+    kept += cfg.validation.manifest is not None  # the best one
     return Plan(
         epochs=int(cfg.stage.epochs),
         global_rows=int(cfg.data.global_batch_size),
@@ -334,7 +335,7 @@ def _plan(cfg: DictConfig, corpus: Corpus) -> Plan:
         mfu=float(cfg.machine.mfu),
         device=device,
         saves_frozen=saves_frozen,
-        num_checkpoints=max(0, int(kept)),
+        num_checkpoints=kept,
     )
 
 
