@@ -7,7 +7,8 @@ after the other, and the lines take turns step by step; they share network and o
 line       what it does
 ========== =====================================================================================
 ours       :func:`supervised_loss_sum`, as training calls it: over rows packed to one length, or
-           over padded rows in shuffled order; what is frozen is in eval mode
+           over padded rows in shuffled order; what is frozen is in eval mode. On CUDA also with
+           the attention that a run would choose there, and with its blocks compiled
 plain      the network's own forward over padded rows with an attention mask and labels: logits at
            every position; with recomputation, as the released scripts have it, and without
 ========== =====================================================================================
@@ -27,7 +28,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Final
@@ -36,12 +37,15 @@ import numpy as np
 import torch
 from transformers import VipLlavaForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.import_utils import is_flash_attn_2_available
 
 from benchmarks.train_cases import Case, can_train, random_case, tiny_case
+from vipllava.config import hardware
+from vipllava.config.attention import FALLBACK, attention_candidates, choose_attention
 from vipllava.data.collate import collate_packs
 from vipllava.data.packing import plan_packs
 from vipllava.models.architecture import architecture_of
+from vipllava.models.attention import attention_settings
+from vipllava.models.blocks import compile_blocks
 from vipllava.models.flops import Workload, device_peak
 from vipllava.models.freezing import modules_of
 from vipllava.models.image_features import normalise_pixels
@@ -66,13 +70,15 @@ class Line:
         loop: ``ours`` or ``plain``.
         rows: ``packed`` or ``padded``.
         checkpointing: blocks are recomputed in the backward pass.
-        attention: as transformers names it.
+        attention: as ``machine.attn_implementation`` names it.
+        compiled: each decoder block is.
     """
 
     loop: str
     rows: str
     checkpointing: bool
     attention: str
+    compiled: bool = False
 
 
 @dataclass(slots=True)
@@ -118,9 +124,16 @@ def lines_of(case: Case) -> tuple[Line, ...]:
         plain,
         Line("plain", "padded", False, plain.attention),
     ]
-    if case.device.type == "cuda" and is_flash_attn_2_available():
+    if case.device.type == "cuda":
+        machine = hardware.detect()
+        known = attention_candidates(machine.installed, machine.least_capability, "bf16-mixed")
+        fast = choose_attention(known)
+        if fast != FALLBACK:
+            lines.append(ours("packed", False, fast))
+        lines.append(ours("packed", False, fast, compiled=True))
         flash = "flash_attention_2"
-        lines += [ours("packed", False, flash), Line("plain", "padded", True, flash)]
+        if any(kernel.name == flash and kernel.usable for kernel in known):
+            lines.append(Line("plain", "padded", True, flash))
     return tuple(lines)
 
 
@@ -137,6 +150,8 @@ def measure(case: Case, warm_up: int = _WARM_UP) -> list[dict[str, Any]]:
         parameter_groups(modules_of(model), settings), settings, fused=case.device.type == "cuda"
     )
     rank = case.adapter.r if case.workload == "lora" else 0
+    if any(line.compiled for line in lines_of(case)):
+        compile_blocks(model)
     work_of = BatchFlops(architecture_of(model.config), case.workload, adapter_rank=rank)
     steps = {rows: batches(case, rows) for rows in ("packed", "padded")}
     work = {rows: [float(work_of(batch)) for batch in steps[rows]] for rows in steps}
@@ -257,7 +272,10 @@ def _step(
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    with torch.autocast(case.device.type, torch.bfloat16, enabled=on_cuda):
+    with (
+        torch.compiler.set_stance("default" if line.compiled else "force_eager"),
+        torch.autocast(case.device.type, torch.bfloat16, enabled=on_cuda),
+    ):
         if line.loop == "plain":
             loss = plain_loss(model, {name: t.to(case.device) for name, t in host.items()})
         else:
@@ -274,8 +292,8 @@ def _step(
 def _set_mode(model: VipLlavaForConditionalGeneration, case: Case, line: Line) -> None:
     """Bring the network into the state in which a line trains it."""
     network: Any = model
-    if network.config._attn_implementation != line.attention:
-        network.set_attn_implementation(line.attention)
+    if network.config.text_config._attn_implementation != line.attention:
+        network.set_attn_implementation(_attention(line.attention))
     model.train()
     _set_checkpointing(model, False)
     if line.loop == "plain":
@@ -289,6 +307,10 @@ def _set_mode(model: VipLlavaForConditionalGeneration, case: Case, line: Line) -
     for module in language_model.modules() if line.checkpointing else ():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # without it nothing is recomputed
+
+
+_attention = cache(attention_settings)
+"""Once, for compiled blocks are made anew where a function is registered again."""
 
 
 def _set_checkpointing(part: Any, wanted: bool) -> None:
@@ -337,6 +359,7 @@ def _row(model: str, workload: Workload, line: Line, speed: str) -> dict[str, An
         "rows": line.rows,
         "attention": line.attention,
         "checkpointing": "yes" if line.checkpointing else "no",
+        "compiled": "yes" if line.compiled else "no",
         "samples_per_s": speed,
         "spread": "-",
         "tflops": "-",

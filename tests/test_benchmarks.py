@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,11 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from benchmarks import train, train_cases
+from benchmarks.train import Line
 from benchmarks.train_cases import Case, published_lengths, random_network, random_samples
+from vipllava.config import hardware
 from vipllava.models.adapters import AdapterSettings
+from vipllava.models.blocks import compile_blocks
 from vipllava.models.building import network_config
 
 CPU = torch.device("cpu")
@@ -100,6 +104,62 @@ def test_blocks_are_recomputed_where_the_line_says_so(case):
     network.model.language_model.layers[0].mlp.register_forward_pre_hook(count)
     train.measure(replace(case, make_network=lambda: network), warm_up=0)
     assert calls == 3 * (1 + 2) + 3 * (1 + 2 + 1)
+
+
+# The compiler looks at everything that a tensor has.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_blocks_are_compiled_where_the_line_says_so(case, monkeypatch):
+    made, ran = 0, 0
+
+    def backend(graph, inputs):
+        def run(*tensors):
+            nonlocal ran
+            ran += 1
+            return graph(*tensors)
+
+        nonlocal made
+        made += 1
+        return run
+
+    ours = Line("ours", "packed", False, "sdpa")
+    lines = (ours, replace(ours, compiled=True), train.reference_line())
+    monkeypatch.setattr(train, "lines_of", lambda case: lines)
+    monkeypatch.setattr(train, "compile_blocks", partial(compile_blocks, backend=backend))
+    torch.compiler.reset()
+    rows = train.measure(case, warm_up=0)
+
+    assert [(row["compiled"], row["steps"]) for row in rows] == [("no", 3), ("yes", 3), ("no", 3)]
+    assert made <= 2  # for one row's bounds, then for any
+    assert ran == 2 * 3  # two blocks, three steps
+
+
+def machine(*packages: str) -> hardware.Hardware:
+    device = hardware.CudaDevice("NVIDIA H200", 139.7, (9, 0))
+    return hardware.Hardware(cuda=(device,), installed=frozenset(packages))
+
+
+@pytest.mark.parametrize(
+    ("packages", "more"),
+    [
+        ((), [("ours", "sdpa", True)]),
+        (("torch_varlen",), [("ours", "torch_varlen", False), ("ours", "torch_varlen", True)]),
+        (
+            ("torch_varlen", "flash_attn"),
+            [
+                ("ours", "flash_attention_2", False),
+                ("ours", "flash_attention_2", True),
+                ("plain", "flash_attention_2", False),
+            ],
+        ),
+    ],
+)
+def test_a_cuda_device_has_lines_with_the_attention_of_a_run(case, monkeypatch, packages, more):
+    monkeypatch.setattr(hardware, "detect", lambda: machine(*packages))
+    everywhere = train.lines_of(case)
+    there = train.lines_of(replace(case, device=torch.device("cuda")))
+    assert there[: len(everywhere)] == everywhere
+    found = [(line.loop, line.attention, line.compiled) for line in there[len(everywhere) :]]
+    assert found == more
 
 
 def test_both_loops_work_on_the_same_samples(case):
