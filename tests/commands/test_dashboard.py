@@ -20,9 +20,10 @@ def panels():
 def test_every_metric_has_its_place_and_only_metrics_have():
     shown = [metric for panel in panels() for metric in panel.metrics]
     assert sorted(shown) == sorted([*METRICS, SAMPLES])
-    (pattern,) = [panel.pattern for panel in panels() if panel.pattern]
-    assert re.match(pattern, dataset_loss("vcr"))
-    assert not any(re.match(pattern, metric) for metric in METRICS)
+    patterns = [panel.pattern for panel in panels() if panel.pattern]
+    for more in (dataset_loss("vcr"), "train/lr/projector"):
+        assert sum(bool(re.match(pattern, more)) for pattern in patterns) == 1
+    assert not any(re.match(pattern, metric) for pattern in patterns for metric in METRICS)
 
 
 def test_panels_become_a_workspace(monkeypatch: pytest.MonkeyPatch):

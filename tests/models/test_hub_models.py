@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,6 +116,28 @@ def test_no_network(hub):
         local_folder(REPO, "checkpoint")
     with pytest.raises(CheckpointError, match=r"checkpoint='a/b/c' does not exist: give an"):
         local_folder("a/b/c", "checkpoint")
+
+
+def test_a_hub_that_is_not_there(hub, monkeypatch, caplog):
+    """As on a compute node: its errors are httpx's own, and what is in the cache will do."""
+    from huggingface_hub import close_session, constants
+
+    hub.add("config.json", b"{}")
+    hub.add("model.safetensors", b"weights")
+    in_cache = local_folder(REPO, "language_model", weights=False)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", closed)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries five times
+    close_session()
+
+    assert local_folder(REPO, "language_model", weights=False) == in_cache
+    (record,) = [r for r in caplog.records if r.name.startswith("vipllava")]
+    assert "language_model=org/set: the Hugging Face Hub cannot be reached" in record.getMessage()
+    for missing, weights in ((REPO, True), ("org/other", False)):
+        with pytest.raises(CheckpointError, match=f"not in the cache.*hf download {missing}"):
+            local_folder(missing, "language_model", weights=weights)
 
 
 def test_a_hub_that_fails(hub, monkeypatch):

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Case:
         clip: greatest gradient norm, or None.
         skip: a step that the guard has left out, or None.
         stops: in the middle, and goes on from a checkpoint; one process never does.
+        precision: the trainer's.
     """
 
     trainable: list[str]
@@ -34,10 +35,11 @@ class Case:
     clip: float | None
     skip: int | None = None
     stops: bool = False
+    precision: str = "32-true"
 
     @property
     def name(self) -> str:
-        return f"{'+'.join(self.trainable)}-{self.accumulate}-{self.clip}-{self.skip}-{self.stops}"
+        return "-".join(map(str, asdict(self).values()))
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
             return super().judge(loss)
 
     rows: list[dict[str, float]] = []
-    spec = ModelSpec(**job.spec)
     one = job.strategy == "one"
+    spec = ModelSpec(**job.spec)
     tokenizer = load_tokenizer(spec)
     size = 2 * MICRO_BATCH * case.accumulate
     num_epochs = 2 if case.stops else 1
@@ -111,14 +113,16 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
     loader = (Loader if one else RankLoader)(samples, MICRO_BATCH, 2 * case.accumulate)
 
     def fit(max_epochs: int, checkpoint: Path | None = None) -> lightning.Trainer:
+        strategy, weights = ("auto", "float32") if one else _strategy(job.strategy, case)
         module = VipLlavaLitModule(
-            spec, case.trainable, 1e-3, seed=3, tokenizer=tokenizer, guard=Skipping(),
-            schedule="constant" if case.stops else "cosine",
+            replace(spec, dtype=weights), case.trainable, 1e-3, seed=3, tokenizer=tokenizer,
+            guard=Skipping(), schedule="constant" if case.stops else "cosine",
         )  # fmt: skip
         trainer = lightning.Trainer(
             accelerator="cpu",
             devices=1 if one else 2,
-            strategy="auto" if one else _strategy(job.strategy, case),
+            strategy=strategy,
+            precision=case.precision,
             accumulate_grad_batches=case.accumulate * (2 if one else 1),
             gradient_clip_val=case.clip,
             max_epochs=max_epochs,
@@ -142,8 +146,8 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
     return rows
 
 
-def _strategy(name: str, case: Case) -> Any:
-    """Make the shipped preset, on gloo."""
+def _strategy(name: str, case: Case) -> tuple[Any, str]:
+    """Make the shipped preset, on gloo, and say which dtype its weights are loaded in."""
     from omegaconf import OmegaConf
 
     from vipllava.config.composing import compose_job
@@ -154,6 +158,7 @@ def _strategy(name: str, case: Case) -> Any:
             *("model=7b", "trainer=8xa100", "trainer.devices=2", f"strategy={name}"),
             *(f"stage.gradient_clip={clip}", f"machine.micro_batch_size={MICRO_BATCH}"),
             f"stage.global_batch_size={2 * MICRO_BATCH * case.accumulate}",
+            f"trainer.precision={case.precision}",
         ]
     )
     preset: Any = OmegaConf.to_container(cfg.strategy.lightning, resolve=True)
@@ -161,10 +166,12 @@ def _strategy(name: str, case: Case) -> Any:
     if target.endswith("DeepSpeedStrategy"):
         from tests.training.cpu_deepspeed import CpuDeepSpeedStrategy
 
-        return CpuDeepSpeedStrategy(**preset, process_group_backend="gloo")
-    from hydra.utils import get_class
+        strategy = CpuDeepSpeedStrategy
+    else:
+        from hydra.utils import get_class
 
-    return get_class(target)(**preset, process_group_backend="gloo")
+        strategy = get_class(target)
+    return strategy(**preset, process_group_backend="gloo"), str(cfg.machine.weights_dtype)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,15 @@ def test_logs_once_per_optimizer_step_the_mean_over_supervised_tokens(make_modul
     assert min(row["train/grad_norm"] for row in metrics) > 1e-2
 
 
+def test_a_strategy_that_rounds_rotary_frequencies_is_refused(make_module, make_trainer):
+    """As DeepSpeed did: without an error, the run would learn another embedding."""
+    trainer = make_trainer(precision="bf16-true")
+    with pytest.raises(
+        VipLlavaError, match=r"rotary_emb\.inv_freq is torch\.bfloat16.*deepspeed>="
+    ):
+        trainer.fit(make_module(), Loader(make_samples(8), 4, 1))
+
+
 def test_training_lowers_the_loss(make_module, make_trainer):
     trainer = make_trainer(max_epochs=15)
     trainer.fit(make_module(), Loader(make_samples(8), 4, 1))

@@ -9,6 +9,7 @@ from vipllava.training.optim import (
     build_optimizer,
     build_schedule,
     gradient_norm,
+    learning_rates,
     parameter_groups,
 )
 from vipllava.types import ConfigError
@@ -126,3 +127,23 @@ def test_every_part_may_have_a_rate_of_its_own():
     assert rates == {"vision_tower": 2e-6, "projector": 1e-4, "language_model": 2e-5}
     with pytest.raises(ConfigError, match="vision_tower_learning_rate=0 must be positive"):
         OptimizerSettings(2e-5, vision_tower_learning_rate=0)
+
+
+def test_rates_of_parts_are_told_apart_where_they_differ():
+    parts = {"projector": [nn.Linear(2, 2)], "language_model": [nn.Linear(2, 2)]}
+
+    def rates(settings: OptimizerSettings, steps: int = 0) -> dict[str, float]:
+        optimizer = build_optimizer(parameter_groups(parts, settings), settings)
+        schedule = build_schedule(optimizer, settings, num_steps=8)
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+        return learning_rates(optimizer.param_groups)
+
+    assert rates(OptimizerSettings(2e-4, warmup_ratio=0)) == {"train/lr": 2e-4}
+    lora = OptimizerSettings(2e-4, projector_learning_rate=2e-5, warmup_ratio=0.5)
+    zero = {"train/lr": 0.0, "train/lr/projector": 0.0, "train/lr/language_model": 0.0}
+    assert rates(lora) == zero  # they differ later, and a log has one set of columns
+    assert rates(lora, 2) == pytest.approx(
+        {"train/lr": 1e-4, "train/lr/projector": 1e-5, "train/lr/language_model": 1e-4}
+    )

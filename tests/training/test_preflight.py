@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,34 @@ def test_a_job_that_does_not_fit_names_what_would(real):
         run([*real, "stage=finetune", "machine.memory_gb=4"])
 
 
+def test_captions_are_short_where_no_data_are(real, tmp_path):
+    """The recipe's micro-batch fits; at the length of instructions it would seem not to."""
+    for path in (tmp_path / "toy").glob("*.tar"):
+        path.unlink()
+    missing = [*real, "trainer=8xa100_40g", "machine.memory_gb=32", "stage=pretrain"]
+    report = examine(job(missing))
+    assert (report.corpus.longest, report.corpus.supervised_share) == (768, 0.05)
+    (problem,) = report.problems
+    assert "GiB" not in problem
+    problems = examine(job([*missing, "stage.longest_length=2048"])).problems
+    assert any("needs about" in problem for problem in problems)
+
+
+def test_what_may_just_fit_is_a_note(real):
+    every = [*real, "stage=pretrain", "stage.gradient_checkpointing=true"]
+    least = examine(job(every)).forecast.memory.total / 0.985 / 2**30
+    report = examine(job([*every, f"machine.memory_gb={1.02 * least}"]))
+    assert report.problems == ()
+    (note,) = [note for note in report.notes if "just fit" in note]
+    assert note.startswith("it may just fit, or not: machine.micro_batch_size=32 with strategy=")
+
+
+def test_the_network_is_forecast_as_it_will_be_built(real):
+    cfg = job([*real, "stage=pretrain", "machine.attn_implementation=flash_attention_2"])
+    spec = replace(preflight_module._spec(cfg), attn_implementation="sdpa")
+    assert look_ahead(cfg, _tokenizer(cfg), spec=spec).setup.attention == "sdpa"
+
+
 def test_the_memory_of_this_machine_where_the_trainer_says_none(real, monkeypatch):
     device = CudaDevice("NVIDIA H200", 139.8, (9, 0))
     monkeypatch.setattr(hardware, "detect", lambda: Hardware((device,), num_cpus=16))
@@ -278,7 +307,9 @@ def test_the_short_form(real):
 @pytest.mark.parametrize(
     ("overrides", "recomputed"),
     [
-        (["trainer=8xa100"], 29),  # the fewest that leave a tenth of 80 GB
+        # The fewest that leave a tenth of 80 GB, at the length of captions; as docs/machines.md.
+        (["trainer=8xa100"], 17),
+        (["trainer=8xa100", "stage.longest_length=2048"], 29),
         (["trainer=multinode", "machine.micro_batch_size=1"], 0),
         # Another node may have other devices, and all have to decide alike.
         (["trainer=multinode", "machine.micro_batch_size=1", "machine.memory_gb=null"], None),

@@ -81,8 +81,16 @@ def test_a_device_without_memory_says_what_to_change(config, monkeypatch):
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_kernel_is_tried_before_a_run_relies_on_it(config, monkeypatch, caplog, problem, asked):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr("vipllava.models.attention.find_kernel_problem", lambda *_: problem)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    tried: list[torch.device] = []
+
+    def try_kernel(kernel: object, device: torch.device) -> str | None:
+        tried.append(device)
+        return problem
+
+    monkeypatch.setattr("vipllava.models.attention.find_kernel_problem", try_kernel)
     cfg = config("stage=pretrain", *["machine.attn_implementation=torch_varlen"] * asked)
     spec = replace(
         instantiate(cfg.module.model, _convert_="all"), attn_implementation="torch_varlen"
@@ -98,6 +106,7 @@ def test_a_kernel_is_tried_before_a_run_relies_on_it(config, monkeypatch, caplog
     else:
         assert run._with_proven_attention(cfg, spec).attn_implementation == "sdpa"
         assert "does not work on NVIDIA H200 (RuntimeError: no kernel image)" in caplog.text
+    assert tried == [torch.device("cuda", 3)]  # its own: others would keep a context on device 0
 
 
 def test_equal_seeds_give_identical_loss_logs(config, tmp_path):

@@ -17,12 +17,14 @@ from vipllava.models.building import ModelSpec
 # norms are near 1: 0.05 clips every step, 1000 none.
 ALL = Case(["projector", "language_model"], 1, 0.05)
 ONE_LEFT_OUT = replace(ALL, skip=6)
+IN_HALF = replace(ALL, precision="bf16-mixed")
 CASES = [
     Case(["projector"], 1, None),
     Case(["projector"], 4, 0.05),
     ALL,
     Case(["projector", "language_model"], 4, 1000.0),
     ONE_LEFT_OUT,
+    IN_HALF,
     Case(["projector"], 1, None, stops=True),
 ]
 
@@ -68,16 +70,18 @@ def test_two_processes_train_as_one(spec, expected, tmp_path, strategy):
     for case in CASES:
         one, two = expected[case.name], found[case.name]
         assert len(one) == len(two) == NUM_STEPS, case
+        # In bfloat16 each way of sharding rounds in places of its own.
+        near, norms_near = (5e-3, 5e-2) if case is IN_HALF else (1e-4, 1e-4)
         for name in ("train/loss", "train/supervised_tokens", "train/lr"):
             values = [row[name] for row in one]
-            assert [row[name] for row in two] == pytest.approx(values, rel=1e-4), (case, name)
+            assert [row[name] for row in two] == pytest.approx(values, rel=near), (case, name)
         # What is left out has no gradient.
         norms, expected_norms = (
             [row.get("train/grad_norm") for row in rows] for rows in (two, one)
         )
         for step, (norm, expected_norm) in enumerate(zip(norms, expected_norms, strict=True)):
             assert (expected_norm is None) == (step == case.skip), case
-            assert norm == (expected_norm and pytest.approx(expected_norm, rel=1e-4)), case
+            assert norm == (expected_norm and pytest.approx(expected_norm, rel=norms_near)), case
     # A checkpoint holds what trains, whoever writes it.
     state = read_training_state(tmp_path / strategy / "half-way.ckpt")
     assert len(state) == 6

@@ -24,14 +24,15 @@ def upload(directory: Path, repository: str, *, private: bool = True) -> str:
         CheckpointError: the hub refuses or cannot be reached; the folder stays.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import errors
 
     hub: Any = huggingface_hub
+    web_error: Any = vars(errors)["HTTPError"]  # of the HTTP client that this release uses
     api = hub.HfApi(endpoint=hub.constants.ENDPOINT)
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(directory))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (web_error, OSError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
         raise CheckpointError(
             f"{directory} could not be uploaded to {repository} ({reason}): log in with `hf auth "

@@ -61,6 +61,7 @@ def dashboard_sections() -> tuple[Section, ...]:
                 Panel("Loss by data set", pattern=f"^{metrics.LOSS}/.*"),
                 Panel("Gradient norm", (metrics.GRADIENT_NORM,)),
                 Panel("Learning rate", (metrics.LEARNING_RATE,)),
+                Panel("Learning rate by part", pattern=f"^{metrics.LEARNING_RATE}/.*"),
             ),
         ),
         Section(

@@ -19,10 +19,6 @@ MODELS: Final = ("7b", "13b", "llama3_8b", "phi3_mini")
 _SINGLE: Final = (("RTX 4090", 24), ("A100", 80), ("H200", 141))
 """Devices and their GB: what ``trainer=1gpu`` is shown for: it takes whatever there is."""
 
-_LONGEST: Final = {"pretrain": 768, "finetune": 2048}
-"""Tokens of the longest row: captions are short, instructions are cut at ``stage.max_length``."""
-
-_SUPERVISED_SHARE: Final = {"pretrain": 0.05, "finetune": 0.4}
 _PARTS: Final = {"pretrain": ("projector",), "finetune": ("projector", "language_model")}
 _HEADERS: Final = (
     "trains",
@@ -159,6 +155,7 @@ def machine_rows(models: Sequence[str] = MODELS, *, mfu: float) -> list[MachineR
 
 def markdown(rows: Sequence[MachineRow], mfu: float) -> str:
     """Return ``docs/machines.md``."""
+    longest = {stage: int(_stage(stage).longest_length) for stage in _PARTS}
     lines = [
         "# Which machine do I need",
         "",
@@ -169,14 +166,15 @@ def markdown(rows: Sequence[MachineRow], mfu: float) -> str:
         "Each line is a stage on a machine of `conf/trainer` (`trainer=NAME`): `projector` is "
         "`stage=pretrain`, the others are `stage=finetune` with `tuning=full`, `lora` or `qlora`. "
         "`strategy` is the least sharded one that fits the trainer's micro-batch, or else the one "
-        "that fits the largest; it offloads only where nothing else fits. `largest` is the largest "
+        "that fits the largest; it offloads only where nothing else fits. To fit is to leave a "
+        "twentieth free. `largest` is the largest "
         "micro-batch that fits it and divides the recipe's global batch, with every decoder block "
         "recomputed in the backward pass (gradient checkpointing); `recomputed` is how many have "
         "to be at `micro-batch`, with a tenth of the memory left free: what "
         "`stage.gradient_checkpointing=auto` does.",
         "",
         "`GiB` is a device's memory at a step's peak, of what it has, with rows of "
-        f"{_LONGEST['pretrain']} tokens (projector) or {_LONGEST['finetune']} (the others), the "
+        f"{longest['pretrain']} tokens (projector) or {longest['finetune']} (the others), the "
         "longest there are: weights, gradients, optimizer, activations, working copies, and an "
         "allowance for CUDA, NCCL and fragmentation, with every block recomputed. `host GiB` "
         "counts all devices "
@@ -220,17 +218,28 @@ def _machines(stage: str) -> Iterator[tuple[str, DictConfig]]:
                 yield path.stem, cfg
 
 
+def _stage(stage: str) -> DictConfig:
+    from vipllava.config.composing import compose_job
+
+    return compose_job(["model=7b", "trainer=8xa100", f"stage={stage}"]).stage
+
+
 def _corpus(stage: str, manifest_name: str) -> Corpus:
-    from vipllava.config.composing import CONFIG_DIR, compose_job
+    from vipllava.config.composing import CONFIG_DIR
     from vipllava.data.manifest import load_manifest
     from vipllava.training.forecast import Corpus, DataSetShare
 
     manifest = load_manifest(manifest_name, CONFIG_DIR.parent / "data_manifests")
     size = manifest.num_samples or manifest.approximate_samples or 0
-    mean = float(compose_job(["model=7b", "trainer=8xa100", f"stage={stage}"]).stage.mean_length)
-    share = DataSetShare(manifest.name, size, size)
-    longest, supervised = _LONGEST[stage], _SUPERVISED_SHARE[stage]
-    return Corpus((share,), mean, mean**2, 1.0, longest, supervised)
+    known = _stage(stage)
+    return Corpus(
+        datasets=(DataSetShare(manifest.name, size, size),),
+        mean_tokens=float(known.mean_length),
+        mean_squared_tokens=float(known.mean_length) ** 2,
+        images_per_sample=1.0,
+        longest=int(known.longest_length),
+        supervised_share=float(known.supervised_share),
+    )
 
 
 def _row(

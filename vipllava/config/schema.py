@@ -22,7 +22,8 @@ CHAT_TEMPLATES = ("plain", "llava_v1", "llama_3", "phi_3", "llava_v0", "chatml")
 IMAGE_ASPECTS = ("square", "pad", "resize")
 PARTS = ("vision_tower", "projector", "language_model")
 AUTO = "auto"
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+# No bf16-true: without float32 copies updates at a rate of 2e-5 would be rounded away.
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 ATTENTIONS = ("sdpa", "eager", "flex_attention", *(kernel.name for kernel in KERNELS))
 _ATTENTIONS_OF_ANSWERS = tuple(name for name in ATTENTIONS if name != TORCH_VARLEN)
 """Generating works with padding and a cache, which PyTorch's kernel for packed rows has not."""
@@ -159,6 +160,10 @@ TRAIN: Mapping[str, Rule] = {
     "stage.epochs": _whole(1),
     "stage.max_length": _whole(1),
     "stage.mean_length": _whole(1),
+    "stage.longest_length": _whole(1),
+    "stage.supervised_share": Rule(
+        "a number above 0 and up to 1", (int, float), above=0, below=1.0000001
+    ),
     "stage.pack_length": _whole(1),
     "stage.schedule": _one_of("cosine", "constant"),
     "stage.warmup_ratio": Rule("a number from 0 to below 1", (int, float), low=0, below=1),

@@ -126,13 +126,12 @@ def find_kernel_problem(
     generator = torch.Generator().manual_seed(0)
     bounds, heads, groups, size = [0, 3, 40, 41, 168], 8, 2, 64
     shapes = [(bounds[-1], heads, size), *[(bounds[-1], groups, size)] * 2]
-    inputs = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
-    weight = torch.randn(shapes[0], generator=generator).to(device, dtype)
+    *inputs, weight = (torch.randn(s, generator=generator) for s in (*shapes, shapes[0]))
 
     def learn(attend: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-        leaves = [x.clone().requires_grad_() for x in inputs]
+        leaves = [x.to(device, dtype, copy=True).requires_grad_() for x in inputs]
         mixed = attend(*leaves)
-        (mixed * weight).sum().backward()
+        (mixed * weight.to(device, dtype)).sum().backward()
         return [mixed.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
     def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -144,8 +143,8 @@ def find_kernel_problem(
             parts.append(part.transpose(0, 1))
         return torch.cat(parts)
 
-    places = torch.tensor(bounds, dtype=torch.int32, device=device)
     try:
+        places = torch.tensor(bounds, dtype=torch.int32, device=device)
         found = learn(partial(kernel, bounds=places, longest=bounds[-1], scale=None, window=None))
     except Exception as error:  # noqa: BLE001 - a kernel may fail in any way
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import VipLlavaForConditionalGeneration
@@ -52,7 +53,9 @@ def train_recomputed(model: VipLlavaForConditionalGeneration) -> None:
         block.training = True
 
 
-def compile_blocks(model: VipLlavaForConditionalGeneration, backend: str = "inductor") -> None:
+def compile_blocks(
+    model: VipLlavaForConditionalGeneration, backend: str | Callable[..., Any] = "inductor"
+) -> None:
     """Compile each decoder block by itself; they are alike, so the code is made once.
 
     The whole network would be compiled anew for every number of pictures and of supervised
@@ -60,7 +63,7 @@ def compile_blocks(model: VipLlavaForConditionalGeneration, backend: str = "indu
 
     Args:
         model: the network; its weights keep their names.
-        backend: as ``torch.compile`` names it.
+        backend: as ``torch.compile`` takes it.
     """
     for block in decoder_blocks(model):
         block.compile(backend=backend)

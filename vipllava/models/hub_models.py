@@ -7,12 +7,15 @@ files a model needs, and errors that say what to do.
 from __future__ import annotations
 
 import fnmatch
+import logging
 import re
 import sys
 from pathlib import Path
 from typing import Any, Final
 
 from vipllava.types import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 _TEXTS: Final = ("*.json", "*.model", "*.txt", "*.jinja")
 _SAFETENSORS: Final = "*.safetensors"
@@ -27,7 +30,7 @@ def local_folder(source: str, role: str, *, weights: bool = True) -> Path:
     """Return the folder or file that a source names, downloaded first if it is an id.
 
     A model that is in the cache and complete is not asked for again in offline mode
-    (``HF_HUB_OFFLINE=1``).
+    (``HF_HUB_OFFLINE=1``), and will do, with a warning, where the hub cannot be reached.
 
     Args:
         source: folder, file or Hugging Face id.
@@ -56,7 +59,38 @@ def local_folder(source: str, role: str, *, weights: bool = True) -> Path:
         names = hub.HfApi(endpoint=hub.constants.ENDPOINT).list_repo_files(source)
         return Path(hub.snapshot_download(source, allow_patterns=_needed(names, weights)))
     except Exception as error:  # the client's many kinds; what is not about the hub is raised again
+        if _is_unreachable(error) and (folder := _cached_or_none(source, weights)) is not None:
+            logger.warning(
+                "%s=%s: the Hugging Face Hub cannot be reached (%s); the copy in the cache is "
+                "used, %s; HF_HUB_OFFLINE=1 saves the wait",
+                role,
+                source,
+                _reason(error),
+                folder,
+            )
+            return folder
         raise _refusal(source, role, error, errors) from error
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    from huggingface_hub import errors
+
+    web_error: Any = vars(errors)["HTTPError"]  # of the HTTP client that this release uses
+    answered = isinstance(error, errors.HfHubHTTPError)
+    return isinstance(error, (web_error, ConnectionError, TimeoutError)) and not answered
+
+
+def _cached_or_none(source: str, weights: bool) -> Path | None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return _cached(source, weights)
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
 
 
 def _cached(source: str, weights: bool) -> Path:
@@ -113,17 +147,18 @@ def _refusal(source: str, role: str, error: Exception, errors: Any) -> Exception
             f"is no folder here and no public model of the Hugging Face Hub ({page}): check the "
             "spelling; for a private one log in with `hf auth login`"
         )
-    elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+    elif _is_unreachable(error) or isinstance(
+        error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
+    ):
         what = (
             "is no folder here and not in the cache, and the Hugging Face Hub cannot be reached "
             f"(or HF_HUB_OFFLINE is set): run `hf download {source}` where there is a network, or "
             "name a folder"
         )
     elif isinstance(error, (OSError, errors.HfHubHTTPError)):
-        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
         what = (
-            f"could not be downloaded ({reason}): check the network and the free space of the "
-            "cache (HF_HOME), then start again; what has come stays there"
+            f"could not be downloaded ({_reason(error)}): check the network and the free space of "
+            "the cache (HF_HOME), then start again; what has come stays there"
         )
     else:
         return error

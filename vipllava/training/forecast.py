@@ -21,6 +21,9 @@ _USABLE: Final = 0.985
 _MARGIN: Final = 0.1
 """Left free where memory is used to recompute less: a forecast is no measurement."""
 
+_HEADROOM: Final = 0.05
+"""Left free by what is recommended; below it a job may run, or not."""
+
 _OPTIMIZER_BYTES: Final = 8  # Adam's moments in a checkpoint, per trained weight
 _MASTER_BYTES: Final = 4
 
@@ -218,6 +221,11 @@ def device_capacity(memory_gb: float) -> float:
     return memory_gb * _USABLE * 2**30
 
 
+def fits(memory: DeviceMemory, capacity: float) -> bool:
+    """Return whether a step fits a device of ``capacity`` bytes with some room left."""
+    return memory.total * (1 + _HEADROOM) <= capacity
+
+
 def micro_batches(global_rows: int, num_devices: int) -> list[int]:
     """Return the micro-batches that divide the global batch on so many devices, ascending."""
     per_device, rest = divmod(global_rows, num_devices)
@@ -229,7 +237,7 @@ def micro_batches(global_rows: int, num_devices: int) -> list[int]:
 def largest_micro_batch(
     architecture: Architecture, setup: Setup, capacity: float, sizes: Sequence[int]
 ) -> int | None:
-    """Return the largest micro-batch that fits, or None.
+    """Return the largest micro-batch that :func:`fits`, or None.
 
     Args:
         architecture: the network's sizes.
@@ -240,7 +248,7 @@ def largest_micro_batch(
     fitting = [
         size
         for size in sizes
-        if device_memory(architecture, replace(setup, micro_batch_size=size)).total <= capacity
+        if fits(device_memory(architecture, replace(setup, micro_batch_size=size)), capacity)
     ]
     return max(fitting, default=None)
 

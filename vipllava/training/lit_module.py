@@ -28,10 +28,17 @@ from vipllava.training.optim import (
     build_optimizer,
     build_schedule,
     gradient_norm,
+    learning_rates,
     parameter_groups,
 )
 from vipllava.training.restart import rescale_progress
-from vipllava.training.sharding import LOSS_METHOD, build_fsdp2, is_fsdp2, zero3_loading
+from vipllava.training.sharding import (
+    LOSS_METHOD,
+    build_fsdp2,
+    check_rotary_precision,
+    is_fsdp2,
+    zero3_loading,
+)
 from vipllava.types import Batch, ConfigError, VipLlavaError
 
 logger = logging.getLogger(__name__)
@@ -75,8 +82,9 @@ class VipLlavaLitModule(lightning.LightningModule):
     state are float32 master copies, without which updates at a rate of 2e-7 would be rounded away.
 
     Logged once per optimizer step: ``train/loss`` (cross entropy per supervised token of the
-    global batch), ``train/lr`` (the highest of the groups), ``train/grad_norm`` (before clipping)
-    and ``train/supervised_tokens``. After a pass over held-out samples: ``val/loss``.
+    global batch), ``train/lr`` (the highest; with ``train/lr/PART`` where parts differ),
+    ``train/grad_norm`` (before clipping) and ``train/supervised_tokens``. After a pass over
+    held-out samples: ``val/loss``.
     Callbacks that want more than the loss put an observer of the predictions into ``observers``.
 
     Args:
@@ -301,7 +309,7 @@ class VipLlavaLitModule(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note the gradient norm, which clipping changes, and the rate, which the step changes."""
-        self._step_values["train/lr"] = max(group["lr"] for group in optimizer.param_groups)
+        self._step_values |= learning_rates(optimizer.param_groups)
         self._step_values.pop("train/grad_norm", None)
         strategy: Any = self.trainer.strategy
         if _divides_twice(strategy):
@@ -368,7 +376,12 @@ class VipLlavaLitModule(lightning.LightningModule):
         self._step_sums, self._micro_batches, self._skips = None, [], False
 
     def on_train_start(self) -> None:
-        """Forget sums of an earlier fit; a resumed run starts at its own step."""
+        """Forget sums of an earlier fit; a resumed run starts at its own step.
+
+        Raises:
+            VipLlavaError: the strategy has cast what has to stay float32.
+        """
+        check_rotary_precision(self.network)
         self._forget_step()
         self._last_global_step = self.trainer.global_step
 

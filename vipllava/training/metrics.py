@@ -40,7 +40,7 @@ SAMPLES: Final = "samples"
 METRICS: Final[Mapping[str, str]] = {
     LOSS: "cross entropy per supervised token of the step's global batch",
     LEARNING_RATE: "the highest of the parameter groups' rates in this step",
-    GRADIENT_NORM: "norm of the whole gradient before clipping; not with DeepSpeed",
+    GRADIENT_NORM: "norm of the whole gradient before clipping",
     SUPERVISED_TOKENS: "supervised tokens of the step's global batch",
     SAMPLES_PER_SECOND: "samples, all ranks together",
     SUPERVISED_TOKENS_PER_SECOND: "tokens that carry loss, all ranks together",
@@ -51,7 +51,8 @@ METRICS: Final[Mapping[str, str]] = {
     QUARANTINED: "bad samples replaced since the start, all ranks together",
     VALIDATION_LOSS: "cross entropy per supervised token of the validation data",
 }
-"""Every metric and its meaning; beside them there is :func:`dataset_loss` for each data set."""
+"""Every metric and its meaning. Beside them there are :func:`dataset_loss` for each data set and,
+where parts differ, their rates (:func:`vipllava.training.optim.learning_rates`)."""
 
 
 def dataset_loss(name: str) -> str:

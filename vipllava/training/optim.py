@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vipllava.types import ConfigError
 
+_NO_DECAY: Final = "_no_decay"
 _SCHEDULES: dict[str, Callable[[float], float]] = {
     # Of the share of the steps behind the warm-up that are done, 0..1.
     "cosine": lambda done: max(0.0, 0.5 * (1.0 + math.cos(math.pi * done))),
@@ -101,7 +103,7 @@ def parameter_groups(
             (decaying if parameter.ndim >= 2 else others).append(parameter)
         for name, parameters, decay in (
             (part, decaying, settings.weight_decay),
-            (f"{part}_no_decay", others, 0.0),
+            (f"{part}{_NO_DECAY}", others, 0.0),
         ):
             if parameters:
                 rate = rates.get(part) or settings.learning_rate
@@ -111,6 +113,24 @@ def parameter_groups(
     if not groups:
         raise ConfigError("no parameter trains: name at least one part in stage.trainable")
     return groups
+
+
+def learning_rates(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the metrics of the rates in this step: the highest, and each part's where they differ.
+
+    Args:
+        groups: of an optimizer that :func:`build_schedule` has a schedule for.
+
+    Returns:
+        ``train/lr``, and ``train/lr/PART`` where parts have other peak rates.
+    """
+    rates: dict[str, float] = {}
+    peaks: set[float] = set()
+    for group in groups:
+        rates[f"train/lr/{str(group['name']).removesuffix(_NO_DECAY)}"] = float(group["lr"])
+        peaks.add(float(group["initial_lr"]))
+    highest = {"train/lr": max(rates.values())}
+    return highest | rates if len(peaks) > 1 else highest
 
 
 def build_optimizer(

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vipllava.data.datamodule import VisualPromptDataModule
-    from vipllava.data.stream import VisualPromptDataset
     from vipllava.models.architecture import Architecture
     from vipllava.models.building import ModelSpec
     from vipllava.training.forecast import Choice, Corpus, Forecast, Plan
@@ -31,12 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LINTED_SAMPLES: Final = 64
-"""Samples of each data set that lint looks at."""
-
 _PACK_FILL: Final = 0.97  # of a pack's tokens, as packing reaches
-_SUPERVISED_SHARE: Final = 0.4
-"""Of a long sample's tokens, where no sample could be looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +108,9 @@ def examine(cfg: DictConfig) -> PreflightReport:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from vipllava.checkpoints.loading import load_tokenizer
-    from vipllava.training.forecast import choose_strategy, forecast
+    from vipllava.training.forecast import choose_strategy, fits, forecast
     from vipllava.training.memory import device_memory
+    from vipllava.training.preflight_data import assumed_corpus, lint_data, look_at_data
     from vipllava.training.run import build_datamodule
 
     notes = _forget_missing_checkpoint(cfg)
@@ -126,20 +121,20 @@ def examine(cfg: DictConfig) -> PreflightReport:
     datamodule, found = None, None
     try:
         datamodule = build_datamodule(cfg, tokenizer)
-        found = _look_at_data(cfg, datamodule)
+        found = look_at_data(cfg, datamodule)
     except VipLlavaError as error:
         problems.append(str(error))
     num_proved = num_linted = 0
     if found is not None and datamodule is not None:
         corpus, num_proved = found
-        num_linted, faults = _lint(cfg, datamodule, notes)
+        num_linted, faults = lint_data(cfg, datamodule, notes)
         problems += faults
     else:
-        corpus = _assumed_corpus(cfg)
+        corpus = assumed_corpus(cfg)
         notes.append(
             "the data could not be looked at: lengths are the recipe's, sizes the manifests'"
         )
-    setup, plan = _setup(cfg, architecture, corpus), _plan(cfg, corpus)
+    setup, plan = _setup(cfg, spec, architecture, corpus), _plan(cfg, corpus)
     expected = forecast(architecture, setup, corpus, plan)
     capacity = _capacity(cfg)
     choice = largest = None
@@ -148,7 +143,11 @@ def examine(cfg: DictConfig) -> PreflightReport:
         choosable = every if cfg.stage.gradient_checkpointing == AUTO else setup
         choice = choose_strategy(architecture, choosable, capacity, plan.global_rows)
         largest = _largest(architecture, choosable, capacity, plan.global_rows)
-        problems += _memory_problems(setup, expected, capacity, choice, largest)
+        reason = _want_of_memory(setup, expected, capacity, choice, largest)
+        if expected.memory.total > capacity:
+            problems.append(reason)
+        elif not fits(expected.memory, capacity):
+            notes.append(f"it may just fit, or not: {reason}")
     free = _free_disk(Path(cfg.run_dir))
     if free < expected.disk_bytes:
         # Another machine's disk is not this one's.
@@ -190,7 +189,10 @@ class Outlook:
 
 
 def look_ahead(
-    cfg: DictConfig, tokenizer: Any, datamodule: VisualPromptDataModule | None = None
+    cfg: DictConfig,
+    tokenizer: Any,
+    datamodule: VisualPromptDataModule | None = None,
+    spec: ModelSpec | None = None,
 ) -> Outlook:
     """Decide what is left open how a job trains, and say its main numbers.
 
@@ -199,16 +201,19 @@ def look_ahead(
         tokenizer: the model's.
         datamodule: the job's; its data are opened already or opened here. Without it lengths are
             the recipe's and sizes the manifests'.
+        spec: the network as it will be built; by itself the configuration's.
     """
     from vipllava.training.forecast import forecast
+    from vipllava.training.preflight_data import assumed_corpus, measured_corpus
 
-    spec = _spec(cfg)
+    spec = spec or _spec(cfg)
     architecture = job_architecture(spec, tokenizer)
-    corpus = _assumed_corpus(cfg)
-    if datamodule is not None:
+    if datamodule is None:
+        corpus = assumed_corpus(cfg)
+    else:
         dataset = datamodule.dataset or datamodule.open_dataset()
-        corpus = _measured_corpus(cfg, datamodule, dataset, 1.0, _SUPERVISED_SHARE)
-    setup, plan = _setup(cfg, architecture, corpus), _plan(cfg, corpus)
+        corpus = measured_corpus(cfg, datamodule, dataset)
+    setup, plan = _setup(cfg, spec, architecture, corpus), _plan(cfg, corpus)
     num_blocks = architecture.language_model.num_blocks
     expected = forecast(architecture, setup, corpus, plan)
     capacity, memory = _capacity(cfg), expected.memory.total
@@ -271,7 +276,7 @@ def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
     return architecture_of(config)
 
 
-def _setup(cfg: DictConfig, architecture: Architecture, corpus: Corpus) -> Setup:
+def _setup(cfg: DictConfig, spec: ModelSpec, architecture: Architecture, corpus: Corpus) -> Setup:
     from vipllava.training.forecast import fewest_recomputed
     from vipllava.training.memory import Setup
 
@@ -291,7 +296,7 @@ def _setup(cfg: DictConfig, architecture: Architecture, corpus: Corpus) -> Setup
         row_images=_samples_per_row(cfg, corpus) * corpus.images_per_sample if packed else 1.0,
         row_supervised=corpus.supervised_share * row_tokens,
         recomputed_blocks=None if asked is True or asked == AUTO else int(asked),
-        attention=cfg.model.spec.attn_implementation,
+        attention=spec.attn_implementation,
         adapter_rank=0 if adapter is None else int(adapter.r),
         adapter_dropout=adapter is not None and float(adapter.dropout) > 0,
         weights_dtype=cfg.machine.weights_dtype,
@@ -370,127 +375,6 @@ def _free_disk(folder: Path) -> float:
     return float(shutil.disk_usage(folder).free)
 
 
-# The data.
-
-
-def _look_at_data(cfg: DictConfig, datamodule: VisualPromptDataModule) -> tuple[Corpus, int]:
-    """Open the shards, prove the first labels, and measure; raises what is wrong."""
-    datamodule.setup("fit")
-    dataset = datamodule.dataset
-    assert dataset is not None
-    texts = estimated = 0
-    share, num_proved = 0.0, 0
-    for item in datamodule.first_items(dataset, datamodule.num_proved):
-        _, good, _ = dataset.measure(item)
-        source = dataset.sources[good.part]
-        _, encoded = datamodule.samples.encode_text(
-            source.sample(good.position, good.turn), good.turn
-        )
-        texts += encoded.length - encoded.num_images * datamodule.encoder.image_seq_length
-        estimated += _text_tokens(source, good.position)
-        share = max(share, encoded.num_supervised / encoded.length)
-        num_proved += 1
-    # The index estimates lengths for a real vocabulary; this tokenizer's are known for a few.
-    ratio = texts / estimated if estimated else 1.0
-    corpus = _measured_corpus(cfg, datamodule, dataset, ratio, share or _SUPERVISED_SHARE)
-    return corpus, num_proved
-
-
-def _text_tokens(source: Any, position: int) -> int:
-    import numpy as np
-
-    return int(source.shards.text_tokens(np.array([position]))[0])
-
-
-def _measured_corpus(
-    cfg: DictConfig,
-    datamodule: VisualPromptDataModule,
-    dataset: VisualPromptDataset,
-    ratio: float,
-    supervised_share: float,
-) -> Corpus:
-    """Measure an epoch by the indices of its shards; ``ratio`` corrects their texts' lengths."""
-    import numpy as np
-
-    from vipllava.data.order import SampleOrder, plan_parts
-    from vipllava.training.forecast import Corpus, DataSetShare
-
-    sizes = {source.name: source.shards.shard_sizes for source in dataset.sources}
-    parts = plan_parts(sizes, datamodule.mix, datamodule.samples_per_epoch)
-    epoch = SampleOrder(parts, datamodule.seed, window_samples=datamodule.window_samples).epoch(0)
-    pictured = np.empty(len(epoch), dtype=np.int64)
-    for number, source in enumerate(dataset.sources):
-        chosen = epoch.part == number
-        pictured[chosen] = source.shards.has_image(epoch.position[chosen])
-    placeholders = pictured * datamodule.encoder.image_seq_length
-    texts = ratio * (dataset.estimate_lengths(epoch) - placeholders)
-    lengths = np.minimum(placeholders + texts, int(cfg.stage.max_length)).astype(np.float64)
-    return Corpus(
-        datasets=tuple(DataSetShare(p.name, p.num_samples, p.num_per_epoch) for p in parts),
-        mean_tokens=float(lengths.mean()),
-        mean_squared_tokens=float((lengths**2).mean()),
-        images_per_sample=float(pictured.mean()),
-        longest=int(np.ceil(lengths.max())),
-        supervised_share=supervised_share,
-    )
-
-
-def _assumed_corpus(cfg: DictConfig) -> Corpus:
-    """Return the recipe's lengths and the manifests' sizes, for data that cannot be opened."""
-    from vipllava.data.manifest import load_manifest
-    from vipllava.data.order import parse_mix, plan_parts
-    from vipllava.training.forecast import Corpus, DataSetShare
-
-    mix: Any = parse_mix(cfg.data.mix) if cfg.data.mix else {cfg.data.manifest: None}
-    manifests = {name: load_manifest(name, cfg.data.manifests_dir) for name in mix}
-    sizes = {m.name: m.num_samples or m.approximate_samples or 0 for m in manifests.values()}
-    shares = tuple(DataSetShare(name, size, size) for name, size in sizes.items())
-    if cfg.data.mix and all(sizes.values()):
-        entries = {manifests[name].name: entry for name, entry in mix.items()}
-        parts = plan_parts({n: (s,) for n, s in sizes.items()}, entries, cfg.data.samples_per_epoch)
-        shares = tuple(DataSetShare(p.name, p.num_samples, p.num_per_epoch) for p in parts)
-    mean = float(cfg.stage.mean_length)
-    return Corpus(shares, mean, mean**2, 1.0, int(cfg.stage.max_length), _SUPERVISED_SHARE)
-
-
-def _lint(
-    cfg: DictConfig, datamodule: VisualPromptDataModule, notes: list[str]
-) -> tuple[int, list[str]]:
-    """Lint a few samples of each data set; returns how many, and the errors found."""
-    from omegaconf import OmegaConf
-
-    from vipllava.data.lint import LintLimits, lint_shards
-    from vipllava.data.manifest import is_remote
-
-    values: Any = OmegaConf.to_container(cfg.lint, resolve=True)
-    limits, problems, count = LintLimits.from_mapping(values), [], 0
-    for manifest in datamodule.manifests:
-        if is_remote(str(datamodule.data_root)) or any(map(is_remote, manifest.patterns)):
-            notes.append(f"{manifest.name} lies at an address and was not linted")
-            continue
-        found = lint_shards(
-            manifest,
-            datamodule.data_root,
-            datamodule.samples,
-            limits,
-            int(cfg.seed),
-            num_samples=LINTED_SAMPLES,
-        )
-        count += found.num_checked
-        for severity, into in (("error", problems), ("warning", notes)):
-            counted = [
-                f"{number} {code}"
-                for code, number in found.counts.items()
-                if any(f.code == code and f.severity == severity for f in found.findings)
-            ]
-            if counted:
-                into.append(
-                    f"lint of {found.num_checked} samples of {manifest.name}: "
-                    f"{', '.join(counted)}; `vipllava lint data={manifest.name}` shows each"
-                )
-    return count, problems
-
-
 # Memory.
 
 
@@ -503,16 +387,14 @@ def _largest(
     return largest_micro_batch(architecture, setup, capacity, sizes)
 
 
-def _memory_problems(
+def _want_of_memory(
     setup: Setup,
     expected: Forecast,
     capacity: float,
     choice: Choice | None,
     largest: int | None,
-) -> list[str]:
+) -> str:
     needed = expected.memory.total
-    if needed <= capacity:
-        return []
     remedies: list[str] = []
     if largest is not None:
         remedies.append(f"machine.micro_batch_size={largest}")
@@ -521,8 +403,8 @@ def _memory_problems(
         remedies.append(f"strategy={choice.strategy} machine.micro_batch_size={size}")
     if not remedies:
         remedies.append("a larger machine, tuning=lora or tuning=qlora (docs/machines.md)")
-    return [
+    return (
         f"machine.micro_batch_size={setup.micro_batch_size} with strategy={setup.strategy} needs "
         f"about {needed / 2**30:.1f} GiB a device, which has {capacity / 2**30:.1f}: use "
         + ", or ".join(remedies)
-    ]
+    )

@@ -72,7 +72,7 @@ def run_training(cfg: DictConfig) -> Path:
     spec = _with_proven_attention(cfg, spec)
     tokenizer = load_tokenizer(spec)
     datamodule = build_datamodule(cfg, tokenizer)
-    outlook = look_ahead(cfg, tokenizer, datamodule)
+    outlook = look_ahead(cfg, tokenizer, datamodule, spec)
     if rank_zero_only.rank in (0, None):
         for line in outlook.lines:
             logger.info(line)
@@ -137,10 +137,13 @@ def _with_proven_attention(cfg: DictConfig, spec: ModelSpec) -> ModelSpec:
 
     if spec.attn_implementation != TORCH_VARLEN or not torch.cuda.is_available():
         return spec
-    problem = find_kernel_problem(load_kernel(), torch.device("cuda"))
+    # Each process on its own device: a context on another one's costs that one half a gigabyte.
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    problem = find_kernel_problem(load_kernel(), device)
     if problem is None:
         return spec
-    message = f"{TORCH_VARLEN} does not work on {torch.cuda.get_device_name()} ({problem})"
+    message = f"{TORCH_VARLEN} does not work on {torch.cuda.get_device_name(device)} ({problem})"
     if not all(
         OmegaConf.is_interpolation(node, "attn_implementation")
         for node in (cfg.machine, cfg.model.spec)

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vipllava.models.adapters import BLOCKS, AdapterSettings, add_adapters
 from vipllava.models.building import empty_network
 from vipllava.models.supervised_loss import supervised_loss_sum
-from vipllava.types import CheckpointError
+from vipllava.types import CheckpointError, VipLlavaError
 
 _METADATA = "meta.pt"
 """Beside the shards of a checkpoint: what Lightning keeps of a run."""
@@ -261,3 +261,21 @@ def _add_loss_method(network: Any) -> None:
 
     setattr(network, LOSS_METHOD, MethodType(supervised_loss_sum, network))
     register_fsdp_forward_method(network, LOSS_METHOD)
+
+
+def check_rotary_precision(model: nn.Module) -> None:
+    """See to it that no strategy has rounded the frequencies of the rotary embedding.
+
+    DeepSpeed before 0.19.2 casts a whole network to half precision, buffers too: in bfloat16 a
+    token at position 2,000 is then turned by 2.4 radians too far or too little. Nothing fails; the
+    network only learns another embedding than the exported one has.
+
+    Raises:
+        VipLlavaError: a buffer of frequencies is not float32.
+    """
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and buffer.dtype != torch.float32:
+            raise VipLlavaError(
+                f"{name} is {buffer.dtype}, not float32: the strategy has rounded the rotary "
+                "embedding's frequencies. With DeepSpeed: pip install 'deepspeed>=0.19.2'"
+            )
