@@ -76,6 +76,13 @@ def test_the_last_ones_stay(make_module, make_trainer, tmp_path):
     assert torch.load(folder / "000006.ckpt", weights_only=True)["global_step"] == 6
 
 
+@pytest.mark.parametrize(("changes", "last"), [({}, 6), ({"max_steps": 5}, 5)])
+def test_the_last_step_is_a_checkpoint(make_module, make_trainer, tmp_path, changes, last):
+    callback = CheckpointCallback(tmp_path / "c", every_n_steps=4)
+    _fit(make_module, make_trainer, callback, **changes)
+    assert _names(tmp_path / "c") == ["000004.ckpt", f"{last:06d}.ckpt"]
+
+
 def test_by_the_clock(make_module, make_trainer, tmp_path, monkeypatch):
     now = iter(range(10_000))
     monkeypatch.setattr(checkpointing.time, "monotonic", lambda: 30.0 * next(now))

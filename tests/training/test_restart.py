@@ -13,6 +13,7 @@ from vipllava.training.restart import (
     differences,
     find_restart,
     list_checkpoints,
+    mark_finished,
     prepare_run,
 )
 from vipllava.types import CheckpointError, ConfigError
@@ -105,6 +106,36 @@ def test_beginning_anew_loses_nothing(run_dir):
     assert not (run_dir / "checkpoints").exists()
     prepare_run(run_dir, JOB, resume="never")
     assert (run_dir / "before-2" / "job.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "resume", "exported", "finished"),
+    [
+        (2, "auto", True, True),
+        (1, "auto", True, True),
+        (3, "auto", True, False),
+        (2, "auto", False, False),
+        (2, "never", True, False),
+        (2, "checkpoints/000009.ckpt", True, False),
+    ],
+)
+def test_a_run_that_has_ended_is_not_done_again(
+    run_dir, monkeypatch, epochs, resume, exported, finished
+):
+    monkeypatch.chdir(run_dir)
+    mark_finished(run_dir, num_steps=10, epochs=2)
+    export = run_dir / "export"
+    if exported:
+        export.mkdir()
+    # Whoever reads first, all processes decide alike.
+    before = find_restart(run_dir, resume=resume, epochs=epochs, export=export)
+    first = prepare_run(run_dir, JOB, resume=resume, epochs=epochs, export=export)
+    behind = find_restart(run_dir, resume=resume, epochs=epochs, export=export)
+    assert before == first == behind
+    assert first.finished == finished
+    assert (run_dir / "finished.yaml").exists() == finished
+    if finished:
+        assert first.num_steps == 10
 
 
 def test_a_checkpoint_that_is_not_there(run_dir):

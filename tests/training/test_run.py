@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +61,27 @@ def test_two_stages_from_the_projects_configuration(config, tmp_path):
         ("toy/s005", "000000-0.jpg", "yesyes"),
         ("toy/s004", None, "yes"),
     ]
+
+
+def test_a_run_that_has_ended_exports_again_at_most(config, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run_dir = tmp_path / "runs" / "tiny-pretrain"
+    export = run_training(config("stage=pretrain", "stage.epochs=1"))
+    weights, metrics = (export / "model.safetensors").read_bytes(), _metrics(run_dir)
+
+    caplog.clear()
+    written = (export / "model.safetensors").stat().st_mtime_ns
+    assert run_training(config("stage=pretrain", "stage.epochs=1")) == export
+    assert "has ended already, after 3 steps" in caplog.text
+    assert (export / "model.safetensors").stat().st_mtime_ns == written
+
+    shutil.rmtree(export)
+    run_training(config("stage=pretrain", "stage.epochs=1"))
+    assert (export / "model.safetensors").read_bytes() == weights
+    assert _metrics(run_dir) == metrics
+
+    run_training(config("stage=pretrain", "stage.epochs=2"))
+    assert [row["step"] for row in _metrics(run_dir)] == ["0", "1", "2", "3", "4", "5"]
 
 
 def test_a_device_without_memory_says_what_to_change(config, monkeypatch):
@@ -134,6 +156,7 @@ def test_tensorboard_shows_steps_that_are_done_again_once(config, tmp_path):
     run_dir = tmp_path / "runs" / "tiny-pretrain"
     # As if it had been killed behind its second step, whose checkpoint is the newest.
     (run_dir / "checkpoints" / "000003.ckpt").unlink()
+    (run_dir / "finished.yaml").unlink()
     run_training(config(*job, "callbacks.samples.every_n_steps=1"))
 
     found = events.EventAccumulator(str(run_dir / "tensorboard")).Reload()

@@ -108,7 +108,9 @@ def test_a_resumed_run_is_the_same_run_on_wandb(wandb, config, tmp_path):
     first, steps = start()
     assert re.fullmatch(r"tiny-pretrain-[0-9a-f]{8}", first)
     assert steps == [0, 1, 2]
-    (run_dir / "checkpoints" / "000003.ckpt").unlink()  # as if killed behind its second step
+    # As if killed behind its second step.
+    (run_dir / "checkpoints" / "000003.ckpt").unlink()
+    (run_dir / "finished.yaml").unlink()
     assert start() == (first, [2])
     assert start("resume=never", "logger.wandb.id=chosen") == ("chosen", [0, 1, 2])
     assert (run_dir / "before-1" / "wandb_id").read_text().strip() == first

@@ -85,7 +85,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class CheckpointCallback(Checkpoint):
-    """Saves at steps, at times, and before a run that is asked to stop does so.
+    """Saves at steps, at times, at the last step, and before a run that is asked to stop does so.
 
     Args:
         dirpath: folder of the run's checkpoints.
@@ -204,7 +204,7 @@ class CheckpointCallback(Checkpoint):
             if sharded:
                 _save_sharded(trainer, path)
             else:
-                trainer.save_checkpoint(path)
+                trainer.save_checkpoint(path, weights_only=False)
         except OSError as error:
             raise CheckpointError(_unwritten(path, error)) from error
         self._last_time = time.monotonic()
@@ -238,7 +238,15 @@ class CheckpointCallback(Checkpoint):
             flags = torch.tensor([asked, late], dtype=torch.int32, device=device)
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
             asked, late = (bool(flag) for flag in flags.tolist())
-        return asked, due or late
+        return asked, due or late or _is_last_step(trainer)
+
+
+def _is_last_step(trainer: lightning.Trainer) -> bool:
+    """Whether the run ends behind this step: an export that fails then costs no step."""
+    if trainer.global_step == trainer.max_steps:
+        return True
+    last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+    return last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
 def _validation_follows(trainer: lightning.Trainer) -> bool:
@@ -253,7 +261,7 @@ def _save_sharded(trainer: lightning.Trainer, path: Path) -> None:
     if trainer.is_global_zero:
         _remove(unfinished)
     trainer.strategy.barrier("before saving")
-    trainer.save_checkpoint(unfinished)
+    trainer.save_checkpoint(unfinished, weights_only=False)
     trainer.strategy.barrier("saved")
     if trainer.is_global_zero:
         for file in [*unfinished.rglob("*"), unfinished]:

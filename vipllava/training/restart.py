@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 JOB_FILE: Final = "job.yaml"
 WANDB_ID_FILE: Final = "wandb_id"
+FINISHED_FILE: Final = "finished.yaml"
 CHECKPOINTS: Final = "checkpoints"
 SUFFIX: Final = ".ckpt"
 _MATTERS: Final = (
@@ -63,10 +64,12 @@ class Restart:
     Attributes:
         checkpoint: to go on from, or None to begin.
         num_steps: optimizer steps that it has done.
+        finished: the run has done all its epochs and exported what it made; nothing is left to do.
     """
 
     checkpoint: Path | None
     num_steps: int
+    finished: bool = False
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -76,7 +79,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def prepare_run(
-    run_dir: Path, job: Mapping[str, Any], *, resume: str = "auto", anyway: bool = False
+    run_dir: Path,
+    job: Mapping[str, Any],
+    *,
+    resume: str = "auto",
+    anyway: bool = False,
+    epochs: int = 0,
+    export: Path | None = None,
 ) -> Restart:
     """Decide where a run begins, and bring its folder into that state.
 
@@ -89,6 +98,8 @@ def prepare_run(
         resume: ``auto`` goes on from the newest checkpoint if there is one; ``never`` begins, and
             moves what an earlier run left aside; else the path of a checkpoint.
         anyway: go on although what has changed decides the data's order or the model.
+        epochs: that the job asks for.
+        export: folder that a run which has done them has left.
 
     Raises:
         CheckpointError: the named checkpoint is not there.
@@ -120,13 +131,36 @@ def prepare_run(
             )
     if checkpoint is not None:
         _check_job(run_dir, job, checkpoint, anyway)
+    if resume == "auto" and (finished := _finished(run_dir, epochs, export)):
+        return finished
+    # Before anything else changes: the other processes read it, too, and decide alike.
+    (run_dir / FINISHED_FILE).unlink(missing_ok=True)
     _write_job(run_dir / JOB_FILE, job)
     return _restart(checkpoint)
 
 
-def find_restart(run_dir: Path, *, resume: str = "auto") -> Restart:
+def mark_finished(run_dir: Path, *, num_steps: int, epochs: int) -> None:
+    """Note that a run has done all its epochs and exported what it made; first process only."""
+    _write_job(run_dir / FINISHED_FILE, {"num_steps": num_steps, "epochs": epochs})
+
+
+def _finished(run_dir: Path, epochs: int, export: Path | None) -> Restart | None:
+    path = run_dir / FINISHED_FILE
+    if export is None or not export.is_dir() or not path.is_file():
+        return None
+    done: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if done["epochs"] < epochs:
+        return None
+    return Restart(None, int(done["num_steps"]), finished=True)
+
+
+def find_restart(
+    run_dir: Path, *, resume: str = "auto", epochs: int = 0, export: Path | None = None
+) -> Restart:
     """Return what :func:`prepare_run` decides, for the other processes; nothing is touched."""
     resume = _resume_of_launcher(run_dir, resume)
+    if resume == "auto" and (finished := _finished(run_dir, epochs, export)):
+        return finished
     if resume == "never":
         return Restart(None, 0)
     if resume != "auto":

@@ -54,6 +54,7 @@ def run_training(cfg: DictConfig) -> Path:
     from vipllava.training.environment import StartLog
     from vipllava.training.orphans import end_with_parent
     from vipllava.training.preflight import look_ahead
+    from vipllava.training.restart import mark_finished
     from vipllava.types import Interrupted
 
     end_with_parent()
@@ -66,7 +67,9 @@ def run_training(cfg: DictConfig) -> Path:
         torch.set_float32_matmul_precision("high")
     export_dir = Path(cfg.run_dir) / EXPORT_FOLDER
     job: Any = OmegaConf.to_container(cfg, resolve=True)
-    restart = _begin(cfg, job)
+    restart = _begin(cfg, job, export_dir)
+    if restart.finished:
+        return export_dir
 
     spec: ModelSpec = instantiate(cfg.module.model, _convert_="all")
     spec = _with_proven_attention(cfg, spec)
@@ -121,6 +124,10 @@ def run_training(cfg: DictConfig) -> Path:
             f"training ended before its last step and exported nothing to {export_dir}: "
             "start it again"
         )
+    if trainer.is_global_zero and trainer.max_steps == -1:
+        mark_finished(
+            Path(cfg.run_dir), num_steps=trainer.global_step, epochs=int(cfg.trainer.max_epochs)
+        )
     return export_dir
 
 
@@ -167,7 +174,7 @@ def _out_of_memory(cfg: DictConfig, error: BaseException) -> str:
     )
 
 
-def _begin(cfg: DictConfig, job: dict[str, Any]) -> Restart:
+def _begin(cfg: DictConfig, job: dict[str, Any], export_dir: Path) -> Restart:
     """Decide where the run begins; the first process also brings its folder into that state."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
@@ -175,9 +182,18 @@ def _begin(cfg: DictConfig, job: dict[str, Any]) -> Restart:
     from vipllava.training.restart import find_restart, prepare_run
 
     run_dir, resume = Path(cfg.run_dir), str(cfg.resume)
+    asked: Any = {"epochs": int(cfg.trainer.max_epochs), "export": export_dir}
     if rank_zero_only.rank not in (0, None):
-        return find_restart(run_dir, resume=resume)
-    restart = prepare_run(run_dir, job, resume=resume, anyway=bool(cfg.resume_anyway))
+        return find_restart(run_dir, resume=resume, **asked)
+    restart = prepare_run(run_dir, job, resume=resume, anyway=bool(cfg.resume_anyway), **asked)
+    if restart.finished:
+        logger.info(
+            "this run has ended already, after %s steps, with %s: for more epochs pass "
+            "stage.epochs=N, to begin anew resume=never, for a run of its own name=NEW_NAME",
+            restart.num_steps,
+            export_dir,
+        )
+        return restart
     cut_csv(run_dir / "csv" / FILE_NAME, restart.num_steps)
     if restart.checkpoint is not None:
         logger.info("going on from %s, after %s steps", restart.checkpoint, restart.num_steps)
