@@ -150,12 +150,13 @@ def measure(case: Case, warm_up: int = _WARM_UP) -> list[dict[str, Any]]:
         parameter_groups(modules_of(model), settings), settings, fused=case.device.type == "cuda"
     )
     rank = case.adapter.r if case.workload == "lora" else 0
-    if any(line.compiled for line in lines_of(case)):
+    lines = lines_of(case)
+    if any(line.compiled for line in lines):
         compile_blocks(model)
     work_of = BatchFlops(architecture_of(model.config), case.workload, adapter_rank=rank)
     steps = {rows: batches(case, rows) for rows in ("packed", "padded")}
     work = {rows: [float(work_of(batch)) for batch in steps[rows]] for rows in steps}
-    measured = {line: Measured() for line in lines_of(case)}
+    measured = {line: Measured() for line in lines}
     began = time.monotonic()
     longest = max(map(len, steps.values()))
     for turn, index in enumerate([*range(min(warm_up, longest)), *range(longest)]):

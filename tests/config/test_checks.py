@@ -63,6 +63,8 @@ def test_all_problems_come_at_once():
         ("stage.learning_rate=null", "stage.learning_rate=null: expected a number above 0"),
         ("stage.gradient_clip=0", "stage.gradient_clip=0: expected a number above 0"),
         ("stage.warmup_ratio=3", "stage.warmup_ratio=3: expected a number from 0 to below 1"),
+        ("stage.supervised_share=1.01", "=1.01: expected a number above 0 and up to 1"),
+        ("machine.mfu=0", "machine.mfu=0: expected a number above 0 and up to 1"),
         ("stage.betas=[0.9]", "stage.betas=[0.9]: expected a list of 2 items"),
         ("stage.trainable=[]", "stage.trainable=[]: expected a list of at least one of"),
         ("stage.trainable=[projectr]", "stage.trainable=['projectr']: expected a list of"),
@@ -78,6 +80,11 @@ def test_all_problems_come_at_once():
 def test_keys_and_values(override: str, message: str):
     found = problems(override)
     assert any(message in problem for problem in found), found
+
+
+def test_the_greatest_number_is_allowed():
+    allowed = ("stage.supervised_share=1", "machine.mfu=1.0", "data.max_fault_rate=1")
+    assert problems(*allowed) == []
 
 
 def test_experiment_files_with_misspelt_keys(tmp_path: Path):

@@ -103,8 +103,8 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
             return super().judge(loss)
 
     rows: list[dict[str, float]] = []
-    one = job.strategy == "one"
     spec = ModelSpec(**job.spec)
+    one = job.strategy == "one"
     tokenizer = load_tokenizer(spec)
     size = 2 * MICRO_BATCH * case.accumulate
     num_epochs = 2 if case.stops else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,19 +124,26 @@ def test_a_run_that_has_ended_is_not_done_again(
     run_dir, monkeypatch, epochs, resume, exported, finished
 ):
     monkeypatch.chdir(run_dir)
-    mark_finished(run_dir, num_steps=10, epochs=2)
-    export = run_dir / "export"
+    mark_finished(run_dir, epochs=2)
     if exported:
-        export.mkdir()
+        (run_dir / "export").mkdir()
     # Whoever reads first, all processes decide alike.
-    before = find_restart(run_dir, resume=resume, epochs=epochs, export=export)
-    first = prepare_run(run_dir, JOB, resume=resume, epochs=epochs, export=export)
-    behind = find_restart(run_dir, resume=resume, epochs=epochs, export=export)
+    before = find_restart(run_dir, resume=resume, epochs=epochs)
+    first = prepare_run(run_dir, JOB, resume=resume, epochs=epochs)
+    behind = find_restart(run_dir, resume=resume, epochs=epochs)
     assert before == first == behind
     assert first.finished == finished
     assert (run_dir / "finished.yaml").exists() == finished
-    if finished:
-        assert first.num_steps == 10
+
+
+def test_a_run_that_has_ended_was_that_job(run_dir):
+    """Its checkpoints take room, and a user may delete them."""
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "export").mkdir()
+    mark_finished(run_dir, epochs=1)
+    assert prepare_run(run_dir, JOB) == Restart(None, 0, finished=True)
+    with pytest.raises(ConfigError, match=r"seed: 1 -> 2\nTo go on from export, take these back"):
+        prepare_run(run_dir, _job(seed=2))
 
 
 def test_a_checkpoint_that_is_not_there(run_dir):

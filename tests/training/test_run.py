@@ -72,7 +72,7 @@ def test_a_run_that_has_ended_exports_again_at_most(config, tmp_path, caplog):
     caplog.clear()
     written = (export / "model.safetensors").stat().st_mtime_ns
     assert run_training(config("stage=pretrain", "stage.epochs=1")) == export
-    assert "has ended already, after 3 steps" in caplog.text
+    assert "has ended already" in caplog.text
     assert (export / "model.safetensors").stat().st_mtime_ns == written
 
     shutil.rmtree(export)

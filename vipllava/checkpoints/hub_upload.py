@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vipllava.models.hub_models import reason_of, web_error
 from vipllava.types import CheckpointError
 
 
@@ -24,19 +25,16 @@ def upload(directory: Path, repository: str, *, private: bool = True) -> str:
         CheckpointError: the hub refuses or cannot be reached; the folder stays.
     """
     import huggingface_hub
-    from huggingface_hub import errors
 
     hub: Any = huggingface_hub
-    web_error: Any = vars(errors)["HTTPError"]  # of the HTTP client that this release uses
     api = hub.HfApi(endpoint=hub.constants.ENDPOINT)
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(directory))
-    except (web_error, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+    except (web_error(), OSError, ValueError) as error:
         raise CheckpointError(
-            f"{directory} could not be uploaded to {repository} ({reason}): log in with `hf auth "
-            f"login` and a token that may write, then `hf upload {repository} {directory}`; the "
-            "folder itself is finished"
+            f"{directory} could not be uploaded to {repository} ({reason_of(error)}): log in "
+            f"with `hf auth login` and a token that may write, then `hf upload {repository} "
+            f"{directory}`; the folder itself is finished"
         ) from error
     return str(address)

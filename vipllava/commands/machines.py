@@ -142,7 +142,7 @@ def machine_rows(models: Sequence[str] = MODELS, *, mfu: float) -> list[MachineR
         architecture = published_architecture(
             model.spec.vision_tower, model.spec.language_model, tuple(model.spec.feature_layers)
         )
-        corpora = {stage: _corpus(stage, str(model.manifests[stage])) for stage in _PARTS}
+        corpora = {stage: _corpus(name, stage) for stage in _PARTS}
         for workload in WORKLOADS:
             stage = "pretrain" if workload == "projector" else "finetune"
             for machine, cfg in machines[stage]:
@@ -155,7 +155,7 @@ def machine_rows(models: Sequence[str] = MODELS, *, mfu: float) -> list[MachineR
 
 def markdown(rows: Sequence[MachineRow], mfu: float) -> str:
     """Return ``docs/machines.md``."""
-    longest = {stage: int(_stage(stage).longest_length) for stage in _PARTS}
+    longest = {stage: _corpus(MODELS[0], stage).longest for stage in _PARTS}
     lines = [
         "# Which machine do I need",
         "",
@@ -218,28 +218,13 @@ def _machines(stage: str) -> Iterator[tuple[str, DictConfig]]:
                 yield path.stem, cfg
 
 
-def _stage(stage: str) -> DictConfig:
-    from vipllava.config.composing import compose_job
+def _corpus(model: str, stage: str) -> Corpus:
+    from vipllava.config.composing import CONFIG_DIR, compose_job
+    from vipllava.training.preflight_data import assumed_corpus
 
-    return compose_job(["model=7b", "trainer=8xa100", f"stage={stage}"]).stage
-
-
-def _corpus(stage: str, manifest_name: str) -> Corpus:
-    from vipllava.config.composing import CONFIG_DIR
-    from vipllava.data.manifest import load_manifest
-    from vipllava.training.forecast import Corpus, DataSetShare
-
-    manifest = load_manifest(manifest_name, CONFIG_DIR.parent / "data_manifests")
-    size = manifest.num_samples or manifest.approximate_samples or 0
-    known = _stage(stage)
-    return Corpus(
-        datasets=(DataSetShare(manifest.name, size, size),),
-        mean_tokens=float(known.mean_length),
-        mean_squared_tokens=float(known.mean_length) ** 2,
-        images_per_sample=1.0,
-        longest=int(known.longest_length),
-        supervised_share=float(known.supervised_share),
-    )
+    manifests = f"paths.manifests={CONFIG_DIR.parent / 'data_manifests'}"
+    job = compose_job([f"model={model}", "trainer=8xa100", f"stage={stage}", manifests])
+    return assumed_corpus(job)
 
 
 def _row(

@@ -39,6 +39,7 @@ class Rule:
         types: accepted Python types; true and false never pass as numbers.
         low: least number, or least length of a list.
         above: number that the value has to exceed.
+        high: greatest number.
         below: number that the value has to stay under.
         choices: the allowed values.
         nullable: whether null is allowed.
@@ -52,6 +53,7 @@ class Rule:
     types: tuple[type, ...] = ()
     low: float | None = None
     above: float | None = None
+    high: float | None = None
     below: float | None = None
     choices: tuple[Any, ...] = ()
     nullable: bool = False
@@ -78,6 +80,7 @@ class Rule:
             return (
                 (self.low is None or value >= self.low)
                 and (self.above is None or value > self.above)
+                and (self.high is None or value <= self.high)
                 and (self.below is None or value < self.below)
                 and abs(value) != float("inf")
                 and value == value
@@ -161,9 +164,7 @@ TRAIN: Mapping[str, Rule] = {
     "stage.max_length": _whole(1),
     "stage.mean_length": _whole(1),
     "stage.longest_length": _whole(1),
-    "stage.supervised_share": Rule(
-        "a number above 0 and up to 1", (int, float), above=0, below=1.0000001
-    ),
+    "stage.supervised_share": Rule("a number above 0 and up to 1", (int, float), above=0, high=1),
     "stage.pack_length": _whole(1),
     "stage.schedule": _one_of("cosine", "constant"),
     "stage.warmup_ratio": Rule("a number from 0 to below 1", (int, float), low=0, below=1),
@@ -180,7 +181,7 @@ TRAIN: Mapping[str, Rule] = {
     "machine.micro_batch_size": _whole(1),
     "machine.weights_dtype": _one_of("float32", "bfloat16", "float16"),
     "machine.device": _text(nullable=True),
-    "machine.mfu": Rule("a number above 0 and up to 1", (int, float), above=0, below=1.0000001),
+    "machine.mfu": Rule("a number above 0 and up to 1", (int, float), above=0, high=1),
     "machine.memory_gb": _positive(nullable=True),
     "machine.capability": _positive(nullable=True),
     "machine.tf32": _flag(),
@@ -228,7 +229,7 @@ TRAIN: Mapping[str, Rule] = {
     "data.pack_length": _whole(1, optional=True),
     "data.max_images_per_pack": _whole(1, optional=True),
     "data.on_fault": _one_of("error", "quarantine"),
-    "data.max_fault_rate": Rule("a number from 0 to 1", (int, float), low=0, below=1.0000001),
+    "data.max_fault_rate": Rule("a number from 0 to 1", (int, float), low=0, high=1),
     "data.cache_gb": _positive(),
     "data.num_workers": _whole(0),
     "module": _OPEN,

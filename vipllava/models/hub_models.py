@@ -65,7 +65,7 @@ def local_folder(source: str, role: str, *, weights: bool = True) -> Path:
                 "used, %s; HF_HUB_OFFLINE=1 saves the wait",
                 role,
                 source,
-                _reason(error),
+                reason_of(error),
                 folder,
             )
             return folder
@@ -75,9 +75,8 @@ def local_folder(source: str, role: str, *, weights: bool = True) -> Path:
 def _is_unreachable(error: BaseException) -> bool:
     from huggingface_hub import errors
 
-    web_error: Any = vars(errors)["HTTPError"]  # of the HTTP client that this release uses
     answered = isinstance(error, errors.HfHubHTTPError)
-    return isinstance(error, (web_error, ConnectionError, TimeoutError)) and not answered
+    return isinstance(error, (web_error(), ConnectionError, TimeoutError)) and not answered
 
 
 def _cached_or_none(source: str, weights: bool) -> Path | None:
@@ -89,7 +88,16 @@ def _cached_or_none(source: str, weights: bool) -> Path | None:
         return None
 
 
-def _reason(error: BaseException) -> str:
+def web_error() -> type[Exception]:
+    """Return the base of the HTTP client's errors, which the installed hub release decides."""
+    from huggingface_hub import errors
+
+    known: Any = vars(errors)["HTTPError"]
+    return known
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what an error of the hub says, or its kind where it says nothing."""
     return str(error).strip().split("\n", 1)[0] or type(error).__name__
 
 
@@ -157,8 +165,8 @@ def _refusal(source: str, role: str, error: Exception, errors: Any) -> Exception
         )
     elif isinstance(error, (OSError, errors.HfHubHTTPError)):
         what = (
-            f"could not be downloaded ({_reason(error)}): check the network and the free space of "
-            "the cache (HF_HOME), then start again; what has come stays there"
+            f"could not be downloaded ({reason_of(error)}): check the network and the free space "
+            "of the cache (HF_HOME), then start again; what has come stays there"
         )
     else:
         return error

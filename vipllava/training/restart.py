@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 JOB_FILE: Final = "job.yaml"
 WANDB_ID_FILE: Final = "wandb_id"
 FINISHED_FILE: Final = "finished.yaml"
+EXPORT_FOLDER: Final = "export"
 CHECKPOINTS: Final = "checkpoints"
 SUFFIX: Final = ".ckpt"
 _MATTERS: Final = (
@@ -82,10 +83,9 @@ def prepare_run(
     run_dir: Path,
     job: Mapping[str, Any],
     *,
+    epochs: int = 1,
     resume: str = "auto",
     anyway: bool = False,
-    epochs: int = 0,
-    export: Path | None = None,
 ) -> Restart:
     """Decide where a run begins, and bring its folder into that state.
 
@@ -95,11 +95,10 @@ def prepare_run(
     Args:
         run_dir: the run's folder; made if it is not there.
         job: the whole configuration as plain values.
+        epochs: that the job asks for; a run that has done as many is finished.
         resume: ``auto`` goes on from the newest checkpoint if there is one; ``never`` begins, and
             moves what an earlier run left aside; else the path of a checkpoint.
         anyway: go on although what has changed decides the data's order or the model.
-        epochs: that the job asks for.
-        export: folder that a run which has done them has left.
 
     Raises:
         CheckpointError: the named checkpoint is not there.
@@ -111,62 +110,53 @@ def prepare_run(
         run_dir.mkdir(parents=True, exist_ok=True)
         if resume == "never":
             _move_aside(run_dir)
-        _write_job(run_dir / f".{JOB_FILE}.probe", job)
+        _write_yaml(run_dir / f".{JOB_FILE}.probe", job)
         (run_dir / f".{JOB_FILE}.probe").unlink()
     except OSError as error:
         raise ConfigError(
             f"run_dir={run_dir} cannot be written ({error}): free some space or set "
             "paths.runs=FOLDER"
         ) from error
-    checkpoints = run_dir / CHECKPOINTS
-    found = list_checkpoints(checkpoints)
-    checkpoint = found[-1] if found else None
-    if resume not in ("auto", "never"):
-        checkpoint = Path(resume).expanduser()
-        if not checkpoint.exists():
-            known = ", ".join(path.name for path in found) or "none"
-            raise CheckpointError(
-                f"resume={resume} does not exist; {checkpoints} has {known}: use resume=auto, or "
-                "name a checkpoint"
-            )
-    if checkpoint is not None:
-        _check_job(run_dir, job, checkpoint, anyway)
-    if resume == "auto" and (finished := _finished(run_dir, epochs, export)):
-        return finished
-    # Before anything else changes: the other processes read it, too, and decide alike.
-    (run_dir / FINISHED_FILE).unlink(missing_ok=True)
-    _write_job(run_dir / JOB_FILE, job)
-    return _restart(checkpoint)
+    restart = find_restart(run_dir, resume=resume, epochs=epochs)
+    if restart.checkpoint is not None and not restart.checkpoint.exists():
+        checkpoints = run_dir / CHECKPOINTS
+        known = ", ".join(path.name for path in list_checkpoints(checkpoints)) or "none"
+        raise CheckpointError(
+            f"resume={resume} does not exist; {checkpoints} has {known}: use resume=auto, or "
+            "name a checkpoint"
+        )
+    # What has ended was that job, too, though its checkpoints may have been deleted since.
+    if restart.checkpoint is not None or restart.finished:
+        _check_job(run_dir, job, restart.checkpoint or run_dir / EXPORT_FOLDER, anyway)
+    if not restart.finished:
+        (run_dir / FINISHED_FILE).unlink(missing_ok=True)
+        _write_yaml(run_dir / JOB_FILE, job)
+    return restart
 
 
-def mark_finished(run_dir: Path, *, num_steps: int, epochs: int) -> None:
-    """Note that a run has done all its epochs and exported what it made; first process only."""
-    _write_job(run_dir / FINISHED_FILE, {"num_steps": num_steps, "epochs": epochs})
+def mark_finished(run_dir: Path, *, epochs: int) -> None:
+    """Note that a run has done so many epochs and exported what it made; first process only."""
+    _write_yaml(run_dir / FINISHED_FILE, {"epochs": epochs})
 
 
-def _finished(run_dir: Path, epochs: int, export: Path | None) -> Restart | None:
+def _is_finished(run_dir: Path, epochs: int) -> bool:
     path = run_dir / FINISHED_FILE
-    if export is None or not export.is_dir() or not path.is_file():
-        return None
+    if not path.is_file() or not (run_dir / EXPORT_FOLDER).is_dir():
+        return False
     done: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if done["epochs"] < epochs:
-        return None
-    return Restart(None, int(done["num_steps"]), finished=True)
+    return epochs <= done["epochs"]
 
 
-def find_restart(
-    run_dir: Path, *, resume: str = "auto", epochs: int = 0, export: Path | None = None
-) -> Restart:
+def find_restart(run_dir: Path, *, epochs: int = 1, resume: str = "auto") -> Restart:
     """Return what :func:`prepare_run` decides, for the other processes; nothing is touched."""
     resume = _resume_of_launcher(run_dir, resume)
-    if resume == "auto" and (finished := _finished(run_dir, epochs, export)):
-        return finished
     if resume == "never":
         return Restart(None, 0)
     if resume != "auto":
         return _restart(Path(resume).expanduser())
     found = list_checkpoints(run_dir / CHECKPOINTS)
-    return _restart(found[-1] if found else None)
+    restart = _restart(found[-1] if found else None)
+    return replace(restart, finished=_is_finished(run_dir, epochs))
 
 
 def rescale_progress(checkpoint: dict[str, Any], saved: int, now: int) -> None:
@@ -235,7 +225,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _check_job(run_dir: Path, job: Mapping[str, Any], checkpoint: Path, anyway: bool) -> None:
+def _check_job(run_dir: Path, job: Mapping[str, Any], done: Path, anyway: bool) -> None:
     path = run_dir / JOB_FILE
     if not path.is_file():
         return
@@ -248,7 +238,7 @@ def _check_job(run_dir: Path, job: Mapping[str, Any], checkpoint: Path, anyway: 
     if refused and not anyway:
         raise ConfigError(
             f"{run_dir} was started with another configuration, which decides the order of the "
-            f"data or the model:\n{_listed(refused)}\nTo go on from {checkpoint.name}, take these "
+            f"data or the model:\n{_listed(refused)}\nTo go on from {done.name}, take these "
             "back; for a run of its own pass name=NEW_NAME; to begin this one anew resume=never; "
             "to go on all the same resume_anyway=true"
         )
@@ -279,9 +269,9 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _write_job(path: Path, job: Mapping[str, Any]) -> None:
+def _write_yaml(path: Path, values: Mapping[str, Any]) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
-    unfinished.write_text(yaml.safe_dump(dict(job), sort_keys=False), encoding="utf-8")
+    unfinished.write_text(yaml.safe_dump(dict(values), sort_keys=False), encoding="utf-8")
     unfinished.replace(path)
 
 

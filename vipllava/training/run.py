@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXPORT_FOLDER = "export"
 """Name of the exported model's folder in a run directory; the next stage starts from it."""
 
 
@@ -54,7 +53,7 @@ def run_training(cfg: DictConfig) -> Path:
     from vipllava.training.environment import StartLog
     from vipllava.training.orphans import end_with_parent
     from vipllava.training.preflight import look_ahead
-    from vipllava.training.restart import mark_finished
+    from vipllava.training.restart import EXPORT_FOLDER, mark_finished
     from vipllava.types import Interrupted
 
     end_with_parent()
@@ -67,7 +66,7 @@ def run_training(cfg: DictConfig) -> Path:
         torch.set_float32_matmul_precision("high")
     export_dir = Path(cfg.run_dir) / EXPORT_FOLDER
     job: Any = OmegaConf.to_container(cfg, resolve=True)
-    restart = _begin(cfg, job, export_dir)
+    restart = _begin(cfg, job)
     if restart.finished:
         return export_dir
 
@@ -125,9 +124,7 @@ def run_training(cfg: DictConfig) -> Path:
             "start it again"
         )
     if trainer.is_global_zero and trainer.max_steps == -1:
-        mark_finished(
-            Path(cfg.run_dir), num_steps=trainer.global_step, epochs=int(cfg.trainer.max_epochs)
-        )
+        mark_finished(Path(cfg.run_dir), epochs=int(cfg.trainer.max_epochs))
     return export_dir
 
 
@@ -174,24 +171,23 @@ def _out_of_memory(cfg: DictConfig, error: BaseException) -> str:
     )
 
 
-def _begin(cfg: DictConfig, job: dict[str, Any], export_dir: Path) -> Restart:
+def _begin(cfg: DictConfig, job: dict[str, Any]) -> Restart:
     """Decide where the run begins; the first process also brings its folder into that state."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     from vipllava.training.csv_log import FILE_NAME, cut_csv
     from vipllava.training.restart import find_restart, prepare_run
 
-    run_dir, resume = Path(cfg.run_dir), str(cfg.resume)
-    asked: Any = {"epochs": int(cfg.trainer.max_epochs), "export": export_dir}
+    run_dir = Path(cfg.run_dir)
+    asked: Any = {"epochs": int(cfg.trainer.max_epochs), "resume": str(cfg.resume)}
     if rank_zero_only.rank not in (0, None):
-        return find_restart(run_dir, resume=resume, **asked)
-    restart = prepare_run(run_dir, job, resume=resume, anyway=bool(cfg.resume_anyway), **asked)
+        return find_restart(run_dir, **asked)
+    restart = prepare_run(run_dir, job, anyway=bool(cfg.resume_anyway), **asked)
     if restart.finished:
         logger.info(
-            "this run has ended already, after %s steps, with %s: for more epochs pass "
-            "stage.epochs=N, to begin anew resume=never, for a run of its own name=NEW_NAME",
-            restart.num_steps,
-            export_dir,
+            "%s has ended already, and its export is there: for more epochs pass stage.epochs=N, "
+            "to begin anew resume=never, for a run of its own name=NEW_NAME",
+            run_dir,
         )
         return restart
     cut_csv(run_dir / "csv" / FILE_NAME, restart.num_steps)
