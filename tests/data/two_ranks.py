@@ -26,6 +26,7 @@ def main(root: Path) -> None:
     trainer = make_trainer(root, strategy="ddp", devices=2, max_epochs=1, callbacks=[])
     trainer.fit(model, datamodule=module)
     (root / f"rank{trainer.global_rank}.json").write_text(json.dumps(model.seen))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -117,6 +117,8 @@ def main(path: str) -> None:
         trainer.save_checkpoint(folder / "checkpoint.ckpt")
     if trainer.is_global_zero:
         (folder / "losses.json").write_text(json.dumps(list(losses.values())))
+    if not one:
+        torch.distributed.destroy_process_group()
 
 
 def _strategy(name: str) -> Any:

@@ -67,6 +67,8 @@ def main(path: str) -> None:
         found[case.name] = _train(job, case)
     if os.environ.get("RANK", "0") == "0":
         (Path(job.folder) / "rows.json").write_text(json.dumps(found))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _train(job: Job, case: Case) -> list[dict[str, float]]:

@@ -84,6 +84,14 @@ def test_a_run_that_has_ended_exports_again_at_most(config, tmp_path, caplog):
     assert [row["step"] for row in _metrics(run_dir)] == ["0", "1", "2", "3", "4", "5"]
 
 
+def test_a_run_that_ends_leaves_the_group_of_processes(config, tmp_path):
+    """Or gloo may abort a process whose work is done, and the launcher calls it a failure."""
+    group = f"file://{tmp_path}/group"
+    torch.distributed.init_process_group("gloo", init_method=group, rank=0, world_size=1)
+    run_training(config("stage=pretrain", "stage.epochs=1"))
+    assert not torch.distributed.is_initialized()
+
+
 def test_a_device_without_memory_says_what_to_change(config, monkeypatch):
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")

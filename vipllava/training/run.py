@@ -115,9 +115,11 @@ def run_training(cfg: DictConfig) -> Path:
         except torch.OutOfMemoryError as error:
             raise VipLlavaError(_out_of_memory(cfg, error)) from error
         except Interrupted:
+            _leave_processes()
             if trainer.is_global_zero:
                 raise
             return export_dir  # one process tells; a launcher takes an error of another for a crash
+    _leave_processes()
     if trainer.interrupted or (trainer.is_global_zero and not export_dir.is_dir()):
         raise VipLlavaError(
             f"training ended before its last step and exported nothing to {export_dir}: "
@@ -126,6 +128,18 @@ def run_training(cfg: DictConfig) -> Path:
     if trainer.is_global_zero and trainer.max_steps == -1:
         mark_finished(Path(cfg.run_dir), epochs=int(cfg.trainer.max_epochs))
     return export_dir
+
+
+def _leave_processes() -> None:
+    """Leave the group of processes where all of them have come to the same end.
+
+    The threads of gloo would now and then abort a process whose work is done. After an error nobody
+    leaves: who waits for a process that has failed would wait in here, too.
+    """
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _with_proven_attention(cfg: DictConfig, spec: ModelSpec) -> ModelSpec:
