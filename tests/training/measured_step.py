@@ -132,7 +132,7 @@ class Module(VipLlavaLitModule):
         )
         self.step, self.on = step, device
 
-    def _build(self) -> VipLlavaForConditionalGeneration:
+    def _build(self, *_: Any, **__: Any) -> VipLlavaForConditionalGeneration:
         make: Any = VipLlavaForConditionalGeneration._from_config
         with torch.device(self.on):
             torch.manual_seed(0)
