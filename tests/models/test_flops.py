@@ -129,7 +129,7 @@ def test_it_is_what_a_step_multiplies(workload, tmp_path):
     if workload == "lora":
         pytest.importorskip("peft")
     step = Step(
-        config=small_config(128),
+        config=small_config(128, feature_layers=(-2, 1)),
         workload=workload,
         precision="32-true",
         rows=3,

@@ -90,11 +90,12 @@ class Step:
         )
 
 
-def small_config(width: int) -> VipLlavaConfig:
-    """Return a network of three blocks, a few megabytes in all; the tower's last block is not read.
+def small_config(width: int, feature_layers: tuple[int, ...] = (-1, 1)) -> VipLlavaConfig:
+    """Return a network of three blocks, in the tower, too; a few megabytes in all.
 
     Args:
         width: of the language model.
+        feature_layers: of the tower.
     """
     tower = CLIPVisionConfig(
         hidden_size=32,
@@ -114,7 +115,12 @@ def small_config(width: int) -> VipLlavaConfig:
         pad_token_id=None,
     )
     return network_config(
-        tower, text, feature_layers=(-2, 1), num_tokens=512, image_token_id=511, image_seq_length=16
+        tower,
+        text,
+        feature_layers=feature_layers,
+        num_tokens=512,
+        image_token_id=511,
+        image_seq_length=16,
     )
 
 

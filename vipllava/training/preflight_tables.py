@@ -116,10 +116,9 @@ def _memory_table(report: PreflightReport) -> Table:
 
 def _host_table(report: PreflightReport) -> Table:
     host, capacity = report.forecast.host, report.host_capacity
+    nodes, per_node = report.plan.num_nodes, report.setup.num_devices // report.plan.num_nodes
     return _facts(
-        f"Memory of a node, beside its devices: {report.plan.num_nodes} "
-        f"node{'s' if report.plan.num_nodes > 1 else ''} of "
-        f"{report.setup.num_devices // report.plan.num_nodes} processes",
+        f"Memory of a node: {nodes} x {per_node} processes",
         {
             "processes and their loaders": in_gib(host.processes),
             "copies of weights at the start": in_gib(host.copies),
