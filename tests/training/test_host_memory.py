@@ -37,10 +37,10 @@ def setup_for(strategy: str, num_devices: int = 8) -> Setup:
 @pytest.mark.parametrize(
     ("strategy", "copies", "trained", "saving"),
     [
-        ("ddp", 8 * 4 * EVERY, 0, 12 * TRAINED),
+        ("ddp", 0, 0, 12 * TRAINED),
         ("fsdp2", 4 * EVERY, 0, 4 * EVERY),
-        ("zero2", 8 * 2 * EVERY, 0, 0),
-        ("zero3_offload", 8 * 2 * EVERY, 18 * TRAINED, 2 * EVERY),
+        ("zero2", 0, 0, 0),
+        ("zero3_offload", 0, 18 * TRAINED, 2 * EVERY),
     ],
 )
 def test_a_node_under_every_strategy(seven, strategy, copies, trained, saving):

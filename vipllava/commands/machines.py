@@ -179,9 +179,9 @@ def markdown(rows: Sequence[MachineRow], mfu: float) -> str:
         f"{longest['pretrain']} tokens (projector) or {longest['finetune']} (the others), the "
         "longest there are: weights, gradients, optimizer, activations, working copies, and an "
         "allowance for CUDA, NCCL and fragmentation, with every block recomputed. `host GiB` "
-        "is the memory of one node beside its devices: its processes and their loaders, copies of "
-        "weights while they are loaded, what is offloaded, a checkpoint on its way to the disk or "
-        "the export. Where nothing fits, the least that was tried is shown.",
+        "is the memory of one node beside its devices: its processes and their loaders, what is "
+        "offloaded, a checkpoint on its way to the disk or the export. Where nothing fits, the "
+        "least that was tried is shown.",
         "",
         f"Hours are useful work over the devices' peak at an MFU of {mfu:.0%} (`--mfu`; "
         "`machine.mfu` in a job): what good code reaches on large devices. Half of it is common "

@@ -16,16 +16,9 @@ from typing import Final
 from vipllava.models.architecture import Architecture
 from vipllava.training.memory import Setup, device_memory, parameter_rows
 
-COPIES: Final = {
-    "single": (1.0, 0.0),
-    "ddp": (1.0, 0.0),
-    "fsdp2": (0.0, 1.0),
-    "zero2": (1.0, 0.0),
-    "zero3": (1.0, 0.0),
-    "zero3_offload": (1.0, 0.0),
-}
+COPIES: Final = {"fsdp2": (0.0, 1.0)}
 """Copies of all weights on the host while they are loaded, by strategy: of every process, and of
-the first one alone."""
+the first one alone. Where there are none, each weight goes from the mapped file to its device."""
 
 _PROCESS_BYTES: Final = 700_000_000  # Python and torch
 _CUDA_BYTES: Final = 1_300_000_000  # CUDA's and NCCL's share of the host, for each process
@@ -85,7 +78,7 @@ def host_memory(
     count = sum(row.num_parameters for row in rows)
     trained = sum(row.num_trainable for row in rows)
     weights = float(setup.weight_bytes * count)
-    every, first = COPIES[setup.strategy]
+    every, first = COPIES.get(setup.strategy, (0.0, 0.0))
     memory = device_memory(architecture, setup)
     held = memory.host / num_nodes
     if not on_devices:

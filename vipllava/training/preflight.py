@@ -457,7 +457,7 @@ def _want_of_host(setup: Setup, expected: Forecast, capacity: float) -> str:
     host = expected.host
     parts = {
         "processes and loaders": (host.processes, "data.num_workers=1"),
-        "copies of weights at the start": (host.copies, "strategy=fsdp2"),
+        "copies of weights at the start": (host.copies, "strategy=zero3"),
         "what stays while it trains": (host.trained, "strategy=zero3, tuning=lora"),
         "a checkpoint or the export": (host.saving, "tuning=lora"),
     }
