@@ -275,7 +275,13 @@ def _step(
     began = time.perf_counter()
     with (
         torch.compiler.set_stance("default" if line.compiled else "force_eager"),
-        torch.autocast(case.device.type, torch.bfloat16, enabled=on_cuda),
+        # Lightning's precision plugin keeps no copies of weights; a plain loop does.
+        torch.autocast(
+            case.device.type,
+            torch.bfloat16,
+            enabled=on_cuda,
+            cache_enabled=line.loop == "plain",
+        ),
     ):
         if line.loop == "plain":
             loss = plain_loss(model, {name: t.to(case.device) for name, t in host.items()})

@@ -1,42 +1,58 @@
 """The forecast of a step's peak against what a CUDA device measures; `pytest -m gpu`.
 
-A mid-size network with random weights: wide enough that a block's tensors are what they are at 7B,
-small enough to be made in seconds.
+The same steps as on the CPU, through Lightning's Trainer: a mid-size network with random weights,
+wide enough that a block's tensors are what they are at 7B, small enough to be made in seconds.
 """
 
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("peft")
 
-from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaForConditionalGeneration
+from lightning.pytorch.callbacks import Callback
+from transformers import CLIPVisionConfig, LlamaConfig
 
-from vipllava.models.adapters import AdapterSettings, add_adapters
+from tests.training.measured_step import TRAINABLE, Step, train_steps
+from tests.training.toy_training import LIGHTNING_WARNINGS
+from vipllava.models.adapters import AdapterSettings
 from vipllava.models.architecture import architecture_of
-from vipllava.models.blocks import recompute_blocks, train_recomputed
 from vipllava.models.building import network_config
-from vipllava.models.freezing import hold_frozen, modules_of, set_trainable
-from vipllava.models.supervised_loss import supervised_loss_sum
+from vipllava.models.quantization import QuantizationSettings
 from vipllava.training.memory import Setup, device_memory
-from vipllava.training.optim import OptimizerSettings, build_optimizer, parameter_groups
-from vipllava.types import Batch
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    *LIGHTNING_WARNINGS,
 ]
-BOTH = ("projector", "language_model")
-WORKLOADS = {"projector": ("projector",), "full": BOTH, "lora": BOTH}
 ROWS, LENGTH, SUPERVISED, PATCHES = 8, 1024, 128, 576
 
 
+class Peak(Callback):
+    """Has the allocator count from the first step on, and notes how the optimizer steps."""
+
+    peak = 0
+    fused = False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        torch.cuda.reset_peak_memory_stats()
+        (optimizer,) = trainer.optimizers
+        self.fused = bool(optimizer.param_groups[0].get("fused"))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.peak = torch.cuda.max_memory_allocated()
+
+
 @pytest.mark.parametrize("recomputed", [None, 8, 0], ids=["all", "half", "none"])
-@pytest.mark.parametrize("workload", WORKLOADS)
-def test_the_peak_is_within_15_percent(workload, recomputed):
+@pytest.mark.parametrize("workload", ["projector", "full", "lora", "qlora"])
+def test_the_peak_is_within_15_percent(workload, recomputed, tmp_path):
+    if workload == "qlora":
+        pytest.importorskip("bitsandbytes")
     tower = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -62,39 +78,27 @@ def test_the_peak_is_within_15_percent(workload, recomputed):
         image_token_id=32000,
         image_seq_length=PATCHES,
     )
+    step = Step(
+        config=config,
+        workload=workload,
+        precision="bf16-mixed",
+        rows=ROWS,
+        length=LENGTH,
+        supervised=SUPERVISED,
+        recomputed=recomputed,
+        adapter=AdapterSettings(r=128, alpha=256, dropout=0.05),
+        quantization=QuantizationSettings() if workload == "qlora" else None,
+    )
     gc.collect()
     torch.cuda.empty_cache()
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = VipLlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa")
-    model.eval()
-    trainable = WORKLOADS[workload]
-    if workload == "lora":
-        add_adapters(model, AdapterSettings(r=128, alpha=256, dropout=0.05))
-        model.cuda()
-    set_trainable(model, list(trainable))
-    if workload != "projector":
-        model.model.language_model.train()
-    hold_frozen(model, torch.bfloat16)
-    recompute_blocks(model, recomputed)
-    train_recomputed(model)
-    settings = OptimizerSettings(learning_rate=1e-5)
-    optimizer = build_optimizer(parameter_groups(modules_of(model), settings), settings, fused=True)
-    batch = _batch()
+    watch = Peak()
+    module = train_steps(step, tmp_path, "cuda", watch, num_steps=2)
+    del module
+    gc.collect()
+    torch.cuda.empty_cache()
 
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(3):  # in the order in which Lightning does it
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss, _ = supervised_loss_sum(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        del loss
-    measured = torch.cuda.max_memory_allocated()
-
-    group = optimizer.param_groups[0]
     setup = Setup(
-        trainable=trainable,
+        trainable=TRAINABLE[workload],
         workload=workload,
         strategy="single",
         precision="bf16-mixed",
@@ -105,29 +109,12 @@ def test_the_peak_is_within_15_percent(workload, recomputed):
         recomputed_blocks=recomputed,
         attention="flash_attention_2",  # whole rows have no mask, and sdpa is flash then
         adapter_rank=128,
-        fused_optimizer=bool(group.get("fused")),
+        bits=4 if workload == "qlora" else None,
+        fused_optimizer=watch.fused,
     )
     memory = device_memory(architecture_of(config), setup)
-    del model, optimizer, batch
-    gc.collect()
-    torch.cuda.empty_cache()
     print(  # noqa: T201 - the record
-        f"{workload}, recomputed {recomputed}: measured {measured / 2**30:.2f} GiB, "
-        f"forecast {memory.allocated / 2**30:.2f} GiB ({memory.allocated / measured:.3f})"
+        f"{workload}, recomputed {recomputed}: measured {watch.peak / 2**30:.2f} GiB, "
+        f"forecast {memory.allocated / 2**30:.2f} GiB ({memory.allocated / watch.peak:.3f})"
     )
-    assert memory.allocated == pytest.approx(measured, rel=0.15)
-
-
-def _batch() -> Batch:
-    ids = torch.randint(0, 32000, (ROWS, LENGTH))
-    ids[:, 1 : 1 + PATCHES] = 32000
-    labels = torch.full_like(ids, -100)
-    labels[:, -SUPERVISED:] = ids[:, -SUPERVISED:]
-    return Batch(
-        ids,
-        labels,
-        torch.arange(LENGTH).repeat(ROWS, 1),
-        torch.zeros_like(ids),
-        torch.randint(0, 256, (ROWS, 3, 336, 336), dtype=torch.uint8),
-        ROWS * SUPERVISED,
-    ).to("cuda")
+    assert memory.allocated == pytest.approx(watch.peak, rel=0.15)

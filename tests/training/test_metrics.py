@@ -165,12 +165,13 @@ def test_work_of_a_batch_is_that_of_its_samples(spec, workload):
     architecture = architecture_of(build_model(spec).config)
     samples = three_samples()
     batch = batch_of([[samples[1]], [samples[2], samples[0]]], padding=3)
-    # 17 + 14 + 12 tokens; 289 + 196 + 144; two of the three have a picture.
+    # 17 + 14 + 12 tokens, 4 + 7 + 2 supervised; 289 + 196 + 144; two of the three have a picture.
     assert BatchFlops(architecture, workload, adapter_rank=4)(batch) == useful_flops(
         architecture,
         workload,
         num_samples=3,
         num_tokens=43,
+        num_supervised=13,
         num_images=2,
         squared_tokens=629,
         adapter_rank=4,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,15 @@ from vipllava.config.checks import check_plan_config
 from vipllava.config.composing import compose_job
 from vipllava.config.hardware import CudaDevice, Hardware
 from vipllava.data.shards import write_shards
+from vipllava.training import host_memory as host_memory_module
 from vipllava.training import preflight as preflight_module
 from vipllava.training.preflight import examine, look_ahead, preflight
 from vipllava.types import CheckpointError, ConfigError, VipLlavaError
 
+ROOT = Path(__file__).resolve().parents[2]
+A100 = CudaDevice("NVIDIA A100-SXM4-80GB", 79.2, (8, 0))
 MANIFEST = {"schema_version": 1, "name": "toy", "stage": "finetune", "licence": "none"}
+MINE = MANIFEST | {"name": "mine", "shards": "*.tar", "policy": "regions", "num_samples": 10}
 
 
 @pytest.fixture(autouse=True)
@@ -272,10 +279,100 @@ def test_the_disk_of_another_machine_is_a_note(real, monkeypatch):
 
 
 def test_a_model_that_cannot_be_had_is_a_clear_error(data):
-    with pytest.raises(
-        CheckpointError, match=r"vicuna-7b-v1.5' is no folder here .*HF_HUB_OFFLINE"
-    ):
-        examine(job([*data, "model=7b", "trainer=8xa100", "stage=finetune"]))
+    unknown = "model.spec.language_model=lmsys/vicuna-7b-v9"
+    with pytest.raises(CheckpointError, match=r"vicuna-7b-v9' is no folder here .*HF_HUB_OFFLINE"):
+        examine(job([*data, "model=7b", "trainer=8xa100", "stage=finetune", unknown]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trained", "samples", "missing"),
+    [
+        ("stage=pretrain model=13b", 52_449_280, 558_000, "vicuna-13b-v1.5' is no folder"),
+        ("stage=finetune model=7b", 6_776_707_072, 1_185_000, "7b-pretrain/export, which is not"),
+        ("stage=finetune model=7b tuning=lora", 357_582_848, 1_185_000, "vicuna-7b-v1.5"),
+        ("stage=finetune model=7b tuning=qlora", 357_582_848, 1_185_000, "vicuna-7b-v1.5"),
+        ("stage=gpt4v model=llama3_8b", 8_068_552_704, 0, "llama3_8b-finetune/export"),
+        ("stage=task model=phi3_mini", 3_846_261_760, 10, "vip-llava-phi-3-mini-3.8B' is no"),
+        ("stage=pretrain model=phi3_mini data=packed", 25_182_208, 558_000, "Phi-3-mini"),
+    ],
+)
+def test_a_published_model_is_forecast_without_any_file_of_it(
+    tmp_path, overrides, trained, samples, missing
+):
+    """No cache and no network: every number that follows from sizes, and what was not looked at."""
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(MINE))
+    mine = f" data.manifest={tmp_path / 'mine.yaml'}" if "stage=task" in overrides else ""
+    where = f"{overrides}{mine} trainer=8xa100 paths.runs={tmp_path} data.data_root={tmp_path}"
+    report = examine(job(where.split()))
+
+    assert report.problems == ()
+    assert sum(row.num_trainable for row in report.forecast.parameters) == trained
+    assert sum(part.num_samples for part in report.corpus.datasets) == samples
+    assert (report.forecast.num_steps is not None) == bool(samples)
+    assert report.choice is not None
+    assert (report.num_proved, report.num_linted) == (0, 0)
+    text = "\n".join(report.notes)
+    assert missing in text
+    assert "not looked at: tokenizer, labels, lint, and whether the weights" in text
+
+
+def test_settings_of_a_published_model_are_checked_without_any_file_of_it(tmp_path):
+    wrong = "model.spec.feature_layers=[-2,-30]"
+    with pytest.raises(ConfigError, match=r"feature_layers \[-30\] do not exist"):
+        examine(job(["stage=pretrain", "model=7b", "trainer=8xa100", wrong]))
+
+
+def test_without_a_network_the_command_ends_well(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "train.py",
+            *"stage=pretrain model=13b trainer=8xa100 preflight=true".split(),
+            f"paths.runs={tmp_path / 'runs'}",
+            f"paths.data_root={tmp_path / 'data'}",
+        ],
+        cwd=ROOT,
+        env={
+            **environment,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "1",
+            "COLUMNS": "200",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing that was looked at stands in the way" in done.stdout
+    assert "13,016,519,680" in done.stdout
+    assert "not looked at: tokenizer" in done.stdout
+
+
+def test_the_nodes_own_memory(real, monkeypatch):
+    """ZeRO-3 with offload holds masters, moments and gradients of what trains on the host."""
+    report = examine(job([*real, "stage=finetune", "strategy=zero3_offload"]))
+    host = report.forecast.host
+    assert host.trained == 18 * 6_776_182_784
+    assert host.total >= host.processes + host.trained
+    assert report.host_capacity is None  # of a machine that is not here
+
+    monkeypatch.setattr(hardware, "detect", lambda: Hardware((A100,) * 8, num_cpus=16))
+    monkeypatch.setattr(host_memory_module, "machine_memory", lambda: 64 * 2**30)
+    report = examine(job([*real, "stage=finetune", "strategy=zero3_offload"]))
+    (problem,) = [problem for problem in report.problems if "node's memory" in problem]
+    assert "GiB of the node's memory (what stays while it trains: 113.6), which" in problem
+    assert "has 64.0: use strategy=zero3, tuning=lora, or a machine" in problem
+    cfg = job([*real, "stage=finetune", "stage.checkpoint=null", "strategy=zero3_offload"])
+    assert any("which has 64.0" in line for line in look_ahead(cfg, _tokenizer(cfg)).lines)
+
+
+def test_where_the_host_trains_it_holds_the_network(tiny):
+    report = examine(job([*tiny, "stage=pretrain"]))
+    memory = report.forecast.memory
+    assert report.forecast.host.trained == memory.total - memory.overhead
+    assert report.host_capacity is not None
 
 
 def test_settings_are_checked_and_hardware_is_not(real):

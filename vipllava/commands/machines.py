@@ -49,7 +49,7 @@ class MachineRow:
         num_blocks: that the model has.
         memory: bytes of a device; where nothing fits, the least that was tried.
         capacity: bytes that the device has.
-        host: bytes on the hosts, of all devices together.
+        host: bytes of a node beside its devices.
         hours: of the stage.
     """
 
@@ -78,7 +78,7 @@ class MachineRow:
             str(self.largest) if self.largest else "-",
             f"{self.recomputed} of {self.num_blocks}" if self.recomputed is not None else "-",
             room,
-            f"{self.host / _GIB:.0f}" if self.host else "-",
+            f"{self.host / _GIB:.0f}" if fits else "-",
             f"{self.hours:.1f}" if fits and self.hours is not None else "-",
         )
 
@@ -142,7 +142,8 @@ def machine_rows(models: Sequence[str] = MODELS, *, mfu: float) -> list[MachineR
         architecture = published_architecture(
             model.spec.vision_tower, model.spec.language_model, tuple(model.spec.feature_layers)
         )
-        corpora = {stage: _corpus(name, stage) for stage in _PARTS}
+        patches = architecture.tower.num_patches
+        corpora = {stage: _corpus(name, stage, patches) for stage in _PARTS}
         for workload in WORKLOADS:
             stage = "pretrain" if workload == "projector" else "finetune"
             for machine, cfg in machines[stage]:
@@ -155,13 +156,14 @@ def machine_rows(models: Sequence[str] = MODELS, *, mfu: float) -> list[MachineR
 
 def markdown(rows: Sequence[MachineRow], mfu: float) -> str:
     """Return ``docs/machines.md``."""
-    longest = {stage: _corpus(MODELS[0], stage).longest for stage in _PARTS}
+    longest = {stage: _corpus(MODELS[0], stage, 0).longest for stage in _PARTS}
     lines = [
         "# Which machine do I need",
         "",
         "Forecasts, made by `vipllava machines --markdown`. For a job of your own, with its data, "
         "add `preflight=true` to its command: `python train.py stage=pretrain model=13b "
-        "trainer=8xa100 preflight=true`. Neither needs the machine or any weights.",
+        "trainer=8xa100 preflight=true`. Neither needs the machine, any weights or a network: the "
+        "sizes of these models ship with the package.",
         "",
         "Each line is a stage on a machine of `conf/trainer` (`trainer=NAME`): `projector` is "
         "`stage=pretrain`, the others are `stage=finetune` with `tuning=full`, `lora` or `qlora`. "
@@ -177,15 +179,23 @@ def markdown(rows: Sequence[MachineRow], mfu: float) -> str:
         f"{longest['pretrain']} tokens (projector) or {longest['finetune']} (the others), the "
         "longest there are: weights, gradients, optimizer, activations, working copies, and an "
         "allowance for CUDA, NCCL and fragmentation, with every block recomputed. `host GiB` "
-        "counts all devices "
-        "together. Where nothing fits, the least that was tried is shown.",
+        "is the memory of one node beside its devices: its processes and their loaders, what is "
+        "offloaded, a checkpoint on its way to the disk or the export. Where nothing fits, the "
+        "least that was tried is shown.",
         "",
         f"Hours are useful work over the devices' peak at an MFU of {mfu:.0%} (`--mfu`; "
         "`machine.mfu` in a job): what good code reaches on large devices. Half of it is common "
         "where weights travel between devices without NVLink or live on the host, so take the "
         "hours of `zero3` on such machines, and of `zero3_offload` everywhere, as a lower bound. "
         "The data are those of the recipe: 558,000 captions of about 601 tokens, 1,185,000 "
-        "instructions of about 774.",
+        "instructions of about 774, of whose text half carries loss.",
+        "",
+        "Useful work, here and in `train/mfu`, is what the linear layers that are passed multiply: "
+        "those of the decoder blocks at every token, the head at supervised positions only, the "
+        "projector at every patch, the tower as far as it is read; forward, for gradients of "
+        "inputs, and for gradients of weights where they train; and attention under the causal "
+        "mask. The embedding table is looked up and is no work. Recomputation and padding never "
+        "count.",
     ]
     for model in dict.fromkeys(row.model for row in rows):
         lines += ["", f"## {model}", "", _line(_HEADERS), _line(["---"] * len(_HEADERS))]
@@ -218,13 +228,13 @@ def _machines(stage: str) -> Iterator[tuple[str, DictConfig]]:
                 yield path.stem, cfg
 
 
-def _corpus(model: str, stage: str) -> Corpus:
+def _corpus(model: str, stage: str, image_tokens: int) -> Corpus:
     from vipllava.config.composing import CONFIG_DIR, compose_job
     from vipllava.training.preflight_data import assumed_corpus
 
     manifests = f"paths.manifests={CONFIG_DIR.parent / 'data_manifests'}"
     job = compose_job([f"model={model}", "trainer=8xa100", f"stage={stage}", manifests])
-    return assumed_corpus(job)
+    return assumed_corpus(job, image_tokens)
 
 
 def _row(
@@ -239,6 +249,7 @@ def _row(
 ) -> MachineRow:
     from vipllava.config.batch import largest_micro_batch as largest_dividing
     from vipllava.training import forecast as forecasts
+    from vipllava.training.host_memory import host_memory
     from vipllava.training.memory import Setup, device_memory
 
     devices = int(cfg.trainer.devices) * int(cfg.trainer.num_nodes)
@@ -265,6 +276,10 @@ def _row(
     capacity = forecasts.device_capacity(float(cfg.machine.memory_gb))
     choice = forecasts.choose_strategy(architecture, setup, capacity, global_rows)
     plan = forecasts.Plan(1, global_rows, mfu=mfu, device=cfg.machine.device)
+    on_host: dict[str, Any] = {
+        "num_nodes": int(cfg.trainer.num_nodes),
+        "num_workers": int(cfg.data.num_workers),
+    }
     hours = forecasts.forecast(architecture, setup, corpus, plan).hours
     if choice is None:
         least = replace(setup, strategy=forecasts.candidates(setup)[-1], micro_batch_size=1)
@@ -280,7 +295,7 @@ def _row(
             num_blocks=num_blocks,
             memory=memory.total,
             capacity=capacity,
-            host=memory.host,
+            host=host_memory(architecture, least, **on_host).total,
             hours=None,
         )
     size = min(wanted, choice.micro_batch_size)
@@ -296,6 +311,6 @@ def _row(
         num_blocks=num_blocks,
         memory=choice.memory.total,
         capacity=capacity,
-        host=choice.memory.host,
+        host=host_memory(architecture, chosen, **on_host).total,
         hours=hours,
     )

@@ -31,6 +31,7 @@ class Tower:
         num_blocks: all of them.
         deepest_block: how many of them the projector needs.
         block_parameters: of one block.
+        block_linear_parameters: weights of its linear layers.
         patch_parameters: of the patch embedding.
         num_patches: of one picture, the class token left out.
         num_feature_layers: hidden states that the projector reads.
@@ -44,6 +45,7 @@ class Tower:
     num_blocks: int
     deepest_block: int
     block_parameters: int
+    block_linear_parameters: int
     patch_parameters: int
     num_patches: int
     num_feature_layers: int
@@ -86,6 +88,11 @@ class LanguageModel:
     def linear_parameters(self) -> int:
         """Weights of the blocks' linear layers: what adapters go beside and few bits replace."""
         return self.num_blocks * sum(i * o for i, o in self.block_linears)
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights that make logits of a hidden state, whether or not they are the embeddings'."""
+        return self.width * self.vocabulary
 
     def adapter_parameters(self, rank: int) -> int:
         """Return the weights of adapters of that rank on every linear layer of the blocks."""
@@ -139,6 +146,7 @@ def architecture_of(config: VipLlavaConfig) -> Architecture:
             num_blocks=vision.num_hidden_layers,
             deepest_block=deepest,
             block_parameters=_count(tower_block),
+            block_linear_parameters=sum(i * o for i, o in _linears(tower_block)),
             patch_parameters=_count(patches),
             num_patches=num_patches(vision, vision.image_size),
             num_feature_layers=len(feature_layers_of(config)),

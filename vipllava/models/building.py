@@ -199,6 +199,16 @@ def read_tower_config(spec: ModelSpec) -> Any:
         ConfigError: ``image_size`` or the feature layers are not the tower's.
     """
     config = clip_vision_config(spec.vision_tower, "vision_tower")
+    check_tower_config(config, spec)
+    return config
+
+
+def check_tower_config(config: Any, spec: ModelSpec) -> None:
+    """Check that a tower has what a spec asks of it.
+
+    Raises:
+        ConfigError: ``image_size`` or the feature layers are not the tower's.
+    """
     if config.image_size != spec.image_size:
         raise ConfigError(
             f"image_size={spec.image_size} is not that of vision_tower={spec.vision_tower!r}, "
@@ -212,7 +222,6 @@ def read_tower_config(spec: ModelSpec) -> Any:
             f"feature_layers {wrong} do not exist: vision_tower={spec.vision_tower!r} has "
             f"{num_blocks} blocks, hidden states 0 to {num_blocks} or {-num_blocks - 1} to -1"
         )
-    return config
 
 
 def clip_vision_config(source: str, role: str) -> Any:

@@ -1,21 +1,25 @@
 """Useful work of training, by one convention, and the share of a device's peak that it makes.
 
-With N parameters of the language model (embeddings and head among them) and T tokens of a sample,
-placeholders of its picture among them, a step's useful floating-point operations are
+Counted are the products that are really made with weights, and attention. With L weights in the
+linear layers of all decoder blocks, H in the head, A in the adapters, T tokens of a sample with the
+placeholders of its picture, and S of them supervised, a step's useful floating-point operations in
+the language model are
 
-========== ================== ==================================================================
-workload   language model     why
-========== ================== ==================================================================
-projector  4 N T              forward 2, gradients of the inputs 2; frozen weights get none
-lora       4 N T + 6 A T      A parameters of the adapters, which get all three; about 4.3 N T
-qlora      as lora            few bits save memory, not work
-full       6 N T              forward 2, gradients of the inputs 2, of the weights 2
-========== ================== ==================================================================
+========== ======================== =============================================================
+workload   language model           why
+========== ======================== =============================================================
+projector  4 L T + 4 H S            forward 2, gradients of the inputs 2; frozen weights get none
+lora       4 L T + 4 H S + 6 A T    the adapters get all three
+qlora      as lora                  few bits save memory, not work
+full       6 L T + 6 H S            forward 2, gradients of the inputs 2, of the weights 2
+========== ======================== =============================================================
 
 and the same for every workload: attention among the T tokens under the causal mask, in all three
 passes; the projector on every patch; the tower's forward pass up to the deepest layer that the
-projector reads. What is done twice (gradient checkpointing), padding and what a causal mask hides
-never count. A multiplication and an addition are two operations.
+projector reads. The embedding table is looked up, which is no work, and the head runs at supervised
+positions only. What is done twice (gradient checkpointing), padding and what a causal mask hides
+never count, nor do norms, activations and the optimizer. A multiplication and an addition are two
+operations.
 """
 
 from __future__ import annotations
@@ -69,6 +73,7 @@ def useful_flops(
     *,
     num_samples: float,
     num_tokens: float,
+    num_supervised: float,
     num_images: float | None = None,
     squared_tokens: float | None = None,
     adapter_rank: int = 128,
@@ -81,6 +86,7 @@ def useful_flops(
         workload: what trains of the language model.
         num_samples: how many samples.
         num_tokens: of all of them, padding left out.
+        num_supervised: positions of all of them that carry loss.
         num_images: pictures of all of them; one each if not given.
         squared_tokens: sum of the squares of the samples' lengths, which attention goes by; as if
             all were equally long if not given.
@@ -94,7 +100,8 @@ def useful_flops(
         raise ConfigError(f"workload={workload!r} is not one of {', '.join(WORKLOADS)}")
     model = architecture.language_model
     per_token = 6.0 if workload == "full" else 4.0
-    flops = per_token * model.num_parameters * num_tokens
+    flops = per_token * model.linear_parameters * num_tokens
+    flops += per_token * model.head_parameters * num_supervised
     if workload in ("lora", "qlora"):
         flops += 6.0 * model.adapter_parameters(adapter_rank) * num_tokens
     if squared_tokens is None:
@@ -105,16 +112,22 @@ def useful_flops(
     flops += 3 * 2 * model.num_blocks * attention_width * squared_tokens
     pictures = num_samples if num_images is None else num_images
     return flops + pictures * (
-        _projector_flops(architecture, tower_trains)
-        + tower_flops(architecture.tower) * (3 if tower_trains else 1)
+        _projector_flops(architecture) + tower_flops(architecture.tower, trains=tower_trains)
     )
 
 
-def tower_flops(tower: Tower) -> float:
-    """Return the operations of the tower's forward pass over one picture, as far as it is read."""
+def tower_flops(tower: Tower, *, trains: bool = False) -> float:
+    """Return the operations of the tower over one picture, as far as it is read.
+
+    Args:
+        tower: its sizes.
+        trains: with the backward pass; else it is frozen and has none.
+    """
     length = tower.num_patches + 1  # the class token
-    block = 2 * tower.block_parameters * length + 4 * tower.width * length**2
-    return 2 * tower.patch_parameters * tower.num_patches + tower.deepest_block * block
+    block = 2 * tower.block_linear_parameters * length + 4 * tower.width * length**2
+    patches = 2 * tower.patch_parameters * tower.num_patches
+    # Of the pixels no gradient is asked for.
+    return (2 if trains else 1) * patches + (3 if trains else 1) * tower.deepest_block * block
 
 
 def device_peak(device_name: str) -> float | None:
@@ -148,8 +161,7 @@ def mfu(
     return useful_flops / (seconds * num_devices * peak)
 
 
-def _projector_flops(architecture: Architecture, tower_trains: bool) -> float:
-    first, *others = (inputs * outputs for inputs, outputs in architecture.projector_linears)
-    # Of a frozen tower's features no gradient is asked for.
-    per_patch = (6.0 if tower_trains else 4.0) * first + 6.0 * sum(others)
-    return per_patch * architecture.tower.num_patches
+def _projector_flops(architecture: Architecture) -> float:
+    # Its norm trains: of what goes into the first layer a gradient is asked for, too.
+    weights = sum(inputs * outputs for inputs, outputs in architecture.projector_linears)
+    return 6.0 * weights * architecture.tower.num_patches

@@ -26,6 +26,10 @@ _NON_LORA: Final = "non_lora_trainables.bin"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
+class UnreachableError(CheckpointError):
+    """A model is not on this machine, and no hub can be asked for it."""
+
+
 def local_folder(source: str, role: str, *, weights: bool = True) -> Path:
     """Return the folder or file that a source names, downloaded first if it is an id.
 
@@ -145,6 +149,7 @@ def _needed(names: list[str], weights: bool) -> list[str]:
 
 def _refusal(source: str, role: str, error: Exception, errors: Any) -> Exception:
     page = f"https://huggingface.co/{source}"
+    kind = CheckpointError
     if isinstance(error, errors.GatedRepoError):
         what = (
             f"is gated: ask for access at {page}, then log in with `hf auth login` (or set "
@@ -158,6 +163,7 @@ def _refusal(source: str, role: str, error: Exception, errors: Any) -> Exception
     elif _is_unreachable(error) or isinstance(
         error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
     ):
+        kind = UnreachableError
         what = (
             "is no folder here and not in the cache, and the Hugging Face Hub cannot be reached "
             f"(or HF_HUB_OFFLINE is set): run `hf download {source}` where there is a network, or "
@@ -170,4 +176,4 @@ def _refusal(source: str, role: str, error: Exception, errors: Any) -> Exception
         )
     else:
         return error
-    return CheckpointError(f"{role}={source!r} {what}")
+    return kind(f"{role}={source!r} {what}")

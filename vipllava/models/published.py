@@ -11,7 +11,12 @@ from typing import Any, Final
 from transformers import AutoConfig, CLIPVisionConfig, VipLlavaConfig
 
 from vipllava.models.architecture import Architecture, architecture_of
-from vipllava.models.building import network_config, num_patches
+from vipllava.models.building import (
+    ModelSpec,
+    check_tower_config,
+    network_config,
+    num_patches,
+)
 from vipllava.types import ConfigError
 
 _NEW_TOKENS: Final = 2  # image and padding
@@ -115,3 +120,20 @@ def published_architecture(
 ) -> Architecture:
     """Return the sizes of a network of published parts; see :func:`published_config`."""
     return architecture_of(published_config(vision_tower, language_model, feature_layers))
+
+
+def is_published(spec: ModelSpec) -> bool:
+    """Whether the sizes of both parts ship with this package."""
+    return spec.vision_tower in TOWERS and spec.language_model in LANGUAGE_MODELS
+
+
+def sizes_of_published(spec: ModelSpec) -> Architecture:
+    """Return the sizes of a job's network without any file of it.
+
+    Raises:
+        ConfigError: a part is not known here; or ``image_size`` or the feature layers are not the
+            tower's.
+    """
+    config: Any = published_config(spec.vision_tower, spec.language_model, spec.feature_layers)
+    check_tower_config(config.vision_config, spec)
+    return architecture_of(config)

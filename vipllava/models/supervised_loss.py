@@ -124,13 +124,28 @@ def flash_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def supervised_positions(batch: Batch) -> torch.Tensor:
+    """Return where something is to be predicted; nothing waits for the device.
+
+    A position predicts the next id where that one's label is supervised and belongs to the same
+    segment; the first id of a segment has nothing to be predicted from.
+
+    Args:
+        batch: padded or packed rows.
+
+    Returns:
+        bool [rows, length - 1]; position ``i`` predicts the id at ``i + 1``.
+    """
+    same = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
+    return (batch.labels[:, 1:] != IGNORE_INDEX) & same
+
+
 def supervised_loss_sum(
     model: VipLlavaForConditionalGeneration, batch: Batch, observers: Sequence[Observer] = ()
 ) -> tuple[torch.Tensor, int]:
     """Return the summed cross entropy of a micro-batch and the number of its terms.
 
-    A position is a term when its label is supervised and its predecessor belongs to the same
-    segment; the first position of a segment has nothing to be predicted from.
+    Its terms are :func:`supervised_positions`.
 
     Args:
         model: the network.
@@ -155,7 +170,7 @@ def supervised_loss_sum(
         **flash_bounds(batch.position_ids),
     ).last_hidden_state
     targets = batch.labels[:, 1:]
-    supervised = (targets != IGNORE_INDEX) & (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1])
+    supervised = supervised_positions(batch)
     logits = model.lm_head(hidden[:, :-1][supervised])
     logits, targets = logits.float(), targets[supervised]
     loss_sum = functional.cross_entropy(logits, targets, reduction="sum")

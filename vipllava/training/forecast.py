@@ -10,6 +10,7 @@ from typing import Final
 from vipllava.models.architecture import Architecture
 from vipllava.models.flops import device_peak, useful_flops
 from vipllava.models.freezing import ParameterRow
+from vipllava.training.host_memory import HostMemory, host_memory
 from vipllava.training.memory import DeviceMemory, Setup, device_memory, parameter_rows
 
 MFU: Final = 0.4
@@ -53,7 +54,8 @@ class Corpus:
         mean_squared_tokens: mean of the squares of the samples' lengths.
         images_per_sample: pictures of a sample, on average.
         longest: tokens of the longest sample.
-        supervised_share: of a dense sample's tokens, those that carry loss.
+        supervised_share: of a dense sample's tokens, those that carry loss; memory goes by it.
+        mean_supervised: positions of a sample that carry loss, on average; work goes by it.
     """
 
     datasets: tuple[DataSetShare, ...]
@@ -62,6 +64,7 @@ class Corpus:
     images_per_sample: float
     longest: int
     supervised_share: float
+    mean_supervised: float
 
     @property
     def num_samples(self) -> int:
@@ -82,6 +85,9 @@ class Plan:
         device: name of one device, or None where it is not known.
         saves_frozen: checkpoints hold the frozen weights, too (DeepSpeed's do unless told not to).
         num_checkpoints: that are kept; a new one is whole before an old one goes.
+        num_nodes: that share the processes equally.
+        num_workers: loader processes of each process.
+        on_devices: else it is the host that trains.
     """
 
     epochs: int
@@ -91,6 +97,9 @@ class Plan:
     device: str | None = None
     saves_frozen: bool = False
     num_checkpoints: int = 1
+    num_nodes: int = 1
+    num_workers: int = 0
+    on_devices: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +109,7 @@ class Forecast:
     Attributes:
         parameters: of each part, and those that train.
         memory: of one device, bytes.
+        host: of a node beside its devices, bytes.
         checkpoint_bytes: of one training checkpoint.
         export_bytes: of what stands at the end: the model, adapters or the projector beside it.
         disk_bytes: checkpoints and export together, with the one being written.
@@ -113,6 +123,7 @@ class Forecast:
 
     parameters: tuple[ParameterRow, ...]
     memory: DeviceMemory
+    host: HostMemory
     checkpoint_bytes: float
     export_bytes: float
     disk_bytes: float
@@ -154,6 +165,7 @@ def forecast(architecture: Architecture, setup: Setup, corpus: Corpus, plan: Pla
         setup.workload,
         num_samples=samples,
         num_tokens=samples * corpus.mean_tokens,
+        num_supervised=samples * corpus.mean_supervised,
         num_images=samples * corpus.images_per_sample,
         squared_tokens=samples * corpus.mean_squared_tokens,
         adapter_rank=setup.adapter_rank,
@@ -171,6 +183,13 @@ def forecast(architecture: Architecture, setup: Setup, corpus: Corpus, plan: Pla
     return Forecast(
         parameters=parameter_rows(architecture, setup),
         memory=device_memory(architecture, setup),
+        host=host_memory(
+            architecture,
+            setup,
+            num_nodes=plan.num_nodes,
+            num_workers=plan.num_workers,
+            on_devices=plan.on_devices,
+        ),
         checkpoint_bytes=checkpoint,
         export_bytes=export,
         disk_bytes=(plan.num_checkpoints + 1) * checkpoint + export,

@@ -14,7 +14,11 @@ attention              queries, keys, values, result          the input of the p
 MLP                    gate, its activation, up               the input, and their product
 ====================== ====================================== =====================================
 
-Gradient checkpointing keeps the input of each block instead, and one block's tensors at a time.
+Autocast makes a half-precision copy of a trained float32 weight for each product anew (Lightning's
+precision plugin has its cache off), and the product keeps it for its own backward pass.
+
+Gradient checkpointing keeps the input of each block instead, and one block's tensors, copies of its
+weights among them, at a time.
 Logits exist at supervised positions only.
 """
 
@@ -126,7 +130,7 @@ class Setup:
 
     @property
     def casts(self) -> bool:
-        """Whether autocast makes half-precision copies of the weights that train."""
+        """Whether autocast makes a half-precision copy of a trained weight for each product."""
         return self.strategy in ("single", "ddp") and self.weight_bytes != self.compute_bytes
 
     @property
@@ -153,9 +157,10 @@ class DeviceMemory:
         weights: as they are held, or this device's part of them.
         gradients: of what trains.
         optimizer: Adam's moments, and float32 masters where the weights are none.
-        activations: what is kept for the backward pass, with a block's intermediate results.
-        working: copies of weights that come and go: gathered, cast, buckets of gradients, and the
-            optimizer's temporaries.
+        activations: what is kept for the backward pass, autocast's copies of weights among it, with
+            a block's intermediate results.
+        working: weights that come and go: gathered, or made whole from few bits; buckets of
+            gradients, and the optimizer's temporaries.
         overhead: an allowance for CUDA's context, NCCL and fragmentation.
         host: on the host, of all devices together: what is offloaded.
     """
@@ -225,17 +230,8 @@ def device_memory(architecture: Architecture, setup: Setup) -> DeviceMemory:
         gradients, optimizer = 0.0, 0.0
     forward, backward = _activations(architecture, setup)
     passes, step = _working(architecture, setup, count, trained)
-    # Copies that autocast keeps of trained weights end with the forward pass; those of blocks that
-    # are not recomputed are what the blocks keep.
-    num_blocks = architecture.language_model.num_blocks
-    share = setup.num_recomputed(num_blocks) / num_blocks
-    cached = setup.compute_bytes * trained * share if setup.casts else 0.0
-    phases = {
-        "forward": (forward, passes + cached),
-        "backward": (backward, passes),
-        "step": (0.0, step),
-    }
-    activations, working = max(phases.values(), key=sum)
+    phases = ((forward, passes), (backward, passes), (0.0, step))
+    activations, working = max(phases, key=sum)
     overhead = _CONTEXT_BYTES + _FRAGMENTED * (activations + working)
     if shards > 1:
         overhead += _COMMUNICATOR_BYTES
@@ -277,24 +273,55 @@ def _activations(architecture: Architecture, setup: Setup) -> tuple[float, float
     model = architecture.language_model
     tokens = setup.micro_batch_size * setup.row_tokens
     block = _block_bytes(model, setup, tokens)
-    # A block's backward pass: three gradients as wide as its MLP, that of its input.
-    passing = tokens * (3 * setup.compute_bytes * model.mlp_width)
-    passing += tokens * setup.stream_bytes * model.width
+    stream = tokens * setup.stream_bytes * model.width  # what goes from block to block
+    trained = setup.trains_language_model
+    # A block's backward pass: three gradients as wide as its MLP, in trained ones one of them in
+    # the room of what the down projection read; that of its input.
+    passing = tokens * ((2 if trained else 3) * setup.compute_bytes * model.mlp_width) + stream
     if setup.rank and setup.casts:
         passing += tokens * 4.0 * model.mlp_width  # an adapter's input in the adapter's float32
     last_norm = _norm_bytes(setup, tokens * model.width)
-    features = _feature_bytes(architecture, setup)
-    # The embeddings with the features laid in, and where.
-    kept = features + tokens * model.width * (setup.stream_bytes + 1)
-    head = setup.micro_batch_size * setup.row_supervised
-    logits = head * model.vocabulary * 4.0
+    # The embeddings with the features laid in, and the angles of all positions.
+    kept = _feature_bytes(architecture, setup) + stream
+    kept += tokens * 2 * model.head_dim * setup.stream_bytes
     again = setup.num_recomputed(model.num_blocks)
-    kept += again * tokens * setup.stream_bytes * model.width  # their inputs
-    forward = kept + (model.num_blocks - again) * block + last_norm + 3 * logits
-    backward = kept + block + passing if again else 0.0
+    # The inputs of what is recomputed; of trained blocks the first one is the embeddings.
+    kept += stream * max(0, again - 1 if trained else again)
+    logits = setup.micro_batch_size * setup.row_supervised * model.vocabulary
+    head_copy = loss = 0.0
+    if trained:
+        head = model.vocabulary * model.width
+        head_copy = _copied(setup, head)
+        loss = logits * setup.compute_bytes + _gradient_bytes(setup, head)
+        passing += _gradient_bytes(setup, max(i * o for i, o in model.block_linears))
+    stored = kept + (model.num_blocks - again) * block
+    forward = stored + last_norm + head_copy + max(12.0 * logits, loss)
+    backward = 0.0
+    if again:
+        # A float32 input of the first norm is that of the block, which is kept already.
+        backward = kept + block + passing - (stream if setup.stream_bytes == 4 else 0.0)
     if again < model.num_blocks:
-        backward = max(backward, forward - 3 * logits + passing)
+        # The last norm's own backward pass, in float32, or that of the block before it.
+        norm = tokens * model.width * 20.0 + stream
+        backward = max(backward, stored + last_norm + max(passing, norm))
     return forward, max(forward, backward)
+
+
+def _copied(setup: Setup, weights: float) -> float:
+    """Return the bytes of the half-precision copy of trained weights that autocast multiplies with.
+
+    Each product makes its own (Lightning's precision plugin keeps no cache of them) and keeps it
+    where its input, too, gets a gradient.
+    """
+    return setup.compute_bytes * weights if setup.casts else 0.0
+
+
+def _gradient_bytes(setup: Setup, weights: float) -> float:
+    """Return the bytes of one trained layer's gradient before it is added to the others.
+
+    Where autocast has made a copy it was in half precision first, in the room that the copy had.
+    """
+    return float(setup.stream_bytes * weights)
 
 
 def _block_bytes(model: LanguageModel, setup: Setup, tokens: float) -> float:
@@ -325,8 +352,9 @@ def _block_bytes(model: LanguageModel, setup: Setup, tokens: float) -> float:
         else:
             kept += tokens * (2 * model.width + model.mlp_width) * compute
         kept += tokens * len(model.block_linears) * setup.rank * compute
-    if setup.casts and trained:
-        kept += compute * model.block_parameters
+    linears = sum(i * o for i, o in model.block_linears)
+    adapters = model.adapter_parameters(setup.rank) / model.num_blocks
+    kept += _copied(setup, linears if trained else adapters)
     squares = setup.micro_batch_size * setup.row_tokens**2
     if setup.attention == "eager":
         kept += squares * model.num_heads * (4 if compute == 4 else 4 + compute)
@@ -355,9 +383,11 @@ def _feature_bytes(architecture: Architecture, setup: Setup) -> float:
     kept = patches * (read * stream + hidden * compute)
     if "projector" in setup.trainable:
         kept += patches * (read * compute + architecture.projector_linears[0][1] * compute)
+        kept += _copied(setup, sum(i * o for i, o in architecture.projector_linears))
     if "vision_tower" in setup.trainable:
         # Norms, attention and MLP of every block, as of the language model's.
         length = pictures * (tower.num_patches + 1)
         numbers = 8 * tower.width + 3 * tower.mlp_width
-        kept += tower.num_blocks * length * (numbers * compute + 2 * stream * tower.width)
+        kept += tower.deepest_block * length * (numbers * compute + 2 * stream * tower.width)
+        kept += _copied(setup, tower.deepest_block * tower.block_linear_parameters)
     return kept

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from vipllava.data.stream import REPEAT_SUFFIX, StepLoader
 from vipllava.models.architecture import Architecture
 from vipllava.models.flops import Workload, useful_flops
+from vipllava.models.supervised_loss import supervised_positions
 from vipllava.training.dataset_losses import DatasetLosses
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.types import PADDING_SEGMENT, Batch
@@ -79,7 +80,7 @@ def segment_lengths(batch: Batch) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class BatchFlops:
-    """Counts the useful operations of a micro-batch by the lengths of its samples.
+    """Counts the useful operations of a micro-batch by its samples' lengths and supervision.
 
     Attributes:
         architecture: the network's sizes.
@@ -101,11 +102,13 @@ class BatchFlops:
         lengths = segment_lengths(batch).double()
         num_tokens: Any = lengths.sum()
         squared_tokens: Any = lengths.square().sum()
+        num_supervised: Any = supervised_positions(batch).sum()
         flops: Any = useful_flops(
             self.architecture,
             self.workload,
             num_samples=len(batch.keys),
             num_tokens=num_tokens,
+            num_supervised=num_supervised,
             num_images=len(batch.pixel_values),
             squared_tokens=squared_tokens,
             adapter_rank=self.adapter_rank,

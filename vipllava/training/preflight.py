@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vipllava.config.schema import AUTO, spell
-from vipllava.types import VipLlavaError
+from vipllava.types import CheckpointError, VipLlavaError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -53,6 +53,7 @@ class PreflightReport:
         num_proved: samples whose labels were proved.
         num_linted: samples that lint looked at.
         free_disk: bytes where the run will be written.
+        host_capacity: bytes of a node, beside its devices; None where that is not known.
         notes: what a reader should know.
         problems: what would stop the job, each with its remedy.
     """
@@ -71,6 +72,7 @@ class PreflightReport:
     num_proved: int
     num_linted: int
     free_disk: float
+    host_capacity: float | None
     notes: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -86,8 +88,8 @@ def preflight(cfg: DictConfig, console: Console | None = None) -> PreflightRepor
         What was printed, if nothing stands in the way.
 
     Raises:
-        VipLlavaError: config or tokenizer of the model cannot be had; or, when all has been
-            printed, something would stop the job: each problem with its remedy.
+        VipLlavaError: config or tokenizer of a model whose sizes do not ship cannot be had; or,
+            when all has been printed, something would stop the job: each problem with its remedy.
     """
     from vipllava.training.preflight_tables import print_preflight
 
@@ -104,24 +106,22 @@ def examine(cfg: DictConfig) -> PreflightReport:
     """Look a job over; see :func:`preflight`.
 
     Raises:
-        VipLlavaError: config or tokenizer of the model cannot be had.
+        VipLlavaError: config or tokenizer of a model whose sizes do not ship cannot be had.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.training.forecast import choose_strategy, fits, forecast
     from vipllava.training.memory import device_memory
     from vipllava.training.preflight_data import assumed_corpus, lint_data, look_at_data
     from vipllava.training.run import build_datamodule
 
     notes = _forget_missing_checkpoint(cfg)
-    spec = _spec(cfg)
-    tokenizer = load_tokenizer(spec)
-    architecture = job_architecture(spec, tokenizer)
-    problems: list[str] = []
+    spec, problems = _spec(cfg), list[str]()
+    tokenizer, architecture = _look_at_model(spec, notes, problems)
     datamodule, found = None, None
     try:
-        datamodule = build_datamodule(cfg, tokenizer)
-        found = look_at_data(cfg, datamodule)
+        if tokenizer is not None:
+            datamodule = build_datamodule(cfg, tokenizer)
+            found = look_at_data(cfg, datamodule)
     except VipLlavaError as error:
         problems.append(str(error))
     num_proved = num_linted = 0
@@ -130,7 +130,7 @@ def examine(cfg: DictConfig) -> PreflightReport:
         num_linted, faults = lint_data(cfg, datamodule, notes)
         problems += faults
     else:
-        corpus = assumed_corpus(cfg)
+        corpus = assumed_corpus(cfg, architecture.tower.num_patches)
         notes.append(
             "the data could not be looked at: lengths are the recipe's, sizes the manifests'"
         )
@@ -148,6 +148,9 @@ def examine(cfg: DictConfig) -> PreflightReport:
             problems.append(reason)
         elif not fits(expected.memory, capacity):
             notes.append(f"it may just fit, or not: {reason}")
+    host_capacity = _host_capacity(cfg)
+    if host_capacity is not None and expected.host.total > host_capacity:
+        problems.append(_want_of_host(setup, expected, host_capacity))
     free = _free_disk(Path(cfg.run_dir))
     if free < expected.disk_bytes:
         # Another machine's disk is not this one's.
@@ -170,6 +173,7 @@ def examine(cfg: DictConfig) -> PreflightReport:
         num_proved=num_proved,
         num_linted=num_linted,
         free_disk=free,
+        host_capacity=host_capacity,
         notes=tuple(notes),
         problems=tuple(problems),
     )
@@ -209,7 +213,7 @@ def look_ahead(
     spec = spec or _spec(cfg)
     architecture = job_architecture(spec, tokenizer)
     if datamodule is None:
-        corpus = assumed_corpus(cfg)
+        corpus = assumed_corpus(cfg, architecture.tower.num_patches)
     else:
         dataset = datamodule.dataset or datamodule.open_dataset()
         corpus = measured_corpus(cfg, datamodule, dataset)
@@ -220,14 +224,16 @@ def look_ahead(
     trained = sum(row.num_trainable for row in expected.parameters)
     count = sum(row.num_parameters for row in expected.parameters)
     steps = "an unknown number of" if expected.num_steps is None else f"{expected.num_steps:,}"
+    host_capacity, host = _host_capacity(cfg), expected.host.total
     lines = [
         f"forecast: {trained:,} of {count:,} parameters train; {steps} steps of "
         f"{expected.samples_per_step:,.0f} samples, about {expected.tokens_per_step:,.0f} tokens "
         f"and {expected.flops_per_step / 1e12:,.3g} TFLOP",
         f"forecast: {memory / 2**30:.1f} GiB a device"
         + (f" of {capacity / 2**30:.1f}" if capacity else "")
-        + f" with {setup.strategy} and rows of {setup.row_tokens} tokens; a checkpoint "
-        f"{expected.checkpoint_bytes / 1e9:.2f} GB, in all {expected.disk_bytes / 1e9:.2f} GB",
+        + f" with {setup.strategy} and rows of {setup.row_tokens} tokens, {host / 2**30:.1f} GiB "
+        f"of the node; a checkpoint {expected.checkpoint_bytes / 1e9:.2f} GB, in all "
+        f"{expected.disk_bytes / 1e9:.2f} GB",
         f"{setup.num_recomputed(num_blocks)} of {num_blocks} decoder blocks are recomputed "
         f"(stage.gradient_checkpointing={spell(cfg.stage.gradient_checkpointing)})",
     ]
@@ -237,6 +243,8 @@ def look_ahead(
         lines.append(
             "forecast: this may not fit; `preflight=true` says which micro-batch and strategy would"
         )
+    if host_capacity is not None and host > host_capacity:
+        lines.append(f"forecast: {_want_of_host(setup, expected, host_capacity)}")
     return Outlook(setup, tuple(lines))
 
 
@@ -256,6 +264,28 @@ def _forget_missing_checkpoint(cfg: DictConfig) -> list[str]:
         return []
     cfg.stage.checkpoint = None
     return [f"it starts from {folder}, which is not there yet: run the stage before it first"]
+
+
+def _look_at_model(
+    spec: ModelSpec, notes: list[str], problems: list[str]
+) -> tuple[Any | None, Architecture]:
+    """Return tokenizer and sizes; of published parts the sizes alone where no file can be had."""
+    from vipllava.checkpoints.loading import load_tokenizer
+    from vipllava.models.hub_models import UnreachableError
+    from vipllava.models.published import is_published, sizes_of_published
+
+    try:
+        tokenizer = load_tokenizer(spec)
+        return tokenizer, job_architecture(spec, tokenizer)
+    except CheckpointError as error:
+        if not is_published(spec):
+            raise
+        (notes if isinstance(error, UnreachableError) else problems).append(str(error))
+    notes.append(
+        "the network's sizes are those that ship with this package; not looked at: tokenizer, "
+        "labels, lint, and whether the weights are there and whole"
+    )
+    return None, sizes_of_published(spec)
 
 
 def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
@@ -284,7 +314,6 @@ def _setup(cfg: DictConfig, spec: ModelSpec, architecture: Architecture, corpus:
     packed = cfg.data.batching == "packed"
     row_tokens = int(cfg.data.pack_length) if packed else corpus.longest
     asked = cfg.stage.gradient_checkpointing
-    on_cuda = cfg.trainer.accelerator == "cuda" or bool(_present_devices(cfg))
     setup = Setup(
         trainable=tuple(cfg.stage.trainable),
         workload=cfg.machine.workload,
@@ -302,7 +331,7 @@ def _setup(cfg: DictConfig, spec: ModelSpec, architecture: Architecture, corpus:
         weights_dtype=cfg.machine.weights_dtype,
         bits=None if quantization is None else int(quantization.bits),
         double_quantization=quantization is None or bool(quantization.double_quantization),
-        fused_optimizer=on_cuda and cfg.trainer.precision != "16-mixed",
+        fused_optimizer=_on_devices(cfg) and cfg.trainer.precision != "16-mixed",
     )
     capacity = _capacity(cfg)
     # Every process has to decide alike: what is not written down may differ between nodes.
@@ -341,7 +370,15 @@ def _plan(cfg: DictConfig, corpus: Corpus) -> Plan:
         device=device,
         saves_frozen=saves_frozen,
         num_checkpoints=kept,
+        num_nodes=int(cfg.trainer.num_nodes),
+        num_workers=int(cfg.data.num_workers),
+        on_devices=_on_devices(cfg),
     )
+
+
+def _on_devices(cfg: DictConfig) -> bool:
+    """Whether the job trains on devices with memory of their own."""
+    return cfg.trainer.accelerator == "cuda" or bool(_present_devices(cfg))
 
 
 def _present_devices(cfg: DictConfig) -> Sequence[Any]:
@@ -366,6 +403,12 @@ def _is_here(cfg: DictConfig) -> bool:
 
     on_cuda = cfg.trainer.accelerator == "cuda"
     return not on_cuda or len(hardware.detect().cuda) >= int(cfg.trainer.devices)
+
+
+def _host_capacity(cfg: DictConfig) -> float | None:
+    from vipllava.training.host_memory import machine_memory
+
+    return machine_memory() if _is_here(cfg) else None
 
 
 def _free_disk(folder: Path) -> float:
@@ -407,4 +450,21 @@ def _want_of_memory(
         f"machine.micro_batch_size={setup.micro_batch_size} with strategy={setup.strategy} needs "
         f"about {needed / 2**30:.1f} GiB a device, which has {capacity / 2**30:.1f}: use "
         + ", or ".join(remedies)
+    )
+
+
+def _want_of_host(setup: Setup, expected: Forecast, capacity: float) -> str:
+    host = expected.host
+    parts = {
+        "processes and loaders": (host.processes, "data.num_workers=1"),
+        "copies of weights at the start": (host.copies, "strategy=zero3"),
+        "what stays while it trains": (host.trained, "strategy=zero3, tuning=lora"),
+        "a checkpoint or the export": (host.saving, "tuning=lora"),
+    }
+    what = max(parts, key=lambda name: parts[name][0])
+    size, remedy = parts[what]
+    return (
+        f"strategy={setup.strategy} needs about {host.total / 2**30:.1f} GiB of the node's memory "
+        f"({what}: {size / 2**30:.1f}), which has {capacity / 2**30:.1f}: use {remedy}, or a "
+        "machine with more of it"
     )

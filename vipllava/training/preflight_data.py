@@ -27,7 +27,7 @@ def look_at_data(cfg: DictConfig, datamodule: VisualPromptDataModule) -> tuple[C
     datamodule.setup("fit")
     dataset = datamodule.dataset
     assert dataset is not None
-    texts = estimated = 0
+    texts = estimated = supervised = 0
     share, num_proved = 0.0, 0
     for item in datamodule.first_items(dataset, datamodule.num_proved):
         _, good, _ = dataset.measure(item)
@@ -37,11 +37,13 @@ def look_at_data(cfg: DictConfig, datamodule: VisualPromptDataModule) -> tuple[C
         )
         texts += encoded.length - encoded.num_images * datamodule.encoder.image_seq_length
         estimated += _text_tokens(source, good.position)
+        supervised += encoded.num_supervised
         share = max(share, encoded.num_supervised / encoded.length)
         num_proved += 1
     # The index estimates lengths for a real vocabulary; this tokenizer's are known for a few.
     ratio = texts / estimated if estimated else 1.0
-    return measured_corpus(cfg, datamodule, dataset, ratio, share or None), num_proved
+    of_text = supervised / texts if texts else None
+    return measured_corpus(cfg, datamodule, dataset, ratio, share or None, of_text), num_proved
 
 
 def _text_tokens(source: Any, position: int) -> int:
@@ -56,6 +58,7 @@ def measured_corpus(
     dataset: VisualPromptDataset,
     ratio: float = 1.0,
     supervised_share: float | None = None,
+    supervised_text: float | None = None,
 ) -> Corpus:
     """Measure an epoch by the indices of its shards.
 
@@ -65,6 +68,7 @@ def measured_corpus(
         dataset: the same, opened.
         ratio: corrects their texts' lengths, which are estimates.
         supervised_share: of a dense sample's tokens; the stage's, if not measured.
+        supervised_text: share of all texts' tokens that carries loss; assumed, if not measured.
     """
     import numpy as np
 
@@ -88,11 +92,18 @@ def measured_corpus(
         images_per_sample=float(pictured.mean()),
         longest=int(np.ceil(lengths.max())),
         supervised_share=supervised_share or float(cfg.stage.supervised_share),
+        mean_supervised=(supervised_text or _supervised_text(cfg))
+        * float((lengths - placeholders).clip(min=0).mean()),
     )
 
 
-def assumed_corpus(cfg: DictConfig) -> Corpus:
-    """Return the recipe's lengths and the manifests' sizes, for data that cannot be opened."""
+def assumed_corpus(cfg: DictConfig, image_tokens: int) -> Corpus:
+    """Return the recipe's lengths and the manifests' sizes, for data that cannot be opened.
+
+    Args:
+        cfg: the job.
+        image_tokens: placeholders of one picture.
+    """
     from vipllava.data.manifest import load_manifest
     from vipllava.data.order import parse_mix, plan_parts
     from vipllava.training.forecast import Corpus, DataSetShare
@@ -113,7 +124,13 @@ def assumed_corpus(cfg: DictConfig) -> Corpus:
         images_per_sample=1.0,
         longest=min(int(cfg.stage.longest_length), int(cfg.stage.max_length)),
         supervised_share=float(cfg.stage.supervised_share),
+        mean_supervised=_supervised_text(cfg) * max(0.0, mean - image_tokens),
     )
+
+
+def _supervised_text(cfg: DictConfig) -> float:
+    """Return the share of texts' tokens that carries loss, about: captions whole, of talks half."""
+    return 1.0 if cfg.stage.chat_template == "plain" else 0.5
 
 
 def lint_data(

@@ -34,13 +34,15 @@ def print_preflight(report: PreflightReport, console: Console | None = None) -> 
         render_parameter_table(report.forecast.parameters),
         _work_table(report),
         _memory_table(report),
+        _host_table(report),
         _disk_table(report),
     ):
         console.print(table)
     for note in report.notes:
         console.print(Text(f"note: {note}", style="yellow"))
     if not report.problems:
-        console.print(Text("nothing stands in the way", style="green"))
+        what = "nothing" if report.num_proved else "nothing that was looked at"
+        console.print(Text(f"{what} stands in the way", style="green"))
 
 
 def _data_table(report: PreflightReport) -> Table:
@@ -94,8 +96,6 @@ def _memory_table(report: PreflightReport) -> Table:
         "all": in_gib(memory.total),
         "the device has": "not known" if report.capacity is None else in_gib(report.capacity),
     }
-    if memory.host:
-        facts["on the host"] = in_gib(memory.host)
     facts["decoder blocks recomputed"] = (
         f"{setup.num_recomputed(report.num_blocks)} of {report.num_blocks}"
     )
@@ -112,6 +112,23 @@ def _memory_table(report: PreflightReport) -> Table:
         )
     rows = f"{setup.micro_batch_size} rows of {setup.row_tokens} tokens"
     return _facts(f"Memory of a device: {setup.strategy}, {setup.precision}, {rows}", facts)
+
+
+def _host_table(report: PreflightReport) -> Table:
+    host, capacity = report.forecast.host, report.host_capacity
+    nodes, per_node = report.plan.num_nodes, report.setup.num_devices // report.plan.num_nodes
+    return _facts(
+        f"Memory of a node: {nodes} x {per_node} processes",
+        {
+            "processes and their loaders": in_gib(host.processes),
+            "copies of weights at the start": in_gib(host.copies),
+            "what stays while it trains": in_gib(host.trained),
+            "a checkpoint or the export": in_gib(host.saving),
+            "all": in_gib(host.total),
+            "the machine has": "not known" if capacity is None else in_gib(capacity),
+            "mapped weight files, shared": in_gib(host.files),
+        },
+    )
 
 
 def _disk_table(report: PreflightReport) -> Table:
