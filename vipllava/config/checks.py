@@ -15,7 +15,8 @@ from vipllava.config.attention import attention_candidates
 from vipllava.config.batch import accumulation_steps
 from vipllava.config.hardware import Hardware
 from vipllava.config.job_values import JobValues
-from vipllava.config.launch_checks import check_launch
+from vipllava.config.launch_checks import check_launch, check_single_process
+from vipllava.config.machine_faults import HOME_REMEDY, find_home
 from vipllava.config.schema import (
     EVALUATE,
     TRAIN,
@@ -379,14 +380,21 @@ def _wandb_host() -> str:
 
 def _in_netrc(host: str) -> bool:
     named = os.environ.get("NETRC")
-    files = [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    files = [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]
     for file in files:
         try:
             if netrc.netrc(file.expanduser()).authenticators(host) is not None:
                 return True
-        except (OSError, netrc.NetrcParseError):
+        except (OSError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: there is no home
             continue
     return False
+
+
+def _home(job: JobValues) -> list[str]:
+    """Without one, libraries keep what they fetch in a folder that is called ``~``."""
+    if find_home() is not None:
+        return []
+    return [f"this user has no home folder, neither by HOME nor by the system: {HOME_REMEDY}"]
 
 
 def _callbacks(job: JobValues) -> list[str]:
@@ -436,5 +444,13 @@ _TRAIN_CHECKS: tuple[_Check, ...] = (
     _loggers,
     _wandb_key,
     _callbacks,
+    _home,
 )
-_EVALUATE_CHECKS: tuple[_Check, ...] = (_manifest, _checkpoint, _device, _attention)
+_EVALUATE_CHECKS: tuple[_Check, ...] = (
+    _manifest,
+    _checkpoint,
+    check_single_process,
+    _device,
+    _attention,
+    _home,
+)
