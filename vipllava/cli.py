@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vipllava import __version__
+from vipllava.config.machine_faults import explain_fault, make_output_safe
 from vipllava.types import VipLlavaError
 
 EXIT_USER_ERROR = 2
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the command line without the program's name; ``sys.argv`` if not given.
     """
+    make_output_safe()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if "rest" in options:
@@ -38,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(options) or 0
     except VipLlavaError as error:
         sys.stderr.write(f"error: {error}\n")
+        return EXIT_USER_ERROR
+    except Exception as error:
+        if (message := explain_fault(error)) is None:
+            raise
+        sys.stderr.write(f"error: {message}\n")
         return EXIT_USER_ERROR
 
 

@@ -170,6 +170,8 @@ def test_network_shows_versions_and_variables():
         (Place("runs", "/r", 30 * GIB, writable=False), "problem"),
         (Place("data", "/d", 30 * GIB, writable=False), "warning"),
         (Place("temporary", "/tmp", 5 * GIB, writable=True), "ok"),
+        (Place("hub cache", "/h", 30 * GIB, writable=False), "warning"),
+        (Place("hub cache", "/h", GIB // 2, writable=True), "problem"),
     ],
 )
 def test_disk(place, status):
@@ -195,8 +197,52 @@ def test_environment():
         "TORCH_EXTENSIONS_DIR": "not set",
         "DS_ACCELERATOR": "not set",
         "OMP_NUM_THREADS": "1",
+        "home": "/home/you",
+        "encoding": "terminal utf-8, file names utf-8",
         "W&B key": "there",
     }
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "remedy"),
+    [
+        (Environment(home=None, home_writable=False), ("home", "problem"), "set HOME to a folder"),
+        (Environment(home="/", home_writable=False), ("home", "warning"), "set HOME to a folder"),
+        (Environment(terminal="ascii"), ("encoding", "warning"), "set PYTHONUTF8=1"),
+        (Environment(file_names="iso8859-1"), ("encoding", "warning"), "LC_ALL=C.UTF-8"),
+    ],
+)
+def test_no_home_and_narrow_encodings_have_a_remedy(found, expected, remedy):
+    section = sections.surroundings(found, Hardware())
+    assert bad(section) == [expected]
+    assert [remedy in row.remedy for row in section.rows if row.status != "ok"] == [True]
+
+
+def test_ranks_that_nobody_gave_are_a_problem():
+    found = Network(("gloo",), left_over={"RANK": "3", "WORLD_SIZE": ""})
+    section = sections.network(found, 0)
+    assert bad(section) == [("RANK", "problem"), ("WORLD_SIZE", "problem")]
+    assert values(section)["WORLD_SIZE"] == "empty"
+    assert "`env -u RANK python train.py ...`" in section.rows[-2].remedy
+
+
+def test_a_master_elsewhere_is_a_warning():
+    variables = {"MASTER_ADDR": "192.0.2.1"}
+    found = Network(("gloo",), variables=variables, misplaced_master="192.0.2.1")
+    assert bad(sections.network(found, 0)) == [("MASTER_ADDR", "warning")]
+
+
+def test_this_machines_own_faults_are_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # a user without an entry
+    facts = doctor_facts.look(network=False)
+    assert facts.network.left_over == {"RANK": "3"}
+    assert facts.network.misplaced_master == "192.0.2.1"
+    assert (facts.surroundings.home, facts.surroundings.home_writable) == (None, False)
+    assert [p.path for p in facts.disk.places if p.name == "hub cache"] == [str(tmp_path)]
 
 
 def test_deepspeed_on_the_cpu_beside_gpus_and_old_locks_are_bad():
@@ -315,8 +361,8 @@ def test_two_processes_that_fail_or_hang_are_told_and_ended(monkeypatch, tmp_pat
             0,
             [
                 "warning: Disk, runs: /r: 5.0 GiB free",
-                "  -> free some, or name another folder (paths.*, TMPDIR); `preflight=true` says "
-                "what a job writes",
+                "  -> free some, or name another folder (paths.*, HF_HOME, TMPDIR); "
+                "`preflight=true` says what a job writes",
             ],
         ),
         (

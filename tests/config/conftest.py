@@ -35,7 +35,8 @@ def here(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Har
     machine = MACHINES[getattr(request, "param", "laptop")]
     monkeypatch.setattr(hardware, "detect", lambda: machine)
     monkeypatch.setattr(hardware, "installed_packages", lambda: machine.installed)
-    ours = ("VIPLLAVA_DATA", "WANDB_RUN_GROUP", "MASTER_ADDR", "NODE_RANK", "TORCHELASTIC_RUN_ID")
-    for name in (*ours, *(name for name in os.environ if name.startswith("SLURM_"))):
+    ours = ("VIPLLAVA_DATA", "WANDB_RUN_GROUP", "RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK")
+    launchers = ("SLURM_", "MASTER_", "NODE_", "TORCHELASTIC_", "OMPI_", "PMI_", "JSM_", "LSB_")
+    for name in (*ours, *(name for name in os.environ if name.startswith(launchers))):
         monkeypatch.delenv(name, raising=False)
     return machine

@@ -263,13 +263,6 @@ def test_machine_and_combinations(
     assert any(message in problem for problem in found), found
 
 
-def test_several_nodes_under_a_launcher(
-    monkeypatch: pytest.MonkeyPatch, machines: dict[str, Hardware]
-):
-    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
-    assert problems("trainer=multinode", machine=machines["8xa100"]) == []
-
-
 @pytest.fixture
 def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home without any key of W&B's."""
@@ -318,7 +311,8 @@ def test_variables_of_wandb(
     nobody: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, fine: bool
 ):
     monkeypatch.setenv(variable, value)
-    assert (problems("logger=wandb", machine=WITH_WANDB) == []) is fine
+    found = problems("logger=wandb", machine=WITH_WANDB)
+    assert any("no key" in problem for problem in found) is not fine
 
 
 def test_a_netrc_entry_of_the_right_host_is_a_key(nobody: Path, monkeypatch: pytest.MonkeyPatch):
@@ -364,35 +358,3 @@ def test_evaluation(override: str, message: str):
 def test_sound_evaluation(machines: dict[str, Hardware]):
     job = ("checkpoint=runs/tiny-pretrain/export", "bench.draw_marks=both", "device=cuda:7")
     assert problems(*job, name="evaluate", machine=machines["8xa100"]) == []
-
-
-ELASTIC = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
-BATCH = {"SLURM_NTASKS": "16", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "vip"}
-
-
-@pytest.mark.parametrize(
-    ("variables", "override", "message"),
-    [
-        (ELASTIC, "trainer.num_nodes=2", ""),
-        (ELASTIC, "trainer.num_nodes=4", "torchrun started 8 processes here and 16 in all"),
-        (ELASTIC, "trainer.num_nodes=4", "use --nproc-per-node=8 --nnodes=4"),
-        (ELASTIC | {"LOCAL_WORLD_SIZE": "4"}, "trainer.num_nodes=2", "torchrun started 4"),
-        (BATCH | {"SLURM_STEP_ID": "0"}, "trainer.num_nodes=2", ""),
-        (BATCH, "trainer.num_nodes=2", "put `srun` before the command"),
-        (BATCH, "trainer.num_nodes=4", "Slurm runs 16 tasks, and trainer.devices=8 x"),
-        (BATCH | {"SLURM_NTASKS": "1"}, "trainer.num_nodes=2", "use --ntasks-per-node=8 --nodes=2"),
-        (BATCH | {"SLURM_JOB_NAME": "bash"}, "trainer.num_nodes=2", ""),
-    ],
-)
-def test_what_a_launcher_has_started_is_what_the_job_waits_for(
-    machines: dict[str, Hardware],
-    monkeypatch: pytest.MonkeyPatch,
-    variables: dict[str, str],
-    override: str,
-    message: str,
-):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    found = problems("trainer=multinode", override, machine=machines["8xa100"])
-    assert len(found) == (1 if message else 0), found
-    assert message in "".join(found)

@@ -33,6 +33,7 @@ from vipllava.models.tensor_files import (
     LazyTensor,
     open_tensors,
     read_tensor,
+    save_pickle,
     save_tensors,
     shape_of,
 )
@@ -185,9 +186,9 @@ def write_llava_adapter(
     present = dict(model.named_parameters())
     projector = {name: present[name].detach().cpu().clone() for name in _projector_names(model)}
     renamed = hf_to_llava(hf_to_hf(projector, "this model"), "this model")
-    torch.save(
-        {_PREFIX + name: tensor for name, tensor in renamed.items()},
+    save_pickle(
         directory / "non_lora_trainables.bin",
+        {_PREFIX + name: tensor for name, tensor in renamed.items()},
     )
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, VipLlavaForConditionalGenerati
 from vipllava.checkpoints.export_meta import META_NAME, ExportMeta, check_meta
 from vipllava.checkpoints.model_card import CARD_NAME, model_card
 from vipllava.checkpoints.processor import build_processor
+from vipllava.models.tensor_files import disk_errors
 from vipllava.types import CheckpointError
 
 
@@ -58,7 +59,8 @@ def save_export(
     try:
         _remove(unfinished)
         unfinished.mkdir(parents=True)
-        network.save_pretrained(unfinished)
+        with disk_errors(directory):
+            network.save_pretrained(unfinished)
         _name_feature_layers_twice(unfinished / "config.json", meta.feature_layers)
         made, agreement = build_processor(tokenizer, model.config, meta)
         processor: Any = made

@@ -38,6 +38,7 @@ from vipllava.models.tensor_files import (
     dtype_of,
     open_tensors,
     read_tensor,
+    save_pickle,
     save_tensors,
     shape_of,
     write_tensors,
@@ -302,7 +303,7 @@ def write_projector(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """
     values = {name: read_tensor(t).contiguous() for name, t in tensors.items()}
     renamed = {name: value.cpu().clone() for name, value in hf_to_llava(values, "this").items()}
-    torch.save(renamed, path)
+    save_pickle(path, renamed)
     save_tensors(path.with_suffix(".safetensors"), renamed)
 
 

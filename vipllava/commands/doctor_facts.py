@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 import tomllib
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vipllava.commands.network_probe import Probe
-from vipllava.config.hardware import Hardware
+from vipllava.config.hardware import SHM, Hardware
+from vipllava.config.launch_checks import left_over, misplaced_master
+from vipllava.config.machine_faults import find_home
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -89,12 +92,16 @@ class Network:
         nccl: version of NCCL; empty without.
         variables: of the environment that change it.
         probe: what came of trying; None where it was left out.
+        left_over: variables of the environment that only a launcher sets, and none has.
+        misplaced_master: ``MASTER_ADDR`` where it is no address of this machine.
     """
 
     backends: tuple[str, ...]
     nccl: str = ""
     variables: Mapping[str, str] = field(default_factory=dict[str, str])
     probe: Probe | None = None
+    left_over: Mapping[str, str] = field(default_factory=dict[str, str])
+    misplaced_master: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +142,19 @@ class Surroundings:
         variables: those that are set, of a list that holds no keys.
         wandb_key: whether W&B has a key, in the environment or in a file.
         locks: lock files of torch's extension builds, with their age in seconds.
+        home: the user's home folder; None where there is none.
+        home_writable: whether it can be written to.
+        terminal: encoding of the standard output.
+        file_names: encoding of the names of files.
     """
 
     variables: Mapping[str, str] = field(default_factory=dict[str, str])
     wandb_key: bool = False
     locks: Mapping[str, float] = field(default_factory=dict[str, float])
+    home: str | None = "/home/you"
+    home_writable: bool = True
+    terminal: str = "utf-8"
+    file_names: str = "utf-8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +176,8 @@ def look(*, network: bool = True) -> Facts:
     """
     packages = look_at_packages()
     if "torch" in packages.import_errors:
-        devices, talking = Devices(Hardware(), driver=_has_driver()), Network(())
+        devices = Devices(Hardware(), driver=_has_driver())
+        talking = Network((), left_over=left_over())
     else:
         devices = look_at_devices()
         talking = look_at_network(len(devices.hardware.cuda), try_it=network)
@@ -256,13 +272,13 @@ def look_at_network(num_cuda: int, *, try_it: bool) -> Network:
     from vipllava.commands.network_probe import PROCESSES, probe_network
 
     if not distributed.is_available():
-        return Network((), variables=_network_variables())
+        return Network((), variables=_network_variables(), left_over=left_over())
     there = {"nccl": distributed.is_nccl_available(), "gloo": distributed.is_gloo_available()}
     backends = tuple(name for name in there if there[name])
     version = ".".join(map(str, nccl.version())) if there["nccl"] else ""
     wanted = "nccl" if num_cuda >= PROCESSES else "gloo"
     probe = probe_network(wanted) if try_it and wanted in backends else None
-    return Network(backends, version, _network_variables(), probe)
+    return Network(backends, version, _network_variables(), probe, left_over(), misplaced_master())
 
 
 def look_at_disk() -> Disk:
@@ -274,17 +290,22 @@ def look_at_disk() -> Disk:
     with suppress(ConfigError):  # installed without a checkout there is nothing to run either
         paths = compose_job(["trainer=cpu"]).paths
         folders = {"runs": paths.runs, "data": paths.data_root, "shard cache": paths.cache}
+    folders["hub cache"] = os.environ.get("HF_HOME") or str(_cache() / "huggingface")
     folders["temporary"] = tempfile.gettempdir()
-    shm = Path("/dev/shm")
     return Disk(
         tuple(look_at_place(name, Path(path)) for name, path in folders.items()),
-        shutil.disk_usage(shm).total if shm.is_dir() else None,
+        shutil.disk_usage(SHM).total if SHM.is_dir() else None,
     )
+
+
+def _cache() -> Path:
+    named = os.environ.get("XDG_CACHE_HOME")
+    return Path(named) if named else (find_home() or Path("~")) / ".cache"
 
 
 def look_at_place(name: str, path: Path) -> Place:
     """Return how much room there is where ``path`` is or would be made."""
-    path = path.expanduser().absolute()
+    path = Path(os.path.expanduser(path)).absolute()  # noqa: PTH111  there may be no home
     there = next(folder for folder in (path, *path.parents) if folder.is_dir())
     return Place(name, str(path), shutil.disk_usage(there).free, os.access(there, os.W_OK))
 
@@ -294,13 +315,18 @@ def look_at_surroundings() -> Surroundings:
     from vipllava.config.checks import has_wandb_key
 
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
-    root = Path(named) if named else Path.home() / ".cache" / "torch_extensions"
+    home = find_home()
+    root = Path(named) if named else (home or Path("~")) / ".cache" / "torch_extensions"
     # ROOT/EXTENSION/lock where it is named, ROOT/py311_cu128/EXTENSION/lock where not.
     locks = sorted({*root.glob("*/lock"), *root.glob("*/*/lock")})
     return Surroundings(
         {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         has_wandb_key(),
         {str(lock): max(0.0, time.time() - lock.stat().st_mtime) for lock in locks},
+        None if home is None else str(home),
+        home is not None and look_at_place("home", home).writable,
+        sys.stdout.encoding or "none",
+        sys.getfilesystemencoding(),
     )
 
 

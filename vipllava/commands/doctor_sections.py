@@ -14,7 +14,9 @@ from vipllava.commands.doctor_facts import (
     Surroundings,
 )
 from vipllava.config.attention import FALLBACK, attention_candidates, choose_attention
-from vipllava.config.hardware import CudaDevice, Hardware
+from vipllava.config.hardware import SHM_REMEDY, CudaDevice, Hardware
+from vipllava.config.launch_checks import unset_command
+from vipllava.config.machine_faults import HOME_REMEDY, UTF8_REMEDY
 
 Status = Literal["ok", "warning", "problem"]
 
@@ -27,6 +29,8 @@ _FULL, _TIGHT = 1 * _GIB, 20 * _GIB
 _TIGHT_TEMPORARY: Final = 2 * _GIB
 _SMALL_SHM: Final = 1 * _GIB
 """Loader processes hand their batches over in it; Docker gives 64 MB unless told otherwise."""
+_ONLY_READ: Final = ("data", "hub cache")
+"""Folders that may be filled already, and belong to somebody else."""
 _ALWAYS_SHOWN: Final = (
     "HF_HOME",
     "HF_HUB_OFFLINE",
@@ -199,7 +203,18 @@ def network(found: Network, num_cuda: int) -> Section:
                 else "name the interface with GLOO_SOCKET_IFNAME; does the host's name resolve?",
             )
         )
-    rows += [Row(name, value) for name, value in found.variables.items()]
+    for name, value in found.variables.items():
+        if name == "MASTER_ADDR" and found.misplaced_master:
+            remedy = "no address of this machine: a job on this node alone wants it unset"
+            rows.append(Row(name, value, "warning", remedy))
+        else:
+            rows.append(Row(name, value))
+    for name, value in found.left_over.items():
+        remedy = (
+            "no launcher has set it, and a job refuses to start with it: unset it in the image, "
+            f"the notebook or the shell, or `{unset_command([name], 'python train.py ...')}`"
+        )
+        rows.append(Row(name, value or "empty", "problem", remedy))
     return Section("Processes", tuple(rows))
 
 
@@ -210,19 +225,22 @@ def disk(found: Disk) -> Section:
         value = f"{place.path}: {place.free / _GIB:.1f} GiB free"
         tight = _TIGHT_TEMPORARY if place.name == "temporary" else _TIGHT
         if not place.writable:
-            remedy = "change its owner, or name another folder (paths.*, TMPDIR)"
-            status: Status = "warning" if place.name == "data" else "problem"
+            remedy = "change its owner, or name another folder (paths.*, HF_HOME, HOME, TMPDIR)"
+            status: Status = "warning" if place.name in _ONLY_READ else "problem"
             rows.append(Row(place.name, f"{value}, cannot be written to", status, remedy))
         elif place.free < tight:
             status = "problem" if place.free < _FULL else "warning"
-            remedy = "free some, or name another folder (paths.*, TMPDIR); `preflight=true` says "
-            rows.append(Row(place.name, value, status, remedy + "what a job writes"))
+            remedy = (
+                "free some, or name another folder (paths.*, HF_HOME, TMPDIR); `preflight=true` "
+                "says what a job writes"
+            )
+            rows.append(Row(place.name, value, status, remedy))
         else:
             rows.append(Row(place.name, value))
     if found.shm is not None:
         value = f"{found.shm / _GIB:.2f} GiB"
         small = found.shm < _SMALL_SHM
-        remedy = "docker run --shm-size=16g, or data.num_workers=0: loader processes need it"
+        remedy = f"{SHM_REMEDY}: loader processes hand batches over in it"
         rows.append(Row("/dev/shm", value, "warning", remedy) if small else Row("/dev/shm", value))
     return Section("Disk", tuple(rows))
 
@@ -241,6 +259,17 @@ def surroundings(found: Surroundings, machine: Hardware) -> Section:
                 "unset DS_ACCELERATOR: DeepSpeed would not use them",
             )
         )
+    if found.home is None:
+        rows.append(Row("home", "none", "problem", HOME_REMEDY))
+    elif not found.home_writable:
+        value = f"{found.home}: cannot be written to"
+        rows.append(Row("home", value, "warning", f"{HOME_REMEDY}: libraries keep caches in it"))
+    else:
+        rows.append(Row("home", found.home))
+    value = f"terminal {found.terminal}, file names {found.file_names}"
+    narrow = not all(_is_utf8(name) for name in (found.terminal, found.file_names))
+    remedy = f"{UTF8_REMEDY}: other letters are shown as escapes and are refused in file names"
+    rows.append(Row("encoding", value, "warning", remedy) if narrow else Row("encoding", value))
     rows.append(Row("W&B key", "there" if found.wandb_key else "none"))
     for lock, age in found.locks.items():
         value = f"{lock}, {age / 3600:.1f} hours old"
@@ -250,6 +279,10 @@ def surroundings(found: Surroundings, machine: Hardware) -> Section:
         remedy = "every later run would wait for it; if nothing is being built: delete it"
         rows.append(Row("build lock", value, "warning", remedy))
     return Section("Environment", tuple(rows))
+
+
+def _is_utf8(name: str) -> bool:
+    return name.lower().replace("_", "-") in ("utf-8", "utf8")
 
 
 def extras(packages: Packages) -> Section:

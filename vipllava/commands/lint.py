@@ -16,6 +16,7 @@ from vipllava.commands.job import (
     split_arguments,
     whole,
 )
+from vipllava.whole_files import write_whole
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -81,10 +82,9 @@ def run(arguments: Sequence[str]) -> int:
         reports.append(report)
     if "json" in given:
         path: Path = given["json"]
-        path.parent.mkdir(parents=True, exist_ok=True)
         found = [report.to_json() for report in reports]
         text = json.dumps(found if len(found) > 1 else found[0], indent=1, ensure_ascii=False)
-        path.write_text(f"{text}\n")
+        write_whole(path, f"{text}\n")
         logger.info("written to %s", path)
     found_any = any(report.findings for report in reports)
     return EXIT_FINDINGS if given.get("strict", False) and found_any else 0

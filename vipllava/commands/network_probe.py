@@ -71,7 +71,12 @@ def _wait(children: list[subprocess.Popen[bytes]], folder: Path, timeout: float)
             if child.poll() is None:
                 continue
             if child.returncode:
-                said = (folder / f"{rank}.txt").read_text(errors="replace").strip().splitlines()
+                said = (
+                    (folder / f"{rank}.txt")
+                    .read_text(encoding="utf-8", errors="replace")
+                    .strip()
+                    .splitlines()
+                )
                 return said[-1] if said else f"process {rank} ended with code {child.returncode}"
             del running[rank]
         if running and time.monotonic() > deadline:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vipllava.types import VipLlavaError
+from vipllava.whole_files import write_whole
 
 if TYPE_CHECKING:
     from vipllava.report.quickstart_page import Accuracy, Example
@@ -140,7 +141,7 @@ def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) ->
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
     )
     write_quickstart_page(output / "report.html", page)
-    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_whole(output / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 
@@ -163,7 +164,7 @@ def _examples(output: Path, data_root: Path, seed: int) -> list[Example]:
     from vipllava.sample_world.teach import load_tiny_policies
 
     path = output / "eval" / "regions" / "predictions.jsonl"
-    predictions = [json.loads(line) for line in path.read_text().splitlines()]
+    predictions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     shown: list[int] = []
     shapes = sorted({row["shape"] for row in predictions})
     by_shape = {s: [n for n, row in enumerate(predictions) if row["shape"] == s] for s in shapes}

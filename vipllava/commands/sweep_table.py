@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vipllava.commands.settings import Setting, read_settings
 from vipllava.types import VipLlavaError
+from vipllava.whole_files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,7 +143,7 @@ def run(words: Sequence[str], console: Console | None = None) -> int:
     console.print(sweep_table(jobs, values["metric"]))
     if values["json"] is not None:
         text = json.dumps([asdict(job) for job in jobs], indent=1) + "\n"
-        values["json"].write_text(text, encoding="utf-8")
+        write_whole(values["json"], text)
     return 0
 
 

@@ -6,7 +6,6 @@ import netrc
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from omegaconf import DictConfig
@@ -15,17 +14,18 @@ from vipllava.config import hardware
 from vipllava.config.attention import attention_candidates
 from vipllava.config.batch import accumulation_steps
 from vipllava.config.hardware import Hardware
+from vipllava.config.job_values import JobValues
+from vipllava.config.launch_checks import check_launch, check_single_process
+from vipllava.config.machine_faults import HOME_REMEDY, find_home
 from vipllava.config.schema import (
     EVALUATE,
     TRAIN,
     check_schema,
     did_you_mean,
-    read,
     spell,
 )
 from vipllava.types import ConfigError
 
-_LAUNCHER_VARIABLES = ("MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "NODE_RANK")
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 _WANDB_WITHOUT_KEY = ("offline", "disabled", "dryrun")
 _BF16_CAPABILITY = (8, 0)
@@ -52,7 +52,7 @@ def check_data_config(cfg: DictConfig) -> None:
         ConfigError: listing every unknown key and impossible value, and an unknown manifest.
     """
     problems = [_explain(p, cfg) for p in check_schema(cfg, TRAIN)]
-    problems += _manifest(_Job(cfg, hardware.detect()))
+    problems += _manifest(JobValues(cfg, hardware.detect()))
     if problems:
         raise ConfigError(format_problems(list(dict.fromkeys(problems))))
 
@@ -65,7 +65,7 @@ def check_plan_config(cfg: DictConfig) -> None:
             batch that does not divide, and settings that contradict each other.
     """
     problems = [_explain(p, cfg) for p in check_schema(cfg, TRAIN)]
-    job = _Job(cfg, Hardware(installed=frozenset(hardware.OPTIONAL_PACKAGES)))
+    job = JobValues(cfg, Hardware(installed=frozenset(hardware.OPTIONAL_PACKAGES)))
     for check in (_manifest, _global_batch, _tuning, _compile):
         problems += check(job)
     if problems:
@@ -78,7 +78,7 @@ def find_problems(cfg: DictConfig, machine: Hardware | None = None) -> list[str]
     rules = EVALUATE if evaluating else TRAIN
     checks = _EVALUATE_CHECKS if evaluating else _TRAIN_CHECKS
     problems = [_explain(p, cfg) for p in check_schema(cfg, rules)]
-    job = _Job(cfg, machine or hardware.detect())
+    job = JobValues(cfg, machine or hardware.detect())
     for check in checks:
         problems += check(job)
     return list(dict.fromkeys(problems))
@@ -89,29 +89,6 @@ def format_problems(problems: list[str]) -> str:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     listed = "\n".join(f"  - {problem}" for problem in problems)
     return f"this configuration cannot run: {count}\n{listed}"
-
-
-class _Job:
-    """A composed job whose values read as None where they cannot be read.
-
-    The schema check has reported those already; a check that needs one of them is skipped.
-    """
-
-    def __init__(self, cfg: DictConfig, machine: Hardware) -> None:
-        self.cfg = cfg
-        self.machine = machine
-
-    def get(self, path: str, kind: type | tuple[type, ...] = object) -> Any:
-        """Return the value at ``path`` if it can be read and is of ``kind``, else None."""
-        try:
-            value = read(self.cfg, path)
-        except (ConfigError, KeyError, TypeError, AttributeError):
-            return None
-        return value if isinstance(value, kind) else None
-
-    def number(self, path: str) -> int | None:
-        value = self.get(path, int)
-        return None if isinstance(value, bool) or value is None or value < 1 else value
 
 
 def _explain(problem: str, cfg: DictConfig) -> str:
@@ -131,7 +108,7 @@ def _known_manifests(folder: str) -> list[str]:
     return sorted(path.stem for path in Path(folder).expanduser().glob("*.yaml"))
 
 
-def _manifest(job: _Job) -> list[str]:
+def _manifest(job: JobValues) -> list[str]:
     key = "bench.manifest" if "bench" in job.cfg else "data.manifest"
     named = {key: job.get(key, str)}
     if mix := job.get("data.mix", dict):
@@ -158,7 +135,7 @@ def _manifest_problems(key: str, name: str | None, folder: str | None) -> list[s
     return [f"{key}={name}: unknown{did_you_mean(name, known)}; known: {', '.join(known)}"]
 
 
-def _checkpoint(job: _Job) -> list[str]:
+def _checkpoint(job: JobValues) -> list[str]:
     """The folder a stage starts from, or that is evaluated, where it is one of our runs."""
     key = "checkpoint" if "bench" in job.cfg else "stage.checkpoint"
     folder, runs = job.get(key, str), job.get("paths.runs", str)
@@ -174,7 +151,7 @@ def _checkpoint(job: _Job) -> list[str]:
     ]
 
 
-def _global_batch(job: _Job) -> list[str]:
+def _global_batch(job: JobValues) -> list[str]:
     size, micro = job.number("data.global_batch_size"), job.number("data.micro_batch_size")
     devices, nodes = job.number("trainer.devices"), job.number("trainer.num_nodes")
     if size is None or micro is None or devices is None or nodes is None:
@@ -194,7 +171,7 @@ def _global_batch(job: _Job) -> list[str]:
     return []
 
 
-def _devices(job: _Job) -> list[str]:
+def _devices(job: JobValues) -> list[str]:
     accelerator, wanted = job.get("trainer.accelerator"), job.number("trainer.devices")
     if wanted is None:
         return []
@@ -220,54 +197,7 @@ def _devices(job: _Job) -> list[str]:
     ]
 
 
-def _nodes(job: _Job) -> list[str]:
-    nodes = job.number("trainer.num_nodes")
-    if nodes is None or nodes == 1 or any(name in os.environ for name in _LAUNCHER_VARIABLES):
-        return []
-    return [
-        f"trainer.num_nodes={nodes}: start the job on every node with torchrun, or with srun; "
-        "started alone, this process would wait for the others for ever"
-    ]
-
-
-def _processes(job: _Job) -> list[str]:
-    """How many processes torchrun or Slurm has started, against how many the job waits for."""
-    devices, nodes = job.number("trainer.devices"), job.number("trainer.num_nodes")
-    if devices is None or nodes is None:
-        return []
-    wanted = f"trainer.devices={devices} x trainer.num_nodes={nodes}"
-    environment = os.environ
-    if "TORCHELASTIC_RUN_ID" in environment:
-        here, world = _int("LOCAL_WORLD_SIZE"), _int("WORLD_SIZE")
-        if (here, world) == (devices, devices * nodes):
-            return []
-        return [
-            f"torchrun started {here} processes here and {world} in all, and {wanted}: use "
-            f"--nproc-per-node={devices} --nnodes={nodes}, or other numbers for the trainer"
-        ]
-    tasks = _int("SLURM_NTASKS")
-    # In a shell on a node Lightning starts the processes itself, as without Slurm.
-    if not tasks or environment.get("SLURM_JOB_NAME") in ("bash", "interactive"):
-        return []
-    if tasks != devices * nodes:
-        return [
-            f"Slurm runs {tasks} task{'s' if tasks > 1 else ''}, and {wanted}: use "
-            f"--ntasks-per-node={devices} --nodes={nodes}, or other numbers for the trainer"
-        ]
-    if tasks > 1 and not {"SLURM_STEP_ID", "SLURM_STEPID"} & set(environment):
-        return [
-            f"Slurm has room for {tasks} tasks, and one was started, which would wait for the "
-            "others for ever: put `srun` before the command (docs/slurm_job.sh)"
-        ]
-    return []
-
-
-def _int(variable: str) -> int:
-    text = os.environ.get(variable, "")
-    return int(text) if text.isdecimal() else 0
-
-
-def _precision(job: _Job) -> list[str]:
+def _precision(job: JobValues) -> list[str]:
     precision, accelerator = job.get("trainer.precision", str), job.get("trainer.accelerator")
     if precision is None:
         return []
@@ -291,7 +221,7 @@ def _precision(job: _Job) -> list[str]:
     return problems
 
 
-def _capability(job: _Job) -> tuple[int, int] | None:
+def _capability(job: JobValues) -> tuple[int, int] | None:
     """The least compute capability among the trainer's stated one and the devices here."""
     found = [device.capability for device in job.machine.cuda]
     stated = job.get("machine.capability", (int, float))
@@ -300,7 +230,7 @@ def _capability(job: _Job) -> tuple[int, int] | None:
     return min(found, default=None)
 
 
-def _strategy(job: _Job) -> list[str]:
+def _strategy(job: JobValues) -> list[str]:
     strategy = job.get("strategy.name", str)
     if strategy is None or not strategy.startswith("zero"):
         return []
@@ -326,7 +256,7 @@ def _strategy(job: _Job) -> list[str]:
     return problems
 
 
-def _attention(job: _Job) -> list[str]:
+def _attention(job: JobValues) -> list[str]:
     if "bench" in job.cfg:
         return _attention_at("attn_implementation", job)
     # A model may have an implementation of its own in place of the machine's.
@@ -337,7 +267,7 @@ def _attention(job: _Job) -> list[str]:
     return problems
 
 
-def _attention_at(key: str, job: _Job) -> list[str]:
+def _attention_at(key: str, job: JobValues) -> list[str]:
     wanted = job.get(key, str)
     on_cuda = job.get("trainer.accelerator") not in ("cpu", "mps")
     candidates = attention_candidates(
@@ -360,7 +290,7 @@ def _attention_at(key: str, job: _Job) -> list[str]:
     return problems
 
 
-def _tuning(job: _Job) -> list[str]:
+def _tuning(job: JobValues) -> list[str]:
     tuning = job.get("tuning.name", str)
     if tuning not in ("lora", "qlora"):
         return []
@@ -388,7 +318,7 @@ def _tuning(job: _Job) -> list[str]:
     return problems
 
 
-def _compile(job: _Job) -> list[str]:
+def _compile(job: JobValues) -> list[str]:
     if not job.get("machine.compile", bool):
         return []
     problems: list[str] = []
@@ -411,7 +341,7 @@ def _compile(job: _Job) -> list[str]:
     return problems
 
 
-def _loggers(job: _Job) -> list[str]:
+def _loggers(job: JobValues) -> list[str]:
     loggers = job.get("logger", dict) or {}
     return [
         _needs_extra(f"logger={name}", name, name)
@@ -420,7 +350,7 @@ def _loggers(job: _Job) -> list[str]:
     ]
 
 
-def _wandb_key(job: _Job) -> list[str]:
+def _wandb_key(job: JobValues) -> list[str]:
     """W&B asks for a key when a run starts, which is late, and a batch job cannot answer."""
     mode = os.environ.get("WANDB_MODE", "").lower()
     if not job.get("logger.wandb", dict) or "wandb" not in job.machine.installed:
@@ -450,17 +380,24 @@ def _wandb_host() -> str:
 
 def _in_netrc(host: str) -> bool:
     named = os.environ.get("NETRC")
-    files = [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    files = [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]
     for file in files:
         try:
             if netrc.netrc(file.expanduser()).authenticators(host) is not None:
                 return True
-        except (OSError, netrc.NetrcParseError):
+        except (OSError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: there is no home
             continue
     return False
 
 
-def _callbacks(job: _Job) -> list[str]:
+def _home(job: JobValues) -> list[str]:
+    """Without one, libraries keep what they fetch in a folder that is called ``~``."""
+    if find_home() is not None:
+        return []
+    return [f"this user has no home folder, neither by HOME nor by the system: {HOME_REMEDY}"]
+
+
+def _callbacks(job: JobValues) -> list[str]:
     keys = ("throughput.every_n_steps", "samples.every_n_steps", "samples.num_samples")
     problems: list[str] = []
     for key in (f"callbacks.{key}" for key in keys):
@@ -470,7 +407,7 @@ def _callbacks(job: _Job) -> list[str]:
     return problems
 
 
-def _device(job: _Job) -> list[str]:
+def _device(job: JobValues) -> list[str]:
     device = job.get("device", str)
     if device is None:
         return []
@@ -492,14 +429,13 @@ def _needs_extra(what: str, extra: str, package: str) -> str:
     return f"{what} needs {package}, which is not installed: pip install -e '.[{extra}]'"
 
 
-_Check = Callable[[_Job], list[str]]
+_Check = Callable[[JobValues], list[str]]
 _TRAIN_CHECKS: tuple[_Check, ...] = (
     _manifest,
     _checkpoint,
     _global_batch,
     _devices,
-    _nodes,
-    _processes,
+    check_launch,
     _precision,
     _strategy,
     _attention,
@@ -508,5 +444,13 @@ _TRAIN_CHECKS: tuple[_Check, ...] = (
     _loggers,
     _wandb_key,
     _callbacks,
+    _home,
 )
-_EVALUATE_CHECKS: tuple[_Check, ...] = (_manifest, _checkpoint, _device, _attention)
+_EVALUATE_CHECKS: tuple[_Check, ...] = (
+    _manifest,
+    _checkpoint,
+    check_single_process,
+    _device,
+    _attention,
+    _home,
+)

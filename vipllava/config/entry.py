@@ -15,11 +15,12 @@ from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vipllava.config import sweep
 from vipllava.config.checks import format_problems
+from vipllava.config.machine_faults import explain_fault, make_output_safe
 from vipllava.config.overrides import find_override_problems
 from vipllava.config.resolvers import register_resolvers
 from vipllava.config.schema import first_line
@@ -44,6 +45,7 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
     """
     # Hydra would print its own short message and exit 1; ours needs the exception.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    make_output_safe()
     script, given = str(Path(sys.argv[0]).resolve()), sys.argv[1:]
     sys.argv[1:] = sweep.with_folder_names(given)
     started = False
@@ -60,6 +62,9 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
             task(cfg)
         except VipLlavaError as error:
             _fail(str(error), error.exit_code)
+        except Exception as error:
+            _fail_by_machine(error, cfg)
+            raise
         return None
 
     main = hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(job)
@@ -70,6 +75,7 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if started:
             raise
+        _fail_by_machine(error)
         _fail(composition_message(given, config_dir, config_name, error))
     except OSError as error:
         if started:
@@ -93,6 +99,20 @@ def composition_message(
             "the launcher needs submitit, which is not installed: pip install -e '.[slurm]'"
         ]
     return format_problems(problems or [first_line(error)])
+
+
+def _fail_by_machine(error: Exception, cfg: DictConfig | None = None) -> None:
+    """End the program with a message where the machine is at fault; return where it is not."""
+    folders: list[str] = []
+    if cfg is not None:
+        named = [OmegaConf.select(cfg, key) for key in ("run_dir", "paths.runs", "paths.cache")]
+        folders = [*map(str, filter(None, named)), os.environ.get("HF_HOME", "")]
+    message = explain_fault(error, filter(None, folders))
+    if message is None:
+        return
+    if cfg is not None and any(Path(folders[0]).glob("checkpoints/[!.]*")):
+        message += "; what was saved before is whole, and the same command goes on from it"
+    _fail(message)
 
 
 def _fail(message: str, exit_code: int = EXIT_USER_ERROR) -> None:

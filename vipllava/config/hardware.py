@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Final
 
 from vipllava.config.attention import TORCH_VARLEN
 
@@ -22,6 +24,10 @@ OPTIONAL_PACKAGES = (
 )  # fmt: skip
 """What a configuration may ask for and not every installation has, by import name; flash attention
 by distribution. ``torch_varlen`` is PyTorch's own kernel."""
+
+SHM: Final = Path("/dev/shm")
+"""Where loader processes hand their batches over, on Linux."""
+SHM_REMEDY: Final = "docker run --shm-size=16g (or --ipc=host), or machine.num_workers=0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,11 @@ def detect() -> Hardware:
         cpu_bf16=_cpu_multiplies_bf16(),
         installed=installed,
     )
+
+
+def free_shm() -> int | None:
+    """Return the free bytes of shared memory; None where a system has none."""
+    return shutil.disk_usage(SHM).free if SHM.is_dir() else None
 
 
 def installed_packages() -> frozenset[str]:

@@ -12,6 +12,7 @@ from typing import Any, Final, cast
 
 from vipllava.data.ingest import FileState
 from vipllava.data.record_version import RECORD_VERSION
+from vipllava.whole_files import write_whole
 
 SUMMARY_FILE: Final = "build.json"
 REJECTED_FILE: Final = "rejected.jsonl"
@@ -68,7 +69,7 @@ class ShardReport:
 
     def save(self, path: Path) -> None:
         """Write the report; it appears under its name only when it is whole."""
-        write_text(path, json.dumps(asdict(self), ensure_ascii=False))
+        write_whole(path, json.dumps(asdict(self), ensure_ascii=False))
 
     @classmethod
     def load(cls, path: Path) -> ShardReport | None:
@@ -152,7 +153,7 @@ class BuildSummary:
             counts.clear()
             counts.update(ordered)
         head = {"format": "vipllava-build", "version": FORMAT, "record_version": RECORD_VERSION}
-        write_text(folder / SUMMARY_FILE, json.dumps({**head, **asdict(self)}, indent=1) + "\n")
+        write_whole(folder / SUMMARY_FILE, json.dumps({**head, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> BuildSummary | None:
@@ -187,19 +188,6 @@ def write_rejected(path: Path, reports: Iterable[ShardReport]) -> None:
     try:
         with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(lines())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file that appears under its name only when it is whole, and on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -156,7 +156,9 @@ class PlanStore:
                 except (OSError, ValueError, zipfile.BadZipFile) as error:
                     raise VipLlavaError(f"the plan {path} cannot be read: {error}") from error
             if failed.is_file():
-                raise VipLlavaError(f"planning on this node failed: {failed.read_text()}")
+                raise VipLlavaError(
+                    f"planning on this node failed: {failed.read_text(encoding='utf-8')}"
+                )
             time.sleep(_POLL_S)
         raise VipLlavaError(
             f"no plan {path} after {self.timeout_s:.0f} s: the rank that plans for this node is "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vipllava.types import ConfigError, VipLlavaError
+from vipllava.whole_files import write_whole
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -128,7 +129,7 @@ def _run_vip_bench(cfg: DictConfig, manifest: Manifest, engine: Engine) -> dict[
         )
         vip_bench.write_answers(run_dir / f"answers-{split}.json", answers)
         results["splits"][split] = vip_bench.score(chosen, answers, OfflineMatcher())
-    (run_dir / vip_bench.RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(run_dir / vip_bench.RESULTS, json.dumps(results, indent=1) + "\n")
     _print_vip_bench(results)
     return results
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from vipllava.models.hub_models import draw_bars_on_terminals_only
+from vipllava.models.tensor_files import disk_errors
 from vipllava.types import CheckpointError
 
 _MAGIC = b"GGUF"
@@ -96,7 +97,8 @@ def _write(path: Path, directory: Path) -> None:
             f"{path.name} cannot be read as a language model ({error}): use the Hugging Face "
             "folder of the same model"
         ) from error
-    model.save_pretrained(directory)
+    with disk_errors(directory):
+        model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     fields: Any = gguf.GGUFReader(path).fields
     terms = fields["general.license"].contents() if "general.license" in fields else "unknown"

@@ -6,9 +6,11 @@ safetensors and torch pickles, one file or several with an index. A pickle is re
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
@@ -16,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vipllava.config.machine_faults import disk_errno
 from vipllava.types import CheckpointError
 
 LazyTensor: TypeAlias = Any
@@ -117,7 +120,30 @@ def write_tensors(
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write one safetensors file; no two tensors may share memory."""
-    save_file(tensors, path, metadata={"format": "pt"})
+    with disk_errors(path):
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def save_pickle(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as the released code reads them, by ``torch.save``."""
+    with disk_errors(path):
+        torch.save(tensors, path)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Let what safetensors and torch say of a full disk be an OSError like that of others.
+
+    Args:
+        path: what is written.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        number = disk_errno(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _open_shards(index: Path, role: str) -> dict[str, LazyTensor]:

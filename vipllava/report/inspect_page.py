@@ -22,6 +22,7 @@ from vipllava.report.inspected import (
     Stretch,
 )
 from vipllava.report.style import STYLE
+from vipllava.whole_files import write_whole
 
 _WIDTH_SHOWN: Final = 336
 _WIDTH_LARGE: Final = 1008
@@ -78,8 +79,7 @@ Shown = InspectedSample | RefusedSample
 
 def write_inspect_page(path: Path, job: JobSummary, samples: Sequence[Shown]) -> None:
     """Write the page as one file that needs no other and no network."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(build_inspect_page(job, samples), encoding="utf-8")
+    write_whole(path, build_inspect_page(job, samples))
 
 
 def build_inspect_page(job: JobSummary, samples: Sequence[Shown]) -> str:

@@ -14,6 +14,7 @@ from vipllava.report.charts import Bar, bar_chart, loss_chart
 from vipllava.report.html import Html, element, join, page, picture, table
 from vipllava.report.loss_curves import smooth
 from vipllava.report.style import STYLE
+from vipllava.whole_files import write_whole
 
 _STAGES: Final[Mapping[str, str]] = {
     "pretrain": "projector only, on captions",
@@ -109,8 +110,7 @@ class QuickstartPage:
 
 def write_quickstart_page(path: Path, content: QuickstartPage) -> None:
     """Write the page as one file that needs no other and no network."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(build_quickstart_page(content), encoding="utf-8")
+    write_whole(path, build_quickstart_page(content))
 
 
 def build_quickstart_page(content: QuickstartPage) -> str:

@@ -106,7 +106,9 @@ def _build(folder: Path, scale: float) -> None:
             check_images=False,  # encoded a moment ago
         )  # fmt: skip
     write_vip_bench(folder / "ViP-Bench")
-    (folder / _CONTENTS).write_text(json.dumps({"num_samples": counts}, indent=2) + "\n")
+    (folder / _CONTENTS).write_text(
+        json.dumps({"num_samples": counts}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _store_scenes(count: int, split: Split) -> list[tuple[Scene, bytes]]:

@@ -39,7 +39,7 @@ def load_tiny_policies(conf: Path = _CONF) -> dict[str, VisualPromptPolicy]:
     files: list[Mapping[str, Any]] = []
     for name in ("published.yaml", "tiny.yaml"):
         try:
-            files.append(yaml.safe_load((conf / name).read_text()))
+            files.append(yaml.safe_load((conf / name).read_text(encoding="utf-8")))
         except OSError as error:
             raise VipLlavaError(
                 f"cannot read {conf / name}: {error.strerror}; run this from a checkout, or name "
@@ -120,9 +120,9 @@ def store_half(folder: Path) -> None:
     save_file(halves, partial, metadata={"format": "pt"})
     partial.replace(weights)
     config = folder / "config.json"
-    settings = json.loads(config.read_text())
+    settings = json.loads(config.read_text(encoding="utf-8"))
     settings["dtype"] = "float16"
-    config.write_text(json.dumps(settings, indent=2) + "\n")
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     for leftover in folder.glob("*.pt"):
         leftover.unlink()
     shutil.rmtree(folder / ".cache", ignore_errors=True)

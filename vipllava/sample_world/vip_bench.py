@@ -127,7 +127,9 @@ def write_vip_bench(folder: Path, num_items: int = NUM_ITEMS) -> None:
                 for o in item.objects
             ],
         }
-        (folder / "source_image" / f"{number:04d}.json").write_text(json.dumps(annotation) + "\n")
+        (folder / "source_image" / f"{number:04d}.json").write_text(
+            json.dumps(annotation) + "\n", encoding="utf-8"
+        )
         meta[f"v1_{number}"] = {
             "image_source": "sample_world",
             "image": name,
@@ -145,8 +147,8 @@ def write_vip_bench(folder: Path, num_items: int = NUM_ITEMS) -> None:
             line = {"question_id": number, "image": name, "text": text}
             lines[split].append(json.dumps(line))
     for split, texts in lines.items():
-        (folder / split / "questions.jsonl").write_text("\n".join(texts) + "\n")
-    (folder / META_DATA).write_text(json.dumps(meta, indent=1) + "\n")
+        (folder / split / "questions.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    (folder / META_DATA).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
 def _compose(

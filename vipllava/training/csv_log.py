@@ -12,6 +12,8 @@ from typing import Any, Final
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 
+from vipllava.whole_files import write_whole
+
 FILE_NAME: Final = "metrics.csv"
 _FIRST: Final = ("epoch", "step")
 
@@ -68,10 +70,13 @@ class CsvLog(Logger):
         new = [name for name in self._row if name not in self._columns]
         if new:
             self._widen(new)
-        with self.path.open("r+", newline="", encoding="utf-8") as file:
-            file.seek(self._row_start)
-            file.truncate()
-            file.write(_line([self._row.get(name, "") for name in self._columns]))
+        try:
+            with self.path.open("r+", newline="", encoding="utf-8") as file:
+                file.seek(self._row_start)
+                file.truncate()
+                file.write(_line([self._row.get(name, "") for name in self._columns]))
+        except OSError as error:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     @rank_zero_only
     def save(self) -> None:
@@ -94,12 +99,9 @@ class CsvLog(Logger):
         known = set(self._columns) | set(names)
         first = [name for name in _FIRST if name in known]
         self._columns = [*first, *sorted(known - set(_FIRST))]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [_line(self._columns)]
         lines += [_line([row.get(name, "") for name in self._columns]) for row in rows]
-        unfinished = self.path.with_name(f".{self.path.name}.unfinished")
-        unfinished.write_text("".join(lines), encoding="utf-8", newline="")
-        unfinished.replace(self.path)
+        write_whole(self.path, "".join(lines))
         self._row_start = self.path.stat().st_size
 
 
@@ -124,9 +126,7 @@ def cut_csv(path: Path, num_steps: int) -> None:
         for row in rows[1:]
         if len(row) == len(rows[0]) and row[column].isdecimal() and int(row[column]) < num_steps
     ]
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text("".join(map(_line, [rows[0], *kept])), encoding="utf-8", newline="")
-    unfinished.replace(path)
+    write_whole(path, "".join(map(_line, [rows[0], *kept])))
 
 
 def _number(value: Any) -> Any:

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from vipllava.checkpoints.export_meta import code_version
 from vipllava.config.attention import attention_candidates, explain_attention
 from vipllava.config.hardware import detect
+from vipllava.whole_files import write_whole
 
 _logger = logging.getLogger(__name__)
 
@@ -96,11 +97,7 @@ class StartLog(Callback):
             "environment": describe_environment()
             | {"processes": trainer.world_size, "nodes": trainer.num_nodes, "attention": attention},
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(
-            json.dumps({**about, "configuration": self.configuration}, indent=1, default=str) + "\n"
-        )
-        partial.replace(self.path)
+        values = {**about, "configuration": self.configuration}
+        write_whole(self.path, json.dumps(values, indent=1, default=str) + "\n")
         for logger in trainer.loggers:
             logger.log_hyperparams({**self.configuration, **about})

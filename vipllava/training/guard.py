@@ -21,6 +21,7 @@ import torch
 from vipllava.data.stream import REPEAT_SUFFIX, StepLoader
 from vipllava.training.restart import CHECKPOINTS, list_checkpoints
 from vipllava.types import CheckpointError, ConfigError
+from vipllava.whole_files import write_whole
 
 OnNonfinite = Literal["stop", "skip"]
 OnSpike = Literal["stop", "skip", "ignore"]
@@ -59,11 +60,10 @@ class StepRecord:
 
     def write(self, folder: Path) -> Path:
         """Write the record into a folder; one of an earlier try of the step is replaced."""
-        folder.mkdir(parents=True, exist_ok=True)
         path = self.path(folder)
         values = asdict(self) | {"loss": spell_loss(self.loss)}
         values["losses"] = [[spell_loss(loss) for loss in losses] for losses in self.losses]
-        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(values, indent=1) + "\n")
         return path
 
     def path(self, folder: Path) -> Path:

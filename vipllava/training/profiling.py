@@ -21,6 +21,7 @@ from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from vipllava.types import ConfigError
+from vipllava.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class StepTrace(Profiler):
         traced.export_chrome_trace(str(path))
         by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = traced.key_averages().table(sort_by=by, row_limit=_TABLE_ROWS)
-        path.with_name(f"step-{self._first_traced:06d}.txt").write_text(table, encoding="utf-8")
+        write_whole(path.with_name(f"step-{self._first_traced:06d}.txt"), table)
         logger.info("profiler=torch: wrote %s; open it at https://ui.perfetto.dev", path)
 
 

@@ -78,6 +78,7 @@ def run_training(cfg: DictConfig) -> Path:
     if rank_zero_only.rank in (0, None):
         for line in outlook.lines:
             logger.info(line)
+        _warn_of_shared_memory(cfg, spec)
     recomputed = outlook.setup.recomputed_blocks
     module = _partial(cfg.module)(
         seed=int(cfg.seed),
@@ -128,6 +129,26 @@ def run_training(cfg: DictConfig) -> Path:
     if trainer.is_global_zero and trainer.max_steps == -1:
         mark_finished(Path(cfg.run_dir), epochs=int(cfg.trainer.max_epochs))
     return export_dir
+
+
+def _warn_of_shared_memory(cfg: DictConfig, spec: ModelSpec) -> None:
+    from vipllava.config.hardware import free_shm
+    from vipllava.training.shared_memory import shared_memory_warning
+
+    processes = int(cfg.trainer.devices)
+    # A row of a pack holds several samples.
+    packed = cfg.data.batching == "packed"
+    per_row = max(1.0, cfg.stage.pack_length / cfg.stage.mean_length) if packed else 1.0
+    rows = cfg.data.global_batch_size / (processes * int(cfg.trainer.num_nodes))
+    warning = shared_memory_warning(
+        free_shm(),
+        pictures=int(rows * per_row),
+        image_size=spec.image_size,
+        num_workers=int(cfg.data.num_workers),
+        num_processes=processes,
+    )
+    if warning:
+        logger.warning(warning)
 
 
 def _leave_processes() -> None:

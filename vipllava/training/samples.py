@@ -27,6 +27,7 @@ from vipllava.models.supervised_loss import Predictions
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.training.metrics import SAMPLES
 from vipllava.types import Batch
+from vipllava.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ def write_samples(directory: Path, shown: list[ShownSample], step: int) -> Path:
         values = (step, sample.key, name, sample.question, sample.target, sample.prediction)
         lines.append(json.dumps(dict(zip(COLUMNS, values, strict=True)), ensure_ascii=False))
     path = directory / f"{step:06d}.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(path, "\n".join(lines) + "\n")
     return path
 
 

@@ -26,6 +26,7 @@ from vipllava.inference.engine import Request
 from vipllava.types import RecordError, Sample, Turn
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 from vipllava.visual_prompts.render import render_plan
+from vipllava.whole_files import write_whole
 
 PREDICTIONS: Final = "predictions.jsonl"
 RESULTS: Final = "results.json"
@@ -159,10 +160,9 @@ def write_results(
     folder: Path, predictions: Sequence[Prediction], results: Mapping[str, Any]
 ) -> None:
     """Write ``predictions.jsonl`` and ``results.json`` into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(asdict(prediction), ensure_ascii=False) for prediction in predictions]
-    (folder / PREDICTIONS).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / PREDICTIONS, "\n".join(lines) + "\n")
+    write_whole(folder / RESULTS, json.dumps(results, indent=1) + "\n")
 
 
 def _accuracies(predictions: Sequence[Prediction]) -> dict[str, dict[str, float] | None]:

@@ -20,6 +20,7 @@ from vipllava.evaluation.judge import Judge, NoVerdictError, split_ground_truth
 from vipllava.evaluation.statistics import mean_interval
 from vipllava.inference.engine import Request
 from vipllava.types import RecordError, Turn, VipLlavaError
+from vipllava.whole_files import write_whole
 
 META_DATA: Final = "vip-bench-meta-data.json"
 QUESTIONS: Final = "questions.jsonl"
@@ -145,8 +146,7 @@ def score(items: Sequence[Item], answers: Mapping[str, str], judge: Judge) -> di
 
 def write_answers(path: Path, answers: Mapping[str, str]) -> None:
     """Write the official answer file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(answers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read_meta(path: Path) -> dict[str, dict[str, Any]]:
