@@ -12,6 +12,8 @@ from typing import Any, Final
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 
+from vipllava.training.durable import write_text
+
 FILE_NAME: Final = "metrics.csv"
 _FIRST: Final = ("epoch", "step")
 
@@ -97,9 +99,7 @@ class CsvLog(Logger):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [_line(self._columns)]
         lines += [_line([row.get(name, "") for name in self._columns]) for row in rows]
-        unfinished = self.path.with_name(f".{self.path.name}.unfinished")
-        unfinished.write_text("".join(lines), encoding="utf-8", newline="")
-        unfinished.replace(self.path)
+        write_text(self.path, "".join(lines))
         self._row_start = self.path.stat().st_size
 
 
@@ -124,9 +124,15 @@ def cut_csv(path: Path, num_steps: int) -> None:
         for row in rows[1:]
         if len(row) == len(rows[0]) and row[column].isdecimal() and int(row[column]) < num_steps
     ]
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text("".join(map(_line, [rows[0], *kept])), encoding="utf-8", newline="")
-    unfinished.replace(path)
+    write_text(path, "".join(map(_line, [rows[0], *kept])))
+
+
+def count_rows(path: Path) -> int:
+    """Return how many rows of steps ``metrics.csv`` has, 0 if it is not there."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return max(0, sum(1 for _ in file) - 1)
 
 
 def _number(value: Any) -> Any:
