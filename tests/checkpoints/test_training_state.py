@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 from vipllava.checkpoints.convert import convert
 from vipllava.checkpoints.loading import build_model, open_source
 from vipllava.checkpoints.training_state import (
+    PARTS_INDEX,
     _MetadataUnpickler,
     _plain_values_only,
+    find_damage,
     read_training_state,
 )
 from vipllava.models.tensor_files import read_tensor
@@ -173,3 +176,71 @@ def test_a_folder_of_something_else(tmp_path):
     (tmp_path / "step").mkdir()
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint of DeepSpeed"):
         read_training_state(tmp_path / "step")
+
+
+def _cut(path: Path, num_bytes: int) -> None:
+    path.write_bytes(path.read_bytes()[:num_bytes])
+
+
+def _distributed(folder: Path) -> Path:
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        save({PROJECTOR: torch.ones(200, 200)}, checkpoint_id=folder, no_dist=True)
+    torch.save({"global_step": 3}, folder / "meta.pt")
+    return folder
+
+
+def _parts(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("meta.pt", "rank-00000.pt"):
+        torch.save({"values": torch.ones(200, 200)}, folder / name)
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    (folder / PARTS_INDEX).write_text(json.dumps({"files": sizes}))
+    return folder
+
+
+def test_damage_of_a_file(tmp_path):
+    path = _save(tmp_path / "000003.ckpt", **{PROJECTOR: torch.ones(200, 200)})
+    assert find_damage(path) is None
+    _cut(path, 5000)
+    assert (find_damage(path) or "").startswith("000003.ckpt is empty or cut short")
+    _cut(path, 0)
+    assert (find_damage(path) or "").startswith("000003.ckpt is empty or cut short")
+    path.unlink()
+    assert find_damage(path) == "000003.ckpt is missing"
+
+
+@pytest.mark.parametrize(
+    ("make", "shards"), [(_distributed, "__0_0.distcp"), (_parts, "rank-00000.pt")]
+)
+def test_damage_of_a_folder(tmp_path, make, shards):
+    path = make(tmp_path / "000003.ckpt")
+    assert find_damage(path) is None
+    size = (path / shards).stat().st_size
+    meta = (path / "meta.pt").read_bytes()
+    (path / "meta.pt").write_bytes(meta[:100])
+    assert (find_damage(path) or "").startswith("meta.pt ")
+    (path / "meta.pt").unlink()
+    assert find_damage(path) == "meta.pt is missing"
+    (path / "meta.pt").write_bytes(meta)
+    _cut(path / shards, 5000)
+    assert find_damage(path) == f"{shards} has 5000 bytes of {size}"
+    (path / shards).unlink()
+    assert find_damage(path) == f"{shards} is missing"
+
+
+@pytest.mark.parametrize(("make", "index"), [(_distributed, ".metadata"), (_parts, PARTS_INDEX)])
+def test_damage_of_an_index(tmp_path, make, index):
+    path = make(tmp_path / "000003.ckpt")
+    _cut(path / index, 20)
+    assert (find_damage(path) or "").startswith(f"its index {index} cannot be read")
+    (path / index).unlink()
+    assert (find_damage(path) or "").startswith("it has no index of its files")
+
+
+def test_looking_for_damage_runs_no_code(tmp_path, ran):
+    path = _distributed(tmp_path / "000003.ckpt")
+    (path / ".metadata").write_bytes(pickle.dumps(_Code(ran)))
+    assert "is no plain value" in (find_damage(path) or "")
+    assert not ran.exists()

@@ -24,7 +24,7 @@ class Job:
         trainable: the parts that train.
         adapter: arguments of ``AdapterSettings``.
         num_samples: in micro-batches of 2.
-        save: write a checkpoint at the end.
+        save: write a checkpoint at the last step.
     """
 
     folder: str
@@ -52,6 +52,8 @@ def main(path: str) -> None:
     from vipllava.models.adapters import AdapterSettings
     from vipllava.models.building import ModelSpec
     from vipllava.training.callbacks import ExportCallback
+    from vipllava.training.checkpointing import CheckpointCallback
+    from vipllava.training.ending import RunEnd
     from vipllava.training.lit_module import VipLlavaLitModule
     from vipllava.training.metrics import Throughput
     from vipllava.training.samples import SampleTable
@@ -101,7 +103,7 @@ def main(path: str) -> None:
         accumulate_grad_batches=2 if one else 1,
         max_epochs=1,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=job.save,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -109,12 +111,11 @@ def main(path: str) -> None:
             ExportCallback(folder / "export", tokenizer, meta, base="base"),
             Throughput(every_n_steps=1),
             SampleTable(folder, every_n_steps=2, num_samples=2, tokenizer=tokenizer),
+            *([RunEnd(), CheckpointCallback(folder / "checkpoints")] if job.save else []),
         ],
         default_root_dir=folder,
     )
     trainer.fit(module, Loader(samples, 2, 2) if one else RankLoader(samples, 2, 2))
-    if job.save:
-        trainer.save_checkpoint(folder / "checkpoint.ckpt")
     if trainer.is_global_zero:
         (folder / "losses.json").write_text(json.dumps(list(losses.values())))
     if not one:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from tests.training.resume_job import CONTEXT
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.training import checkpointing
 from vipllava.training.checkpointing import AtomicCheckpointIO, CheckpointCallback
+from vipllava.training.ending import RunEnd
 from vipllava.types import CheckpointError, Interrupted
 
 pytestmark = LIGHTNING_WARNINGS
@@ -59,21 +63,49 @@ def test_a_full_disk_keeps_the_one_before(tmp_path, full_disk, asynchronous):
 
 def _fit(make_module, make_trainer, callback, **changes):
     trainer = make_trainer(
-        enable_checkpointing=True, callbacks=[callback], plugins=[AtomicCheckpointIO()], **changes
+        enable_checkpointing=True,
+        callbacks=[callback, RunEnd()],
+        plugins=[AtomicCheckpointIO()],
+        **changes,
     )
     trainer.fit(make_module(), Loader(make_samples(12), 2, 2))
     return trainer
 
 
-def test_the_last_ones_stay(make_module, make_trainer, tmp_path):
+@pytest.mark.parametrize(("keep_last", "kept"), [(1, [6]), (2, [4, 6])])
+def test_the_last_ones_stay(make_module, make_trainer, tmp_path, keep_last, kept):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / ".000009.ckpt.unfinished").write_bytes(b"half of an earlier one")
-    _fit(make_module, make_trainer, CheckpointCallback(folder, every_n_steps=2, keep_last=2))
-    # The one that is being written does not push out the last whole one.
-    assert _names(folder)[-2:] == ["000004.ckpt", "000006.ckpt"]
-    assert len(_names(folder)) <= 3
+    seen: list[list[str]] = []
+
+    class Watching(CheckpointCallback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            trainer.strategy.checkpoint_io.wait()
+            seen.append(_names(folder))
+
+    torch.save({}, folder / "best.ckpt")
+    _fit(make_module, make_trainer, Watching(folder, every_n_steps=2, keep_last=keep_last))
+    assert _names(folder) == [*(f"{step:06d}.ckpt" for step in kept), "best.ckpt"]
     assert torch.load(folder / "000006.ckpt", weights_only=True)["global_step"] == 6
+    assert max(len(names) for names in seen) <= keep_last + 1
+
+
+def test_an_older_one_stays_until_the_new_one_is_whole(tmp_path, full_disk):
+    (tmp_path / "000001.ckpt").write_bytes(b"whole")
+    plugin = AtomicCheckpointIO()
+    plugin.on_written = CheckpointCallback(tmp_path, keep_last=1)._remove_older
+    plugin.save_checkpoint({}, tmp_path / "000002.ckpt")
+    with pytest.raises(CheckpointError):
+        plugin.teardown()
+    assert _names(tmp_path) == ["000001.ckpt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle at all"])
+def test_reading_a_damaged_file_is_a_readable_error(tmp_path, content):
+    (tmp_path / "000001.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"000001\.ckpt cannot be read .*: move it away"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "000001.ckpt", weights_only=True)
 
 
 @pytest.mark.parametrize(("changes", "last"), [({}, 6), ({"max_steps": 5}, 5)])
@@ -113,3 +145,36 @@ def test_an_error_of_the_disk_ends_the_run_readably(make_module, make_trainer, t
     with pytest.raises(CheckpointError, match="free some space"):
         _fit(make_module, make_trainer, CheckpointCallback(tmp_path / "c", every_n_steps=1))
     assert _names(tmp_path / "c") == []
+
+
+@pytest.mark.parametrize(("steps", "alike"), [([4, 4], True), ([4, 2], False)])
+def test_processes_go_on_from_one_step(tmp_path, steps, alike):
+    answers = CONTEXT.SimpleQueue()
+    group = f"file://{tmp_path}/group"
+    processes = [
+        CONTEXT.Process(target=_compare_steps, args=(rank, group, steps[rank], answers))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    found = [answers.get() for _ in processes]
+    if alike:
+        assert found == ["", ""]
+    else:
+        assert found[0] == found[1]
+        assert "go on from different steps, 2 to 4: its folder has to be on a file" in found[0]
+
+
+def _compare_steps(rank: int, group: str, step: int, answers: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=group, rank=rank, world_size=2)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(world_size=2, global_step=step, strategy=strategy)
+    try:
+        checkpointing._check_same_step(trainer)
+    except CheckpointError as error:
+        answers.put(str(error))
+    else:
+        answers.put("")
+    torch.distributed.destroy_process_group()

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from vipllava import whole_files
 from vipllava.training.csv_log import CsvLog, cut_csv
 from vipllava.training.restart import (
+    Goal,
     Restart,
     differences,
     find_restart,
     list_checkpoints,
     mark_finished,
     prepare_run,
+    wandb_id,
 )
 from vipllava.types import CheckpointError, ConfigError
 
@@ -47,10 +53,14 @@ def run_dir(tmp_path) -> Path:
     """A run that was started and has two checkpoints, one of them a folder."""
     prepare_run(tmp_path / "run", JOB)
     checkpoints = tmp_path / "run" / "checkpoints"
-    (checkpoints / "000010.ckpt").mkdir(parents=True)
-    (checkpoints / "000009.ckpt").write_bytes(b"nine")
+    parts = checkpoints / "000010.ckpt"
+    parts.mkdir(parents=True)
+    torch.save({"weight": torch.ones(3)}, parts / "0.pt")
+    index = {"files": {"0.pt": (parts / "0.pt").stat().st_size}}
+    (parts / "checkpoint.json").write_text(json.dumps(index))
+    torch.save({"global_step": 9, "weight": torch.ones(9)}, checkpoints / "000009.ckpt")
+    torch.save({"global_step": 7}, checkpoints / "best.ckpt")
     (checkpoints / ".000011.ckpt.unfinished").write_bytes(b"half")
-    (checkpoints / "best.ckpt").write_bytes(b"best")
     return tmp_path / "run"
 
 
@@ -65,6 +75,7 @@ def test_only_whole_checkpoints_count(run_dir):
         ("auto", "000010.ckpt", 10),
         ("never", None, 0),
         ("checkpoints/000009.ckpt", "000009.ckpt", 9),
+        ("checkpoints/best.ckpt", "best.ckpt", 7),
     ],
 )
 def test_every_process_begins_at_the_same_place(
@@ -96,58 +107,209 @@ def test_a_new_run(tmp_path):
 
 
 def test_beginning_anew_leaves_the_queues_files_where_they_are(run_dir):
-    (run_dir / ".submitit").mkdir()
+    kept = {".submitit", ".hydra", "train.log", "run.lock"}
+    for name in kept:
+        (run_dir / name).mkdir()
     prepare_run(run_dir, JOB, resume="never")
-    assert (run_dir / ".submitit").is_dir()
+    assert {path.name for path in run_dir.iterdir()} == {*kept, "job.yaml", "before-1"}
+
+
+def test_a_run_without_a_checkpoint_begins_again_aloud(run_dir, caplog):
+    shutil.rmtree(run_dir / "checkpoints")
+    # Stopped before its first step: nothing to keep, nothing to say.
+    assert prepare_run(run_dir, JOB) == Restart(None, 0)
+    assert not caplog.records
+    log = CsvLog(run_dir / "csv")
+    for step in range(3):
+        log.log_metrics({"loss": 1.0}, step=step)
+    (run_dir / "train.log").write_text("of the start that is under way, too\n")
+    assert prepare_run(run_dir, JOB) == find_restart(run_dir) == Restart(None, 0)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "has a log of 3 steps and no checkpoint to go on from" in caplog.text
+    assert (run_dir / "before-1" / "csv" / "metrics.csv").read_text().count("\n") == 4
+    assert {path.name for path in run_dir.iterdir()} == {"job.yaml", "train.log", "before-1"}
+
+
+def test_going_back_keeps_later_steps_aside(run_dir, monkeypatch, caplog):
+    """They would else be the newest ones, and push the new ones out."""
+    monkeypatch.chdir(run_dir)
+    CsvLog(run_dir / "csv").log_metrics({"loss": 1.0}, step=9)
+    prepare_run(run_dir, JOB, resume="checkpoints/000009.ckpt")
+    assert [path.name for path in list_checkpoints(run_dir / "checkpoints")] == ["000009.ckpt"]
+    assert (run_dir / "before-1" / "checkpoints" / "000010.ckpt" / "0.pt").is_file()
+    assert (run_dir / "before-1" / "csv" / "metrics.csv").read_text().endswith("9,1.0\n")
+    assert "later checkpoints (000010.ckpt)" in caplog.text
+    assert find_restart(run_dir).num_steps == 9
+
+
+@pytest.mark.parametrize("cut", ["cut", "empty", "part"])
+def test_a_damaged_newest_checkpoint_is_passed_over(run_dir, caplog, cut):
+    checkpoints = run_dir / "checkpoints"
+    newest, file = checkpoints / "000012.ckpt", checkpoints / "000012.ckpt"
+    if cut == "part":
+        shutil.copytree(checkpoints / "000010.ckpt", newest)
+        file = newest / "0.pt"
+    else:
+        shutil.copy(checkpoints / "000009.ckpt", newest)
+    os.truncate(file, 0 if cut == "empty" else file.stat().st_size // 2)
+    # Whoever reads first, all processes decide alike.
+    before = find_restart(run_dir)
+    first = prepare_run(run_dir, JOB)
+    assert before == first == find_restart(run_dir)
+    assert first == Restart(checkpoints / "000010.ckpt", 10)
+    assert (checkpoints / "000012.ckpt.damaged").exists()
+    names = [path.name for path in list_checkpoints(checkpoints)]
+    assert names == ["000009.ckpt", "000010.ckpt"]
+    assert f"{newest} is damaged: {file.name} " in caplog.text
+
+
+def test_where_no_checkpoint_is_whole_nothing_begins(run_dir):
+    checkpoints = run_dir / "checkpoints"
+    shutil.rmtree(checkpoints / "000010.ckpt")
+    os.truncate(checkpoints / "000009.ckpt", 100)
+    for decide in (find_restart, lambda run_dir: prepare_run(run_dir, JOB)):
+        with pytest.raises(CheckpointError, match=r"(?s)000009.ckpt: .*cut short.*resume=never"):
+            decide(run_dir)
+    assert (checkpoints / "000009.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("named", "reason"),
+    [
+        ("job.yaml", "job.yaml is empty or cut short"),
+        (".", "it has no index of its files"),
+        ("checkpoints/000008.ckpt", "000008.ckpt is empty or cut short"),
+        ("checkpoints/000007.ckpt", "it does not exist"),
+    ],
+)
+def test_naming_what_is_no_checkpoint_is_one_readable_error(run_dir, tmp_path, named, reason):
+    (run_dir / "checkpoints" / "000008.ckpt").write_bytes(b"")
+    for other in (run_dir, tmp_path / "other"):
+        with pytest.raises(CheckpointError) as error:
+            prepare_run(other, JOB, resume=str(run_dir / named))
+        assert f"resume={run_dir / named} is no checkpoint to go on from: {reason}" in str(
+            error.value
+        )
+        assert f"{run_dir / 'checkpoints'} has 000009.ckpt, 000010.ckpt: name" in str(error.value)
 
 
 def test_beginning_anew_loses_nothing(run_dir):
     prepare_run(run_dir, JOB, resume="never")
-    assert (run_dir / "before-1" / "checkpoints" / "000009.ckpt").read_bytes() == b"nine"
+    assert (run_dir / "before-1" / "checkpoints" / "000009.ckpt").is_file()
     assert not (run_dir / "checkpoints").exists()
     prepare_run(run_dir, JOB, resume="never")
     assert (run_dir / "before-2" / "job.yaml").is_file()
 
 
 @pytest.mark.parametrize(
-    ("epochs", "resume", "exported", "finished"),
+    ("goal", "resume", "exported", "finished"),
     [
-        (2, "auto", True, True),
-        (1, "auto", True, True),
-        (3, "auto", True, False),
-        (2, "auto", False, False),
-        (2, "never", True, False),
-        (2, "checkpoints/000009.ckpt", True, False),
+        (Goal(2), "auto", True, True),
+        (Goal(1), "auto", True, True),
+        (Goal(1, max_steps=5), "auto", True, True),
+        (Goal(1, -1, {"limit_train_batches": 4}), "auto", True, True),
+        (Goal(3), "auto", True, False),
+        (Goal(2), "auto", False, False),
+        (Goal(2), "never", True, False),
+        (Goal(2), "checkpoints/000009.ckpt", True, False),
     ],
 )
 def test_a_run_that_has_ended_is_not_done_again(
-    run_dir, monkeypatch, epochs, resume, exported, finished
+    run_dir, monkeypatch, goal, resume, exported, finished
 ):
     monkeypatch.chdir(run_dir)
-    mark_finished(run_dir, epochs=2)
+    mark_finished(run_dir, Goal(2))
     if exported:
         (run_dir / "export").mkdir()
     # Whoever reads first, all processes decide alike.
-    before = find_restart(run_dir, resume=resume, epochs=epochs)
-    first = prepare_run(run_dir, JOB, resume=resume, epochs=epochs)
-    behind = find_restart(run_dir, resume=resume, epochs=epochs)
+    before = find_restart(run_dir, resume=resume, goal=goal)
+    first = prepare_run(run_dir, JOB, resume=resume, goal=goal)
+    behind = find_restart(run_dir, resume=resume, goal=goal)
     assert before == first == behind
     assert first.finished == finished
     assert (run_dir / "finished.yaml").exists() == finished
+
+
+@pytest.mark.parametrize(
+    ("done", "asked", "finished"),
+    [
+        (Goal(1, 6), Goal(1, 6), True),
+        (Goal(1, 6), Goal(1, 4), True),
+        (Goal(1, 6), Goal(1, 8), False),
+        (Goal(1, 6), Goal(1), False),
+        (Goal(1, 6), Goal(2, 6), False),
+        (Goal(1, -1, {"limit_train_batches": 4}), Goal(1), False),
+        (Goal(1, -1, {"limit_train_batches": 4}), Goal(1, -1, {"limit_train_batches": 8}), False),
+        (Goal(1, -1, {"limit_train_batches": 4}), Goal(1, -1, {"limit_train_batches": 4}), True),
+        (Goal(1, 1, {"fast_dev_run": True}), Goal(1, 1), False),
+    ],
+)
+def test_a_trial_is_not_the_whole_run(run_dir, done, asked, finished):
+    (run_dir / "export").mkdir()
+    mark_finished(run_dir, done)
+    assert prepare_run(run_dir, JOB, goal=asked).finished == finished
+
+
+def test_a_marker_of_an_earlier_release_counts_as_absent(run_dir, caplog):
+    """It may be of a trial."""
+    (run_dir / "export").mkdir()
+    (run_dir / "finished.yaml").write_text("epochs: 2\n")
+    assert not prepare_run(run_dir, JOB).finished
+    assert "finished.yaml does not say what was done" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\0", b"\xff\xfe", b"{", b"- 1"])
+def test_a_marker_that_says_nothing_counts_as_absent(run_dir, caplog, content):
+    (run_dir / "export").mkdir()
+    for name in ("finished.yaml", "job.yaml", "wandb_id"):
+        (run_dir / name).write_bytes(content)
+    assert not prepare_run(run_dir, _job(seed=2)).finished
+    for name in ("finished.yaml", "job.yaml"):
+        assert f"{run_dir / name} cannot be read" in caplog.text
+    if content.startswith((b"{", b"-")):
+        return
+    made = wandb_id(run_dir)
+    assert made == wandb_id(run_dir) == (run_dir / "wandb_id").read_text().strip()
+
+
+def test_markers_are_on_the_disk_before_they_have_their_name(run_dir, monkeypatch):
+    done: list[str] = []
+
+    def spy(what: str, name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*arguments):
+            done.append(what)
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    spy("to the disk", "fsync")
+    spy("renamed", "replace")
+    for write in (
+        lambda: mark_finished(run_dir, Goal()),
+        lambda: wandb_id(run_dir),
+        lambda: whole_files.write_whole(run_dir / "any", "text"),
+    ):
+        done.clear()
+        write()
+        assert done == ["to the disk", "renamed", "to the disk"]
 
 
 def test_a_run_that_has_ended_was_that_job(run_dir):
     """Its checkpoints take room, and a user may delete them."""
     shutil.rmtree(run_dir / "checkpoints")
     (run_dir / "export").mkdir()
-    mark_finished(run_dir, epochs=1)
+    mark_finished(run_dir, Goal(1))
     assert prepare_run(run_dir, JOB) == Restart(None, 0, finished=True)
     with pytest.raises(ConfigError, match=r"seed: 1 -> 2\nTo go on from export, take these back"):
         prepare_run(run_dir, _job(seed=2))
 
 
 def test_a_checkpoint_that_is_not_there(run_dir):
-    with pytest.raises(CheckpointError, match=r"resume=nowhere does not exist.*has 000009.ckpt, 0"):
+    with pytest.raises(
+        CheckpointError, match=r"resume=nowhere is no .*not exist.* has 000009.ckpt"
+    ):
         prepare_run(run_dir, JOB, resume="nowhere")
 
 

@@ -84,6 +84,124 @@ def test_a_run_that_has_ended_exports_again_at_most(config, tmp_path, caplog):
     assert [row["step"] for row in _metrics(run_dir)] == ["0", "1", "2", "3", "4", "5"]
 
 
+def _steps(run_dir: Path) -> list[int]:
+    return [int(row["step"]) for row in _metrics(run_dir) if row["train/loss"]]
+
+
+def test_a_run_that_has_ended_by_steps_exports_again_at_most(config, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run_dir = tmp_path / "runs" / "tiny-pretrain"
+    export = run_training(config("stage=pretrain", "trainer.max_steps=2"))
+    weights, metrics = (export / "model.safetensors").read_bytes(), _metrics(run_dir)
+    assert _steps(run_dir) == [0, 1]
+
+    written = (export / "model.safetensors").stat().st_mtime_ns
+    run_training(config("stage=pretrain", "trainer.max_steps=2"))
+    assert "has ended already" in caplog.text
+    assert (export / "model.safetensors").stat().st_mtime_ns == written
+
+    shutil.rmtree(export)
+    run_training(config("stage=pretrain", "trainer.max_steps=2"))
+    assert "2 steps and 0 epochs are done, and max_steps=2 is asked for: nothing" in caplog.text
+    assert (export / "model.safetensors").read_bytes() == weights
+    assert _metrics(run_dir) == metrics
+
+    run_training(config("stage=pretrain", "stage.epochs=1"))
+    assert _steps(run_dir) == [0, 1, 2]
+
+
+def test_fewer_epochs_than_are_done_export_what_is_there(config, tmp_path):
+    run_dir = tmp_path / "runs" / "tiny-pretrain"
+    export = run_training(config("stage=pretrain", "stage.epochs=2"))
+    weights = (export / "model.safetensors").read_bytes()
+    shutil.rmtree(export)
+    run_training(config("stage=pretrain", "stage.epochs=1"))
+    assert (export / "model.safetensors").read_bytes() == weights
+    assert _steps(run_dir) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.filterwarnings("ignore:Total length of .list. across ranks is zero")  # fast_dev_run
+@pytest.mark.parametrize(
+    ("trial", "saved"),
+    [("+trainer.limit_train_batches=2", ["000001.ckpt"]), ("+trainer.fast_dev_run=1", [])],
+)
+def test_a_trial_does_not_finish_the_run(config, tmp_path, trial, saved):
+    """A trial of one step; an epoch has three, and they have the samples of a whole run."""
+    job = ["stage=pretrain", "stage.epochs=1"]
+    run_training(config(*job, runs="whole"))
+    whole = _metrics(tmp_path / "whole" / "tiny-pretrain")
+    run_dir = tmp_path / "runs" / "tiny-pretrain"
+    job.append(f"machine.micro_batch_size={2 if 'limit' in trial else 4}")
+    run_training(config(*job, trial))
+    assert [path.name for path in run_dir.glob("checkpoints/*")] == saved
+    written = (run_dir / "export" / "model.safetensors").stat().st_mtime_ns
+    run_training(config(*job, trial))
+    assert (run_dir / "export" / "model.safetensors").stat().st_mtime_ns == written
+
+    run_training(config(*job))
+    tokens = [row["train/supervised_tokens"] for row in whole]
+    assert [row["train/supervised_tokens"] for row in _metrics(run_dir)][-2:] == tokens[1:]
+    assert (run_dir / "checkpoints" / "000003.ckpt").is_file()
+
+
+PACKED = (
+    "data=packed",
+    "stage.max_length=48",
+    "stage.pack_length=48",
+    "machine.micro_batch_size=1",
+    "data.global_batch_size=2",
+)
+
+
+def test_the_last_step_of_packed_epochs_is_a_checkpoint(config, tmp_path):
+    """How many steps they have is known when they are over."""
+    run_dir = tmp_path / "runs" / "tiny-pretrain"
+    job = ["stage=pretrain", "stage.epochs=2", *PACKED]
+    export = run_training(config(*job))
+    weights, metrics = (export / "model.safetensors").read_bytes(), _metrics(run_dir)
+    steps = _steps(run_dir)
+    assert 2 < len(steps) < 10
+    names = [path.name for path in (run_dir / "checkpoints").iterdir()]
+    assert names == [f"{len(steps):06d}.ckpt"]
+
+    shutil.rmtree(export)
+    run_training(config(*job))
+    assert (export / "model.safetensors").read_bytes() == weights
+    assert _metrics(run_dir) == metrics
+
+
+@pytest.mark.parametrize("job", [(), PACKED], ids=["shuffled", "packed"])
+def test_a_run_shorter_than_the_interval_is_validated_at_its_end(config, tmp_path, job):
+    held_out = (
+        "stage.epochs=1",
+        f"validation.manifest={tmp_path / 'toy.yaml'}",
+        "validation.patience=1",
+    )
+    run_training(config("stage=pretrain", *job, *held_out))
+    run_dir = tmp_path / "runs" / "tiny-pretrain"
+    steps = _steps(run_dir)
+    assert [int(r["step"]) for r in _metrics(run_dir) if r["val/loss"]] == steps[-1:]
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names == [f"{len(steps):06d}.ckpt", "best.ckpt"]
+
+
+def test_a_run_that_its_held_out_loss_has_ended_stays_ended(config, tmp_path):
+    job = ["stage=pretrain", "stage.epochs=1", "stage.learning_rate=1e-30"]
+    job += ["validation.every_n_steps=1", f"validation.manifest={tmp_path / 'toy.yaml'}"]
+    run_dir = tmp_path / "runs" / "tiny-pretrain"
+    export = run_training(config(*job, "validation.patience=1"))
+    assert _steps(run_dir) == [0, 1]
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names == ["000002.ckpt", "best.ckpt"]
+
+    shutil.rmtree(export)
+    run_training(config(*job, "validation.patience=1"))
+    assert export.is_dir()
+    assert _steps(run_dir) == [0, 1]
+    run_training(config(*job, "validation.patience=5"))
+    assert _steps(run_dir) == [0, 1, 2]
+
+
 def test_a_run_that_ends_leaves_the_group_of_processes(config, tmp_path):
     """Or gloo may abort a process whose work is done, and the launcher calls it a failure."""
     group = f"file://{tmp_path}/group"

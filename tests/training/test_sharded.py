@@ -92,7 +92,8 @@ def test_two_processes_export_what_one_does(spec, expected, tmp_path, strategy, 
             assert torch.equal(read_tensor(weight), after[name]), name
     if save:
         # What an early end leaves behind: the same weights, out of the training checkpoint.
-        state = read_training_state(folder / "checkpoint.ckpt")
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["000004.ckpt"]
+        state = read_training_state(folder / "checkpoints" / "000004.ckpt")
         assert {name for name in after if name.startswith("multi_modal_projector.")} <= set(state)
         for name, tensor in state.items():
             assert torch.equal(read_tensor(tensor).to(after[name].dtype), after[name]), name

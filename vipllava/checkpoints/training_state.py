@@ -12,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import enum
 import importlib
+import json
 import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
@@ -46,6 +48,69 @@ _METADATA_VALUES: Final = {
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
 }
+
+
+PARTS_INDEX: Final = "checkpoint.json"
+"""In a folder of parts, one of each process: the names of its files and their sizes in bytes."""
+
+
+def find_damage(path: Path) -> str | None:
+    """Say what is wrong with a checkpoint that a run wrote, without reading its tensors.
+
+    Args:
+        path: Lightning's file, or the folder that is written in its place under FSDP2 or DeepSpeed.
+
+    Returns:
+        What is missing or cut short, to be put behind the checkpoint's name; None if it seems
+        whole.
+    """
+    if not path.is_dir():
+        return _find_cut(path)
+    if (path / ".metadata").is_file():
+        try:
+            sizes = _distributed_sizes(path)
+        except Exception as error:  # noqa: BLE001 - whatever half of a pickle brings about
+            return f"its index .metadata cannot be read ({_first_line(error)})"
+        archives = ["meta.pt"]
+    elif (path / PARTS_INDEX).is_file():
+        try:
+            sizes = _parts_sizes(path)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return f"its index {PARTS_INDEX} cannot be read"
+        archives = [*sizes]
+    else:
+        return "it has no index of its files: it is not whole, or DeepSpeed's own"
+    for name, size in sizes.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (found := (path / name).stat().st_size) < size:
+            return f"{name} has {found} bytes of {size}"
+    return next((cut for name in archives if (cut := _find_cut(path / name))), None)
+
+
+def _distributed_sizes(path: Path) -> dict[str, int]:
+    """Return how many bytes each file of a distributed checkpoint has at least."""
+    sizes: dict[str, int] = {}
+    for stored in _read_metadata(path).storage_data.values():
+        end = stored.offset + stored.length
+        sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
+    return sizes
+
+
+def _parts_sizes(path: Path) -> dict[str, int]:
+    index = json.loads((path / PARTS_INDEX).read_text(encoding="utf-8"))
+    return {str(name): int(size) for name, size in index["files"].items()}
+
+
+def _find_cut(path: Path) -> str | None:
+    """Look for the directory at the end of a file of ``torch.save``."""
+    try:
+        with zipfile.ZipFile(path):
+            return None
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except (OSError, zipfile.BadZipFile) as error:
+        return f"{path.name} is empty or cut short ({_first_line(error)})"
 
 
 def read_training_state(path: Path) -> dict[str, LazyTensor]:
@@ -168,6 +233,11 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module_name}.{global_name} is no plain value")
 
 
+def _read_metadata(path: Path) -> Any:
+    with (path / ".metadata").open("rb") as file:
+        return _MetadataUnpickler(file).load()
+
+
 def _read_distributed(path: Path) -> Mapping[str, torch.Tensor]:
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -175,9 +245,8 @@ def _read_distributed(path: Path) -> Mapping[str, torch.Tensor]:
     distributed: Any = checkpoint
 
     try:
-        with (path / ".metadata").open("rb") as file:
-            # Looked through here; the reader opens the same file again without such care.
-            entries: dict[str, Any] = _MetadataUnpickler(file).load().state_dict_metadata
+        # Looked through here; the reader opens the same file again without such care.
+        entries: dict[str, Any] = _read_metadata(path).state_dict_metadata
         reader = distributed.FileSystemReader(path)
         # Weights only: the optimizer's state is twice as large.
         state: dict[str, torch.Tensor] = {

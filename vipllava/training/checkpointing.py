@@ -8,13 +8,14 @@ written by all processes together.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
+import pickle
 import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.training.restart import SUFFIX, list_checkpoints
 from vipllava.types import CheckpointError, Interrupted
+from vipllava.whole_files import sync as _sync
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +46,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Args:
         asynchronous: write from a thread, from a copy on the CPU; the next save waits for it.
+
+    Attributes:
+        on_written: called behind every file that is whole, in the thread that wrote it.
     """
 
     def __init__(self, asynchronous: bool = True) -> None:
         self.asynchronous = asynchronous
+        self.on_written: Callable[[], None] = _nothing
         self._executor: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
 
@@ -61,12 +67,33 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         self.wait()
         if not self.asynchronous:
-            _write(checkpoint, Path(path))
+            self._write(checkpoint, Path(path))
             return
         copy = apply_to_collection(checkpoint, torch.Tensor, _to_cpu)
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending = self._executor.submit(_write, copy, Path(path))
+        self._pending = self._executor.submit(self._write, copy, Path(path))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Raises:
+            CheckpointError: it is damaged, or no file of plain values and tensors.
+        """
+        where = map_location or (lambda storage, _: storage)
+        try:
+            return super().load_checkpoint(path, where, weights_only)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"the checkpoint {path} cannot be read ({_first_line(error)}): move it away, and "
+                "the same command goes on from the one before"
+            ) from error
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        _write(checkpoint, path)
+        self.on_written()
 
     def wait(self) -> None:
         """Wait for the file that is being written; raises what went wrong with it."""
@@ -86,6 +113,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 class CheckpointCallback(Checkpoint):
     """Saves at steps, at times, at the last step, and before a run that is asked to stop does so.
+
+    The last step is the one behind which the trainer is told to stop, see
+    :class:`vipllava.training.ending.RunEnd`.
 
     Args:
         dirpath: folder of the run's checkpoints.
@@ -112,14 +142,23 @@ class CheckpointCallback(Checkpoint):
         self._deferred = False
         self._asked_by: str | None = None
         self._last_step = 0
+        self._saved_step = 0
         self._last_time = time.monotonic()
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Clear what a killed save left, and listen to the signals that ask to stop."""
+        """Clear what a killed save left, and listen to the signals that ask to stop.
+
+        Raises:
+            CheckpointError: the processes have gone on from different checkpoints.
+        """
         self._last_step, self._last_time = trainer.global_step, time.monotonic()
+        self._saved_step = trainer.global_step
+        _check_same_step(trainer)
+        if isinstance(plugin := trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+            plugin.on_written = self._remove_older
         if trainer.is_global_zero and self.folder.is_dir():
             for path in self.folder.glob(f".*{_UNFINISHED}"):
                 _remove(path)
@@ -142,10 +181,12 @@ class CheckpointCallback(Checkpoint):
         if step == self._last_step:
             return
         asked, due = self._decide(trainer, step)
+        # Behind the last step a run is at its end: an export that fails then costs no step.
+        due = due or trainer.should_stop
         # A checkpoint of the same step belongs behind its validation, which a resumed run skips.
         self._deferred = due and not asked and _validation_follows(trainer)
         if asked or (due and not self._deferred):
-            self.save(trainer)
+            self._save_step(trainer)
         if asked:
             _wait(trainer)
             raise Interrupted(
@@ -163,9 +204,9 @@ class CheckpointCallback(Checkpoint):
         is_best = loss is not None and (self.best_loss is None or loss < self.best_loss)
         if is_best:
             self.best_loss = loss
-        if self._deferred:
+        if self._deferred or trainer.should_stop:  # now, too: this loss may have ended the run
             self._deferred = False
-            self.save(trainer)
+            self._save_step(trainer)
         if is_best and self.keep_best:
             logger.info("val/loss %.4f is the lowest so far", loss)
             self.save(trainer, BEST)
@@ -177,6 +218,13 @@ class CheckpointCallback(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best loss."""
         self.best_loss = state_dict.get("best_loss")
+
+    def _save_step(self, trainer: lightning.Trainer) -> None:
+        if self._saved_step != trainer.global_step:
+            self._saved_step = trainer.global_step
+            self.save(trainer)
+        if trainer.should_stop:
+            _wait(trainer)  # the export comes next
 
     def save(self, trainer: lightning.Trainer, name: str | None = None) -> Path:
         """Save now; every process has to call this.
@@ -208,10 +256,18 @@ class CheckpointCallback(Checkpoint):
         except OSError as error:
             raise CheckpointError(_unwritten(path, error)) from error
         self._last_time = time.monotonic()
-        if trainer.is_global_zero:
-            for old in list_checkpoints(self.folder)[: -self.keep_last]:
-                _remove(old)
+        if trainer.is_global_zero and not isinstance(
+            trainer.strategy.checkpoint_io, AtomicCheckpointIO
+        ):
+            self._remove_older()  # that one does so itself, when the new file is whole
         return path
+
+    def _remove_older(self) -> None:
+        for old in list_checkpoints(self.folder)[: -self.keep_last]:
+            try:
+                _remove(old)
+            except OSError as error:
+                logger.warning("%s is not needed any more and cannot be removed: %s", old, error)
 
     def teardown(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
@@ -238,20 +294,30 @@ class CheckpointCallback(Checkpoint):
             flags = torch.tensor([asked, late], dtype=torch.int32, device=device)
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
             asked, late = (bool(flag) for flag in flags.tolist())
-        return asked, due or late or _is_last_step(trainer)
+        return asked, due or late
 
 
-def _is_last_step(trainer: lightning.Trainer) -> bool:
-    """Whether the run ends behind this step: an export that fails then costs no step."""
-    if trainer.global_step == trainer.max_steps:
-        return True
-    last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
-    return last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+def _check_same_step(trainer: lightning.Trainer) -> None:
+    if trainer.world_size == 1:
+        return
+    step, device = trainer.global_step, trainer.strategy.root_device
+    bounds = torch.tensor([step, -step], dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX)
+    last, first = int(bounds[0]), -int(bounds[1])
+    if first != last:
+        raise CheckpointError(
+            f"the processes of this run go on from different steps, {first} to {last}: its folder "
+            "has to be on a file system that all nodes share, and its checkpoints readable there"
+        )
 
 
 def _validation_follows(trainer: lightning.Trainer) -> bool:
+    if not trainer.enable_validation:
+        return False
+    if trainer.should_stop and trainer.fit_loop._can_stop_early:
+        return True
     every = trainer.val_check_batch
-    if not trainer.enable_validation or not every or every == float("inf"):
+    if not every or every == float("inf"):
         return False
     return (trainer.fit_loop.total_batch_idx + 1) % int(every) == 0
 
@@ -289,11 +355,18 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def _unwritten(path: Path, error: BaseException) -> str:
-    reason = str(error).strip().split("\n", 1)[0]
     return (
-        f"the checkpoint {path} could not be written ({reason}): free some space; those of before "
-        "are whole, and the same command goes on from the newest"
+        f"the checkpoint {path} could not be written ({_first_line(error)}): free some space; "
+        "those of before are whole, and the same command goes on from the newest"
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+def _nothing() -> None:
+    pass
 
 
 def _wait(trainer: lightning.Trainer) -> None:
@@ -318,13 +391,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk where the system can."""
-    with contextlib.suppress(OSError):  # Windows opens no folders, some file systems sync none
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

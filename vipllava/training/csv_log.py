@@ -129,6 +129,14 @@ def cut_csv(path: Path, num_steps: int) -> None:
     write_whole(path, "".join(map(_line, [rows[0], *kept])))
 
 
+def count_rows(path: Path) -> int:
+    """Return how many rows of steps ``metrics.csv`` has, 0 if it is not there."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return max(0, sum(1 for _ in file) - 1)
+
+
 def _number(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 

@@ -10,14 +10,16 @@ import logging
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
+from vipllava.training.csv_log import FILE_NAME, count_rows
+from vipllava.training.run_lock import LOCK_FILE
 from vipllava.types import CheckpointError, ConfigError, VipLlavaError
+from vipllava.whole_files import read_text, read_yaml, write_whole, write_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,10 @@ WANDB_ID_FILE: Final = "wandb_id"
 FINISHED_FILE: Final = "finished.yaml"
 EXPORT_FOLDER: Final = "export"
 CHECKPOINTS: Final = "checkpoints"
+CSV: Final = "csv"
 SUFFIX: Final = ".ckpt"
+_DAMAGED: Final = ".damaged"
+"""Behind the name of a checkpoint that cannot be read."""
 _MATTERS: Final = (
     "seed",
     "stage.name",
@@ -59,13 +64,37 @@ _UNSHARDED: Final = ("single", "ddp")
 
 
 @dataclass(frozen=True, slots=True)
+class Goal:
+    """What a job asks for: where its run ends.
+
+    Attributes:
+        epochs: passes over the data.
+        max_steps: optimizer steps at most; -1: as many as the epochs have.
+        limits: what else ends it or shortens its epochs, as plain values by name.
+    """
+
+    epochs: int = 1
+    max_steps: int = -1
+    limits: Mapping[str, Any] = field(default_factory=dict)
+
+    def is_within(self, done: Goal) -> bool:
+        """Whether a run that did all of ``done`` has done all of this, too."""
+        unlimited = done.max_steps == -1
+        return (
+            self.epochs <= done.epochs
+            and (unlimited or -1 < self.max_steps <= done.max_steps)
+            and (not done.limits or done.limits == self.limits)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Restart:
     """How a run begins.
 
     Attributes:
         checkpoint: to go on from, or None to begin.
         num_steps: optimizer steps that it has done.
-        finished: the run has done all its epochs and exported what it made; nothing is left to do.
+        finished: the run has done what is asked and exported what it made; nothing is left to do.
     """
 
     checkpoint: Path | None
@@ -74,7 +103,7 @@ class Restart:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the whole checkpoints of a run, oldest first; files, or folders where sharded."""
+    """Return the checkpoints of a run, oldest first; files, or folders where sharded."""
     found = [path for path in folder.glob(f"*{SUFFIX}") if path.stem.isdecimal()]
     return sorted(found, key=lambda path: int(path.stem))
 
@@ -83,7 +112,7 @@ def prepare_run(
     run_dir: Path,
     job: Mapping[str, Any],
     *,
-    epochs: int = 1,
+    goal: Goal | None = None,
     resume: str = "auto",
     anyway: bool = False,
 ) -> Restart:
@@ -92,71 +121,193 @@ def prepare_run(
     To be called by the first process only, before any weight is loaded. A job that Slurm or
     torchrun has started again goes on from its own newest checkpoint, whatever ``resume`` says.
 
+    Nothing is deleted: a damaged checkpoint gets another name, and so do, in a folder of their own,
+    checkpoints behind the place where the run goes on, and the log of a run that begins again.
+
     Args:
         run_dir: the run's folder; made if it is not there.
         job: the whole configuration as plain values.
-        epochs: that the job asks for; a run that has done as many is finished.
-        resume: ``auto`` goes on from the newest checkpoint if there is one; ``never`` begins, and
-            moves what an earlier run left aside; else the path of a checkpoint.
+        goal: what the job asks for, one epoch if None; a run that has done as much is finished.
+        resume: ``auto`` goes on from the newest whole checkpoint if there is one; ``never`` begins,
+            and moves what an earlier run left aside; else the path of a checkpoint.
         anyway: go on although what has changed decides the data's order or the model.
 
     Raises:
-        CheckpointError: the named checkpoint is not there.
+        CheckpointError: the named checkpoint is not there or damaged, or all of the run's are.
         ConfigError: the folder cannot be written, or the run was started with other data or
             another model; the message lists what differs.
     """
     resume = _resume_of_launcher(run_dir, resume)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if resume == "never":
-            _move_aside(run_dir)
-        _write_yaml(run_dir / f".{JOB_FILE}.probe", job)
+        write_yaml(run_dir / f".{JOB_FILE}.probe", dict(job))
         (run_dir / f".{JOB_FILE}.probe").unlink()
+        if resume == "never" and (aside := _move_aside(run_dir)):
+            logger.info("resume=never: what an earlier run left is in %s", aside)
     except OSError as error:
-        raise ConfigError(
-            f"run_dir={run_dir} cannot be written ({error}): free some space or set "
-            "paths.runs=FOLDER"
-        ) from error
-    restart = find_restart(run_dir, resume=resume, epochs=epochs)
-    if restart.checkpoint is not None and not restart.checkpoint.exists():
-        checkpoints = run_dir / CHECKPOINTS
-        known = ", ".join(path.name for path in list_checkpoints(checkpoints)) or "none"
-        raise CheckpointError(
-            f"resume={resume} does not exist; {checkpoints} has {known}: use resume=auto, or "
-            "name a checkpoint"
-        )
+        raise unwritable(run_dir, error) from error
+    restart, damaged = _decide(run_dir, goal or Goal(), resume)
+    for path, damage in damaged.items():
+        aside = _free_name(path.with_name(path.name + _DAMAGED))
+        path.rename(aside)
+        logger.warning("%s is damaged: %s; it is now %s", path, damage, aside.name)
     # What has ended was that job, too, though its checkpoints may have been deleted since.
     if restart.checkpoint is not None or restart.finished:
         _check_job(run_dir, job, restart.checkpoint or run_dir / EXPORT_FOLDER, anyway)
-    if not restart.finished:
-        (run_dir / FINISHED_FILE).unlink(missing_ok=True)
-        _write_yaml(run_dir / JOB_FILE, job)
+    if restart.finished:
+        return restart
+    if restart.checkpoint is None:
+        _begin_again(run_dir)
+    elif resume != "auto":
+        _leave_later_steps(run_dir, restart)
+    (run_dir / FINISHED_FILE).unlink(missing_ok=True)
+    write_yaml(run_dir / JOB_FILE, dict(job))
     return restart
 
 
-def mark_finished(run_dir: Path, *, epochs: int) -> None:
-    """Note that a run has done so many epochs and exported what it made; first process only."""
-    _write_yaml(run_dir / FINISHED_FILE, {"epochs": epochs})
+def mark_finished(run_dir: Path, goal: Goal) -> None:
+    """Note that a run has done so much and exported what it made; first process only."""
+    try:
+        write_yaml(run_dir / FINISHED_FILE, asdict(goal))
+    except OSError as error:
+        logger.warning("%s cannot be written (%s)", run_dir / FINISHED_FILE, error)
 
 
-def _is_finished(run_dir: Path, epochs: int) -> bool:
-    path = run_dir / FINISHED_FILE
-    if not path.is_file() or not (run_dir / EXPORT_FOLDER).is_dir():
-        return False
-    done: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return epochs <= done["epochs"]
-
-
-def find_restart(run_dir: Path, *, epochs: int = 1, resume: str = "auto") -> Restart:
+def find_restart(run_dir: Path, *, goal: Goal | None = None, resume: str = "auto") -> Restart:
     """Return what :func:`prepare_run` decides, for the other processes; nothing is touched."""
-    resume = _resume_of_launcher(run_dir, resume)
+    return _decide(run_dir, goal or Goal(), _resume_of_launcher(run_dir, resume))[0]
+
+
+def unwritable(run_dir: Path, error: OSError) -> ConfigError:
+    """Return the error of a run's folder that cannot be written."""
+    return ConfigError(
+        f"run_dir={run_dir} cannot be written ({error}): free some space or set paths.runs=FOLDER"
+    )
+
+
+def started_again() -> bool:
+    """Whether a launcher, Slurm or torchrun, has started this job again."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in _RESTARTS)
+
+
+def _decide(run_dir: Path, goal: Goal, resume: str) -> tuple[Restart, dict[Path, str]]:
+    """Return where the run begins, and the damaged checkpoints that are passed over.
+
+    A first process that moves those aside meanwhile changes nothing: for another one they are then
+    not listed, or missing.
+    """
+    checkpoints = run_dir / CHECKPOINTS
     if resume == "never":
-        return Restart(None, 0)
+        return Restart(None, 0), {}
     if resume != "auto":
-        return _restart(Path(resume).expanduser())
+        path = Path(resume).expanduser()
+        _check_named(path, resume, checkpoints)
+        return Restart(path, _num_steps(path)), {}
+    found = list_checkpoints(checkpoints)
+    if _is_finished(run_dir, goal):
+        newest = found[-1] if found else None
+        return Restart(newest, _num_steps(newest) if newest else 0, finished=True), {}
+    damaged: dict[Path, str] = {}
+    for path in reversed(found):
+        damage = _find_damage(path)
+        if damage is None:
+            return Restart(path, _num_steps(path)), damaged
+        damaged[path] = damage
+    if damaged:
+        raise CheckpointError(
+            "no checkpoint of this run is whole:\n"
+            + "".join(f"- {path}: {damage}\n" for path, damage in damaged.items())
+            + "name another one by resume=PATH, or begin anew with resume=never"
+        )
+    return Restart(None, 0), {}
+
+
+def _is_finished(run_dir: Path, goal: Goal) -> bool:
+    if not (run_dir / EXPORT_FOLDER).is_dir():
+        return False
+    done = read_yaml(run_dir / FINISHED_FILE)
+    if done is None:
+        return False
+    try:
+        return goal.is_within(Goal(done["epochs"], done["max_steps"], done["limits"]))
+    except (KeyError, TypeError) as error:
+        logger.warning("%s does not say what was done (%r)", run_dir / FINISHED_FILE, error)
+        return False
+
+
+def _check_named(path: Path, resume: str, checkpoints: Path) -> None:
+    """Refuse what is named by ``resume=PATH`` and no whole checkpoint, and say what there is."""
+    damage = _find_damage(path) if path.exists() else "it does not exist"
+    if damage is None:
+        return
+    folders = (checkpoints, path.parent, path.parent / CHECKPOINTS, path / CHECKPOINTS)
+    known = {
+        folder: ", ".join(p.name for p in list_checkpoints(folder) if _find_damage(p) is None)
+        for folder in {f.absolute(): None for f in folders}
+    }
+    whole = "; ".join(f"{folder} has {names}" for folder, names in known.items() if names)
+    raise CheckpointError(
+        f"resume={resume} is no checkpoint to go on from: {damage}. "
+        + (f"{whole}: name one of these, or use resume=auto" if whole else "Use resume=auto")
+    )
+
+
+def _find_damage(path: Path) -> str | None:
+    from vipllava.checkpoints.training_state import find_damage
+
+    return find_damage(path)
+
+
+def _num_steps(checkpoint: Path) -> int:
+    """Return the steps that a checkpoint has done; its name tells, but for one like best.ckpt."""
+    if checkpoint.stem.isdecimal():
+        return int(checkpoint.stem)
+    import torch
+
+    file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
+    try:
+        # The tensors stay where they are.
+        values: Any = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+        return int(values["global_step"])
+    except Exception as error:
+        raise CheckpointError(
+            f"{checkpoint} does not say how many steps it has done ({error}): give it the number "
+            f"of its steps as name, like 000123{SUFFIX}"
+        ) from error
+
+
+def _begin_again(run_dir: Path) -> None:
+    """Keep the log of a run that stopped before its first checkpoint, and say so."""
+    num_rows = count_rows(run_dir / CSV / FILE_NAME)
+    if num_rows:
+        logger.warning(
+            "%s has a log of %d steps and no checkpoint to go on from: the run begins again with "
+            "its first step; what was there is in %s",
+            run_dir,
+            num_rows,
+            _move_aside(run_dir),
+        )
+
+
+def _leave_later_steps(run_dir: Path, restart: Restart) -> None:
+    """Keep aside what lies behind the checkpoint that was named: it is no part of the run now."""
     found = list_checkpoints(run_dir / CHECKPOINTS)
-    restart = _restart(found[-1] if found else None)
-    return replace(restart, finished=_is_finished(run_dir, epochs))
+    later = [path for path in found if _num_steps(path) > restart.num_steps]
+    if not later:
+        return
+    aside = _free_name(run_dir / "before", numbered=True)
+    (aside / CHECKPOINTS).mkdir(parents=True)
+    for path in later:
+        path.rename(aside / CHECKPOINTS / path.name)
+    if (log := run_dir / CSV / FILE_NAME).is_file():
+        (aside / CSV).mkdir()
+        shutil.copy2(log, aside / CSV / FILE_NAME)
+    logger.warning(
+        "going on from %s: later checkpoints (%s) and the log with their steps are in %s",
+        restart.checkpoint,
+        ", ".join(path.name for path in later),
+        aside,
+    )
 
 
 def rescale_progress(checkpoint: dict[str, Any], saved: int, now: int) -> None:
@@ -185,14 +336,7 @@ def rescale_progress(checkpoint: dict[str, Any], saved: int, now: int) -> None:
 
 def _resume_of_launcher(run_dir: Path, resume: str) -> str:
     """The command of a job that its launcher starts again is the same; what it has done stays."""
-    again = any(os.environ.get(name, "0") not in ("", "0") for name in _RESTARTS)
-    return "auto" if again and list_checkpoints(run_dir / CHECKPOINTS) else resume
-
-
-def _restart(checkpoint: Path | None) -> Restart:
-    if checkpoint is None:
-        return Restart(None, 0)
-    return Restart(checkpoint, int(checkpoint.stem) if checkpoint.stem.isdecimal() else 0)
+    return "auto" if started_again() and list_checkpoints(run_dir / CHECKPOINTS) else resume
 
 
 def wandb_id(run_dir: Path) -> str:
@@ -202,15 +346,13 @@ def wandb_id(run_dir: Path) -> str:
     that is begun anew aside.
     """
     path = run_dir / WANDB_ID_FILE
-    if path.is_file() and (known := path.read_text(encoding="utf-8").strip()):
+    if (known := read_text(path)) is not None:
         return known
     # A random end: equal folders on two machines are two runs, and an id that was deleted on W&B
     # cannot be had again.
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", run_dir.name).strip("-")
     made = f"{name[:40]}-{secrets.token_hex(4)}"
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(made + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, made + "\n")
     return made
 
 
@@ -226,11 +368,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 
 def _check_job(run_dir: Path, job: Mapping[str, Any], done: Path, anyway: bool) -> None:
-    path = run_dir / JOB_FILE
-    if not path.is_file():
+    before = read_yaml(run_dir / JOB_FILE)
+    if before is None:
         return
-    before: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    changed = differences(before if isinstance(before, dict) else {}, job)
+    changed = differences(before, job)
     refused = {key: pair for key, pair in changed.items() if _is_refused(key, pair)}
     shown = {key: pair for key, pair in changed.items() if key not in refused}
     if shown:
@@ -269,24 +410,29 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _write_yaml(path: Path, values: Mapping[str, Any]) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
-    unfinished.write_text(yaml.safe_dump(dict(values), sort_keys=False), encoding="utf-8")
-    unfinished.replace(path)
+def _move_aside(run_dir: Path) -> Path | None:
+    """Keep an earlier run's files under a name of their own; nothing is deleted.
 
-
-def _move_aside(run_dir: Path) -> None:
-    """Keep an earlier run's files under a name of their own; nothing is deleted."""
+    Returns:
+        The folder where they are; None if there are none.
+    """
     # What the process that is starting writes already, and the queue's files of its job.
-    own = (".hydra", "train.log", ".submitit")
+    own = (".hydra", "train.log", ".submitit", LOCK_FILE)
     kept = [path for path in run_dir.iterdir() if path.name not in own]
     kept = [path for path in kept if not path.name.startswith("before-")]
     if not kept:
-        return
-    number = 1
-    while (aside := run_dir / f"before-{number}").exists():
-        number += 1
+        return None
+    aside = _free_name(run_dir / "before", numbered=True)
     aside.mkdir()
     for path in kept:
         path.rename(aside / path.name)
-    logger.info("resume=never: what an earlier run left is in %s", aside)
+    return aside
+
+
+def _free_name(path: Path, *, numbered: bool = False) -> Path:
+    """Return the path, with a number behind it if it is taken or ``numbered``."""
+    number, free = 1, path.with_name(f"{path.name}-1") if numbered else path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

@@ -6,6 +6,7 @@ plain arguments. Imports that cost seconds happen inside the function, after the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
 
     from vipllava.data.datamodule import VisualPromptDataModule
     from vipllava.models.building import ModelSpec
-    from vipllava.training.restart import Restart
+    from vipllava.training.restart import Goal, Restart
 
 logger = logging.getLogger(__name__)
 
-"""Name of the exported model's folder in a run directory; the next stage starts from it."""
+_LIMITS = ("limit_train_batches", "overfit_batches", "fast_dev_run", "max_time")
+"""Arguments of the trainer that end a run before its epochs, or cut these short."""
+_PATIENCE_S = 180.0
+"""How long a job that its launcher has started again waits for the start before it to let go."""
 
 
 def run_training(cfg: DictConfig) -> Path:
@@ -39,6 +43,24 @@ def run_training(cfg: DictConfig) -> Path:
     Raises:
         VipLlavaError: data, model or settings cannot be used; the message says what to do.
     """
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    from vipllava.training.restart import started_again, unwritable
+    from vipllava.training.run_lock import hold_run
+
+    run_dir = Path(cfg.run_dir)
+    with contextlib.ExitStack() as stack:
+        if rank_zero_only.rank in (0, None):
+            patience_s = _PATIENCE_S if started_again() else 0.0
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(hold_run(run_dir, patience_s=patience_s))
+            except OSError as error:
+                raise unwritable(run_dir, error) from error
+        return _train(cfg)
+
+
+def _train(cfg: DictConfig) -> Path:
     # Loader processes are forked from a process that has used the tokenizer, which else warns.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import lightning
@@ -50,6 +72,7 @@ def run_training(cfg: DictConfig) -> Path:
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.models.hub_models import draw_bars_on_terminals_only
     from vipllava.training.callbacks import ExportCallback
+    from vipllava.training.ending import RunEnd
     from vipllava.training.environment import StartLog
     from vipllava.training.orphans import end_with_parent
     from vipllava.training.preflight import look_ahead
@@ -93,6 +116,7 @@ def run_training(cfg: DictConfig) -> Path:
         logger=_loggers(cfg, restart),
         callbacks=[
             StartLog(cfg.run_dir, job),
+            RunEnd(),
             *_with_flops(_instantiate_all(cfg.get("callbacks")), cfg, spec, tokenizer),
             *_early_stop(cfg),
             export,
@@ -126,8 +150,8 @@ def run_training(cfg: DictConfig) -> Path:
             f"training ended before its last step and exported nothing to {export_dir}: "
             "start it again"
         )
-    if trainer.is_global_zero and trainer.max_steps == -1:
-        mark_finished(Path(cfg.run_dir), epochs=int(cfg.trainer.max_epochs))
+    if trainer.is_global_zero:
+        mark_finished(Path(cfg.run_dir), _goal(cfg))
     return export_dir
 
 
@@ -149,6 +173,22 @@ def _warn_of_shared_memory(cfg: DictConfig, spec: ModelSpec) -> None:
     )
     if warning:
         logger.warning(warning)
+
+
+def _goal(cfg: DictConfig) -> Goal:
+    """Return what is asked for: a run that has ended has done this, and no more."""
+    from omegaconf import OmegaConf
+
+    from vipllava.training.restart import Goal
+
+    bounds: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
+    limits = {name: bounds[name] for name in _LIMITS if bounds.get(name) not in (None, False)}
+    whole = limits.get("limit_train_batches")
+    if isinstance(whole, float) and whole == 1.0:  # all of them; 1 would be one
+        del limits["limit_train_batches"]
+    if cfg.validation.manifest is not None and cfg.validation.patience is not None:
+        limits["patience"] = int(cfg.validation.patience)
+    return Goal(int(cfg.trainer.max_epochs), int(cfg.trainer.max_steps), limits)
 
 
 def _leave_processes() -> None:
@@ -211,21 +251,21 @@ def _begin(cfg: DictConfig, job: dict[str, Any]) -> Restart:
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     from vipllava.training.csv_log import FILE_NAME, cut_csv
-    from vipllava.training.restart import find_restart, prepare_run
+    from vipllava.training.restart import CSV, find_restart, prepare_run
 
     run_dir = Path(cfg.run_dir)
-    asked: Any = {"epochs": int(cfg.trainer.max_epochs), "resume": str(cfg.resume)}
+    asked: Any = {"goal": _goal(cfg), "resume": str(cfg.resume)}
     if rank_zero_only.rank not in (0, None):
         return find_restart(run_dir, **asked)
     restart = prepare_run(run_dir, job, anyway=bool(cfg.resume_anyway), **asked)
     if restart.finished:
         logger.info(
-            "%s has ended already, and its export is there: for more epochs pass stage.epochs=N, "
-            "to begin anew resume=never, for a run of its own name=NEW_NAME",
+            "%s has ended already, and its export is there: for more pass stage.epochs=N or "
+            "trainer.max_steps=N, to begin anew resume=never, for a run of its own name=NEW_NAME",
             run_dir,
         )
         return restart
-    cut_csv(run_dir / "csv" / FILE_NAME, restart.num_steps)
+    cut_csv(run_dir / CSV / FILE_NAME, restart.num_steps)
     if restart.checkpoint is not None:
         logger.info("going on from %s, after %s steps", restart.checkpoint, restart.num_steps)
     return restart
@@ -272,11 +312,11 @@ def _with_flops(callbacks: list[Any], cfg: DictConfig, spec: ModelSpec, tokenize
 
 
 def _early_stop(cfg: DictConfig) -> list[Any]:
-    from lightning.pytorch.callbacks import EarlyStopping
+    from vipllava.training.ending import EarlyStop
 
     if cfg.validation.manifest is None or cfg.validation.patience is None:
         return []
-    return [EarlyStopping("val/loss", patience=int(cfg.validation.patience))]
+    return [EarlyStop(int(cfg.validation.patience))]
 
 
 def _plugins(cfg: DictConfig) -> list[Any]:

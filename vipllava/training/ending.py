@@ -1,0 +1,133 @@
+"""Where a run ends, and what belongs to its last step, whatever it is that ends it.
+
+A run ends by its epochs, whose number of steps is not known before with packing, by ``max_steps``,
+by the clock, or early. Its last step is validated and saved before the export, so that an export
+that fails costs no step, and a run that has done all its steps goes to its end when it is started
+again.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final
+
+import lightning
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+
+logger = logging.getLogger(__name__)
+
+_LIMIT: Final = "limit_train_batches"
+"""Key of a checkpoint: what its run's epochs were cut to, as text, in which 1 is not 1.0."""
+
+
+class RunEnd(Callback):
+    """Tells the trainer at the last step that it is the last one.
+
+    By ``should_stop``: the trainer then validates, if it ever does, and every callback knows.
+    """
+
+    def __init__(self) -> None:
+        self._nothing_left = False
+
+    def on_save_checkpoint(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Note what the epochs are cut to."""
+        checkpoint[_LIMIT] = str(trainer.limit_train_batches)
+
+    def on_load_checkpoint(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Find out whether this run has anything left to do behind the checkpoint.
+
+        Lightning would end at once where nothing is left, without the hooks of an end, and there
+        would be no export. And it would take an epoch that a limit cut short for a whole one.
+        """
+        loops = checkpoint["loops"]["fit_loop"]
+        steps, epochs = checkpoint["global_step"], loops["epoch_progress"]["current"]["processed"]
+        fit = trainer.fit_loop
+        now = str(trainer.limit_train_batches)
+        limit = checkpoint.get(_LIMIT, now)
+        if limit != now:
+            loops["epoch_loop.batch_progress"]["is_last_batch"] = False
+            if epochs:
+                logger.warning(
+                    "%d epochs before this one ended at limit_train_batches=%s: what they left out "
+                    "comes in later ones only",
+                    epochs,
+                    limit,
+                )
+        asked = []
+        if -1 < fit.max_steps <= steps:
+            asked.append(f"max_steps={fit.max_steps}")
+            fit.epoch_loop.max_steps = steps + 1
+        if fit.max_epochs is not None and -1 < fit.max_epochs <= epochs:
+            asked.append(f"max_epochs={fit.max_epochs}")
+            fit.max_epochs = epochs + 1
+        if asked:
+            self._nothing_left = True
+            logger.info(
+                "%d steps and %d epochs are done, and %s is asked for: nothing is trained, the "
+                "export is made of what is there",
+                steps,
+                epochs,
+                " and ".join(asked),
+            )
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """End before the first step where nothing is left to do."""
+        trainer.should_stop = trainer.should_stop or self._nothing_left
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Stop if this micro-batch completed the last step."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        in_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        # Packing: the trainer knows a bound of the epoch's steps only, the batch its share.
+        epoch_ends = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or (
+            getattr(batch, "progress", None) == 1.0
+        )
+        if trainer.global_step == trainer.max_steps or (in_last_epoch and epoch_ends):
+            trainer.should_stop = True
+
+
+class EarlyStop(EarlyStopping):
+    """Ends a run whose held-out loss no longer falls; one that it has ended stays ended.
+
+    Args:
+        patience: validations without a lower loss; of this start, not of the checkpoint's.
+    """
+
+    def __init__(self, patience: int) -> None:
+        super().__init__("val/loss", patience=patience)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what was counted."""
+        super().load_state_dict(state_dict | {"patience": self.patience})
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """End before the first step if the run had come to its end."""
+        if (
+            self.wait_count >= self.patience
+            or self.stopping_reason is EarlyStoppingReason.NON_FINITE_METRIC
+        ):
+            logger.info("the held-out loss had ended this run: only the export is made")
+            trainer.should_stop = True
