@@ -13,7 +13,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(job: Any, num_processes: int) -> Path:
-    """Run a job on real processes and return its folder."""
+    """Run a job on real processes, which all have to end well, and return its folder."""
+    ends = run(job, num_processes)
+    codes = [code for code, _ in ends]
+    assert codes == [0] * num_processes, "\n".join(output[-3000:] for _, output in ends)
+    return Path(job.folder)
+
+
+def run(job: Any, num_processes: int) -> list[tuple[int, str]]:
+    """Run a job on real processes and return the exit code and output of each."""
     folder = Path(job.folder)
     folder.mkdir()
     job.write(folder / "job.json")
@@ -56,5 +64,4 @@ def start(job: Any, num_processes: int) -> Path:
         for process in processes:
             process.kill()
     codes = [process.returncode for process in processes]
-    assert codes == [0] * num_processes, "\n".join(output[-3000:] for output in outputs)
-    return folder
+    return list(zip(codes, outputs, strict=True))

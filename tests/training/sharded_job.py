@@ -6,11 +6,15 @@ Started as ``python sharded_job.py JOB.json`` with the variables of torchrun.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.callbacks import Callback
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Job:
         adapter: arguments of ``AdapterSettings``.
         num_samples: in micro-batches of 2.
         save: write a checkpoint at the last step.
+        export_seconds: how long the first process's export takes, where a collective has a second.
+        export_fails: for a disk that is full.
     """
 
     folder: str
@@ -34,6 +40,8 @@ class Job:
     adapter: dict[str, Any] | None = None
     num_samples: int = 16
     save: bool = False
+    export_seconds: float = 0.0
+    export_fails: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
@@ -48,9 +56,10 @@ def main(path: str) -> None:
 
     from tests.training.toy_training import Loader, make_samples
     from vipllava.checkpoints.export_meta import ExportMeta
-    from vipllava.checkpoints.loading import load_tokenizer
-    from vipllava.models.adapters import AdapterSettings
+    from vipllava.checkpoints.loading import build_model, load_tokenizer
+    from vipllava.models.adapters import AdapterSettings, add_adapters
     from vipllava.models.building import ModelSpec
+    from vipllava.models.freezing import set_trainable
     from vipllava.training.callbacks import ExportCallback
     from vipllava.training.checkpointing import CheckpointCallback
     from vipllava.training.ending import RunEnd
@@ -70,18 +79,36 @@ def main(path: str) -> None:
                     yield batch
 
     losses: dict[int, float] = {}
+    one = job.strategy == "one"
+    sharded = job.strategy in ("fsdp2", "zero3")
+    rank = int(os.environ.get("RANK", "0"))
+    spec = ModelSpec(**job.spec)
+    tokenizer = load_tokenizer(spec)
+    adapter = AdapterSettings(**job.adapter) if job.adapter else None
+    seed = 3
+    expected = build_model(spec, tokenizer, seed=seed)
+    if adapter:
+        add_adapters(expected, adapter, seed=seed)
+    set_trainable(expected, job.trainable)
+    if job.strategy == "zero3":
+        _refuse_broadcast()
 
     class Noting(VipLlavaLitModule):
+        def configure_model(self) -> None:
+            super().configure_model()
+            if job.strategy == "zero3":
+                _check_parts(self.network, expected, rank)
+                _check_groups(self.network, expected)
+
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             super().on_train_batch_end(outputs, batch, batch_idx)
             loss = self.trainer.callback_metrics.get("train/loss")
             if loss is not None:
                 losses[self._last_global_step] = float(loss)
 
-    spec = ModelSpec(**job.spec)
-    tokenizer = load_tokenizer(spec)
-    adapter = AdapterSettings(**job.adapter) if job.adapter else None
-    module = Noting(spec, job.trainable, 1e-3, seed=3, tokenizer=tokenizer, adapter=adapter)
+    # Sharded, all weights are the first process's: what another one would draw must not matter.
+    drawn = seed + rank if sharded else seed
+    module = Noting(spec, job.trainable, 1e-3, seed=drawn, tokenizer=tokenizer, adapter=adapter)
     meta = ExportMeta(
         stage="finetune",
         chat_template="llava_v1",
@@ -93,7 +120,6 @@ def main(path: str) -> None:
         language_model="language",
     )
     folder = Path(job.folder)
-    one = job.strategy == "one"
     # Samples 2, 3 and 6, 7 are text only: all that the second process ever gets.
     samples = make_samples(job.num_samples, text_only=lambda i: i % 4 >= 2)
     trainer = lightning.Trainer(
@@ -108,6 +134,7 @@ def main(path: str) -> None:
         enable_model_summary=False,
         use_distributed_sampler=False,
         callbacks=[
+            *([_HardExport(job)] if job.export_seconds or job.export_fails else []),
             ExportCallback(folder / "export", tokenizer, meta, base="base"),
             Throughput(every_n_steps=1),
             SampleTable(folder, every_n_steps=2, num_samples=2, tokenizer=tokenizer),
@@ -120,6 +147,82 @@ def main(path: str) -> None:
         (folder / "losses.json").write_text(json.dumps(list(losses.values())))
     if not one:
         torch.distributed.destroy_process_group()
+
+
+def _refuse_broadcast() -> None:
+    """Weights that are not the right ones before the engine starts must not become so by it."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    def refuse(self: DeepSpeedEngine) -> None:
+        raise AssertionError("the engine broadcasts whole weights")
+
+    DeepSpeedEngine._broadcast_model = refuse
+
+
+def _check_parts(network: Any, expected: Any, rank: int) -> None:
+    """Insist that this process holds its half of every weight, and nothing else, and the right one.
+
+    Called before there is an engine.
+    """
+    import torch
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    found, wanted = dict(network.named_parameters()), dict(expected.named_parameters())
+    assert found.keys() == wanted.keys()
+    for name, parameter in found.items():
+        assert parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE, name
+        assert parameter.numel() == 0, name
+        whole = wanted[name].detach().flatten()
+        assert parameter.ds_shape == wanted[name].shape, name
+        half = -(-whole.numel() // 2)
+        assert parameter.ds_tensor.numel() == half, name
+        mine = whole[rank * half : (rank + 1) * half]
+        assert torch.equal(parameter.ds_tensor[: len(mine)], mine), name
+    for (name, buffer), (_, value) in zip(
+        network.named_buffers(), expected.named_buffers(), strict=True
+    ):
+        assert torch.equal(buffer, value), name
+
+
+def _check_groups(network: Any, expected: Any) -> None:
+    """Insist that what is counted and what decays is the same as of whole weights."""
+    from vipllava.models.freezing import modules_of, parameter_table, whole_shape
+    from vipllava.training.optim import OptimizerSettings, parameter_groups
+
+    settings = OptimizerSettings(learning_rate=1.0, weight_decay=0.1)
+    groups: list[Any] = [parameter_groups(modules_of(n), settings) for n in (network, expected)]
+    found, wanted = (
+        [(g["name"], [whole_shape(p) for p in g["params"]], g["weight_decay"]) for g in some]
+        for some in groups
+    )
+    assert found == wanted
+    assert parameter_table(network) == parameter_table(expected)
+
+
+class _HardExport(Callback):
+    """From the end of training on a collective may take a second, and the export is hard."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        from datetime import timedelta
+
+        import torch
+
+        from vipllava.training import callbacks
+
+        torch.distributed.barrier()
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+        save_export: Any = callbacks.save_export
+
+        def save(*args: Any) -> Any:
+            time.sleep(self.job.export_seconds)
+            if self.job.export_fails:
+                raise OSError(28, "No space left on device")
+            return save_export(*args)
+
+        callbacks.save_export = save
 
 
 def _strategy(name: str) -> Any:

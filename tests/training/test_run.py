@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -268,6 +269,21 @@ def test_equal_seeds_give_identical_loss_logs(config, tmp_path):
         )
     assert logs[0] == logs[1]
     assert logs[0] != logs[2]
+
+
+def test_weights_are_fetched_and_opened_before_processes_have_a_group(
+    config, tmp_path, tiny_sources, monkeypatch
+):
+    """In it, those that wait for a download are ended after half an hour."""
+    language = tmp_path / "language"
+    shutil.copytree(tiny_sources.language_model, language)
+    (language / "model.safetensors").unlink()
+    begun: list[str] = []
+    monkeypatch.setattr(lightning.Trainer, "fit", lambda *a, **k: begun.append("fit"))
+
+    with pytest.raises(CheckpointError, match=r"language_model=.*has no weights"):
+        run_training(config("stage=pretrain", f"model.spec.language_model={language}"))
+    assert begun == []
 
 
 def test_the_next_stage_needs_the_export_of_the_one_before(config):

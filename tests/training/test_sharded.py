@@ -1,4 +1,8 @@
-"""FSDP2 and ZeRO on two processes end in the export that one process ends in."""
+"""FSDP2 and ZeRO on two processes end in the export that one process ends in.
+
+Sharded, each process is given another seed: weights come from the first one, and from there before
+DeepSpeed's engine starts; the job insists on it (``sharded_job._check_parts``).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.conftest import byte_tokenizer
+from tests.training import loading_job
 from tests.training.launching import start
 from tests.training.sharded_job import Job
 from vipllava.checkpoints.llava_format import read_projector
@@ -99,3 +106,31 @@ def test_two_processes_export_what_one_does(spec, expected, tmp_path, strategy, 
             assert torch.equal(read_tensor(tensor).to(after[name].dtype), after[name]), name
     else:
         assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_no_process_holds_the_whole_network_while_zero3_builds_it(spec, tmp_path, monkeypatch):
+    """Here the device is the host: a process's half is in its memory, its file mapping is not."""
+    pytest.importorskip("deepspeed")
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "language")
+    byte_tokenizer().save_pretrained(tmp_path / "language")
+    large = {**spec, "language_model": str(tmp_path / "language")}
+
+    # What is freed goes back to the system: else glibc's holes count as much again.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    folder = start(loading_job.Job(str(tmp_path / "two"), large), 2)
+
+    for rank in range(2):
+        facts = json.loads((folder / f"{rank}.json").read_text())
+        assert facts["whole"] > 320 * 2**20
+        assert 0.45 < facts["peak"] / facts["whole"] < 0.7, (rank, facts)

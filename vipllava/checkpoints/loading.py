@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +41,7 @@ from vipllava.models.building import (
 )
 from vipllava.models.hub_models import local_folder
 from vipllava.models.opening import feature_layers_of, load_config
+from vipllava.models.placing import Placement
 from vipllava.models.tensor_files import LazyTensor, open_tensors, shape_of
 from vipllava.types import CheckpointError
 
@@ -263,7 +265,8 @@ def build_model(
     *,
     seed: int = 0,
     quantization_config: Any = None,
-    device_map: Any = None,
+    placement: Placement | None = None,
+    prepare: Callable[[VipLlavaForConditionalGeneration], None] | None = None,
 ) -> VipLlavaForConditionalGeneration:
     """Make the network that a spec describes.
 
@@ -275,7 +278,8 @@ def build_model(
         tokenizer: what :func:`load_tokenizer` returned for the same spec; loaded if not given.
         seed: decides the projector's first weights. Not used where a checkpoint has one.
         quantization_config: transformers' own, for weights held in fewer bits.
-        device_map: where to put the weights; the CPU if not given.
+        placement: where to put the weights; the CPU if not given.
+        prepare: decides, before weights are read, what each is held in and what trains.
 
     Raises:
         CheckpointError: see :func:`open_spec`; or weights are missing, left over or misshapen.
@@ -285,7 +289,8 @@ def build_model(
         dtype=spec.torch_dtype,
         attn_implementation=spec.attn_implementation,
         quantization_config=quantization_config,
-        device_map=device_map,
+        placement=placement,
+        prepare=prepare,
     )
 
 

@@ -6,6 +6,7 @@ made of them, so that they are never in memory twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,7 +20,9 @@ from transformers import (
 )
 
 from vipllava.checkpoints.export_meta import ExportMeta
+from vipllava.checkpoints.names import HF_TO_HF, hf_to_hf, map_name
 from vipllava.models.building import materialise
+from vipllava.models.placing import Placement
 from vipllava.models.tensor_files import LazyTensor
 from vipllava.types import CheckpointError
 
@@ -65,7 +68,8 @@ class Source:
         dtype: torch.dtype = torch.float32,
         attn_implementation: str = "sdpa",
         quantization_config: Any = None,
-        device_map: Any = None,
+        placement: Placement | None = None,
+        prepare: Callable[[VipLlavaForConditionalGeneration], None] | None = None,
         merge_adapter: bool = True,
     ) -> VipLlavaForConditionalGeneration:
         """Make the network, its adapter with it.
@@ -74,30 +78,43 @@ class Source:
             dtype: of the parameters.
             attn_implementation: attention of tower and language model.
             quantization_config: transformers' own, for weights held in fewer bits.
-            device_map: where to put the weights; the CPU if not given.
-            merge_adapter: add an adapter to the weights; else it stays beside them.
+            placement: where to put the weights; the CPU if not given.
+            prepare: decides, before weights are read, what each is held in and what trains.
+            merge_adapter: add an adapter to the weights; else it stays beside them. Weights that
+                are placed and not in few bits have it added in any case.
 
         Raises:
             CheckpointError: weights are missing, left over or misshapen; the message lists them.
         """
+        tensors, adapter = self.tensors, self.adapter
+        if adapter is not None and placement is not None and quantization_config is None:
+            # Added on the host, in `dtype`, by the processes that read: rounded only after that.
+            tensors, adapter = self._merged(dtype) if placement.reads else tensors, None
         model = materialise(
             self.config,
-            self.tensors,
+            tensors,
             source=self.path,
+            stored_name=lambda name: map_name(name, HF_TO_HF),
             dtype=dtype,
             attn_implementation=attn_implementation,
             quantization_config=quantization_config,
-            device_map=device_map,
+            placement=placement,
+            prepare=prepare,
         )
-        if self.adapter is not None:
+        if adapter is not None:
             from vipllava.checkpoints.adapter_format import load_adapter
             from vipllava.models.adapters import merge_adapters
 
-            load_adapter(model, self.adapter)
+            load_adapter(model, adapter)
             if merge_adapter:
                 merge_adapters(model)
         model.generation_config = self.generation_config
         return model
+
+    def _merged(self, dtype: torch.dtype) -> dict[str, LazyTensor]:
+        """Return the weights with the adapter added to them, in memory."""
+        state = hf_to_hf(self.network(dtype=dtype).state_dict(), self.path)
+        return {name: tensor for name, tensor in state.items() if name in self.tensors}
 
 
 def infer_chat_template(tokenizer: PreTrainedTokenizerFast, source: str) -> str:

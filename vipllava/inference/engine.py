@@ -22,6 +22,7 @@ from vipllava.conversation import ConversationEncoder
 from vipllava.data.image_transform import ImageAspect, ImageTransform
 from vipllava.inference.devices import resolve_device, resolve_dtype
 from vipllava.models.image_features import normalise_pixels
+from vipllava.models.placing import OnDevice
 from vipllava.models.quantization import QuantizationSettings, quantization_config
 from vipllava.types import ConfigError, Turn, VipLlavaError
 
@@ -120,7 +121,7 @@ class Engine:
             settings = QuantizationSettings(bits=bits, compute_dtype=name)
             few_bits = {
                 "quantization_config": quantization_config(settings),
-                "device_map": {"": device},
+                "placement": OnDevice(torch.device(device)),
             }
         model = opened.network(
             dtype=torch_dtype,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -98,17 +100,19 @@ def add_adapters(
     *,
     seed: int = 0,
     config: Any = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Put an adapter beside every target, in place; the network keeps its class.
 
-    The adapters have the dtype of the projector, which trains as they do. They change nothing
-    until they are trained: one of the two factors is zero.
+    They change nothing until they are trained: one of the two factors is zero. The other is drawn
+    on the CPU, so that it depends on the seed only.
 
     Args:
         model: without adapters.
         settings: rank, scale and dropout.
         seed: decides the other factor.
         config: peft's own, of a stored adapter, in place of the settings.
+        dtype: of the adapters; the projector's, which trains as they do, if not given.
 
     Raises:
         ConfigError: peft is not installed, or the network has adapters already.
@@ -130,12 +134,37 @@ def add_adapters(
         )
     config.target_modules = pattern
     config.modules_to_save = None  # the projector trains by itself
-    dtype = model.model.multi_modal_projector.linear_1.weight.dtype
-    with torch.random.fork_rng(devices=[]):
+    dtype = dtype or model.model.multi_modal_projector.linear_1.weight.dtype
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), _weights_aside(model, dtype):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, cast("nn.Module", model))
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _weights_aside(model: VipLlavaForConditionalGeneration, dtype: torch.dtype) -> Iterator[None]:
+    """Have the targets' weights look as if they were held in ``dtype``, and whole.
+
+    peft gives an adapter the dtype of its weight, which would round the first values of one that
+    trains in float32 beside a frozen weight in bfloat16. Nor can it see the shape of a weight
+    that ZeRO-3 has taken apart; it only needs the device. Weights in few bits stay where they are.
+    """
+    layers = [model.get_submodule(name) for name in adapter_targets(model)]
+    weights = [layer.weight for layer in layers]
+    aside = [
+        (layer, weight)
+        for layer, weight in zip(layers, weights, strict=True)
+        if isinstance(weight, nn.Parameter) and weight.is_floating_point()
+    ]
+    for layer, weight in aside:
+        hollow = torch.empty(0, dtype=dtype, device=weight.device)
+        layer.weight = nn.Parameter(hollow, requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, weight in aside:
+            layer.weight = weight
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from transformers import (
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from vipllava.models.attention import attention_settings
 from vipllava.models.hub_models import local_folder
@@ -38,7 +37,14 @@ from vipllava.models.opening import (
     load_config,
     load_strictly,
 )
-from vipllava.models.tensor_files import LazyTensor, dtype_of, read_tensor, shape_of
+from vipllava.models.placing import OnDevice, Placement, fill, hollow_network, one_to_one
+from vipllava.models.tensor_files import (
+    ComputedTensor,
+    LazyTensor,
+    dtype_of,
+    read_tensor,
+    shape_of,
+)
 from vipllava.types import CheckpointError, ConfigError
 
 VOCABULARY_MULTIPLE = 64
@@ -317,11 +323,13 @@ def materialise(
     tensors: Mapping[str, LazyTensor],
     *,
     source: str,
+    stored_name: Callable[[str], str | None],
     role: str = "checkpoint",
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     quantization_config: Any = None,
-    device_map: Any = None,
+    placement: Placement | None = None,
+    prepare: Callable[[VipLlavaForConditionalGeneration], None] | None = None,
 ) -> VipLlavaForConditionalGeneration:
     """Make the network and read its weights into it, strict both ways.
 
@@ -331,11 +339,14 @@ def materialise(
         config: of the network; it is copied.
         tensors: by the names of the Hugging Face format.
         source: where they come from, for messages.
+        stored_name: gives the name in that format of a weight by its name in the network.
         role: the setting that names the source, for messages.
         dtype: of the parameters.
         attn_implementation: attention of tower and language model.
         quantization_config: transformers' own, for weights held in fewer bits.
-        device_map: where to put the weights, as transformers takes it; the CPU if not given.
+        placement: where the weights go; the CPU if not given.
+        prepare: decides on the network, before a weight is read, what each is held in and what
+            trains. Not for weights held in fewer bits.
 
     Raises:
         CheckpointError: keys are missing, left over or misshapen; the message lists them.
@@ -344,31 +355,42 @@ def materialise(
         "dtype": dtype,
         "attn_implementation": attention_settings(attn_implementation),
     }
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
-    if device_map is not None:
-        options["device_map"] = device_map
-    if is_deepspeed_zero3_enabled():
-        # The first process reads and hands out; the others need names and shapes only.
-        is_first = torch.distributed.get_rank() == 0
-        tensors = {
-            name: read_tensor(lazy)
-            if is_first
-            else torch.empty(shape_of(lazy), dtype=dtype_of(lazy), device="meta")
-            for name, lazy in tensors.items()
-        }
-    # Initial values are drawn even for weights that are then read.
-    with torch.random.fork_rng(devices=[]):
-        model = load_strictly(
-            VipLlavaForConditionalGeneration,
-            source,
-            role,
-            config=config,
-            state_dict=dict(tensors),
-            **options,
-        )
+    # Initial values are drawn even for weights that are then read; and a caller's default device
+    # (Lightning sets its own) is not where the reading goes on.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        if quantization_config is not None:
+            options["quantization_config"] = quantization_config
+            if placement is not None:
+                options["device_map"] = {"": placement.device}
+            model = _load_by_transformers(config, tensors, source, role, options)
+        else:
+            model = hollow_network(config, **options)
+            read = one_to_one(model, tensors, stored_name)
+            if read is None:
+                # It does not fit, which is reported here, or fits in a way that transformers knows.
+                model = _load_by_transformers(config, tensors, source, role, options)
+                read = model.get_parameter
+            if prepare is not None:
+                prepare(model)
+            fill(model, read, placement or OnDevice(torch.device("cpu")))
     model.config._name_or_path = ""
     return model.eval()
+
+
+def _load_by_transformers(
+    config: VipLlavaConfig,
+    tensors: Mapping[str, LazyTensor],
+    source: str,
+    role: str,
+    options: dict[str, Any],
+) -> VipLlavaForConditionalGeneration:
+    state = {
+        name: read_tensor(lazy) if isinstance(lazy, ComputedTensor) else lazy
+        for name, lazy in tensors.items()
+    }
+    return load_strictly(
+        VipLlavaForConditionalGeneration, source, role, config=config, state_dict=state, **options
+    )
 
 
 def generation_config_for(
@@ -409,12 +431,14 @@ def initial_projector(config: VipLlavaConfig, seed: int) -> dict[str, torch.Tens
     for name, shape in projector_shapes(config).items():
         layer, _, kind = name.removeprefix(f"{PROJECTOR}.").partition(".")
         if layer == "projector_layernorm":
-            tensors[name] = (torch.ones if kind == "weight" else torch.zeros)(shape)
+            make = torch.ones if kind == "weight" else torch.zeros
+            tensors[name] = make(shape, dtype=torch.float32, device="cpu")
             continue
         # nn.Linear.reset_parameters, with a generator of its own.
         num_inputs = projector_shapes(config)[f"{PROJECTOR}.{layer}.weight"][1]
         bound = 1.0 / math.sqrt(num_inputs)
-        tensors[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
+        tensors[name] = drawn.uniform_(-bound, bound, generator=generator)
     return tensors
 
 
@@ -443,16 +467,21 @@ def grow_vocabulary(tensors: dict[str, LazyTensor], num_rows: int) -> None:
         lazy = tensors.get(name)  # a tied head is not stored
         if lazy is None or shape_of(lazy)[0] >= num_rows:
             continue
-        old = read_tensor(lazy)
-        grown = torch.empty((num_rows, old.shape[1]), dtype=old.dtype)
-        grown[: len(old)] = old
-        grown[len(old) :] = mean_row(old).to(old.dtype)
-        tensors[name] = grown
+        shape = (num_rows, *shape_of(lazy)[1:])
+        tensors[name] = ComputedTensor(shape, dtype_of(lazy), partial(_grown, lazy, num_rows))
+
+
+def _grown(lazy: LazyTensor, num_rows: int) -> torch.Tensor:
+    old = read_tensor(lazy)
+    grown = torch.empty((num_rows, old.shape[1]), dtype=old.dtype, device="cpu")
+    grown[: len(old)] = old
+    grown[len(old) :] = mean_row(old).to(old.dtype)
+    return grown
 
 
 def mean_row(weight: torch.Tensor, rows_at_once: int = 4096) -> torch.Tensor:
     """Return the mean over the rows, float32; a float32 copy of all of them never exists."""
-    total = torch.zeros(weight.shape[1], dtype=torch.float64)
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     for rows in weight.split(rows_at_once):
         total += rows.double().sum(dim=0)
     return (total / len(weight)).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -91,13 +92,26 @@ def hold_frozen(model: VipLlavaForConditionalGeneration, dtype: torch.dtype) -> 
             parameter.data = parameter.data.to(dtype)
 
 
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return the shape of a parameter, of which this process may hold a part.
+
+    ZeRO-3 leaves an empty tensor in its place; a part under FSDP2 has the shape of the whole.
+    """
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def num_elements(parameter: nn.Parameter) -> int:
+    """Return the number of values of a parameter, of which this process may hold a part."""
+    return math.prod(whole_shape(parameter))
+
+
 def parameter_table(model: VipLlavaForConditionalGeneration) -> tuple[ParameterRow, ...]:
     """Count the parameters of each part."""
     rows: list[ParameterRow] = []
     for part, modules in modules_of(model).items():
         # Keyed by identity: a head tied to the embeddings is one weight.
         parameters = {id(p): p for module in modules for p in module.parameters()}
-        total = sum(p.numel() for p in parameters.values())
-        trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
+        total = sum(map(num_elements, parameters.values()))
+        trainable = sum(num_elements(p) for p in parameters.values() if p.requires_grad)
         rows.append(ParameterRow(part, total, trainable))
     return tuple(rows)

@@ -10,7 +10,8 @@ import contextlib
 import json
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
@@ -22,7 +23,8 @@ from vipllava.config.machine_faults import disk_errno
 from vipllava.types import CheckpointError
 
 LazyTensor: TypeAlias = Any
-"""A ``torch.Tensor`` (possibly mapped from a file) or a slice of safetensors, read by ``[...]``."""
+"""A ``torch.Tensor`` (possibly mapped from a file), a slice of safetensors, read by ``[...]``, or a
+:class:`ComputedTensor`."""
 
 SHARD_BYTES: Final = 5 * 10**9
 _INDICES: Final = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -68,19 +70,39 @@ def open_tensors(path: Path, role: str) -> dict[str, LazyTensor]:
     )
 
 
+@dataclass(frozen=True)
+class ComputedTensor:
+    """A tensor that is made of others when it is read, each time.
+
+    Attributes:
+        shape: what it will have.
+        dtype: what it will have.
+        compute: makes it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    compute: Callable[[], torch.Tensor]
+
+
 def read_tensor(lazy: LazyTensor) -> torch.Tensor:
     """Read a tensor into memory; one that is there already is returned as it is."""
+    if isinstance(lazy, ComputedTensor):
+        return lazy.compute()
     return lazy if isinstance(lazy, torch.Tensor) else lazy[...]
 
 
 def shape_of(lazy: LazyTensor) -> tuple[int, ...]:
     """Return the shape without reading."""
-    return tuple(lazy.shape if isinstance(lazy, torch.Tensor) else lazy.get_shape())
+    return tuple(lazy.shape if isinstance(lazy, _WITH_FACTS) else lazy.get_shape())
 
 
 def dtype_of(lazy: LazyTensor) -> torch.dtype:
     """Return the dtype without reading."""
-    return lazy.dtype if isinstance(lazy, torch.Tensor) else _DTYPES[lazy.get_dtype()]
+    return lazy.dtype if isinstance(lazy, _WITH_FACTS) else _DTYPES[lazy.get_dtype()]
+
+
+_WITH_FACTS: Final = (torch.Tensor, ComputedTensor)
 
 
 def write_tensors(

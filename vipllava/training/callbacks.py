@@ -9,7 +9,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, VipLlavaForConditionalGeneration
 
 from vipllava.checkpoints.adapter_format import save_adapter
 from vipllava.checkpoints.export_meta import ExportMeta
@@ -17,6 +17,7 @@ from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.llava_format import save_projector
 from vipllava.models.adapters import merge_adapters
 from vipllava.models.freezing import ParameterRow, parameter_table
+from vipllava.training.first_alone import first_alone
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.training.sharding import whole_network
 from vipllava.types import VipLlavaError
@@ -101,21 +102,27 @@ class ExportCallback(Callback):
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Write the folder on the first rank; the others wait."""
+        """Write the folder on the first rank; the others wait, see :func:`first_alone`."""
         module = _network_of(pl_module)
         network = whole_network(module.network, trainer.strategy, module.adapter)
-        if network is not None:
-            if module.adapter is not None:
-                adapter = self.directory.with_name(ADAPTER_FOLDER)
-                save_adapter(network, adapter, self.meta, base=self.base, settings=module.adapter)
-                logger.info("wrote the adapter to %s", adapter)
-                merge_adapters(network)
-            save_export(network, self.tokenizer, self.directory, self.meta)
-            logger.info("exported the model to %s", self.directory)
-            if tuple(module.trainable) == ("projector",):
-                folder = save_projector(network, self.directory.with_name(PROJECTOR_FOLDER))
-                logger.info("wrote what was trained, the projector alone, to %s", folder)
-        trainer.strategy.barrier("export")
+
+        def export() -> None:
+            assert network is not None
+            self._export(network, module)
+
+        first_alone(trainer.is_global_zero, f"exporting the model to {self.directory}", export)
+
+    def _export(self, network: VipLlavaForConditionalGeneration, module: VipLlavaLitModule) -> None:
+        if module.adapter is not None:
+            adapter = self.directory.with_name(ADAPTER_FOLDER)
+            save_adapter(network, adapter, self.meta, base=self.base, settings=module.adapter)
+            logger.info("wrote the adapter to %s", adapter)
+            merge_adapters(network)
+        save_export(network, self.tokenizer, self.directory, self.meta)
+        logger.info("exported the model to %s", self.directory)
+        if tuple(module.trainable) == ("projector",):
+            folder = save_projector(network, self.directory.with_name(PROJECTOR_FOLDER))
+            logger.info("wrote what was trained, the projector alone, to %s", folder)
 
 
 def _network_of(module: lightning.LightningModule) -> VipLlavaLitModule:

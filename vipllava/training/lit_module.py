@@ -20,6 +20,7 @@ from vipllava.models.adapters import AdapterSettings, add_adapters
 from vipllava.models.blocks import compile_blocks, recompute_blocks, train_recomputed
 from vipllava.models.building import ModelSpec
 from vipllava.models.freezing import check_parts, hold_frozen, modules_of, set_trainable
+from vipllava.models.placing import Placement
 from vipllava.models.quantization import QuantizationSettings, quantization_config
 from vipllava.models.supervised_loss import Observer, supervised_loss_sum
 from vipllava.training.guard import LossGuard, Verdict, refuse_step
@@ -34,10 +35,12 @@ from vipllava.training.optim import (
 from vipllava.training.restart import rescale_progress
 from vipllava.training.sharding import (
     LOSS_METHOD,
+    HandedOut,
     build_fsdp2,
     check_rotary_precision,
     is_fsdp2,
-    zero3_loading,
+    placement_for,
+    zero3_paused,
 )
 from vipllava.types import Batch, ConfigError, VipLlavaError
 
@@ -190,37 +193,66 @@ class VipLlavaLitModule(lightning.LightningModule):
             # DeepSpeed writes and reads checkpoints itself, without what is frozen; of the others
             # `on_load_checkpoint` fills the gaps.
             self.strict_loading = False
-        if strategy is not None and is_fsdp2(strategy):
-            self.model = build_fsdp2(
-                self._build,
-                self._prepare,
-                strategy.device_mesh["data_parallel"],
-                device=strategy.root_device,
-                precision=str(self.trainer.precision),
-            )
-        else:
-            with zero3_loading(strategy) if strategy is not None else nullcontext():
-                self.model = self._build()
+        # Lightning's default device here is the strategy's; the values of what is drawn on the CPU
+        # would depend on it.
+        with torch.device("cpu"), zero3_paused(strategy) if strategy is not None else nullcontext():
+            if strategy is not None and is_fsdp2(strategy):
+                self.model = build_fsdp2(
+                    self._build,
+                    self._prepare,
+                    strategy.device_mesh["data_parallel"],
+                    device=strategy.root_device,
+                    precision=str(self.trainer.precision),
+                )
+            else:
+                placement = placement_for(strategy)
+                self.model = self._build(placement)
                 self._prepare(self.model)
+                if isinstance(placement, HandedOut):
+                    placement.take_apart(self.model.parameters())  # adapters
+                    self.to(placement.device)  # DeepSpeed leaves to us what is in parts
         self.train(self.training)
 
-    def _build(self) -> VipLlavaForConditionalGeneration:
+    def _build(self, placement: Placement | None = None) -> VipLlavaForConditionalGeneration:
         return build_model(
             self.spec,
             self._tokenizer,
             seed=self.seed,
             quantization_config=quantization_config(self.quantization),
+            placement=placement,
+            prepare=None if placement is None else self._plan,
         )
 
-    def _prepare(self, model: VipLlavaForConditionalGeneration) -> None:
+    def _plan(self, hollow: VipLlavaForConditionalGeneration) -> None:
+        """Decide what each weight is held in, so that none is read in more than that."""
+        set_trainable(hollow, self.trainable)
         if self.adapter is not None:
-            add_adapters(model, self.adapter, seed=self.seed)
-        set_trainable(model, self.trainable)
-        if self._trainer is not None and not _divides_twice(self.trainer.strategy):
+            for module in modules_of(hollow)["language_model"]:
+                module.requires_grad_(False)
+        half = self._half
+        if half is not None and self._under_deepspeed:
+            for parameter in hollow.parameters():
+                parameter.data = parameter.data.to(half)
+        elif half is not None:
+            hold_frozen(hollow, half)
+
+    @property
+    def _half(self) -> torch.dtype | None:
+        return HALVES.get(str(self.trainer.precision)) if self._trainer is not None else None
+
+    @property
+    def _under_deepspeed(self) -> bool:
+        return self._trainer is not None and _divides_twice(self.trainer.strategy)
+
+    def _prepare(self, model: VipLlavaForConditionalGeneration) -> None:
+        half = self._half
+        if self.adapter is not None:
             # DeepSpeed holds everything in half precision by itself.
-            half = HALVES.get(str(self.trainer.precision))
-            if half is not None:
-                hold_frozen(model, half)
+            dtype = half if half is not None and self._under_deepspeed else self.spec.torch_dtype
+            add_adapters(model, self.adapter, seed=self.seed, dtype=dtype)
+        set_trainable(model, self.trainable)
+        if half is not None and not self._under_deepspeed:
+            hold_frozen(model, half)
         if self.gradient_checkpointing:
             every = self.gradient_checkpointing is True
             recompute_blocks(model, None if every else self.gradient_checkpointing)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from vipllava.models.freezing import whole_shape
 from vipllava.types import ConfigError
 
 _NO_DECAY: Final = "_no_decay"
@@ -100,7 +101,7 @@ def parameter_groups(
                 continue
             seen.add(id(parameter))
             # Matrices and embeddings decay; norms, biases and single vectors do not.
-            (decaying if parameter.ndim >= 2 else others).append(parameter)
+            (decaying if len(whole_shape(parameter)) >= 2 else others).append(parameter)
         for name, parameters, decay in (
             (part, decaying, settings.weight_decay),
             (f"{part}{_NO_DECAY}", others, 0.0),

@@ -69,7 +69,7 @@ def _train(cfg: DictConfig) -> Path:
     from lightning.fabric.utilities.rank_zero import rank_zero_only
     from omegaconf import OmegaConf
 
-    from vipllava.checkpoints.loading import load_tokenizer
+    from vipllava.checkpoints.loading import load_tokenizer, open_spec
     from vipllava.models.hub_models import draw_bars_on_terminals_only
     from vipllava.training.callbacks import ExportCallback
     from vipllava.training.ending import RunEnd
@@ -102,6 +102,8 @@ def _train(cfg: DictConfig) -> Path:
         for line in outlook.lines:
             logger.info(line)
         _warn_of_shared_memory(cfg, spec)
+    # A download may take longer than processes wait for each other once they have a group.
+    open_spec(spec, tokenizer)
     recomputed = outlook.setup.recomputed_blocks
     module = _partial(cfg.module)(
         seed=int(cfg.seed),

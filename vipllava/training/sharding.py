@@ -7,7 +7,7 @@ node never holds a copy per process. At the end each weight is gathered on the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vipllava.models.adapters import BLOCKS, AdapterSettings, add_adapters
 from vipllava.models.building import empty_network
+from vipllava.models.placing import OnDevice, Placement
 from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.types import CheckpointError, VipLlavaError
 
@@ -84,12 +85,12 @@ def is_zero3(strategy: Strategy) -> bool:
 
 
 @contextmanager
-def zero3_loading(strategy: Strategy) -> Iterator[None]:
-    """Let transformers hand out weights among the processes while it builds.
+def zero3_paused(strategy: Strategy) -> Iterator[None]:
+    """Make modules as usual inside of Lightning's ``zero.Init``.
 
-    Its own ``zero.Init`` takes the place of Lightning's, which stands around ``configure_model``:
-    two of them would take each weight apart twice, and adapters may not be taken apart before
-    they have their first values.
+    That stands around ``configure_model`` and takes each module apart as soon as it is made: first
+    values would have to be whole in every process for that moment, and adapters would be taken
+    apart before they have theirs. :class:`HandedOut` takes apart what is complete.
     """
     if not is_zero3(strategy):
         yield
@@ -98,17 +99,73 @@ def zero3_loading(strategy: Strategy) -> Iterator[None]:
         restore_init_context,
         shutdown_init_context,
     )
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    assert isinstance(strategy, DeepSpeedStrategy)
-    # transformers holds it by a weak reference: it has to outlive the building (lightning #19259).
-    alive = HfDeepSpeedConfig(strategy.config)
     shutdown_init_context()
     try:
         yield
     finally:
         restore_init_context()
-        del alive
+
+
+class HandedOut:
+    """ZeRO-3: the first process reads each weight, and every process keeps its part of it.
+
+    Args:
+        strategy: set up, its processes in a group.
+    """
+
+    def __init__(self, strategy: DeepSpeedStrategy) -> None:
+        self.device = strategy.root_device
+        self.reads = strategy.global_rank == 0
+        self._strategy = strategy
+        self._parted: Any = None
+
+    def put(self, hollow: nn.Parameter, read: Callable[[], torch.Tensor]) -> nn.Parameter:
+        """Read on the first process, hand out, keep a part; every process has to call this."""
+        if self.reads:
+            value = read().to(self.device).to(hollow.dtype).contiguous()
+        else:
+            value = torch.empty(hollow.shape, dtype=hollow.dtype, device=self.device)
+        parameter = nn.Parameter(value, requires_grad=hollow.requires_grad)
+        self.take_apart([parameter])
+        return parameter
+
+    def take_apart(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Leave a part of each parameter on every process; the first process's values count.
+
+        Args:
+            parameters: in the same order on every process; those in parts already stay.
+        """
+        import deepspeed
+
+        whole = [parameter for parameter in parameters if not hasattr(parameter, "ds_id")]
+        if whole and self._parted is None:
+            deepspeed.zero.Init(
+                module=nn.ParameterList(whole),
+                config_dict_or_path=self._strategy.config,
+                remote_device=self._strategy.remote_device,
+            )
+            self._parted = whole[0]
+        elif whole:
+            self._parted.convert_to_zero_parameters(param_list=whole)
+
+
+def placement_for(strategy: Strategy | None) -> Placement:
+    """Decide where this process's weights go as they are read.
+
+    Straight to its device, also where they train: Lightning moves the module there later, which
+    then has nothing to do. (FSDP2 hands out what the first process has read on its host, see
+    :func:`build_fsdp2`.)
+
+    Args:
+        strategy: of a trainer that has set up its processes; without one it is the CPU.
+    """
+    if strategy is None:
+        return OnDevice(torch.device("cpu"))
+    if is_zero3(strategy):
+        assert isinstance(strategy, DeepSpeedStrategy)
+        return HandedOut(strategy)
+    return OnDevice(strategy.root_device)
 
 
 def build_fsdp2(
