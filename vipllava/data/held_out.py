@@ -73,7 +73,8 @@ class HeldOutLoader:
         batches: Iterator[Batch | VipLlavaError] | None = None
         for _ in range(len(self)):
             try:
-                batches = iter(self._loader) if batches is None else batches
+                if batches is None:
+                    batches = iter(self._loader)
                 made: Batch | Exception = next(batches)
             except Exception as error:  # noqa: BLE001 - told to the others, then raised
                 made = error

@@ -333,9 +333,9 @@ class StepLoader:
         while True:
             began = time.perf_counter()
             try:
-                # It raises where a worker was killed.
-                steps = iter(self._loader) if steps is None else steps
-                step = next(steps, None)
+                if steps is None:
+                    steps = iter(self._loader)
+                step = next(steps, None)  # raises where a worker was killed
             except Exception as error:  # noqa: BLE001 - told to the others, and raised, in _agree
                 step = _Step(StepShare(), [], [], error)
             self.seconds_waited += time.perf_counter() - began
