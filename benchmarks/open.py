@@ -148,7 +148,8 @@ def _resume(way: str, manifest: Manifest, root: Path) -> dict[str, Any]:
     from vipllava.data.order import MixEntry, SampleOrder, plan_parts
     from vipllava.data.pack_planner import PackPlanner
     from vipllava.data.samples import SampleSource
-    from vipllava.data.stream import StepLoader, StepSampler, VisualPromptDataset
+    from vipllava.data.stream import StepLoader, StepSampler
+    from vipllava.data.visual_prompt_dataset import VisualPromptDataset
 
     encoder = text_encoder()
     began = time.perf_counter()

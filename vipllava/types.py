@@ -66,6 +66,15 @@ class RecordError(VipLlavaError):
         self.fault = fault
 
 
+class StorageError(VipLlavaError):
+    """What holds the data does not answer, or cannot be read: never a fault of a sample.
+
+    It is tried again for a stated time and then ends the job; no sample is put in place of one that
+    could not be read for this. The message names file or address, cause, how long it was tried, and
+    the remedy.
+    """
+
+
 class CheckpointError(VipLlavaError):
     """A checkpoint or model folder is missing, broken, or belongs to another model."""
 

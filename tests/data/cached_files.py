@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vipllava.data.downloading import Patience
+from vipllava.data.patience import Patience
 from vipllava.data.shard_cache import ShardCache
 
 SIZE = 60_000

@@ -23,7 +23,7 @@ from vipllava.conversation.encode import ConversationEncoder
 from vipllava.data.image_transform import ImageTransform
 from vipllava.data.samples import SampleEncoder, SampleSource
 from vipllava.data.shards import write_shards
-from vipllava.data.stream import VisualPromptDataset
+from vipllava.data.visual_prompt_dataset import VisualPromptDataset
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
 

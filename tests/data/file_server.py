@@ -24,6 +24,7 @@ class Reply:
         status: of an error; 200 serves the file (or the range that is asked for).
         send: bytes of the body that are sent before the connection is closed; None: all.
         claim: the Content-Length that is announced; None: the true one; -1: none at all.
+        hold_s: seconds before anything is sent at all.
         wait_s: seconds before each piece of the body but the first.
         pieces: how many those are.
         headers: further headers.
@@ -32,6 +33,7 @@ class Reply:
     status: int = 200
     send: int | None = None
     claim: int | None = None
+    hold_s: float = 0.0
     wait_s: float = 0.0
     pieces: int = 2
     headers: dict[str, str] = field(default_factory=dict)
@@ -108,6 +110,7 @@ def run_server() -> Iterator[FileServer]:
                 state.logins.append(self.headers.get("Authorization"))
                 queue = state.replies.get(path, [])
                 reply = queue.pop(0) if queue else state.always.get(path, Reply())
+            time.sleep(reply.hold_s)
             body = state.files.get(path)
             if body is None or reply.status != 200:
                 self.send_response(404 if body is None else reply.status)

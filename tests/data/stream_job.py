@@ -32,6 +32,8 @@ class Job:
         attempt: how often the run was started before.
         kill_at: global step at whose beginning every rank kills itself; None lets it end.
         data: further arguments of the data module.
+        roots: data root of each rank, folder or address; empty: ``root``. The ranks are then
+            machines of one process each.
     """
 
     root: Path
@@ -43,6 +45,7 @@ class Job:
     attempt: int = 0
     kill_at: int | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    roots: tuple[str, ...] = ()
 
 
 def start(job: Job) -> list[int | None]:
@@ -57,6 +60,15 @@ def start(job: Job) -> list[int | None]:
         rank.join(180)
         assert rank.exitcode is not None, "the job hangs"
     return [rank.exitcode for rank in ranks]
+
+
+def error_of(job: Job, rank: int) -> str:
+    """Return the error that a rank ended with."""
+    return _error_file(job, rank).read_text()
+
+
+def _error_file(job: Job, rank: int) -> Path:
+    return job.root / f"{job.name}-rank{rank}.error"
 
 
 def consumed(root: Path, name: str) -> dict[tuple[int, int], list[list[str]]]:
@@ -88,13 +100,23 @@ def consumed(root: Path, name: str) -> dict[tuple[int, int], list[list[str]]]:
 
 
 def _run(job: Job, rank: int, port: int) -> None:
+    try:
+        _train(job, rank, port)
+    except Exception as error:
+        _error_file(job, rank).write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _train(job: Job, rank: int, port: int) -> None:
     # As in a real run; workers of a fork server outlive a trainer that is killed.
     multiprocessing.set_start_method("fork", force=True)
     os.environ.update(
         {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     )
     if job.ranks > 1:
-        os.environ.update({"LOCAL_RANK": str(rank), "NODE_RANK": "0"})
+        local, node = (0, rank) if job.roots else (rank, 0)
+        os.environ.update({"LOCAL_RANK": str(local), "NODE_RANK": str(node)})
+    os.environ["no_proxy"] = "127.0.0.1"
     import warnings
 
     import torch
@@ -109,19 +131,24 @@ def _run(job: Job, rank: int, port: int) -> None:
     checkpoints = job.root / f"{job.name}-checkpoints"
     newest = sorted(checkpoints.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
     log = job.root / f"{job.name}-attempt{job.attempt}-rank{rank}.jsonl"
+    place: dict[str, Any] = {}
+    if job.roots:
+        cache = job.root / f"{job.name}-cache{rank}"
+        place = {"data_root": job.roots[rank], "cache_dir": cache}
     module = make_module(
         job.root,
         make_encoder(max_length=512),
         {"regions": VisualPromptPolicy()},
         micro_batch_size=job.micro_batch_size,
         num_workers=job.workers,
-        **{"run_dir": job.root / job.name, **job.data},
+        **{"run_dir": job.root / job.name, **place, **job.data},
     )
     rows = module.global_batch_size
     trainer = make_trainer(
         job.root,
         max_epochs=job.epochs,
-        devices=job.ranks,
+        devices=1 if job.roots else job.ranks,
+        num_nodes=job.ranks if job.roots else 1,
         accumulate_grad_batches=rows // (job.micro_batch_size * job.ranks),
         callbacks=[
             ModelCheckpoint(checkpoints, filename="{step}", every_n_train_steps=1, save_top_k=-1)

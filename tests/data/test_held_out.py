@@ -6,7 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vipllava.data.held_out import divide
+from tests.data.conftest import Build
+from tests.data.toy_data import said, toy_samples
+from vipllava.data.held_out import HeldOutLoader, divide
+from vipllava.data.ranks import Ranks
+from vipllava.types import RecordError, VipLlavaError
 
 
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 7))
@@ -30,3 +34,40 @@ def test_every_sample_counts_once(count: int, world_size: int, size: int) -> Non
 )
 def test_a_rank_without_a_sample_repeats_one(rank: int, expected: list) -> None:
     assert divide(5, rank, 2, 2) == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_all_ranks_end_with_the_one_that_cannot_read_a_sample(
+    build_dataset: Build, num_workers: int
+) -> None:
+    samples = toy_samples(6)
+    samples[2] = ("s002", {"id": 2, "conversations": said("Hi")}, None, None)
+    dataset = build_dataset(samples)
+    told: list[tuple[list[int], str | None]] = []
+
+    def make(ranks: Ranks) -> HeldOutLoader:
+        return HeldOutLoader(
+            dataset.sources[0],
+            dataset.encoder,
+            micro_batch_size=2,
+            max_samples=None,
+            rank=0,
+            world_size=1,
+            ranks=ranks,
+            num_workers=num_workers,
+            pad_token_id=0,
+        )
+
+    def note(mine: str | None) -> list[str | None]:
+        told.append((failed, mine))
+        return [mine]
+
+    failed: list[int] = []
+    here = Ranks(sum=lambda mine: (failed.extend(mine), list(mine))[1], gather=note)
+    with pytest.raises(RecordError, match=r"^\S+shard-000000\.tar: toy/s002: field `conv"):
+        list(make(here))
+    assert failed == [0, 1]
+    assert len(told) == 1
+    elsewhere = Ranks(sum=lambda mine: [1], gather=lambda mine: [mine, "CacheError: silent"])
+    with pytest.raises(VipLlavaError, match="rank 1: CacheError: silent"):
+        list(make(elsewhere))

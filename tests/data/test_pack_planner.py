@@ -1,24 +1,34 @@
-"""Planning packs: true lengths, one planner per node, substitutes that fit."""
+"""Planning packs: true lengths, one plan per job, substitutes that fit."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import socket
 import threading
+import time
 from collections import Counter
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
+import torch
 
 from tests.data.conftest import Build
 from tests.data.toy_data import said, toy_samples
+from vipllava.data import pack_planner
 from vipllava.data.batching import Row
 from vipllava.data.faults import Fault, FaultPolicy
 from vipllava.data.order import Item
-from vipllava.data.pack_planner import PackPlanner, PlanStore
-from vipllava.data.stream import VisualPromptDataset
+from vipllava.data.pack_planner import PackPlanner, SharedPlans
+from vipllava.data.visual_prompt_dataset import VisualPromptDataset
 from vipllava.keyed_random import generator_for
 from vipllava.types import ConfigError, RecordError, VipLlavaError
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+distributed: Any = torch.distributed
 ITEMS = [Item(0, 0, position) for position in range(20)]
 ROWS: tuple[Row, ...] = ((Item(0, 1, 5), Item(0, 1, 3)), (Item(0, 1, 9),))
 
@@ -69,72 +79,97 @@ def test_impossible_packs(build_dataset: Build):
         PackPlanner(dataset, pack_length=2048, max_images=0)
 
 
-# The store.
+# One plan for all ranks.
 
 
-def test_one_rank_plans_and_the_others_read(tmp_path: Path):
-    calls: list[str] = []
+def make_store() -> Store:
+    return distributed.HashStore()
+
+
+def test_rank_0_plans_and_the_others_read() -> None:
+    store, calls = make_store(), []
 
     def make() -> tuple[Row, ...]:
         calls.append("planned")
         return ROWS
 
     found: list[tuple[Row, ...]] = []
-    reader = PlanStore(tmp_path, "job", writes=False, timeout_s=20)
+    reader = SharedPlans(store, rank=1, timeout_s=20)
     waiting = threading.Thread(target=lambda: found.append(reader.get("w0", make)))
     waiting.start()
-    assert PlanStore(tmp_path, "job", writes=True).get("w0", make) == ROWS
+    assert SharedPlans(store, rank=0, timeout_s=20).get("w0", make) == ROWS
     waiting.join()
     assert found == [ROWS]
     assert calls == ["planned"]
     assert isinstance(found[0][0][0], Item)
 
 
-def test_an_error_of_the_planner_reaches_the_others(tmp_path: Path):
+def test_an_error_of_the_planner_reaches_the_others() -> None:
     def fail() -> tuple[Row, ...]:
         raise RecordError("sample 4 is bad")
 
+    store = make_store()
     with pytest.raises(RecordError, match="sample 4 is bad"):
-        PlanStore(tmp_path, "job", writes=True).get("w0", fail)
-    with pytest.raises(VipLlavaError, match="planning on this node failed: sample 4 is bad"):
-        PlanStore(tmp_path, "job", writes=False).get("w0", fail)
-    # Started again, the rank that plans clears the old failure first.
-    PlanStore(tmp_path, "job", writes=True).get("w0", lambda: ROWS)
-    assert PlanStore(tmp_path, "job", writes=False).get("w0", fail) == ROWS
+        SharedPlans(store, rank=0, timeout_s=20).get("w0", fail)
+    with pytest.raises(VipLlavaError, match=r"rank 0 could not plan .*: RecordError: sample 4"):
+        SharedPlans(store, rank=1, timeout_s=20).get("w0", fail)
 
 
-def test_waiting_is_bounded(tmp_path: Path):
-    store = PlanStore(tmp_path, "job", writes=False, timeout_s=0.1)
-    with pytest.raises(VipLlavaError, match=r"no plan .*w0.npz after 0 s: the rank that plans"):
-        store.get("w0", lambda: ROWS)
+def test_a_planner_that_measures_nothing_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pack_planner, "_BEAT_S", 0.0)
+    reader = SharedPlans(make_store(), rank=1, timeout_s=0.2)
+    with pytest.raises(VipLlavaError, match=r"rank 0, .* measured no sample for 0 s: see what"):
+        reader.get("w0", lambda: ROWS)
 
 
-def test_plans_of_another_job_are_not_seen(tmp_path: Path):
-    PlanStore(tmp_path, "one", writes=True).get("w0", lambda: ROWS)
-    with pytest.raises(VipLlavaError, match="no plan"):
-        PlanStore(tmp_path, "two", writes=False, timeout_s=0.1).get("w0", lambda: ROWS)
+def test_a_planner_that_takes_long_is_waited_for(
+    build_dataset: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty samples of 0.1 s each, where half a second without any would be the end."""
+    monkeypatch.setattr(pack_planner, "_BEAT_S", 0.0)
+    store = make_store()
+    dataset = build_dataset(toy_samples(20))
+    measure = dataset.measure
+    monkeypatch.setattr(dataset, "measure", lambda item: (time.sleep(0.1), measure(item))[1])
+    found: list[tuple[Row, ...]] = []
+    ranks = [SharedPlans(store, rank=rank, timeout_s=1.0) for rank in range(2)]
+    planners = [
+        PackPlanner(dataset, pack_length=2048, max_images=4, shared=shared) for shared in ranks
+    ]
+    waiting = threading.Thread(target=lambda: found.append(plan(planners[1])))
+    waiting.start()
+    assert plan(planners[0])
+    waiting.join()
+    assert len(found) == 1
 
 
-def test_old_plans_are_removed_and_nothing_partial_stays(tmp_path: Path):
-    store = PlanStore(tmp_path, "job", writes=True)
+def _plan_and_die(port: int) -> None:
+    store = distributed.TCPStore("127.0.0.1", port, 2, is_master=True)
+    SharedPlans(store, rank=0, timeout_s=60).get("w0", lambda: ROWS)
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_planner_that_was_killed_is_noticed_at_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = multiprocessing.get_context("spawn").Process(target=_plan_and_die, args=(port,))
+    process.start()
+    store = distributed.TCPStore("127.0.0.1", port, 2, is_master=False)
+    reader = SharedPlans(store, rank=1, timeout_s=600)
+    assert reader.get("w0", lambda: ()) == ROWS
+    with pytest.raises(VipLlavaError, match=r"rank 0, which plans .*, is gone"):
+        reader.get("w1", lambda: ())
+    process.join(30)
+    assert process.exitcode == -9
+
+
+def test_old_plans_are_removed() -> None:
+    store = make_store()
+    shared = SharedPlans(store, rank=0, timeout_s=20)
     for window in range(20):
-        store.get(f"w{window}", lambda: ROWS)
-    left = sorted(path.name for path in store.directory.iterdir())
-    assert len(left) == 8
-    assert left == sorted(f"w{window}.npz" for window in range(12, 20))
-
-
-def test_a_folder_that_cannot_be_written(tmp_path: Path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(VipLlavaError, match=r"cannot be written .*data\.plan_dir"):
-        PlanStore(tmp_path / "file", "job", writes=True).get("w0", lambda: ROWS)
-
-
-def test_rows_of_any_shape_survive(tmp_path: Path):
-    rng = np.random.default_rng(0)
-    rows = tuple(
-        tuple(Item(*map(int, rng.integers(0, 1000, 3))) for _ in range(rng.integers(1, 6)))
-        for _ in range(50)
-    )
-    PlanStore(tmp_path, "job", writes=True).get("w", lambda: rows)
-    assert PlanStore(tmp_path, "job", writes=False).get("w", lambda: ()) == rows
+        shared.get(f"w{window}", lambda: ROWS)
+    assert [window for window in range(20) if store.check([f"w{window}"])] == list(range(12, 20))

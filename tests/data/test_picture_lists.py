@@ -11,7 +11,8 @@ from PIL import Image
 
 from tests.data.file_server import FileServer, Reply, run_server
 from vipllava.data import picture_lists
-from vipllava.data.downloading import DiskError, Patience
+from vipllava.data.downloading import DiskError
+from vipllava.data.patience import Patience
 from vipllava.data.picture_lists import (
     PictureListError,
     PictureOutcome,

@@ -14,7 +14,7 @@ import pytest
 from tests.data.file_server import FileServer, Reply, run_server
 from tests.data.tar_files import write_version_1
 from tests.data.toy_data import make_manifest, toy_samples
-from vipllava.data.downloading import Patience
+from vipllava.data.patience import Patience
 from vipllava.data.remote_tars import expand_address, index_address
 from vipllava.data.shard_cache import CacheError, MissingError, ShardCache, cache_name
 from vipllava.data.shard_index import index_path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import count
@@ -19,8 +20,17 @@ from tests.data.toy_data import Stored, encode_picture, said, toy_samples
 from vipllava.data.batching import PackedBatches, Row, SampleBatches
 from vipllava.data.faults import FaultLog, FaultPolicy, read_quarantine
 from vipllava.data.order import Item, Part, SampleOrder
-from vipllava.data.stream import StepLoader, StepSampler, VisualPromptDataset
-from vipllava.types import Batch, CheckpointError, ConfigError, RecordError, VipLlavaError
+from vipllava.data.ranks import Ranks
+from vipllava.data.stream import StepLoader, StepSampler
+from vipllava.data.visual_prompt_dataset import VisualPromptDataset
+from vipllava.types import (
+    Batch,
+    CheckpointError,
+    ConfigError,
+    RecordError,
+    StorageError,
+    VipLlavaError,
+)
 
 
 def make_order(num_samples: int = 20) -> SampleOrder:
@@ -35,9 +45,7 @@ def make_sampler(
 
 
 def make_loader(dataset: VisualPromptDataset, num_workers: int = 0, **division: Any) -> StepLoader:
-    options = {
-        name: division.pop(name) for name in ("fault_log", "all_reduce_sum") if name in division
-    }
+    options = {name: division.pop(name) for name in ("fault_log", "ranks") if name in division}
     sampler = make_sampler(len(dataset.sources[0]), **division)
     return StepLoader(dataset, sampler, pad_token_id=0, num_workers=num_workers, **options)
 
@@ -132,7 +140,7 @@ def test_two_ranks_see_what_one_sees(build_dataset: Build) -> None:
         total = sum(sum(share[2 * step : 2 * step + 2]) for share in shares)
         return [total, *values[1:]]
 
-    ranks[0].all_reduce_sum = all_reduce
+    ranks[0].ranks = Ranks(sum=all_reduce)
     first = list(ranks[0])
     assert [b.num_supervised_global for b in first] == [b.num_supervised_global for b in one]
     assert asked == [sum(shares[0][2 * step : 2 * step + 2]) for step in range(3)]
@@ -342,6 +350,96 @@ def test_quarantine_ends_above_its_rate(build_dataset: Build) -> None:
 
 def test_a_rank_without_a_fault_stops_with_the_one_that_has_it(build_dataset: Build) -> None:
     dataset = build_dataset(toy_samples(8))
-    loader = make_loader(dataset, all_reduce_sum=lambda mine: [mine[0], mine[1], mine[2] + 1])
-    with pytest.raises(VipLlavaError, match="1 other ranks met a sample that cannot be used"):
-        list(loader)
+    ranks = Ranks(
+        sum=lambda mine: [mine[0], mine[1], mine[2] + 1],
+        gather=lambda mine: [mine, "RecordError: toy/s9 is bad"],
+    )
+    with pytest.raises(VipLlavaError, match=r"of other ranks .*\srank 1: Record.*toy/s9 is bad"):
+        list(make_loader(dataset, ranks=ranks))
+
+
+class Told:
+    """What a rank tells the others: how many errors, and which."""
+
+    def __init__(self) -> None:
+        self.failed: list[int] = []
+        self.texts: list[str | None] = []
+
+    def sum(self, mine: Sequence[int]) -> list[int]:
+        self.failed.append(mine[-1])
+        return list(mine)
+
+    def gather(self, mine: str | None) -> list[str | None]:
+        self.texts.append(mine)
+        return [mine]
+
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks(sum=self.sum, gather=self.gather)
+
+    def run(self, loader: StepLoader) -> None:
+        try:
+            for _ in loader:
+                pass
+        finally:
+            loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_others_hear_of_any_error(
+    build_dataset: Build, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a mistake in the code")
+
+    monkeypatch.setattr(VisualPromptDataset, "make", fail)
+    told = Told()
+    dataset = build_dataset(toy_samples(8))
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: a mistake in the code"):
+        told.run(make_loader(dataset, workers, ranks=told.ranks))
+    assert told.failed == [1]
+    assert "a mistake in the code" in str(told.texts)
+
+
+def test_the_others_hear_of_a_worker_that_was_killed(
+    build_dataset: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VisualPromptDataset, "make", lambda *_: os.kill(os.getpid(), 9))
+    told = Told()
+    dataset = build_dataset(toy_samples(8))
+    with pytest.raises(RuntimeError, match="worker"):
+        told.run(make_loader(dataset, 1, ranks=told.ranks))
+    assert told.failed == [1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_others_hear_of_a_plan_that_fails(build_dataset: Build, workers: int) -> None:
+    """When it is its turn: the steps before it are whole."""
+
+    class Plan(PairPlanner):
+        def __call__(self, items: Sequence[Item], rng: Any, name: str) -> tuple[Row, ...]:
+            if name == "epoch0-window1":
+                raise StorageError("silent")
+            return super().__call__(items, rng, name)
+
+    dataset = build_dataset(toy_samples(20))
+    told = Told()
+    plan = PackedBatches(make_order(20), 2, Plan(), window_samples=8)
+    loader = StepLoader(
+        dataset, StepSampler(plan), pad_token_id=0, num_workers=workers, ranks=told.ranks
+    )
+    with pytest.raises(StorageError, match="silent"):
+        told.run(loader)
+    assert (told.failed, told.texts) == ([0, 0, 1], ["StorageError: silent"])
+
+
+def test_the_others_hear_of_a_quarantine_file_that_cannot_be_written(
+    build_dataset: Build, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    dataset = quarantining(build_dataset(corrupt(toy_samples(20), 3)))
+    told = Told()
+    log = FaultLog(tmp_path / "file" / "q.jsonl", dataset.policy)
+    with pytest.raises(StorageError, match=r"q\.jsonl cannot be written .*free some space"):
+        told.run(make_loader(dataset, fault_log=log, ranks=told.ranks))
+    assert told.failed[-1] == 1

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from vipllava.data.datamodule import VisualPromptDataModule
     from vipllava.data.order import Item
-    from vipllava.data.stream import VisualPromptDataset
+    from vipllava.data.visual_prompt_dataset import VisualPromptDataset
     from vipllava.report.inspect_page import JobSummary
     from vipllava.report.inspected import InspectedSample, RefusedSample
 

@@ -231,6 +231,12 @@ TRAIN: Mapping[str, Rule] = {
     "data.on_fault": _one_of("error", "quarantine"),
     "data.max_fault_rate": Rule("a number from 0 to 1", (int, float), low=0, high=1),
     "data.cache_gb": _positive(),
+    "data.storage_patience_minutes": Rule(
+        "minutes above 0, at most 25 (other ranks wait for half an hour)",
+        (int, float),
+        above=0,
+        high=25,
+    ),
     "data.num_workers": _whole(0),
     "module": _OPEN,
     "callbacks": _OPEN,

@@ -15,8 +15,9 @@ without replaying what came before.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
@@ -168,7 +169,7 @@ class WindowPlanner(Protocol):
         Args:
             items: the window's samples.
             rng: shuffles the packs.
-            name: tells this window from any other, for a store of plans.
+            name: tells this window from any other, for sharing its plan.
         """
         ...
 
@@ -181,6 +182,7 @@ class PackedBatches:
         rows_per_batch: packs of a global batch.
         planner: makes the packs of a window.
         window_samples: samples of a window.
+        ahead: plan the next window in a thread meanwhile; False where another process plans it.
         identity: what else a cursor depends on, e.g. the pack length.
     """
 
@@ -193,6 +195,7 @@ class PackedBatches:
         planner: WindowPlanner,
         *,
         window_samples: int = PACK_WINDOW_SAMPLES,
+        ahead: bool = True,
         identity: dict[str, Any] | None = None,
     ) -> None:
         for name, value in (("packs", rows_per_batch), ("window_samples", window_samples)):
@@ -202,24 +205,24 @@ class PackedBatches:
         self.rows_per_batch = rows_per_batch
         self.planner = planner
         self.window_samples = window_samples
+        self.ahead = ahead
         self._identity = dict(identity or {})
 
     def batches(self, start: Cursor) -> Iterator[GlobalBatch]:
-        """Yield the global batches from ``start`` on; plans a window ahead in a thread."""
+        """Yield the global batches from ``start`` on."""
         rows: list[Row] = []
         step, samples, total = start.step, start.samples, len(self.order)
-        with ThreadPoolExecutor(1, thread_name_prefix="pack-planner") as ahead:
-            for window, packs in self._windows(start, ahead):
-                first = start.row if window == start.window else 0
-                for row in range(first, len(packs)):
-                    rows.append(packs[row])
-                    if len(rows) < self.rows_per_batch:
-                        continue
-                    step, samples = step + 1, samples + sum(map(len, rows))
-                    behind = (window, row + 1) if row + 1 < len(packs) else (window + 1, 0)
-                    after = Cursor(start.epoch, step, samples, *behind)
-                    yield GlobalBatch(tuple(rows), after, samples / total)
-                    rows = []
+        for window, packs in self._windows(start):
+            first = start.row if window == start.window else 0
+            for row in range(first, len(packs)):
+                rows.append(packs[row])
+                if len(rows) < self.rows_per_batch:
+                    continue
+                step, samples = step + 1, samples + sum(map(len, rows))
+                behind = (window, row + 1) if row + 1 < len(packs) else (window + 1, 0)
+                after = Cursor(start.epoch, step, samples, *behind)
+                yield GlobalBatch(tuple(rows), after, samples / total)
+                rows = []
         if rows:
             after = Cursor(start.epoch, step + 1, total, self._num_windows, 0)
             yield GlobalBatch(tuple(rows), after, 1.0)
@@ -241,9 +244,7 @@ class PackedBatches:
     def _num_windows(self) -> int:
         return -(-len(self.order) // self.window_samples)
 
-    def _windows(
-        self, start: Cursor, ahead: ThreadPoolExecutor
-    ) -> Iterator[tuple[int, tuple[Row, ...]]]:
+    def _windows(self, start: Cursor) -> Iterator[tuple[int, tuple[Row, ...]]]:
         epoch = self.order.epoch(start.epoch)
 
         def plan(window: int) -> tuple[Row, ...]:
@@ -255,5 +256,20 @@ class PackedBatches:
         coming: Future[tuple[Row, ...]] | None = None
         for window in range(start.window, self._num_windows):
             packs = plan(window) if coming is None else coming.result()
-            coming = ahead.submit(plan, window + 1) if window + 1 < self._num_windows else None
+            more = self.ahead and window + 1 < self._num_windows
+            coming = _in_thread(plan, window + 1) if more else None
             yield window, packs
+
+
+def _in_thread(plan: Callable[[int], tuple[Row, ...]], window: int) -> Future[tuple[Row, ...]]:
+    """Plan in a thread that a process does not wait for when it ends: its storage may be silent."""
+    planned: Future[tuple[Row, ...]] = Future()
+
+    def run() -> None:
+        try:
+            planned.set_result(plan(window))
+        except BaseException as error:  # noqa: BLE001 - raised where the plan is wanted
+            planned.set_exception(error)
+
+    threading.Thread(target=run, name="pack-planner", daemon=True).start()
+    return planned

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 import lightning
 import torch
@@ -20,7 +18,7 @@ from vipllava.data.batching import Batching, BatchPlan, Cursor, PackedBatches, S
 from vipllava.data.faults import QUARANTINE_FILE, FaultLog, FaultPolicy, OnFault
 from vipllava.data.held_out import HeldOutLoader
 from vipllava.data.image_transform import ImageTransform
-from vipllava.data.manifest import load_manifest
+from vipllava.data.manifest import Manifest, load_manifest
 from vipllava.data.order import (
     WINDOW_SAMPLES,
     Item,
@@ -29,16 +27,22 @@ from vipllava.data.order import (
     parse_mix,
     plan_parts,
 )
-from vipllava.data.pack_planner import PackPlanner, PlanStore
+from vipllava.data.pack_planner import PackPlanner, SharedPlans
+from vipllava.data.patience import Patience
 from vipllava.data.prefetch import ShardPrefetcher
+from vipllava.data.ranks import Ranks
 from vipllava.data.replay import ReplayedMicroBatch, replay_step
 from vipllava.data.samples import SampleEncoder, SampleSource
 from vipllava.data.shard_cache import ShardCache
-from vipllava.data.stream import StepLoader, StepSampler, VisualPromptDataset
+from vipllava.data.stream import StepLoader, StepSampler, stream_identity
+from vipllava.data.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import Batch, ConfigError
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
 log = logging.getLogger(__name__)
+
+_SLOW_SAMPLE_S: Final = 60.0
+"""How much longer than storage is tried one sample may take to be measured."""
 
 
 class VisualPromptDataModule(lightning.LightningDataModule):
@@ -62,9 +66,10 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         on_fault: ``error``, or ``quarantine`` for substitutes.
         max_fault_rate: share of bad samples above which quarantine gives up.
         run_dir: where ``quarantine.jsonl`` goes.
-        plan_dir: where the ranks of a node share plans of packs; a temporary folder if None.
         cache_dir: where remote shards are kept.
         cache_gb: size of that cache, 10^9 bytes.
+        storage_patience_minutes: how long a file is tried that cannot be read or fetched; then the
+            job ends.
         seed: of order, wordings and marks.
         num_workers: loader processes per rank.
         pad_to_multiple_of: row lengths are rounded up to a multiple of this.
@@ -93,9 +98,9 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         on_fault: OnFault = "error",
         max_fault_rate: float = 0.001,
         run_dir: str | Path | None = None,
-        plan_dir: str | Path | None = None,
         cache_dir: str | Path | None = None,
         cache_gb: float = 100.0,
+        storage_patience_minutes: float = 10.0,
         seed: int = 42,
         num_workers: int = 4,
         pad_to_multiple_of: int = 1,
@@ -125,9 +130,11 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         self.window_samples = window_samples
         self.faults = FaultPolicy(on_fault, max_fault_rate)
         self.run_dir = None if run_dir is None else Path(run_dir)
-        self.plan_dir = None if plan_dir is None else Path(plan_dir)
+        self.patience = Patience(max_attempts=None, total_s=60 * storage_patience_minutes)
         self.cache = (
-            None if cache_dir is None else ShardCache(Path(cache_dir), int(cache_gb * 10**9))
+            None
+            if cache_dir is None
+            else ShardCache(Path(cache_dir), int(cache_gb * 10**9), self.patience)
         )
         self.seed = seed
         self.num_workers = num_workers
@@ -139,6 +146,7 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         self.dataset: VisualPromptDataset | None = None
         self._loader: StepLoader | None = None
         self._restored: dict[str, Any] | None = None
+        self._num_shared = 0
 
     def setup(self, stage: str) -> None:
         """Open the shards and prove the labels of the first samples.
@@ -146,11 +154,14 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         Raises:
             ShardError: the data are missing, damaged or not what the manifest says.
             RecordError: one of the first samples breaks its schema and the policy is ``error``.
-            VipLlavaError: labels do not cover exactly the answers.
+            VipLlavaError: labels do not cover exactly the answers, or another rank has an error.
         """
-        if self.dataset is not None:
-            return
-        self.dataset = dataset = self.open_dataset()
+        with self._ranks().together():
+            if self.dataset is None:
+                self.dataset = self._open_and_prove()
+
+    def _open_and_prove(self) -> VisualPromptDataset:
+        dataset = self.open_dataset()
         num_proved = 0
         for item in self.first_items(dataset, self.num_proved):
             _, good, _ = dataset.measure(item)
@@ -161,14 +172,17 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         for source in dataset.sources:
             log.info("%s: %d samples", source.name, len(source))
         log.info("labels of %d samples proved", num_proved)
+        return dataset
 
     def open_dataset(self) -> VisualPromptDataset:
         """Open the shards; raises what :func:`vipllava.data.shards.open_shards` raises."""
-        sources = [
-            SampleSource.open(manifest, self.data_root, self.seed, cache=self.cache)
-            for manifest in self.manifests
-        ]
+        sources = [self._open(manifest) for manifest in self.manifests]
         return VisualPromptDataset(sources, self.samples, self.faults)
+
+    def _open(self, manifest: Manifest) -> SampleSource:
+        return SampleSource.open(
+            manifest, self.data_root, self.seed, cache=self.cache, patience=self.patience
+        )
 
     def first_items(self, dataset: VisualPromptDataset, count: int) -> list[Item]:
         """Return samples of epoch 0 in the order in which training meets them.
@@ -201,9 +215,10 @@ class VisualPromptDataModule(lightning.LightningDataModule):
             None if self.run_dir is None else self.run_dir / QUARANTINE_FILE, self.faults
         )
         order = self._order(self.dataset)
-        store = self._plan_store(trainer) if per_node > 1 else None
-        plan = self._plan(self.dataset, order, fault_log if trainer.is_global_zero else None, store)
-        trainer.strategy.barrier("plans")  # the folder is cleared before anyone reads it
+        ranks = self._ranks()
+        shared = self._shared_plans(ranks.rank) if trainer.world_size > 1 else None
+        plan = self._plan(self.dataset, order, fault_log if ranks.rank == 0 else None, shared)
+        ranks.check_equal(stream_identity(self.dataset, plan), "data")
         log.info(
             "%s batches of %d %s, %d samples an epoch",
             self.batching, self.global_batch_size,
@@ -221,7 +236,7 @@ class VisualPromptDataModule(lightning.LightningDataModule):
             num_workers=self.num_workers,
             multiple_of=self.pad_to_multiple_of,
             pack_length=self.pack_length if self.batching == "packed" else None,
-            all_reduce_sum=self._all_reduce_sum,
+            ranks=ranks,
             fault_log=fault_log,
             prefetcher=ShardPrefetcher([s.shards for s in self.dataset.sources], order),
             pin_memory=device.type == "cuda",
@@ -235,9 +250,14 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         trainer: Any = self.trainer
         if self.held_out is None:
             return []
+        ranks = self._ranks()
+        with ranks.together():
+            source = self._open(self.held_out)
+        ranks.check_equal({source.name: source.shards.fingerprint}, "held-out data")
         loader = HeldOutLoader(
-            SampleSource.open(self.held_out, self.data_root, self.seed, cache=self.cache),
+            source,
             self.samples,
+            ranks=ranks,
             micro_batch_size=self.held_out_batch_size,
             max_samples=self.held_out_samples,
             rank=trainer.global_rank,
@@ -320,7 +340,7 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         dataset: VisualPromptDataset,
         order: SampleOrder,
         fault_log: FaultLog | None = None,
-        store: PlanStore | None = None,
+        shared: SharedPlans | None = None,
     ) -> BatchPlan:
         if self.batching != "packed":
             lengths = dataset.estimate_lengths if self.batching == "length_grouped" else None
@@ -329,33 +349,41 @@ class VisualPromptDataModule(lightning.LightningDataModule):
             dataset,
             pack_length=self.pack_length,
             max_images=self.max_images_per_pack,
-            store=store,
+            shared=shared,
             on_faults=None if fault_log is None else fault_log.add,
         )
         identity = {"pack_length": self.pack_length, "max_images": self.max_images_per_pack}
-        return PackedBatches(order, self.global_batch_size, planner, identity=identity)
+        ahead = shared is None or shared.plans
+        return PackedBatches(order, self.global_batch_size, planner, ahead=ahead, identity=identity)
 
-    def _plan_store(self, trainer: Any) -> PlanStore:
-        directory = self.plan_dir
-        if directory is None:
-            # One for the job: its ranks on this node find it by the address they met at.
-            job = f"{os.environ.get('MASTER_ADDR', '')}-{os.environ.get('MASTER_PORT', '')}"
-            directory = Path(tempfile.gettempdir()) / f"vipllava-plans-{os.getuid()}-{job}"
-        assert self.dataset is not None
-        identity = (
-            [source.shards.fingerprint for source in self.dataset.sources],
-            [str(entry) for entry in self.mix.values()],
-            (self.seed, self.samples_per_epoch, self.window_samples, self.faults),
-            (self.pack_length, self.max_images_per_pack),
-            sorted(map(repr, self.samples.policies.items())),
-            self.encoder.identity,
-        )
-        return PlanStore(directory, identity, writes=trainer.local_rank == 0)
+    def _shared_plans(self, rank: int) -> SharedPlans | None:
+        if self.batching != "packed":
+            return None
+        self._num_shared += 1  # another loader must not read the plans of this one
+        distributed: Any = torch.distributed
+        # A connection of its own: who waits for an answer on the job's keeps others waiting.
+        store = distributed.group.WORLD.get_group_store().clone()
+        store = distributed.PrefixStore(f"packs-{self._num_shared}", store)
+        timeout_s = self.patience.total_s + _SLOW_SAMPLE_S
+        return SharedPlans(store, rank=rank, timeout_s=timeout_s)
+
+    def _ranks(self) -> Ranks:
+        trainer: Any = self.trainer
+        if trainer is None or trainer.world_size == 1:
+            return Ranks()
+        return Ranks(trainer.global_rank, self._all_reduce_sum, _gather)
 
     def _all_reduce_sum(self, values: Sequence[int]) -> list[int]:
         strategy: Any = self.trainer.strategy  # pyright: ignore[reportOptionalMemberAccess]
         total = torch.tensor(values, dtype=torch.int64, device=strategy.root_device)
         return [int(value) for value in strategy.reduce(total, reduce_op="sum").tolist()]
+
+
+def _gather(value: Any) -> list[Any]:
+    distributed: Any = torch.distributed
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, value)
+    return found
 
 
 def _pad_token_id(encoder: ConversationEncoder) -> int:

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import http.client
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,7 +27,10 @@ from typing import Any, Final, NoReturn, TypeVar, cast
 from urllib.parse import urlsplit
 
 from vipllava import __version__
-from vipllava.types import ConfigError, VipLlavaError
+from vipllava.data.patience import PATIENT, Patience, Trial
+from vipllava.types import StorageError
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, "int | None"], None]
 """Called with the bytes present and the bytes in all, None while unknown."""
@@ -35,13 +39,11 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _IN_FLIGHT: Final = 4  # items per worker: a list of 200 thousand is not queued at once
 _CHUNK: Final = 1 << 20
-_FRUITFUL: Final = 1 << 20
-_LONGEST_PAUSE_S: Final = 60.0
 _TEMPORARY: Final = (408, 425, 429, 500, 502, 503, 504)
 _RANGE: Final = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")
 
 
-class DownloadError(VipLlavaError):
+class DownloadError(StorageError):
     """A file could not be fetched; the message names address, cause and remedy."""
 
 
@@ -61,35 +63,10 @@ class DiskError(DownloadError):
     """The place a download was meant for cannot take it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long a download tries.
-
-    Attributes:
-        max_attempts: connections in a row that may bring (almost) nothing.
-        timeout_s: seconds without a byte after which a connection counts as broken.
-        backoff_s: seconds before the second attempt; doubles with each, up to a minute.
-    """
-
-    max_attempts: int = 5
-    timeout_s: float = 60.0
-    backoff_s: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_attempts < 1 or self.timeout_s <= 0 or self.backoff_s < 0:
-            raise ConfigError(
-                f"{self} cannot work; max_attempts is at least 1, timeout_s above 0, backoff_s not "
-                "negative"
-            )
-
-
-PATIENT: Final = Patience()
-
-
 class _Broken(Exception):
     """This attempt failed; the next one may not."""
 
-    def __init__(self, message: str, pause_s: float | None = None) -> None:
+    def __init__(self, message: str, pause_s: float = 0.0) -> None:
         super().__init__(message)
         self.pause_s = pause_s
 
@@ -149,6 +126,7 @@ def download(
     immutable: bool = False,
     headers: Mapping[str, str] | None = None,
     patience: Patience = PATIENT,
+    trial: Trial | None = None,
     on_progress: Progress | None = None,
 ) -> int:
     """Download one file.
@@ -162,6 +140,7 @@ def download(
             then a partial file is continued without the server's word.
         headers: further headers, e.g. of a login; not passed on when the server redirects.
         patience: bounds on waiting and trying.
+        trial: the attempts so far, instead of ``patience``, if it has been tried before.
         on_progress: told about every megabyte or so.
 
     Returns:
@@ -177,28 +156,27 @@ def download(
         raise DownloadError(f"{url} is no http or https address")
     partial_path = target.with_name(f".{target.name}.part")
     part = _Partial(partial_path, url, immutable, headers or {})
-    failures = best = 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         part.load()
-        best = part.size()
+        # One of thousands of pictures, or the one that somebody waits for.
+        level = logging.INFO if trial is None else logging.WARNING
+        trial = trial or Trial(patience, part.size())
         while True:
             try:
-                _transfer(part, size, patience.timeout_s, on_progress)
+                _transfer(part, size, trial, on_progress)
                 break
             except _Broken as error:
                 # A long download over a shaky line may break often, as long as it moves.
-                failures = 1 if part.size() - best >= _FRUITFUL else failures + 1
-                best = max(best, part.size())
+                pause_s = trial.pause_after_failure(part.size(), error.pause_s)
                 if isinstance(error, _Stale):
                     part.drop()
-                if failures >= patience.max_attempts:
+                if pause_s is None:
                     raise DownloadError(
-                        f"{url}: given up after {failures} attempts in a row; the last one: "
-                        f"{error}. {_kept(part)}"
+                        f"{url}: given up after {trial}; the last one: {error}. {_kept(part)}"
                     ) from error
-                pause = patience.backoff_s * 2 ** (failures - 1)
-                time.sleep(min(max(pause, error.pause_s or 0), _LONGEST_PAUSE_S))
+                log.log(level, "%s: %s; trying again in %.0f s", url, error, pause_s)
+                time.sleep(pause_s)
         received = part.size()
         _check(part, received, size, {"md5": md5, "sha256": sha256})
         part.path.replace(target)
@@ -237,9 +215,7 @@ def _kept(part: _Partial) -> str:
     )
 
 
-def _transfer(
-    part: _Partial, size: int | None, timeout_s: float, on_progress: Progress | None
-) -> None:
+def _transfer(part: _Partial, size: int | None, trial: Trial, on_progress: Progress | None) -> None:
     """Make one attempt; returns when every byte that the server announced is there."""
     start = part.size()
     if start and part.total is not None and start >= part.total:
@@ -251,11 +227,12 @@ def _transfer(
         headers["Range"] = f"bytes={start}-"
     elif start and part.validator is not None:
         headers |= {"Range": f"bytes={start}-", "If-Range": part.validator}
+    trial.begin()
     request = urllib.request.Request(part.url, headers=headers)
     for name, value in part.headers.items():
         request.add_unredirected_header(name, value)
     try:
-        response = urllib.request.urlopen(request, timeout=timeout_s)
+        response = urllib.request.urlopen(request, timeout=trial.timeout_s)
     except urllib.error.HTTPError as error:
         with error:
             _refused(part, error)
@@ -263,7 +240,7 @@ def _transfer(
         raise _Broken(_reason(error)) from error
     with response:
         start = _begin(part, response, start, size)
-        _receive(part, response, start, on_progress)
+        _receive(part, response, start, trial, on_progress)
 
 
 def _begin(part: _Partial, response: http.client.HTTPResponse, start: int, size: int | None) -> int:
@@ -304,6 +281,7 @@ def _receive(
     part: _Partial,
     response: http.client.HTTPResponse,
     start: int,
+    trial: Trial,
     on_progress: Progress | None,
 ) -> None:
     received = start
@@ -322,6 +300,9 @@ def _receive(
             received += len(chunk)
             if on_progress is not None:
                 on_progress(received, part.total)
+            trial.moved_to(received)
+            if trial.overdue:
+                raise _Broken(f"too few bytes came in the time that it is tried ({received} now)")
         os.fsync(file.fileno())
     if part.total is not None and received < part.total:
         raise _Broken(f"the connection ended after {received} of {part.total} bytes")
@@ -335,7 +316,7 @@ def _refused(part: _Partial, error: urllib.error.HTTPError) -> NoReturn:
     message = f"the server answered {error.code} {error.reason}"
     if error.code in _TEMPORARY:
         after = error.headers.get("Retry-After", "")
-        raise _Broken(message, float(after) if after.isdigit() else None)
+        raise _Broken(message, float(after) if after.isdigit() else 0.0)
     remedy = {
         401: "it wants a login: get the file with a browser",
         403: "it denies access: get the file with a browser",

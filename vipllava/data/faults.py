@@ -4,6 +4,10 @@
 the same data set by the sample's own key, so that every run and every division over ranks gets the
 same one; writes a line to ``quarantine.jsonl``; and ends the job once more than a stated share of
 the samples is bad. Evaluation never substitutes.
+
+Only faults of the data are bad samples: ``RecordError``, which covers records, pictures and
+checksums. Whatever else fails, storage above all, fails for other samples too, and not in every
+run; it ends the job.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +23,7 @@ from typing import Any, Final, Literal, TypeVar, get_args
 
 from vipllava.data.order import Item
 from vipllava.keyed_random import generator_for
-from vipllava.types import ConfigError, RecordError, VipLlavaError
+from vipllava.types import ConfigError, RecordError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +98,7 @@ def candidates(item: Item, num_samples: int, *, seed: int, name: str) -> Iterato
 def with_substitute(
     item: Item,
     make: Callable[[Item], _Made],
-    describe: Callable[[Item, VipLlavaError, Item], Fault],
+    describe: Callable[[Item, RecordError, Item], Fault],
     policy: FaultPolicy,
     substitutes: Iterator[Item],
 ) -> tuple[_Made, Item, Fault | None]:
@@ -101,7 +106,7 @@ def with_substitute(
 
     Args:
         item: the sample.
-        make: makes it; raises VipLlavaError for a bad one, RecordError for an unfit substitute.
+        make: makes it; raises RecordError for a bad one and for an unfit substitute.
         describe: writes the fault down.
         policy: what to do.
         substitutes: see :func:`candidates`.
@@ -110,18 +115,19 @@ def with_substitute(
         What was made, of which item, and the fault if it is a substitute.
 
     Raises:
-        VipLlavaError: the sample's own error, by policy, or because no substitute is good either.
+        RecordError: the sample's own, by policy, or because no substitute is good either.
+        VipLlavaError: what is no fault of the sample, e.g. StorageError; under any policy.
     """
     try:
         return make(item), item, None
-    except VipLlavaError as error:
+    except RecordError as error:
         if policy.on_fault == "error":
             raise
         first = error
     for other in substitutes:
         try:
             return make(other), other, describe(item, first, other)
-        except VipLlavaError:
+        except RecordError:
             continue
     raise RecordError(
         f"{first}\nNone of {_ATTEMPTS} substitutes of the same data set is good either: run "
@@ -143,15 +149,30 @@ class FaultLog:
         self.total = 0
         self.num_samples = 0
         self._pending = 0
+        self._lock = threading.Lock()  # plans are made in a thread
         self._written: set[tuple[str, str, int]] | None = None
 
     def write(self, faults: list[Fault]) -> None:
-        """Append faults; one that stands in the file already (a resumed run) is left out."""
+        """Append faults; one that stands in the file already (a resumed run) is left out.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
         if not faults or self.path is None:
             return
+        try:
+            with self._lock:
+                self._append(faults, self.path)
+        except OSError as error:
+            raise StorageError(
+                f"{self.path} cannot be written ({error}): free some space there, or check who may "
+                "write it; then start the same command again"
+            ) from error
+
+    def _append(self, faults: list[Fault], path: Path) -> None:
         if self._written is None:
             self._written = {
-                (line["dataset"], line["key"], line["turn"]) for line in read_quarantine(self.path)
+                (line["dataset"], line["key"], line["turn"]) for line in read_quarantine(path)
             }
         for fault in faults:
             identity = (fault.dataset, fault.key, fault.turn)
@@ -160,8 +181,8 @@ class FaultLog:
             self._written.add(identity)
             log.warning("quarantined %s/%s: %s", fault.dataset, fault.key, fault.reason)
             line = json.dumps(asdict(fault), ensure_ascii=False) + "\n"
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 os.write(file, line.encode())  # one write: lines of several processes stay whole
             finally:
@@ -169,12 +190,14 @@ class FaultLog:
 
     def add(self, faults: list[Fault]) -> None:
         """Write faults met outside a step (while planning); the next step counts them."""
+        with self._lock:
+            self._pending += len(faults)
         self.write(faults)
-        self._pending += len(faults)
 
     def take_pending(self) -> int:
         """Return how many faults were added since the last call."""
-        pending, self._pending = self._pending, 0
+        with self._lock:
+            pending, self._pending = self._pending, 0
         return pending
 
     def count(self, num_faults: int, num_samples: int) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from vipllava.data.collate import EncodedSample, collate_packs
+from vipllava.data.ranks import Ranks
 from vipllava.data.samples import SampleEncoder, SampleSource
-from vipllava.types import IGNORE_INDEX, Batch
+from vipllava.types import IGNORE_INDEX, Batch, VipLlavaError
 
 
 class HeldOutLoader:
@@ -31,6 +32,7 @@ class HeldOutLoader:
         max_samples: only the first so many; None: all.
         rank: of this process.
         world_size: number of processes.
+        ranks: the processes, to end together.
         num_workers: loader processes.
         pad_token_id: id of padding.
         multiple_of: row lengths are rounded up to a multiple of this.
@@ -45,6 +47,7 @@ class HeldOutLoader:
         max_samples: int | None,
         rank: int,
         world_size: int,
+        ranks: Ranks | None = None,
         num_workers: int,
         pad_token_id: int,
         multiple_of: int = 1,
@@ -52,6 +55,7 @@ class HeldOutLoader:
         count = len(source) if max_samples is None else min(max_samples, len(source))
         shares = divide(count, rank, world_size, micro_batch_size)
         dataset = _HeldOut(source, samples, shares, pad_token_id, multiple_of)
+        self.ranks = ranks or Ranks()
         make: Any = DataLoader
         self._loader = make(dataset, batch_size=None, num_workers=num_workers)
         self.num_samples = count
@@ -61,8 +65,25 @@ class HeldOutLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches in order."""
-        yield from self._loader
+        """Yield the batches in order.
+
+        Raises:
+            VipLlavaError: a sample cannot be read or made; on every rank, so that none waits.
+        """
+        batches: Iterator[Batch | VipLlavaError] | None = None
+        for _ in range(len(self)):
+            try:
+                if batches is None:
+                    batches = iter(self._loader)
+                made: Batch | Exception = next(batches)
+            except Exception as error:  # noqa: BLE001 - told to the others, then raised
+                made = error
+            error = made if isinstance(made, Exception) else None
+            if self.ranks.sum([int(error is not None)])[0]:
+                batches = None  # its workers end now, not when the error is forgotten
+                self.ranks.end_together(error)
+            if isinstance(made, Batch):
+                yield made
 
 
 def divide(
@@ -102,13 +123,16 @@ class _HeldOut(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> Batch:
-        return collate_packs(
-            [[self._sample(position, counts)] for position, counts in self.batches[index]],
-            pad_token_id=self.pad_token_id,
-            image_size=self.samples.transform.size,
-            multiple_of=self.multiple_of,
-        )
+    def __getitem__(self, index: int) -> Batch | VipLlavaError:
+        try:
+            return collate_packs(
+                [[self._sample(position, counts)] for position, counts in self.batches[index]],
+                pad_token_id=self.pad_token_id,
+                image_size=self.samples.transform.size,
+                multiple_of=self.multiple_of,
+            )
+        except VipLlavaError as error:
+            return error  # torch would rewrite one that is raised
 
     def _sample(self, position: int, counts: bool) -> EncodedSample:
         sample = self.samples.encode(self.source.sample(position))

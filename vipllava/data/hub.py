@@ -16,14 +16,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from vipllava import __version__
-from vipllava.data.downloading import (
-    PATIENT,
-    DownloadError,
-    Patience,
-    Progress,
-    RefusedError,
-    download,
-)
+from vipllava.data.downloading import DownloadError, Progress, RefusedError, download
+from vipllava.data.patience import PATIENT, Patience, Trial
 
 _Result = TypeVar("_Result")
 _TYPE: Final = "dataset"
@@ -144,7 +138,7 @@ def _try(attempt: Callable[[], _Result], what: str, patience: Patience) -> _Resu
     from huggingface_hub import errors
 
     web_error: Any = vars(errors)["HTTPError"]  # of the HTTP client that this release uses
-    failures = 0
+    trial = Trial(patience)
     while True:
         try:
             return attempt()
@@ -153,16 +147,16 @@ def _try(attempt: Callable[[], _Result], what: str, patience: Patience) -> _Resu
                 f"{what}: the hub is switched off by HF_HUB_OFFLINE; unset it to fetch"
             ) from error
         except web_error as error:
-            failures += 1
             status = getattr(getattr(error, "response", None), "status_code", None)
             if status in _LASTING:
                 raise DownloadError(f"{what}: {_refusal(error, status)}") from error
-            if failures >= patience.max_attempts:
+            pause_s = trial.pause_after_failure()
+            if pause_s is None:
                 raise DownloadError(
-                    f"{what}: given up after {failures} attempts; the last one: "
-                    f"{_first_line(error)}. Run the same command again to go on"
+                    f"{what}: given up after {trial}; the last one: {_first_line(error)}. Run the "
+                    "same command again to go on"
                 ) from error
-        time.sleep(min(patience.backoff_s * 2 ** (failures - 1), 60))
+        time.sleep(pause_s)
 
 
 def _refusal(error: BaseException, status: int | None) -> str:

@@ -1,23 +1,17 @@
-"""Planning a window of packs from true lengths, once per node.
+"""Planning a window of packs from true lengths, once per job.
 
-The lengths come from the texts alone: records are read and encoded, pictures are not decoded. On a
-node of several ranks the first one plans and writes the result to a folder, the others read it
-there; they need the same plan, and planning is the one part of the stream that costs real time
-(about half a millisecond a sample).
+The lengths come from the texts alone: records are read and encoded, pictures are not decoded. Of
+several ranks the first one plans, the others get the result from it: all need the same plan, also
+where one machine's copy of the data is damaged, and planning is the one part of the stream that
+costs real time (about half a millisecond a sample).
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import logging
-import os
+import json
 import time
-import zipfile
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -25,12 +19,15 @@ from vipllava.data.batching import Row
 from vipllava.data.faults import Fault
 from vipllava.data.order import Item
 from vipllava.data.packing import plan_packs
-from vipllava.data.stream import VisualPromptDataset
+from vipllava.data.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import ConfigError, VipLlavaError
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
-_POLL_S: Final = 0.02
+_POLL_S: Final = 0.05
+_BEAT: Final = "planning"
+_BEAT_S: Final = 1.0
 _KEPT: Final = 8
 """Windows whose plans are kept; ranks are never so far apart."""
 
@@ -42,7 +39,7 @@ class PackPlanner:
         dataset: gives true lengths and, by its policy, substitutes.
         pack_length: ids of a row.
         max_images: pictures of a row at most: they bound the vision tower's memory.
-        store: shares plans with the other ranks of the node; None plans for this one alone.
+        shared: shares plans with the other ranks; None plans for this one alone.
         on_faults: gets the bad samples of a window that this process planned.
     """
 
@@ -52,7 +49,7 @@ class PackPlanner:
         *,
         pack_length: int,
         max_images: int,
-        store: PlanStore | None = None,
+        shared: SharedPlans | None = None,
         on_faults: Callable[[list[Fault]], None] | None = None,
     ) -> None:
         longest = dataset.encoder.encoder.max_length
@@ -66,7 +63,7 @@ class PackPlanner:
         self.dataset = dataset
         self.pack_length = pack_length
         self.max_images = max_images
-        self.store = store
+        self.shared = shared
         self.on_faults = on_faults
 
     def __call__(
@@ -75,15 +72,19 @@ class PackPlanner:
         """Return the packs of a window, shuffled.
 
         Raises:
-            VipLlavaError: a sample is bad and the policy is ``error``, or the rank that plans for
-                this node failed or is gone.
+            VipLlavaError: a sample is bad and the policy is ``error``, storage failed, or rank 0
+                failed or is gone.
         """
-        if self.store is None:
+        if self.shared is None:
             return self._plan(items, rng)
-        return self.store.get(name, lambda: self._plan(items, rng))
+        return self.shared.get(name, lambda: self._plan(items, rng))
 
     def _plan(self, items: Sequence[Item], rng: np.random.Generator) -> tuple[Row, ...]:
-        measured = [self.dataset.measure(item) for item in items]
+        measured: list[tuple[int, Item, Fault | None]] = []
+        for item in items:
+            measured.append(self.dataset.measure(item))
+            if self.shared is not None:
+                self.shared.beat()
         faults = [fault for _, _, fault in measured if fault is not None]
         if faults and self.on_faults is not None:
             self.on_faults(faults)
@@ -99,90 +100,69 @@ class PackPlanner:
         return tuple(tuple(used[n] for n in indices[place]) for place in shuffled)
 
 
-class PlanStore:
-    """Plans in a folder that the ranks of one node share.
+class SharedPlans:
+    """Plans that rank 0 makes and all ranks of a job read, through the store that they met at.
+
+    No collective: ranks ask when they get there, and rank 0 plans ahead in a thread.
 
     Args:
-        directory: on a disk of this node.
-        identity: all that a plan depends on; plans of another identity are not seen.
-        writes: whether this rank plans; one of the node does.
-        timeout_s: seconds the others wait for a plan.
+        store: of the job; a connection that nobody else uses.
+        rank: this process.
+        timeout_s: seconds that rank 0 may take for one sample; then it is taken to be gone.
     """
 
-    def __init__(
-        self, directory: Path, identity: Any, *, writes: bool, timeout_s: float = 600.0
-    ) -> None:
-        digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
-        self.directory = directory / digest
-        self.writes = writes
+    def __init__(self, store: Store, *, rank: int, timeout_s: float) -> None:
+        self.store = store
+        self.plans = rank == 0
         self.timeout_s = timeout_s
-        self._kept: list[Path] = []
-        if writes and self.directory.is_dir():  # an earlier run's; a plan would be the same
-            for left in self.directory.glob("*.error"):
-                left.unlink(missing_ok=True)
+        self._kept: list[str] = []
+        self._next_beat = 0.0
 
     def get(self, name: str, plan: Callable[[], tuple[Row, ...]]) -> tuple[Row, ...]:
-        """Return the plan called ``name``, made here or by the rank that plans.
+        """Return the plan called ``name``, made here or by rank 0.
 
         Raises:
-            VipLlavaError: planning failed, there or here, or no plan came in time.
+            VipLlavaError: planning failed, there or here, or rank 0 is gone.
         """
-        path = self.directory / f"{name}.npz"
-        failed = path.with_suffix(".error")
-        if not self.writes:
-            return self._wait(path, failed)
-        if failed.is_file():
-            failed.unlink()
+        if not self.plans:
+            return self._receive(name)
         try:
             rows = plan()
-        except VipLlavaError as error:
-            message = str(error).encode()
-            self._write(failed, lambda file: file.write(message))
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            self.store.set(name, json.dumps({"error": text}))
             raise
-        columns = np.array([item for row in rows for item in row], dtype=np.int64)
-        ends = np.cumsum([len(row) for row in rows])
-        self._write(path, lambda file: np.savez(file, items=columns, ends=ends))
-        self._kept.append(path)
+        self.store.set(name, json.dumps({"rows": rows}))
+        self._kept.append(name)
         while len(self._kept) > _KEPT:
-            self._kept.pop(0).unlink(missing_ok=True)
+            self.store.delete_key(self._kept.pop(0))
         return rows
 
-    def _wait(self, path: Path, failed: Path) -> tuple[Row, ...]:
-        until = time.monotonic() + self.timeout_s
-        while time.monotonic() < until:
-            if path.is_file():
-                try:
-                    return _load(path)
-                except (OSError, ValueError, zipfile.BadZipFile) as error:
-                    raise VipLlavaError(f"the plan {path} cannot be read: {error}") from error
-            if failed.is_file():
-                raise VipLlavaError(
-                    f"planning on this node failed: {failed.read_text(encoding='utf-8')}"
-                )
-            time.sleep(_POLL_S)
-        raise VipLlavaError(
-            f"no plan {path} after {self.timeout_s:.0f} s: the rank that plans for this node is "
-            "gone, or the folder is not on a disk that its ranks share (data.plan_dir)"
-        )
+    def beat(self) -> None:
+        """Tell the others now and then that planning goes on."""
+        if time.monotonic() >= self._next_beat:
+            self.store.add(_BEAT, 1)
+            self._next_beat = time.monotonic() + _BEAT_S
 
-    def _write(self, path: Path, write: Callable[[Any], Any]) -> None:
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    def _receive(self, name: str) -> tuple[Row, ...]:
+        heard, heard_at = -1, time.monotonic()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                write(file)
-            partial.replace(path)
-        except OSError as error:
+            while not self.store.check([name]):
+                now = time.monotonic()
+                if now - heard_at > _BEAT_S and (beat := self.store.add(_BEAT, 0)) != heard:
+                    heard, heard_at = beat, now
+                if now - heard_at > self.timeout_s:
+                    raise VipLlavaError(
+                        f"rank 0, which plans the packs of all ranks, measured no sample for "
+                        f"{self.timeout_s:.0f} s: see what its own output says"
+                    )
+                time.sleep(_POLL_S)
+            told: dict[str, Any] = json.loads(self.store.get(name))
+        except RuntimeError as error:  # of torch's store: the connection broke
             raise VipLlavaError(
-                f"{path} cannot be written ({error}); free its disk or set data.plan_dir"
+                f"rank 0, which plans the packs of all ranks, is gone ({error}): see what its own "
+                "output says"
             ) from error
-        finally:
-            with contextlib.suppress(OSError):  # gone already, or there never was a folder for it
-                partial.unlink()
-
-
-def _load(path: Path) -> tuple[Row, ...]:
-    with np.load(path, allow_pickle=False) as stored:
-        items = [Item(*row) for row in stored["items"].tolist()]
-        ends = [0, *stored["ends"].tolist()]
-    return tuple(tuple(items[a:b]) for a, b in pairwise(ends))
+        if "error" in told:
+            raise VipLlavaError(f"rank 0 could not plan the packs: {told['error']}")
+        return tuple(tuple(Item(*item) for item in row) for row in told["rows"])

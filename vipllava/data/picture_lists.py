@@ -17,15 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
-from vipllava.data.downloading import (
-    DiskError,
-    DownloadError,
-    Patience,
-    disk_error,
-    download,
-    run_parallel,
-)
+from vipllava.data.downloading import DiskError, DownloadError, disk_error, download, run_parallel
 from vipllava.data.image_decode import decode_image
+from vipllava.data.patience import Patience
 from vipllava.data.sources import PictureList
 from vipllava.types import RecordError, VipLlavaError
 

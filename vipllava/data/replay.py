@@ -10,7 +10,8 @@ from typing import Any
 from vipllava.data.batching import BatchPlan, Cursor
 from vipllava.data.collate import collate_packs
 from vipllava.data.order import Item
-from vipllava.data.stream import StepSampler, VisualPromptDataset, stream_identity
+from vipllava.data.stream import StepSampler, stream_identity
+from vipllava.data.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import Batch, CheckpointError
 
 

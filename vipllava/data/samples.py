@@ -27,6 +27,7 @@ from vipllava.data.collate import EncodedSample
 from vipllava.data.image_decode import decode_image, image_size
 from vipllava.data.image_transform import ImageTransform
 from vipllava.data.manifest import AUTO_POLICY, Manifest, load_manifest
+from vipllava.data.patience import ONCE, Patience
 from vipllava.data.schemas import parse_record
 from vipllava.data.shard_cache import ShardCache
 from vipllava.data.shards import Entry, ShardSet, open_shards
@@ -72,9 +73,10 @@ class SampleSource:
         seed: int,
         *,
         cache: ShardCache | None = None,
+        patience: Patience = ONCE,
     ) -> SampleSource:
         """Open the shards of a manifest; see :func:`vipllava.data.shards.open_shards`."""
-        shards = open_shards(manifest, data_root, cache=cache)
+        shards = open_shards(manifest, data_root, cache=cache, patience=patience)
         return cls(shards, manifest.record_kind, manifest.policy, seed)
 
     @property
@@ -90,8 +92,9 @@ class SampleSource:
         """Read and parse one sample.
 
         Raises:
-            ShardError: the tar is gone or damaged.
-            RecordError: the record breaks its schema; names shard, key and field.
+            RecordError: the record breaks its schema, or the tar is damaged there; names shard, key
+                and field.
+            StorageError: the tar cannot be read or fetched.
         """
         return self.parse(self.shards.read(position), epoch)
 

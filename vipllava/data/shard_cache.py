@@ -14,34 +14,27 @@ import hashlib
 import logging
 import os
 import re
-import select
 import shutil
-import subprocess
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 from urllib.parse import unquote
 
-from vipllava.data.downloading import (
-    PATIENT,
-    DiskError,
-    DownloadError,
-    Patience,
-    Progress,
-    RefusedError,
-    download,
-)
-from vipllava.types import ConfigError, VipLlavaError
+from vipllava.data.downloading import DiskError, DownloadError, RefusedError
+from vipllava.data.openers import BrokenError, CacheError, MissingError, WrongError, transfer
+from vipllava.data.patience import PATIENT, Patience, Trial
+from vipllava.types import ConfigError
 
 log = logging.getLogger(__name__)
 
-_CHUNK: Final = 4 << 20
-_LONGEST_PAUSE_S: Final = 60.0
+_PASSING: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+_MOST_WRONG: Final = 5
+_POLL_S: Final = 0.05
 _RESUMABLE_S: Final = 3600.0
 """How long the beginning of a file that nobody works on is kept to go on from."""
 _GONE: Final = (404, 410)
@@ -51,18 +44,6 @@ _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._+-]")
 _PLACE: Final = re.compile(r"(?P<folder>[^?#]*/)(?P<name>[^/?#]+)(?P<rest>.*)", re.DOTALL)
 _IN_COMMAND: Final = re.compile(r"[A-Za-z0-9._+-]+\.(?:tar|npz)\b")
 _JOIN_S: Final = 1.0
-
-
-class CacheError(VipLlavaError):
-    """A file cannot be brought into the cache; the message names address, cause and remedy."""
-
-
-class MissingError(CacheError):
-    """There is nothing under the address."""
-
-
-class _BrokenError(Exception):
-    """This attempt failed; the next one may not."""
 
 
 class _StoppedError(Exception):
@@ -86,8 +67,7 @@ class _Held:
 class ShardCache:
     """Whole files from addresses in a local folder, downloaded once for all who use the folder.
 
-    http and https go through :mod:`vipllava.data.downloading`, ``pipe:COMMAND`` through the opener
-    of webdataset, every other scheme (s3, gs, ...) through fsspec. All methods may be called from
+    See :mod:`vipllava.data.openers` for the schemes. All methods may be called from
     several processes and threads. An instance can be pickled and is cheap to make; nothing is
     touched before the first file is wanted.
     """
@@ -185,17 +165,46 @@ class ShardCache:
 
     def _fetch(self, url: str, size: int | None, stop: threading.Event) -> BinaryIO:
         name = cache_name(url)
-        try:
-            file = self._open_held(name, size)
-            if file is None:
+        trial = Trial(self.patience)
+        while True:
+            try:
+                file = self._open_held(name, size)
+                if file is not None:
+                    return file
                 self._incoming.mkdir(parents=True, exist_ok=True)
                 self._locks.mkdir(exist_ok=True)
-                with _locked(self._lock_of(name)):
+                with self._turn(url, name, trial, stop):
                     # Whoever held the lock before may have brought it.
-                    file = self._open_held(name, size) or self._bring(url, name, size, stop)
-        except OSError as error:
-            raise self._disk_error(url, error) from error
-        return file
+                    return self._open_held(name, size) or self._bring(url, name, size, trial, stop)
+            except OSError as error:
+                # Others may free a full disk meanwhile; a folder that cannot be is none later on.
+                pause_s = trial.pause_after_failure() if error.errno in _PASSING else None
+                if pause_s is None:
+                    raise self._disk_error(url, error, trial) from error
+                log.warning("%s: %s; trying again in %.0f s", url, error, pause_s)
+                if stop.wait(pause_s):
+                    raise _StoppedError from error
+
+    @contextmanager
+    def _turn(self, url: str, name: str, trial: Trial, stop: threading.Event) -> Generator[None]:
+        """Hold the lock of a file; waits for who holds it as long as that one gets on."""
+        path = self._lock_of(name)
+        while True:
+            with _locked(path, wait=False) as mine:
+                if mine:
+                    yield
+                    return
+            for part in (name, f".{name}.part"):
+                with suppress(FileNotFoundError):
+                    trial.moved_to((self._incoming / part).stat().st_size)
+            if trial.left_s == 0:
+                raise CacheError(
+                    f"{url}: given up after {self.patience.total_s:.0f} s of waiting for another "
+                    f"process that holds {path} and does not get on with it: see what that one "
+                    "does, end it, and start again"
+                )
+            if stop.wait(_POLL_S):
+                raise _StoppedError
 
     def _open_held(self, name: str, size: int | None) -> BinaryIO | None:
         """Open a whole file and mark it as used; None if it is not there in that size."""
@@ -210,14 +219,16 @@ class ShardCache:
             os.utime(file.fileno(), ns=(time.time_ns(), time.time_ns()))
         return file
 
-    def _bring(self, url: str, name: str, size: int | None, stop: threading.Event) -> BinaryIO:
+    def _bring(
+        self, url: str, name: str, size: int | None, trial: Trial, stop: threading.Event
+    ) -> BinaryIO:
         """Fetch a file whose lock is held, make room for it, name it and open it."""
         self._check_fits(url, size or 0)
         with _locked(self._directory_lock):
             self._make_room(size or 0)
         staged = self._incoming / name
         try:
-            received = self._transfer_patiently(url, staged, size, stop)
+            received = self._transfer_patiently(url, staged, size, trial, stop)
             self._check_fits(url, received)
             with _locked(self._directory_lock):
                 self._make_room(received)
@@ -228,7 +239,8 @@ class ShardCache:
         except DiskError as error:
             self._drop(name)
             cause = error.__cause__
-            raise self._disk_error(url, cause if isinstance(cause, OSError) else error) from error
+            assert isinstance(cause, OSError)
+            raise cause from None
         except RefusedError as error:
             raise self._refusal(url, error) from error
         except DownloadError as error:  # what came is kept to go on from
@@ -238,7 +250,7 @@ class ShardCache:
             raise
 
     def _transfer_patiently(
-        self, url: str, staged: Path, size: int | None, stop: threading.Event
+        self, url: str, staged: Path, size: int | None, trial: Trial, stop: threading.Event
     ) -> int:
         """Fetch a file into ``staged``; returns its bytes."""
 
@@ -247,30 +259,31 @@ class ShardCache:
                 raise _StoppedError
             self._check_fits(url, max(received, total or 0))
             if size is not None and total not in (None, size):
-                raise _BrokenError(f"{total} bytes were announced where {size} were expected")
+                raise WrongError(f"{total} bytes were announced where {size} were expected")
 
-        attempts = self.patience.max_attempts
-        for attempt in range(1, attempts + 1):
+        num_wrong = 0
+        while True:
             try:
-                received = _transfer(url, staged, self.patience, on_progress)
+                received = transfer(url, staged, trial, on_progress)
                 if received == 0:
-                    raise _BrokenError("nothing came")
+                    raise WrongError("nothing came")
                 if size not in (None, received):
-                    raise _BrokenError(f"{received} bytes came where {size} were expected")
-            except _BrokenError as error:
+                    raise WrongError(f"{received} bytes came where {size} were expected")
+            except BrokenError as error:
                 self._drop(staged.name)
-                if attempt == attempts:
+                num_wrong += isinstance(error, WrongError)
+                pause_s = trial.pause_after_failure()
+                if pause_s is None or num_wrong == _MOST_WRONG:
                     raise CacheError(
-                        f"{url}: given up after {attempts} attempts; the last one: {error}. Check "
+                        f"{url}: given up after {trial}; the last one: {error}. Check "
                         "address and network, and that the file there is the one that its index "
                         "or manifest describes"
                     ) from error
-                pause = min(self.patience.backoff_s * 2 ** (attempt - 1), _LONGEST_PAUSE_S)
-                if stop.wait(pause):
+                log.warning("%s: %s; trying again in %.0f s", url, error, pause_s)
+                if stop.wait(pause_s):
                     raise _StoppedError from error
             else:
                 return received
-        raise AssertionError("unreachable")
 
     # Room.
 
@@ -363,19 +376,20 @@ class ShardCache:
             f"again; {remedy}"
         )
 
-    def _disk_error(self, url: str, error: Exception) -> CacheError:
-        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    def _disk_error(self, url: str, error: OSError, trial: Trial | None = None) -> CacheError:
+        tried = f" ({trial})" if trial is not None and trial.num_failed else ""
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return CacheError(
-                f"{url}: the shard cache {self.directory} cannot be used: {error}. It takes a "
-                "folder that this user may write, on a disk that knows file locks"
+                f"{url}: the shard cache {self.directory} cannot be used{tried}: {error}. It takes "
+                "a folder that this user may write, on a disk that knows file locks"
             )
         free, held = "?", "?"
         with suppress(OSError):
             free = str(shutil.disk_usage(self.directory).free)
             held = str(sum(file.size for file in self._whole()))
         return CacheError(
-            f"{url}: no space left for it in the shard cache {self.directory}: {free} bytes are "
-            f"free, the cache holds {held} of at most {self.max_bytes}. Free some space there, "
+            f"{url}: no space left for it in the shard cache {self.directory}{tried}: {free} bytes "
+            f"are free, the cache holds {held} of at most {self.max_bytes}. Free some space there, "
             "allow the cache less, or put it on another disk. Nothing partial was left"
         )
 
@@ -422,6 +436,9 @@ class _Ahead:
                 continue
             except CacheError as error:
                 log.warning("prefetch: %s", error)
+                continue
+            except Exception:  # the thread goes on, and who needs the file says what is wrong
+                log.warning("prefetch: %s could not be fetched", url, exc_info=True)
                 continue
             with self._lock:
                 self._bytes += size
@@ -474,84 +491,3 @@ def _locked(path: Path, *, wait: bool = True) -> Generator[bool]:
         # Closing alone would not do while a process forked meanwhile has the descriptor, too.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
-
-
-def _transfer(url: str, staged: Path, patience: Patience, on_progress: Progress) -> int:
-    """Fetch a file into ``staged``; returns its bytes.
-
-    Raises:
-        _BrokenError: this attempt failed.
-        CacheError: there is no use in another one.
-        DownloadError: every attempt failed, or the disk did.
-        OSError: the local disk failed.
-    """
-    scheme = url.partition(":")[0].lower()
-    if scheme in ("http", "https"):
-        return download(url, staged, patience=patience, on_progress=on_progress)
-    part = staged.with_name(f".{staged.name}.part")
-    chunks = _read_pipe(url, patience.timeout_s) if scheme == "pipe" else _read_fsspec(url)
-    received = 0
-    with closing(chunks), part.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            received += len(chunk)
-            on_progress(received, None)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(staged)
-    return received
-
-
-def _read_pipe(url: str, timeout_s: float) -> Generator[bytes]:
-    """Yield what a command prints; it has to end with status 0."""
-    from webdataset.gopen import gopen
-
-    try:
-        pipe: Any = gopen(url, "rb")
-    except OSError as error:
-        raise _BrokenError(f"the command cannot be started: {error}") from error
-    try:
-        while True:
-            if not select.select([pipe.stream], [], [], timeout_s)[0]:
-                raise _BrokenError(f"the command printed nothing for {timeout_s:g} seconds")
-            # read1 goes past the buffer, of which select knows nothing.
-            chunk: bytes = pipe.stream.read1(_CHUNK)
-            if not chunk:
-                break
-            yield chunk
-        # gopen's own check takes a command killed by a closed pipe for success.
-        status = pipe.proc.wait(timeout_s)
-        if status != 0:
-            raise _BrokenError(f"the command ended with status {status}; see what it printed")
-    except subprocess.TimeoutExpired as error:
-        raise _BrokenError(
-            f"the command does not end {timeout_s:g} seconds after its output"
-        ) from error
-    finally:
-        pipe.proc.kill()  # no harm if it has ended
-        with suppress(OSError):
-            pipe.close()
-
-
-def _read_fsspec(url: str) -> Generator[bytes]:
-    """Yield a file of any storage that fsspec knows."""
-    import fsspec  # pyright: ignore[reportMissingTypeStubs]
-
-    library: Any = fsspec
-    try:
-        with library.open(url, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
-    except FileNotFoundError as error:
-        raise MissingError(
-            f"{url}: there is nothing under this address (1 attempt); correct `shards` in the "
-            "manifest, or the data root"
-        ) from error
-    except (ImportError, PermissionError, ValueError) as error:
-        raise CacheError(
-            f"{url}: {error} (1 attempt). s3 needs `pip install 'vipllava-lightning[s3]'`, gs "
-            "`[gs]`, others the package of their scheme, and credentials where that package looks "
-            "for them"
-        ) from error
-    except Exception as error:  # storages have errors of their own
-        raise _BrokenError(str(error) or type(error).__name__) from error

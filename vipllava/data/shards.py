@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
-import threading
+import time
 import zlib
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,6 @@ from typing import Any, Final
 import braceexpand
 import numpy as np
 import numpy.typing as npt
-from webdataset.writer import TarWriter
 
 from vipllava.data.dataset_index import (
     INDEX_FOLDER,
@@ -32,8 +31,9 @@ from vipllava.data.dataset_index import (
     open_dataset_index,
     user_index_folder,
 )
-from vipllava.data.image_decode import image_size
 from vipllava.data.manifest import Manifest, is_remote
+from vipllava.data.open_files import OpenFile, OpenFiles
+from vipllava.data.patience import ONCE, Patience, Trial
 from vipllava.data.remote_tars import CACHED_INDICES, IndexLoader, expand_address
 from vipllava.data.shard_cache import ShardCache, cache_name
 from vipllava.data.shard_index import (
@@ -48,22 +48,37 @@ from vipllava.data.shard_index import (
     save_index,
     tar_name,
 )
-from vipllava.types import RecordError
+from vipllava.data.shard_write import write_shards
+from vipllava.types import RecordError, StorageError
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "IMAGE_EXTENSIONS",
+    "DamagedError",
     "Entry",
     "ShardError",
     "ShardSet",
+    "UnreadableError",
     "index_shard",
     "open_shards",
     "write_shards",
 ]
 
-_KEY: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_/-]*")
-_LONGEST_KEY: Final = 90  # with an extension below the 100 bytes of a plain tar header
 _OPEN_FILES: Final = 64
 _OPEN_CACHED: Final = 24  # an open copy takes room even after the cache has dropped it
+
+
+class DamagedError(ShardError, RecordError):
+    """The bytes of a sample are not the indexed ones: a fault of the data, in every run."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.fault = "shard-broken"
+
+
+class UnreadableError(ShardError, StorageError):
+    """A tar that was there when the data set was opened cannot be opened or read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,107 +102,6 @@ class Entry:
     image_size: tuple[int, int] | None = None
 
 
-def write_shards(
-    samples: Iterable[tuple[str, Mapping[str, Any], bytes | None, str | None]],
-    directory: str | Path,
-    *,
-    prefix: str = "shard",
-    max_samples: int = 1000,
-    max_bytes: int = 1 << 30,
-    check_images: bool = True,
-) -> list[Path]:
-    """Write samples as tars with their indices.
-
-    The same samples give the same bytes (fixed times and owners). A tar appears under its final
-    name only when it is whole.
-
-    Args:
-        samples: key, record, encoded picture or None, the picture's extension or None. A key has
-            letters, digits, ``_``, ``-`` and ``/`` only: WebDataset cuts names at the first dot.
-        directory: made if missing; must hold no tars of this prefix yet.
-        prefix: tars are called ``PREFIX-000000.tar`` and so on.
-        max_samples: samples per tar.
-        max_bytes: a tar is closed once its members reach this size.
-        check_images: refuse a picture whose header cannot be read.
-
-    Returns:
-        The tars' paths, in order.
-
-    Raises:
-        RecordError: a key, record or picture that cannot be stored, naming the key.
-        ShardError: the folder already holds tars of this prefix.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    if present := sorted(directory.glob(f"{prefix}-*.tar")):
-        raise ShardError(
-            f"{directory} already holds {len(present)} tars called {prefix}-*.tar; "
-            "remove them or choose another folder: old and new would be read as one data set"
-        )
-    paths: list[Path] = []
-    seen: set[str] = set()
-    stream = iter(samples)
-    item = next(stream, None)
-    while item is not None:
-        path = directory / f"{prefix}-{len(paths):06d}.tar"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with (
-                partial.open("wb") as file,
-                TarWriter(file, encoder=False, mtime=0) as writer,
-            ):
-                count = size = 0
-                while item is not None and count < max_samples and size < max_bytes:
-                    members = _members(*item, seen=seen, check_images=check_images)
-                    size += writer.write(members)
-                    count += 1
-                    item = next(stream, None)
-            index = build_index(partial, name=path.name)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        save_index(index, index_path(path))
-        paths.append(path)
-    if not paths:
-        raise ShardError(f"no sample was given for {directory}; an empty data set is never meant")
-    return paths
-
-
-def _members(
-    key: str,
-    record: Mapping[str, Any],
-    image: bytes | None,
-    extension: str | None,
-    *,
-    seen: set[str],
-    check_images: bool,
-) -> dict[str, str | bytes]:
-    """Check one sample and return its tar members."""
-    if not _KEY.fullmatch(key) or len(key) > _LONGEST_KEY:
-        raise RecordError(
-            f"key `{key}` cannot be stored; use at most {_LONGEST_KEY} letters, digits, `_`, `-` "
-            "and `/`"
-        )
-    if key in seen:
-        raise RecordError(f"key `{key}` was given twice; keys are unique within a data set")
-    seen.add(key)
-    try:
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False, sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise RecordError(f"record of key `{key}` is not JSON: {error}") from error
-    members: dict[str, str | bytes] = {"__key__": key, "json": text.encode()}
-    if image is None:
-        return members
-    if extension not in IMAGE_EXTENSIONS:
-        raise RecordError(
-            f"picture of key `{key}` has extension {extension!r}; "
-            f"expected one of {', '.join(IMAGE_EXTENSIONS)}"
-        )
-    if check_images:
-        image_size(image, key=key)
-    return {**members, extension: image}
-
-
 def index_shard(path: str | Path) -> ShardIndex:
     """Read a whole tar, check it, and write its index beside it.
 
@@ -197,52 +111,6 @@ def index_shard(path: str | Path) -> ShardIndex:
     index = build_index(Path(path))
     save_index(index, index_path(Path(path)))
     return index
-
-
-class _OpenFile:
-    """A file that stays open as long as someone holds this object."""
-
-    __slots__ = ("descriptor",)
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Read at a place, without a position that threads or processes would share."""
-        data = b""
-        while len(data) < size:
-            more = os.pread(self.descriptor, size - len(data), offset + len(data))
-            if not more:
-                break
-            data = data + more if data else more
-        return data
-
-
-class _OpenFiles:
-    """The files that were used last."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.process = os.getpid()
-        self._files: OrderedDict[int, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, number: int) -> _OpenFile | None:
-        with self._lock:
-            if (file := self._files.get(number)) is not None:
-                self._files.move_to_end(number)
-            return file
-
-    def put(self, number: int, file: _OpenFile) -> _OpenFile:
-        with self._lock:
-            file = self._files.setdefault(number, file)
-            self._files.move_to_end(number)
-            if len(self._files) > self.most:
-                self._files.popitem(last=False)
-            return file
 
 
 class ShardSet:
@@ -267,6 +135,7 @@ class ShardSet:
         index: DatasetIndex | Sequence[ShardIndex],
         *,
         cache: ShardCache | None = None,
+        patience: Patience = ONCE,
     ) -> None:
         """Join tars; use :func:`open_shards`, which checks them.
 
@@ -275,6 +144,7 @@ class ShardSet:
             paths: of the tars, or their addresses.
             index: of all of them, or theirs one by one.
             cache: where tars at an address are kept.
+            patience: how long a tar is tried that cannot be opened or read.
         """
         self.name = name
         self.paths = tuple(paths)
@@ -284,7 +154,8 @@ class ShardSet:
         self.tar_sizes: npt.NDArray[np.int64] = self.index.tars["tar_size"].astype(np.int64)
         self._ends: list[int] = self.shard_ends.tolist()
         self.cache = cache
-        self._files = _OpenFiles(_OPEN_FILES if cache is None else _OPEN_CACHED)
+        self.patience = patience
+        self._files = OpenFiles(_OPEN_FILES if cache is None else _OPEN_CACHED)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -351,35 +222,37 @@ class ShardSet:
         """Read the sample at ``position``.
 
         Raises:
-            ShardError: the tar is gone or its bytes are not the indexed ones.
+            DamagedError: the tar's bytes are not the indexed ones, or the record is no JSON object.
+            UnreadableError: the tar could not be opened or read in all the time that it is tried.
             CacheError: the tar cannot be fetched.
         """
         shard, _ = self.locate(position)
-        file = self._open(shard)
         row = self.index.row(position)
         key = self.index.key(shard, position)
-
-        def member(kind: str, block: int, size: int, checksum: int) -> bytes:
-            data = file.read(block * BLOCK, size)
+        places = [
+            ("record", row.record_block * BLOCK, row.record_size, row.record_crc),
+            ("picture", row.image_block * BLOCK, row.image_size, row.image_crc),
+        ][: 2 if row.image_block else 1]
+        members = self._read(shard, [(offset, size) for _, offset, size, _ in places])
+        for data, (kind, offset, size, checksum) in zip(members, places, strict=True):
             if len(data) != size or zlib.crc32(data) != checksum:
-                raise self._damaged(shard, f"{kind} of sample `{key}`", block * BLOCK, size)
-            return data
-
-        text = member("record", row.record_block, row.record_size, row.record_crc)
-        record = parse_object(text, f"{self.paths[shard]}: {key}.json")
+                raise self._damaged(shard, f"{kind} of sample `{key}`", offset, size)
+        try:
+            record = parse_object(members[0], f"{self.paths[shard]}: {key}.json")
+        except ShardError as error:  # so it was indexed by something else
+            raise DamagedError(str(error)) from error
         if not row.image_block:
             return Entry(key, record, None, None, self.paths[shard])
-        image = member("picture", row.image_block, row.image_size, row.image_crc)
         known = 0 < row.width < MOST and row.height < MOST
-        size = (row.width, row.height) if known else None
+        image_size = (row.width, row.height) if known else None
         extension = IMAGE_EXTENSIONS[row.extension]
-        return Entry(key, record, image, extension, self.paths[shard], size)
+        return Entry(key, record, members[1], extension, self.paths[shard], image_size)
 
     def verify(self) -> None:
         """Read every sample once.
 
         Raises:
-            ShardError: the first damaged sample.
+            ShardError: the first damaged sample, or a tar that cannot be read.
             CacheError: a tar cannot be fetched.
         """
         for position in range(len(self)):
@@ -387,28 +260,45 @@ class ShardSet:
 
     def close(self) -> None:
         """Close the files this process holds open."""
-        self._files = _OpenFiles(self._files.most)
+        self._files = OpenFiles(self._files.most)
 
-    def _open(self, shard: int) -> _OpenFile:
+    def _read(self, shard: int, places: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return what lies at some places of a tar: offset and size, bytes."""
+        trial = Trial(self.patience)
+        while True:
+            try:
+                file = self._open(shard)
+                return [file.read(offset, size) for offset, size in places]
+            except OSError as error:
+                self._files.drop(shard)  # a file server that has forgotten a file knows a new one
+                path = self.paths[shard]
+                pause_s = trial.pause_after_failure()
+                if pause_s is None:
+                    raise UnreadableError(
+                        f"{path} cannot be read: {error} ({trial}). Check the disk or the mount "
+                        "that it lies on and its permissions, and restore the tar if it is gone; "
+                        "then start again"
+                    ) from error
+                log.warning("%s: %s; trying again in %.0f s", path, error, pause_s)
+            time.sleep(pause_s)
+
+    def _open(self, shard: int) -> OpenFile:
         if self._files.process != os.getpid():
             self.close()  # forked: another thread may have held the lock
         files = self._files
         if (file := files.get(shard)) is not None:
             return file
         path = self.paths[shard]
-        try:
-            if isinstance(path, Path):
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            else:
-                assert self.cache is not None
-                size = int(self.index.tars["tar_size"][shard])
-                with self.cache.open(path, size=size) as copy:
-                    descriptor = os.dup(copy.fileno())
-        except OSError as error:
-            raise ShardError(f"{path} cannot be opened: {error}") from error
-        return files.put(shard, _OpenFile(descriptor))
+        if isinstance(path, Path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            assert self.cache is not None
+            size = int(self.index.tars["tar_size"][shard])
+            with self.cache.open(path, size=size) as copy:
+                descriptor = os.dup(copy.fileno())
+        return files.put(shard, OpenFile(descriptor))
 
-    def _damaged(self, shard: int, what: str, offset: int, size: int) -> ShardError:
+    def _damaged(self, shard: int, what: str, offset: int, size: int) -> DamagedError:
         path = self.paths[shard]
         if isinstance(path, Path):
             name = index_path(path).name
@@ -421,7 +311,7 @@ class ShardSet:
                 f"Delete the copy {copy} to have it fetched again; if the tar was replaced at its "
                 "address, the index, too"
             )
-        return ShardError(
+        return DamagedError(
             f"{path}: {what} (bytes {offset}..{offset + size}) is not what {name} recorded: the "
             f"tar was damaged or replaced. {remedy}"
         )
@@ -433,7 +323,7 @@ class ShardSet:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Start without open files."""
         self.__dict__.update(state)
-        self._files = _OpenFiles(state["_files"])
+        self._files = OpenFiles(state["_files"])
 
 
 _NO_CACHE: Final = (
@@ -443,7 +333,11 @@ _NO_CACHE: Final = (
 
 
 def open_shards(
-    manifest: Manifest, data_root: str | Path, *, cache: ShardCache | None = None
+    manifest: Manifest,
+    data_root: str | Path,
+    *,
+    cache: ShardCache | None = None,
+    patience: Patience = ONCE,
 ) -> ShardSet:
     """Open a data set's tars and check that they are the ones the manifest means.
 
@@ -452,7 +346,8 @@ def open_shards(
     Args:
         manifest: names the tars.
         data_root: folder or address that its patterns are relative to.
-        cache: where tars at an address are kept.
+        cache: where tars at an address are kept; it has a patience of its own.
+        patience: how long a tar is tried that cannot be opened or read later on.
 
     Raises:
         ShardError: folder or tar missing, a tar truncated or broken, an index that belongs to
@@ -489,7 +384,7 @@ def open_shards(
             f"`{manifest.name}` has {len(index)} samples in {len(tars)} tars under {place}, its "
             f"manifest says {manifest.num_samples}; complete the tars or correct `num_samples`"
         )
-    return ShardSet(manifest.name, tars, index, cache=cache)
+    return ShardSet(manifest.name, tars, index, cache=cache, patience=patience)
 
 
 def _remedy(manifest: Manifest) -> str:

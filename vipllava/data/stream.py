@@ -20,144 +20,34 @@ ignored: each sample is learnt from exactly as often as the mix says, and no mic
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vipllava.data.batching import BatchPlan, Cursor, GlobalBatch, Row
 from vipllava.data.collate import EncodedSample, collate_packs
-from vipllava.data.faults import Fault, FaultLog, FaultPolicy, candidates, with_substitute
-from vipllava.data.order import Epoch, Item
+from vipllava.data.faults import Fault, FaultLog
+from vipllava.data.order import Item
 from vipllava.data.prefetch import ShardPrefetcher
-from vipllava.data.samples import SampleEncoder, SampleSource
+from vipllava.data.ranks import Ranks
+from vipllava.data.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import (
     IGNORE_INDEX,
     Batch,
     CheckpointError,
     ConfigError,
-    RecordError,
-    Sample,
     VipLlavaError,
 )
 
 STATE_VERSION: Final = 2
 REPEAT_SUFFIX: Final = "#repeat"
 """Ends the key of a repeated sample without labels in an epoch's last batch."""
-
-
-class VisualPromptDataset:
-    """Finished samples of a mix.
-
-    Args:
-        sources: the data sets, in the order of the mix.
-        encoder: makes samples.
-        policy: what to do about bad ones.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[SampleSource],
-        encoder: SampleEncoder,
-        policy: FaultPolicy | None = None,
-    ) -> None:
-        self.sources = tuple(sources)
-        self.encoder = encoder
-        self.policy = policy or FaultPolicy()
-
-    def make(self, item: Item) -> EncodedSample:
-        """Return one finished sample.
-
-        Raises:
-            VipLlavaError: it cannot be read or made; names shard, key and remedy.
-        """
-        sample, shard = self._sample(item)
-        try:
-            return self.encoder.encode(sample, item.turn)
-        except VipLlavaError as error:
-            raise error.at(shard) from error
-
-    def load(self, item: Item, *, in_pack: bool = False) -> tuple[EncodedSample, Fault | None]:
-        """Return one finished sample, or by the policy a substitute.
-
-        Args:
-            item: the sample.
-            in_pack: a substitute may not be longer than the sample, whose room it takes.
-        """
-
-        def make(other: Item) -> EncodedSample:
-            if in_pack and other != item:
-                length, room = self._length(other), self._length(item)
-                if length > room:
-                    raise RecordError(f"{length} ids do not fit into the {room} of the sample")
-            return self.make(other)
-
-        made, _, fault = with_substitute(
-            item, make, self._describe, self.policy, self._candidates(item)
-        )
-        return made, fault
-
-    def measure(self, item: Item) -> tuple[int, Item, Fault | None]:
-        """Return a sample's true length in ids, without decoding its picture.
-
-        Returns:
-            The length, the item (a substitute by the policy) and what was wrong with the first.
-        """
-        return with_substitute(
-            item, self._length, self._describe, self.policy, self._candidates(item)
-        )
-
-    def estimate_lengths(self, epoch: Epoch) -> npt.NDArray[np.int32]:
-        """Return the estimated total length of samples, text and picture, int32 [samples]."""
-        lengths = np.empty(len(epoch), dtype=np.int32)
-        image = self.encoder.encoder.image_seq_length
-        for part, source in enumerate(self.sources):
-            chosen = epoch.part == part
-            positions = epoch.position[chosen]
-            shards = source.shards
-            lengths[chosen] = shards.text_tokens(positions) + image * shards.has_image(positions)
-        return lengths
-
-    def has_image(self, item: Item) -> bool:
-        """Return whether a sample has a picture."""
-        positions = np.array([item.position])
-        return bool(self.sources[item.part].shards.has_image(positions)[0])
-
-    def _length(self, item: Item) -> int:
-        sample, shard = self._sample(item)
-        try:
-            return self.encoder.encode_text(sample, item.turn)[1].length
-        except VipLlavaError as error:
-            raise error.at(shard) from error
-
-    def _sample(self, item: Item) -> tuple[Sample, Path | str]:
-        source = self.sources[item.part]
-        shard, _ = source.shards.locate(item.position)
-        return source.sample(item.position, item.turn), source.shards.paths[shard]
-
-    def _candidates(self, item: Item) -> Iterator[Item]:
-        source = self.sources[item.part]
-        return candidates(item, len(source), seed=self.encoder.seed, name=source.name)
-
-    def _describe(self, item: Item, error: VipLlavaError, substitute: Item) -> Fault:
-        shards = self.sources[item.part].shards
-        shard, _ = shards.locate(item.position)
-        return Fault(
-            dataset=shards.name,
-            key=shards.key(item.position),
-            shard=str(shards.paths[shard]),
-            offset=shards.record_offset(item.position),
-            turn=item.turn,
-            fault=error.fault if isinstance(error, RecordError) else "shard-broken",
-            reason=str(error),
-            substitute=shards.key(substitute.position),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +60,15 @@ class StepShare:
         num_samples: samples of the global batch, all ranks together.
         after: the place behind this step.
         progress: share of the epoch's samples consumed when it is done.
+        error: why there is no such part and none behind it.
     """
 
-    micro_batches: tuple[tuple[Row, ...], ...]
-    repeats: tuple[int, ...]
-    num_samples: int
-    after: Cursor
-    progress: float
+    micro_batches: tuple[tuple[Row, ...], ...] = ()
+    repeats: tuple[int, ...] = ()
+    num_samples: int = 0
+    after: Cursor = field(default_factory=Cursor)
+    progress: float = 0.0
+    error: Exception | None = None
 
 
 class StepSampler(Sampler[StepShare]):
@@ -241,6 +133,29 @@ class StepSampler(Sampler[StepShare]):
         return map(self.share, self.plan.batches(self.start))
 
 
+class _Shares(Sampler[StepShare]):
+    """The shares of a sampler; what it raises comes behind them as a value, in its turn."""
+
+    def __init__(self, sampler: StepSampler) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[StepShare]:
+        try:
+            yield from self.sampler
+        except Exception as error:  # noqa: BLE001 - a rank that raised alone would leave the others
+            yield StepShare(error=_sendable(error))
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an error that can be sent to another process, as not every one can."""
+    if isinstance(error, VipLlavaError):
+        return error
+    return RuntimeError("".join(traceback.format_exception(error)))
+
+
 @dataclass(slots=True)
 class _Step:
     """What a worker makes of a share; an error travels as a value, torch would rewrite it."""
@@ -248,7 +163,7 @@ class _Step:
     share: StepShare
     batches: list[Batch]
     faults: list[Fault]
-    error: VipLlavaError | None = None
+    error: Exception | None = None
     num_supervised: int = 0
 
     def pin_memory(self) -> _Step:
@@ -275,7 +190,7 @@ class _StepDataset(Dataset[Any]):
         self.pack_length = pack_length
 
     def __getitem__(self, share: StepShare) -> _Step:
-        step = _Step(share, [], [])
+        step = _Step(share, [], [], share.error)
         try:
             for rows, repeats in zip(share.micro_batches, share.repeats, strict=True):
                 labelled = len(rows) - repeats
@@ -292,8 +207,8 @@ class _StepDataset(Dataset[Any]):
                         pack_length=self.pack_length,
                     )
                 )
-        except VipLlavaError as error:
-            step.error = error
+        except Exception as error:  # noqa: BLE001 - a rank that raised alone would leave the others
+            step.error = _sendable(error)
         step.num_supervised = sum(batch.num_supervised for batch in step.batches)
         return step
 
@@ -306,10 +221,6 @@ class _StepDataset(Dataset[Any]):
         ignored = np.full_like(sample.encoded.labels, IGNORE_INDEX)
         encoded = replace(sample.encoded, labels=ignored)
         return replace(sample, key=sample.key + REPEAT_SUFFIX, encoded=encoded)
-
-
-def _alone(values: Sequence[int]) -> list[int]:
-    return list(values)
 
 
 def _as_it_is(value: Any) -> Any:
@@ -333,7 +244,7 @@ class StepLoader:
         num_workers: processes that make samples; torch gives each one thread. 0 makes them here.
         multiple_of: row lengths are rounded up to a multiple of this.
         pack_length: rows are padded to exactly this length; None pads to the longest.
-        all_reduce_sum: sums numbers over all ranks; called once per step, by every rank.
+        ranks: of the job; they sum numbers in every step, and end together.
         fault_log: where quarantined samples are written and counted.
         prefetcher: has remote shards fetched before the workers reach them.
         pin_memory: pin batches for the copy to a GPU.
@@ -352,7 +263,7 @@ class StepLoader:
         num_workers: int = 0,
         multiple_of: int = 1,
         pack_length: int | None = None,
-        all_reduce_sum: Callable[[Sequence[int]], list[int]] = _alone,
+        ranks: Ranks | None = None,
         fault_log: FaultLog | None = None,
         prefetcher: ShardPrefetcher | None = None,
         pin_memory: bool = False,
@@ -360,14 +271,14 @@ class StepLoader:
     ) -> None:
         self.dataset = dataset
         self.sampler = sampler
-        self.all_reduce_sum = all_reduce_sum
+        self.ranks = ranks or Ranks()
         self.fault_log = fault_log or FaultLog(None, dataset.policy)
         self.prefetcher = prefetcher
         self.seconds_waited = 0.0
         image_size = dataset.encoder.transform.size
         self._loader: DataLoader[Any] = DataLoader(
             _StepDataset(dataset, pad_token_id, image_size, multiple_of, pack_length),
-            sampler=sampler,
+            sampler=_Shares(sampler),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=num_workers,
@@ -390,8 +301,8 @@ class StepLoader:
         """Yield the epoch's micro-batches; after ``load_state_dict``, those not yet consumed.
 
         Raises:
-            VipLlavaError: the first bad sample, with shard, key and remedy; on every rank, so that
-                none waits for ever for the one that met it.
+            VipLlavaError: the first bad sample, or storage that failed for too long, with place and
+                remedy; on every rank, so that none waits for the one that met it.
         """
         epoch, offset = self.sampler.epoch, 0
         self._place = Cursor(epoch)
@@ -418,10 +329,15 @@ class StepLoader:
             self._prefetch()
 
     def _steps(self) -> Iterator[_Step]:
-        steps = iter(self._loader)
+        steps: Iterator[_Step] | None = None
         while True:
             began = time.perf_counter()
-            step: _Step | None = next(steps, None)
+            try:
+                if steps is None:
+                    steps = iter(self._loader)
+                step = next(steps, None)  # raises where a worker was killed
+            except Exception as error:  # noqa: BLE001 - told to the others, and raised, in _agree
+                step = _Step(StepShare(), [], [], error)
             self.seconds_waited += time.perf_counter() - began
             if step is None:
                 return
@@ -434,14 +350,15 @@ class StepLoader:
     def _agree(self, step: _Step) -> int:
         """Return the global batch's supervised tokens, or fail on all ranks together."""
         num_mine = len(step.faults) + self.fault_log.take_pending()
-        mine = (step.num_supervised, num_mine, int(step.error is not None))
-        total, num_faults, num_failed = self.all_reduce_sum(mine)
-        self.fault_log.write(step.faults)
-        if step.error is not None:
-            error, step.error = step.error, None  # frame and error would hold each other
-            raise error
+        error, step.error = step.error, None  # frame and error would hold each other
+        try:
+            self.fault_log.write(step.faults)
+        except VipLlavaError as unwritten:
+            error = error or unwritten
+        mine = (step.num_supervised, num_mine, int(error is not None))
+        total, num_faults, num_failed = self.ranks.sum(mine)
         if num_failed:
-            raise VipLlavaError(f"{num_failed} other ranks met a sample that cannot be used")
+            self.ranks.end_together(error)
         self.fault_log.count(num_faults, step.share.num_samples)
         return total
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from vipllava.data.datamodule import VisualPromptDataModule
-    from vipllava.data.stream import VisualPromptDataset
+    from vipllava.data.visual_prompt_dataset import VisualPromptDataset
     from vipllava.training.forecast import Corpus
 
 LINTED_SAMPLES: Final = 64
