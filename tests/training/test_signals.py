@@ -124,15 +124,6 @@ def test_ctrl_c_before_training(data_root, reached):
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.slow
-def test_a_killed_process_leaves_none(data_root):
-    run = Run(data_root, "killed", "auto", WORKERS)
-    run.wait_for(lambda: len(run.rows()) >= 2)
-    run.process.kill()
-    assert run.end(BOUND_S) == -signal.SIGKILL
-    wait_until_gone(run)
-
-
 def test_a_rank_that_is_starting_ends_with_the_first(data_root):
     run = Run(data_root, "starting", "ddp")
     run.wait_for(lambda: len(run.ranks()) == 2)
