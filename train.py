@@ -1,16 +1,21 @@
 """Train one stage: ``python train.py stage=finetune model=7b trainer=8xa100``."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from vipllava.processes import begin
 
-from vipllava.config.checks import check_config, check_data_config, check_plan_config
-from vipllava.config.entry import run_main
-from vipllava.config.targets import check_targets
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def train(cfg: DictConfig) -> None:
     """Check the job, then run it; nothing heavy is imported before the check has passed."""
+    from vipllava.config.checks import check_config, check_data_config, check_plan_config
+    from vipllava.config.targets import check_targets
+
     if cfg.inspect:
         check_data_config(cfg)
         from vipllava.commands.inspect import inspect_job
@@ -37,4 +42,7 @@ def train(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    begin()
+    from vipllava.config.entry import run_main
+
     run_main(train, config_dir=Path(__file__).resolve().parent / "conf", config_name="train")

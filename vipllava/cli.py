@@ -14,19 +14,21 @@ from pathlib import Path
 
 from vipllava import __version__
 from vipllava.config.machine_faults import explain_fault, make_output_safe
+from vipllava.processes import begin
 from vipllava.types import VipLlavaError
-
-EXIT_USER_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code.
 
-    A :class:`VipLlavaError` is a mistake the user can mend: it ends with its message and code 2.
+    A :class:`VipLlavaError` is a mistake the user can mend: it ends with its message and its code,
+    which is 2 for most.
 
     Args:
         arguments: the command line without the program's name; ``sys.argv`` if not given.
     """
+    if arguments is None:
+        begin()
     make_output_safe()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -40,12 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(options) or 0
     except VipLlavaError as error:
         sys.stderr.write(f"error: {error}\n")
-        return EXIT_USER_ERROR
+        return error.exit_code
     except Exception as error:
         if (message := explain_fault(error)) is None:
             raise
         sys.stderr.write(f"error: {message}\n")
-        return EXIT_USER_ERROR
+        return VipLlavaError.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:

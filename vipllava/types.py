@@ -80,10 +80,19 @@ class CheckpointError(VipLlavaError):
 
 
 class Interrupted(VipLlavaError):
-    """A run was asked to stop, has saved its state, and goes on with the same command."""
+    """A run was asked to stop, has saved its state, and goes on with the same command.
+
+    Args:
+        message: by what, where, and what to do.
+        exit_code: 130 if a person asked for it, so that nothing puts the job back in the queue.
+    """
 
     exit_code = 75
     """``EX_TEMPFAIL``: try again; what a batch script asks for to put the job back in the queue."""
+
+    def __init__(self, message: str, exit_code: int = 75) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True, slots=True)

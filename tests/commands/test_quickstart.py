@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,8 @@ import pytest
 from vipllava.commands import quickstart
 from vipllava.sample_world.build import ensure_sample_world
 from vipllava.types import VipLlavaError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_steps_are_the_commands_a_user_would_type(tmp_path: Path):
@@ -33,6 +39,41 @@ def test_a_failing_step_stops_and_is_named(tmp_path: Path, monkeypatch: pytest.M
     options = argparse.Namespace(output=tmp_path, data_root=tmp_path, seed=1)
     with pytest.raises(VipLlavaError, match="step `broken` ended with code 3"):
         quickstart.run(options)
+
+
+QUICKSTART = """
+import sys
+from pathlib import Path
+from vipllava import cli
+from vipllava.commands import quickstart
+
+waiting = "import os, time; from vipllava.processes import begin; begin();"
+waiting += "print(os.getpid(), flush=True); time.sleep(600)"
+quickstart.plan_steps = lambda *_: [quickstart.Step("waiting", ("-c", waiting))]
+sys.argv = ["vipllava", "quickstart", "--output", sys.argv[1]]
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has it")
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGINT, 130)],
+)
+def test_a_killed_quick_start_leaves_no_step(tmp_path: Path, number: signal.Signals, code: int):
+    program = subprocess.Popen(
+        [sys.executable, "-c", QUICKSTART, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert program.stdout is not None
+    assert program.stdout.readline()
+    program.send_signal(number)
+    errors = program.communicate(timeout=60)[1]  # no process holds the streams any more
+    assert program.returncode == code, errors
+    assert "Traceback" not in errors
 
 
 def accuracy(correct: int, total: int) -> dict[str, float]:

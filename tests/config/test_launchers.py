@@ -186,6 +186,29 @@ def test_without_a_queue_the_code_says_that_the_sweep_can_go_on(tmp_path: Path):
     assert not (folder / "seed=7").exists()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has it")
+def test_a_killed_sweep_leaves_no_job(tmp_path: Path):
+    run = start(tmp_path, "seed=5,7", launcher="basic")
+    folder = tmp_path / "runs" / "sweeps" / "queued"
+    os.kill(launchers_process(folder / "seed=5"), signal.SIGKILL)
+    run.communicate(timeout=60)  # no process holds the error stream any more
+    assert run.returncode == -signal.SIGKILL
+    assert not (folder / "seed=7").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_sweep_that_is_asked_to_stop_ends_with_its_job(
+    tmp_path: Path, number: signal.Signals, code: int
+):
+    run = start(tmp_path, "seed=5,7", launcher="basic")
+    folder = tmp_path / "runs" / "sweeps" / "queued"
+    os.kill(launchers_process(folder / "seed=5"), number)
+    errors = run.communicate(timeout=120)[1]
+    assert run.returncode == code, errors
+    assert "Traceback" not in errors
+    assert not (folder / "seed=7").exists()
+
+
 def test_without_slurm_the_launcher_says_what_is_missing(tmp_path: Path):
     """Either the extra is not installed, or this is no node of a cluster."""
     if shutil.which("srun"):

@@ -12,9 +12,10 @@ import torch
 
 from tests.training.resume_job import CONTEXT
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
-from vipllava.training import checkpointing
+from vipllava.training import checkpointing, stopping
 from vipllava.training.checkpointing import AtomicCheckpointIO, CheckpointCallback
 from vipllava.training.ending import RunEnd
+from vipllava.training.stopping import StopRequest
 from vipllava.types import CheckpointError, Interrupted
 
 pytestmark = LIGHTNING_WARNINGS
@@ -126,8 +127,16 @@ def test_by_the_clock(make_module, make_trainer, tmp_path, monkeypatch):
     assert 1 <= len(steps) < 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_asked_to_stop_a_run_saves_first(make_module, make_trainer, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "name", "code"),
+    [
+        (signal.SIGTERM, "SIGTERM", 75),
+        (signal.SIGUSR1, "SIGUSR1", 75),
+        (signal.SIGHUP, "SIGHUP", 75),
+        (signal.SIGINT, "Ctrl-C", 130),
+    ],
+)
+def test_asked_to_stop_a_run_saves_first(make_module, make_trainer, tmp_path, number, name, code):
     before = signal.getsignal(number)
 
     class Asking(CheckpointCallback):
@@ -135,10 +144,37 @@ def test_asked_to_stop_a_run_saves_first(make_module, make_trainer, tmp_path, nu
             if trainer.global_step == 3:
                 os.kill(os.getpid(), number)
 
-    with pytest.raises(Interrupted, match=rf"stopped at step 4 by {number.name}.*same command"):
+    with pytest.raises(Interrupted, match=rf"stopped at step 4 by {name};.*same") as stopped:
         _fit(make_module, make_trainer, Asking(tmp_path / "c", every_n_steps=100))
+    assert stopped.value.exit_code == code
     assert _names(tmp_path / "c") == ["000004.ckpt"]
     assert signal.getsignal(number) == before
+
+
+def test_asked_to_stop_while_it_exports_a_run_ends_as_it_would(make_module, make_trainer, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+
+    class Asking(CheckpointCallback):
+        def on_train_end(self, trainer, pl_module):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = _fit(make_module, make_trainer, Asking(tmp_path / "c", every_n_steps=100))
+    assert trainer.global_step == 6
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_without_our_entry_point_a_second_ctrl_c_is_pythons_own(monkeypatch):
+    request = StopRequest()
+    request.listen()
+    try:
+        signal.raise_signal(signal.SIGINT)
+        assert (request.name, request.exit_code) == ("Ctrl-C", 130)
+        monkeypatch.setattr(stopping, "SAME_CTRL_C_S", -1)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        request.stop_listening()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_error_of_the_disk_ends_the_run_readably(make_module, make_trainer, tmp_path, full_disk):

@@ -2,85 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from tests.data.toy_data import toy_samples
-from vipllava.data.shards import write_shards
+from tests.training.real_runs import BOUND_S, Run, wait_until_gone, write_data
 
-ROOT = Path(__file__).resolve().parents[2]
-BOUND_S = 60
 NUM_STEPS = 60
 
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    write_shards(toy_samples(24), root / "mine", max_samples=8)
-    (root / "mine.yaml").write_text(
-        "schema_version: 1\nname: mine\nstage: pretrain\nlicence: none\nshards: mine/*.tar\n"
-    )
-    return root
-
-
-class Run:
-    """One start of the command; the same folder goes on."""
-
-    def __init__(self, data_root: Path, name: str, strategy: str, *more: str) -> None:
-        self.folder = data_root / "runs" / name
-        command = [
-            *(sys.executable, str(ROOT / "train.py"), "stage=pretrain", "model=tiny"),
-            *("trainer=cpu", "trainer.devices=2", f"strategy={strategy}", "callbacks=quiet"),
-            *(f"data.manifest={data_root / 'mine.yaml'}", f"paths.data_root={data_root}"),
-            *(f"paths.runs={data_root / 'runs'}", f"paths.manifests={ROOT / 'data_manifests'}"),
-            *(f"name={name}", "stage.global_batch_size=8", "machine.micro_batch_size=4"),
-            *("stage.epochs=20", "stage.checkpoint_steps=3", "machine.num_workers=0"),
-            *more,
-        ]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, cwd=data_root, env=environment, stderr=subprocess.PIPE, text=True
-        )
-
-    def end(self, within_s: float = 240) -> int:
-        """Wait until no process holds the error stream any more; return rank 0's exit code."""
-        _, self.stderr = self.process.communicate(timeout=within_s)
-        return self.process.returncode
-
-    def wait_for(self, seen: Callable[[], bool]) -> None:
-        while not seen():
-            assert self.process.poll() is None, self.process.communicate()[1][-3000:]
-            time.sleep(0.002)
-
-    def ranks(self) -> list[psutil.Process]:
-        """Return the processes of rank 0 and rank 1."""
-        main = psutil.Process(self.process.pid)
-        return [main, *(p for p in main.children() if "train.py" in " ".join(p.cmdline()))]
-
-    def rows(self) -> dict[int, float]:
-        path = self.folder / "csv" / "metrics.csv"
-        if not path.is_file():
-            return {}
-        with path.open(newline="") as file:
-            return {int(r["step"]): float(r["train/loss"]) for r in csv.DictReader(file)}
-
-
-def wait_until_gone(ranks: list[psutil.Process]) -> None:
-    """Fail unless no rank runs any more within the bound; nobody may be there to reap it."""
-    limit = time.monotonic() + BOUND_S
-    while any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks):
-        assert time.monotonic() < limit, "a rank hangs"
-        time.sleep(0.1)
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +37,7 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(data_root, whol
     run.wait_for(lambda: len(run.rows()) >= 8)
     ranks[victim].send_signal(signal.SIGKILL)
     assert run.end(BOUND_S) != 0
-    wait_until_gone(ranks)
+    wait_until_gone(run)
     done = len(run.rows())
     assert done < NUM_STEPS
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.training.checkpointing import AtomicCheckpointIO, CheckpointCallback
 from vipllava.training.csv_log import CsvLog
+from vipllava.types import Interrupted
 
 pytestmark = [
     *LIGHTNING_WARNINGS,
@@ -69,3 +73,22 @@ def test_the_best_stays_and_a_resumed_run_knows_it(make_module, make_trainer, tm
     assert _column(tmp_path / "again", "train/loss") == {
         k: v for k, v in _column(tmp_path / "run", "train/loss").items() if k > 5
     }
+
+
+def test_asked_to_stop_while_it_validates_a_run_stops_behind_it(
+    make_module, make_trainer, tmp_path
+):
+    _fit(make_module, make_trainer, tmp_path, "whole")
+
+    class Asking(Callback):
+        def on_validation_start(self, trainer, pl_module):
+            if trainer.global_step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = [CheckpointCallback(tmp_path / "run", every_n_steps=100), Asking()]
+    with pytest.raises(Interrupted, match="stopped at step 6 by SIGTERM"):
+        _fit(make_module, make_trainer, tmp_path, "run", callbacks=asking)
+    checkpoint = tmp_path / "run" / "000006.ckpt"
+    _fit(make_module, make_trainer, tmp_path, "run", str(checkpoint))
+    for name in ("val/loss", "train/loss"):
+        assert _column(tmp_path / "run", name) == _column(tmp_path / "whole", name)

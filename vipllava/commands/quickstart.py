@@ -13,7 +13,6 @@ import logging
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from vipllava.processes import run_child, shell_code
 from vipllava.types import VipLlavaError
 from vipllava.whole_files import write_whole
 
@@ -150,9 +150,12 @@ def _run_step(step: Step) -> float:
     command = [sys.executable, *step.command]
     _LOG.info("%s: %s", step.part, shlex.join(["python", *step.command]))
     began = time.monotonic()
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        raise VipLlavaError(f"the quick start stopped: step `{step.part}` ended with code {code}")
+    code, asked_by = run_child(command)
+    if code or asked_by is not None:
+        code = shell_code(code or -(asked_by or 0))
+        error = VipLlavaError(f"the quick start stopped: step `{step.part}` ended with code {code}")
+        error.exit_code = code
+        raise error
     return time.monotonic() - began
 
 

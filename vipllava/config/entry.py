@@ -24,6 +24,7 @@ from vipllava.config.machine_faults import explain_fault, make_output_safe
 from vipllava.config.overrides import find_override_problems
 from vipllava.config.resolvers import register_resolvers
 from vipllava.config.schema import first_line
+from vipllava.processes import begin
 from vipllava.types import VipLlavaError
 
 EXIT_USER_ERROR = 2
@@ -43,6 +44,7 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
         config_dir: absolute path of ``conf``.
         config_name: the root file in it, without suffix.
     """
+    begin()
     # Hydra would print its own short message and exit 1; ours needs the exception.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     make_output_safe()

@@ -16,12 +16,10 @@ from __future__ import annotations
 import csv
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -30,6 +28,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from vipllava.processes import EXIT_INTERRUPTED, run_child, shell_code
 from vipllava.types import ConfigError, Interrupted, VipLlavaError
 
 GROUP_VARIABLE: Final = "WANDB_RUN_GROUP"
@@ -39,10 +38,8 @@ _OF_THE_SWEEP: Final = (
     "hydra/sweeper", "hydra/launcher",
 )  # fmt: skip
 """Hydra's own overrides that describe the sweep and not a job."""
-_STOP: Final = ("SIGTERM",)
-"""What ends a job for good: a person, or a queue that starts it again by itself."""
 _QUEUE_AGAIN: Final = ("SIGUSR1", "SIGUSR2")
-"""What a queue sends before the time is up."""
+"""What a queue sends before the time is up; by the others a job ends for good."""
 _NUM_VALUES: Final = 10
 """Values at the end of a run whose mean a sweeper compares; one step's loss is too noisy."""
 
@@ -137,11 +134,9 @@ def run_in_fresh_process(cfg: DictConfig, script: str) -> float | None:
     hydra = HydraConfig.get()
     output_dir = str(hydra.runtime.output_dir)
     task = list(hydra.overrides.task)
-    code, asked_by, handlers = _run(
-        job_command(script, task, list(hydra.overrides.hydra), output_dir)
-    )
+    code, asked_by = run_child(job_command(script, task, list(hydra.overrides.hydra), output_dir))
     if asked_by is not None:
-        _end_as_asked(code, asked_by, handlers)
+        _end_as_asked(code, asked_by)
     if code and _is_queued():
         sys.exit(code)  # the queue has to see it, to end the job's other processes
     if code:
@@ -152,48 +147,20 @@ def run_in_fresh_process(cfg: DictConfig, script: str) -> float | None:
     return objective_value(Path(output_dir), str(cfg.get("objective", "train/loss")))
 
 
-def _run(command: list[str]) -> tuple[int, str | None, dict[str, Any]]:
-    """Run a command and hand signals on to it; Ctrl-C reaches it from the terminal.
-
-    Returns:
-        Its exit code, the first signal that asked it to stop, and who else listens to which.
-    """
-    asked: list[str] = []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        asked.append(signal.Signals(number).name)
-        child.send_signal(number)
-
-    numbers = {name: getattr(signal, name, None) for name in (*_STOP, *_QUEUE_AGAIN)}
-    child = subprocess.Popen(command)
-    before = {
-        name: signal.signal(number, forward)
-        for name, number in numbers.items()
-        if number is not None  # Windows has SIGTERM only
-    }
-    try:
-        code = child.wait()
-    except BaseException:
-        child.wait()
-        raise
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
-    return code, asked[0] if asked else None, before
-
-
-def _end_as_asked(code: int, asked_by: str, handlers: dict[str, Any]) -> None:
+def _end_as_asked(code: int, asked_by: signal.Signals) -> None:
     """End the sweep with its job; where a queue asked, let the launcher queue the job again."""
-    number = getattr(signal, asked_by)
-    if asked_by not in _QUEUE_AGAIN:
-        if code or not _is_queued():  # one process tells the queue; another may still be saving
-            sys.exit(128 + number)
+    if not _is_queued():
+        stopped = EXIT_INTERRUPTED if asked_by == signal.SIGINT else Interrupted.exit_code
+        sys.exit(shell_code(code) or stopped)  # a job that was about to end is not the last one
+    if asked_by.name not in _QUEUE_AGAIN:
+        if code:  # one process tells the queue; another may still be saving
+            sys.exit(128 + asked_by)
         return
-    if code not in (Interrupted.exit_code, -number):  # done, or failed for a reason of its own
+    if code not in (Interrupted.exit_code, -asked_by):  # done, or failed for a reason of its own
         return
-    handler: Callable[..., Any] | Any = handlers[asked_by]
+    handler = signal.getsignal(asked_by)
     if callable(handler):
-        handler(number, None)  # submitit's: writes down what to run, queues it, and exits
+        handler(asked_by, None)  # submitit's: writes down what to run, queues it, and exits
     sys.exit(Interrupted.exit_code)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from vipllava.data.collate import EncodedSample, collate_packs
 from vipllava.data.ranks import Ranks
 from vipllava.data.samples import SampleEncoder, SampleSource
+from vipllava.processes import signals_held, start_worker
 from vipllava.types import IGNORE_INDEX, Batch, VipLlavaError
 
 
@@ -57,7 +58,9 @@ class HeldOutLoader:
         dataset = _HeldOut(source, samples, shares, pad_token_id, multiple_of)
         self.ranks = ranks or Ranks()
         make: Any = DataLoader
-        self._loader = make(dataset, batch_size=None, num_workers=num_workers)
+        self._loader = make(
+            dataset, batch_size=None, num_workers=num_workers, worker_init_fn=start_worker
+        )
         self.num_samples = count
 
     def __len__(self) -> int:
@@ -74,7 +77,8 @@ class HeldOutLoader:
         for _ in range(len(self)):
             try:
                 if batches is None:
-                    batches = iter(self._loader)
+                    with signals_held():
+                        batches = iter(self._loader)
                 made: Batch | Exception = next(batches)
             except Exception as error:  # noqa: BLE001 - told to the others, then raised
                 made = error

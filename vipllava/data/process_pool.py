@@ -51,7 +51,7 @@ def run_jobs(
         return
     # Not forked: threads (torch's, a progress bar's) do not survive that.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker)
     waiting: set[Future[_Result]] = set()
     try:
         for job in jobs:
@@ -71,7 +71,8 @@ def run_jobs(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """Prepare a pool's process: Ctrl-C is its parent's, and it ends with that one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the jobs
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -37,6 +37,7 @@ from vipllava.data.order import Item
 from vipllava.data.prefetch import ShardPrefetcher
 from vipllava.data.ranks import Ranks
 from vipllava.data.visual_prompt_dataset import VisualPromptDataset
+from vipllava.processes import signals_held, start_worker
 from vipllava.types import (
     IGNORE_INDEX,
     Batch,
@@ -285,6 +286,7 @@ class StepLoader:
             persistent_workers=num_workers > 0,
             prefetch_factor=prefetch_factor if num_workers else None,
             pin_memory=pin_memory,
+            worker_init_fn=start_worker,
             # Its own generator: the loader would else draw from the global one on every epoch.
             generator=torch.Generator().manual_seed(0),
         )
@@ -334,7 +336,8 @@ class StepLoader:
             began = time.perf_counter()
             try:
                 if steps is None:
-                    steps = iter(self._loader)
+                    with signals_held():
+                        steps = iter(self._loader)
                 step = next(steps, None)  # raises where a worker was killed
             except Exception as error:  # noqa: BLE001 - told to the others, and raised, in _agree
                 step = _Step(StepShare(), [], [], error)

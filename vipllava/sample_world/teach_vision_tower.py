@@ -23,6 +23,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vipllava.data.image_transform import CLIP_MEAN, CLIP_STD, ImageTransform
 from vipllava.keyed_random import generator_for
+from vipllava.processes import start_worker
 from vipllava.sample_world.objects import KINDS
 from vipllava.sample_world.scenes import Scene, Split, compose_scene
 from vipllava.types import VisualPromptPlan
@@ -194,7 +195,8 @@ def teach_vision_tower(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=1.2e-3 if start is None else 6e-4, total_steps=steps, pct_start=0.05
     )
-    loader = DataLoader(_MarkedScenes(policy, "train", seed), batch_size=batch_size, num_workers=1)
+    scenes = _MarkedScenes(policy, "train", seed)
+    loader = DataLoader(scenes, batch_size=batch_size, num_workers=1, worker_init_fn=start_worker)
     weights = torch.ones(1 + len(KINDS))
     weights[0] = 0.3
     began, running = time.monotonic(), 0.0

@@ -12,24 +12,23 @@ import logging
 import os
 import pickle
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.training.restart import SUFFIX, list_checkpoints
+from vipllava.training.stopping import StopRequest
 from vipllava.types import CheckpointError, Interrupted
 from vipllava.whole_files import sync as _sync
 
@@ -37,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 BEST: Final = "best.ckpt"
 _UNFINISHED: Final = ".unfinished"
-_SIGNALS: Final = ("SIGTERM", "SIGUSR1", "SIGUSR2")
-"""What asks a run to stop: a person or Slurm, before the time is up or on pre-emption."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -140,11 +137,10 @@ class CheckpointCallback(Checkpoint):
         self.keep_best = keep_best
         self.best_loss: float | None = None
         self._deferred = False
-        self._asked_by: str | None = None
         self._last_step = 0
         self._saved_step = 0
         self._last_time = time.monotonic()
-        self._handlers: dict[int, Any] = {}
+        self._stop = StopRequest()
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -162,11 +158,7 @@ class CheckpointCallback(Checkpoint):
         if trainer.is_global_zero and self.folder.is_dir():
             for path in self.folder.glob(f".*{_UNFINISHED}"):
                 _remove(path)
-        if threading.current_thread() is threading.main_thread():
-            for name in _SIGNALS:
-                if number := getattr(signal, name, None):  # Windows has SIGTERM only
-                    # In place of Lightning's, which talks to other processes from the handler.
-                    self._handlers[number] = signal.signal(number, self._note_signal)
+        self._stop.listen()
 
     def on_train_batch_end(
         self,
@@ -188,28 +180,29 @@ class CheckpointCallback(Checkpoint):
         if asked or (due and not self._deferred):
             self._save_step(trainer)
         if asked:
-            _wait(trainer)
-            raise Interrupted(
-                f"stopped at step {step} by {self._asked_by or 'a signal to another process'}; the "
-                f"checkpoint is in {self.folder}: start the same command again to go on"
-            )
+            self._interrupt(trainer, asked)
         self._last_step = step
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Save what was due before the validation, and the best so far."""
+        """Save what was due before the validation, and the best so far; stop if asked to."""
         value = trainer.callback_metrics.get("val/loss")
         loss = None if value is None else float(value)
         is_best = loss is not None and (self.best_loss is None or loss < self.best_loss)
         if is_best:
             self.best_loss = loss
-        if self._deferred or trainer.should_stop:  # now, too: this loss may have ended the run
+        in_training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        asked = self._decide(trainer, trainer.global_step)[0] if in_training else 0
+        # Now, too, where this loss has ended the run.
+        if self._deferred or asked or trainer.should_stop:
             self._deferred = False
             self._save_step(trainer)
         if is_best and self.keep_best:
             logger.info("val/loss %.4f is the lowest so far", loss)
             self.save(trainer, BEST)
+        if asked:
+            self._interrupt(trainer, asked)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best loss."""
@@ -273,16 +266,20 @@ class CheckpointCallback(Checkpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
         """Give the signals back."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
+        self._stop.stop_listening()
 
-    def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        self._asked_by = signal.Signals(number).name
+    def _interrupt(self, trainer: lightning.Trainer, exit_code: int) -> NoReturn:
+        _wait(trainer)
+        raise Interrupted(
+            f"stopped at step {trainer.global_step} by "
+            f"{self._stop.name or 'a signal to another process'}; the checkpoint is in "
+            f"{self.folder}: start the same command again to go on",
+            exit_code,
+        )
 
-    def _decide(self, trainer: lightning.Trainer, step: int) -> tuple[bool, bool]:
-        """Say whether to stop and whether to save; the same on every process."""
-        asked = self._asked_by is not None
+    def _decide(self, trainer: lightning.Trainer, step: int) -> tuple[int, bool]:
+        """Return the exit code to stop with, or 0, and whether to save; alike on all processes."""
+        asked = self._stop.exit_code
         due = bool(self.every_n_steps) and step % int(self.every_n_steps or 1) == 0
         late = (
             self.every_n_minutes is not None
@@ -293,8 +290,8 @@ class CheckpointCallback(Checkpoint):
             device = trainer.strategy.root_device
             flags = torch.tensor([asked, late], dtype=torch.int32, device=device)
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-            asked, late = (bool(flag) for flag in flags.tolist())
-        return asked, due or late
+            asked, late = flags.tolist()
+        return asked, due or bool(late)
 
 
 def _check_same_step(trainer: lightning.Trainer) -> None:

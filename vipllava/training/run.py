@@ -71,10 +71,10 @@ def _train(cfg: DictConfig) -> Path:
 
     from vipllava.checkpoints.loading import load_tokenizer, open_spec
     from vipllava.models.hub_models import draw_bars_on_terminals_only
+    from vipllava.processes import end_with_parent, naming_parent
     from vipllava.training.callbacks import ExportCallback
     from vipllava.training.ending import RunEnd
     from vipllava.training.environment import StartLog
-    from vipllava.training.orphans import end_with_parent
     from vipllava.training.preflight import look_ahead
     from vipllava.training.restart import EXPORT_FOLDER, mark_finished
     from vipllava.types import Interrupted
@@ -133,12 +133,13 @@ def _train(cfg: DictConfig) -> Path:
         # Lightning 2.6 with torch 2.13; nothing a user can do.
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         try:
-            trainer.fit(
-                module,
-                datamodule=datamodule,
-                ckpt_path=None if restart.checkpoint is None else str(restart.checkpoint),
-                weights_only=True,
-            )
+            with naming_parent():  # Lightning starts the other processes of this node
+                trainer.fit(
+                    module,
+                    datamodule=datamodule,
+                    ckpt_path=None if restart.checkpoint is None else str(restart.checkpoint),
+                    weights_only=True,
+                )
         except torch.OutOfMemoryError as error:
             raise VipLlavaError(_out_of_memory(cfg, error)) from error
         except Interrupted:

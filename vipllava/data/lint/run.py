@@ -23,6 +23,7 @@ from vipllava.data.lint.findings import Finding, LintLimits
 from vipllava.data.lint.listing import Listing, list_tar
 from vipllava.data.lint.report import LintReport
 from vipllava.data.manifest import Manifest
+from vipllava.data.process_pool import start_worker
 from vipllava.data.samples import SampleEncoder, SampleSource
 from vipllava.data.shards import ShardError, ShardSet
 from vipllava.types import ConfigError, RecordError, VipLlavaError
@@ -293,6 +294,7 @@ _own: list[_Checker] = []
 
 
 def _start_process(job: _Job) -> None:
+    start_worker()
     torch.set_num_threads(1)  # the processes are the parallelism
     _own.append(_Checker(job))
 

@@ -1,0 +1,242 @@
+"""How the processes of a job end: with the one that started them, and on Ctrl-C.
+
+Whoever starts several processes ends them when one of them fails. If it is killed itself, nobody
+does: under NCCL the others wait in a collective until its timeout, half an hour, and hold their
+devices so long. So each of them asks the kernel to be ended with its parent.
+
+What ends a job (a terminal, a queue, ``timeout``) signals all of its processes at once. The main
+process listens; those that load data wait for it to end them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+PARENT_VARIABLE: Final = "VIPLLAVA_PARENT"
+"""The process that started this one, which may have died before this one can ask."""
+EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
+"""What a shell says of a program that Ctrl-C has ended."""
+STOP_SIGNALS: Final = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)  # Windows has the first two
+)
+"""What asks a job to stop: a person, a closed terminal, or a queue, before the time is up."""
+_TORCHRUN: Final = "TORCHELASTIC_RUN_ID"
+_PR_SET_PDEATHSIG: Final = 1
+SAME_CTRL_C_S: Final = 1.0
+"""Seconds in which a second Ctrl-C is taken for the first: launchers hand on what they get."""
+_SHOW_CURSOR: Final = b"\x1b[?25h"
+
+Handler = Callable[[int, FrameType | None], Any]
+
+
+def begin() -> None:
+    """Prepare this process, a program's own; to be called before anything heavy is imported.
+
+    It ends with the process of the job that started it. Ctrl-C ends it with one line and exit code
+    130 unless somebody else listens; a second one ends it at once, even if it hangs in a library.
+    """
+    ends = end_with_parent()
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # begun already, or Ctrl-C is ignored: a shell's background job
+    # Lightning kills the first process of a node for one that ends before it.
+    waits = ends and os.environ.get("LOCAL_RANK", "0") != "0" and _TORCHRUN not in os.environ
+    signal.signal(signal.SIGINT, _leave_to_parent if waits else _end)
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_second, args=(read,), daemon=True, name="ctrl-c").start()
+
+
+def end_with_parent() -> bool:
+    """Ask the kernel to kill this process when its parent dies, if the job started it.
+
+    SIGKILL, because SIGTERM asks for a checkpoint, and that needs the others.
+
+    Returns:
+        Whether it will; False in the process that a person started, and where there is no such
+        thing (macOS, Windows).
+    """
+    named = os.environ.pop(PARENT_VARIABLE, None)
+    # torchrun sets LOCAL_RANK for what it starts, Lightning too; srun looks after its own.
+    if named is None and "LOCAL_RANK" not in os.environ:
+        return False
+    parent = os.getppid()
+    if not _end_with_parent():
+        return False
+    if os.getppid() != parent or (named is not None and not _runs(int(named))):
+        os.kill(os.getpid(), signal.SIGKILL)  # it died before
+    return True
+
+
+@contextmanager
+def naming_parent() -> Generator[None]:
+    """Tell the processes that are started meanwhile which one they belong to."""
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
+    try:
+        yield
+    finally:
+        os.environ.pop(PARENT_VARIABLE, None)
+
+
+def run_child(command: Sequence[str]) -> tuple[int, signal.Signals | None]:
+    """Run a command of this project, hand on to it what asks to stop, and wait for its end.
+
+    Args:
+        command: of a program that calls :func:`begin`, which ends it when this process is killed.
+
+    Returns:
+        Its exit code, negative for a signal, and the first signal that asked it to stop.
+    """
+    asked: list[signal.Signals] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(signal.Signals(number))
+        leave_closed_terminal()
+        child.send_signal(number)
+
+    with naming_parent():
+        child = subprocess.Popen(command)
+    before = listen(forward)
+    try:
+        code = child.wait()
+    finally:
+        stop_listening(forward, before)
+    return code, asked[0] if asked else None
+
+
+def shell_code(code: int) -> int:
+    """Return a child's exit code as a shell does, where a signal's number is added to 128."""
+    return code if code >= 0 else 128 - code
+
+
+def listen(handler: Handler) -> dict[int, Any]:
+    """Have a function called by whatever asks to stop; what is ignored (``nohup``) stays so.
+
+    Returns:
+        Who listened before, for :func:`stop_listening`; nobody outside the main thread, where
+        Python allows none.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    numbers = [n for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def stop_listening(handler: Handler, before: dict[int, Any]) -> None:
+    """Give signals back, except those that somebody else has taken since."""
+    for number, earlier in before.items():
+        if signal.getsignal(number) == handler:
+            signal.signal(number, earlier or signal.SIG_DFL)
+
+
+def leave_closed_terminal() -> None:
+    """Drop what would be written to a terminal that is closed: each such write is an error."""
+    for stream in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
+
+
+def say(message: str) -> None:
+    """Write a line to the error stream, from a signal's handler, too."""
+    with suppress(OSError):
+        os.write(2, f"\n{message}\n".encode())
+
+
+@contextmanager
+def signals_held() -> Generator[None]:
+    """Have the processes that are started meanwhile not hear what asks the job to stop."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _held())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_worker(worker_id: int = 0) -> None:
+    """Prepare a loader's process (a ``worker_init_fn``): only its main process ends it.
+
+    Args:
+        worker_id: torch's number of it.
+    """
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, _held())
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    if _end_with_parent() and not parent.is_alive():
+        os._exit(1)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+
+    def obey() -> None:
+        # torch ends a worker that does not answer by SIGTERM; a queue sends it to all processes.
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            pass
+        os._exit(shell_code(-signal.SIGTERM))
+
+    threading.Thread(target=obey, daemon=True).start()
+
+
+def _held() -> set[int]:
+    """Signals a worker does not hear; it cannot tell who sent SIGTERM where there is no wait."""
+    return set(STOP_SIGNALS) - (set() if hasattr(signal, "sigwaitinfo") else {signal.SIGTERM})
+
+
+def _end_with_parent() -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    return libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process, and it is not only waiting to be taken note of."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2]
+    except OSError:
+        return False
+    return state.split()[0] not in ("Z", "X")
+
+
+def _leave_to_parent(number: int, frame: FrameType | None) -> None:
+    """Go on: the parent ends for Ctrl-C, and this process with it."""
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    say("stopped by Ctrl-C")
+    sys.exit(EXIT_INTERRUPTED)
+
+
+def _end_at_second(read: int) -> None:
+    """Wait for a second Ctrl-C; in a thread, as a collective that hangs lets no handler run."""
+    first: float | None = None
+    while number := os.read(read, 1):
+        if number[0] != signal.SIGINT:
+            continue
+        first = first or time.monotonic()
+        if time.monotonic() - first > SAME_CTRL_C_S:
+            for stream in (1, 2):
+                if os.isatty(stream):
+                    os.write(stream, _SHOW_CURSOR)  # a progress bar has hidden it
+            say("ended at once by a second Ctrl-C")
+            os._exit(EXIT_INTERRUPTED)
