@@ -51,7 +51,7 @@ def start(job: Any, num_processes: int) -> Path:
             )
         )
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
