@@ -15,12 +15,7 @@ from vipllava.data.shards import write_shards
 from vipllava.training.guard import StepRecord
 
 pytest.importorskip("deepspeed")
-CASES = [
-    ["zero2", "bf16-mixed", "skip"],
-    ["zero3", "32-true", "skip"],
-    ["zero3", "bf16-mixed", "stop"],
-    ["ddp", "32-true", "skip"],
-]
+CASES = [["zero2", "bf16-mixed", "skip"], ["zero3", "32-true", "stop"]]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +48,7 @@ def test_an_overflow_is_recorded_as_the_step_that_it_is(ended, case):
     assert record.step == record.place["step"] == BAD_STEP
     assert record.keys == [[rank["keys"][BAD_STEP]] for rank in ranks]
     assert record.reason.startswith("the gradient's norm is ")
-    shares = [loss for rank in record.losses for loss in rank]
+    shares = [float(loss) for rank in record.losses for loss in rank]
     assert record.loss == pytest.approx(sum(shares), rel=1e-6)
     if case[2] == "stop":
         for rank in ranks:
