@@ -155,6 +155,12 @@ def test_a_stage_before_its_predecessor():
         ("trainer=multinode", "8xa100", "start the job on every node with torchrun, or with srun"),
         ("trainer=1gpu trainer.precision=bf16-mixed", "8xv100", "7.0 have no bf16"),
         ("trainer=8xv100 trainer.precision=bf16-mixed", "laptop", "7.0 have no bf16"),
+        (
+            "trainer=8xv100 stage=finetune tuning=qlora tuning.quantization.compute_dtype=bfloat16",
+            "8xv100",
+            "tuning.quantization.compute_dtype=bfloat16: devices of compute capability 7.0 have no",
+        ),
+        ("guard.spike_floor=-1", "laptop", "guard.spike_floor=-1: expected a number of at least 0"),
         ("trainer.precision=16-mixed", "laptop", "trainer.precision=16-mixed needs CUDA devices"),
         (
             "trainer=8xv100 strategy=fsdp2",

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from vipllava.config import resolvers
 from vipllava.config.composing import compose_job
+from vipllava.models.quantization import quantization_config
 
 
 def _resolve(*overrides: str, keys: tuple[str, ...]) -> list[object]:
@@ -150,6 +154,25 @@ def test_offload_moves_the_optimizer_only():
 )
 def test_weights_dtype(strategy: str, precision: str, dtype: str):
     assert resolvers.weights_dtype(strategy, precision) == dtype
+
+
+@pytest.mark.parametrize(
+    ("trainer", "dtype"),
+    [
+        ("trainer=8xv100", "float16"),
+        ("trainer=8xa100", "bfloat16"),
+        ("trainer=8xa100 trainer.precision=16-mixed", "float16"),
+        ("trainer=cpu", "float32"),
+    ],
+)
+def test_weights_in_4_bits_are_computed_with_in_the_trainers_precision(trainer: str, dtype: str):
+    cfg = compose_job([*trainer.split(), "stage=finetune", "model=7b", "tuning=qlora"])
+    settings = instantiate(cfg.module.quantization)
+    assert settings.compute_dtype == dtype
+    found: Any = quantization_config(settings)
+    assert str(found.bnb_4bit_compute_dtype) == f"torch.{dtype}"
+    # What is not in few bits: adapters and projector are float32, the rest is held in halves.
+    assert cfg.machine.weights_dtype == "float32"
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def run(job: Any, num_processes: int) -> list[tuple[int, str]]:
             )
         )
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

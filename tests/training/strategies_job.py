@@ -15,6 +15,7 @@ from typing import Any
 
 NUM_STEPS = 20
 MICRO_BATCH = 2
+CHANGES = {"projector_learning_rate": 5e-3, "weight_decay": 0.5, "betas": (0.5, 0.9), "eps": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ class Case:
         accumulate: micro-batches per optimizer step on each of two processes.
         clip: greatest gradient norm, or None.
         skip: a step that the guard has left out, or None.
-        stops: in the middle, and goes on from a checkpoint; one process never does.
+        stops: in the middle, and goes on from a checkpoint; one process does if settings change.
         precision: the trainer's.
+        fused: two processes have the AdamW of a CUDA run, one process has the other.
+        changes: rates, decays and the bound of clipping are others behind the middle.
     """
 
     trainable: list[str]
@@ -36,6 +39,8 @@ class Case:
     skip: int | None = None
     stops: bool = False
     precision: str = "32-true"
+    fused: bool = False
+    changes: bool = False
 
     @property
     def name(self) -> str:
@@ -78,9 +83,11 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
     from tests.training.toy_training import Loader, make_samples
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.models.building import ModelSpec
+    from vipllava.training import lit_module
     from vipllava.training.csv_log import CsvLog
     from vipllava.training.guard import LossGuard, Verdict
     from vipllava.training.lit_module import VipLlavaLitModule
+    from vipllava.training.optim import uses_fused_adamw
 
     class RankLoader(Loader):
         def __len__(self) -> int:
@@ -107,6 +114,9 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
     spec = ModelSpec(**job.spec)
     one = job.strategy == "one"
+    fused = case.fused and not one
+    on = "cuda" if fused else "cpu"
+    lit_module.uses_fused_adamw = lambda _, precision: uses_fused_adamw(on, precision)
     tokenizer = load_tokenizer(spec)
     size = 2 * MICRO_BATCH * case.accumulate
     num_epochs = 2 if case.stops else 1
@@ -115,10 +125,13 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
     loader = (Loader if one else RankLoader)(samples, MICRO_BATCH, 2 * case.accumulate)
 
     def fit(max_epochs: int, checkpoint: Path | None = None) -> lightning.Trainer:
-        strategy, weights = ("auto", "float32") if one else _strategy(job.strategy, case)
+        changed = case.changes and checkpoint is not None
+        now = replace(case, clip=0.2) if changed else case
+        strategy, weights = ("auto", "float32") if one else make_strategy(job.strategy, now)
         module = VipLlavaLitModule(
             replace(spec, dtype=weights), case.trainable, 1e-3, seed=3, tokenizer=tokenizer,
             guard=Skipping(), schedule="constant" if case.stops else "cosine",
+            **(CHANGES if changed else {}),
         )  # fmt: skip
         trainer = lightning.Trainer(
             accelerator="cpu",
@@ -126,7 +139,7 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
             strategy=strategy,
             precision=case.precision,
             accumulate_grad_batches=case.accumulate * (2 if one else 1),
-            gradient_clip_val=case.clip,
+            gradient_clip_val=now.clip,
             max_epochs=max_epochs,
             logger=Noting(job.folder),
             log_every_n_steps=1,
@@ -139,16 +152,17 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
         trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
         return trainer
 
-    if not case.stops or one:
+    if not case.stops or (one and not case.changes):
         fit(num_epochs)
         return rows
-    checkpoint = Path(job.folder) / "half-way.ckpt"
+    # DeepSpeed takes brackets in a path for a pattern.
+    checkpoint = Path(job.folder) / ("changed.ckpt" if case.changes else "half-way.ckpt")
     fit(1).save_checkpoint(checkpoint)
     fit(2, checkpoint)
     return rows
 
 
-def _strategy(name: str, case: Case) -> tuple[Any, str]:
+def make_strategy(name: str, case: Case) -> tuple[Any, str]:
     """Make the shipped preset, on gloo, and say which dtype its weights are loaded in."""
     from omegaconf import OmegaConf
 

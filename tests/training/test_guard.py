@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
+from tests.training.toy_training import (
+    LIGHTNING_WARNINGS,
+    Loader,
+    make_samples,
+    overflow_backwards,
+)
 from vipllava.training import lit_module
 from vipllava.training.guard import LossGuard, StepRecord
 from vipllava.types import CheckpointError, ConfigError, VipLlavaError
@@ -58,9 +63,35 @@ def test_a_loss_far_above_the_last_ones():
     assert steady(LossGuard(on_spike="ignore")).judge(1000.0) is None
 
 
-def test_a_run_has_to_know_some_steps_first():
-    assert steady(LossGuard(), 19).judge(1000.0) is None
-    assert steady(LossGuard(), 20).judge(1000.0) is not None
+def test_the_first_steps_have_to_be_worse_than_chance_too():
+    assert steady(LossGuard(spike_factor=3.0), 19).judge(10.3) is None
+    assert steady(LossGuard(spike_factor=3.0), 20).judge(10.3) is not None
+    verdict = steady(LossGuard(spike_factor=3.0), 1).judge(10.4)
+    assert verdict is not None
+    assert verdict.reason == (
+        "the loss is 10.4, more than 3 times the 2 that is the median of the last 1 steps"
+    )
+
+
+def test_far_above_chance_is_a_spike_whatever_came_before():
+    guard = LossGuard()
+    guard.chance_loss = math.log(259)
+    verdict = guard.judge(56.0)  # in the first step
+    assert verdict is not None
+    assert verdict.reason == (
+        "the loss is 56, more than 10 times the 5.557 of a model that guesses"
+    )
+    creeping = LossGuard(window=20)
+    creeping.chance_loss = math.log(259)
+    losses = [4.0 * 1.02**step for step in range(200)]
+    assert [creeping.judge(loss) is None for loss in losses].index(False) == 133  # at 55.7
+
+
+def test_where_all_losses_are_near_zero_a_hard_batch_is_no_spike():
+    assert steady(LossGuard(), 100, 0.01).judge(0.11) is None
+    assert steady(LossGuard(), 100, 0.01).judge(1.0) is None
+    assert steady(LossGuard(), 100, 0.01).judge(1.1) is not None
+    assert steady(LossGuard(spike_floor=0.0), 100, 0.01).judge(0.11) is not None
 
 
 def test_the_window_forgets():
@@ -93,6 +124,7 @@ def test_a_resumed_run_decides_alike():
         ({"on_nonfinite": "ignore"}, "guard.on_nonfinite=ignore is not one of stop, skip"),
         ({"spike_factor": 1.0}, "guard.spike_factor=1.0 must be above 1"),
         ({"window": 5}, "guard.window=5 at least 20"),
+        ({"spike_floor": -1.0}, "guard.spike_floor=-1.0 must be a number of at least 0"),
     ],
 )
 def test_impossible_values(values, message):
@@ -171,12 +203,20 @@ def test_a_run_that_stops_leaves_the_weights_as_they_were(make_module, make_trai
         assert torch.equal(found, expected)
 
 
-def test_a_gradient_that_is_no_number(make_module, make_trainer, monkeypatch):
+def test_a_gradient_that_is_no_number(make_module, make_trainer):
     module = make_module()
-    norms = iter([1.0, math.nan])
-    monkeypatch.setattr(lit_module, "gradient_norm", lambda _: torch.tensor(next(norms)))
-    with pytest.raises(VipLlavaError, match="the gradient's norm is nan at step 1; its samples"):
-        make_trainer().fit(module, Loader(make_samples(4), 2, 1))
+    module.configure_model()
+    overflow_backwards(module, at_step=1)
+    with pytest.raises(
+        VipLlavaError, match="the gradient's norm is nan at step 1; its samples: set/2, set/3"
+    ):
+        make_trainer(gradient_clip_val=1.0).fit(module, Loader(make_samples(4), 2, 1))
+
+
+def test_a_run_that_diverges_at_once_is_stopped(make_module, make_trainer):
+    module = make_module(learning_rate=50.0, warmup_ratio=0.0)
+    with pytest.raises(VipLlavaError, match=r"the loss is .* at step [1-9]; its samples"):
+        make_trainer().fit(module, Loader(make_samples(40), 2, 1))
 
 
 def test_the_guard_goes_into_checkpoints(make_module, make_trainer, tmp_path: Path):

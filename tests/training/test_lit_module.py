@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.models.image_features import normalise_pixels
-from vipllava.training.lit_module import backward_scale
 from vipllava.types import ConfigError, VipLlavaError
 
 pytestmark = LIGHTNING_WARNINGS
@@ -252,11 +251,3 @@ def test_settings_are_checked_before_anything_is_loaded(make_module):
         make_module(trainable=["tower"])
     with pytest.raises(ConfigError, match="schedule='step' is unknown"):
         make_module(schedule="step")
-
-
-@pytest.mark.parametrize(
-    ("world_size", "accumulate", "divides_twice", "scale"),
-    [(1, 1, False, 1.0), (2, 1, False, 2.0), (2, 4, False, 8.0), (2, 4, True, 32.0)],
-)
-def test_backward_scale(world_size, accumulate, divides_twice, scale):
-    assert backward_scale(world_size, accumulate, divides_twice=divides_twice) == scale

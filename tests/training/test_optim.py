@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from vipllava.training.optim import (
     OptimizerSettings,
+    backward_scale,
     build_optimizer,
     build_schedule,
     gradient_norm,
     learning_rates,
     parameter_groups,
+    uses_fused_adamw,
 )
 from vipllava.types import ConfigError
 
@@ -147,3 +151,81 @@ def test_rates_of_parts_are_told_apart_where_they_differ():
     assert rates(lora, 2) == pytest.approx(
         {"train/lr": 1e-4, "train/lr/projector": 1e-5, "train/lr/language_model": 1e-4}
     )
+
+
+@pytest.mark.parametrize(
+    ("world_size", "accumulate", "divides_twice", "scale"),
+    [(1, 1, False, 1.0), (2, 1, False, 2.0), (2, 4, False, 8.0), (2, 4, True, 32.0)],
+)
+def test_backward_scale(world_size, accumulate, divides_twice, scale):
+    assert backward_scale(world_size, accumulate, divides_twice=divides_twice) == scale
+
+
+@pytest.mark.parametrize(
+    ("device_type", "precision", "fused"),
+    [
+        ("cuda", "bf16-mixed", True),
+        ("cuda", "32-true", True),
+        ("cuda", "16-mixed", False),
+        ("cpu", "bf16-mixed", False),
+        ("mps", "32-true", False),
+    ],
+)
+def test_which_runs_have_a_fused_step(device_type, precision, fused):
+    assert uses_fused_adamw(device_type, precision) is fused
+
+
+def test_a_checkpoint_brings_moments_and_no_settings():
+    network = _network()
+
+    def begin(settings: OptimizerSettings, *, fused: bool = False):
+        groups = parameter_groups(_parts(network), settings)
+        optimizer = build_optimizer(groups, settings, fused=fused)
+        return optimizer, build_schedule(optimizer, settings, num_steps=10)
+
+    first = OptimizerSettings(1e-3, projector_learning_rate=1e-2, warmup_ratio=0, schedule="cosine")
+    optimizer, schedule = begin(first)
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for _ in range(5):
+        optimizer.step()
+        schedule.step()
+    saved = copy.deepcopy((optimizer.state_dict(), schedule.state_dict()))
+
+    changes = {"weight_decay": 0.5, "betas": (0.8, 0.9), "eps": 1e-6}
+    second = OptimizerSettings(2e-3, projector_learning_rate=1e-5, warmup_ratio=0, **changes)
+    optimizer, schedule = begin(second, fused=True)
+    optimizer.load_state_dict(saved[0])
+    schedule.load_state_dict(saved[1])
+    settings = {
+        g["name"]: (g["lr"], g["initial_lr"], g["weight_decay"], g["betas"], g["eps"], g["fused"])
+        for g in optimizer.param_groups
+    }
+    rest = ((0.8, 0.9), 1e-6, True)
+    # Half of the run is done, and the cosine is at a half.
+    assert settings == {
+        "projector": (pytest.approx(5e-6), 1e-5, 0.5, *rest),
+        "projector_no_decay": (pytest.approx(5e-6), 1e-5, 0.0, *rest),
+        "language_model": (pytest.approx(1e-3), 2e-3, 0.5, *rest),
+        "language_model_no_decay": (pytest.approx(1e-3), 2e-3, 0.0, *rest),
+    }
+    moments = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    assert (float(moments["step"]), moments["exp_avg"].unique().numel()) == (5.0, 1)
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[2]["lr"] < 1e-3
+    # The same settings go on to the last bit.
+    optimizer, schedule = begin(first)
+    optimizer.load_state_dict(saved[0])
+    schedule.load_state_dict(saved[1])
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == [group["lr"] for group in saved[0]["param_groups"]]
+
+
+def test_a_checkpoint_of_other_groups_is_refused():
+    settings = OptimizerSettings(1e-3)
+    parts = _parts(_network())
+    optimizer = build_optimizer(parameter_groups(parts, settings), settings)
+    other = build_optimizer(parameter_groups({"projector": parts["projector"]}, settings), settings)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        other.load_state_dict(optimizer.state_dict())

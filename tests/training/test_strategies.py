@@ -17,15 +17,18 @@ from vipllava.models.building import ModelSpec
 # norms are near 1: 0.05 clips every step, 1000 none.
 ALL = Case(["projector", "language_model"], 1, 0.05)
 ONE_LEFT_OUT = replace(ALL, skip=6)
-IN_HALF = replace(ALL, precision="bf16-mixed")
+IN_HALF = replace(ALL, precision="bf16-mixed", fused=True)
+STOPPED = Case(["projector"], 1, None, stops=True)
+CHANGED = Case(["projector", "language_model"], 1, 0.05, stops=True, changes=True)
 CASES = [
     Case(["projector"], 1, None),
     Case(["projector"], 4, 0.05),
     ALL,
-    Case(["projector", "language_model"], 4, 1000.0),
+    Case(["vision_tower", "projector", "language_model"], 4, 1000.0),
     ONE_LEFT_OUT,
     IN_HALF,
-    Case(["projector"], 1, None, stops=True),
+    STOPPED,
+    CHANGED,
 ]
 
 
@@ -35,7 +38,7 @@ def spec(tiny_sources) -> dict:
         ModelSpec(
             vision_tower=tiny_sources.vision_tower,
             language_model=tiny_sources.language_model,
-            feature_layers=(-1, -2, 1),
+            feature_layers=(-2, 1),  # of three blocks: nothing reads the last one
             chat_template="llava_v1",
             image_size=28,
         )
@@ -90,6 +93,9 @@ def test_two_processes_train_as_one(spec, expected, tmp_path, strategy):
     every, without = (expected[case.name] for case in (ALL, ONE_LEFT_OUT))
     same = [a["train/loss"] == b["train/loss"] for a, b in zip(every, without, strict=True)]
     assert same == [True] * 7 + [False] * 13
+    # What has changed when a run goes on holds from the next step on.
+    rates = [row["train/lr"] for row in found[CHANGED.name]]
+    assert rates == pytest.approx([0.0, *[1e-3] * 9, *[5e-3] * 10])
     clipped = [case for case in CASES if case.clip == 0.05]
     for case in clipped:
         assert min(row.get("train/grad_norm", 1.0) for row in expected[case.name]) > 0.05

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +41,24 @@ class Loader:
             total = sum(len(sample["answer"]) for sample in group)
             for first in range(0, size, self.micro_batch_size):
                 yield collate(group[first : first + self.micro_batch_size], total)
+
+
+def overflow_backwards(module: Any, at_step: int) -> None:
+    """Have a gradient overflow in the backward pass of one step; its loss is as it would be.
+
+    Args:
+        module: with its network; the step is counted by its trainer.
+        at_step: optimizer steps before it.
+    """
+
+    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * (math.inf if module.trainer.global_step == at_step else 1.0)
+
+    def watch(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(overflow)
+
+    module.network.model.multi_modal_projector.register_forward_hook(watch)
 
 
 def make_samples(count: int, text_only: Callable[[int], bool] = lambda i: i % 4 == 3) -> list[dict]:

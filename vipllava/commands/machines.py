@@ -251,6 +251,7 @@ def _row(
     from vipllava.training import forecast as forecasts
     from vipllava.training.host_memory import host_memory
     from vipllava.training.memory import Setup, device_memory
+    from vipllava.training.optim import uses_fused_adamw
 
     devices = int(cfg.trainer.devices) * int(cfg.trainer.num_nodes)
     global_rows = int(cfg.stage.global_batch_size)
@@ -271,7 +272,7 @@ def _row(
         attention="sdpa" if capability is not None and capability < 8 else "flash_attention_2",
         adapter_rank=128,
         bits=4 if workload == "qlora" else None,
-        fused_optimizer=cfg.trainer.precision != "16-mixed",
+        fused_optimizer=uses_fused_adamw("cuda", cfg.trainer.precision),
     )
     capacity = forecasts.device_capacity(float(cfg.machine.memory_gb))
     choice = forecasts.choose_strategy(architecture, setup, capacity, global_rows)

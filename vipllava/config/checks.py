@@ -213,10 +213,15 @@ def _precision(job: JobValues) -> list[str]:
             "scaling; use bf16-mixed, 32-true, or strategy=zero3"
         )
     capability = _capability(job)
-    if precision.startswith("bf16") and on_cuda and capability and capability < _BF16_CAPABILITY:
+    if not on_cuda or capability is None or capability >= _BF16_CAPABILITY:
+        return problems
+    no_bf16 = f"devices of compute capability {capability[0]}.{capability[1]} have no bf16"
+    if precision.startswith("bf16"):
+        problems.append(f"trainer.precision={precision}: {no_bf16}; use trainer.precision=16-mixed")
+    if job.get("tuning.quantization.compute_dtype") == "bfloat16":
         problems.append(
-            f"trainer.precision={precision}: devices of compute capability "
-            f"{capability[0]}.{capability[1]} have no bf16; use trainer.precision=16-mixed"
+            f"tuning.quantization.compute_dtype=bfloat16: {no_bf16}; leave it out, it follows "
+            "trainer.precision"
         )
     return problems
 

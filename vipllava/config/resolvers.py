@@ -162,10 +162,12 @@ def weights_dtype(strategy_name: str, precision_name: str) -> str:
     DeepSpeed keeps fp32 master copies of half-precision weights itself; everywhere else the loaded
     weights are the master copies and stay in fp32 (pure bf16 loses updates at 2e-7).
     """
-    if strategy_name.startswith("zero"):
-        halves = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
-        return halves.get(precision_name, "float32")
-    return "float32"
+    return compute_dtype(precision_name) if strategy_name.startswith("zero") else "float32"
+
+
+def compute_dtype(precision_name: str) -> str:
+    """Dtype of matrix products: of weights in 4 bits, which autocast does not see, too."""
+    return {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(precision_name, "float32")
 
 
 def zero_if_null(value: float | None) -> float:
@@ -216,6 +218,7 @@ def package_path(relative: str) -> str:
 _RESOLVERS: dict[str, Callable[..., Any]] = {
     "vip.accumulation_steps": accumulation_steps,
     "vip.attention": attention,
+    "vip.compute_dtype": compute_dtype,
     "vip.devices": devices,
     "vip.folder_name": folder_name,
     "vip.last_part": last_part,

@@ -144,6 +144,7 @@ TRAIN: Mapping[str, Rule] = {
     "guard.spike_factor": Rule("a number above 1", (int, float), above=1),
     "guard.window": _whole(20),
     "guard.max_skipped": _whole(0),
+    "guard.spike_floor": Rule("a number of at least 0", (int, float), low=0),
     "lint": _OPEN,
     "paths.runs": _text(),
     "paths.data_root": _text(),

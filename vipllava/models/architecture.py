@@ -15,7 +15,7 @@ from transformers import VipLlavaConfig
 
 from vipllava.models.adapters import BLOCKS
 from vipllava.models.building import empty_network, num_patches
-from vipllava.models.freezing import parameter_table
+from vipllava.models.freezing import parameter_table, set_trainable
 from vipllava.models.opening import feature_layers_of
 
 
@@ -25,6 +25,7 @@ class Tower:
 
     Attributes:
         num_parameters: of all of it.
+        read_parameters: of what decides the features, which is what can train.
         width: of its hidden states.
         mlp_width: of its MLPs.
         num_heads: of its attention.
@@ -39,6 +40,7 @@ class Tower:
     """
 
     num_parameters: int
+    read_parameters: int
     width: int
     mlp_width: int
     num_heads: int
@@ -129,7 +131,9 @@ def architecture_of(config: VipLlavaConfig) -> Architecture:
         config: see :func:`vipllava.models.building.network_config`.
     """
     model: Any = empty_network(config, torch.float32)
-    counts = {row.part: row.num_parameters for row in parameter_table(model)}
+    set_trainable(model, ("vision_tower",))
+    table = parameter_table(model)
+    counts = {row.part: row.num_parameters for row in table}
     sizes: Any = config
     text, vision = sizes.text_config, sizes.vision_config
     block: nn.Module = model.get_submodule(BLOCKS)[0]
@@ -140,6 +144,7 @@ def architecture_of(config: VipLlavaConfig) -> Architecture:
     return Architecture(
         tower=Tower(
             num_parameters=counts["vision_tower"],
+            read_parameters=sum(row.num_trainable for row in table),
             width=vision.hidden_size,
             mlp_width=vision.intermediate_size,
             num_heads=vision.num_attention_heads,

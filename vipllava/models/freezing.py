@@ -11,6 +11,7 @@ from torch import nn
 from transformers import VipLlavaForConditionalGeneration
 
 from vipllava.models.adapters import adapter_parameters, has_adapters
+from vipllava.models.image_features import read_modules
 from vipllava.types import ConfigError
 
 PARTS = ("vision_tower", "projector", "language_model")
@@ -59,7 +60,8 @@ def check_parts(parts: Iterable[str]) -> tuple[str, ...]:
 def set_trainable(model: VipLlavaForConditionalGeneration, parts: Sequence[str]) -> None:
     """Give gradients to the parameters of ``parts`` and to no others.
 
-    Of a language model with adapters these alone train.
+    Of a language model with adapters these alone train. What is never read of the vision tower
+    stays frozen: DDP would wait for its gradients, and decay would shrink it.
 
     Raises:
         ConfigError: see :func:`check_parts`.
@@ -75,6 +77,10 @@ def set_trainable(model: VipLlavaForConditionalGeneration, parts: Sequence[str])
                 parameter.requires_grad_(part in parts)
         if part == "language_model" and has_adapters(model):
             model.lm_head.requires_grad_(False)
+    tower = model.model.vision_tower
+    read = {id(p) for module in read_modules(model) for p in module.parameters()}
+    for parameter in tower.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in read)
 
 
 def hold_frozen(model: VipLlavaForConditionalGeneration, dtype: torch.dtype) -> None:

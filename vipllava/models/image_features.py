@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import VipLlavaForConditionalGeneration
 
 from vipllava.models.building import feature_layers_field
@@ -28,6 +29,23 @@ def normalise_pixels(pixel_values: torch.Tensor, dtype: torch.dtype) -> torch.Te
     return ((pixel_values.float() / 255.0 - mean) / std).to(dtype)
 
 
+def read_modules(model: VipLlavaForConditionalGeneration) -> tuple[nn.Module, ...]:
+    """Return what :func:`image_features` runs of the vision tower.
+
+    The rest, which is what comes behind the deepest feature layer, decides nothing.
+    """
+    tower: Any = model.model.vision_tower
+    blocks = tower.encoder.layers[: max(_feature_layers(model))]
+    return tower.embeddings, tower.pre_layrnorm, *blocks
+
+
+def _feature_layers(model: VipLlavaForConditionalGeneration) -> list[int]:
+    """Return the hidden states that the projector reads; 0 is what goes into the first block."""
+    tower: Any = model.model.vision_tower
+    count = len(tower.encoder.layers) + 1
+    return [k if k >= 0 else count + k for k in getattr(model.config, feature_layers_field())]
+
+
 def image_features(
     model: VipLlavaForConditionalGeneration, pixel_values: torch.Tensor
 ) -> torch.Tensor:
@@ -44,14 +62,11 @@ def image_features(
         [num_images, image_seq_length, hidden size of the language model].
     """
     tower: Any = model.model.vision_tower
-    blocks = tower.encoder.layers
-    layers = [
-        k if k >= 0 else len(blocks) + 1 + k for k in getattr(model.config, feature_layers_field())
-    ]
-    pixels = normalise_pixels(pixel_values, tower.dtype)
-    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    layers = _feature_layers(model)
+    embeddings, norm, *blocks = read_modules(model)
+    hidden = norm(embeddings(normalise_pixels(pixel_values, tower.dtype)))
     states = {0: hidden}
-    for number, block in enumerate(blocks[: max(layers)], start=1):
+    for number, block in enumerate(blocks, start=1):
         hidden = block(hidden, attention_mask=None)
         if number in layers:
             states[number] = hidden

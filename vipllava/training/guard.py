@@ -27,7 +27,7 @@ OnNonfinite = Literal["stop", "skip"]
 OnSpike = Literal["stop", "skip", "ignore"]
 
 _LEAST: Final = 20
-"""Steps that have to be known before one can stand out."""
+"""Steps that have to be known before one stands out by their median alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +102,23 @@ class Verdict:
 class LossGuard:
     """Decides whether a step may change the weights.
 
+    A loss is a spike if it is far above the median of the last ones and above ``spike_floor``. The
+    first steps have few to compare with: there it has to be worse than chance, too. Far above
+    chance it is a spike in every step, the first one too, however slowly it got there.
+
     Args:
         folder: where records go; None writes none.
         on_nonfinite: ``stop`` the run, or ``skip`` the step, at a loss that is no number.
         on_spike: the same, or ``ignore``, at a loss far above the last ones.
-        spike_factor: how many times their median is far.
+        spike_factor: how many times their median, or chance, is far.
         window: how many steps that median is of.
         max_skipped: steps that may be left out in one run.
+        spike_floor: a loss up to this is no spike: where all losses are near 0, one hard batch is
+            many times their median. At 1.0 the right token still has a probability of 37 %.
+
+    Attributes:
+        chance_loss: of a model that takes all tokens for equally likely, ln(vocabulary); the
+            LightningModule sets that of its network.
 
     Raises:
         ConfigError: a value is impossible.
@@ -122,6 +132,7 @@ class LossGuard:
         spike_factor: float = 10.0,
         window: int = 100,
         max_skipped: int = 20,
+        spike_floor: float = 1.0,
     ) -> None:
         for name, value, known in (
             ("on_nonfinite", on_nonfinite, get_args(OnNonfinite)),
@@ -134,11 +145,15 @@ class LossGuard:
                 f"guard.spike_factor={spike_factor} must be above 1, guard.window={window} at "
                 f"least {_LEAST}"
             )
+        if not 0 <= spike_floor < math.inf:
+            raise ConfigError(f"guard.spike_floor={spike_floor} must be a number of at least 0")
         self.folder = None if folder is None else Path(folder)
         self.on_nonfinite: OnNonfinite = on_nonfinite
         self.on_spike: OnSpike = on_spike
         self.spike_factor = spike_factor
         self.max_skipped = max_skipped
+        self.spike_floor = spike_floor
+        self.chance_loss = math.log(32_000)
         self.num_skipped = 0
         self._losses: deque[float] = deque(maxlen=window)
 
@@ -150,16 +165,25 @@ class LossGuard:
         """
         if not math.isfinite(loss):
             return self._refuse(self.on_nonfinite, f"the loss is {loss}")
-        if len(self._losses) >= _LEAST and loss > self.spike_factor * median(self._losses):
+        reference = self._far_below(loss)
+        if reference is not None:
             verdict = self._refuse(
                 self.on_spike,
-                f"the loss is {loss:.4g}, more than {self.spike_factor:g} times the "
-                f"{median(self._losses):.4g} that is the median of the last {len(self._losses)} "
-                "steps",
+                f"the loss is {loss:.4g}, more than {self.spike_factor:g} times the {reference}",
             )
             if verdict is not None:
                 return verdict
         self._losses.append(loss)
+        return None
+
+    def _far_below(self, loss: float) -> str | None:
+        """Return what a spike is far above, or None where a loss is none."""
+        known = len(self._losses)
+        floor = self.spike_floor if known >= _LEAST else max(self.spike_floor, self.chance_loss)
+        if known and loss > max(floor, self.spike_factor * median(self._losses)):
+            return f"{median(self._losses):.4g} that is the median of the last {known} steps"
+        if loss > self.spike_factor * self.chance_loss:
+            return f"{self.chance_loss:.4g} of a model that guesses"
         return None
 
     def judge_gradient(self, norm: float) -> Verdict | None:
@@ -202,6 +226,7 @@ def refuse_step(
     trainer: Any,
     guard: LossGuard,
     verdict: Verdict,
+    step: int,
     loss: float,
     micro_batches: Sequence[tuple[tuple[str, ...], torch.Tensor]],
 ) -> str:
@@ -211,18 +236,19 @@ def refuse_step(
         trainer: of the run.
         guard: that refused it.
         verdict: what it said.
+        step: optimizer steps before it; DeepSpeed's norm is known when the trainer has counted on.
         loss: of the global batch.
         micro_batches: keys and loss of this process's micro-batches.
 
     Returns:
         The message, on every process.
     """
-    path = _record(trainer, guard, verdict.reason, loss, micro_batches)
+    path = _record(trainer, guard, verdict.reason, step, loss, micro_batches)
     keys = [key for batch, _ in micro_batches for key in batch]
     where = f"its samples: {', '.join(keys)}"
     if path is not None:
         where = f"its samples are in {path}; the same command with replay={path} looks at each"
-    message = f"{verdict.reason} at step {trainer.global_step}; {where}"
+    message = f"{verdict.reason} at step {step}; {where}"
     if verdict.action == "skip":
         return f"{message}. It is left out, the {guard.num_skipped}. of this run"
     return (
@@ -235,6 +261,7 @@ def _record(
     trainer: Any,
     guard: LossGuard,
     reason: str,
+    step: int,
     loss: float,
     micro_batches: Sequence[tuple[tuple[str, ...], torch.Tensor]],
 ) -> Path | None:
@@ -252,7 +279,7 @@ def _record(
     found = list_checkpoints(guard.folder.parent / CHECKPOINTS)
     record = StepRecord(
         reason=reason,
-        step=trainer.global_step,
+        step=step,
         loss=loss,
         place=asdict(loader.began),
         data=loader.identity(),

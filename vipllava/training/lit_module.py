@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -11,7 +12,9 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
 from transformers import PreTrainedTokenizerFast, VipLlavaForConditionalGeneration
 
 from vipllava.checkpoints.loading import build_model
@@ -26,11 +29,13 @@ from vipllava.models.supervised_loss import Observer, supervised_loss_sum
 from vipllava.training.guard import LossGuard, Verdict, refuse_step
 from vipllava.training.optim import (
     OptimizerSettings,
+    backward_scale,
     build_optimizer,
     build_schedule,
     gradient_norm,
     learning_rates,
     parameter_groups,
+    uses_fused_adamw,
 )
 from vipllava.training.restart import rescale_progress
 from vipllava.training.sharding import (
@@ -56,23 +61,8 @@ _ACCUMULATE = "accumulate_grad_batches"
 _GUARD = "loss_guard"
 """Key of a checkpoint: what the guard knows."""
 
-
-def backward_scale(world_size: int, accumulate: int, *, divides_twice: bool = False) -> float:
-    """Return what a micro-batch's loss is multiplied with to undo what the framework divides by.
-
-    The gradient wanted is that of the sum over the global batch, divided by its number of
-    supervised tokens. Between ``training_step`` and the optimizer the gradient is averaged over
-    the ranks (DDP, FSDP and DeepSpeed alike: a factor 1 / ``world_size``), and Lightning divides
-    every loss by the accumulation steps. DeepSpeed divides by them once more in its own
-    ``backward``; the two together make a gradient ``accumulate`` times too small, which Adam
-    hides and clipping does not.
-
-    Args:
-        world_size: number of ranks.
-        accumulate: micro-batches per optimizer step.
-        divides_twice: the strategy is DeepSpeed's.
-    """
-    return float(world_size * accumulate * (accumulate if divides_twice else 1))
+_PROGRESS = "stream_progress"
+"""Key of a checkpoint: the share of the epoch's samples that is done, None where steps say it."""
 
 
 class VipLlavaLitModule(lightning.LightningModule):
@@ -163,6 +153,8 @@ class VipLlavaLitModule(lightning.LightningModule):
         self._step_loss = torch.zeros(())
         self._step_tokens = 0
         self._step_sums: tuple[float, float] | None = None
+        self._step = 0
+        self._gradient_norm = torch.zeros(())
         self._micro_batches: list[tuple[tuple[str, ...], torch.Tensor]] = []
         self._skips = False
         self._step_values: dict[str, float] = {}
@@ -296,7 +288,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         self._step_tokens += num_supervised
         self._micro_batches.append((batch.keys, loss.detach()))
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self._step_sums = self._sum_over_ranks()
+            self._step, self._step_sums = self.trainer.global_step, self._sum_over_ranks()
             self._obey(self.guard.judge(self._step_sums[0]))
             if self._skips:
                 # Gradients that are no numbers: DeepSpeed leaves such a step out by itself.
@@ -333,7 +325,9 @@ class VipLlavaLitModule(lightning.LightningModule):
         if verdict is None:
             return
         loss, _ = self._step_sums or self._sum_over_ranks()
-        message = refuse_step(self.trainer, self.guard, verdict, loss, self._micro_batches)
+        message = refuse_step(
+            self.trainer, self.guard, verdict, self._step, loss, self._micro_batches
+        )
         if verdict.action == "stop":
             raise VipLlavaError(message)
         self._skips = True
@@ -350,10 +344,31 @@ class VipLlavaLitModule(lightning.LightningModule):
                 strategy.deepspeed_engine.optimizer.check_grad_overflow = True
             return
         if not self._skips:
-            self._note_gradient_norm(float(gradient_norm(self.network.parameters())))
+            self._gradient_norm = gradient_norm(_parameters(optimizer))
+            self._note_gradient_norm(float(self._gradient_norm))
         if self._skips:
             for parameter in self.network.parameters():
                 parameter.grad = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm that is known already; DeepSpeed clips by itself.
+
+        Lightning's own way computes the norm again, and in mixed precision it refuses a fused
+        optimizer, though only a loss scale would be in the way: :func:`uses_fused_adamw`.
+        """
+        if not gradient_clip_val or self._skips or _divides_twice(self.trainer.strategy):
+            return
+        if gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+            nn.utils.clip_grad_value_(_parameters(optimizer), gradient_clip_val)
+        else:
+            nn.utils.clip_grads_with_norm_(
+                _parameters(optimizer), gradient_clip_val, self._gradient_norm
+            )
 
     def _note_gradient_norm(self, norm: float) -> None:
         self._step_values["train/grad_norm"] = norm
@@ -414,15 +429,16 @@ class VipLlavaLitModule(lightning.LightningModule):
             VipLlavaError: the strategy has cast what has to stay float32.
         """
         check_rotary_precision(self.network)
+        config: Any = self.network.config
+        self.guard.chance_loss = math.log(config.text_config.vocab_size)
         self._forget_step()
         self._last_global_step = self.trainer.global_step
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make AdamW and its schedule over the steps that the trainer is going to do."""
         groups = parameter_groups(modules_of(self.network), self.settings)
-        # With fp16's loss scaling Lightning could not clip what a fused step unscales by itself.
-        on_device = self.trainer.strategy.root_device.type == "cuda"
-        fused = on_device and self.trainer.precision != "16-mixed"
+        device_type = self.trainer.strategy.root_device.type
+        fused = uses_fused_adamw(device_type, str(self.trainer.precision))
         optimizer = build_optimizer(groups, self.settings, fused=fused)
         num_steps = int(self.trainer.estimated_stepping_batches)
 
@@ -450,6 +466,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         """Leave frozen weights out: they are read from their source again, and are most of a 7B."""
         checkpoint[_ACCUMULATE] = self.trainer.accumulate_grad_batches
         checkpoint[_GUARD] = self.guard.state_dict()
+        checkpoint[_PROGRESS] = self._progress
         state = checkpoint.get("state_dict", {})
         kept = self._trainable_keys()
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in kept}
@@ -462,6 +479,12 @@ class VipLlavaLitModule(lightning.LightningModule):
         """
         if _GUARD in checkpoint:
             self.guard.load_state_dict(checkpoint[_GUARD])
+        self._progress = checkpoint.get(_PROGRESS)
+        strategy: Any = self.trainer.strategy
+        if _divides_twice(strategy) and strategy.deepspeed_engine.optimizer is not None:
+            # ZeRO-2 takes its bound from the checkpoint, too.
+            engine = strategy.deepspeed_engine
+            engine.optimizer.clip_grad = engine.gradient_clipping()
         saved = checkpoint.get(_ACCUMULATE)
         if saved is not None:
             rescale_progress(checkpoint, saved, self.trainer.accumulate_grad_batches)
@@ -477,6 +500,10 @@ class VipLlavaLitModule(lightning.LightningModule):
             for name, parameter in self.named_parameters(remove_duplicate=False)
             if id(parameter) in trainable
         }
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _divides_twice(strategy: Strategy) -> bool:

@@ -193,7 +193,8 @@ def parameter_rows(architecture: Architecture, setup: Setup) -> tuple[ParameterR
         "projector": architecture.projector_parameters,
         "language_model": model.num_parameters,
     }
-    trained = {part: count * (part in setup.trainable) for part, count in counts.items()}
+    trainable = counts | {"vision_tower": architecture.tower.read_parameters}
+    trained = {part: count * (part in setup.trainable) for part, count in trainable.items()}
     if adapters:
         trained["language_model"] = adapters
         counts["language_model"] += adapters

@@ -1,4 +1,4 @@
-"""Optimizer and schedule of the recipe: AdamW, warm-up, then a cosine to zero."""
+"""Optimizer, gradients and schedule of the recipe: AdamW, warm-up, then a cosine to zero."""
 
 from __future__ import annotations
 
@@ -134,18 +134,43 @@ def learning_rates(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return highest | rates if len(peaks) > 1 else highest
 
 
+def uses_fused_adamw(device_type: str, precision: str) -> bool:
+    """Whether a run's AdamW is one kernel for the whole step, without temporary copies.
+
+    Under every strategy alike. Not with a loss scale: Lightning leaves it to a fused step to divide
+    by it, and that is behind the clipping.
+
+    Args:
+        device_type: of the devices that compute, e.g. ``cuda``.
+        precision: Lightning's name, e.g. ``bf16-mixed``.
+    """
+    return device_type == "cuda" and precision != "16-mixed"
+
+
 def build_optimizer(
     groups: list[dict[str, object]], settings: OptimizerSettings, *, fused: bool = False
 ) -> AdamW:
     """Make AdamW over the groups.
 
+    What it loads are the moments of a checkpoint; rates, betas, epsilon and decay stay its own.
+
     Args:
         groups: see :func:`parameter_groups`.
         settings: the numbers.
-        fused: one kernel for the whole step, without temporary copies.
+        fused: see :func:`uses_fused_adamw`.
     """
     betas = settings.betas
-    return AdamW(groups, settings.learning_rate, betas, settings.eps, fused=fused or None)
+    optimizer = AdamW(groups, settings.learning_rate, betas, settings.eps, fused=fused or None)
+    optimizer.register_load_state_dict_pre_hook(_keep_settings)
+    return optimizer
+
+
+def _keep_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+    own, saved = optimizer.param_groups, state["param_groups"]
+    if len(own) != len(saved):
+        return None  # which PyTorch refuses
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in own]
+    return state | {"param_groups": [a | b for a, b in zip(saved, settings, strict=True)]}
 
 
 def build_schedule(
@@ -175,7 +200,38 @@ def build_schedule(
             return done / num_warmup
         return shape((done - num_warmup) / max(1, num_steps - num_warmup))
 
-    return LambdaLR(optimizer, scale)
+    return _Schedule(optimizer, scale)
+
+
+class _Schedule(LambdaLR):
+    """Goes on at the step of a checkpoint with the peak rates and the shape of this run."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        peaks = self.base_lrs
+        super().load_state_dict(state_dict)
+        self.base_lrs = peaks
+        scales = [scale(self.last_epoch) for scale in self.lr_lambdas]
+        self._last_lr = [peak * scale for peak, scale in zip(peaks, scales, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+
+def backward_scale(world_size: int, accumulate: int, *, divides_twice: bool = False) -> float:
+    """Return what a micro-batch's loss is multiplied with to undo what the framework divides by.
+
+    The gradient wanted is that of the sum over the global batch, divided by its number of
+    supervised tokens. Between ``training_step`` and the optimizer the gradient is averaged over
+    the ranks (DDP, FSDP and DeepSpeed alike: a factor 1 / ``world_size``), and Lightning divides
+    every loss by the accumulation steps. DeepSpeed divides by them once more in its own
+    ``backward``; the two together make a gradient ``accumulate`` times too small, which Adam
+    hides and clipping does not.
+
+    Args:
+        world_size: number of ranks.
+        accumulate: micro-batches per optimizer step.
+        divides_twice: the strategy is DeepSpeed's.
+    """
+    return float(world_size * accumulate * (accumulate if divides_twice else 1))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

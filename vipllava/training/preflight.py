@@ -309,6 +309,7 @@ def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
 def _setup(cfg: DictConfig, spec: ModelSpec, architecture: Architecture, corpus: Corpus) -> Setup:
     from vipllava.training.forecast import fewest_recomputed
     from vipllava.training.memory import Setup
+    from vipllava.training.optim import uses_fused_adamw
 
     adapter, quantization = cfg.tuning.adapter, cfg.tuning.quantization
     packed = cfg.data.batching == "packed"
@@ -331,7 +332,9 @@ def _setup(cfg: DictConfig, spec: ModelSpec, architecture: Architecture, corpus:
         weights_dtype=cfg.machine.weights_dtype,
         bits=None if quantization is None else int(quantization.bits),
         double_quantization=quantization is None or bool(quantization.double_quantization),
-        fused_optimizer=_on_devices(cfg) and cfg.trainer.precision != "16-mixed",
+        fused_optimizer=uses_fused_adamw(
+            "cuda" if _on_devices(cfg) else "cpu", cfg.trainer.precision
+        ),
     )
     capacity = _capacity(cfg)
     # Every process has to decide alike: what is not written down may differ between nodes.

@@ -55,7 +55,11 @@ _MATTERS: Final = (
     "strategy.name",
 )
 """What decides the order of the data, the model, or the form of its checkpoints."""
-_HARMLESS: Final = ("module.model.attn_implementation", "module.model.dtype")
+_HARMLESS: Final = (
+    "module.model.attn_implementation",
+    "module.model.dtype",
+    "module.quantization.compute_dtype",
+)
 """Exceptions: how the model is computed."""
 _RESTARTS: Final = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 """How often a launcher has started this job again."""

@@ -130,6 +130,8 @@ def _train(cfg: DictConfig) -> Path:
     with warnings.catch_warnings():
         # Frozen parts stay in eval mode on purpose.
         warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
+        # The module clips where DeepSpeed does not.
+        warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping")
         # Lightning 2.6 with torch 2.13; nothing a user can do.
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         try:
