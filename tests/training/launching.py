@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@cache
+def _extensions() -> str:
+    """Return a folder for DeepSpeed's kernels, which take longer to compile than a test to run."""
+    folder = tempfile.mkdtemp(prefix="deepspeed-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def start(job: Any, num_processes: int) -> Path:
@@ -34,8 +46,8 @@ def run(job: Any, num_processes: int) -> list[tuple[int, str]]:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
-            # A killed build of DeepSpeed's kernels leaves a lock that others wait for.
-            "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
+            # Of these tests alone: a killed build leaves a lock that others wait for.
+            "TORCH_EXTENSIONS_DIR": _extensions(),
         }
         if num_processes > 1:
             environment |= {
