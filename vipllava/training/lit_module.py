@@ -181,10 +181,6 @@ class VipLlavaLitModule(lightning.LightningModule):
         if self.model is not None:
             return
         strategy: Any = self.trainer.strategy if self._trainer is not None else None
-        if strategy is not None and _divides_twice(strategy):
-            # DeepSpeed writes and reads checkpoints itself, without what is frozen; of the others
-            # `on_load_checkpoint` fills the gaps.
-            self.strict_loading = False
         # Lightning's default device here is the strategy's; the values of what is drawn on the CPU
         # would depend on it.
         with torch.device("cpu"), zero3_paused(strategy) if strategy is not None else nullcontext():
