@@ -124,6 +124,8 @@ def _train(job: Job, half: Half) -> dict[str, Any]:
         use_distributed_sampler=False,
         default_root_dir=job.folder,
     )
+    if half.precision == "16-mixed":
+        strategy.loss_scale_window = 3  # the scale changes, and overflows follow
     found: dict[str, Any] = {"rows": rows, "error": None}
     try:
         loader = RankLoader(samples, MICRO_BATCH, MICRO_BATCHES)

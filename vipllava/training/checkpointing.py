@@ -26,6 +26,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 
+from vipllava.checkpoints.plain_pickles import load_plain
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.training.restart import SUFFIX, list_checkpoints
 from vipllava.training.stopping import StopRequest
@@ -91,6 +92,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         _write(checkpoint, path)
         self.on_written()
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a file onto the CPU; nothing in it can run code, whatever ``weights_only`` says.
+
+        Raises:
+            CheckpointError: it is no such file, is cut short, or holds code.
+        """
+        if Path(path).is_dir():
+            raise CheckpointError(
+                f"{path} is the checkpoint of a sharded strategy: go on with the strategy that "
+                "wrote it, or make a model of it with `vipllava convert` and start from that"
+            )
+        return load_plain(Path(path))
 
     def wait(self) -> None:
         """Wait for the file that is being written; raises what went wrong with it."""
