@@ -92,7 +92,7 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
             parts = {name: self._part(stretch) for name, stretch in stretches.items()}
             sizes = write_part(folder, self.global_rank, parts)
             if self.is_global_zero:
-                sizes |= write_shared(folder, self._shared(checkpoint, stretches))
+                sizes |= write_shared(folder, self._shared(checkpoint))
             return sizes
 
         sizes = {name: size for files in _on_all(write) for name, size in files.items()}
@@ -153,7 +153,7 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         tensors = {name: stretch.of(value) for name, value in of_weights.items()}
         return Part(stretch.start, {WEIGHT: stretch.of(stretch.flat), **tensors})
 
-    def _shared(self, checkpoint: dict[str, Any], stretches: dict[str, _Stretch]) -> Shared:
+    def _shared(self, checkpoint: dict[str, Any]) -> Shared:
         engine: Any = self.deepspeed_engine
         scaler = engine.optimizer.loss_scaler
         steps = {float(state[_STEP]) for state in self._state().values()}
@@ -171,9 +171,7 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
                 first[id(weight)] = name
                 shapes[name] = _shape(weight)
         return Shared(
-            run={
-                k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")
-            },
+            run={key: value for key, value in checkpoint.items() if key not in _IN_PARTS},
             shapes=shapes,
             tied=tied,
             engine={
