@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -21,9 +22,11 @@ for module in (fabric_deepspeed, deepspeed):
         module._validate_device_index_selection = lambda parallel_devices: None
 
 # Its own collective for one machine would be compiled first, for half a minute.
-importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+_comm: Any = importlib.import_module("deepspeed.comm.torch")
+_comm.build_shm_op = lambda: None
 # Asks for fast kernels; PyTorch computes in float16 on every CPU.
-get_accelerator().is_fp16_supported = lambda: True
+_accelerator: Any = get_accelerator()
+_accelerator.is_fp16_supported = lambda: True
 
 
 class CpuDeepSpeedStrategy(ElasticDeepSpeedStrategy):

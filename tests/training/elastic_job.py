@@ -94,7 +94,8 @@ def _train(job: Job, half: Half) -> dict[str, Any]:
     rows: list[list[float]] = []
     spec = ModelSpec(**job.spec)
     accumulate = MICRO_BATCHES // world
-    strategy, weights = "auto", "float32"
+    strategy: Any = "auto"
+    weights = "float32"
     if half.strategy != "one":
         case = Case(TRAINABLE, accumulate, 0.5, precision=half.precision)
         strategy, weights = make_strategy(half.strategy, case, world)
@@ -108,11 +109,12 @@ def _train(job: Job, half: Half) -> dict[str, Any]:
         replace(spec, dtype=weights), TRAINABLE, 1e-3, 3e-3, 0.1, seed=3, tokenizer=tokenizer,
         schedule="constant",
     )  # fmt: skip
-    trainer = lightning.Trainer(
+    precision: Any = half.precision
+    trainer: Any = lightning.Trainer(
         accelerator="cpu",
         devices=world,
         strategy=strategy,
-        precision=half.precision,
+        precision=precision,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=0.5,
         max_epochs=1 if half.ends else 2,

@@ -20,6 +20,8 @@ from vipllava.checkpoints.plain_pickles import read_metadata
 from vipllava.checkpoints.training_state import read_training_state
 from vipllava.models.building import ModelSpec
 from vipllava.models.tensor_files import read_tensor, shape_of
+from vipllava.training.deepspeed_strategy import ElasticDeepSpeedStrategy
+from vipllava.types import ConfigError
 
 pytest.importorskip("deepspeed")
 ENDS = ("fsdp2", "zero2", "zero3")
@@ -175,6 +177,22 @@ def test_weights_out_of_a_checkpoint_of_two(runner, among_two):
             assert shape_of(states[name][key]) == shape_of(tensor)
             found = read_tensor(states[name][key])
             torch.testing.assert_close(found, read_tensor(tensor), rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage=1"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "zero_optimization.offload_optimizer.device=nvme",
+        ),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, "optimizer"),
+    ],
+)
+def test_what_checkpoints_do_not_know_is_refused_at_the_start(config, named):
+    with pytest.raises(ConfigError, match=f"asks for {named}, which checkpoints here do not know"):
+        ElasticDeepSpeedStrategy(config=config)
 
 
 @pytest.mark.slow
