@@ -105,6 +105,6 @@ def test_code_in_a_checkpoint_is_not_run(data_root):
     run = Run(data_root, "theirs", "fsdp2", "trainer.devices=1", f"resume={folder}")
     assert run.end() == 2
     told = " ".join(run.stderr.split())
-    assert "cannot be gone on from: its index .metadata cannot be read" in told
+    assert "is no checkpoint to go on from: its index .metadata cannot be read" in told
     assert "mkdir is no plain value" in told
     assert not marker.exists()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -72,23 +71,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = self._executor.submit(self._write, copy, Path(path))
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read a checkpoint.
-
-        Raises:
-            CheckpointError: it is damaged, or no file of plain values and tensors.
-        """
-        where = map_location or (lambda storage, _: storage)
-        try:
-            return super().load_checkpoint(path, where, weights_only)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"the checkpoint {path} cannot be read ({_first_line(error)}): move it away, and "
-                "the same command goes on from the one before"
-            ) from error
-
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         _write(checkpoint, path)
         self.on_written()
@@ -106,7 +88,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{path} is the checkpoint of a sharded strategy: go on with the strategy that "
                 "wrote it, or make a model of it with `vipllava convert` and start from that"
             )
-        return load_plain(Path(path))
+        try:
+            return load_plain(Path(path))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}: move it away, and the same command goes on from the one before"
+            ) from error
 
     def wait(self) -> None:
         """Wait for the file that is being written; raises what went wrong with it."""

@@ -178,7 +178,6 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
                 _STEP: max(steps, default=0.0),
                 "counters": {name: int(getattr(engine, name)) for name in _COUNTERS},
                 "scaling": {n: getattr(scaler, n) for n in _SCALING if hasattr(scaler, n)},
-                "rates": {g.get("name", ""): float(g["lr"]) for g in engine.optimizer.param_groups},
             },
         )
 
@@ -231,9 +230,6 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         if scaler.dynamic:  # not in another precision
             for name, value in saved["scaling"].items():
                 setattr(scaler, name, value)
-        for group in engine.optimizer.param_groups:
-            # The schedule sets the next step's; what it follows is the configuration.
-            group["lr"] = saved["rates"].get(group.get("name", ""), group["lr"])
 
 
 def _stretch_of(weight: Any, zero: Any) -> _Stretch | None:

@@ -476,11 +476,6 @@ class VipLlavaLitModule(lightning.LightningModule):
         if _GUARD in checkpoint:
             self.guard.load_state_dict(checkpoint[_GUARD])
         self._progress = checkpoint.get(_PROGRESS)
-        strategy: Any = self.trainer.strategy
-        if _divides_twice(strategy) and strategy.deepspeed_engine.optimizer is not None:
-            # ZeRO-2 takes its bound from the checkpoint, too.
-            engine = strategy.deepspeed_engine
-            engine.optimizer.clip_grad = engine.gradient_clipping()
         saved = checkpoint.get(_ACCUMULATE)
         if saved is not None:
             rescale_progress(checkpoint, saved, self.trainer.accumulate_grad_batches)
