@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 from pathlib import Path
@@ -13,14 +12,10 @@ import torch
 
 from vipllava.checkpoints.convert import convert
 from vipllava.checkpoints.loading import build_model, open_source
-from vipllava.checkpoints.training_state import (
-    PARTS_INDEX,
-    _MetadataUnpickler,
-    _plain_values_only,
-    find_damage,
-    read_training_state,
-)
-from vipllava.models.tensor_files import read_tensor
+from vipllava.checkpoints.parts import INDEX, Part, Shared, write_index, write_part, write_shared
+from vipllava.checkpoints.plain_pickles import MetadataUnpickler, plain_values_only
+from vipllava.checkpoints.training_state import find_damage, read_training_state
+from vipllava.models.tensor_files import dtype_of, read_tensor, shape_of
 from vipllava.types import CheckpointError
 
 PROJECTOR = "model.multi_modal_projector.linear_1.weight"
@@ -141,20 +136,20 @@ def test_getattr_reaches_members_of_enums_only(tmp_path):
 
     pytest.importorskip("deepspeed")
     member = _AsEarlyReleasesDo(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")
-    read = _MetadataUnpickler(io.BytesIO(pickle.dumps(member))).load()
+    read = MetadataUnpickler(io.BytesIO(pickle.dumps(member))).load()
     assert read is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
     for owner, name in ((_MEM_FORMAT_ENCODING, "mro"), (torch.Size, "count")):
         stolen = pickle.dumps(_AsEarlyReleasesDo(owner, name))
         with pytest.raises(pickle.UnpicklingError, match="is no plain value"):
-            _MetadataUnpickler(io.BytesIO(stolen)).load()
+            MetadataUnpickler(io.BytesIO(stolen)).load()
 
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
     torch.save(_AsEarlyReleasesDo(ZeroStageEnum, "weights"), tmp_path / "stage.pt")
-    with _plain_values_only():
+    with plain_values_only():
         assert torch.load(tmp_path / "stage.pt") is ZeroStageEnum.weights
     torch.save(_AsEarlyReleasesDo(torch.Size, "count"), tmp_path / "stolen.pt")
-    with _plain_values_only(), pytest.raises(pickle.UnpicklingError):
+    with plain_values_only(), pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "stolen.pt")
 
 
@@ -192,11 +187,14 @@ def _distributed(folder: Path) -> Path:
 
 
 def _parts(folder: Path) -> Path:
+    """A weight of 96 x 100 on two processes, one of which has a third of it."""
     folder.mkdir()
-    for name in ("meta.pt", "rank-00000.pt"):
-        torch.save({"values": torch.ones(200, 200)}, folder / name)
-    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-    (folder / PARTS_INDEX).write_text(json.dumps({"files": sizes}))
+    whole = torch.arange(9600.0)
+    sizes = write_shared(folder, Shared({"global_step": 3}, {PROJECTOR: [96, 100]}, {}, {}))
+    for rank, (start, stop) in enumerate([(0, 3200), (3200, 9600)]):
+        part = Part(start, {"fp32": whole[start:stop], "exp_avg": whole[start:stop]})
+        sizes |= write_part(folder, rank, {PROJECTOR: part})
+    write_index(folder, sizes)
     return folder
 
 
@@ -212,7 +210,7 @@ def test_damage_of_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "shards"), [(_distributed, "__0_0.distcp"), (_parts, "rank-00000.pt")]
+    ("make", "shards"), [(_distributed, "__0_0.distcp"), (_parts, "rank-00001.pt")]
 )
 def test_damage_of_a_folder(tmp_path, make, shards):
     path = make(tmp_path / "000003.ckpt")
@@ -230,13 +228,54 @@ def test_damage_of_a_folder(tmp_path, make, shards):
     assert find_damage(path) == f"{shards} is missing"
 
 
-@pytest.mark.parametrize(("make", "index"), [(_distributed, ".metadata"), (_parts, PARTS_INDEX)])
+@pytest.mark.parametrize(("make", "index"), [(_distributed, ".metadata"), (_parts, INDEX)])
 def test_damage_of_an_index(tmp_path, make, index):
     path = make(tmp_path / "000003.ckpt")
     _cut(path / index, 20)
     assert (find_damage(path) or "").startswith(f"its index {index} cannot be read")
     (path / index).unlink()
     assert (find_damage(path) or "").startswith("it has no index of its files")
+
+
+def test_a_weight_is_put_together_from_its_parts(tmp_path):
+    path = _parts(tmp_path / "000003.ckpt")
+    (name, lazy), *others = read_training_state(path).items()
+    assert others == []
+    assert name == "multi_modal_projector.linear_1.weight"
+    assert (shape_of(lazy), dtype_of(lazy)) == ((96, 100), torch.float32)
+    assert torch.equal(read_tensor(lazy), torch.arange(9600.0).view(96, 100))
+
+
+def test_parts_that_do_not_belong_together(tmp_path):
+    path = _parts(tmp_path / "000003.ckpt")
+    part = Part(3200, {"fp32": torch.ones(3200), "exp_avg": torch.ones(3200)})
+    sizes = {file.name: 0 for file in path.iterdir() if file.suffix == ".pt"}
+    write_index(path, sizes | write_part(path, 1, {PROJECTOR: part}))
+    (lazy,) = read_training_state(path).values()
+    with pytest.raises(CheckpointError, match=r"hold 6400 of 9600 elements of .*linear_1"):
+        read_tensor(lazy)
+
+
+@pytest.mark.parametrize("file", ["rank-00001.pt", "meta.pt"])
+def test_a_folder_that_lacks_a_file_names_it(tmp_path, file):
+    path = _parts(tmp_path / "000003.ckpt")
+    _cut(path / file, 100)
+    with pytest.raises(CheckpointError, match=rf"000003.ckpt .*{file} has 100 bytes of"):
+        read_training_state(path)
+    (path / file).unlink()
+    with pytest.raises(CheckpointError, match=rf"000003.ckpt .*{file} is missing"):
+        read_training_state(path)
+
+
+@pytest.mark.parametrize("file", ["rank-00001.pt", "meta.pt"])
+def test_code_in_parts_is_not_run(tmp_path, ran, file):
+    path = _parts(tmp_path / "000003.ckpt")
+    torch.save({"parts": _Code(ran)}, path / file)
+    sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.suffix == ".pt"}
+    write_index(path, sizes)
+    with pytest.raises(CheckpointError, match=rf"{file} cannot be read .*code, which is not run"):
+        read_training_state(path)
+    assert not ran.exists()
 
 
 def test_looking_for_damage_runs_no_code(tmp_path, ran):

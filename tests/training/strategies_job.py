@@ -162,7 +162,7 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
     return rows
 
 
-def make_strategy(name: str, case: Case) -> tuple[Any, str]:
+def make_strategy(name: str, case: Case, devices: int = 2) -> tuple[Any, str]:
     """Make the shipped preset, on gloo, and say which dtype its weights are loaded in."""
     from omegaconf import OmegaConf
 
@@ -171,9 +171,9 @@ def make_strategy(name: str, case: Case) -> tuple[Any, str]:
     clip = "null" if case.clip is None else case.clip
     cfg = compose_job(
         [
-            *("model=7b", "trainer=8xa100", "trainer.devices=2", f"strategy={name}"),
+            *("model=7b", "trainer=8xa100", f"trainer.devices={devices}", f"strategy={name}"),
             *(f"stage.gradient_clip={clip}", f"machine.micro_batch_size={MICRO_BATCH}"),
-            f"stage.global_batch_size={2 * MICRO_BATCH * case.accumulate}",
+            f"stage.global_batch_size={devices * MICRO_BATCH * case.accumulate}",
             f"trainer.precision={case.precision}",
         ]
     )

@@ -214,3 +214,25 @@ def _compare_steps(rank: int, group: str, step: int, answers: Any) -> None:
     else:
         answers.put("")
     torch.distributed.destroy_process_group()
+
+
+def test_a_file_with_code_is_not_gone_on_from(make_module, make_trainer, tmp_path):
+    path, marker = tmp_path / "000002.ckpt", tmp_path / "code_was_run"
+    torch.save({"state_dict": {}, "more": _Code(marker)}, path)
+    trainer = make_trainer(plugins=[AtomicCheckpointIO()])
+    loader = Loader(make_samples(12), 2, 2)
+    for name, message in ((path, "code, which is not run"), (tmp_path, "of a sharded strategy")):
+        # Whatever is asked of Lightning's reader.
+        with pytest.raises(CheckpointError, match=message):
+            trainer.fit(make_module(), loader, ckpt_path=name, weights_only=False)
+    assert not marker.exists()
+
+
+class _Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)

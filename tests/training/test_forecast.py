@@ -92,15 +92,14 @@ def test_checkpoints_and_exports(seven):
     projector, every = 37_767_168, 7_080_214_528
     full = 37_767_168 + 6_738_939_904
     assert checkpoint_bytes(seven, replace(PROJECTOR, strategy="ddp")) == 12 * projector
-    assert checkpoint_bytes(seven, PROJECTOR) == 14 * projector
-    assert checkpoint_bytes(seven, PROJECTOR, saves_frozen=True) == 2 * every + 12 * projector
-    assert checkpoint_bytes(seven, SETUP) == 14 * full
+    assert checkpoint_bytes(seven, PROJECTOR) == 12 * projector
+    assert checkpoint_bytes(seven, SETUP) == 12 * full
     assert export_bytes(seven, SETUP) == 2 * every
     assert export_bytes(seven, PROJECTOR) == 2 * (every + projector)
     lora = replace(SETUP, workload="lora", adapter_rank=128, strategy="ddp")
     assert export_bytes(seven, lora) == 4 * (every + projector + 319_815_680)
     found = forecast(seven, SETUP, CORPUS, Plan(1, 128, num_checkpoints=2))
-    assert found.disk_bytes == 3 * 14 * full + 2 * every
+    assert found.disk_bytes == 3 * 12 * full + 2 * every
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from tests.training.real_runs import BOUND_S, Run, wait_until_gone, write_data
@@ -92,3 +93,18 @@ def test_asked_to_stop_both_ranks_save(data_root, whole):
     again = Run(data_root, "asked", "ddp")
     assert again.end() == 0, again.stderr[-3000:]
     assert again.rows() == pytest.approx(whole, rel=1e-6)
+
+
+def test_code_in_a_checkpoint_is_not_run(data_root):
+    marker = data_root / "code_was_run"
+    folder = data_root / "theirs.ckpt"
+    folder.mkdir()
+    code = f"cos\nmkdir\n(V{marker}\ntR.".encode()
+    (folder / ".metadata").write_bytes(code)
+    torch.save({"global_step": 3}, folder / "meta.pt")
+    run = Run(data_root, "theirs", "fsdp2", "trainer.devices=1", f"resume={folder}")
+    assert run.end() == 2
+    told = " ".join(run.stderr.split())
+    assert "is no checkpoint to go on from: its index .metadata cannot be read" in told
+    assert "mkdir is no plain value" in told
+    assert not marker.exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from vipllava import whole_files
 from vipllava.training.csv_log import CsvLog, cut_csv
@@ -321,6 +322,7 @@ def test_a_checkpoint_that_is_not_there(run_dir):
         ({"data__manifest": "other"}, "data.manifest: mine -> other"),
         ({"module__model__language_model": "b"}, "module.model.language_model: a -> b"),
         ({"strategy__name": "zero3"}, "strategy.name: ddp -> zero3"),
+        ({"strategy__name": "fsdp2"}, "strategy.name: ddp -> fsdp2"),
     ],
 )
 def test_what_changes_data_or_model_is_refused(run_dir, caplog, change, listed):
@@ -351,6 +353,12 @@ def test_other_changes_are_shown(run_dir, caplog, change, listed):
     caplog.clear()
     prepare_run(run_dir, _job(**change))
     assert listed not in caplog.text
+
+
+@pytest.mark.parametrize("now", ["zero3", "zero3_offload"])
+def test_zero_stages_go_on_from_each_other(run_dir, now):
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(_job(strategy__name="zero2")))
+    assert prepare_run(run_dir, _job(strategy__name=now)).num_steps == 10
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

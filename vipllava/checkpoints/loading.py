@@ -23,6 +23,7 @@ from transformers import (
 from vipllava.checkpoints.export_meta import META_NAME, ExportMeta, check_meta, load_meta
 from vipllava.checkpoints.llava_format import is_llava, read_llava, read_projector
 from vipllava.checkpoints.names import clip_to_hf, hf_to_hf, text_model_to_hf
+from vipllava.checkpoints.parts import INDEX as PARTS_INDEX
 from vipllava.checkpoints.source import KINDS, Kind, Source, infer_chat_template
 from vipllava.models.building import (
     ModelSpec,
@@ -433,7 +434,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
 
 
 def _is_deepspeed(path: Path) -> bool:
-    return any(path.glob("**/*model_states.pt"))
+    return (path / PARTS_INDEX).is_file() or any(path.glob("**/*model_states.pt"))
 
 
 def _model_type(path: Path) -> str | None:

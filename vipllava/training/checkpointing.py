@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 
+from vipllava.checkpoints.plain_pickles import load_plain
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.training.restart import SUFFIX, list_checkpoints
 from vipllava.training.stopping import StopRequest
@@ -71,26 +71,29 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = self._executor.submit(self._write, copy, Path(path))
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read a checkpoint.
-
-        Raises:
-            CheckpointError: it is damaged, or no file of plain values and tensors.
-        """
-        where = map_location or (lambda storage, _: storage)
-        try:
-            return super().load_checkpoint(path, where, weights_only)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"the checkpoint {path} cannot be read ({_first_line(error)}): move it away, and "
-                "the same command goes on from the one before"
-            ) from error
-
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         _write(checkpoint, path)
         self.on_written()
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a file onto the CPU; nothing in it can run code, whatever ``weights_only`` says.
+
+        Raises:
+            CheckpointError: it is no such file, is cut short, or holds code.
+        """
+        if Path(path).is_dir():
+            raise CheckpointError(
+                f"{path} is the checkpoint of a sharded strategy: go on with the strategy that "
+                "wrote it, or make a model of it with `vipllava convert` and start from that"
+            )
+        try:
+            return load_plain(Path(path))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}: move it away, and the same command goes on from the one before"
+            ) from error
 
     def wait(self) -> None:
         """Wait for the file that is being written; raises what went wrong with it."""

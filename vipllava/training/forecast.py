@@ -83,7 +83,6 @@ class Plan:
         samples_per_row: 1, or about how many samples share a pack.
         mfu: share of the devices' peak that useful work will make.
         device: name of one device, or None where it is not known.
-        saves_frozen: checkpoints hold the frozen weights, too (DeepSpeed's do unless told not to).
         num_checkpoints: that are kept; a new one is whole before an old one goes.
         num_nodes: that share the processes equally.
         num_workers: loader processes of each process.
@@ -95,7 +94,6 @@ class Plan:
     samples_per_row: float = 1.0
     mfu: float = MFU
     device: str | None = None
-    saves_frozen: bool = False
     num_checkpoints: int = 1
     num_nodes: int = 1
     num_workers: int = 0
@@ -178,7 +176,7 @@ def forecast(architecture: Architecture, setup: Setup, corpus: Corpus, plan: Pla
         if peak is not None:
             whole = flops * plan.epochs * corpus.num_samples / samples
             hours = whole / (plan.mfu * peak * setup.num_devices) / 3600
-    checkpoint = checkpoint_bytes(architecture, setup, saves_frozen=plan.saves_frozen)
+    checkpoint = checkpoint_bytes(architecture, setup)
     export = export_bytes(architecture, setup)
     return Forecast(
         parameters=parameter_rows(architecture, setup),
@@ -206,23 +204,17 @@ def forecast(architecture: Architecture, setup: Setup, corpus: Corpus, plan: Pla
     )
 
 
-def checkpoint_bytes(
-    architecture: Architecture, setup: Setup, *, saves_frozen: bool = False
-) -> float:
-    """Return the size of one training checkpoint: what trains, Adam's state, masters.
+def checkpoint_bytes(architecture: Architecture, setup: Setup) -> float:
+    """Return the size of one training checkpoint: what trains, as it is updated, and Adam's state.
 
     Args:
         architecture: the network's sizes.
         setup: how it is trained.
-        saves_frozen: with DeepSpeed the frozen weights are in it, too.
     """
-    rows = parameter_rows(architecture, setup)
-    trained = sum(row.num_trainable for row in rows)
+    trained = sum(row.num_trainable for row in parameter_rows(architecture, setup))
     if not setup.is_zero:
         return float(trained * (setup.weight_bytes + 2 * setup.weight_bytes))
-    count = sum(row.num_parameters for row in rows)
-    held = count if saves_frozen else trained
-    return float(held * setup.weight_bytes + trained * (_MASTER_BYTES + _OPTIMIZER_BYTES))
+    return float(trained * (_MASTER_BYTES + _OPTIMIZER_BYTES))
 
 
 def export_bytes(architecture: Architecture, setup: Setup) -> float:

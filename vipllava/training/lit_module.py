@@ -181,10 +181,6 @@ class VipLlavaLitModule(lightning.LightningModule):
         if self.model is not None:
             return
         strategy: Any = self.trainer.strategy if self._trainer is not None else None
-        if strategy is not None and _divides_twice(strategy):
-            # DeepSpeed writes and reads checkpoints itself, without what is frozen; of the others
-            # `on_load_checkpoint` fills the gaps.
-            self.strict_loading = False
         # Lightning's default device here is the strategy's; the values of what is drawn on the CPU
         # would depend on it.
         with torch.device("cpu"), zero3_paused(strategy) if strategy is not None else nullcontext():
@@ -480,11 +476,6 @@ class VipLlavaLitModule(lightning.LightningModule):
         if _GUARD in checkpoint:
             self.guard.load_state_dict(checkpoint[_GUARD])
         self._progress = checkpoint.get(_PROGRESS)
-        strategy: Any = self.trainer.strategy
-        if _divides_twice(strategy) and strategy.deepspeed_engine.optimizer is not None:
-            # ZeRO-2 takes its bound from the checkpoint, too.
-            engine = strategy.deepspeed_engine
-            engine.optimizer.clip_grad = engine.gradient_clipping()
         saved = checkpoint.get(_ACCUMULATE)
         if saved is not None:
             rescale_progress(checkpoint, saved, self.trainer.accumulate_grad_batches)

@@ -360,9 +360,6 @@ def _plan(cfg: DictConfig, corpus: Corpus) -> Plan:
     device = cfg.machine.device
     if device is None and (present := _present_devices(cfg)):
         device = present[0].name
-    saves_frozen = not OmegaConf.select(
-        cfg, "strategy.lightning.exclude_frozen_parameters", default=True
-    )
     kept = int(OmegaConf.select(cfg, "callbacks.checkpoint.keep_last", default=1))
     kept += cfg.validation.manifest is not None  # the best one
     return Plan(
@@ -371,7 +368,6 @@ def _plan(cfg: DictConfig, corpus: Corpus) -> Plan:
         samples_per_row=_samples_per_row(cfg, corpus),
         mfu=float(cfg.machine.mfu),
         device=device,
-        saves_frozen=saves_frozen,
         num_checkpoints=kept,
         num_nodes=int(cfg.trainer.num_nodes),
         num_workers=int(cfg.data.num_workers),

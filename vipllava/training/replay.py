@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vipllava.checkpoints.plain_pickles import load_plain
 from vipllava.checkpoints.training_state import read_training_state
 from vipllava.data.replay import ReplayedMicroBatch
 from vipllava.models.supervised_loss import supervised_loss_sum
@@ -69,7 +70,7 @@ def load_weights(module: VipLlavaLitModule, checkpoint: Path) -> None:
     """
     network = module.network
     if checkpoint.is_file():
-        loaded: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        loaded = load_plain(checkpoint, mapped=True)
         unexpected = module.load_state_dict(loaded["state_dict"], strict=False).unexpected_keys
     else:
         tensors = {n: read_tensor(lazy) for n, lazy in read_training_state(checkpoint).items()}

@@ -63,8 +63,8 @@ _HARMLESS: Final = (
 """Exceptions: how the model is computed."""
 _RESTARTS: Final = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 """How often a launcher has started this job again."""
-_UNSHARDED: Final = ("single", "ddp")
-"""Strategies whose checkpoints are one and the same file."""
+_SAME_CHECKPOINTS: Final = (("single", "ddp"), ("zero2", "zero3", "zero3_offload"))
+"""Strategies that go on from each other's checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,7 +392,7 @@ def _check_job(run_dir: Path, job: Mapping[str, Any], done: Path, anyway: bool) 
 
 
 def _is_refused(key: str, pair: tuple[Any, Any]) -> bool:
-    if key == "strategy.name" and set(pair) <= set(_UNSHARDED):
+    if key == "strategy.name" and any(set(pair) <= set(names) for names in _SAME_CHECKPOINTS):
         return False
     return _is_below(key, _MATTERS) and not _is_below(key, _HARMLESS)
 

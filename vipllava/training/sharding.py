@@ -19,6 +19,8 @@ from torch import nn
 from transformers import VipLlavaForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vipllava.checkpoints.plain_pickles import first_line, load_plain, plain_values_only
+from vipllava.checkpoints.training_state import check_whole
 from vipllava.models.adapters import BLOCKS, AdapterSettings, add_adapters
 from vipllava.models.building import empty_network
 from vipllava.models.placing import OnDevice, Placement
@@ -43,14 +45,18 @@ class Fsdp2Strategy(ModelParallelStrategy):
     ) -> dict[str, Any]:
         """Read a folder of all processes into weights and optimizers; return the rest.
 
+        Nothing in it can run code, whatever ``weights_only`` says.
+
         Raises:
-            CheckpointError: it is no such folder.
+            CheckpointError: it is no such folder, lacks a file, or holds code.
         """
         from torch.distributed.checkpoint import state_dict as states
+        from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.state_dict_loader import load
 
         path = Path(self.broadcast(str(checkpoint_path)))
-        if not (path / _METADATA).is_file():
+        check_whole(path)
+        if not (path / ".metadata").is_file():
             raise CheckpointError(
                 f"{path} is no checkpoint that FSDP2 wrote: go on with the strategy that wrote it, "
                 "or make a model of it with `vipllava convert` and start from that"
@@ -58,17 +64,25 @@ class Fsdp2Strategy(ModelParallelStrategy):
         module: Any = self.model
         trained = states.StateDictOptions(ignore_frozen_params=True, cpu_offload=True)
         weights = {"state_dict": states.get_model_state_dict(module, options=trained)}
-        load(weights, checkpoint_id=path)
-        module.load_state_dict(weights["state_dict"], strict=False)
         options = states.StateDictOptions(cpu_offload=True)
-        for number, optimizer in enumerate(self.optimizers):
-            name = f"optimizer_{number}"
-            state = {name: states.get_optimizer_state_dict(module, optimizer)}
-            load(state, checkpoint_id=path)
-            states.set_optimizer_state_dict(
-                module, optimizer, optim_state_dict=state[name], options=options
-            )
-        return torch.load(path / _METADATA, weights_only=weights_only)
+        try:
+            with plain_values_only():
+                load(weights, checkpoint_id=path)
+                module.load_state_dict(weights["state_dict"], strict=False)
+                for number, optimizer in enumerate(self.optimizers):
+                    name = f"optimizer_{number}"
+                    state = {name: states.get_optimizer_state_dict(module, optimizer)}
+                    load(state, checkpoint_id=path)
+                    states.set_optimizer_state_dict(
+                        module, optimizer, optim_state_dict=state[name], options=options
+                    )
+        except CheckpointException as error:
+            reason, _ = next(iter(error.failures.values()))
+            raise CheckpointError(
+                f"{path} cannot be gone on from ({first_line(reason)}): a file of it is damaged, "
+                "is of other weights, or holds code, which is not run"
+            ) from error
+        return load_plain(path / _METADATA)
 
 
 def is_fsdp2(strategy: Strategy) -> bool:

@@ -1,0 +1,312 @@
+"""DeepSpeed whose checkpoints another number of processes goes on from.
+
+DeepSpeed's own fit the number of processes and the stage that wrote them, and are pickles that its
+reader runs. These hold, for each process, the stretches of weights and of Adam's state that it
+keeps, under the weights' names; whoever reads them takes what belongs to its own stretches. The
+half-precision weights are made of the float32 ones again. What is frozen is in no checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+
+from vipllava.checkpoints.parts import (
+    INDEX,
+    WEIGHT,
+    Part,
+    Shared,
+    check_complete,
+    copy_overlap,
+    read_parts,
+    read_shared,
+    write_index,
+    write_part,
+    write_shared,
+)
+from vipllava.checkpoints.training_state import check_whole
+from vipllava.types import CheckpointError, ConfigError
+
+_COUNTERS: Final = ("global_steps", "global_samples", "skipped_steps")
+"""Of DeepSpeed's engine."""
+_SCALING: Final = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""Of its dynamic loss scaling, which only float16 has."""
+_STEP: Final = "step"
+_IN_PARTS: Final = ("state_dict", "optimizer_states")
+"""Of Lightning's checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Where this process keeps a part of a weight: in a flat tensor, which the optimizer knows.
+
+    Attributes:
+        start: of the part in the weight.
+        length: in elements.
+        flat: float32, of many weights' parts.
+        offset: of the part in it.
+    """
+
+    start: int
+    length: int
+    flat: torch.Tensor
+    offset: int
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return the part of one of the flat tensors: the weights or of the optimizer's state."""
+        return flat.detach().narrow(0, self.offset, self.length)
+
+
+class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
+    """Lightning's strategy for ZeRO-2 and ZeRO-3, with or without the optimizer on the host.
+
+    Raises:
+        ConfigError: the DeepSpeed configuration asks for what its checkpoints do not know.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check_config(self.config or {})
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write a folder, every process its own file; all processes have to call this.
+
+        Raises:
+            OSError: a process, which need not be this one, could not write.
+        """
+        if storage_options is not None:
+            raise TypeError("storage_options: checkpoints are written to a folder, without any")
+        folder = Path(self.broadcast(str(filepath)))
+        stretches = self._stretches()
+
+        def write() -> dict[str, int]:
+            folder.mkdir(parents=True, exist_ok=True)
+            parts = {name: self._part(stretch) for name, stretch in stretches.items()}
+            sizes = write_part(folder, self.global_rank, parts)
+            if self.is_global_zero:
+                sizes |= write_shared(folder, self._shared(checkpoint))
+            return sizes
+
+        sizes = {name: size for files in _on_all(write) for name, size in files.items()}
+        _on_all(lambda: write_index(folder, sizes) if self.is_global_zero else None)
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a folder into weights and optimizer, of any number of processes; return the rest.
+
+        Nothing in it can run code, whatever ``weights_only`` says.
+
+        Raises:
+            CheckpointError: it is no such folder, lacks a file, or is of other weights.
+        """
+        path = Path(self.broadcast(str(checkpoint_path)))
+        check_whole(path)
+        if not (path / INDEX).is_file():
+            raise CheckpointError(
+                f"{path} is no checkpoint of a DeepSpeed strategy: go on with the strategy that "
+                "wrote it, or make a model of it with `vipllava convert` and start from that"
+            )
+        module = self.lightning_module
+        assert module is not None
+        if module.trainer.state.fn != TrainerFn.FITTING:
+            raise CheckpointError(
+                f"{path} can only be trained on: make a model of it with `vipllava convert`"
+            )
+        shared = read_shared(path)
+        self._check_weights(path, shared)
+        with torch.no_grad():
+            self._read_parts(path, shared.engine[_STEP])
+        self._set_engine(shared.engine)
+        return shared.run
+
+    def _stretches(self) -> dict[str, _Stretch]:
+        """Return what this process keeps, by the weights' names."""
+        zero: Any = self.deepspeed_engine.optimizer
+        found: dict[str, _Stretch] = {}
+        for name, weight in self._trained():
+            stretch = _stretch_of(weight, zero)
+            if stretch is not None:
+                found[name] = stretch
+        return found
+
+    def _trained(self) -> Iterator[tuple[str, Any]]:
+        assert self.lightning_module is not None
+        return ((n, p) for n, p in self.lightning_module.named_parameters() if p.requires_grad)
+
+    def _state(self) -> dict[torch.Tensor, dict[str, Any]]:
+        """Return AdamW's state, by the flat tensors; empty before the first step."""
+        zero: Any = self.deepspeed_engine.optimizer
+        return zero.optimizer.state
+
+    def _part(self, stretch: _Stretch) -> Part:
+        state = self._state().get(stretch.flat, {})
+        of_weights = {k: v for k, v in state.items() if v.shape == stretch.flat.shape}
+        tensors = {name: stretch.of(value) for name, value in of_weights.items()}
+        return Part(stretch.start, {WEIGHT: stretch.of(stretch.flat), **tensors})
+
+    def _shared(self, checkpoint: dict[str, Any]) -> Shared:
+        engine: Any = self.deepspeed_engine
+        scaler = engine.optimizer.loss_scaler
+        steps = {float(state[_STEP]) for state in self._state().values()}
+        assert len(steps) <= 1, steps
+        assert self.lightning_module is not None
+        first: dict[int, str] = {}
+        tied: dict[str, str] = {}
+        shapes: dict[str, list[int]] = {}
+        for name, weight in self.lightning_module.named_parameters(remove_duplicate=False):
+            if not weight.requires_grad:
+                continue
+            if id(weight) in first:
+                tied[name] = first[id(weight)]
+            else:
+                first[id(weight)] = name
+                shapes[name] = _shape(weight)
+        return Shared(
+            run={key: value for key, value in checkpoint.items() if key not in _IN_PARTS},
+            shapes=shapes,
+            tied=tied,
+            engine={
+                _STEP: max(steps, default=0.0),
+                "counters": {name: int(getattr(engine, name)) for name in _COUNTERS},
+                "scaling": {n: getattr(scaler, n) for n in _SCALING if hasattr(scaler, n)},
+            },
+        )
+
+    def _check_weights(self, path: Path, shared: Shared) -> None:
+        here = {name: _shape(weight) for name, weight in self._trained()}
+        if here == shared.shapes:
+            return
+        names = sorted(here.keys() ^ shared.shapes.keys()) or [
+            f"{name} {shared.shapes[name]}, here {shape}"
+            for name, shape in here.items()
+            if shared.shapes[name] != shape
+        ]
+        raise CheckpointError(
+            f"{path} has other weights that train than this run ({', '.join(names[:5])}"
+            f"{' ...' if len(names) > 5 else ''}): keep stage.trainable, the model and the "
+            "adapter as they were, or make a model of it with `vipllava convert` and start from "
+            "that"
+        )
+
+    def _read_parts(self, path: Path, step: float) -> None:
+        zero: Any = self.deepspeed_engine.optimizer
+        weights_sharded = hasattr(zero, "checkpoint_event_prologue")
+        if weights_sharded:
+            zero.checkpoint_event_prologue()
+        files = read_parts(path)
+        keys = {key for parts in files for part in parts.values() for key in part.tensors}
+        # All of them, with the few that are padding here: they count the steps, too.
+        for flat in _flats(zero):
+            _prepare_state(zero.optimizer, flat, keys - {WEIGHT}, step)
+        for name, stretch in self._stretches().items():
+            state = self._state().get(stretch.flat, {})
+            into = {key: stretch.of(state[key]) for key in keys - {WEIGHT}}
+            into[WEIGHT] = stretch.of(stretch.flat)
+            copied = sum(
+                copy_overlap(parts[name], stretch.start, into) for parts in files if name in parts
+            )
+            check_complete(name, copied, stretch.length)
+        if weights_sharded:
+            for number in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(number)
+            zero.checkpoint_event_epilogue()
+        else:
+            zero.update_lp_params()
+
+    def _set_engine(self, saved: dict[str, Any]) -> None:
+        engine: Any = self.deepspeed_engine
+        for name, value in saved["counters"].items():
+            setattr(engine, name, value)
+        scaler = engine.optimizer.loss_scaler
+        if scaler.dynamic:  # not in another precision
+            for name, value in saved["scaling"].items():
+                setattr(scaler, name, value)
+
+
+def _stretch_of(weight: Any, zero: Any) -> _Stretch | None:
+    if hasattr(weight, "ds_id"):  # ZeRO-3: every process has its part of each weight
+        group, offset, size = zero.grad_position[zero.get_param_id(weight)]
+        start = size * torch.distributed.get_rank(weight.ds_process_group)
+        length = min(size, weight.ds_numel - start)
+        flat = zero.fp32_partitioned_groups_flat[group]
+        return _Stretch(start, length, flat, offset) if length > 0 else None
+    mapping = weight._hp_mapping
+    if mapping is None:
+        return None
+    return _Stretch(
+        mapping.lp_fragment_address.start,
+        mapping.lp_fragment_address.numel,
+        zero.single_partition_of_fp32_groups[mapping.param_group_index],
+        mapping.hp_fragment_address.start,
+    )
+
+
+def _flats(zero: Any) -> list[torch.Tensor]:
+    name = "single_partition_of_fp32_groups"
+    return getattr(zero, name) if hasattr(zero, name) else zero.fp32_partitioned_groups_flat
+
+
+def _prepare_state(optimizer: Any, flat: torch.Tensor, keys: set[str], step: float) -> None:
+    """Make AdamW's state of a flat tensor as it makes it itself in its first step."""
+    if not keys:
+        return
+    state = optimizer.state[flat]
+    group = optimizer.param_groups[0]
+    beside = flat.device if group.get("fused") or group.get("capturable") else "cpu"
+    state[_STEP] = torch.tensor(step, dtype=torch.float32, device=beside)
+    for key in keys:
+        state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format).detach()
+
+
+def _shape(weight: Any) -> list[int]:
+    return list(getattr(weight, "ds_shape", weight.shape))
+
+
+def _on_all(action: Callable[[], Any]) -> list[Any]:
+    """Do something on every process; return all results, or raise where one of them failed.
+
+    A process that only raised would leave the others waiting for it.
+    """
+    result: tuple[Any, str | None]
+    try:
+        result = action(), None
+    except OSError as error:
+        result = None, str(error)
+    results: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(results, result)
+    for rank, (_, error) in enumerate(results):
+        if error is not None:
+            raise OSError(f"process {rank}: {error}")
+    return [value for value, _ in results]
+
+
+def _check_config(config: Any) -> None:
+    zero = config.get("zero_optimization", {})
+    optimizer = zero.get("offload_optimizer") or {}
+    weights = zero.get("offload_param") or {}
+    asks = {
+        f"stage={zero.get('stage')}": zero.get("stage") not in (2, 3),
+        "offload_optimizer.device=nvme": optimizer.get("device") == "nvme",
+        "offload_optimizer.ratio": optimizer.get("ratio", 1.0) != 1.0,
+        "offload_optimizer.super_offload": bool(optimizer.get("super_offload")),
+        "offload_param.device=nvme": weights.get("device") == "nvme",
+        "round_robin_gradients": bool(zero.get("round_robin_gradients")),
+        "mics_shard_size": (zero.get("mics_shard_size") or -1) > 0,
+        "zenflow": bool(zero.get("zenflow")),
+    }
+    problems = [f"zero_optimization.{name}" for name, asked in asks.items() if asked]
+    problems += [name for name in ("optimizer", "torch_autocast") if name in config]
+    if problems:
+        raise ConfigError(
+            f"the DeepSpeed configuration asks for {', '.join(problems)}, which checkpoints here "
+            "do not know: take that out, or choose another strategy"
+        )
