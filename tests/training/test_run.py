@@ -320,3 +320,22 @@ def test_torchrun_inside_a_slurm_job_keeps_its_own_ranks(config, monkeypatch, by
             monkeypatch.setenv(name, "0")
     found = [type(plugin).__name__ for plugin in run._plugins(config("stage=pretrain"))]
     assert ("SLURMEnvironment" in found) is not by_torchrun
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (1, 2)])
+def test_a_run_goes_on_with_another_micro_batch(config, before, after, caplog):
+    """As on another number of devices: other micro-batches a step, the same steps."""
+    caplog.set_level("INFO")
+    job = ["stage=pretrain", "stage.epochs=2", "stage.schedule=constant", "stage.warmup_ratio=0"]
+
+    def run(name: str, size: int, *more: str) -> list[float]:
+        export = run_training(
+            config(*job, f"name={name}", f"machine.micro_batch_size={size}", *more)
+        )
+        return [float(row["train/loss"]) for row in _metrics(export.parent)]
+
+    whole = run("whole", before)
+    assert len(whole) == 6
+    assert len(run("changed", before, "trainer.max_steps=2")) == 2
+    assert run("changed", after) == pytest.approx(whole, rel=1e-5)
+    assert "after 2 steps" in caplog.text

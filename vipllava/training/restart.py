@@ -329,13 +329,18 @@ def rescale_progress(checkpoint: dict[str, Any], saved: int, now: int) -> None:
         return
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
+        # Checkpoints are made at the end of a micro-batch, before Lightning counts it as completed:
+        # by that it knows, when it goes on, that the micro-batch was done.
+        behind = counts["ready"] - counts["completed"]
         for name, count in counts.items():
-            if count % saved:
+            whole = count + behind if name == "completed" else count
+            if whole % saved:
                 raise VipLlavaError(
-                    f"the checkpoint stands {count % saved} micro-batches into a step of {saved}; "
+                    f"the checkpoint stands {whole % saved} micro-batches into a step of {saved}; "
                     f"this run has {now} a step: resume from one at the end of a step"
                 )
-            counts[name] = count // saved * now
+            counts[name] = whole // saved * now
+        counts["completed"] -= behind
 
 
 def _resume_of_launcher(run_dir: Path, resume: str) -> str:
