@@ -57,7 +57,6 @@ HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _ACCUMULATE = "accumulate_grad_batches"
 """Key of a checkpoint: micro-batches per optimizer step of the run that wrote it."""
 
-
 _GUARD = "loss_guard"
 """Key of a checkpoint: what the guard knows."""
 
