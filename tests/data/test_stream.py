@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import torch
 
 from tests.data.conftest import Build
 from tests.data.toy_data import Stored, encode_picture, said, toy_samples
-from vipllava.data.batching import PackedBatches, Row, SampleBatches
+from vipllava.data.batching import Cursor, GlobalBatch, PackedBatches, Row, SampleBatches
 from vipllava.data.faults import FaultLog, FaultPolicy, read_quarantine
 from vipllava.data.order import Item, Part, SampleOrder
 from vipllava.data.ranks import Ranks
@@ -97,6 +98,24 @@ def test_a_global_batch_that_does_not_divide() -> None:
 
 
 # The loader.
+
+
+def test_signals_are_heard_while_the_first_step_is_planned(build_dataset: Build) -> None:
+    """Planning packs may wait for storage; only the start of workers holds signals."""
+    held: list[set[int]] = []
+
+    class Planned(SampleBatches):
+        def batches(self, start: Cursor) -> Iterator[GlobalBatch]:
+            held.append({int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, set())})
+            yield from super().batches(start)
+
+    dataset = build_dataset(toy_samples(8))
+    sampler = StepSampler(Planned(make_order(8), 8))
+    loader = StepLoader(dataset, sampler, pad_token_id=0, num_workers=1)
+    batches = list(loader)
+    loader.close()
+    assert len(real_keys(batches)) == 8
+    assert held == [set()]
 
 
 def test_every_sample_once_and_denominators_of_the_global_batch(build_dataset: Build) -> None:

@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -139,11 +139,22 @@ class _Shares(Sampler[StepShare]):
 
     def __init__(self, sampler: StepSampler) -> None:
         self.sampler = sampler
+        self._prepared: Iterator[StepShare] | None = None
 
     def __len__(self) -> int:
         return len(self.sampler)
 
+    def prepare(self) -> None:
+        """Make the first share of the next iteration, which may have to plan a window of packs."""
+        shares = self._all()
+        self._prepared = chain(list(islice(shares, 1)), shares)
+
     def __iter__(self) -> Iterator[StepShare]:
+        # A generator: torch makes more iterators than it goes through.
+        prepared, self._prepared = self._prepared, None
+        yield from self._all() if prepared is None else prepared
+
+    def _all(self) -> Iterator[StepShare]:
         try:
             yield from self.sampler
         except Exception as error:  # noqa: BLE001 - a rank that raised alone would leave the others
@@ -277,9 +288,10 @@ class StepLoader:
         self.prefetcher = prefetcher
         self.seconds_waited = 0.0
         image_size = dataset.encoder.transform.size
+        self._shares = _Shares(sampler)
         self._loader: DataLoader[Any] = DataLoader(
             _StepDataset(dataset, pad_token_id, image_size, multiple_of, pack_length),
-            sampler=_Shares(sampler),
+            sampler=self._shares,
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=num_workers,
@@ -336,6 +348,7 @@ class StepLoader:
             began = time.perf_counter()
             try:
                 if steps is None:
+                    self._shares.prepare()  # storage may be waited for, and signals be heard
                     with signals_held():
                         steps = iter(self._loader)
                 step = next(steps, None)  # raises where a worker was killed

@@ -26,6 +26,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from vipllava.checkpoints.plain_pickles import load_plain
+from vipllava.training.first_alone import first_alone
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.training.restart import SUFFIX, list_checkpoints
 from vipllava.training.stopping import StopRequest
@@ -329,14 +330,17 @@ def _save_sharded(trainer: lightning.Trainer, path: Path) -> None:
     trainer.strategy.barrier("before saving")
     trainer.save_checkpoint(unfinished, weights_only=False)
     trainer.strategy.barrier("saved")
-    if trainer.is_global_zero:
+
+    def give_name() -> None:
         for file in [*unfinished.rglob("*"), unfinished]:
             _sync(file)
         if path.exists():
             _remove(path)
         unfinished.rename(path)
         _sync(path.parent)
-    trainer.strategy.barrier("renamed")
+
+    # Storage may take longer to have all of it than a collective waits.
+    first_alone(trainer.is_global_zero, f"{path.name} on the disk", give_name)
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
