@@ -72,6 +72,21 @@ def test_transformers_alone_gives_the_same_logits(parts, export):
     assert tokenizer.pad_token_id == model.config.pad_token_id == 260
 
 
+def test_weights_have_the_names_of_published_checkpoints(parts, export):
+    """However the network was built; older releases and other engines know these only."""
+    names = set(load_file(export / "model.safetensors"))
+    assert "vision_tower.vision_model.embeddings.class_embedding" in names
+    assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias" in names
+    assert "multi_modal_projector.linear_1.weight" in names
+    assert "language_model.model.embed_tokens.weight" in names
+    assert ("language_model.lm_head.weight" in names) != parts[0].config.tie_word_embeddings
+    loaded = VipLlavaForConditionalGeneration.from_pretrained(export)
+    again = save_export(loaded, parts[1], export.with_name("again"), parts[2])
+    assert set(load_file(again / "model.safetensors")) == names
+    for name in ("config.json", "generation_config.json"):
+        assert (again / name).read_text() == (export / name).read_text(), name
+
+
 def test_an_export_opens_as_what_was_saved(parts, export):
     opened = open_source(str(export))
     model = opened.network()

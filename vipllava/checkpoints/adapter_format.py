@@ -38,6 +38,7 @@ from vipllava.models.tensor_files import (
     shape_of,
 )
 from vipllava.types import CheckpointError
+from vipllava.whole_files import sync, sync_folder
 
 _FILES: Final = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX: Final = "base_model.model."
@@ -109,9 +110,11 @@ def save_adapter(
         (unfinished / META_NAME).write_text(text, encoding="utf-8")
         card = model_card(meta, "lora", model.config, base=base)
         (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
+        sync_folder(unfinished)
         if directory.exists():
             shutil.rmtree(directory)
         unfinished.rename(directory)
+        sync(directory.parent)
     except OSError as error:
         raise CheckpointError(
             f"the adapter could not be written to {directory} ({error}): free some space or "

@@ -18,9 +18,11 @@ from transformers import PreTrainedTokenizerFast, VipLlavaForConditionalGenerati
 
 from vipllava.checkpoints.export_meta import META_NAME, ExportMeta, check_meta
 from vipllava.checkpoints.model_card import CARD_NAME, model_card
+from vipllava.checkpoints.names import hf_to_hf
 from vipllava.checkpoints.processor import build_processor
-from vipllava.models.tensor_files import disk_errors
+from vipllava.models.tensor_files import write_tensors
 from vipllava.types import CheckpointError
+from vipllava.whole_files import sync, sync_folder
 
 
 def save_export(
@@ -47,7 +49,6 @@ def save_export(
             network, or writing failed.
     """
     directory = Path(directory)
-    network: Any = model
     check_meta(meta, model.config)
     if directory.exists() and not (directory / META_NAME).is_file() and _is_used(directory):
         raise CheckpointError(
@@ -59,8 +60,7 @@ def save_export(
     try:
         _remove(unfinished)
         unfinished.mkdir(parents=True)
-        with disk_errors(directory):
-            network.save_pretrained(unfinished)
+        _write_network(model, unfinished)
         _name_feature_layers_twice(unfinished / "config.json", meta.feature_layers)
         made, agreement = build_processor(tokenizer, model.config, meta)
         processor: Any = made
@@ -71,9 +71,11 @@ def save_export(
         (unfinished / META_NAME).write_text(text, encoding="utf-8")
         card = model_card(meta, "hf", model.config, agreement)
         (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
+        sync_folder(unfinished)
         if directory.exists():
             directory.rename(replaced)
         unfinished.rename(directory)
+        sync(directory.parent)
         _remove(replaced)
     except OSError as error:
         if replaced.exists() and not directory.exists():
@@ -85,6 +87,23 @@ def save_export(
     finally:
         _remove(unfinished)
     return directory
+
+
+def _write_network(model: VipLlavaForConditionalGeneration, folder: Path) -> None:
+    """Write config and weights as ``save_pretrained`` does, by the names of published checkpoints.
+
+    transformers itself takes the names that a network was loaded from, or where it was built in
+    another way those of its release, which older releases and other engines do not know.
+    """
+    config: Any = model.config
+    config.architectures = [VipLlavaForConditionalGeneration.__name__]
+    config.dtype = model.dtype
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    # Each weight once: a tied head is the embeddings.
+    named = hf_to_hf(dict(model.named_parameters()), "this network")
+    write_tensors(folder, ((name, weight.detach()) for name, weight in named.items()))
 
 
 def _name_feature_layers_twice(path: Path, feature_layers: tuple[int, ...]) -> None:

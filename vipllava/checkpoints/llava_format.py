@@ -44,6 +44,7 @@ from vipllava.models.tensor_files import (
     write_tensors,
 )
 from vipllava.types import CheckpointError
+from vipllava.whole_files import sync, sync_folder
 
 MODEL_TYPES: Final = {
     "llava_llama": "llama",
@@ -324,9 +325,11 @@ def save_projector(model: VipLlavaForConditionalGeneration, directory: Path) -> 
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         write_projector(unfinished / PROJECTOR_FILES[1], tensors)
+        sync_folder(unfinished)
         if directory.exists():
             shutil.rmtree(directory)
         unfinished.rename(directory)
+        sync(directory.parent)
     except OSError as error:
         raise CheckpointError(
             f"the projector could not be written to {directory} ({error}): free some space or "

@@ -195,7 +195,7 @@ def _read_distributed(path: Path) -> Mapping[str, torch.Tensor]:
             # It says that one process reads what several wrote; that is what is wanted.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             distributed.load(state, storage_reader=reader, no_dist=True)
-    except Exception as error:
+    except (Exception, checkpoint.api.CheckpointException) as error:  # which is no Exception
         raise CheckpointError(
             f"{path} cannot be read as a distributed checkpoint ({first_line(error)}): a rank's "
             "file is missing or cut short; use an earlier one"
