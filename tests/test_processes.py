@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vipllava.processes import end_with_parent, shell_code
+from vipllava.processes import RANK_VARIABLES, end_with_parent, is_first_process, shell_code
 
 ROOT = Path(__file__).resolve().parents[1]
 BOUND_S = 60
@@ -269,3 +269,26 @@ def test_a_worker_that_hangs_ends_when_its_process_asks(start):
     ending = LOADING.replace("while heard", "sys.exit(3)\n    while heard")
     program = start(ending, "3")
     assert program.end() == 3
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_first"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        # Nodes that a person has numbered: Lightning takes the first process of each for the first.
+        ({"NODE_RANK": "0"}, True),
+        ({"NODE_RANK": "1"}, False),
+        # A Slurm script that names the device by LOCAL_RANK.
+        ({"SLURM_PROCID": "8", "LOCAL_RANK": "0"}, False),
+        # torchrun on two nodes of Slurm, which it numbers as they come.
+        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "1"}, True),
+        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "8", "LOCAL_RANK": "0", "SLURM_PROCID": "0"}, False),
+    ],
+)
+def test_the_first_process_of_a_job(variables, is_first, monkeypatch):
+    for name in (*RANK_VARIABLES, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_process() == is_first

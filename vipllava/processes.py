@@ -35,6 +35,8 @@ STOP_SIGNALS: Final = tuple(
     if hasattr(signal, name)  # Windows has the first two
 )
 """What asks a job to stop: a person, a closed terminal, or a queue, before the time is up."""
+RANK_VARIABLES: Final = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+"""What launchers number processes by; all of them are 0 in the first one."""
 _TORCHRUN: Final = "TORCHELASTIC_RUN_ID"
 _PR_SET_PDEATHSIG: Final = 1
 SAME_CTRL_C_S: Final = 1.0
@@ -42,6 +44,17 @@ SAME_CTRL_C_S: Final = 1.0
 _SHOW_CURSOR: Final = b"\x1b[?25h"
 
 Handler = Callable[[int, FrameType | None], Any]
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of its job, by what its launcher says.
+
+    Before a trainer is there, which then knows better. Lightning's own guess takes the first
+    process of every node for it where only ``NODE_RANK`` tells the nodes apart.
+    """
+    # torchrun numbers nodes as they come, whatever Slurm says of them.
+    names = ("RANK",) if _TORCHRUN in os.environ else RANK_VARIABLES
+    return all(os.environ.get(name, "0") in ("", "0") for name in names)
 
 
 def begin() -> None:

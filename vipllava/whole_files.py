@@ -87,5 +87,11 @@ def sync(path: Path) -> None:
             os.close(handle)
 
 
+def sync_folder(folder: Path) -> None:
+    """Bring a folder with all that is in it to the disk, as before it gets its name."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
 def _absent(path: Path, reason: object) -> None:
     logger.warning("%s cannot be read (%s): it counts as absent", path, reason)

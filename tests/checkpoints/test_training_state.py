@@ -283,3 +283,12 @@ def test_looking_for_damage_runs_no_code(tmp_path, ran):
     (path / ".metadata").write_bytes(pickle.dumps(_Code(ran)))
     assert "is no plain value" in (find_damage(path) or "")
     assert not ran.exists()
+
+
+def test_a_shard_that_is_cut_short_is_a_readable_error(tmp_path):
+    """PyTorch's own error of it is no Exception."""
+    path = _distributed(tmp_path / "000003.ckpt")
+    (shard,) = path.glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:-50])
+    with pytest.raises(CheckpointError, match="cannot be read as a distributed checkpoint"):
+        read_training_state(path)

@@ -236,3 +236,21 @@ class _Code:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def test_a_sharded_checkpoint_takes_the_place_of_one_of_its_name(tmp_path):
+    """The best one has a name of its own."""
+
+    def save(path, weights_only) -> None:
+        path.mkdir()
+        (path / "part").write_text(text)
+
+    trainer: Any = SimpleNamespace(
+        is_global_zero=True,
+        strategy=SimpleNamespace(barrier=lambda name: None),
+        save_checkpoint=save,
+    )
+    for text in ("first", "second", "third"):
+        checkpointing._save_sharded(trainer, tmp_path / "best.ckpt")
+        assert (tmp_path / "best.ckpt" / "part").read_text() == text
+        assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]

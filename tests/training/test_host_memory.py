@@ -39,7 +39,7 @@ def setup_for(strategy: str, num_devices: int = 8) -> Setup:
     [
         ("ddp", 0, 0, 12 * TRAINED),
         ("fsdp2", 4 * EVERY, 0, 4 * EVERY),
-        ("zero2", 0, 0, 0),
+        ("zero2", 0, 0, 4 * TRAINED),
         ("zero3_offload", 0, 18 * TRAINED, 2 * EVERY),
     ],
 )

@@ -272,10 +272,10 @@ def test_the_disk_of_another_machine_is_a_note(real, monkeypatch):
     report = examine(job([*real, "stage=finetune"]))
     assert report.problems == ()
     # Two checkpoints that are kept and the one being written: of 6 776 707 072 trained weights the
-    # bf16 ones, masters and moments, 94.9 GB each; and the export, 14.2.
-    assert any("export need 298.8 GB" in note for note in report.notes)
+    # float32 masters and moments, 81.3 GB each; and the export, 14.2.
+    assert any("export need 258.1 GB" in note for note in report.notes)
     with_best = examine(job([*real, "stage=finetune", "validation.manifest=sample_finetune"]))
-    assert any("export need 393.6 GB" in note for note in with_best.notes)
+    assert any("export need 339.4 GB" in note for note in with_best.notes)
 
 
 def test_a_model_that_cannot_be_had_is_a_clear_error(data):

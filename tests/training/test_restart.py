@@ -70,6 +70,18 @@ def test_only_whole_checkpoints_count(run_dir):
     assert names == ["000009.ckpt", "000010.ckpt"]
 
 
+@pytest.mark.parametrize("values", [{"global_step": 6}, {"run": {"global_step": 6}}])
+def test_a_folder_that_is_the_best_says_its_step(run_dir, values):
+    """FSDP2's says it itself, DeepSpeed's parts within what Lightning keeps."""
+    best = run_dir / "checkpoints" / "best.ckpt"
+    best.unlink()
+    best.mkdir()
+    torch.save(values, best / "meta.pt")
+    index = {"files": {"meta.pt": (best / "meta.pt").stat().st_size}}
+    (best / "checkpoint.json").write_text(json.dumps(index))
+    assert find_restart(run_dir, resume=str(best)) == Restart(best, 6)
+
+
 @pytest.mark.parametrize(
     ("resume", "checkpoint", "num_steps"),
     [

@@ -24,9 +24,9 @@ from vipllava.config.schema import (
     did_you_mean,
     spell,
 )
+from vipllava.processes import is_first_process
 from vipllava.types import ConfigError
 
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 _WANDB_WITHOUT_KEY = ("offline", "disabled", "dryrun")
 _BF16_CAPABILITY = (8, 0)
 
@@ -362,8 +362,8 @@ def _wandb_key(job: JobValues) -> list[str]:
         return []
     if job.get("logger.wandb.offline") is True or mode in _WANDB_WITHOUT_KEY:
         return []
-    if any(os.environ.get(name, "0") != "0" for name in _RANK_VARIABLES):
-        return []  # only the first process logs
+    if not is_first_process():
+        return []  # which alone logs
     if has_wandb_key():
         return []
     return [

@@ -24,6 +24,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
+from torch.distributed.checkpoint.api import CheckpointException
 
 from vipllava.checkpoints.plain_pickles import load_plain
 from vipllava.training.first_alone import first_alone
@@ -32,6 +33,7 @@ from vipllava.training.restart import SUFFIX, list_checkpoints
 from vipllava.training.stopping import StopRequest
 from vipllava.types import CheckpointError, Interrupted
 from vipllava.whole_files import sync as _sync
+from vipllava.whole_files import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +252,7 @@ class CheckpointCallback(Checkpoint):
                 _save_sharded(trainer, path)
             else:
                 trainer.save_checkpoint(path, weights_only=False)
-        except OSError as error:
+        except (OSError, CheckpointException) as error:  # the latter of FSDP2's writer
             raise CheckpointError(_unwritten(path, error)) from error
         self._last_time = time.monotonic()
         if trainer.is_global_zero and not isinstance(
@@ -332,8 +334,7 @@ def _save_sharded(trainer: lightning.Trainer, path: Path) -> None:
     trainer.strategy.barrier("saved")
 
     def give_name() -> None:
-        for file in [*unfinished.rglob("*"), unfinished]:
-            _sync(file)
+        sync_folder(unfinished)
         if path.exists():
             _remove(path)
         unfinished.rename(path)
@@ -391,7 +392,10 @@ def _remove(path: Path) -> None:
     """Remove a file or folder; a folder loses its name first, so no half of one is found."""
     if path.is_dir():
         if not path.name.startswith("."):
-            path = path.rename(_beside(path))
+            # Not that of a new checkpoint: this may be the one that it takes the place of.
+            old = _beside(path.with_name(f"{path.name}.old"))
+            shutil.rmtree(old, ignore_errors=True)
+            path = path.rename(old)
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

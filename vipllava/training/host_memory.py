@@ -83,9 +83,11 @@ def host_memory(
     held = memory.host / num_nodes
     if not on_devices:
         held += (memory.total - memory.overhead) * per_node
-    # One process writes, from a copy; shards are written as they lie. The export is gathered whole
-    # where no process has all of it.
+    # One process writes, from a copy; of DeepSpeed's parts every process, one flat tensor after the
+    # other. The export is gathered whole where no process has all of it.
     saving = 3.0 * setup.weight_bytes * trained if setup.strategy in ("single", "ddp") else 0.0
+    if setup.is_zero and setup.strategy != "zero3_offload":
+        saving = 4.0 * trained / num_nodes
     if setup.strategy in ("fsdp2", "zero3", "zero3_offload"):
         saving = max(saving, weights)
     process = _PROCESS_BYTES + num_workers * _WORKER_BYTES + on_devices * _CUDA_BYTES

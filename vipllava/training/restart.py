@@ -272,7 +272,7 @@ def _num_steps(checkpoint: Path) -> int:
     try:
         # The tensors stay where they are.
         values: Any = torch.load(file, map_location="meta", mmap=True, weights_only=True)
-        return int(values["global_step"])
+        return int(values.get("run", values)["global_step"])  # of DeepSpeed's parts: within
     except Exception as error:
         raise CheckpointError(
             f"{checkpoint} does not say how many steps it has done ({error}): give it the number "

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vipllava.processes import is_first_process
 from vipllava.types import VipLlavaError
 
 if TYPE_CHECKING:
@@ -43,14 +44,13 @@ def run_training(cfg: DictConfig) -> Path:
     Raises:
         VipLlavaError: data, model or settings cannot be used; the message says what to do.
     """
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     from vipllava.training.restart import started_again, unwritable
     from vipllava.training.run_lock import hold_run
 
     run_dir = Path(cfg.run_dir)
     with contextlib.ExitStack() as stack:
-        if rank_zero_only.rank in (0, None):
+        if is_first_process():
             patience_s = _PATIENCE_S if started_again() else 0.0
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,6 @@ def _train(cfg: DictConfig) -> Path:
     import lightning
     import torch
     from hydra.utils import instantiate
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
     from omegaconf import OmegaConf
 
     from vipllava.checkpoints.loading import load_tokenizer, open_spec
@@ -98,7 +97,7 @@ def _train(cfg: DictConfig) -> Path:
     tokenizer = load_tokenizer(spec)
     datamodule = build_datamodule(cfg, tokenizer)
     outlook = look_ahead(cfg, tokenizer, datamodule, spec)
-    if rank_zero_only.rank in (0, None):
+    if is_first_process():
         for line in outlook.lines:
             logger.info(line)
         _warn_of_shared_memory(cfg, spec)
@@ -253,14 +252,13 @@ def _out_of_memory(cfg: DictConfig, error: BaseException) -> str:
 
 def _begin(cfg: DictConfig, job: dict[str, Any]) -> Restart:
     """Decide where the run begins; the first process also brings its folder into that state."""
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     from vipllava.training.csv_log import FILE_NAME, cut_csv
     from vipllava.training.restart import CSV, find_restart, prepare_run
 
     run_dir = Path(cfg.run_dir)
     asked: Any = {"goal": _goal(cfg), "resume": str(cfg.resume)}
-    if rank_zero_only.rank not in (0, None):
+    if not is_first_process():
         return find_restart(run_dir, **asked)
     restart = prepare_run(run_dir, job, anyway=bool(cfg.resume_anyway), **asked)
     if restart.finished:
@@ -279,7 +277,6 @@ def _begin(cfg: DictConfig, job: dict[str, Any]) -> Restart:
 def _loggers(cfg: DictConfig, restart: Restart) -> list[Any]:
     """Instantiate the loggers by name; null switches one off. Each goes on where the run does."""
     from hydra.utils import instantiate
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
     from omegaconf import OmegaConf
 
     from vipllava.training.restart import wandb_id
@@ -288,7 +285,7 @@ def _loggers(cfg: DictConfig, restart: Restart) -> list[Any]:
     # TensorBoard hides what an earlier start wrote about steps that are now done again.
     more: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": restart.num_steps}}
     chosen = "WANDB_RUN_ID" in os.environ or OmegaConf.select(cfg, "logger.wandb.id") is not None
-    if "wandb" in nodes and not chosen and rank_zero_only.rank in (0, None):
+    if "wandb" in nodes and not chosen and is_first_process():
         more["wandb"] = {"id": wandb_id(Path(cfg.run_dir))}
     return [instantiate(n, _convert_="all", **more.get(name, {})) for name, n in nodes.items()]
 

@@ -25,6 +25,7 @@ from vipllava.models.adapters import BLOCKS, AdapterSettings, add_adapters
 from vipllava.models.building import empty_network
 from vipllava.models.placing import OnDevice, Placement
 from vipllava.models.supervised_loss import supervised_loss_sum
+from vipllava.training.first_alone import first_alone
 from vipllava.types import CheckpointError, VipLlavaError
 
 _METADATA = "meta.pt"
@@ -208,7 +209,9 @@ def build_fsdp2(
     )
 
     rank = mesh.get_local_rank()
-    whole = build() if rank == 0 else None
+    built: list[VipLlavaForConditionalGeneration] = []
+    first_alone(rank == 0, "reading the model", lambda: built.append(build()))
+    whole = built[0] if built else None
     # Its dtype, before `prepare` holds what is frozen in another.
     facts: list[Any] = [(whole.config, whole.dtype, whole.generation_config) if whole else None]
     if whole is not None:
@@ -274,10 +277,9 @@ def gather_state_dict(model: nn.Module, strategy: Strategy) -> dict[str, torch.T
     is_first = _is_first(strategy)
     state: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        value = _gather(parameter, is_zero3(strategy))
-        if is_first:
+        value = _gather(parameter, is_zero3(strategy), kept=is_first)
+        if value is not None:
             state[name] = value
-        del value
     return state if is_first else None
 
 
@@ -285,15 +287,16 @@ def _is_first(strategy: Any) -> bool:
     return getattr(strategy, "global_rank", 0) == 0
 
 
-def _gather(parameter: nn.Parameter, zero3: bool) -> torch.Tensor:
+def _gather(parameter: nn.Parameter, zero3: bool, *, kept: bool) -> torch.Tensor | None:
+    """Return a copy of the whole weight on the CPU where it is kept; every process calls this."""
     if zero3 and hasattr(parameter, "ds_id"):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().cpu().clone()
+            return parameter.detach().to("cpu", copy=True) if kept else None
     full: Any = getattr(parameter.detach(), "full_tensor", None)
     value = parameter.detach() if full is None else full()
-    return value.cpu().clone()
+    return value.to("cpu", copy=True) if kept else None
 
 
 def _shard(model: VipLlavaForConditionalGeneration, mesh: Any, precision: str) -> None:
