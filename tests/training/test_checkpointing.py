@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from tests.training.resume_job import CONTEXT
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
@@ -62,10 +63,10 @@ def test_a_full_disk_keeps_the_one_before(tmp_path, full_disk, asynchronous):
     assert _names(tmp_path) == ["000001.ckpt"]
 
 
-def _fit(make_module, make_trainer, callback, **changes):
+def _fit(make_module, make_trainer, callback, *more, **changes):
     trainer = make_trainer(
         enable_checkpointing=True,
-        callbacks=[callback, RunEnd()],
+        callbacks=[callback, RunEnd(), *more],
         plugins=[AtomicCheckpointIO()],
         **changes,
     )
@@ -254,3 +255,27 @@ def test_a_sharded_checkpoint_takes_the_place_of_one_of_its_name(tmp_path):
         checkpointing._save_sharded(trainer, tmp_path / "best.ckpt")
         assert (tmp_path / "best.ckpt" / "part").read_text() == text
         assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]
+
+
+def test_before_its_first_step_a_run_has_nothing_to_save(make_module, make_trainer, tmp_path):
+    """A signal ends it as it ends any program; Lightning would go on, or wait for other ranks."""
+    before = signal.getsignal(signal.SIGTERM)
+    found: list[Any] = []
+
+    class Looking(Callback):
+        """Behind ours: what Lightning has registered is in force."""
+
+        def on_train_start(self, trainer, pl_module) -> None:
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    callback = CheckpointCallback(tmp_path / "checkpoints")
+    callback._stop.listen = lambda: None
+    _fit(make_module, make_trainer, callback, Looking())
+    assert found == [before]
+
+
+@pytest.mark.parametrize("state", [{"state_dict": {}}, {"weight": torch.ones(2)}])
+def test_a_file_of_something_else_is_not_gone_on_from(tmp_path, state):
+    torch.save(state, tmp_path / "000005.ckpt")
+    with pytest.raises(CheckpointError, match="holds no state of a run"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "000005.ckpt")

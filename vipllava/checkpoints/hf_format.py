@@ -99,8 +99,9 @@ def _write_network(model: VipLlavaForConditionalGeneration, folder: Path) -> Non
     config.architectures = [VipLlavaForConditionalGeneration.__name__]
     config.dtype = model.dtype
     config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    generation: Any = model.generation_config
+    if generation is not None:
+        generation.save_pretrained(folder)
     # Each weight once: a tied head is the embeddings.
     named = hf_to_hf(dict(model.named_parameters()), "this network")
     write_tensors(folder, ((name, weight.detach()) for name, weight in named.items()))

@@ -92,11 +92,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "wrote it, or make a model of it with `vipllava convert` and start from that"
             )
         try:
-            return load_plain(Path(path))
+            checkpoint = load_plain(Path(path))
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error}: move it away, and the same command goes on from the one before"
             ) from error
+        if "loops" not in checkpoint:  # which only a trainer writes
+            raise CheckpointError(
+                f"{path} holds no state of a run, so none can go on from it: name a file of "
+                "RUN/checkpoints; to start from its weights pass stage.checkpoint"
+            )
+        return checkpoint
 
     def wait(self) -> None:
         """Wait for the file that is being written; raises what went wrong with it."""
@@ -147,6 +153,17 @@ class CheckpointCallback(Checkpoint):
         self._saved_step = 0
         self._last_time = time.monotonic()
         self._stop = StopRequest()
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Keep Lightning from listening to signals.
+
+        It would from before the first step on, there is no setting for it, and its handler talks to
+        the other processes, which may be anywhere, and ends a run as if nothing had happened.
+        """
+        connector: Any = trainer._signal_connector
+        connector.register_signal_handlers = _nothing
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -272,6 +289,15 @@ class CheckpointCallback(Checkpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
         """Give the signals back."""
+        self._stop.stop_listening()
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Give the signals back; nothing is torn down after an error."""
         self._stop.stop_listening()
 
     def _interrupt(self, trainer: lightning.Trainer, exit_code: int) -> NoReturn:
