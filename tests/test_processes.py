@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from vipllava.processes import RANK_VARIABLES, end_with_parent, is_first_process, shell_code
+from vipllava.training.stopping import hold_signals_of_starting
 
 ROOT = Path(__file__).resolve().parents[1]
 BOUND_S = 60
@@ -292,3 +294,36 @@ def test_the_first_process_of_a_job(variables, is_first, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert is_first_process() == is_first
+
+
+@linux_only
+def test_what_starts_hears_ctrl_c_when_it_has_begun():
+    """Until then it is held back, not lost: Python would end with a traceback of its own."""
+    code = (
+        "import signal, time\n"
+        "held = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())\n"
+        "print(held, flush=True)\n"
+        "signal.raise_signal(signal.SIGINT)\n"
+        "from vipllava.processes import begin\n"
+        "begin()\n"
+        "time.sleep(60)\n"
+    )
+    started: list[subprocess.Popen[str]] = []
+
+    def start() -> None:
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+
+    launcher = SimpleNamespace(_call_children_scripts=start)
+    hold_signals_of_starting(launcher)
+    launcher._call_children_scripts()
+    output, errors = started[0].communicate(timeout=BOUND_S)
+    assert (output, errors.strip(), started[0].returncode) == ("True\n", "stopped by Ctrl-C", 130)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -65,6 +65,7 @@ def begin() -> None:
     """
     ends = end_with_parent()
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        _hear()
         return  # begun already, or Ctrl-C is ignored: a shell's background job
     # Lightning kills the first process of a node for one that ends before it.
     waits = ends and os.environ.get("LOCAL_RANK", "0") != "0" and _TORCHRUN not in os.environ
@@ -73,6 +74,7 @@ def begin() -> None:
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=_end_at_second, args=(read,), daemon=True, name="ctrl-c").start()
+    _hear()
 
 
 def end_with_parent() -> bool:
@@ -122,7 +124,7 @@ def run_child(command: Sequence[str]) -> tuple[int, signal.Signals | None]:
         leave_closed_terminal()
         child.send_signal(number)
 
-    with naming_parent():
+    with naming_parent(), signals_held():
         child = subprocess.Popen(command)
     before = listen(forward)
     try:
@@ -175,7 +177,11 @@ def say(message: str) -> None:
 
 @contextmanager
 def signals_held() -> Generator[None]:
-    """Have the processes that are started meanwhile not hear what asks the job to stop."""
+    """Have the processes that are started meanwhile not hear what asks the job to stop.
+
+    Python itself would end with a traceback where Ctrl-C meets it before it has begun; those that
+    call :func:`begin` hear again from then on.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -208,6 +214,12 @@ def start_worker(worker_id: int = 0) -> None:
         os._exit(shell_code(-signal.SIGTERM))
 
     threading.Thread(target=obey, daemon=True).start()
+
+
+def _hear() -> None:
+    """Hear what the process that started this one has held, see :func:`signals_held`."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _held() -> set[int]:

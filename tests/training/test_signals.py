@@ -52,6 +52,18 @@ def test_all_processes_are_asked(data_root):
     assert f"error: stopped at step {len(run.rows())} by SIGTERM" in run.stderr
 
 
+def test_ctrl_c_while_the_second_process_starts(data_root):
+    """Its interpreter would end with a traceback, and the first be killed for it."""
+    run = Run(data_root, "starting", "ddp")
+    run.wait_for(lambda: len(run.ranks()) == 2)
+    run.signal_all(signal.SIGINT)
+    assert run.end(BOUND_S) == 130
+    wait_until_gone(run)
+    assert "stopped by Ctrl-C" in run.stderr
+    assert "Fatal Python error" not in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 @pytest.mark.slow
 def test_two_ranks_however_they_are_asked(data_root):
     whole = Run(data_root, "whole", "ddp", WORKERS)

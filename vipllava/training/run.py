@@ -76,6 +76,7 @@ def _train(cfg: DictConfig) -> Path:
     from vipllava.training.environment import StartLog
     from vipllava.training.preflight import look_ahead
     from vipllava.training.restart import EXPORT_FOLDER, mark_finished
+    from vipllava.training.stopping import hold_signals_of_starting
     from vipllava.types import Interrupted
 
     end_with_parent()
@@ -134,6 +135,7 @@ def _train(cfg: DictConfig) -> Path:
         # Lightning 2.6 with torch 2.13; nothing a user can do.
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         try:
+            hold_signals_of_starting(trainer.strategy.launcher)
             with naming_parent():  # Lightning starts the other processes of this node
                 trainer.fit(
                     module,

@@ -14,9 +14,27 @@ from vipllava.processes import (
     leave_closed_terminal,
     listen,
     say,
+    signals_held,
     stop_listening,
 )
 from vipllava.types import Interrupted
+
+
+def hold_signals_of_starting(launcher: Any) -> None:
+    """Have the processes that Lightning starts hear what asks to stop when they can answer.
+
+    Args:
+        launcher: of a strategy, or None where another launcher starts the processes.
+    """
+    start = getattr(launcher, "_call_children_scripts", None)
+    if start is None:
+        return
+
+    def start_held() -> None:
+        with signals_held():
+            start()
+
+    launcher._call_children_scripts = start_held
 
 
 class StopRequest:
