@@ -79,8 +79,12 @@ def check(config, tiny_sources, reference) -> Callable[..., None]:
         assert case.packed or len(found) == NUM_STEPS
         assert all(map(math.isfinite, found))
         # fp16's first steps may be left out by its scaling; the first loss is before any.
-        steps = 1 if case.precision == "16-mixed" else len(found)
-        assert found[:steps] == pytest.approx(expected[:steps], rel=3e-2)
+        assert found[0] == pytest.approx(expected[0], rel=3e-2)
+        if case.precision != "16-mixed":
+            assert found == pytest.approx(expected, rel=3e-2)
+        # The second pass over the samples is better than the first: steps have been done.
+        half = len(found) // 2
+        assert sum(found[half:]) < 0.9 * sum(found[:half])
 
     return run
 
