@@ -95,43 +95,46 @@ def test_where_no_file_is_named_the_full_folder_is(monkeypatch, tmp_path):
     assert message.startswith(f"{tmp_path / 'runs'} (1099511.6 MB free), {tmp_path / 'cache'} (")
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file of this process may grow beyond 2000 bytes: as a full disk, without one."""
+    """No file of this process may grow beyond 2000 bytes: as a full disk, without one.
+
+    Not a fixture: pytest's own output may be a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("small_files")
 def test_tensors_that_find_no_room_are_an_error_of_the_disk(tmp_path: Path):
     for save in (save_tensors, save_pickle):
-        with pytest.raises(OSError, match="weights") as caught:
+        with pytest.raises(OSError, match="weights") as caught, small_files():
             save(tmp_path / "weights", {"a": torch.zeros(5000)})
         assert str(tmp_path / "weights") in str(explain_fault(caught.value))
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_file_that_finds_no_room_leaves_the_old_one(tmp_path: Path):
     path = tmp_path / "results.json"
     write_whole(path, "old")
-    with pytest.raises(OSError, match=r"results\.json") as caught:
+    with pytest.raises(OSError, match=r"results\.json") as caught, small_files():
         write_whole(path, "x" * 5000)
     assert (caught.value.errno, path.read_text()) == (errno.EFBIG, "old")
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_log_that_finds_no_room_raises(tmp_path: Path):
     handler = LogFile(str(tmp_path / "train.log"))
     logger = logging.Logger("test")
     logger.addHandler(handler)
     logger.info("línea")
-    with pytest.raises(OSError, match=r"train\.log"):
-        logger.info("x" * 5000)
-    with contextlib.suppress(OSError):  # what it could not write is still in its buffer
-        handler.close()
+    with small_files():
+        with pytest.raises(OSError, match=r"train\.log"):
+            logger.info("x" * 5000)
+        with contextlib.suppress(OSError):  # what it could not write is still in its buffer
+            handler.close()
     assert (tmp_path / "train.log").read_text(encoding="utf-8").startswith("línea\n")
 
 
