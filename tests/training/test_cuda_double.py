@@ -24,7 +24,7 @@ from vipllava.training.run import _partial, _plugins
 from vipllava.training.sharding import HandedOut, placement_for
 from vipllava.types import ConfigError
 
-pytestmark = LIGHTNING_WARNINGS
+pytestmark = [pytest.mark.slow, *LIGHTNING_WARNINGS]
 
 MACHINES = {
     "1gpu": ("H200", 1),
