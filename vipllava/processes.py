@@ -211,7 +211,7 @@ def start_worker(worker_id: int = 0) -> None:
         # torch ends a worker that does not answer by SIGTERM; a queue sends it to all processes.
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
             pass
-        os._exit(shell_code(-signal.SIGTERM))
+        os._exit(0)  # as torch's own handler does: anything else is a failed worker to its parent
 
     threading.Thread(target=obey, daemon=True).start()
 
