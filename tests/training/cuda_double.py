@@ -68,7 +68,9 @@ def cuda_double(here: Hardware) -> Iterator[Seen]:
             importlib.import_module(name)
     first = here.cuda[0]
     seen, patches = Seen(), ExitStack()
-    properties = mock.Mock(total_memory=int(first.memory_gib * 2**30), major=first.capability[0])
+    major, minor = first.capability
+    properties = mock.Mock(total_memory=int(first.memory_gib * 2**30), major=major, minor=minor)
+    hardware.detect()  # it looks once in a process: seen here first, no double stays in it
     answers: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: len(here.cuda),

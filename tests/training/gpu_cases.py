@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -101,7 +103,8 @@ def train(
     overrides = [f"trainer={trainer}", *case.overrides(sources), f"name={name}"]
     for num_epochs in (1, NUM_EPOCHS) if stops else (NUM_EPOCHS,):
         cfg = compose(*overrides, f"stage.epochs={num_epochs}")
-        (_in_child if in_child else run_training)(cfg)
+        with mock.patch.dict(os.environ):  # Lightning leaves a rank and a port for every child
+            (_in_child if in_child else run_training)(cfg)
     run_dir = Path(cfg.run_dir)
     assert (run_dir / "export" / "config.json").is_file()
     return losses(run_dir)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from tests.training.cuda_double import PACKAGES, cuda_double, machine
 from tests.training.gpu_cases import Case, train
 from tests.training.toy_training import LIGHTNING_WARNINGS
+from vipllava.config import hardware
 from vipllava.config.checks import check_config
 from vipllava.config.composing import compose_job
 from vipllava.models.building import ModelSpec
@@ -24,7 +25,7 @@ from vipllava.training.run import _partial, _plugins
 from vipllava.training.sharding import HandedOut, placement_for
 from vipllava.types import ConfigError
 
-pytestmark = [pytest.mark.slow, *LIGHTNING_WARNINGS]
+pytestmark = [*LIGHTNING_WARNINGS]
 
 MACHINES = {
     "1gpu": ("H200", 1),
@@ -43,6 +44,16 @@ SHARED = ("ddp", "fsdp2", "zero2", "zero3", "zero3_offload")
 TUNINGS = ("full", "lora", "qlora")
 CLIP = 0.5
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def test_no_double_stays_in_its_process():
+    detect = hardware.detect  # a name of its own, which is not replaced
+    here = detect()
+    detect.cache_clear()
+    with cuda_double(machine("A6000", 8)):
+        assert len(hardware.detect().cuda) == 8
+        assert detect() == here
+    assert hardware.detect() == here
 
 
 def _compose(trainer: str, strategy: str, tuning: str, *more: str) -> DictConfig:

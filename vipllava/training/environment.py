@@ -19,8 +19,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from vipllava.checkpoints.export_meta import code_version
+from vipllava.config import hardware
 from vipllava.config.attention import attention_candidates, explain_attention
-from vipllava.config.hardware import detect
 from vipllava.whole_files import write_whole
 
 _logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def describe_attention(used: str, trainer: lightning.Trainer) -> str:
         used: the implementation, as the model's spec names it.
         trainer: with the devices and the precision.
     """
-    machine = detect()
+    machine = hardware.detect()
     on_cuda = trainer.strategy.root_device.type == "cuda"
     capability = machine.least_capability if on_cuda else None
     rows = attention_candidates(machine.installed, capability, str(trainer.precision))
