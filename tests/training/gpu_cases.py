@@ -13,8 +13,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from vipllava.config.resolvers import register_resolvers
@@ -117,6 +119,15 @@ def _in_child(cfg: DictConfig) -> None:
     command = [sys.executable, "-m", "tests.training.gpu_cases", str(job)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+def near(expected: list[float], case: Case) -> Any:
+    """Return what half precision may make of float32's losses.
+
+    LoRA in packs falls from 6.9 to 0.3 within its steps, where rounding has added up to 0.025.
+    """
+    slack = 5e-2 if case.packed and case.tuning == "lora" else None
+    return pytest.approx(expected, rel=3e-2, abs=slack)
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -44,7 +44,6 @@ def run_training(cfg: DictConfig) -> Path:
     Raises:
         VipLlavaError: data, model or settings cannot be used; the message says what to do.
     """
-
     from vipllava.training.restart import started_again, unwritable
     from vipllava.training.run_lock import hold_run
 
@@ -254,7 +253,6 @@ def _out_of_memory(cfg: DictConfig, error: BaseException) -> str:
 
 def _begin(cfg: DictConfig, job: dict[str, Any]) -> Restart:
     """Decide where the run begins; the first process also brings its folder into that state."""
-
     from vipllava.training.csv_log import FILE_NAME, cut_csv
     from vipllava.training.restart import CSV, find_restart, prepare_run
 
