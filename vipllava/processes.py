@@ -41,6 +41,8 @@ _TORCHRUN: Final = "TORCHELASTIC_RUN_ID"
 _PR_SET_PDEATHSIG: Final = 1
 SAME_CTRL_C_S: Final = 1.0
 """Seconds in which a second Ctrl-C is taken for the first: launchers hand on what they get."""
+_ENDING_S: Final = 30.0
+"""Seconds in which a parent has ended that Ctrl-C has asked to; an error told later is another."""
 _SHOW_CURSOR: Final = b"\x1b[?25h"
 
 Handler = Callable[[int, FrameType | None], Any]
@@ -244,7 +246,14 @@ def _runs(process: int) -> bool:
 
 
 def _leave_to_parent(number: int, frame: FrameType | None) -> None:
-    """Go on: the parent ends for Ctrl-C, and this process with it."""
+    """Go on, as the parent may wait for it: it ends for Ctrl-C then, and this process with it."""
+    sys.excepthook = _keep_quiet
+
+
+def _keep_quiet(*error: Any) -> None:
+    """Say nothing of what the parent's end breaks, while the kernel ends this process for it."""
+    time.sleep(_ENDING_S)
+    sys.__excepthook__(*error)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
