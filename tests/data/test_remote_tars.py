@@ -17,7 +17,9 @@ from tests.data.toy_data import make_manifest, toy_samples
 from vipllava.data.patience import Patience
 from vipllava.data.remote_tars import expand_address, index_address
 from vipllava.data.shard_cache import CacheError, MissingError, ShardCache, cache_name
-from vipllava.data.shard_index import index_path
+from vipllava.data.shard_index import (
+    index_path,
+)
 from vipllava.data.shards import ShardError, ShardSet, open_shards, write_shards
 
 PATTERN = "toy/shard-{000000..000002}.tar"

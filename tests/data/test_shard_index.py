@@ -17,18 +17,20 @@ from vipllava.data.shard_index import (
     SAMPLE,
     OldIndexError,
     SampleRow,
-    ShardError,
     ShardIndex,
     build_index,
     ensure_index,
-    estimate_tokens,
     index_path,
     load_index,
     read_index,
     save_index,
-    tar_name,
 )
 from vipllava.data.shards import write_shards
+from vipllava.data.tar_members import (
+    ShardError,
+    estimate_tokens,
+    tar_name,
+)
 
 JPEG = encode_picture()
 

@@ -28,7 +28,9 @@ from vipllava.data.order import Part, SampleOrder
 from vipllava.data.patience import Patience
 from vipllava.data.samples import SampleEncoder, SampleSource
 from vipllava.data.shard_cache import ShardCache, cache_name
-from vipllava.data.shard_index import index_path
+from vipllava.data.shard_index import (
+    index_path,
+)
 from vipllava.data.shards import UnreadableError, write_shards
 from vipllava.data.stream import StepLoader, StepSampler
 from vipllava.data.visual_prompt_dataset import VisualPromptDataset

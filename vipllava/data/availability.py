@@ -23,8 +23,10 @@ from vipllava.data.image_decode import decode_image
 from vipllava.data.ingest import metadata_paths, picture_paths
 from vipllava.data.manifest import Manifest, is_remote
 from vipllava.data.schemas import kind_of
-from vipllava.data.shard_index import ShardError
 from vipllava.data.shards import open_shards
+from vipllava.data.tar_members import (
+    ShardError,
+)
 from vipllava.keyed_random import generator_for
 from vipllava.types import ConfigError, RecordError
 

@@ -18,13 +18,15 @@ from vipllava.data.downloading import RefusedError
 from vipllava.data.shard_cache import CacheError, MissingError, ShardCache, cache_name
 from vipllava.data.shard_index import (
     OldIndexError,
-    ShardError,
     ShardIndex,
     ensure_index,
     index_tar,
     match_index,
     read_index,
     save_index,
+)
+from vipllava.data.tar_members import (
+    ShardError,
 )
 
 log = logging.getLogger(__name__)
