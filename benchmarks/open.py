@@ -26,12 +26,7 @@ import numpy as np
 
 from vipllava.data.batching import Batching
 from vipllava.data.manifest import Manifest, parse_manifest
-from vipllava.data.shard_index import (
-    SAMPLE,
-    ShardIndex,
-    index_path,
-    save_index,
-)
+from vipllava.data.shard_index import SAMPLE, ShardIndex, index_path, save_index
 from vipllava.data.shards import ShardSet, open_shards
 
 _NUM_TARS: Final = 1200

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.toy_data import encode_picture, said, toy_samples
+from tests.toy_data import encode_picture, said, toy_samples
 from vipllava.data.shards import write_shards
 
 

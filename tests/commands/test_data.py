@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.data.file_server import run_server
 from tests.data.test_unpacking import make_zip
-from tests.data.toy_data import encode_picture, toy_samples
+from tests.files.file_server import run_server
+from tests.toy_data import encode_picture, toy_samples
 from vipllava.commands.data import run
 from vipllava.data.shards import write_shards
 from vipllava.types import ConfigError, VipLlavaError

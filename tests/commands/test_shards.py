@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.data.file_server import run_server
-from tests.data.toy_data import encode_picture, said
+from tests.files.file_server import run_server
+from tests.toy_data import encode_picture, said
 from vipllava.commands import shards
 from vipllava.data.shard_build import BuildError
 from vipllava.types import ConfigError

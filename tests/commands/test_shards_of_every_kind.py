@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.data.toy_data import encode_picture, said
+from tests.toy_data import encode_picture, said
 from vipllava.commands import shards
 from vipllava.data.manifest import load_manifest
 from vipllava.data.samples import SampleSource

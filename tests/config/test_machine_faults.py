@@ -19,8 +19,8 @@ from vipllava import cli
 from vipllava.config import machine_faults
 from vipllava.config.log_file import LogFile
 from vipllava.config.machine_faults import explain_fault
+from vipllava.files.atomic import write_whole
 from vipllava.models.tensor_files import save_pickle, save_tensors
-from vipllava.whole_files import write_whole
 
 BUS = (
     "DataLoader worker (pid 41) is killed by signal: Bus error. It is possible that dataloader's "

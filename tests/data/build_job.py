@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tests.data.toy_data import make_manifest
+from tests.toy_data import make_manifest
 from vipllava.data.shard_build import build_shards
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.data.file_server import FileServer, Reply, run_server
+from tests.files.file_server import FileServer, Reply, run_server
 
 COMMIT = "c" * 40
 REPO = "org/set"

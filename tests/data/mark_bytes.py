@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from tests.data.schemas.random_records import KINDS
-from tests.data.toy_data import encode_picture
+from tests.toy_data import encode_picture
 from tests.visual_prompts.policy_files import load_policies
 from vipllava.data.image_decode import decode_image
 from vipllava.data.samples import marks_generator, plan_sample, words_generator

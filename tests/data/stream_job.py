@@ -122,8 +122,8 @@ def _train(job: Job, rank: int, port: int) -> None:
     import torch
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    from tests.data.conftest import make_encoder
     from tests.data.test_datamodule import make_module, make_trainer
+    from tests.toy_stream import make_encoder
     from vipllava.visual_prompts.policies import VisualPromptPolicy
 
     warnings.simplefilter("ignore")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.toy_data import encode_picture, said, toy_samples
+from tests.toy_data import encode_picture, said, toy_samples
 from vipllava.data.availability import Availability, Finding, check_data
 from vipllava.data.manifest import Manifest, parse_manifest
 from vipllava.data.shards import write_shards

@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.data.file_server import FileServer, Reply, run_server
 from tests.data.stream_job import Job, consumed, error_of, start
-from tests.data.toy_data import make_manifest, toy_samples
+from tests.files.file_server import FileServer, Reply, run_server
+from tests.toy_data import make_manifest, toy_samples
 from vipllava.data.faults import read_quarantine
-from vipllava.data.shard_index import (
-    index_path,
-)
+from vipllava.data.shard_index import index_path
 from vipllava.data.shards import open_shards, write_shards
 
 NUM_SAMPLES = 22

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.data.toy_data import SIDE, make_manifest, said, toy_samples
+from tests.toy_data import SIDE, make_manifest, said, toy_samples
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.data import datamodule
 from vipllava.data.datamodule import VisualPromptDataModule

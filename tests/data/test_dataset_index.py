@@ -14,19 +14,11 @@ import numpy as np
 import pytest
 
 from tests.data.tar_files import write_tar, write_version_1
-from tests.data.toy_data import make_manifest, toy_samples
+from tests.toy_data import make_manifest, toy_samples
 from vipllava.data import dataset_index, shard_index
 from vipllava.data.dataset_index import DatasetIndex, open_dataset_index
-from vipllava.data.shard_index import (
-    SAMPLE,
-    SampleRow,
-    ShardIndex,
-    index_path,
-)
+from vipllava.data.shard_index import SAMPLE, SampleRow, ShardError, ShardIndex, index_path
 from vipllava.data.shards import ShardSet, open_shards, write_shards
-from vipllava.data.tar_members import (
-    ShardError,
-)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.data.conftest import Build
-from tests.data.toy_data import said, toy_samples
+from tests.toy_data import said, toy_samples
+from tests.toy_stream import Build
 from vipllava.data.held_out import HeldOutLoader, divide
 from vipllava.data.ranks import Ranks
 from vipllava.types import RecordError, VipLlavaError

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.data.fake_hub import COMMIT, REPO, Hub, run_hub
-from tests.data.file_server import Reply, run_server
-from vipllava.data.downloading import DownloadError
+from tests.files.file_server import Reply, run_server
 from vipllava.data.hub import HubFile, fetch_hub_file, list_hub_files
-from vipllava.data.patience import Patience
+from vipllava.files.download import DownloadError
+from vipllava.files.retries import Patience
 
 BIG = bytes(range(256)) * 2000
 QUICK = Patience(max_attempts=2, timeout_s=5, backoff_s=0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.toy_data import encode_picture
+from tests.toy_data import encode_picture
 from vipllava.data import image_decode
 from vipllava.data.image_decode import decode_image, image_size
 from vipllava.types import RecordError

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from tests.data.toy_data import encode_picture
+from tests.toy_data import encode_picture
 from vipllava.data.image_transform import (
     CLIP_MEAN,
     CLIP_STD,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.data.toy_data import encode_picture, make_manifest, said
+from tests.toy_data import encode_picture, make_manifest, said
 from vipllava.data.annotations import Annotation
 from vipllava.data.ingest import (
     Ingested,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tests.data.conftest import Build
-from tests.data.toy_data import said, toy_samples
+from tests.toy_data import said, toy_samples
+from tests.toy_stream import Build
 from vipllava.data import pack_planner
 from vipllava.data.batching import Row
 from vipllava.data.faults import Fault, FaultPolicy

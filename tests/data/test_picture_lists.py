@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.data.file_server import FileServer, Reply, run_server
+from tests.files.file_server import FileServer, Reply, run_server
 from vipllava.data import picture_lists
-from vipllava.data.downloading import DiskError
-from vipllava.data.patience import Patience
 from vipllava.data.picture_lists import (
     PictureListError,
     PictureOutcome,
@@ -21,6 +19,8 @@ from vipllava.data.picture_lists import (
     read_picture_list,
 )
 from vipllava.data.sources import PictureList
+from vipllava.files.download import DiskError
+from vipllava.files.retries import Patience
 
 PICTURES = PictureList("ocr/dataset.json", "imageURL", "ocr/images")
 QUICK = Patience(max_attempts=2, timeout_s=5, backoff_s=0)

@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.file_server import FileServer, Reply, run_server
 from tests.data.tar_files import write_version_1
-from tests.data.toy_data import make_manifest, toy_samples
-from vipllava.data.patience import Patience
+from tests.files.file_server import FileServer, Reply, run_server
+from tests.toy_data import make_manifest, toy_samples
 from vipllava.data.remote_tars import expand_address, index_address
-from vipllava.data.shard_cache import CacheError, MissingError, ShardCache, cache_name
-from vipllava.data.shard_index import (
-    index_path,
-)
+from vipllava.data.shard_index import index_path
 from vipllava.data.shards import ShardError, ShardSet, open_shards, write_shards
+from vipllava.files.cache import CacheError, MissingError, ShardCache, cache_name
+from vipllava.files.retries import Patience
 
 PATTERN = "toy/shard-{000000..000002}.tar"
 KEYS = [f"s{n:03d}" for n in range(20)]

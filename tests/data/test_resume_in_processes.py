@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.stream_job import Job, consumed, start
-from tests.data.toy_data import toy_samples
+from tests.toy_data import toy_samples
 from vipllava.data.shards import write_shards
 
 NUM_SAMPLES = 22

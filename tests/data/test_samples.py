@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.conftest import Build
-from tests.data.toy_data import encode_picture, make_manifest, said, toy_samples
+from tests.toy_data import encode_picture, make_manifest, said, toy_samples
+from tests.toy_stream import Build
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.conversation.label_proof import prove_labels
 from vipllava.data.image_transform import ImageTransform

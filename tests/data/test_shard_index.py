@@ -12,25 +12,23 @@ import numpy as np
 import pytest
 
 from tests.data.tar_files import write_tar, write_version_1
-from tests.data.toy_data import encode_picture, said, toy_samples
+from tests.toy_data import encode_picture, said, toy_samples
 from vipllava.data.shard_index import (
     SAMPLE,
     OldIndexError,
     SampleRow,
+    ShardError,
     ShardIndex,
     build_index,
     ensure_index,
+    estimate_tokens,
     index_path,
     load_index,
     read_index,
     save_index,
-)
-from vipllava.data.shards import write_shards
-from vipllava.data.tar_members import (
-    ShardError,
-    estimate_tokens,
     tar_name,
 )
+from vipllava.data.shards import write_shards
 
 JPEG = encode_picture()
 

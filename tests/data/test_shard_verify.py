@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.data.toy_data import encode_picture, make_manifest, toy_samples
-from vipllava.data.shard_index import (
-    index_path,
-)
+from tests.toy_data import encode_picture, make_manifest, toy_samples
+from vipllava.data.shard_index import index_path
 from vipllava.data.shard_verify import Verdict, index_shards, verify_shards
 from vipllava.data.shards import write_shards
 

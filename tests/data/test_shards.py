@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.data.tar_files import write_tar
-from tests.data.toy_data import encode_picture, make_manifest, toy_samples
+from tests.toy_data import encode_picture, make_manifest, toy_samples
 from vipllava.data.samples import SampleSource
 from vipllava.data.shards import ShardError, ShardSet, index_shard, open_shards, write_shards
 from vipllava.types import RecordError

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.conftest import Build
-from tests.data.toy_data import Stored, encode_picture, said, toy_samples
+from tests.toy_data import Stored, encode_picture, said, toy_samples
+from tests.toy_stream import Build
 from vipllava.data.batching import Cursor, GlobalBatch, PackedBatches, Row, SampleBatches
 from vipllava.data.faults import FaultLog, FaultPolicy, read_quarantine
 from vipllava.data.order import Item, Part, SampleOrder

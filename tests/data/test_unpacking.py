@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vipllava.data.downloading import DiskError
 from vipllava.data.unpacking import DamagedArchiveError, UnpackError, unpack
+from vipllava.files.download import DiskError
 
 FILES = {
     "train2017/1.jpg": b"one" * 1000,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from tests.data.conftest import make_encoder
 from tests.data.test_datamodule import Recorder, make_module, make_trainer
+from tests.toy_stream import make_encoder
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
 

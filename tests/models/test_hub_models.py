@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.data.fake_hub import REPO, Hub, run_hub
-from tests.data.file_server import Reply
+from tests.files.file_server import Reply
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.models.building import ModelSpec
 from vipllava.models.hub_models import local_folder

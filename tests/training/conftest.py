@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
-from tests.data.toy_data import toy_samples
+from tests.toy_data import toy_samples
 from vipllava.config.resolvers import register_resolvers
 from vipllava.data.shards import write_shards
 from vipllava.models.building import ModelSpec

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.data.toy_data import toy_samples
+from tests.toy_data import toy_samples
 from vipllava.data.shards import write_shards
 
 ROOT = Path(__file__).resolve().parents[2]

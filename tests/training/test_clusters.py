@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.toy_data import toy_samples
+from tests.toy_data import toy_samples
 from tests.training import fake_slurm
 from vipllava.data.shards import write_shards
 

@@ -17,8 +17,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from tests.conftest import byte_tokenizer
-from tests.data.toy_data import toy_samples
 from tests.models.test_real_sizes import CLIP, LANGUAGE_MODELS
+from tests.toy_data import toy_samples
 from vipllava.config import hardware
 from vipllava.config.checks import check_plan_config
 from vipllava.config.composing import compose_job

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.toy_data import toy_samples
+from tests.toy_data import toy_samples
 from tests.training.launching import start
 from tests.training.refusal_job import BAD_STEP, NUM_STEPS, Job
 from vipllava.data.shards import write_shards

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from vipllava import whole_files
+from vipllava.files import atomic as whole_files
 from vipllava.training.csv_log import CsvLog, cut_csv
 from vipllava.training.restart import (
     Goal,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.toy_data import toy_samples
+from tests.toy_data import toy_samples
 from tests.training.resume_job import Job, log, losses, start
 from vipllava.data.shards import write_shards
 from vipllava.models.adapters import AdapterSettings

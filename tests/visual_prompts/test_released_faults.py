@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.toy_data import encode_picture, said
+from tests.toy_data import encode_picture, said
 from tests.visual_prompts.policy_files import load_policies
 from vipllava.data.image_decode import decode_image
 from vipllava.data.samples import marks_generator, plan_sample, words_generator

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast, VipLlavaForConditionalGenerati
 from vipllava.checkpoints.export_meta import META_NAME, ExportMeta
 from vipllava.checkpoints.model_card import CARD_NAME, model_card
 from vipllava.checkpoints.names import hf_to_hf, hf_to_llava
+from vipllava.files.atomic import sync, sync_folder
 from vipllava.models.adapters import (
     AdapterSettings,
     adapter_parameters,
@@ -38,7 +39,6 @@ from vipllava.models.tensor_files import (
     shape_of,
 )
 from vipllava.types import CheckpointError
-from vipllava.whole_files import sync, sync_folder
 
 _FILES: Final = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX: Final = "base_model.model."

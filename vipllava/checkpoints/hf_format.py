@@ -20,9 +20,9 @@ from vipllava.checkpoints.export_meta import META_NAME, ExportMeta, check_meta
 from vipllava.checkpoints.model_card import CARD_NAME, model_card
 from vipllava.checkpoints.names import hf_to_hf
 from vipllava.checkpoints.processor import build_processor
+from vipllava.files.atomic import sync, sync_folder
 from vipllava.models.tensor_files import write_tensors
 from vipllava.types import CheckpointError
-from vipllava.whole_files import sync, sync_folder
 
 
 def save_export(

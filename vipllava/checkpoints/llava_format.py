@@ -32,6 +32,7 @@ from vipllava.checkpoints.names import (
     rename,
     without_prefixes,
 )
+from vipllava.files.atomic import sync, sync_folder
 from vipllava.models.building import EMBEDDINGS, HEAD, PROJECTOR, mean_row, projector_shapes
 from vipllava.models.tensor_files import (
     LazyTensor,
@@ -44,7 +45,6 @@ from vipllava.models.tensor_files import (
     write_tensors,
 )
 from vipllava.types import CheckpointError
-from vipllava.whole_files import sync, sync_folder
 
 MODEL_TYPES: Final = {
     "llava_llama": "llama",

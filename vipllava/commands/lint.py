@@ -16,7 +16,7 @@ from vipllava.commands.job import (
     split_arguments,
     whole,
 )
-from vipllava.whole_files import write_whole
+from vipllava.files.atomic import write_whole
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

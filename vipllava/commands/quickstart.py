@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from vipllava.files.atomic import write_whole
 from vipllava.processes import run_child, shell_code
 from vipllava.types import VipLlavaError
-from vipllava.whole_files import write_whole
 
 if TYPE_CHECKING:
     from vipllava.report.quickstart_page import Accuracy, Example

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from vipllava.commands.progress_bars import ProgressBars
     from vipllava.data.build_report import BuildSummary
     from vipllava.data.manifest import Manifest
-    from vipllava.data.shard_cache import ShardCache
     from vipllava.data.shard_stats import ShardStats, Spread
     from vipllava.data.shard_verify import Verdict
+    from vipllava.files.cache import ShardCache
 
 EXIT_DAMAGED: Final = 1
 _SHOWN: Final = 20
@@ -322,7 +322,7 @@ def _cache(values: dict[str, Any], manifest: Manifest) -> ShardCache | None:
 
     if not any(map(is_remote, (values["data_root"], *manifest.shards))):
         return None
-    from vipllava.data.shard_cache import ShardCache
+    from vipllava.files.cache import ShardCache
 
     return ShardCache(Path(values["cache"]).expanduser(), int(values["cache_gb"] * 10**9))
 

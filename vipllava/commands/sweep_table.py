@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vipllava.commands.settings import Setting, read_settings
+from vipllava.files.atomic import write_whole
 from vipllava.types import VipLlavaError
-from vipllava.whole_files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -18,15 +18,13 @@ from typing import Any, Final, Literal, cast
 import braceexpand
 
 from vipllava.data.annotations import AnnotationError, iter_annotations
-from vipllava.data.downloading import run_parallel
 from vipllava.data.image_decode import decode_image
 from vipllava.data.ingest import metadata_paths, picture_paths
 from vipllava.data.manifest import Manifest, is_remote
 from vipllava.data.schemas import kind_of
+from vipllava.data.shard_index import ShardError
 from vipllava.data.shards import open_shards
-from vipllava.data.tar_members import (
-    ShardError,
-)
+from vipllava.files.download import run_parallel
 from vipllava.keyed_random import generator_for
 from vipllava.types import ConfigError, RecordError
 

@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 
 from vipllava.data.ingest import FileState
 from vipllava.data.record_version import RECORD_VERSION
-from vipllava.whole_files import write_whole
+from vipllava.files.atomic import write_whole
 
 SUMMARY_FILE: Final = "build.json"
 REJECTED_FILE: Final = "rejected.jsonl"

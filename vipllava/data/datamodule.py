@@ -28,14 +28,14 @@ from vipllava.data.order import (
     plan_parts,
 )
 from vipllava.data.pack_planner import PackPlanner, SharedPlans
-from vipllava.data.patience import Patience
 from vipllava.data.prefetch import ShardPrefetcher
 from vipllava.data.ranks import Ranks
 from vipllava.data.replay import ReplayedMicroBatch, replay_step
 from vipllava.data.samples import SampleEncoder, SampleSource
-from vipllava.data.shard_cache import ShardCache
 from vipllava.data.stream import StepLoader, StepSampler, stream_identity
 from vipllava.data.visual_prompt_dataset import VisualPromptDataset
+from vipllava.files.cache import ShardCache
+from vipllava.files.retries import Patience
 from vipllava.types import Batch, ConfigError
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 

@@ -30,13 +30,11 @@ import numpy.typing as npt
 from vipllava.data.shard_index import (
     SAMPLE,
     SampleRow,
+    ShardError,
     ShardIndex,
     ensure_index,
     index_path,
     split_keys,
-)
-from vipllava.data.tar_members import (
-    ShardError,
 )
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Files of a data set repository on the Hugging Face hub: listed, downloaded, compared.
 
 ``huggingface_hub`` lists the commit, addresses its files and knows the user's login. The bytes come
-through :mod:`vipllava.data.downloading`: the hub's own client starts a file anew in each process,
+through :mod:`vipllava.files.download`: the hub's own client starts a file anew in each process,
 and 27 GB of pictures should not.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from vipllava import __version__
-from vipllava.data.downloading import DownloadError, Progress, RefusedError, download
-from vipllava.data.patience import PATIENT, Patience, Trial
+from vipllava.files.download import DownloadError, Progress, RefusedError, download
+from vipllava.files.retries import PATIENT, Patience, Trial
 
 _Result = TypeVar("_Result")
 _TYPE: Final = "dataset"

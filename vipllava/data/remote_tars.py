@@ -14,10 +14,9 @@ from typing import BinaryIO, Final
 
 import braceexpand
 
-from vipllava.data.downloading import RefusedError
-from vipllava.data.shard_cache import CacheError, MissingError, ShardCache, cache_name
 from vipllava.data.shard_index import (
     OldIndexError,
+    ShardError,
     ShardIndex,
     ensure_index,
     index_tar,
@@ -25,9 +24,8 @@ from vipllava.data.shard_index import (
     read_index,
     save_index,
 )
-from vipllava.data.tar_members import (
-    ShardError,
-)
+from vipllava.files.cache import CacheError, MissingError, ShardCache, cache_name
+from vipllava.files.download import RefusedError
 
 log = logging.getLogger(__name__)
 

@@ -27,10 +27,10 @@ from vipllava.data.collate import EncodedSample
 from vipllava.data.image_decode import decode_image, image_size
 from vipllava.data.image_transform import ImageTransform
 from vipllava.data.manifest import AUTO_POLICY, Manifest, load_manifest
-from vipllava.data.patience import ONCE, Patience
 from vipllava.data.schemas import parse_record
-from vipllava.data.shard_cache import ShardCache
 from vipllava.data.shards import Entry, ShardSet, open_shards
+from vipllava.files.cache import ShardCache
+from vipllava.files.retries import ONCE, Patience
 from vipllava.keyed_random import generator_for
 from vipllava.types import Encoded, RecordError, Sample, Turn, VipLlavaError, VisualPromptPlan
 from vipllava.visual_prompts.policies import VisualPromptPolicy, get_policy

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
+import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, cast
@@ -23,21 +26,23 @@ from typing import Any, BinaryIO, Final, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from vipllava.data.tar_members import (
-    BLOCK,
-    IMAGE_EXTENSIONS,
-    MOST,
-    Member,
-    ShardError,
-    estimate_tokens,
-    parse_object,
-    tar_name,
-    walk_tar,
-)
+from vipllava.data.image_decode import image_size
+from vipllava.data.schemas.fields import IMAGE_PLACEHOLDER
+from vipllava.types import RecordError, VipLlavaError
 
 log = logging.getLogger(__name__)
 
 INDEX_VERSION: Final = 2
+IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp")
+BLOCK: Final = 512
+"""Members of a tar start at multiples of this, bytes."""
+
+BYTES_PER_TOKEN: Final = 3.6
+"""UTF-8 bytes of English text per token of a Llama tokenizer, about."""
+
+MOST: Final = 65535
+"""Largest stored side of a picture and length of a text; it stands for all above, too."""
+
 SAMPLE: Final = np.dtype(
     [
         ("key_end", "<u4"),
@@ -56,7 +61,15 @@ SAMPLE: Final = np.dtype(
 """A sample in an index: the fields of :class:`SampleRow`."""
 
 _HEAD_BYTES: Final = 4096
+_MEMBER: Final = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset: cut at the first dot
 _LARGEST: Final = (1 << 32) - 1
+_TEXT_FIELDS: Final = (
+    "question", "general_question", "answer", "grounding", "answer_choices", "rationale_choices",
+)  # fmt: skip
+
+
+class ShardError(VipLlavaError):
+    """A shard or its index is missing, damaged, or not what the manifest says."""
 
 
 class OldIndexError(ShardError):
@@ -139,6 +152,43 @@ def index_path(tar: Path) -> Path:
     return tar.with_name(index_name(tar.name))
 
 
+def estimate_tokens(record: Mapping[str, Any]) -> int:
+    """Estimate how many tokens the texts of a record make.
+
+    The UTF-8 bytes of the conversation, or for records without one of question, answer, caption
+    and choices, divided by ``BYTES_PER_TOKEN``, rounded up, at most ``MOST``. Not counted are the
+    picture, the system prompt and the wording of instructions. The record need not be valid.
+    """
+    if isinstance(record.get("conversations"), list):
+        fields: Iterable[Any] = [
+            cast("dict[Any, Any]", turn).get("value")
+            for turn in cast("list[Any]", record["conversations"])
+            if isinstance(turn, dict)
+        ]
+    else:
+        fields = [record.get(name) for name in _TEXT_FIELDS]
+    return min(MOST, math.ceil(sum(map(_text_bytes, fields)) / BYTES_PER_TOKEN))
+
+
+def _text_bytes(value: object) -> int:
+    if isinstance(value, str):
+        return len(value.replace(IMAGE_PLACEHOLDER, "").encode(errors="replace"))
+    if isinstance(value, list):  # VCR: words and lists of object numbers, read with spaces
+        return sum(1 + _text_bytes(item) for item in cast("list[Any]", value))
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    extension: str
+    offset: int
+    size: int
+    crc: int
+    width: int = 0
+    height: int = 0
+    text_tokens: int = 0
+
+
 def build_index(path: Path, *, name: str | None = None) -> ShardIndex:
     """Read a tar from start to end and index it.
 
@@ -165,10 +215,10 @@ def index_tar(file: BinaryIO, where: str) -> ShardIndex:
         file: the tar.
         where: its path or address, for messages.
     """
-    samples: dict[str, dict[str, Member]] = {}
+    samples: dict[str, dict[str, _Member]] = {}
     ignored: set[str] = set()
     last = None
-    for key, member in walk_tar(file, where):
+    for key, member in _walk(file, where):
         if member.extension not in ("json", *IMAGE_EXTENSIONS):
             ignored.add(member.extension)
             continue
@@ -207,8 +257,71 @@ def _identify(file: BinaryIO) -> tuple[int, int]:
     return os.fstat(file.fileno()).st_size, zlib.crc32(file.read(_HEAD_BYTES))
 
 
+def _walk(file: BinaryIO, where: str) -> Iterator[tuple[str, _Member]]:
+    """Yield key and member in order, checking what tarfile lets pass at the end."""
+    damaged = "restore it or build it again"
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for info in tar:
+                if info.isdir():
+                    continue
+                match = _MEMBER.fullmatch(info.name)
+                if not info.isfile() or match is None:
+                    raise ShardError(
+                        f"{where}: member `{info.name}` is not a file called KEY.EXTENSION; "
+                        "build the shard again without it"
+                    )
+                key, extension = match.group(1), match.group(2).lower()
+                file.seek(info.offset_data)
+                data = file.read(info.size)
+                if len(data) != info.size:
+                    raise ShardError(f"{where} is truncated within `{info.name}`; {damaged}")
+                yield key, _read_member(data, info.offset_data, extension, key, where)
+            end = tar.offset  # tarfile takes a broken header after the first one for the end
+    except tarfile.TarError as error:
+        raise ShardError(f"{where} is not a whole tar ({error}); {damaged}") from error
+    file.seek(end)
+    tail = file.read(BLOCK)
+    if len(tail) != BLOCK or any(tail):
+        what = "is truncated" if len(tail) < BLOCK else "has a broken header"
+        raise ShardError(f"{where} {what} at byte {end}; {damaged}")
+
+
+def _read_member(data: bytes, offset: int, extension: str, key: str, where: str) -> _Member:
+    crc = zlib.crc32(data)
+    width = height = tokens = 0
+    if extension == "json":
+        tokens = estimate_tokens(parse_object(data, f"{where}: {key}.json"))
+    elif extension in IMAGE_EXTENSIONS:
+        try:
+            width, height = image_size(data, key=key)
+        except RecordError as error:  # an index describes what is there; reading it complains
+            log.warning("%s: %s", where, error)
+    return _Member(extension, offset, len(data), crc, width, height, tokens)
+
+
+def parse_object(data: bytes, where: str) -> dict[str, Any]:
+    """Read a stored record.
+
+    Raises:
+        ShardError: it is no JSON object.
+    """
+    try:
+        record: Any = json.loads(data)
+    except ValueError as error:
+        raise ShardError(
+            f"{where} is not JSON ({error}). Correct the record and build the shard again"
+        ) from error
+    if not isinstance(record, dict):
+        raise ShardError(
+            f"{where} holds {type(record).__name__}; a record is a JSON object. Correct the record "
+            "and build the shard again"
+        )
+    return cast("dict[str, Any]", record)
+
+
 def _to_index(
-    samples: Mapping[str, Mapping[str, Member]], tar_size: int, head_crc: int, where: str
+    samples: Mapping[str, Mapping[str, _Member]], tar_size: int, head_crc: int, where: str
 ) -> ShardIndex:
     keys = [key.encode() for key in samples]
     rows: list[SampleRow] = []
@@ -411,3 +524,12 @@ def _add_tokens(
         record = parse_object(data, f"{tar_where}: {key.decode()}.json")
         samples["text_tokens"][row] = estimate_tokens(record)
     return replace(index, samples=samples)
+
+
+def tar_name(tar: Path | str) -> str:
+    """Return a tar's file name, be it a path, an address or a command."""
+    text = str(tar)
+    if "://" in text and not text.startswith("pipe:"):
+        text = text.partition("?")[0]
+    names = re.findall(r"[^/\s?=&'\"]+\.tar\b", text)
+    return names[-1] if names else text.rpartition("/")[2]

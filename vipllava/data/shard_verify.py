@@ -11,17 +11,13 @@ from typing import TYPE_CHECKING, Any, Final
 from vipllava.data.availability import find_tars
 from vipllava.data.image_decode import decode_image
 from vipllava.data.manifest import Manifest, is_remote
-from vipllava.data.process_pool import default_num_workers, run_jobs
-from vipllava.data.shard_index import (
-    build_index,
-    index_path,
-    load_index,
-)
+from vipllava.data.shard_index import build_index, index_path, load_index
 from vipllava.data.shards import ShardError, ShardSet, index_shard, open_shards
+from vipllava.files.pools import default_num_workers, run_jobs
 from vipllava.types import RecordError
 
 if TYPE_CHECKING:
-    from vipllava.data.shard_cache import ShardCache
+    from vipllava.files.cache import ShardCache
 
 VERIFY_VERSION: Final = 1
 Progress = Callable[[int, int], None]

@@ -13,13 +13,11 @@ from webdataset.writer import TarWriter
 
 from vipllava.data.image_decode import image_size
 from vipllava.data.shard_index import (
+    IMAGE_EXTENSIONS,
+    ShardError,
     build_index,
     index_path,
     save_index,
-)
-from vipllava.data.tar_members import (
-    IMAGE_EXTENSIONS,
-    ShardError,
 )
 from vipllava.types import RecordError
 

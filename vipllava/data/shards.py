@@ -33,24 +33,22 @@ from vipllava.data.dataset_index import (
 )
 from vipllava.data.manifest import Manifest, is_remote
 from vipllava.data.open_files import OpenFile, OpenFiles
-from vipllava.data.patience import ONCE, Patience, Trial
 from vipllava.data.remote_tars import CACHED_INDICES, IndexLoader, expand_address
-from vipllava.data.shard_cache import ShardCache, cache_name
 from vipllava.data.shard_index import (
-    ShardIndex,
-    build_index,
-    index_path,
-    save_index,
-)
-from vipllava.data.shard_write import write_shards
-from vipllava.data.tar_members import (
     BLOCK,
     IMAGE_EXTENSIONS,
     MOST,
     ShardError,
+    ShardIndex,
+    build_index,
+    index_path,
     parse_object,
+    save_index,
     tar_name,
 )
+from vipllava.data.shard_write import write_shards
+from vipllava.files.cache import ShardCache, cache_name
+from vipllava.files.retries import ONCE, Patience, Trial
 from vipllava.types import RecordError, StorageError
 
 log = logging.getLogger(__name__)
@@ -197,7 +195,7 @@ class ShardSet:
     def text_tokens(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Return the estimated lengths of texts, tokens, int32 [n].
 
-        See :func:`vipllava.data.tar_members.estimate_tokens`.
+        See :func:`vipllava.data.shard_index.estimate_tokens`.
         """
         return self.index.samples["text_tokens"][positions].astype(np.int32)
 

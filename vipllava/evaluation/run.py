@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vipllava.files.atomic import write_whole
 from vipllava.types import ConfigError, VipLlavaError
-from vipllava.whole_files import write_whole
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -11,6 +11,7 @@ from typing import Final
 
 from PIL import Image
 
+from vipllava.files.atomic import write_whole
 from vipllava.report.html import Child, Html, element, join, page, picture
 from vipllava.report.inspect_style import INSPECT_STYLE
 from vipllava.report.inspected import (
@@ -22,7 +23,6 @@ from vipllava.report.inspected import (
     Stretch,
 )
 from vipllava.report.style import STYLE
-from vipllava.whole_files import write_whole
 
 _WIDTH_SHOWN: Final = 336
 _WIDTH_LARGE: Final = 1008

@@ -10,11 +10,11 @@ from typing import Final
 
 from PIL import Image
 
+from vipllava.files.atomic import write_whole
 from vipllava.report.charts import Bar, bar_chart, loss_chart
 from vipllava.report.html import Html, element, join, page, picture, table
 from vipllava.report.loss_curves import smooth
 from vipllava.report.style import STYLE
-from vipllava.whole_files import write_whole
 
 _STAGES: Final[Mapping[str, str]] = {
     "pretrain": "projector only, on captions",

@@ -27,13 +27,13 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch.distributed.checkpoint.api import CheckpointException
 
 from vipllava.checkpoints.plain_pickles import load_plain
+from vipllava.files.atomic import sync as _sync
+from vipllava.files.atomic import sync_folder
 from vipllava.training.first_alone import first_alone
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.training.restart import SUFFIX, list_checkpoints
 from vipllava.training.stopping import StopRequest
 from vipllava.types import CheckpointError, Interrupted
-from vipllava.whole_files import sync as _sync
-from vipllava.whole_files import sync_folder
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 
-from vipllava.whole_files import write_whole
+from vipllava.files.atomic import write_whole
 
 FILE_NAME: Final = "metrics.csv"
 _FIRST: Final = ("epoch", "step")

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from vipllava.checkpoints.export_meta import code_version
 from vipllava.config import hardware
 from vipllava.config.attention import attention_candidates, explain_attention
-from vipllava.whole_files import write_whole
+from vipllava.files.atomic import write_whole
 
 _logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from typing import Any, Final, Literal, get_args
 import torch
 
 from vipllava.data.stream import REPEAT_SUFFIX, StepLoader
+from vipllava.files.atomic import write_whole
 from vipllava.training.restart import CHECKPOINTS, list_checkpoints
 from vipllava.types import CheckpointError, ConfigError
-from vipllava.whole_files import write_whole
 
 OnNonfinite = Literal["stop", "skip"]
 OnSpike = Literal["stop", "skip", "ignore"]

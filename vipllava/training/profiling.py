@@ -20,8 +20,8 @@ from torch import nn
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from vipllava.files.atomic import write_whole
 from vipllava.types import ConfigError
-from vipllava.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 

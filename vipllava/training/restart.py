@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from vipllava.files.atomic import read_text, read_yaml, write_whole, write_yaml
 from vipllava.training.csv_log import FILE_NAME, count_rows
 from vipllava.training.run_lock import LOCK_FILE
 from vipllava.types import CheckpointError, ConfigError, VipLlavaError
-from vipllava.whole_files import read_text, read_yaml, write_whole, write_yaml
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+from vipllava.files.atomic import read_yaml
 from vipllava.types import VipLlavaError
-from vipllava.whole_files import read_yaml
 
 logger = logging.getLogger(__name__)
 

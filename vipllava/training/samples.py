@@ -23,11 +23,11 @@ from PIL import Image
 
 from vipllava.conversation.pieces import FastTokenizer
 from vipllava.data.datamodule import VisualPromptDataModule
+from vipllava.files.atomic import write_whole
 from vipllava.models.supervised_loss import Predictions
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.training.metrics import SAMPLES
 from vipllava.types import Batch
-from vipllava.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 

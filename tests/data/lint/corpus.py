@@ -14,14 +14,12 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from tests.data.toy_data import make_manifest, said
+from tests.toy_data import make_manifest, said
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.data.image_transform import ImageTransform
 from vipllava.data.lint import Finding, LintLimits, LintReport, lint_entry, lint_shards
 from vipllava.data.samples import SampleEncoder, SampleSource
-from vipllava.data.shard_index import (
-    index_path,
-)
+from vipllava.data.shard_index import index_path
 from vipllava.data.shards import Entry, ShardSet, index_shard
 from vipllava.visual_prompts.policies import VisualPromptPolicy, build_policies
 

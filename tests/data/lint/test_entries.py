@@ -26,7 +26,7 @@ from tests.data.lint.corpus import (
     sample_encoder,
     stored,
 )
-from tests.data.toy_data import said
+from tests.toy_data import said
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.data.lint import LintLimits
 from vipllava.types import IGNORE_INDEX, ConfigError, Encoded, Turn

@@ -35,7 +35,7 @@ from tests.data.lint.corpus import (
     stored,
     write_tar,
 )
-from tests.data.toy_data import said
+from tests.toy_data import said
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.data.lint import CODES, Finding
 

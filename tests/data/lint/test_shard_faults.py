@@ -17,12 +17,10 @@ from tests.data.lint.corpus import (
     sample_encoder,
     write_tar,
 )
-from tests.data.toy_data import said
+from tests.toy_data import said
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.data.lint import LintReport
-from vipllava.data.shard_index import (
-    index_path,
-)
+from vipllava.data.shard_index import index_path
 from vipllava.data.shards import ShardError, write_shards
 from vipllava.types import ConfigError, VipLlavaError
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.data.toy_data import said
+from tests.toy_data import said
 from vipllava.visual_prompts.palette import PALETTE
 
 Rng = np.random.Generator

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.toy_data import encode_picture
+from tests.toy_data import encode_picture
 from tests.visual_prompts.policy_files import load_policies
 from vipllava.data import schemas
 from vipllava.data.samples import marks_generator, plan_sample

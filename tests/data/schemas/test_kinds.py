@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.toy_data import encode_picture, said
+from tests.toy_data import encode_picture, said
 from vipllava.data.schemas import KINDS, kind_of, parse_record
 from vipllava.keyed_random import generator_for
 from vipllava.types import DraftTurn, FixedVisualPrompt, Mention, Region, Sample

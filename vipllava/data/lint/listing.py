@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 from vipllava.data.shard_index import (
+    IMAGE_EXTENSIONS,
+    ShardError,
     index_path,
     load_index,
 )
 from vipllava.data.shards import Entry, ShardSet
-from vipllava.data.tar_members import (
-    IMAGE_EXTENSIONS,
-    ShardError,
-)
 from vipllava.types import RecordError
 
 _MEMBER: Final = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset: cut at the first dot

@@ -23,9 +23,9 @@ from vipllava.data.lint.findings import Finding, LintLimits
 from vipllava.data.lint.listing import Listing, list_tar
 from vipllava.data.lint.report import LintReport
 from vipllava.data.manifest import Manifest
-from vipllava.data.process_pool import start_worker
 from vipllava.data.samples import SampleEncoder, SampleSource
 from vipllava.data.shards import ShardError, ShardSet
+from vipllava.files.pools import start_worker
 from vipllava.types import ConfigError, RecordError, VipLlavaError
 
 _CHUNK: Final = 32

@@ -22,11 +22,11 @@ from vipllava.data.samples import marks_generator, plan_sample
 from vipllava.evaluation.answering import Answerer, answer_all
 from vipllava.evaluation.matching import is_exact_match
 from vipllava.evaluation.statistics import paired_difference_interval, wilson_interval
+from vipllava.files.atomic import write_whole
 from vipllava.inference.engine import Request
 from vipllava.types import RecordError, Sample, Turn
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 from vipllava.visual_prompts.render import render_plan
-from vipllava.whole_files import write_whole
 
 PREDICTIONS: Final = "predictions.jsonl"
 RESULTS: Final = "results.json"

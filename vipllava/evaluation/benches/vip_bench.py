@@ -18,9 +18,9 @@ from vipllava.data.image_decode import decode_image
 from vipllava.evaluation.answering import Answerer, answer_all
 from vipllava.evaluation.judge import Judge, NoVerdictError, split_ground_truth
 from vipllava.evaluation.statistics import mean_interval
+from vipllava.files.atomic import write_whole
 from vipllava.inference.engine import Request
 from vipllava.types import RecordError, Turn, VipLlavaError
-from vipllava.whole_files import write_whole
 
 META_DATA: Final = "vip-bench-meta-data.json"
 QUESTIONS: Final = "questions.jsonl"

@@ -1,6 +1,6 @@
 """The bytes of one address, whatever its scheme, in one attempt.
 
-http and https go through :mod:`vipllava.data.downloading`, ``pipe:COMMAND`` through the opener of
+http and https go through :mod:`vipllava.files.download`, ``pipe:COMMAND`` through the opener of
 webdataset, every other scheme (s3, gs, ...) through fsspec.
 """
 
@@ -16,8 +16,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from vipllava.data.downloading import Progress, download
-from vipllava.data.patience import Trial
+from vipllava.files.download import Progress, download
+from vipllava.files.retries import Trial
 from vipllava.types import StorageError
 
 _CHUNK: Final = 4 << 20

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from tests.data.cached_files import QUICK, ROOMY, SIZE, body, names, parts, read, until
-from tests.data.file_server import FileServer, Reply, run_server
-from vipllava.data import shard_cache
-from vipllava.data.shard_cache import ShardCache, cache_name
+from tests.files.cached_files import QUICK, ROOMY, SIZE, body, names, parts, read, until
+from tests.files.file_server import FileServer, Reply, run_server
+from vipllava.files import cache as shard_cache
+from vipllava.files.cache import ShardCache, cache_name
 
 SPAWN = multiprocessing.get_context("spawn")
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.file_server import FileServer, Reply, run_server
-from vipllava.data import downloading, patience
-from vipllava.data.downloading import DownloadError, download
-from vipllava.data.patience import Patience
+from tests.files.file_server import FileServer, Reply, run_server
+from vipllava.files import download as downloading
+from vipllava.files import retries as patience
+from vipllava.files.download import DownloadError, download
+from vipllava.files.retries import Patience
 from vipllava.types import ConfigError
 
 BODY = bytes(range(256)) * 400  # 102400 bytes, every 256 of them alike only within a period
@@ -72,7 +73,7 @@ def test_a_killed_process_is_continued(server: FileServer, tmp_path: Path) -> No
     url = server.serve("a.bin", BODY, Reply(wait_s=60))
     script = (
         "import sys\nfrom pathlib import Path\n"
-        "from vipllava.data.downloading import download\n"
+        "from vipllava.files.download import download\n"
         "download(sys.argv[1], Path(sys.argv[2]), "
         "on_progress=lambda *now: print('bytes', flush=True))\n"
     )

@@ -27,7 +27,7 @@ from typing import Any, Final, NoReturn, TypeVar, cast
 from urllib.parse import urlsplit
 
 from vipllava import __version__
-from vipllava.data.patience import PATIENT, Patience, Trial
+from vipllava.files.retries import PATIENT, Patience, Trial
 from vipllava.types import StorageError
 
 log = logging.getLogger(__name__)

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 from urllib.parse import unquote
 
-from vipllava.data.downloading import DiskError, DownloadError, RefusedError
-from vipllava.data.openers import BrokenError, CacheError, MissingError, WrongError, transfer
-from vipllava.data.patience import PATIENT, Patience, Trial
+from vipllava.files.download import DiskError, DownloadError, RefusedError
+from vipllava.files.openers import BrokenError, CacheError, MissingError, WrongError, transfer
+from vipllava.files.retries import PATIENT, Patience, Trial
 from vipllava.types import ConfigError
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class _Held:
 class ShardCache:
     """Whole files from addresses in a local folder, downloaded once for all who use the folder.
 
-    See :mod:`vipllava.data.openers` for the schemes. All methods may be called from
+    See :mod:`vipllava.files.openers` for the schemes. All methods may be called from
     several processes and threads. An instance can be pickled and is cheap to make; nothing is
     touched before the first file is wanted.
     """

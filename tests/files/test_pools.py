@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vipllava.data.process_pool import WorkerDied, default_num_workers, run_jobs
+from vipllava.files.pools import WorkerDied, default_num_workers, run_jobs
 from vipllava.types import RecordError, VipLlavaError
 
 

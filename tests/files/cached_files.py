@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vipllava.data.patience import Patience
-from vipllava.data.shard_cache import ShardCache
+from vipllava.files.cache import ShardCache
+from vipllava.files.retries import Patience
 
 SIZE = 60_000
 ROOMY = 1 << 30

@@ -18,11 +18,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.data.cached_files import QUICK, ROOMY, SIZE, body, names, parts, read, until
-from tests.data.file_server import FileServer, Reply, run_server
-from vipllava.data import shard_cache
-from vipllava.data.patience import Patience
-from vipllava.data.shard_cache import CacheError, MissingError, ShardCache, cache_name
+from tests.files.cached_files import QUICK, ROOMY, SIZE, body, names, parts, read, until
+from tests.files.file_server import FileServer, Reply, run_server
+from vipllava.files import cache as shard_cache
+from vipllava.files.cache import CacheError, MissingError, ShardCache, cache_name
+from vipllava.files.retries import Patience
 from vipllava.types import ConfigError
 
 
