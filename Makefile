@@ -9,11 +9,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 # DeepSpeed's kernels are built when first used, not at install time.
 export DS_BUILD_OPS := 0
-# Tests start hundreds of processes: without bytecode each would compile the package anew.
-unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-browser check docs bench smollm2 pictures clean
+.PHONY: help quickstart test test-all test-browser check bench smollm2 pictures clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -21,10 +19,8 @@ help: ## list the targets
 quickstart: $(VENV)/.core ## train three stages on sample data, evaluate, write a report (runs/quickstart)
 	$(BIN)/vipllava quickstart
 
-# A file's tests stay together: they share what the first of them trains.
-test: $(VENV)/.dev ## the fast tests, on all cores (at most eight)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not browser" -n logical --maxprocesses=8 \
-		--dist=loadfile --no-loadscope-reorder
+test: $(VENV)/.dev ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu and not browser"
 
 test-all: $(VENV)/.dev ## every test this machine can run
 	$(BIN)/python -m pytest
@@ -32,14 +28,11 @@ test-all: $(VENV)/.dev ## every test this machine can run
 test-browser: $(VENV)/.browser ## look at the pages in a browser; needs Debian's package `chromium` (or Chrome)
 	$(BIN)/python -m pytest -m browser
 
-check: $(VENV)/.dev docs ## lint, format, types, import floors, documentation
+check: $(VENV)/.dev ## lint, format, types, import floors
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-
-docs: $(VENV)/.dev ## pages and API reference from the docstrings (site/); a link that leads nowhere is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(VENV)/.core ## measure; tables here, figures in runs/bench
 	$(BIN)/python -m benchmarks.run
@@ -67,9 +60,9 @@ $(VENV)/.created:
 	@touch $@
 
 # torch first and pinned: resolved by another package's bare `torch` it may come as a far bigger build.
-$(VENV)/.core: pyproject.toml setup.py constraints.txt | $(VENV)/.created
+$(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/.created
 	$(PIP_INSTALL) "torch==$(TORCH)"
-	$(PIP_INSTALL) -e ".[sample]"
+	$(PIP_INSTALL) -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core

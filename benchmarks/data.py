@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from vipllava.keyed_random import generator_for
-from vipllava.models.towers import CLIP
-from vipllava.records.image_decode import decode_image
-from vipllava.stream.image_transform import (
+from vipllava.data.image_transform import (
+    CLIP_MEAN,
+    CLIP_STD,
     ImageTransform,
+    decode_image,
     reference_transform,
 )
+from vipllava.keyed_random import generator_for
 from vipllava.types import Region, VisualPromptPlan
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 from vipllava.visual_prompts.render import render_plan
@@ -144,20 +145,15 @@ def _measure(size: tuple[int, int], shape: Any) -> dict[str, Any]:
     region = Region((0.3 * w, 0.25 * h, 0.75 * w, 0.75 * h), (polygon,))
     policy = VisualPromptPolicy(shapes=(shape,))
     plan = sample_plan([region], size, policy, generator_for("bench", shape))
-    transform = ImageTransform(_INPUT, "pad", CLIP.preprocessing)
-    mean, std = (
-        torch.tensor(v).view(3, 1, 1) * 255
-        for v in (CLIP.preprocessing.mean, CLIP.preprocessing.std)
-    )
+    transform = ImageTransform(_INPUT, "pad")
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (CLIP_MEAN, CLIP_STD))
 
     def ours() -> torch.Tensor:
         return transform(render_plan(decode_image(jpeg, "bench"), plan))
 
     def plain() -> torch.Tensor:
         decoded = Image.open(io.BytesIO(jpeg)).convert("RGB")
-        padded = reference_transform(
-            _draw_plainly(decoded, plan), _INPUT, "pad", CLIP.preprocessing
-        )
+        padded = reference_transform(_draw_plainly(decoded, plan), _INPUT, "pad")
         return (padded.float() - mean) / std
 
     plain_levels = ((plain() * std) + mean).numpy()

@@ -10,16 +10,13 @@ from typing import Any
 from benchmarks.train_cases import ROOT, tiny_spec
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder
+from vipllava.data.image_transform import ImageTransform
+from vipllava.data.samples import iter_samples
 from vipllava.evaluation.benches.regions import read_questions
-from vipllava.inference.engine import Engine
+from vipllava.inference.engine import Engine, Request
 from vipllava.models.building import image_seq_length, token_id
-from vipllava.models.towers import CLIP
-from vipllava.sample_world import TINY_POLICIES
 from vipllava.sample_world.build import ensure_sample_world
-from vipllava.shards.manifest import load_manifest
-from vipllava.stream.image_transform import ImageTransform
-from vipllava.stream.sample_encoder import SampleSource
-from vipllava.types import Request
+from vipllava.sample_world.teach import load_tiny_policies
 
 _NUM_QUESTIONS, _MAX_NEW_TOKENS = 64, 8
 
@@ -37,15 +34,10 @@ def run(data_root: Path = Path("data")) -> dict[str, Any]:
         max_length=512,
     )
     engine = Engine(
-        build_model(spec),
-        tokenizer,
-        encoder,
-        ImageTransform(spec.image_size, "pad", CLIP.preprocessing),
-        "cpu",
+        build_model(spec), tokenizer, encoder, ImageTransform(spec.image_size, "pad"), "cpu"
     )
-    manifest = load_manifest("sample_regions", ROOT / "data_manifests")
-    samples = SampleSource.open(manifest, data_root, seed=42)
-    questions = read_questions(islice(samples, _NUM_QUESTIONS), TINY_POLICIES, seed=42)
+    samples = iter_samples("sample_regions", ROOT / "data_manifests", data_root, seed=42)
+    questions = read_questions(islice(samples, _NUM_QUESTIONS), load_tiny_policies(), seed=42)
     requests = [Request(question.marked, question.turns, question.key) for question in questions]
     rows: list[dict[str, Any]] = []
     for batch_size in (1, 8, 32):

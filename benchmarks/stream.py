@@ -33,31 +33,25 @@ from webdataset.compat import WebDataset
 from benchmarks.train_cases import tiny_spec
 from vipllava.checkpoints.loading import load_tokenizer
 from vipllava.conversation import ConversationEncoder
+from vipllava.data.batching import SampleBatches
+from vipllava.data.collate import EncodedSample
+from vipllava.data.image_transform import ImageTransform
+from vipllava.data.manifest import Manifest, parse_manifest
+from vipllava.data.order import MixEntry, SampleOrder, plan_parts
+from vipllava.data.packing import plan_packs
+from vipllava.data.samples import SampleEncoder, SampleSource, marks_generator, words_generator
+from vipllava.data.schemas import parse_record
+from vipllava.data.shards import write_shards
+from vipllava.data.stream import StepLoader, StepSampler
+from vipllava.data.visual_prompt_dataset import VisualPromptDataset
 from vipllava.models.building import token_id
-from vipllava.models.towers import CLIP
-from vipllava.records import parse_record
-from vipllava.shards.manifest import Manifest, parse_manifest
-from vipllava.shards.tars import write_shards
-from vipllava.stream.batching import SampleBatches
-from vipllava.stream.collate import EncodedSample
-from vipllava.stream.image_transform import ImageTransform
-from vipllava.stream.loader import StepLoader, StepSampler
-from vipllava.stream.order import MixEntry, SampleOrder, plan_parts
-from vipllava.stream.pack_planner import plan_packs
-from vipllava.stream.sample_encoder import (
-    SampleEncoder,
-    SampleSource,
-    marks_generator,
-    words_generator,
-)
-from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import IGNORE_INDEX, Sample
 from vipllava.visual_prompts.policies import VisualPromptPolicy
+from vipllava.visual_prompts.refer import refer_turns
 from vipllava.visual_prompts.render import render_plan
 from vipllava.visual_prompts.sampling import sample_plan
-from vipllava.visual_prompts.shapes import refer_turns
 
-_HISTOGRAM = Path(__file__).resolve().parent.parent / "tests" / "stream" / "length_histogram.json"
+_HISTOGRAM = Path(__file__).resolve().parent.parent / "tests" / "data" / "length_histogram.json"
 _NAME, _SEED, _INPUT = "bench", 42, 336
 _NUM_SAMPLES, _PER_TAR, _BATCH, _ROUNDS = 576, 48, 16, 9
 _SIZE = (640, 480)
@@ -114,7 +108,7 @@ def _stream(root: Path, encoder: SampleEncoder, workers: int) -> StepLoader:
     parts = plan_parts({_NAME: source.shards.shard_sizes}, {_NAME: MixEntry(epochs=1.0)})
     sampler = StepSampler(SampleBatches(SampleOrder(parts, _SEED), _BATCH))
     dataset = VisualPromptDataset([source], encoder)
-    return StepLoader(dataset, sampler, dataset.sample_encoder.collator(), num_workers=workers)
+    return StepLoader(dataset, sampler, pad_token_id=0, num_workers=workers)
 
 
 def _plain(
@@ -165,7 +159,7 @@ def _from_pillow(raw: dict[str, Any], encoder: SampleEncoder) -> EncodedSample:
     sample = _parse(key, raw["json"], raw["bytes"])
     rng = marks_generator(_SEED, 0, _NAME, key)
     plan = sample_plan(sample.regions, picture.size, encoder.policies[sample.policy], rng)
-    encoded = encoder.conversation_encoder.encode(refer_turns(sample.turns, plan))
+    encoded = encoder.encoder.encode(refer_turns(sample.turns, plan))
     return EncodedSample(key, encoded, encoder.transform(render_plan(picture, plan)))
 
 
@@ -176,7 +170,7 @@ def _parse(key: str, record: dict[str, Any], picture: bytes) -> Sample:
 
 def _manifest() -> Manifest:
     raw = {
-        "schema_version": 2,
+        "schema_version": 1,
         "name": _NAME,
         "stage": "finetune",
         "licence": "none",
@@ -196,7 +190,7 @@ def text_encoder() -> SampleEncoder:
         image_seq_length=576,
         max_length=2048,
     )
-    transform = ImageTransform(_INPUT, "pad", CLIP.preprocessing)
+    transform = ImageTransform(_INPUT, "pad")
     return SampleEncoder({"regions": VisualPromptPolicy()}, encoder, transform, _SEED)
 
 

@@ -14,7 +14,7 @@ plain      the network's own forward over padded rows with an attention mask and
 ========== =====================================================================================
 
 Weights that train are float32, on CUDA computed with in bfloat16; frozen ones are bfloat16 there.
-``tflops`` is useful work a second by :mod:`vipllava.forecast.flops`, the median over the steps; the
+``tflops`` is useful work a second by :mod:`vipllava.models.flops`, the median over the steps; the
 samples per second follow from it by the mean work of a sample, so that a step with many or long
 samples counts as any other. ``spread`` are its quartiles over the median. ``ratio`` is to the plain
 loop with recomputation. ``gib`` is the peak that PyTorch allocated.
@@ -41,15 +41,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from benchmarks.train_cases import Case, can_train, random_case, tiny_case
 from vipllava.config import hardware
 from vipllava.config.attention import FALLBACK, attention_candidates, choose_attention
-from vipllava.forecast.architecture import architecture_of
-from vipllava.forecast.flops import Workload, device_peak
+from vipllava.data.collate import collate_packs
+from vipllava.data.packing import plan_packs
+from vipllava.models.architecture import architecture_of
 from vipllava.models.attention import attention_settings
 from vipllava.models.blocks import compile_blocks
+from vipllava.models.flops import Workload, device_peak
 from vipllava.models.freezing import modules_of
+from vipllava.models.image_features import normalise_pixels
 from vipllava.models.supervised_loss import supervised_loss_sum
-from vipllava.models.towers import CLIP, normalise_pixels
-from vipllava.stream.collate import Collator
-from vipllava.stream.pack_planner import plan_packs
 from vipllava.training.metrics import BatchFlops
 from vipllava.training.optim import OptimizerSettings, build_optimizer, parameter_groups
 from vipllava.types import PADDING_SEGMENT, Batch
@@ -132,7 +132,7 @@ def lines_of(case: Case) -> tuple[Line, ...]:
             lines.append(ours("packed", False, fast))
         lines.append(ours("packed", False, fast, compiled=True))
         flash = "flash_attention_2"
-        if any(kernel.name == flash and not kernel.why_not for kernel in known):
+        if any(kernel.name == flash and kernel.usable for kernel in known):
             lines.append(Line("plain", "padded", True, flash))
     return tuple(lines)
 
@@ -197,8 +197,15 @@ def batches(case: Case, rows: str) -> list[Batch]:
         count = case.micro_batch_size
         single = [[sample] for sample in samples]
         micro_batches = [single[n : n + count] for n in range(0, len(single), count)]
-    collator = Collator(case.pad_token_id, case.image_size, pack_length=length)
-    made = [collator(rows_of_step) for rows_of_step in micro_batches]
+    made = [
+        collate_packs(
+            rows_of_step,
+            pad_token_id=case.pad_token_id,
+            image_size=case.image_size,
+            pack_length=length,
+        )
+        for rows_of_step in micro_batches
+    ]
     for batch in made:
         batch.num_supervised_global = batch.num_supervised
     return made
@@ -224,9 +231,7 @@ def plain_inputs(batch: Batch) -> dict[str, torch.Tensor]:
         "labels": batch.labels,
     }
     if len(batch.pixel_values):
-        inputs["pixel_values"] = normalise_pixels(
-            batch.pixel_values, torch.float32, CLIP.preprocessing
-        )
+        inputs["pixel_values"] = normalise_pixels(batch.pixel_values, torch.float32)
     return inputs
 
 

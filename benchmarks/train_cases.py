@@ -23,24 +23,19 @@ from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder
-from vipllava.forecast.architecture import (
-    LANGUAGE_MODELS,
-    TOWERS,
-    architecture_of,
-    published_config,
-)
-from vipllava.forecast.flops import Workload
-from vipllava.forecast.memory import Setup, device_memory
+from vipllava.data.collate import EncodedSample
+from vipllava.data.image_transform import ImageTransform
+from vipllava.data.manifest import load_manifest
+from vipllava.data.samples import SampleEncoder, SampleSource
 from vipllava.models.adapters import AdapterSettings, add_adapters
+from vipllava.models.architecture import architecture_of
 from vipllava.models.building import ModelSpec, image_seq_length, token_id
+from vipllava.models.flops import Workload
 from vipllava.models.freezing import set_trainable
-from vipllava.models.towers import CLIP
-from vipllava.sample_world import BASE, TINY_POLICIES
+from vipllava.models.published import LANGUAGE_MODELS, TOWERS, published_config
 from vipllava.sample_world.build import ensure_sample_world
-from vipllava.shards.manifest import load_manifest
-from vipllava.stream.collate import EncodedSample
-from vipllava.stream.image_transform import ImageTransform
-from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
+from vipllava.sample_world.teach import BASE, load_tiny_policies
+from vipllava.training.memory import Setup, device_memory
 from vipllava.types import IGNORE_INDEX, Encoded
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -51,7 +46,7 @@ TRAINABLE: Final[dict[Workload, tuple[str, ...]]] = {
 }
 NUM_STEPS: Final = 12  # micro-batches of padded rows
 
-_HISTOGRAM: Final = ROOT / "tests" / "stream" / "length_histogram.json"
+_HISTOGRAM: Final = ROOT / "tests" / "data" / "length_histogram.json"
 _CAPTION: Final = (12, 39)  # tokens of a caption: 25 on average
 _FEATURE_LAYERS: Final = (-2, -5, -8, -11, 6)
 _MICRO_BATCHES: Final[dict[Workload, int]] = {"projector": 16, "lora": 8, "full": 8}
@@ -302,10 +297,8 @@ def _sample_world(
         image_seq_length=image_seq_length(spec),
         max_length=512,
     )
-    transform = ImageTransform(
-        spec.image_size, "square" if stage == "pretrain" else "pad", CLIP.preprocessing
-    )
-    samples = SampleEncoder(TINY_POLICIES, encoder, transform, seed=42)
+    transform = ImageTransform(spec.image_size, "square" if stage == "pretrain" else "pad")
+    samples = SampleEncoder(load_tiny_policies(), encoder, transform, seed=42)
     source = SampleSource.open(
         load_manifest(f"sample_{stage}", ROOT / "data_manifests"), data_root, seed=42
     )

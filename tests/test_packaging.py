@@ -28,7 +28,6 @@ def _pins() -> dict[str, str]:
 
 def test_extras():
     assert set(EXTRAS) == {
-        "sample",
         "deepspeed",
         "flash",
         "tensorboard",
@@ -37,12 +36,13 @@ def test_extras():
         "lora",
         "quant",
         "gguf",
+        "serve",
+        "coco",
         "s3",
         "gs",
         "slurm",
         "sweep",
         "browser",
-        "docs",
         "dev",
         "all",
     }

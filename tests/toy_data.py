@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vipllava.shards.manifest import Manifest, parse_manifest
+from vipllava.data.manifest import Manifest, parse_manifest
 
 Stored = tuple[str, dict[str, Any], bytes | None, str | None]
 
@@ -28,7 +28,7 @@ def encode_picture(width: int = 64, height: int = 48, fmt: str = "JPEG", seed: i
 def make_manifest(name: str = "toy", **changes: Any) -> Manifest:
     """Return a valid manifest over ``NAME/*.tar``."""
     raw = {
-        "schema_version": 2,
+        "schema_version": 1,
         "name": name,
         "stage": "finetune",
         "licence": "none",

@@ -1,24 +1,27 @@
-"""The records that travel between the rooms of this package, and its errors.
+"""The records that travel between the rooms of this package.
 
-The way of a sample: a shard's record becomes a :class:`Sample`; its regions a
-:class:`VisualPromptPlan`, which renderer and text both read; the finished :class:`Turn` texts
-:class:`Encoded` ids and labels; several of those a :class:`Batch`. Imports no other room.
+All of them are frozen except :class:`Batch`, which moves to a device. The way of a sample:
+a shard's record becomes a :class:`Sample`; its regions become a :class:`VisualPromptPlan`;
+renderer and text both read that plan; the finished :class:`Turn` texts become
+:class:`Encoded` ids and labels; several of those become a :class:`Batch`.
+
+This module is floor 0: it imports no other room, and torch only for type checking.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
-    from PIL import Image
 
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (PyTorch's ``cross_entropy`` convention)."""
+
 PADDING_SEGMENT = -1
 """Segment id of padding positions in a :class:`Batch`."""
 
@@ -37,7 +40,8 @@ Polygon = tuple[Point, ...]
 class VipLlavaError(Exception):
     """Base of the errors a user can act on: the thing, its value and the remedy."""
 
-    exit_code = 2  # of a command that ends with it
+    exit_code = 2
+    """Of a command that ends with it."""
 
     def at(self, where: object) -> Self:
         """Return the same error with a place in front of its message."""
@@ -46,27 +50,28 @@ class VipLlavaError(Exception):
         return placed
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message; libraries add internals below it."""
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
-
-
 class ConfigError(VipLlavaError):
     """The composed configuration cannot run; the message lists every problem."""
 
 
 class RecordError(VipLlavaError):
-    """A record, image or annotation breaks its schema; the message names key and place."""
+    """A record, image or annotation breaks its schema; the message names key and place.
+
+    Attributes:
+        fault: the class of the fault, e.g. ``box-empty``; :mod:`vipllava.data.lint` lists them.
+    """
 
     def __init__(self, message: str, fault: str = "record-invalid") -> None:
         super().__init__(message)
-        self.fault = fault  # its class, e.g. ``box-empty``; :mod:`vipllava.ingest.lint` lists them
+        self.fault = fault
 
 
 class StorageError(VipLlavaError):
     """What holds the data does not answer, or cannot be read: never a fault of a sample.
 
-    It is tried again for a stated time and then ends the job, under any policy for bad samples.
+    It is tried again for a stated time and then ends the job; no sample is put in place of one that
+    could not be read for this. The message names file or address, cause, how long it was tried, and
+    the remedy.
     """
 
 
@@ -77,10 +82,13 @@ class CheckpointError(VipLlavaError):
 class Interrupted(VipLlavaError):
     """A run was asked to stop, has saved its state, and goes on with the same command.
 
-    The exit code is 130 if a person asked for it, so that nothing puts the job back in the queue.
+    Args:
+        message: by what, where, and what to do.
+        exit_code: 130 if a person asked for it, so that nothing puts the job back in the queue.
     """
 
-    exit_code = 75  # ``EX_TEMPFAIL``: what a batch script asks for to put the job back in the queue
+    exit_code = 75
+    """``EX_TEMPFAIL``: try again; what a batch script asks for to put the job back in the queue."""
 
     def __init__(self, message: str, exit_code: int = 75) -> None:
         super().__init__(message)
@@ -88,61 +96,71 @@ class Interrupted(VipLlavaError):
 
 
 @dataclass(frozen=True, slots=True)
-class Preprocessing:
-    """How pixels become what a vision tower reads: resized, divided by 255, normalised."""
-
-    mean: tuple[float, float, float]  # of red, green and blue, 0..1
-    std: tuple[float, float, float]  # of red, green and blue, 0..1
-    resampling: Literal["bicubic", "bilinear"] = "bicubic"  # filter of the resizing
-
-    @property
-    def pad_colour(self) -> RGB:
-        """The mean in 8 bits, rounded down: what images are padded to a square with."""
-        red, green, blue = (int(255 * value) for value in self.mean)
-        return red, green, blue
-
-
-@dataclass(frozen=True, slots=True)
 class Region:
-    """One region of a picture that a mark may point at."""
+    """One region of a picture that a mark may point at.
 
-    bbox_xyxy: BBox  # bounding box, pixels of the stored image
-    polygons: tuple[Polygon, ...] = ()  # the mask as rings; empty when only the box is known
-    # Index of an earlier region whose mark style this one repeats (all boxes of one Flickr30k
-    # phrase look alike), or None for a style of its own.
+    Attributes:
+        bbox_xyxy: bounding box, pixels of the stored image.
+        polygons: the region's mask as rings; empty when only the box is known.
+        style_of: index of an earlier region whose mark style this one repeats (all boxes of
+            one Flickr30k phrase look alike), or None for a style of its own.
+    """
+
+    bbox_xyxy: BBox
+    polygons: tuple[Polygon, ...] = ()
     style_of: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Stroke:
-    """One drawing primitive, fully determined: the renderer draws no random numbers."""
+    """One drawing primitive, fully determined: the renderer draws no random numbers.
 
-    # ``line`` (open polyline), ``polygon`` (closed), ``box`` or ``ellipse`` (``points`` are the
-    # top-left and bottom-right corners of the bounds).
+    Attributes:
+        kind: ``line`` (open polyline), ``polygon`` (closed), ``box`` or ``ellipse`` (``points``
+            are the top-left and bottom-right corners of the bounds).
+        points: pixels of the stored image.
+        width: line width in pixels; 0 fills the primitive.
+    """
+
     kind: Literal["line", "polygon", "box", "ellipse"]
-    points: tuple[Point, ...]  # pixels of the stored image
-    width: int = 0  # line width in pixels; 0 fills the primitive
+    points: tuple[Point, ...]
+    width: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class VisualPrompt:
-    """One mark: what is drawn, and by which words the text names it."""
+    """One mark: what is drawn, and by which words the text names it.
 
-    region: int  # index into ``Sample.regions``
+    Attributes:
+        region: index into ``Sample.regions``.
+        shape: one of the eight shapes.
+        rgb: colour of the mark.
+        colour_name: the palette's name for ``rgb``, or None when the text must not name it.
+        alpha: opacity, 0..255.
+        strokes: the primitives, painted in order as one layer.
+        article: whether the words say "the" before colour and shape.
+    """
+
+    region: int
     shape: Shape
     rgb: RGB
-    colour_name: str | None  # the palette's for ``rgb``, or None when the text must not name it
-    alpha: int  # opacity, 0..255
-    strokes: tuple[Stroke, ...]  # the primitives, painted in order as one layer
-    article: bool = True  # whether the words say "the" before colour and shape
+    colour_name: str | None
+    alpha: int
+    strokes: tuple[Stroke, ...]
+    article: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class VisualPromptPlan:
-    """Every mark of one sample, sampled once and read by renderer and text alike."""
+    """Every mark of one sample, sampled once and read by renderer and text alike.
 
-    size: tuple[int, int]  # width and height of the stored image, pixels
-    prompts: tuple[VisualPrompt, ...] = ()  # the marks in drawing order; at most one per region
+    Attributes:
+        size: width and height of the stored image, pixels.
+        prompts: the marks in drawing order; at most one per region.
+    """
+
+    size: tuple[int, int]
+    prompts: tuple[VisualPrompt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +182,17 @@ class Mention:
 
 @dataclass(frozen=True, slots=True)
 class DraftTurn:
-    """One turn before its mentions are replaced by words."""
+    """One turn before its mentions are replaced by words.
 
-    role: Role  # who speaks
-    parts: tuple[str | Mention, ...]  # texts and mentions, concatenated without separators
-    has_image: bool = False  # whether the picture stands in front of this turn
+    Attributes:
+        role: who speaks.
+        parts: texts and mentions, concatenated without separators.
+        has_image: whether the picture stands in front of this turn.
+    """
+
+    role: Role
+    parts: tuple[str | Mention, ...]
+    has_image: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,38 +204,44 @@ class Turn:
     has_image: bool = False
 
 
-@dataclass(frozen=True)
-class Request:
-    """One question for :class:`vipllava.inference.engine.Engine`."""
-
-    image: Image.Image | None  # marks already drawn on it, or None for a text-only question
-    # The conversation so far, the user's turn last; one has the image if and only if there is one.
-    turns: Sequence[Turn]
-    key: str = ""  # names the question in errors
-
-
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One record, parsed and checked, still without marks or ids."""
+    """One record, parsed and checked, still without marks or ids.
 
-    key: str  # the record's key in its shard; unique within the data set
-    dataset: str  # the manifest's name; part of the random key
-    image: bytes | None  # the encoded picture (JPEG, PNG, WebP), or None for a text-only record
-    regions: tuple[Region, ...]  # the regions of the picture that the conversation mentions
-    turns: tuple[DraftTurn, ...]  # the conversation, with mentions
-    policy: str  # name of the visual-prompt policy that samples the marks
-    fixed: tuple[FixedVisualPrompt, ...] = ()  # what the user fixed, one per region, or empty
+    Attributes:
+        key: the record's key in its shard; unique within the data set.
+        dataset: the manifest's name; part of the random key.
+        image: the encoded picture (JPEG, PNG, WebP), or None for a text-only record.
+        regions: the regions of the picture that the conversation mentions.
+        turns: the conversation, with mentions.
+        policy: name of the visual-prompt policy that samples the marks.
+        fixed: what the user fixed per region (same length as ``regions``), or empty.
+    """
+
+    key: str
+    dataset: str
+    image: bytes | None
+    regions: tuple[Region, ...]
+    turns: tuple[DraftTurn, ...]
+    policy: str
+    fixed: tuple[FixedVisualPrompt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Ids and labels of one conversation, born together."""
+    """Ids and labels of one conversation, born together.
 
-    input_ids: npt.NDArray[np.int64]  # int64 [length], image placeholders already expanded
-    # int64 [length]; equal to ``input_ids`` where supervised, else ``IGNORE_INDEX``.
+    Attributes:
+        input_ids: int64 [length], image placeholders already expanded.
+        labels: int64 [length]; equal to ``input_ids`` where supervised, else ``IGNORE_INDEX``.
+        num_images: pictures in this conversation (0 or 1).
+        num_dropped_turns: trailing turns left out to respect the length limit.
+    """
+
+    input_ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
-    num_images: int  # pictures in this conversation (0 or 1)
-    num_dropped_turns: int = 0  # trailing turns left out to respect the length limit
+    num_images: int
+    num_dropped_turns: int = 0
 
     @property
     def length(self) -> int:
@@ -226,48 +256,50 @@ class Encoded:
 
 @dataclass(slots=True)
 class Batch:
-    """One micro-batch: rows of one padded sample or several packed ones.
+    """One micro-batch as the LightningModule receives it.
 
-    There is no attention mask: ``position_ids`` restart at 0 with every segment (padding is a
-    segment of its own), which is what transformers reads to keep packed samples apart.
+    Rows hold one padded sample or several packed ones. There is no attention mask:
+    ``position_ids`` restart at 0 with every segment (padding is a segment of its own), which is
+    what transformers reads to keep packed samples apart.
+
+    Attributes:
+        input_ids: int64 [rows, length].
+        labels: int64 [rows, length].
+        position_ids: int64 [rows, length].
+        segment_ids: int64 [rows, length]; ``PADDING_SEGMENT`` on padding.
+        pixel_values: uint8 [num_images, 3, height, width]; normalised on the device.
+        num_supervised_global: supervised tokens of the whole global batch (all ranks and all
+            accumulation steps): the loss's denominator.
+        progress: share of the epoch's samples consumed when this step is done, 0..1; None where
+            the number of steps is known and says the same.
+        keys: ``dataset/key`` of the samples in row order.
     """
 
-    input_ids: torch.Tensor  # int64 [rows, length], as the next three
+    input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
-    segment_ids: torch.Tensor  # ``PADDING_SEGMENT`` on padding
-    pixel_values: torch.Tensor  # uint8 [num_images, 3, height, width]; normalised on the device
-    # Supervised tokens of the whole global batch (all ranks and all accumulation steps): the
-    # loss's denominator.
+    segment_ids: torch.Tensor
+    pixel_values: torch.Tensor
     num_supervised_global: int = 0
-    # Share of the epoch's samples consumed when this step is done, 0..1; None where the number of
-    # steps is known and says the same.
     progress: float | None = None
-    keys: tuple[str, ...] = ()  # ``dataset/key`` of the samples in row order
-    datasets: tuple[str, ...] = ()  # names of their data sets
-    # How many of them, the last ones, only fill up an epoch's last global batch: samples that
-    # another place of it has, without labels.
-    num_repeats: int = 0
-
-    @property
-    def counted_keys(self) -> tuple[str, ...]:
-        """Keys of the samples without the repeats."""
-        return self.keys[: len(self.keys) - self.num_repeats]
+    keys: tuple[str, ...] = field(default=())
 
     @property
     def num_supervised(self) -> int:
         """Positions of this micro-batch that carry loss."""
         return int((self.labels != IGNORE_INDEX).sum())
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        for name in ("input_ids", "labels", "position_ids", "segment_ids", "pixel_values"):
-            setattr(self, name, change(getattr(self, name)))
-        return self
+    def _tensors(self) -> Mapping[str, Any]:
+        return {f.name: v for f in fields(self) if hasattr(v := getattr(self, f.name), "to")}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Move every tensor to ``device`` in place and return the batch itself."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        for name, tensor in self._tensors().items():
+            setattr(self, name, tensor.to(device, non_blocking=non_blocking))
+        return self
 
     def pin_memory(self) -> Batch:
         """Pin every tensor (called by ``DataLoader(pin_memory=True)``)."""
-        return self._each(lambda tensor: tensor.pin_memory())
+        for name, tensor in self._tensors().items():
+            setattr(self, name, tensor.pin_memory())
+        return self

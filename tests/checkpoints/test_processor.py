@@ -10,7 +10,6 @@ import pytest
 import yaml
 from transformers import AutoProcessor, AutoTokenizer
 
-from tests import tiny_meta
 from tests.conversation.conftest import (  # noqa: F401
     llama3_like,
     llama_like,
@@ -18,7 +17,7 @@ from tests.conversation.conftest import (  # noqa: F401
     phi3_like,
     smol_like,
 )
-from vipllava.checkpoints.export_meta import load_meta
+from vipllava.checkpoints.export_meta import ExportMeta, load_meta
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.checkpoints.model_card import model_card
@@ -29,13 +28,18 @@ from vipllava.checkpoints.processor import (
     processor_ids,
 )
 from vipllava.conversation import ConversationEncoder
-from vipllava.conversation.templates import get_template, jinja_template
+from vipllava.conversation.jinja import jinja_template
+from vipllava.conversation.templates import get_template
 from vipllava.models.building import ModelSpec, add_tokens
-from vipllava.models.hub_models import load_config
+from vipllava.models.opening import load_config
 from vipllava.types import Turn
 
-META = replace(
-    tiny_meta.META,
+META = ExportMeta(
+    stage="finetune",
+    chat_template="llava_v1",
+    image_aspect="pad",
+    image_size=28,
+    image_seq_length=4,
     feature_layers=(-1,),
     vision_tower="openai/clip-vit-large-patch14-336",
     language_model="lmsys/vicuna-7b-v1.5",
@@ -52,9 +56,10 @@ ALL = {
 def _processor(tokenizer, template: str):
     tokenizer = add_tokens(deepcopy(tokenizer))
     image_id = tokenizer.convert_tokens_to_ids("<image>")
-    vision = SimpleNamespace(model_type="clip_vision_model", patch_size=14)
-    config = SimpleNamespace(image_token_id=image_id, vision_config=vision)
-    meta = replace(META, chat_template=template)
+    config = SimpleNamespace(image_token_id=image_id, vision_config=SimpleNamespace(patch_size=14))
+    meta = ExportMeta(
+        **{**{n: getattr(META, n) for n in META.__slots__}, "chat_template": template}
+    )
     processor, agreement = build_processor(tokenizer, config, meta)
     return processor, agreement, ConversationEncoder(tokenizer, template, image_id, 4, 4096)
 

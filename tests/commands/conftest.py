@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.toy_data import encode_picture, said, toy_samples
-from vipllava.shards.tars import write_shards
+from vipllava.data.shards import write_shards
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,7 @@ class UserData:
 
     @property
     def arguments(self) -> list[str]:
-        return [
-            "--data",
-            str(self.manifest),
-            f"paths.data_root={self.root}",
-            f"paths.runs={self.root}",
-        ]
+        return [f"data={self.manifest}", f"paths.data_root={self.root}", f"paths.runs={self.root}"]
 
 
 @pytest.fixture
@@ -48,6 +43,6 @@ def make_user_data(root: Path, more: list) -> UserData:
     write_shards([*toy_samples(10), *more], root / "mine")
     manifest = root / "mine.yaml"
     manifest.write_text(
-        "schema_version: 2\nname: mine\nstage: task\nlicence: none\nshards: mine/*.tar\n"
+        "schema_version: 1\nname: mine\nstage: task\nlicence: none\nshards: mine/*.tar\n"
     )
     return UserData(root, manifest)

@@ -1,4 +1,4 @@
-"""The job whose data a command looks at."""
+"""A command's arguments, and the job whose data it looks at."""
 
 from __future__ import annotations
 
@@ -6,8 +6,34 @@ from pathlib import Path
 
 import pytest
 
-from vipllava.commands.job import compose_data_job
+from vipllava.commands.job import (
+    compose_data_job,
+    flag,
+    forget_missing_checkpoint,
+    split_arguments,
+    whole,
+)
 from vipllava.types import ConfigError
+
+
+def test_own_arguments_and_overrides_are_told_apart():
+    own = {"n": whole(1), "strict": flag, "json": Path}
+    given, rest = split_arguments(["n=3", "model=7b", "strict=true", "json=a.json", "~logger"], own)
+    assert given == {"n": 3, "strict": True, "json": Path("a.json")}
+    assert rest == ["model=7b", "~logger"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("n=0", "n=0: expected a whole number of at least 1"),
+        ("n=x", "n=x: expected a whole number"),
+        ("strict=maybe", "strict=maybe: expected true or false"),
+    ],
+)
+def test_unreadable_arguments(argument: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        split_arguments([argument], {"n": whole(1), "strict": flag})
 
 
 def test_the_stage_is_the_manifests_unless_chosen():
@@ -30,9 +56,12 @@ def test_hardware_that_is_not_here_does_not_matter():
     assert cfg.trainer.devices == 8
 
 
-def test_a_configuration_folder_of_ones_own_is_added(tmp_path: Path):
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 7\n")
-    assert compose_data_job("sample_gpt4v", ["experiment=mine"], tmp_path).seed == 7
-    with pytest.raises(ConfigError, match=f"{tmp_path} has no folder `model`"):
-        compose_data_job("sample_gpt4v", ["model=mine"], tmp_path)
+def test_a_stage_that_has_not_run_needs_no_checkpoint(tmp_path: Path):
+    cfg = compose_data_job("sample_finetune", [f"paths.runs={tmp_path}"])
+    assert cfg.stage.checkpoint == f"{tmp_path}/tiny-pretrain/export"
+    Path(cfg.stage.checkpoint).mkdir(parents=True)
+    forget_missing_checkpoint(cfg)
+    assert cfg.stage.checkpoint is not None
+    Path(cfg.stage.checkpoint).rmdir()
+    forget_missing_checkpoint(cfg)
+    assert cfg.stage.checkpoint is None

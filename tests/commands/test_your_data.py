@@ -14,7 +14,6 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from tests import preloaded
 from vipllava import cli
 from vipllava.checkpoints.convert import convert
 from vipllava.checkpoints.hf_format import save_export
@@ -25,7 +24,7 @@ from vipllava.models.building import ModelSpec
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "your_data.md").read_text(encoding="utf-8")
 TINY = [
-    *("model=tiny", "trainer=cpu", "stage.epochs=10", "stage.global_batch_size=4"),
+    *("model=tiny", "trainer=cpu", "stage.epochs=30", "stage.global_batch_size=4"),
     *("stage.learning_rate=2e-3", "data.num_workers=0", "stage.warmup_ratio=0.1"),
 ]
 
@@ -94,18 +93,18 @@ def test_the_page(place, published, capsys):
         if words[0] == "sed":
             subprocess.run(shlex.join(words[:-2]) + " > " + words[-1], shell=True, check=True)
         elif words[1] == "convert":
-            here = ["published", words[3], "--vision-tower", published["vision_tower"]]
-            assert cli.main(["convert", *here, "--feature-layers", layers]) == 0
+            here = ["published", words[3], f"vision_tower={published['vision_tower']}"]
+            assert cli.main(["convert", *here, f"feature_layers={layers}"]) == 0
             assert "logits agree" in capsys.readouterr().out
         elif words[1] == "data":
             assert cli.main(words[1:]) == 1  # the tars are still missing, and how to make them said
-            assert "-> vipllava shards build my_marks" in capsys.readouterr().out
+            assert "-> vipllava shards build manifest=my_marks" in capsys.readouterr().out
         elif words[0] == "vipllava":
             assert cli.main(words[1:]) == 0, words
         else:
             assert words[3:5] == ["model=7b", "trainer=8xa100"]
             changed = [sys.executable, str(ROOT / "train.py"), words[2], *words[5:], *TINY]
-            done = preloaded.run(changed, capture_output=True, text=True, check=False)
+            done = subprocess.run(changed, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[-3000:]
 
     assert (place / "runs" / "my-lora" / "adapter" / "adapter_config.json").is_file()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
 import shlex
@@ -13,13 +12,13 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from vipllava.config.checks import find_problems, find_target_problems, targets
+from vipllava.config.checks import find_problems
 from vipllava.config.composing import CONFIG_DIR, compose_job
 from vipllava.config.hardware import Hardware
 from vipllava.config.schema import TRAIN, check_schema
+from vipllava.config.targets import find_target_problems, missing_arguments, targets
 
 ROOT = CONFIG_DIR.parent
 TRAIN_GROUPS = (
@@ -38,19 +37,9 @@ TRAIN_GROUPS = (
     "hydra",
 )
 GIVEN_WHEN_BUILT = {
-    "vipllava.stream.datamodule.VisualPromptDataModule": {
-        "conversation_encoder",
-        "image_transform",
-    },
+    "vipllava.data.datamodule.VisualPromptDataModule": {"encoder", "image_transform"},
 }
 """Arguments that follow from the model and are added by the code that builds the object."""
-
-
-def missing_arguments(node: DictConfig) -> set[str]:
-    """Return the required arguments of a ``_target_`` node that it does not give."""
-    parameters = inspect.signature(get_object(str(node["_target_"]))).parameters.values()
-    required = {p.name for p in parameters if p.default is p.empty and p.kind < p.VAR_KEYWORD}
-    return required - {p.name for p in parameters if p.kind is p.VAR_POSITIONAL} - set(node)
 
 
 def options(group: str) -> list[str]:
@@ -210,7 +199,6 @@ def documented_jobs() -> list[str]:
         if page.is_file():
             text = page.read_text(encoding="utf-8").replace("\\\n", " ")
             jobs += re.findall(r"python ((?:train|evaluate)\.py[^\n`#]*)", text)
-            jobs += re.findall(r"vipllava ((?:train|evaluate) [a-z][^\n`#.]*)[\n`#]", text)
     return jobs
 
 
@@ -230,8 +218,6 @@ def test_documented_jobs_compose(job: str):
         overrides = [next(iter(_each(o))) for o in parsed]
     if any(word.isupper() for override in overrides for word in override.split("=")[1:2]):
         pytest.skip("a placeholder to fill in")
-    if "--config-dir" in overrides:
-        pytest.skip("a folder of the reader's; tests/evaluation/test_own_bench.py makes it")
     for name, plugin in PLUGINS.items():
         if any(o.startswith("hydra/") and name in o for o in overrides):
             pytest.importorskip(f"hydra_plugins.hydra_{plugin}")

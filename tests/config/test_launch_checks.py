@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from tests import preloaded
 from vipllava.config import launch_checks
 from vipllava.config.composing import CONFIG_DIR
 from vipllava.config.hardware import Hardware
-from vipllava.config.schema import JobValues
+from vipllava.config.job_values import JobValues
 
 ROOT = CONFIG_DIR.parent
 ELASTIC = {
@@ -36,11 +36,11 @@ JSRUN = {
 def problems(devices: int = 1, nodes: int = 1, strategy: str = "ddp") -> list[str]:
     trainer = {"devices": devices, "num_nodes": nodes}
     cfg = OmegaConf.create({"trainer": trainer, "strategy": {"name": strategy}})
-    return list(launch_checks.check_launch(JobValues(cfg, Hardware())))
+    return launch_checks.check_launch(JobValues(cfg, Hardware()))
 
 
 def of_one_process() -> list[str]:
-    return list(launch_checks.check_single_process(JobValues(OmegaConf.create({}), Hardware())))
+    return launch_checks.check_single_process(JobValues(OmegaConf.create({}), Hardware()))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_rank_that_nobody_gave_is_refused(setenv, name: str, value: str):
     setenv({name: value})
     (found,) = problems()
     assert found.startswith(f"{name}={value}: set, and no launcher has started this process")
-    assert f"`env -u {name} vipllava train ...`" in found
+    assert f"`env -u {name} python train.py ...`" in found
     assert of_one_process() == [found]
 
 
@@ -80,7 +80,7 @@ def test_what_an_image_left_over_is_one_problem_with_one_command(setenv):
     setenv({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0"})
     (found,) = problems(devices=8)
     assert found.startswith("RANK=0, LOCAL_RANK=0, WORLD_SIZE=8: set, and ")
-    assert "`env -u RANK -u LOCAL_RANK -u WORLD_SIZE vipllava train ...`" in found
+    assert "`env -u RANK -u LOCAL_RANK -u WORLD_SIZE python train.py ...`" in found
 
 
 def test_the_processes_that_lightning_starts_itself_are_not_refused(setenv, monkeypatch):
@@ -125,7 +125,7 @@ def test_the_processes_that_lightning_starts_itself_are_not_refused(setenv, monk
         ({"LSB_JOBID": "1", "LSB_DJOB_RANKFILE": "/r"}, 1, ""),
         ({"OMPI_COMM_WORLD_SIZE": "8"}, 1, "use torchrun or srun"),
         ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, 1, ""),
-        ({"PMI_SIZE": "8"}, 1, "`env -u PMI_SIZE -u PMI_RANK vipllava train ...`"),
+        ({"PMI_SIZE": "8"}, 1, "`env -u PMI_SIZE -u PMI_RANK python train.py ...`"),
         (BY_HAND, 2, ""),
         (BY_HAND | {"WORLD_SIZE": "16"}, 2, ""),
         (BY_HAND | {"WORLD_SIZE": "8"}, 2, "WORLD_SIZE=8: set, and no launcher"),
@@ -179,7 +179,7 @@ def test_an_evaluation_is_one_process(setenv, variables: dict[str, str], message
     [("train.py", ["trainer=cpu"]), ("evaluate.py", ["checkpoint=elsewhere/export"])],
 )
 def test_the_commands_themselves_refuse(tmp_path: Path, script: str, arguments: list[str]):
-    done = preloaded.run(
+    done = subprocess.run(
         [
             *(sys.executable, str(ROOT / script), f"paths.manifests={ROOT / 'data_manifests'}"),
             *arguments,

@@ -18,7 +18,6 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from tests import preloaded
 from vipllava.config.composing import CONFIG_DIR, compose_job
 
 JOB = f"""
@@ -113,7 +112,7 @@ def start(
         k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "WANDB_RUN_GROUP")
     }
     path = os.pathsep.join([str(CONFIG_DIR.parent), os.environ.get("PYTHONPATH", "")])
-    return preloaded.Popen(
+    return subprocess.Popen(
         [
             *(sys.executable, "job.py", "-m", f"hydra/launcher={launcher}", "name=queued"),
             *arguments,
@@ -123,7 +122,6 @@ def start(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        nested=True,
     )
 
 
@@ -218,10 +216,6 @@ def test_without_slurm_the_launcher_says_what_is_missing(tmp_path: Path):
     run = start(tmp_path, "seed=1", launcher="slurm")
     errors = run.communicate(timeout=120)[1]
     assert run.returncode == 2
-    missing = (
-        "there is no `srun` here"
-        if find_spec("submitit")
-        else 'pip install "vipllava-lightning[slurm]"'
-    )
+    missing = "there is no `srun` here" if find_spec("submitit") else "pip install -e '.[slurm]'"
     assert missing in errors
     assert "Traceback" not in errors

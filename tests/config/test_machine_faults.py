@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError
 
 from vipllava import cli
-from vipllava.commands import doctor_facts
 from vipllava.config import machine_faults
-from vipllava.config.machine_faults import LogFile, explain_fault
+from vipllava.config.log_file import LogFile
+from vipllava.config.machine_faults import explain_fault
 from vipllava.files.atomic import write_whole
 from vipllava.models.tensor_files import save_pickle, save_tensors
 
@@ -140,11 +140,12 @@ def test_a_log_that_finds_no_room_raises(tmp_path: Path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")  # noqa: PTH110
 def test_commands_say_it_too(capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path):
-    def full(network: bool) -> None:
+    def full(options: object) -> int:
         with open("/dev/full", "w", encoding="utf-8") as file:  # noqa: PTH123
             file.write("x")
+        return 0
 
-    monkeypatch.setattr(doctor_facts, "look", full)
+    monkeypatch.setattr(cli, "_doctor", full)
     assert cli.main(["doctor"]) == 2
     assert "no space is left on the device" in capsys.readouterr().err
 

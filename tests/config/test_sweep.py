@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from tests import preloaded
 from vipllava.config.composing import CONFIG_DIR, compose_job
 from vipllava.config.resolvers import folder_name, register_resolvers
-from vipllava.config.sweep import folder_overrides, job_command, objective_value
+from vipllava.config.sweep import job_command, objective_value, with_folder_names
 
 JOB = f"""
 import json, os, sys
@@ -37,7 +36,7 @@ def start(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.Compl
     outer = {
         k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "WANDB_RUN_GROUP")
     }
-    return preloaded.run(
+    return subprocess.run(
         [sys.executable, "job.py", *arguments],
         cwd=tmp_path,
         env={**outer, "PYTHONPATH": str(CONFIG_DIR.parent), **variables},
@@ -45,7 +44,6 @@ def start(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.Compl
         text=True,
         timeout=120,
         check=False,
-        nested=True,
     )
 
 
@@ -88,7 +86,7 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path: Path):
 
 def test_the_command_of_a_job_leaves_the_sweeps_own_overrides_out():
     command = job_command(
-        ["python", "-m", "vipllava.cli", "train"],
+        "/repo/train.py",
         ["stage.learning_rate=0.1", "data.mix={a: {epochs: 1}}"],
         [
             "hydra.mode=MULTIRUN",
@@ -101,10 +99,8 @@ def test_the_command_of_a_job_leaves_the_sweeps_own_overrides_out():
         "/runs/it's/a=1,b=2",
     )
     assert command == [
-        "python",
-        "-m",
-        "vipllava.cli",
-        "train",
+        sys.executable,
+        "/repo/train.py",
         "stage.learning_rate=0.1",
         "data.mix={a: {epochs: 1}}",
         "hydra.verbose=true",
@@ -113,22 +109,24 @@ def test_the_command_of_a_job_leaves_the_sweeps_own_overrides_out():
 
 
 def test_folders_are_named_by_what_is_swept():
-    fixed = ["stage=finetune", "+a.b='x y'", "trainer.max_steps=1"]
-    keys = "hydra.job.config.override_dirname.exclude_keys=['stage','a.b','trainer.max_steps']"
-    mode = ["hydra.mode=MULTIRUN", "hydra/launcher=basic"]
-    assert folder_overrides([*fixed, "seed=1,2", "stage.epochs=range(1,3)"], mode) == [keys]
+    fixed = ["stage=finetune", "+a.b='x y'", "hydra/launcher=basic", "trainer.max_steps=1"]
+    assert with_folder_names(["-m", *fixed, "seed=1,2", "stage.epochs=range(1,3)"])[-1] == (
+        "hydra.job.config.override_dirname.exclude_keys="
+        "['stage','a.b','hydra/launcher','trainer.max_steps']"
+    )
+    assert with_folder_names([*fixed, "seed=1"]) == [*fixed, "seed=1"]
     # One job, for a queue: the folder is that of the command without -m.
-    assert folder_overrides(fixed, mode) == [keys, "hydra.sweep.dir=${run_dir}"]
-    for own in ("hydra/sweeper=optuna_example", "hydra.sweep.dir=x", "+hydra.sweeper.n_trials=3"):
-        assert folder_overrides(fixed, [own]) == [keys]
-    own = "hydra.job.config.override_dirname.exclude_keys=[]"
-    assert folder_overrides(["seed=1,2"], [own]) == []
+    assert with_folder_names(["-m", *fixed])[-1] == "hydra.sweep.dir=${run_dir}"
+    for own in ("hydra/sweeper=optuna_example", "hydra.sweep.dir=x"):
+        assert "exclude_keys" in with_folder_names(["-m", own])[-1]
+    own = ["-m", "seed=1,2", "hydra.job.config.override_dirname.exclude_keys=[]"]
+    assert with_folder_names(own) == own
 
 
 def test_the_folder_survives_the_command_line():
     register_resolvers()
     folder = "/runs/it's/a=1,b={c: [d, e]}"
-    override = job_command(["python", "train.py"], [], [], folder)[-1]
+    override = job_command("train.py", [], [], folder)[-1]
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         cfg = compose("train", [override], return_hydra_config=True)
     assert cfg.hydra.run.dir == folder

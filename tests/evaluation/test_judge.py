@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vipllava.evaluation.judge import is_exact_match, match_offline, split_ground_truth
+from vipllava.evaluation.judge import OfflineMatcher, split_ground_truth
+from vipllava.evaluation.matching import is_exact_match
 from vipllava.types import VipLlavaError
 
 
@@ -43,7 +44,7 @@ from vipllava.types import VipLlavaError
     ],
 )
 def test_verdicts(truth: str, prediction: str, expected: float):
-    assert match_offline("question", truth, prediction) == expected
+    assert OfflineMatcher()("question", truth, prediction) == expected
 
 
 def test_or_binds_tighter_than_and():

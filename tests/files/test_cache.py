@@ -11,25 +11,16 @@ import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from tests.files.cached_files import (
-    QUICK,
-    ROOMY,
-    SIZE,
-    body,
-    fetch,
-    names,
-    parts,
-    read,
-    until,
-)
+from tests.files.cached_files import QUICK, ROOMY, SIZE, body, names, parts, read, until
 from tests.files.file_server import FileServer, Reply, run_server
-from vipllava.files import openers
+from vipllava.files import cache as shard_cache
 from vipllava.files.cache import CacheError, MissingError, ShardCache, cache_name
 from vipllava.files.retries import Patience
 from vipllava.types import ConfigError
@@ -48,8 +39,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cache(folder: Path) -> Iterator[ShardCache]:
-    yield ShardCache(folder, ROOMY, QUICK)
-    until(lambda: not prefetching())
+    made = ShardCache(folder, ROOMY, QUICK)
+    yield made
+    made.close()
 
 
 # One file.
@@ -57,7 +49,7 @@ def cache(folder: Path) -> Iterator[ShardCache]:
 
 def test_a_file_is_fetched_once(server: FileServer, cache: ShardCache, folder: Path) -> None:
     url = server.serve("set/0001.tar", body(1))
-    path = fetch(cache, url, size=SIZE)
+    path = cache.get(url, size=SIZE)
     assert path == folder / cache_name(url)
     assert path.read_bytes() == body(1)
     assert read(cache, url) == read(cache, url, SIZE) == body(1)
@@ -66,9 +58,11 @@ def test_a_file_is_fetched_once(server: FileServer, cache: ShardCache, folder: P
 
 
 def test_names_tell_addresses_apart() -> None:
+    same_folder = [cache_name(f"https://h/a/0001.{end}") for end in ("tar", "index.npz")]
+    assert [name[16:] for name in same_folder] == ["-0001.tar", "-0001.index.npz"]
+    assert len({name[:16] for name in same_folder}) == 1
     urls = [
         "https://h/a/0001.tar",
-        "https://h/a/0001.index.npz",
         "https://h/b/0001.tar",
         "https://h/a/0001.tar?v=2",
         "https://h/a/0001.tar?v=2/x",
@@ -101,7 +95,7 @@ def test_nothing_under_the_address(server: FileServer, cache: ShardCache, folder
 def test_access_denied_is_not_missing(server: FileServer, cache: ShardCache) -> None:
     url = server.serve("a.tar", body(1), always=Reply(status=403))
     with pytest.raises(CacheError, match=r"answered 403 .*wants a login") as caught:
-        fetch(cache, url)
+        cache.get(url)
     assert not isinstance(caught.value, MissingError)
 
 
@@ -114,7 +108,7 @@ def test_a_failing_server_that_recovers(server: FileServer, cache: ShardCache) -
 def test_a_server_that_keeps_failing(server: FileServer, cache: ShardCache, folder: Path) -> None:
     url = server.serve("a.tar", body(1), always=Reply(status=500))
     with pytest.raises(CacheError) as caught:
-        fetch(cache, url)
+        cache.get(url)
     assert re.match(
         rf"{url}: given up after 3 attempts in \d+ s; the last one: the server answered 500",
         str(caught.value),
@@ -134,7 +128,7 @@ def test_a_silent_server_is_not(server: FileServer, folder: Path) -> None:
     server.ranges = False
     cache = ShardCache(folder, ROOMY, Patience(max_attempts=2, timeout_s=0.2, backoff_s=0))
     with pytest.raises(CacheError, match=r"after 2 attempts.*no byte came within the time limit"):
-        fetch(cache, url)
+        cache.get(url)
     assert names(folder) == []
 
 
@@ -154,7 +148,7 @@ def test_cut_off_with_a_wrong_length(
     server.always["b.tar"] = Reply(send=1000, claim=claim)
     url = server.serve("b.tar", body(2))
     with pytest.raises(CacheError) as caught:
-        fetch(cache, url, size=SIZE)
+        cache.get(url, size=SIZE)
     assert re.match(
         rf"{url}: given up after 3 attempts in \d+ s; the last one: 1000 bytes {verb} where {SIZE} "
         r"were expected\. Check address and network",
@@ -166,15 +160,23 @@ def test_cut_off_with_a_wrong_length(
 
 def test_an_empty_answer_is_not_kept(server: FileServer, cache: ShardCache, folder: Path) -> None:
     with pytest.raises(CacheError, match=r"after 3 attempts .* the last one: nothing came"):
-        fetch(cache, server.serve("a.tar", b""))
+        cache.get(server.serve("a.tar", b""))
     assert names(folder) == []
 
 
 def test_another_size_than_before(server: FileServer, cache: ShardCache) -> None:
     url = server.serve("a.tar", body(1)[:100])
-    fetch(cache, url)
+    cache.get(url)
     server.serve("a.tar", body(2))
     assert read(cache, url, SIZE) == body(2)
+
+
+def test_a_damaged_copy_is_discarded(server: FileServer, cache: ShardCache) -> None:
+    url = server.serve("a.tar", body(1))
+    cache.get(url).write_bytes(b"damaged")
+    cache.discard(url)
+    cache.discard(url)
+    assert read(cache, url) == body(1)
 
 
 def test_it_travels_to_workers(server: FileServer, cache: ShardCache) -> None:
@@ -210,7 +212,7 @@ def test_a_command_that_fails(
     log_file = tmp_path / "runs"
     url = f"pipe:echo run >> {log_file}; cat {tmp_path}/0001.tar{ending}"
     with pytest.raises(CacheError) as caught:
-        fetch(cache, url)
+        cache.get(url)
     assert re.match(
         rf"{re.escape(url)}: given up after 3 attempts in \d+ s; the last one: the command "
         rf"ended with {cause}",
@@ -223,13 +225,13 @@ def test_a_command_that_fails(
 def test_a_command_that_says_nothing(folder: Path) -> None:
     cache = ShardCache(folder, ROOMY, Patience(max_attempts=1, timeout_s=0.1))
     with pytest.raises(CacheError, match=r"printed nothing for 0\.1 seconds"):
-        fetch(cache, "pipe:echo 1; exec sleep 30")
+        cache.get("pipe:echo 1; exec sleep 30")
 
 
 def test_a_command_that_does_not_end(folder: Path) -> None:
     cache = ShardCache(folder, ROOMY, Patience(max_attempts=1, timeout_s=0.1))
     with pytest.raises(CacheError, match=r"does not end 0\.1 seconds after"):
-        fetch(cache, "pipe:echo 1; exec sleep 30 >&-")
+        cache.get("pipe:echo 1; exec sleep 30 >&-")
 
 
 class FlakyStorage(fsspec.AbstractFileSystem):
@@ -273,9 +275,9 @@ def test_other_storages(cache: ShardCache, storage: type[FlakyStorage], folder: 
     with pytest.raises(
         CacheError, match=r"^flaky://b/2.tar: given up after 3 .*the storage is silent"
     ):
-        fetch(cache, "flaky://b/2.tar")
+        cache.get("flaky://b/2.tar")
     with pytest.raises(MissingError, match=r"^flaky://b/absent.tar: there is nothing"):
-        fetch(cache, "flaky://b/absent.tar")
+        cache.get("flaky://b/absent.tar")
     assert (names(folder), parts(folder)) == (["0001.tar"], [])
 
 
@@ -284,9 +286,9 @@ def test_a_storage_that_is_not_installed(
 ) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(CacheError, match=r"^s3://b/1.tar: .*pip install 'vipllava-lightning\[s3\]"):
-        fetch(cache, "s3://b/1.tar")
+        cache.get("s3://b/1.tar")
     with pytest.raises(CacheError, match=r"^nosuch://b/1.tar: Protocol not known: nosuch"):
-        fetch(cache, "nosuch://b/1.tar")
+        cache.get("nosuch://b/1.tar")
 
 
 # Room.
@@ -298,11 +300,11 @@ def test_what_was_used_longest_ago_goes(server: FileServer, folder: Path) -> Non
     (folder / "sub").mkdir(parents=True)
     (folder / "somebody's").write_bytes(bytes(10 * SIZE))
     for url in urls[:3]:
-        fetch(cache, url)
+        cache.get(url)
     read(cache, urls[0])
-    fetch(cache, urls[3])
+    cache.get(urls[3])
     assert names(folder) == ["0.tar", "2.tar", "3.tar"]
-    fetch(cache, urls[4])
+    cache.get(urls[4])
     assert names(folder) == ["0.tar", "3.tar", "4.tar"]
     assert (folder / "somebody's").exists()
     assert {path.name[17:] for path in (folder / ".locks").iterdir()} == {"0.tar", "3.tar", "4.tar"}
@@ -312,7 +314,7 @@ def test_a_reader_keeps_its_file(server: FileServer, folder: Path) -> None:
     cache = ShardCache(folder, SIZE, QUICK)
     with cache.open(server.serve("1.tar", body(1))) as file:
         half = file.read(SIZE // 2)
-        fetch(cache, server.serve("2.tar", body(2)))
+        cache.get(server.serve("2.tar", body(2)))
         assert names(folder) == ["2.tar"]
         assert half + file.read() == body(1)
 
@@ -322,7 +324,7 @@ def test_a_file_larger_than_the_cache(server: FileServer, folder: Path, size: in
     cache = ShardCache(folder, SIZE - 1, QUICK)
     url = server.serve("1.tar", body(1))
     with pytest.raises(CacheError, match=f"^{url} has {SIZE} bytes or more, the shard cache .* ma"):
-        fetch(cache, url, size=size)
+        cache.get(url, size=size)
     assert len(server.requests) == (0 if size else 1)
     assert names(folder) == []
     assert size or parts(folder) == []
@@ -331,13 +333,13 @@ def test_a_file_larger_than_the_cache(server: FileServer, folder: Path, size: in
 def test_a_full_disk(
     server: FileServer, cache: ShardCache, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fetch(cache, server.serve("0.tar", body(0)))
+    cache.get(server.serve("0.tar", body(0)))
     url = server.serve("1.tar", body(1))
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(folder)._replace(free=1234)
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(CacheError) as caught:
-            fetch(cache, url)
+            cache.get(url)
     assert re.fullmatch(
         rf"{url}: no space left for it in the shard cache {folder} \(3 attempts in \d+ s\): 1234 "
         rf"bytes are free, the cache holds {SIZE} of at most {ROOMY}\. Free some space there, "
@@ -354,16 +356,16 @@ def test_a_disk_that_fills_up(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(openers.os, "fsync", full)
+    monkeypatch.setattr(shard_cache.os, "fsync", full)
     with pytest.raises(CacheError, match=r"^flaky://b/1.tar: no space left for it"):
-        fetch(cache, "flaky://b/1.tar")
+        cache.get("flaky://b/1.tar")
     assert (names(folder), parts(folder)) == ([], [])
 
 
 def test_a_folder_that_cannot_be(cache: ShardCache, folder: Path) -> None:
     folder.write_text("a file")
     with pytest.raises(CacheError, match=f"^https://h/1.tar: the shard cache {folder} cannot be u"):
-        fetch(cache, "https://h/1.tar")
+        cache.get("https://h/1.tar")
 
 
 # Ahead.
@@ -428,3 +430,18 @@ def test_prefetching_leaves_room(server: FileServer, folder: Path) -> None:
 
 def prefetching() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "shard-prefetch"]
+
+
+def test_closing_stops_prefetching(server: FileServer, cache: ShardCache, folder: Path) -> None:
+    cache.close()
+    url = server.serve("1.tar", body(1), Reply(pieces=100, wait_s=0.05))
+    cache.prefetch([url, server.serve("2.tar", body(2))])
+    until(lambda: server.requests and any(p.suffix == ".part" for p in parts(folder)))
+    start = time.monotonic()
+    cache.close()
+    assert time.monotonic() - start < 1
+    until(lambda: not prefetching())
+    assert names(folder) == []
+    assert read(cache, url) == body(1)  # goes on from there
+    assert server.asked("1.tar")[1] is not None
+    assert server.asked("2.tar") == []

@@ -9,29 +9,20 @@ import multiprocessing
 import os
 import tarfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.files.cached_files import (
-    QUICK,
-    ROOMY,
-    SIZE,
-    body,
-    fetch,
-    names,
-    parts,
-    read,
-    until,
-)
+from tests.files.cached_files import QUICK, ROOMY, SIZE, body, names, parts, read, until
 from tests.files.file_server import FileServer, Reply, run_server
 from vipllava.files import cache as shard_cache
 from vipllava.files.cache import ShardCache, cache_name
-from vipllava.files.locks import locked
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -48,8 +39,32 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cache(folder: Path) -> ShardCache:
-    return ShardCache(folder, ROOMY, QUICK)
+def cache(folder: Path) -> Iterator[ShardCache]:
+    made = ShardCache(folder, ROOMY, QUICK)
+    yield made
+    made.close()
+
+
+def test_a_lock_that_was_removed_is_taken_anew(tmp_path: Path) -> None:
+    """Else two would work on one file: who waited for the old lock, and who found the new one."""
+    path = tmp_path / "lock"
+    taken = threading.Event()
+
+    def wait() -> None:
+        with shard_cache._locked(path):
+            taken.set()
+
+    waiting = threading.Thread(target=wait)
+    with ExitStack() as old, ExitStack() as new:
+        old.enter_context(shard_cache._locked(path))
+        waiting.start()
+        time.sleep(0.05)
+        path.unlink()
+        new.enter_context(shard_cache._locked(path))
+        old.close()
+        assert not taken.wait(0.1)
+    waiting.join(30)
+    assert taken.is_set()
 
 
 def _read_one(cache: ShardCache, url: str) -> None:
@@ -63,6 +78,7 @@ def _read_files(cache: ShardCache, urls: list[str], answer: Any) -> None:
 def _prefetch_and_read(cache: ShardCache, urls: list[str], answer: Any) -> None:
     cache.prefetch(urls)
     _read_files(cache, urls, answer)
+    cache.close()
 
 
 def run_all(target: Callable[..., None], jobs: list[tuple[Any, ...]]) -> list[list[str]]:
@@ -93,15 +109,15 @@ def test_two_jobs_in_a_small_cache(server: FileServer, folder: Path) -> None:
     """They drive each other's files out all the time; none is lost, and the bound holds."""
     cache = ShardCache(folder, SIZE, QUICK)
     urls = [server.serve(f"{n}.tar", body(n), Reply(status=503)) for n in range(6)]
-    fetch(cache, urls[0])
+    cache.get(urls[0])
     ended = threading.Event()
     largest = 0
 
     def watch() -> None:
         nonlocal largest
         while not ended.wait(0.002):
-            with locked(folder / ".lock"):
-                largest = max(largest, sum(s.st_size for *_, s in shard_cache._held(folder)))
+            with shard_cache._locked(folder / ".lock"):
+                largest = max(largest, sum(file.size for file in cache._whole()))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -143,11 +159,11 @@ def test_what_a_killed_download_left_is_removed(
     server: FileServer, cache: ShardCache, folder: Path, killed: str
 ) -> None:
     left = parts(folder)
-    fetch(cache, server.serve("2.tar", body(2)))
+    cache.get(server.serve("2.tar", body(2)))
     assert parts(folder) == left  # it may still go on
     for part in left:
         os.utime(part, (1, 1))
-    fetch(cache, server.serve("3.tar", body(3)))
+    cache.get(server.serve("3.tar", body(3)))
     assert parts(folder) == []
     assert read(cache, killed) == body(1)
 
@@ -156,7 +172,7 @@ def test_what_a_killed_download_left_makes_room(
     server: FileServer, folder: Path, killed: str
 ) -> None:
     cache = ShardCache(folder, SIZE, QUICK)
-    fetch(cache, server.serve("2.tar", body(2)))
+    cache.get(server.serve("2.tar", body(2)))
     assert (names(folder), parts(folder)) == (["2.tar"], [])
 
 
@@ -189,4 +205,5 @@ def test_no_sample_is_lost_or_doubled(server: FileServer, folder: Path) -> None:
                 content = tar.extractfile(member)
                 assert content is not None
                 found[json.load(content)["id"]] += 1
+    cache.close()
     assert found == {f"{number}-{row}": 1 for number in range(6) for row in range(5)}

@@ -13,11 +13,11 @@ from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder, get_template
-from vipllava.inference.engine import Engine
+from vipllava.data.image_transform import ImageTransform
+from vipllava.inference.engine import Engine, Request
 from vipllava.models.building import ModelSpec
-from vipllava.models.towers import CLIP, normalise_pixels
-from vipllava.stream.image_transform import ImageTransform
-from vipllava.types import ConfigError, Request, Turn, VipLlavaError
+from vipllava.models.image_features import normalise_pixels
+from vipllava.types import ConfigError, Turn, VipLlavaError
 
 # Short, so that a prompt of the byte tokenizer stays short.
 TEMPLATE = replace(get_template("llava_v1"), system="")
@@ -41,7 +41,7 @@ def _engine(parts, template=TEMPLATE) -> Engine:
     encoder = ConversationEncoder(
         tokenizer, template, image_token_id=259, image_seq_length=4, max_length=512
     )
-    return Engine(model, tokenizer, encoder, ImageTransform(28, "pad", CLIP.preprocessing), "cpu")
+    return Engine(model, tokenizer, encoder, ImageTransform(28, "pad"), "cpu")
 
 
 def _requests(count: int) -> list[Request]:
@@ -64,9 +64,7 @@ def _slow_greedy(engine: Engine, request: Request, num_tokens: int) -> list[int]
     ids = engine.encoder.encode_generation_prompt(request.turns).tolist()
     pixels = None
     if request.image is not None:
-        pixels = normalise_pixels(
-            engine.image_transform(request.image)[None], torch.float32, CLIP.preprocessing
-        )
+        pixels = normalise_pixels(engine.image_transform(request.image)[None], torch.float32)
     generated: list[int] = []
     with torch.no_grad():
         while len(generated) < num_tokens:

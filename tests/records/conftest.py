@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.toy_stream import encoder, picture
+from tests.toy_stream import picture
 
-__all__ = ["encoder", "picture"]
+__all__ = ["picture"]

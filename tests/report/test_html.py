@@ -9,32 +9,33 @@ import re
 import pytest
 from PIL import Image
 
-from vipllava.report import html
-from vipllava.report.html import Html, embed_image, escape, markup, page, read_templates, table
+from vipllava.report.html import Html, element, join, page, picture, table
 
 
 def test_text_is_escaped_and_markup_is_not():
-    built = markup('<p class="{kind}">{}{}</p>', '1 < 2 & "x"', markup("<b>{}</b>", "y"), kind='"')
-    assert built == '<p class="&quot;">1 &lt; 2 &amp; &quot;x&quot;<b>y</b></p>'
-    assert escape(["<", Html("<br>"), None, [3, " ", 0.5]]) == "&lt;<br>3 0.5"
-    assert markup("{}", "{0}") == "{0}"
+    assert element("p", "1 < 2 & \"x\"", element("b", "y")) == (
+        "<p>1 &lt; 2 &amp; &quot;x&quot;<b>y</b></p>"
+    )  # fmt: skip
+    assert join(["<", Html("<br>"), None, [3, " ", 0.5]]) == "&lt;<br>3 0.5"
 
 
-def test_line_breaks_of_a_template_file_are_layout(monkeypatch: pytest.MonkeyPatch):
-    text = '<template id="a">\n  <p>two\n    words {b}\n  </p>\n  {c}\n</template>\n\n'
-    monkeypatch.setattr(html, "read_asset", lambda _: f'{text}<template id="d">x</template>\n')
-    assert read_templates("test.html") == {"a": "<p>two words {b}</p>{c}", "d": "x"}
+def test_attributes():
+    built = element("td", "x", class_="a b", data_x='"', title=None, name="n", viewBox="0 0 1 1")
+    assert built == '<td class="a b" data-x="&quot;" name="n" viewBox="0 0 1 1">x</td>'
+    assert element("img", src="s") == '<img src="s"/>'
+    with pytest.raises(ValueError, match="<img> takes no children"):
+        element("img", "text")
 
 
 def test_table_sets_totals_apart():
-    built = table(["name", "n"], [["a", 1]], ["all", "<2>"])
+    built = table(["name", "n"], [["a", 1], ["all", "<2>"]], num_total_rows=1)
     assert '<tr><th scope="row">a</th><td>1</td></tr>' in built
     assert '<tr class="total"><th scope="row">all</th><td>&lt;2&gt;</td></tr>' in built
 
 
 @pytest.mark.parametrize(("lossless", "kind"), [(True, "png"), (False, "jpeg")])
-def test_an_image_travels_inside(lossless: bool, kind: str):
-    built = embed_image(Image.new("RGB", (6, 4), (10, 200, 30)), "a <b>", lossless=lossless)
+def test_picture_travels_inside(lossless: bool, kind: str):
+    built = picture(Image.new("RGB", (6, 4), (10, 200, 30)), "a <b>", lossless=lossless)
     match = re.fullmatch(
         rf'<img src="data:image/{kind};base64,([^"]+)" alt="a &lt;b&gt;" width="6" height="4"/>',
         built,
@@ -48,15 +49,14 @@ def test_an_image_travels_inside(lossless: bool, kind: str):
 def test_high_quality_keeps_thin_lines_coloured(quality: int, thin_line_stays_red: bool):
     image = Image.new("RGB", (16, 16), (40, 90, 60))
     image.paste((255, 0, 0), (8, 0, 9, 16))
-    code = embed_image(image, "", quality=quality).split("base64,")[1].split('"')[0]
+    code = picture(image, "", quality=quality).split("base64,")[1].split('"')[0]
     shown = Image.open(io.BytesIO(base64.b64decode(code)))
     red, green, blue = shown.getpixel((8, 8))
     assert (red > 225 and green < 30 and blue < 30) == thin_line_stays_red
 
 
-def test_page_is_a_whole_document(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(html, "read_asset", {"a.css": "p { }", "b.css": "b { }"}.__getitem__)
-    text = page("A & B", Html("<p>x</p>"), "a.css", "b.css")
+def test_page_is_a_whole_document():
+    text = page("A & B", "p { color: red }", element("p", "x"))
     assert text.startswith('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"/>')
-    assert "<title>A &amp; B</title><style>p { }b { }</style>" in text
+    assert "<title>A &amp; B</title><style>p { color: red }</style>" in text
     assert text.endswith("<body><p>x</p></body></html>\n")

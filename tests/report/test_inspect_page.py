@@ -17,6 +17,7 @@ from vipllava.report.inspect_page import (
     JobSummary,
     build_inspect_page,
     visible,
+    write_inspect_page,
 )
 from vipllava.report.inspected import InspectedSample, RefusedSample
 from vipllava.types import Mention
@@ -34,7 +35,7 @@ JOB = JobSummary(
     max_length=2048,
     seed=42,
     chosen="the first that training meets",
-    command="vipllava inspect --data toys --num-samples 3",
+    command="vipllava inspect data=toys n=3",
 )
 REFUSED = RefusedSample("bad&1", "toys<1>", "b.tar", "box [9, 1, 2, 3] of <region> 1 is reversed")
 
@@ -99,8 +100,8 @@ def samples(inspect: Inspect) -> list[InspectedSample | RefusedSample]:
 def source(
     samples: list[InspectedSample | RefusedSample], tmp_path_factory: pytest.TempPathFactory
 ) -> str:
-    path: Path = tmp_path_factory.mktemp("page") / "inspect.html"
-    path.write_text(build_inspect_page(JOB, samples), "utf-8")
+    path: Path = tmp_path_factory.mktemp("page") / "deeper" / "inspect.html"
+    write_inspect_page(path, JOB, samples)
     return path.read_text(encoding="utf-8")
 
 
@@ -178,22 +179,6 @@ def test_the_plan_in_words(reader: Reader):
     assert "--rgb: 255 0 0; --alpha: 0.60" in reader.styles
 
 
-def test_filled_areas_and_masks_in_words(inspect: Inspect):
-    ring = ((20.0, 10.0), (60.0, 10.0), (40.0, 40.0))
-    boxes = [(20, 10, 60, 40)]
-    filled = inspect(make_sample(ASKED, "a dog.", boxes=boxes, polygons=[ring, ring], shape="mask"))
-    lined = inspect(make_sample(ASKED, "a dog.", boxes=boxes, polygons=[ring]))
-    (mark,) = lined.marks
-    strokes = (*mark.prompt.strokes, replace(mark.prompt.strokes[0], width=0))
-    mark = replace(mark, prompt=replace(mark.prompt, strokes=strokes))
-    page = build_inspect_page(JOB, [filled, replace(lined, marks=(mark,))])
-    first, second = read(page).texts["marks"]
-    assert "shapemask, filled" in first
-    assert "stored px; mask of 2 rings" in first
-    assert "shaperectangle, line 4 stored px, filled head" in second
-    assert "stored px; mask of 1 ring" in second
-
-
 def test_counts_and_places(reader: Reader, samples: list[InspectedSample | RefusedSample]):
     first, second, _ = samples
     assert isinstance(first, InspectedSample)
@@ -233,7 +218,7 @@ def test_counts_and_places(reader: Reader, samples: list[InspectedSample | Refus
         "56 \u00d7 56 px = 3 tokens",
         "pad: padded to a square, then resized",
         "42, 0",
-        "vipllava inspect --data toys --num-samples 3",
+        "vipllava inspect data=toys n=3",
     ):
         assert text in facts
 
@@ -242,8 +227,8 @@ def test_the_picture_is_not_changed(source: str, samples: list[InspectedSample |
     (code,) = re.findall(r'src="data:image/png;base64,([^"]+)"', source)
     image = Image.open(io.BytesIO(base64.b64decode(code)))
     assert isinstance(samples[0], InspectedSample)
-    assert samples[0].image is not None
-    assert image.tobytes() == samples[0].image.tobytes()
+    assert samples[0].picture is not None
+    assert image.tobytes() == samples[0].picture.tobytes()
     assert "stored 100 \u00d7 80 \u2192 input 56 \u00d7 56 px, pad" in source
     assert "--shown: 336px; --large: 1008px" in source
 

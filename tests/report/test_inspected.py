@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 
 from tests.report.conftest import SIDE, Inspect, make_sample
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.models.towers import CLIP
-from vipllava.report.inspected import InspectedSample, ShownToken, inspect_trace
-from vipllava.stream.image_transform import ImageTransform
-from vipllava.stream.sample_encoder import SampleTrace
-from vipllava.types import IGNORE_INDEX, Mention, Region, Turn, VisualPromptPlan
-from vipllava.visual_prompts.shapes import prompt_words
+from vipllava.data.image_transform import ImageTransform
+from vipllava.data.samples import SampleTrace
+from vipllava.report.inspected import DroppedTurn, InspectedSample, ShownToken, inspect_trace
+from vipllava.types import IGNORE_INDEX, Mention, Turn, VisualPromptPlan
 
 TEMPLATES = [
     "plain",
@@ -42,10 +40,10 @@ def show(encoder: ConversationEncoder, turns: tuple[Turn, ...]) -> InspectedSamp
     """Show a conversation without its picture's pixels."""
     sample = make_sample(*(turn.text for turn in turns), size=None)
     trace = SampleTrace(
-        sample, VisualPromptPlan((0, 0)), turns, encoder.encode(turns), image=None,
+        sample, VisualPromptPlan((0, 0)), turns, encoder.encode(turns), picture=None,
         pixel_values=None,
     )  # fmt: skip
-    transform = ImageTransform(SIDE, "pad", CLIP.preprocessing)
+    transform = ImageTransform(SIDE, "pad")
     return inspect_trace(trace, encoder, transform, shard="a.tar", record_kind="regions")
 
 
@@ -83,7 +81,7 @@ def test_it_holds_every_id_once_and_supervised_is_what_the_assistant_says(
     lead, end = ends_of(encoder)
     said = "".join(stretch.text for stretch in sample.stretches if stretch.supervised)
     assert said == "".join(lead + turn.text + end for turn in turns[1::2])
-    assert sample.num_image_ids == 3 * encoded.num_images
+    assert sample.num_picture == 3 * encoded.num_images
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -115,7 +113,7 @@ def test_tokens_of_a_short_conversation(encoders: dict[str, ConversationEncoder]
 
     opening, *rest = given.tokens
     assert opening == ShownToken("special", "<s>", (1,), from_template=True)
-    at = next(i for i, token in enumerate(rest) if token.kind == "image")
+    at = next(i for i, token in enumerate(rest) if token.kind == "picture")
     assert rest[at].ids == (5000, 5000, 5000)
     assert "".join(token.text for token in rest[:at]).endswith("human's questions. USER: ")
     shown = [(token.text, len(token.ids), token.from_template) for token in rest[at + 1 :]]
@@ -180,10 +178,10 @@ def test_turns_beyond_the_limit_are_the_records(inspect: Inspect):
     sample = inspect(make_sample(*texts), max_length=four - 1)
     assert sample.num_turns == 2
     assert sample.dropped == (
-        Turn("user", "Sure?"),
-        Turn("assistant", "Yes."),
-        Turn("user", "Is it red?"),
-        Turn("assistant", "No."),
+        DroppedTurn("user", "Sure?"),
+        DroppedTurn("assistant", "Yes."),
+        DroppedTurn("user", "Is it red?"),
+        DroppedTurn("assistant", "No."),
     )
     assert [s.text for s in sample.stretches if s.supervised] == [" a dog.</s>"]
     assert sample.max_length == four - 1
@@ -191,16 +189,16 @@ def test_turns_beyond_the_limit_are_the_records(inspect: Inspect):
 
 def test_the_picture_is_what_the_network_gets(inspect: Inspect):
     sample = inspect(make_sample("What is it?", "a dog."))
-    assert sample.image is not None
-    assert sample.image.size == (SIDE, SIDE)
+    assert sample.picture is not None
+    assert sample.picture.size == (SIDE, SIDE)
     assert sample.stored_size == (100, 80)
-    assert sample.image.getpixel((0, 0)) == (122, 116, 104)  # padded in CLIP's mean colour
-    assert (sample.num_image_ids, sample.marks, sample.policy) == (3, (), "none")
+    assert sample.picture.getpixel((0, 0)) == (122, 116, 104)  # padded in CLIP's mean colour
+    assert (sample.num_picture, sample.marks, sample.policy) == (3, (), "none")
 
 
 def test_text_only(inspect: Inspect):
     sample = inspect(make_sample("Sure?", "Yes.", size=None))
-    assert (sample.image, sample.stored_size, sample.num_image_ids) == (None, None, 0)
+    assert (sample.picture, sample.stored_size, sample.num_picture) == (None, None, 0)
     assert (sample.key, sample.dataset, sample.shard) == ("set/7", "toys", "a.tar")
 
 
@@ -210,15 +208,26 @@ def test_a_mark(inspect: Inspect):
         make_sample(asked, "a dog.", "Sure?", "Yes.", asked, "Yes.", boxes=[(20, 10, 60, 40)])
     )
     (mark,) = sample.marks
-    assert prompt_words(mark.prompt) == "within the red rectangle"
+    assert mark.words == "within the red rectangle"
     assert "What is within the red rectangle?" in sample.stretches[0].text
-    assert (mark.prompt.region, mark.prompt.shape) == (0, "rectangle")
-    assert (mark.prompt.rgb, mark.prompt.alpha) == ((255, 0, 0), 153)
-    assert mark.region == Region((20, 10, 60, 40))
+    assert (mark.shape, mark.rgb, mark.alpha) == ("rectangle", (255, 0, 0), 153)
+    assert (mark.line_width, mark.filled) == (4, False)
+    assert (mark.region, mark.region_box, mark.num_rings) == (0, (20, 10, 60, 40), 0)
     assert mark.named_in == (1, 5)
     assert mark.fixed == ("shape", "colour", "width", "alpha")
     # 41 by 31 stored pixels; the padded picture of 100 pixels becomes one of 56.
     assert mark.input_size == pytest.approx((41 * 0.56, 31 * 0.56))
+
+
+def test_a_filled_mark_counts_its_rings(inspect: Inspect):
+    ring = ((20.0, 10.0), (60.0, 10.0), (40.0, 40.0))
+    (mark,) = inspect(
+        make_sample(
+            ("What is ", Mention(0), "?"), "a dog.",
+            boxes=[(20, 10, 60, 40)], polygons=[ring, ring], shape="mask",
+        )
+    ).marks  # fmt: skip
+    assert (mark.line_width, mark.filled, mark.num_rings) == (0, True, 2)
 
 
 def test_a_mark_that_the_crop_takes_away(inspect: Inspect):
@@ -240,9 +249,9 @@ def test_labels_that_are_not_the_answers_are_reported(encoders: dict[str, Conver
     labels[5] = encoded.input_ids[5]
     trace = SampleTrace(
         make_sample("Sure?", "Yes.", size=None), VisualPromptPlan((0, 0)), turns,
-        replace(encoded, labels=labels), image=None, pixel_values=None,
+        replace(encoded, labels=labels), picture=None, pixel_values=None,
     )  # fmt: skip
-    transform = ImageTransform(SIDE, "pad", CLIP.preprocessing)
+    transform = ImageTransform(SIDE, "pad")
     sample = inspect_trace(trace, encoder, transform, shard="a.tar", record_kind="regions")
     assert "1 positions outside the answers are supervised" in sample.fault
     assert [stretch.supervised for stretch in sample.stretches] == [False, True, False, True]

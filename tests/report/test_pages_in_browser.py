@@ -1,6 +1,6 @@
 """The pages as a browser shows them: nothing sticks out, all is readable, in light and dark.
 
-Needs Playwright (the extra `browser`) and the system's Chromium; skipped without.
+Needs Playwright (`pip install -e '.[browser]'`) and the system's Chromium; skipped without.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ import pytest
 from PIL import Image
 
 from tests.report.conftest import SIDE, Inspect, make_sample
-from tests.report.test_quickstart_page import accuracy, scores
-from vipllava.report.inspect_page import JobSummary, build_inspect_page
+from vipllava.report.inspect_page import JobSummary, write_inspect_page
 from vipllava.report.inspected import InspectedSample, RefusedSample
-from vipllava.report.quickstart_page import Example, QuickstartPage, write_quickstart_page
+from vipllava.report.quickstart_page import (
+    Accuracy,
+    Example,
+    QuickstartPage,
+    write_quickstart_page,
+)
 from vipllava.types import Mention
 
 pytestmark = pytest.mark.browser
@@ -82,7 +86,7 @@ def browser() -> Generator[Any]:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        pytest.skip('Playwright is missing: pip install "vipllava-lightning[browser]"')
+        pytest.skip("Playwright is missing: pip install -e '.[browser]'")
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         pytest.skip("no Chromium is installed: apt-get install chromium (Debian), or Chrome")
@@ -120,9 +124,9 @@ def inspect_page(
         dataset="toys", num_samples=12000, stage="finetune", model="tiny",
         chat_template="llava_v1", image_aspect="pad", image_size=SIDE, image_seq_length=3,
         max_length=900, seed=42, chosen="the first that training meets",
-        command="vipllava inspect --data /data/" + "manifest_" * 12 + "toys.yaml --num-samples 14",
+        command="vipllava inspect data=/data/" + "manifest_" * 12 + "toys.yaml n=14",
     )  # fmt: skip
-    path.write_text(build_inspect_page(job, shown), "utf-8")
+    write_inspect_page(path, job, shown)
     return path
 
 
@@ -131,15 +135,16 @@ def quickstart_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("quickstart") / "report.html"
     stripes = Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3))
     question = "What is within the red rectangle?\nAnswer the question using a single word."
-    halves = {"marked": accuracy(90, 100, 0.826, 0.945), "unmarked": accuracy(20, 100, 0.13, 0.29)}
-    gap = {"accuracy": 0.7, "low": 0.62, "high": 0.77}
+    accuracy = Accuracy("all", 90, 100, 0.826, 0.945)
     content = QuickstartPage(
-        shapes_image=stripes.resize((1700, 790)),
+        shapes_picture=stripes.resize((1700, 790)),
         loss_curves={stage: [(0, 5.0), (1, 2.5)] for stage in ("pretrain", "finetune", "gpt4v")},
-        regions={**halves, "gap": gap, "by_shape": {"mask contour": halves}},
-        vip_bench={
-            "splits": {name: scores(58.4, 50.1, 66.1, rec=71.2) for name in ("bbox", "human")}
-        },
+        marked=accuracy,
+        unmarked=Accuracy("all", 20, 100, 0.13, 0.29),
+        gap=(0.7, 0.62, 0.77),
+        by_shape=[("mask contour", accuracy, accuracy)],
+        vip_bench={split: {"rec": 71.2, "total": 58.4} for split in ("bbox", "human")},
+        vip_bench_items=60,
         examples=[Example(stripes, question, "cup", "Cup.", "a fish", "arrow")] * 5,
         seconds={"pretrain": 61.2, "all": 583.0},
         versions={"torch": "2.13.0"},

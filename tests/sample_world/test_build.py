@@ -1,4 +1,4 @@
-"""The sample data: real shards of the real record kinds, made once, and an official ViP-Bench."""
+"""The sample data: real shards in the real schemas, made once, and an official ViP-Bench."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from vipllava.data.manifest import load_manifest
+from vipllava.data.schemas import kind_of, parse_record
+from vipllava.data.shards import open_shards
 from vipllava.keyed_random import generator_for
-from vipllava.records import kind_of, parse_record
 from vipllava.sample_world.build import FOLDER, ensure_sample_world
-from vipllava.shards.manifest import load_manifest
-from vipllava.shards.tars import open_shards
 from vipllava.types import VipLlavaError
 
 MANIFESTS = Path(__file__).parents[2] / "data_manifests"
@@ -51,7 +51,7 @@ def test_half_a_folder_is_an_error_that_says_what_to_do(tmp_path: Path):
 def test_an_unwritable_root_names_the_setting(tmp_path: Path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(VipLlavaError, match=r"with data_root=FOLDER"):
+    with pytest.raises(VipLlavaError, match=r"paths\.data_root"):
         ensure_sample_world(blocked)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning
@@ -14,21 +13,13 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
 from tests.toy_data import toy_samples
-from tests.training.real_runs import kill_left_runs
 from vipllava.config.resolvers import register_resolvers
+from vipllava.data.shards import write_shards
 from vipllava.models.building import ModelSpec
-from vipllava.shards.tars import write_shards
 from vipllava.training.lit_module import VipLlavaLitModule
-from vipllava.training.optim import OptimizerSettings
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-MANIFEST = {"schema_version": 2, "name": "toy", "stage": "finetune", "licence": "none"}
-
-
-@pytest.fixture(autouse=True)
-def no_run_is_left() -> Iterator[None]:
-    yield
-    kill_left_runs()
+MANIFEST = {"schema_version": 1, "name": "toy", "stage": "finetune", "licence": "none"}
 
 
 @pytest.fixture
@@ -45,12 +36,10 @@ def spec(tiny_sources) -> ModelSpec:
 @pytest.fixture
 def make_module(spec) -> Callable[..., VipLlavaLitModule]:
     def make(**changes: object) -> VipLlavaLitModule:
-        names = {field.name for field in fields(OptimizerSettings)} & changes.keys()
-        settings: dict = {"learning_rate": 1e-2, **{name: changes.pop(name) for name in names}}
         arguments: dict = {
             "model": spec,
             "trainable": ["projector", "language_model"],
-            "optimizer": OptimizerSettings(**settings),
+            "learning_rate": 1e-2,
             "seed": 3,
         }
         return VipLlavaLitModule(**{**arguments, **changes})

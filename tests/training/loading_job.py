@@ -6,22 +6,23 @@ Started as ``python -m tests.training.loading_job JOB.json`` with the variables 
 from __future__ import annotations
 
 import json
-import math
 import sys
 import threading
-from dataclasses import dataclass
+import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.training.rank_jobs import RankJob, make_cpu_trainer, read_job
-
 
 @dataclass(frozen=True)
-class Job(RankJob):
+class Job:
     """What to build; each process leaves ``RANK.json`` in the folder."""
 
     folder: str
     spec: dict[str, Any]
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
 
 
 class Built(Exception):
@@ -29,15 +30,19 @@ class Built(Exception):
 
 
 def main(path: str) -> None:
-    job = Job(**read_job(path))
+    warnings.simplefilter("ignore")
+    job = Job(**json.loads(Path(path).read_text()))
+    import lightning
+    import torch
 
-    from tests.training.sharded_job import make_sharded_strategy
+    from tests.training.sharded_job import _strategy
     from tests.training.toy_training import Loader, make_samples
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.models.building import ModelSpec
-    from vipllava.models.freezing import whole_shape
+    from vipllava.models.freezing import num_elements
     from vipllava.training.lit_module import VipLlavaLitModule
-    from vipllava.training.optim import OptimizerSettings
+
+    torch.set_num_threads(1)
 
     class Measured(VipLlavaLitModule):
         def configure_model(self) -> None:
@@ -46,19 +51,25 @@ def main(path: str) -> None:
                 super().configure_model()
             facts = {
                 "peak": peak.value - before,
-                "whole": sum(4 * math.prod(whole_shape(p)) for p in self.network.parameters()),
+                "whole": sum(4 * num_elements(p) for p in self.network.parameters()),
             }
             (Path(job.folder) / f"{self.trainer.global_rank}.json").write_text(json.dumps(facts))
             raise Built
 
     spec = ModelSpec(**job.spec)
-    trainer = make_cpu_trainer(
-        job.folder,
+    trainer = lightning.Trainer(
+        accelerator="cpu",
         devices=2,
-        strategy=make_sharded_strategy("zero3"),
+        strategy=_strategy("zero3"),
         max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=job.folder,
     )
-    module = Measured(spec, ["projector"], OptimizerSettings(1e-3), tokenizer=load_tokenizer(spec))
+    module = Measured(spec, ["projector"], 1e-3, tokenizer=load_tokenizer(spec))
     try:
         trainer.fit(module, Loader(make_samples(4), 2, 2))
     except Built:

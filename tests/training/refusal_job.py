@@ -8,20 +8,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass
+import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-
-from tests.training.rank_jobs import RankJob, make_cpu_trainer, read_job
 
 BAD_STEP = 2
 NUM_STEPS = 5
 
 
 @dataclass(frozen=True)
-class Job(RankJob):
+class Job:
     """What to train and where to leave what was found.
 
     Attributes:
@@ -36,9 +33,16 @@ class Job(RankJob):
     spec: dict[str, Any]
     cases: list[list[str]]
 
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
 
 def main(path: str) -> None:
-    job = Job(**read_job(path))
+    warnings.simplefilter("ignore")
+    job = Job(**json.loads(Path(path).read_text()))
+    import torch
+
+    torch.set_num_threads(1)
     found = {"-".join(case): _train(job, *case) for case in job.cases}
     rank = os.environ.get("RANK", "0")
     (Path(job.folder) / f"found{rank}.json").write_text(json.dumps(found))
@@ -46,18 +50,18 @@ def main(path: str) -> None:
 
 
 def _train(job: Job, strategy: str, precision: str, action: str) -> dict[str, Any]:
+    import lightning
+
     from tests.training.strategies_job import Case, make_strategy
     from tests.training.toy_training import overflow_backwards
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.conversation import ConversationEncoder
+    from vipllava.data.datamodule import VisualPromptDataModule
+    from vipllava.data.image_transform import ImageTransform
     from vipllava.models.building import ModelSpec, image_seq_length, token_id
-    from vipllava.models.towers import CLIP
-    from vipllava.stream.datamodule import VisualPromptDataModule
-    from vipllava.stream.image_transform import ImageTransform
     from vipllava.training.csv_log import CsvLog
     from vipllava.training.guard import LossGuard
     from vipllava.training.lit_module import VipLlavaLitModule
-    from vipllava.training.optim import OptimizerSettings
     from vipllava.types import VipLlavaError
     from vipllava.visual_prompts.policies import VisualPromptPolicy
 
@@ -95,7 +99,7 @@ def _train(job: Job, strategy: str, precision: str, action: str) -> dict[str, An
         root,
         {"regions": VisualPromptPolicy()},
         encoder,
-        ImageTransform(spec.image_size, "pad", CLIP.preprocessing),
+        ImageTransform(spec.image_size, "pad"),
         micro_batch_size=2,
         global_batch_size=4,
         num_workers=0,
@@ -105,20 +109,27 @@ def _train(job: Job, strategy: str, precision: str, action: str) -> dict[str, An
     module = Noting(
         spec,
         ["projector", "language_model"],
-        OptimizerSettings(1e-2, warmup_ratio=0.0),
+        1e-2,
         seed=3,
         tokenizer=tokenizer,
         guard=guard,
+        warmup_ratio=0.0,
     )
     log = CsvLog(folder / "csv")
-    trainer = make_cpu_trainer(
-        folder,
+    trainer = lightning.Trainer(
+        accelerator="cpu",
         devices=2,
         strategy=made,
         precision=precision,
         gradient_clip_val=1.0,
         max_steps=NUM_STEPS,
         logger=log,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
     )
     message = None
     try:

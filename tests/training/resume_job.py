@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests import preloaded
 from vipllava.models.building import ModelSpec
-from vipllava.models.towers import CLIP
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.training.resume_job", "vipllava.training.lit_module"])
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Job:
 
 def start(job: Job) -> int:
     """Run a job to its end and return its exit code (-9: killed)."""
-    with preloaded.call(_run, job) as process:
-        try:
-            return process.wait(180)
-        finally:
-            process.kill()
+    process = CONTEXT.Process(target=_run, args=(job,))
+    process.start()
+    process.join(180)
+    assert process.exitcode is not None, "the job hangs"
+    return process.exitcode
 
 
 def losses(folder: Path) -> dict[int, str]:
@@ -72,13 +73,12 @@ def _run(job: Job) -> None:
 
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.conversation import ConversationEncoder
+    from vipllava.data.datamodule import VisualPromptDataModule
+    from vipllava.data.image_transform import ImageTransform
     from vipllava.models.building import image_seq_length, token_id
-    from vipllava.stream.datamodule import VisualPromptDataModule
-    from vipllava.stream.image_transform import ImageTransform
     from vipllava.training import checkpointing
     from vipllava.training.csv_log import CsvLog, cut_csv
     from vipllava.training.lit_module import VipLlavaLitModule
-    from vipllava.training.optim import OptimizerSettings
     from vipllava.training.restart import prepare_run
     from vipllava.types import Interrupted
     from vipllava.visual_prompts.policies import VisualPromptPolicy
@@ -99,7 +99,7 @@ def _run(job: Job) -> None:
         job.data_root,
         {"regions": VisualPromptPolicy()},
         encoder,
-        ImageTransform(job.spec.image_size, "pad", CLIP.preprocessing),
+        ImageTransform(job.spec.image_size, "pad"),
         **{"micro_batch_size": 2, "global_batch_size": 4, "num_workers": 1, **job.data},
     )
 
@@ -121,7 +121,7 @@ def _run(job: Job) -> None:
     module = Noting(
         job.spec,
         ["projector", "language_model"],
-        OptimizerSettings(1e-2),
+        1e-2,
         seed=3,
         tokenizer=tokenizer,
         **job.module,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +11,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from tests import preloaded
+from tests.training.resume_job import CONTEXT
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
-from vipllava.training import checkpointing, ending
+from vipllava.training import checkpointing, stopping
 from vipllava.training.checkpointing import AtomicCheckpointIO, CheckpointCallback
-from vipllava.training.ending import RunEnd, StopRequest
+from vipllava.training.ending import RunEnd
+from vipllava.training.stopping import StopRequest
 from vipllava.types import CheckpointError, Interrupted
 
 pytestmark = LIGHTNING_WARNINGS
@@ -37,8 +37,9 @@ def full_disk(monkeypatch):
     monkeypatch.setattr(torch, "save", write)
 
 
-def test_a_file_has_its_name_when_it_is_whole(tmp_path):
-    plugin = AtomicCheckpointIO()
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_file_has_its_name_when_it_is_whole(tmp_path, asynchronous):
+    plugin = AtomicCheckpointIO(asynchronous)
     weight = torch.ones(3)
     plugin.save_checkpoint({"weight": weight}, tmp_path / "000001.ckpt")
     weight += 1  # training goes on while the file is written
@@ -47,9 +48,10 @@ def test_a_file_has_its_name_when_it_is_whole(tmp_path):
     assert torch.load(tmp_path / "000001.ckpt")["weight"].tolist() == [1, 1, 1]
 
 
-def test_a_full_disk_keeps_the_one_before(tmp_path, full_disk):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_keeps_the_one_before(tmp_path, full_disk, asynchronous):
     (tmp_path / "000001.ckpt").write_bytes(b"whole")
-    plugin = AtomicCheckpointIO()
+    plugin = AtomicCheckpointIO(asynchronous)
 
     def save_and_wait() -> None:
         plugin.save_checkpoint({}, tmp_path / "000002.ckpt")
@@ -168,7 +170,7 @@ def test_without_our_entry_point_a_second_ctrl_c_is_pythons_own(monkeypatch):
     try:
         signal.raise_signal(signal.SIGINT)
         assert (request.name, request.exit_code) == ("Ctrl-C", 130)
-        monkeypatch.setattr(ending, "SAME_CTRL_C_S", -1)
+        monkeypatch.setattr(stopping, "SAME_CTRL_C_S", -1)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:
@@ -184,9 +186,17 @@ def test_an_error_of_the_disk_ends_the_run_readably(make_module, make_trainer, t
 
 @pytest.mark.parametrize(("steps", "alike"), [([4, 4], True), ([4, 2], False)])
 def test_processes_go_on_from_one_step(tmp_path, steps, alike):
-    processes = [preloaded.call(_compare_steps, rank, tmp_path, steps[rank]) for rank in range(2)]
-    assert [process.wait(60) for process in processes] == [0, 0]
-    found = [(tmp_path / f"answer-{rank}").read_text() for rank in range(2)]
+    answers = CONTEXT.SimpleQueue()
+    group = f"file://{tmp_path}/group"
+    processes = [
+        CONTEXT.Process(target=_compare_steps, args=(rank, group, steps[rank], answers))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    found = [answers.get() for _ in processes]
     if alike:
         assert found == ["", ""]
     else:
@@ -194,17 +204,16 @@ def test_processes_go_on_from_one_step(tmp_path, steps, alike):
         assert "go on from different steps, 2 to 4: its folder has to be on a file" in found[0]
 
 
-def _compare_steps(rank: int, folder: Path, step: int) -> None:
-    group = f"file://{folder}/group"
+def _compare_steps(rank: int, group: str, step: int, answers: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=group, rank=rank, world_size=2)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     trainer: Any = SimpleNamespace(world_size=2, global_step=step, strategy=strategy)
-    answer = ""
     try:
         checkpointing._check_same_step(trainer)
     except CheckpointError as error:
-        answer = str(error)
-    (folder / f"answer-{rank}").write_text(answer)
+        answers.put(str(error))
+    else:
+        answers.put("")
     torch.distributed.destroy_process_group()
 
 

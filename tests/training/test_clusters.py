@@ -15,7 +15,7 @@ import pytest
 
 from tests.toy_data import toy_samples
 from tests.training import fake_slurm
-from vipllava.shards.tars import write_shards
+from vipllava.data.shards import write_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "docs" / "slurm_job.sh"
@@ -27,7 +27,7 @@ def data_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     write_shards(toy_samples(24), root / "mine", max_samples=8)
     (root / "mine.yaml").write_text(
-        "schema_version: 2\nname: mine\nstage: pretrain\nlicence: none\nshards: mine/*.tar\n"
+        "schema_version: 1\nname: mine\nstage: pretrain\nlicence: none\nshards: mine/*.tar\n"
     )
     return root
 

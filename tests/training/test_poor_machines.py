@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.toy_data import toy_samples
-from vipllava.shards.tars import write_shards
+from vipllava.data.shards import write_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 4
@@ -40,7 +40,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     write_shards(toy_samples(16), root / "mine", max_samples=8)
     (root / "mine.yaml").write_text(
-        "schema_version: 2\nname: mine\nstage: pretrain\nlicence: für 名\nshards: mine/*.tar\n",
+        "schema_version: 1\nname: mine\nstage: pretrain\nlicence: für 名\nshards: mine/*.tar\n",
         encoding="utf-8",
     )
     return root
@@ -95,7 +95,7 @@ def readable(done: subprocess.CompletedProcess) -> str:
     [
         (44, "environment.json: no space is left on the device: free some"),
         pytest.param(64, "(0.0 MB free): no space is left", marks=pytest.mark.slow, id="samples"),
-        pytest.param(12_000, "could not be written", marks=pytest.mark.slow, id="export"),
+        pytest.param(12_000, "the export to", marks=pytest.mark.slow, id="export"),
         pytest.param(19_800, "the projector could not be", marks=pytest.mark.slow, id="projector"),
     ],
 )
@@ -114,7 +114,7 @@ def test_a_file_that_may_not_be_so_large_is_one_error(data_root: Path, tmp_path:
     """As a full disk while the model is exported; needs no rights."""
     limited = ["bash", "-c", 'ulimit -f 3000; exec "$@"', "limited"]
     done = run([*limited, *command(data_root, tmp_path / "runs")], tmp_path)
-    assert f"{tmp_path / 'runs' / 'run' / 'export'} could not be" in readable(done)
+    assert f"the export to {tmp_path / 'runs' / 'run' / 'export'} could not be" in readable(done)
     left = sorted(path.name for path in (tmp_path / "runs" / "run").iterdir())
     assert [name for name in left if name.startswith((".export", "export"))] == []
     assert (tmp_path / "runs" / "run" / "checkpoints" / "000004.ckpt").is_file()

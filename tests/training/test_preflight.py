@@ -19,22 +19,19 @@ from rich.console import Console
 from tests.conftest import byte_tokenizer
 from tests.models.test_real_sizes import CLIP, LANGUAGE_MODELS
 from tests.toy_data import toy_samples
-from vipllava.commands.job import train
-from vipllava.commands.preflight import preflight
 from vipllava.config import hardware
 from vipllava.config.checks import check_plan_config
 from vipllava.config.composing import compose_job
 from vipllava.config.hardware import CudaDevice, Hardware
-from vipllava.forecast import memory as memory_forecast
-from vipllava.shards.tars import write_shards
+from vipllava.data.shards import write_shards
+from vipllava.training import host_memory as host_memory_module
 from vipllava.training import preflight as preflight_module
-from vipllava.training.job import build_datamodule, model_spec
-from vipllava.training.preflight import examine, look_ahead
+from vipllava.training.preflight import examine, look_ahead, preflight
 from vipllava.types import CheckpointError, ConfigError, VipLlavaError
 
 ROOT = Path(__file__).resolve().parents[2]
 A100 = CudaDevice("NVIDIA A100-SXM4-80GB", 79.2, (8, 0))
-MANIFEST = {"schema_version": 2, "name": "toy", "stage": "finetune", "licence": "none"}
+MANIFEST = {"schema_version": 1, "name": "toy", "stage": "finetune", "licence": "none"}
 MINE = MANIFEST | {"name": "mine", "shards": "*.tar", "policy": "regions", "num_samples": 10}
 
 
@@ -103,7 +100,7 @@ def run(overrides: list[str]) -> str:
 def _tokenizer(cfg: DictConfig) -> Any:
     from vipllava.checkpoints.loading import load_tokenizer
 
-    return load_tokenizer(model_spec(cfg))
+    return load_tokenizer(preflight_module._spec(cfg))
 
 
 def test_a_tiny_job(tiny, tmp_path):
@@ -137,6 +134,7 @@ def test_what_is_printed(tiny):
 def test_the_lengths_are_those_of_the_jobs_own_tokenizer(tiny):
     report = examine(job([*tiny, "stage=finetune", "stage.max_length=4096"]))
     # One id per byte: the first samples' true lengths, not the index' estimate for words.
+    from vipllava.training.run import build_datamodule
 
     cfg = job([*tiny, "stage=finetune", "stage.checkpoint=null", "stage.max_length=4096"])
     datamodule = build_datamodule(cfg)
@@ -218,7 +216,7 @@ def test_what_may_just_fit_is_a_note(real):
 
 def test_the_network_is_forecast_as_it_will_be_built(real):
     cfg = job([*real, "stage=pretrain", "machine.attn_implementation=flash_attention_2"])
-    spec = replace(model_spec(cfg), attn_implementation="sdpa")
+    spec = replace(preflight_module._spec(cfg), attn_implementation="sdpa")
     assert look_ahead(cfg, _tokenizer(cfg), spec=spec).setup.attention == "sdpa"
 
 
@@ -258,7 +256,7 @@ def test_lint_errors_are_problems_and_its_warnings_are_notes(tiny, tmp_path):
     write_shards(samples, tmp_path / "toy", prefix="cut", max_samples=10)
     report = examine(job([*tiny, "stage=pretrain", "lint.min_mark_pixels=1000"]))
     (problem,) = report.problems
-    assert "lint of 10 samples of toy: 1 image-corrupt; `vipllava lint --data toy`" in problem
+    assert "lint of 10 samples of toy: 1 image-corrupt; `vipllava lint data=toy`" in problem
     assert any("mark-small" in note for note in report.notes)
 
 
@@ -361,7 +359,7 @@ def test_the_nodes_own_memory(real, monkeypatch):
     assert report.host_capacity is None  # of a machine that is not here
 
     monkeypatch.setattr(hardware, "detect", lambda: Hardware((A100,) * 8, num_cpus=16))
-    monkeypatch.setattr(memory_forecast, "machine_memory", lambda: 64 * 2**30)
+    monkeypatch.setattr(host_memory_module, "machine_memory", lambda: 64 * 2**30)
     report = examine(job([*real, "stage=finetune", "strategy=zero3_offload"]))
     (problem,) = [problem for problem in report.problems if "node's memory" in problem]
     assert "GiB of the node's memory (what stays while it trains: 113.6), which" in problem
@@ -387,6 +385,7 @@ def test_settings_are_checked_and_hardware_is_not(real):
 
 
 def test_the_short_form(real):
+    from vipllava.training.run import build_datamodule
 
     cfg = job([*real, "stage=pretrain"])
     tokenizer = _tokenizer(cfg)
@@ -423,6 +422,8 @@ def test_how_many_blocks_are_recomputed(real, overrides, recomputed):
 
 
 def test_the_entry_point_stops_behind_it(tiny, tmp_path, capsys):
-    train(job([*tiny, "stage=pretrain"]))
+    import train
+
+    train.train(job([*tiny, "stage=pretrain"]))
     assert "nothing stands in the way" in capsys.readouterr().out
     assert not Path(tmp_path / "runs").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import fcntl
 import multiprocessing
 import os
 import socket
@@ -15,17 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from tests import preloaded
+from tests.training.resume_job import CONTEXT
 from vipllava.config.resolvers import register_resolvers
-from vipllava.training.restart import hold_run
+from vipllava.training import run_lock
 from vipllava.training.run import run_training
+from vipllava.training.run_lock import hold_run
 from vipllava.types import VipLlavaError
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from vipllava.training.restart import hold_run
+from vipllava.training.run_lock import hold_run
 
 with hold_run(Path(sys.argv[1])):
     child = os.fork()
@@ -39,7 +39,7 @@ with hold_run(Path(sys.argv[1])):
 
 def _hold(folder: Path, seconds: float) -> tuple[subprocess.Popen[str], int]:
     """Start a process that holds a folder and has a child, as a run has loader workers."""
-    holder = preloaded.Popen(
+    holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder), str(seconds)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -73,7 +73,7 @@ def test_who_holds_a_folder_is_named(tmp_path, held):
 def test_a_killed_process_holds_nothing_though_its_workers_live(tmp_path, held):
     held.kill()
     held.wait()
-    with hold_run(tmp_path, patience_s=30):  # a child lets go when it first runs
+    with hold_run(tmp_path):
         assert f"pid: {os.getpid()}" in (tmp_path / "run.lock").read_text()
 
 
@@ -91,7 +91,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(run_lock.fcntl, "lockf", no_locks)
     with hold_run(tmp_path):
         assert "nothing will notice a second start of this run" in caplog.text
 
@@ -106,12 +106,14 @@ def test_a_second_start_of_a_live_run_is_refused(config, tmp_path):
     job = ["stage=pretrain", "stage.checkpoint_steps=2"]
     run_dir = tmp_path / "runs" / "tiny-pretrain"
     metrics = run_dir / "csv" / "metrics.csv"
-    endless = config(*job, "stage.epochs=10000", "data.num_workers=1")
-    first = preloaded.call(_train, endless)
+    first = CONTEXT.Process(
+        target=_train, args=(config(*job, "stage.epochs=10000", "data.num_workers=1"),)
+    )
+    first.start()
     try:
         deadline = time.monotonic() + 120
         while not list((run_dir / "checkpoints").glob("0*.ckpt")):
-            assert first.poll() is None
+            assert first.is_alive()
             assert time.monotonic() < deadline
             time.sleep(0.05)
         before = (run_dir / "job.yaml").read_text()
@@ -119,11 +121,11 @@ def test_a_second_start_of_a_live_run_is_refused(config, tmp_path):
             run_training(config(*job, "seed=7"))
         with pytest.raises(VipLlavaError, match=rf"in use by process {first.pid} on "):
             run_training(config(*job, "resume=never"))
-        assert first.poll() is None
+        assert first.is_alive()
         assert (run_dir / "job.yaml").read_text() == before
     finally:
         first.kill()
-        first.wait()
+        first.join()
     # A dead process holds nothing, though its loader worker may live for some seconds.
     done = max(int(path.stem) for path in (run_dir / "checkpoints").glob("0*.ckpt"))
     run_training(config(*job, "stage.epochs=10000", f"trainer.max_steps={done + 2}"))

@@ -7,17 +7,16 @@ from dataclasses import replace
 import pytest
 
 from tests.visual_prompts.policy_files import FILES, load_policies
-from vipllava.records import KINDS, NO_POLICY
-from vipllava.sample_world import TINY_POLICIES
+from vipllava.data.schemas import KINDS, NO_POLICY
 from vipllava.types import Shape, VipLlavaError
+from vipllava.visual_prompts.palette import PALETTE
 from vipllava.visual_prompts.policies import (
-    POLICIES,
     ShapeRanges,
     VisualPromptPolicy,
     build_policies,
     get_policy,
 )
-from vipllava.visual_prompts.shapes import PALETTE, SHAPES
+from vipllava.visual_prompts.shapes import SHAPES
 
 PUBLISHED_SHAPES: dict[str, tuple[Shape, ...]] = {
     "refcocog": SHAPES,
@@ -29,16 +28,6 @@ PUBLISHED_SHAPES: dict[str, tuple[Shape, ...]] = {
     "pointQA_twice": ("rectangle",),
     "regions": SHAPES,
 }
-
-
-@pytest.mark.parametrize("name", ["published", "evaluation"])
-def test_the_policies_in_code_are_those_of_the_configuration(name: str) -> None:
-    assert POLICIES[name] == load_policies(name)
-    assert list(POLICIES) == ["published", "evaluation"]
-
-
-def test_the_policies_of_the_tiny_model_are_those_of_its_configuration() -> None:
-    assert load_policies("tiny") == TINY_POLICIES
 
 
 def test_the_palette_is_the_published_one() -> None:

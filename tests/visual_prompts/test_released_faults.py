@@ -20,9 +20,9 @@ from PIL import Image
 
 from tests.toy_data import encode_picture, said
 from tests.visual_prompts.policy_files import load_policies
-from vipllava.records import parse_record
-from vipllava.records.image_decode import decode_image
-from vipllava.stream.sample_encoder import marks_generator, plan_sample, words_generator
+from vipllava.data.image_decode import decode_image
+from vipllava.data.samples import marks_generator, plan_sample, words_generator
+from vipllava.data.schemas import parse_record
 from vipllava.types import RecordError, Sample, Turn, VisualPromptPlan
 from vipllava.visual_prompts.render import mark_opacity, render_plan
 from vipllava.visual_prompts.shapes import SHAPES, prompt_words, shape_words
@@ -137,8 +137,8 @@ def test_3_short_phrases_and_relations_keep_wording_and_picture() -> None:
     [
         ({"bboxes": [[9, 9, 5, 5]]}, IMAGE, "d/k: field `bboxes[0]` is [9, 9, 5, 5]; expected"),
         ({"segmentations": [[[1, 2, 3, 4]]]}, IMAGE, "d/k: field `segmentations[0][0]` is"),
-        ({}, None, "d/k: no image beside the record"),
-        ({}, IMAGE[: len(IMAGE) // 2], "d/k: the image cannot be decoded"),
+        ({}, None, "d/k: no picture beside the record"),
+        ({}, IMAGE[: len(IMAGE) // 2], "d/k: the picture cannot be decoded"),
     ],
 )
 def test_4_a_bad_sample_is_an_error_of_its_own_name_never_another_sample(

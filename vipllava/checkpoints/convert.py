@@ -8,26 +8,33 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import VipLlavaForConditionalGeneration
 
-from vipllava.checkpoints import llava_format
 from vipllava.checkpoints.adapter_format import stored_settings, write_llava_adapter
 from vipllava.checkpoints.export_meta import META_NAME
-from vipllava.checkpoints.folders import check_replaceable, checkpoint_folder
 from vipllava.checkpoints.hf_format import save_export
-from vipllava.checkpoints.loading import KINDS, Source, open_source
+from vipllava.checkpoints.llava_format import (
+    read_projector,
+    write_config,
+    write_llava,
+    write_projector,
+)
+from vipllava.checkpoints.loading import RELEASED_LAYERS, open_source
 from vipllava.checkpoints.model_card import CARD_NAME, model_card
 from vipllava.checkpoints.names import hf_to_hf
+from vipllava.checkpoints.source import KINDS, Source
+from vipllava.checkpoints.verify import Agreement, compare, insist, probe_logits
 from vipllava.models.adapters import merge_adapters
 from vipllava.models.building import EMBEDDINGS, projector_shapes
-from vipllava.models.tensor_files import FLOATS, dtype_of, shape_of
-from vipllava.models.towers import normalise_pixels, preprocessing_of
+from vipllava.models.tensor_files import dtype_of, shape_of
 from vipllava.types import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -40,33 +47,29 @@ FORMATS: dict[Format, str] = {
     "lora-merged": "an adapter folder and its base as one model in the Hugging Face format",
     "llava-lora": "an adapter folder as the original's LoRA runs leave it",
 }
-
-
-TOLERANCE = 1e-5
-"""Greatest difference of logits, as a share of their spread, where weights are only copied: the
-order of sums can differ between runs on some devices."""
-MERGED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""The same where an adapter is added to the weights: those are rounded to their dtype again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """What a comparison found."""
-
-    difference: float  # greatest absolute difference of two logits
-    spread: float  # standard deviation of the expected logits
-    num_logits: int  # how many were compared
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ADAPTERS = ("lora", "llava_lora")
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What :func:`convert` did."""
+    """What :func:`convert` did.
 
-    kind: str  # the source's format
-    destination: Path  # the folder that was written
-    format: Format  # its format
-    dtype: str  # of the weights
-    agreement: Agreement  # how near the logits of both are
+    Attributes:
+        source: as it was named.
+        kind: its format.
+        destination: the folder that was written.
+        format: its format.
+        dtype: of the weights.
+        agreement: how near the logits of both are.
+    """
+
+    source: str
+    kind: str
+    destination: Path
+    format: Format
+    dtype: str
+    agreement: Agreement
 
 
 def convert(
@@ -77,7 +80,7 @@ def convert(
     vision_tower: str | None = None,
     base: str | None = None,
     chat_template: str | None = None,
-    feature_layers: tuple[int, ...] | None = None,
+    feature_layers: tuple[int, ...] = RELEASED_LAYERS,
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     on_step: Callable[[str], None] = logger.info,
@@ -97,86 +100,137 @@ def convert(
         on_step: told what is being done.
 
     Raises:
-        CheckpointError: the source cannot be opened or has no such format, the destination is
-            something else or has no room, or the result answers otherwise; nothing is changed then.
+        CheckpointError: the source cannot be opened or is of a kind that has no such format, the
+            destination is something else or has no room, or the result answers otherwise. The
+            destination is untouched then.
         ConfigError: unknown format or dtype.
     """
     destination = Path(destination).expanduser()
     if format not in FORMATS:
         raise ConfigError(f"format={format!r} is not one of {', '.join(FORMATS)}")
-    if dtype != "auto" and dtype not in FLOATS:
-        raise ConfigError(f"dtype={dtype!r} is not one of auto, {', '.join(FLOATS)}")
-    kept = ("conversion", (META_NAME, llava_format.PROJECTOR_FILES[1]))
-    check_replaceable(destination, *kept)
-    options: dict[str, Any] = {"chat_template": chat_template, "feature_layers": feature_layers}
-    opened = open_source(source, base=base, vision_tower=vision_tower, **options)
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not one of auto, {', '.join(_DTYPES)}")
+    _check_destination(destination)
+    options: dict[str, Any] = {
+        "vision_tower": vision_tower,
+        "chat_template": chat_template,
+        "feature_layers": feature_layers,
+    }
+    opened = open_source(source, base=base, **options)
     on_step(f"{source} is {KINDS[opened.kind]}")
     if format in ("lora-merged", "llava-lora") and opened.adapter is None:
         raise CheckpointError(
             f"{source} is {KINDS[opened.kind]}: it has no adapter; use format=hf or llava"
         )
-    wanted = dtype_of(opened.tensors[EMBEDDINGS]) if dtype == "auto" else FLOATS[dtype]
-    written = projector_shapes(opened.config) if format == "projector" else opened.tensors
-    _check_space(destination, _num_bytes(opened, written, wanted))
+    wanted = dtype_of(opened.tensors[EMBEDDINGS]) if dtype == "auto" else _DTYPES[dtype]
+    _check_space(destination, opened, format, wanted)
 
-    on_step(f"reading {_gib(_num_bytes(opened, opened.tensors, wanted))} of weights")
-    model: Any = opened.network(dtype=wanted, merge_adapter=False)
-    model.to(device)
-    # Ids of the language model's own vocabulary: those before the image token. Phi-3's free ids lie
-    # inside its padded rows; what stands before them is its own all the same.
-    num_rows = min(model.config.text_config.vocab_size, model.config.image_token_id)
-    expected = _probe_logits(model, num_rows)
-    if format != "llava-lora":
+    on_step(f"reading {_gib(_num_bytes(opened, wanted))} of weights")
+    model = _network(opened, wanted, device, merge_adapter=False)
+    num_rows = _own_rows(opened)
+    expected = probe_logits(model, num_rows)
+    if opened.adapter is not None and format != "llava-lora":
         merge_adapters(model)
-    options["vision_tower"] = vision_tower or opened.meta.vision_tower
-    with checkpoint_folder(destination, *kept) as unfinished:
+    unfinished = destination.with_name(f".{destination.name}.unfinished-{os.getpid()}")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
         on_step(f"writing {FORMATS[format]}")
-        again = _write(model, opened, unfinished, format, options)
+        _write(model, opened, unfinished, format)
         del model
         gc.collect()
         on_step("opening the result and comparing its answers")
-        result: Any = again.network(dtype=wanted, merge_adapter=format != "llava-lora")
-        agreement = _compare(
-            expected,
-            _probe_logits(result.to(device), num_rows),
-            f"the conversion of {source}",
-            dtype=wanted,
-            merged=opened.adapter is not None,
-        )
+        again = _reopen(unfinished, opened, format, options)
+        merge = format != "llava-lora"
+        found = probe_logits(_network(again, wanted, device, merge_adapter=merge), num_rows)
+        agreement = compare(expected, found, dtype=wanted, merged=opened.adapter is not None)
+        insist(agreement, f"the conversion of {source}")
+        _move(unfinished, destination)
+    except OSError as error:
+        raise CheckpointError(
+            f"{destination} could not be written ({error}): free some space or choose another "
+            "folder; nothing there was changed"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     name = str(wanted).removeprefix("torch.")
-    return Conversion(opened.kind, destination, format, name, agreement)
+    return Conversion(source, opened.kind, destination, format, name, agreement)
+
+
+def _network(
+    opened: Source, dtype: torch.dtype, device: torch.device | str, **options: Any
+) -> VipLlavaForConditionalGeneration:
+    model: Any = opened.network(dtype=dtype, **options)
+    return model.to(device)
 
 
 def _write(
-    model: Any, opened: Source, directory: Path, format: Format, options: dict[str, Any]
-) -> Source:
-    """Write a network; return it opened again, projector and adapter on the source's own parts."""
-    config, meta = opened.config, opened.meta
+    model: VipLlavaForConditionalGeneration, opened: Source, directory: Path, format: Format
+) -> None:
     if format in ("hf", "lora-merged"):
-        save_export(model, opened.tokenizer, directory, meta)
-        return open_source(str(directory), **options)
-    card = model_card(meta, "lora" if format == "llava-lora" else format, config)
+        save_export(model, opened.tokenizer, directory, opened.meta)
+        return
+    directory.mkdir(parents=True)
+    card = model_card(opened.meta, "lora" if format == "llava-lora" else format, opened.config)
     (directory / CARD_NAME).write_text(card, encoding="utf-8")
-    if opened.adapter is not None and format == "llava-lora":
+    if format == "llava-lora":
+        assert opened.adapter is not None
         settings = stored_settings(opened.adapter)
-        write_llava_adapter(directory, model, settings, base=meta.language_model)
-        rows, tokenizer = model.config.image_token_id, opened.tokenizer
-        llava_format.write_config(
-            directory, config, tokenizer, rows, model.dtype, meta.image_aspect
-        )
-        return replace(opened, adapter=directory)
+        write_llava_adapter(directory, model, settings, base=opened.meta.language_model)
+        rows = int(opened.config.image_token_id)
+        write_config(directory, opened.config, num_rows=rows, dtype=model.dtype)
+        saved: Any = opened.tokenizer
+        saved.save_pretrained(directory)
+        return
     tensors = hf_to_hf(dict(model.state_dict()), opened.path)
     if format == "projector":
-        llava_format.write_projector(
-            directory, {name: tensors[name] for name in projector_shapes(config)}
+        names = projector_shapes(opened.config)
+        write_projector(directory / "mm_projector.bin", {n: tensors[n] for n in names})
+        return
+    write_llava(
+        directory, opened.config, tensors, opened.tokenizer, image_aspect=opened.meta.image_aspect
+    )
+
+
+def _reopen(directory: Path, opened: Source, format: Format, options: dict[str, Any]) -> Source:
+    """Open what was written as a user would; projector and adapter on the source's own parts."""
+    if format == "projector":
+        return replace(
+            opened, tensors={**opened.tensors, **read_projector(directory / "mm_projector.bin")}
         )
-        return replace(opened, tensors={**opened.tensors, **llava_format.read_projector(directory)})
-    llava_format.write_llava(directory, config, tensors, opened.tokenizer, meta.image_aspect)
-    return open_source(str(directory), **options)
+    if format == "llava-lora":
+        return replace(opened, adapter=directory)
+    if format == "llava":
+        options = {**options, "vision_tower": options["vision_tower"] or opened.meta.vision_tower}
+    again = open_source(str(directory), **options)
+    return again
 
 
-def _check_space(destination: Path, needed: int) -> None:
-    parent = next(folder for folder in destination.absolute().parents if folder.exists())
+def _own_rows(opened: Source) -> int:
+    """Return the ids of the language model's own vocabulary: those before the image token."""
+    config: Any = opened.config
+    rows = int(config.text_config.vocab_size)
+    image_token = int(config.image_token_id)
+    # Phi-3's free ids lie inside its padded rows; what stands before them is its own all the same.
+    return min(rows, image_token)
+
+
+def _check_destination(destination: Path) -> None:
+    if destination.is_file():
+        raise CheckpointError(f"{destination} is a file: name a folder to write")
+    if destination.is_dir() and any(destination.iterdir()):
+        if (destination / META_NAME).is_file() or (destination / "mm_projector.bin").is_file():
+            return
+        raise CheckpointError(
+            f"{destination} exists and is no conversion (it has no {META_NAME}): choose another "
+            "folder, or move it away"
+        )
+
+
+def _check_space(destination: Path, opened: Source, format: Format, dtype: torch.dtype) -> None:
+    parent = destination.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    needed = _num_bytes(opened, dtype, projector_only=format == "projector")
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise CheckpointError(
@@ -185,50 +239,25 @@ def _check_space(destination: Path, needed: int) -> None:
         )
 
 
-def _num_bytes(opened: Source, names: Iterable[str], dtype: torch.dtype) -> int:
-    sizes = (torch.Size(shape_of(opened.tensors[name])).numel() for name in names)
-    return sum(sizes) * dtype.itemsize
+def _num_bytes(opened: Source, dtype: torch.dtype, *, projector_only: bool = False) -> int:
+    names = projector_shapes(opened.config) if projector_only else opened.tensors
+    count = sum(torch.Size(shape_of(opened.tensors[name])).numel() for name in names)
+    return count * dtype.itemsize
 
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
-@torch.inference_mode()
-def _probe_logits(network: Any, num_rows: int) -> torch.Tensor:
-    """Return the logits of a fixed picture and text, float32 [positions, num_rows] on the CPU.
-
-    Rows behind the language model's own are never targets and start differently in every format.
-    """
-    config, device = network.config, network.device
-    image_token: int = config.image_token_id
-    words = torch.linspace(3, num_rows - 1, 48).long()
-    words[words == image_token] = 3
-    image = torch.full((config.image_seq_length,), image_token, dtype=torch.long)
-    ids = torch.cat([words[:8], image, words[8:]])[None]
-    side: int = config.vision_config.image_size
-    rows, columns = torch.arange(side)[:, None], torch.arange(side)[None]
-    pixels = torch.stack([(rows * 7 + columns * 13 * (c + 1) + c * 29) % 256 for c in range(3)])
-    pixels = pixels.to(torch.uint8)[None].to(device)
-    normalised = normalise_pixels(pixels, network.dtype, preprocessing_of(config.vision_config))
-    out = network(
-        input_ids=ids.to(device), pixel_values=normalised, use_cache=False, logits_to_keep=0
-    )
-    return out.logits[0, :, :num_rows].float().cpu()
-
-
-def _compare(
-    expected: torch.Tensor, found: torch.Tensor, what: str, *, dtype: torch.dtype, merged: bool
-) -> Agreement:
-    """Insist that the logits of a source and of what was written from it are the same."""
-    tolerance = MERGED_TOLERANCE[dtype] if merged else TOLERANCE
-    difference = spread = float("inf")
-    if expected.shape == found.shape and torch.isfinite(found).all():
-        difference, spread = float((expected - found).abs().max()), float(expected.std())
-        if difference <= tolerance * max(spread, 1e-3):
-            return Agreement(difference, spread, found.numel())
-    raise CheckpointError(
-        f"{what} gives other answers than its source: logits differ by {difference:.3g} (spread "
-        f"{spread:.3g}, allowed share {tolerance:g}); it was not kept. This is a defect: please "
-        "report the command with the source's config.json"
-    )
+def _move(unfinished: Path, destination: Path) -> None:
+    """Put the finished folder in its place; an older conversion goes only then."""
+    replaced = destination.with_name(f".{destination.name}.replaced-{os.getpid()}")
+    if destination.exists():
+        destination.rename(replaced)
+    try:
+        unfinished.rename(destination)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(destination)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -8,88 +8,114 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast
 
 import vipllava
-from vipllava.models.hub_models import read_json
-from vipllava.models.towers import feature_layers_of
-from vipllava.stream.image_transform import ImageAspect
+from vipllava.models.opening import feature_layers_of
 from vipllava.types import CheckpointError
 
 FORMAT_VERSION = 1
 META_NAME = "vipllava.json"
+IMAGE_ASPECTS = ("square", "pad", "resize")
 
 
 @dataclass(frozen=True, slots=True)
 class ExportMeta:
-    """What an export says about itself."""
+    """What an export says about itself.
 
-    stage: str  # the training stage that wrote it
-    chat_template: str  # name of the template it was trained with and answers in
-    # how its pictures become square: ``square`` (short side, then crop), ``pad`` (pad to a square
-    # first) or ``resize`` (regardless of aspect)
-    image_aspect: ImageAspect
-    image_size: int  # side of the square picture, pixels
-    image_seq_length: int  # image tokens per picture
-    feature_layers: tuple[int, ...]  # the tower's hidden states that the projector reads
-    vision_tower: str  # source that the tower came from
-    language_model: str  # source that the language model came from
-    image_token: str = "<image>"  # the placeholder's token in the tokenizer
-    data: tuple[str, ...] = ()  # data sets of the last stage, with their licences
-    # how marks were sampled and named in training, as configured
+    Attributes:
+        stage: the training stage that wrote it.
+        chat_template: name of the template it was trained with and answers in.
+        image_aspect: how its pictures become square: ``square`` (short side, then crop), ``pad``
+            (pad to a square first) or ``resize`` (regardless of aspect).
+        image_size: side of the square picture, pixels.
+        image_seq_length: image tokens per picture.
+        feature_layers: the tower's hidden states that the projector reads.
+        vision_tower: source that the tower came from.
+        language_model: source that the language model came from.
+        image_token: the placeholder's token in the tokenizer.
+        data: data sets of the last stage, with their licences.
+        visual_prompts: how marks were sampled and named in training, as configured.
+        code: version of this package that wrote it, with its commit where known.
+        format_version: version of this file.
+    """
+
+    stage: str
+    chat_template: str
+    image_aspect: str
+    image_size: int
+    image_seq_length: int
+    feature_layers: tuple[int, ...]
+    vision_tower: str
+    language_model: str
+    image_token: str = "<image>"
+    data: tuple[str, ...] = ()
     visual_prompts: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    code: str = ""  # version of this package that wrote it, with its commit where known
-    format_version: int = FORMAT_VERSION  # version of this file
-
-
-def write_meta(directory: Path, meta: ExportMeta) -> None:
-    """Write ``vipllava.json`` into a folder."""
-    text = json.dumps(asdict(meta), indent=2) + "\n"
-    (directory / META_NAME).write_text(text, encoding="utf-8")
+    code: str = ""
+    format_version: int = FORMAT_VERSION
 
 
 def load_meta(directory: str | Path) -> ExportMeta:
-    """Read ``vipllava.json``; CheckpointError if it is missing or breaks its schema."""
-    path = Path(directory) / META_NAME
+    """Read ``vipllava.json``.
+
+    Raises:
+        CheckpointError: the folder is missing or no export, or the file breaks its schema.
+    """
+    directory = Path(directory)
+    path = directory / META_NAME
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} does not exist: name the export folder of a stage")
     if not path.is_file():
         raise CheckpointError(
             f"{directory} is no export of a stage (it has no {META_NAME}): name the folder "
             "`export` in a run directory"
         )
-    values = read_json(path)
-    if (version := values.get("format_version")) != FORMAT_VERSION:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): write the export again") from error
+    known = {field.name for field in fields(ExportMeta)}
+    required = {
+        f.name for f in fields(ExportMeta) if f.default is MISSING and f.default_factory is MISSING
+    }
+    found = set(cast("dict[str, Any]", raw)) if isinstance(raw, dict) else set[str]()
+    version = cast("dict[str, Any]", raw).get("format_version") if found else None
+    if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format_version={version!r}, this release reads {FORMAT_VERSION}: "
             "write the export again with this release, or use the one that wrote it"
         )
-    known, found = {each.name: each for each in fields(ExportMeta)}, set(values)
-    required = {n for n, f in known.items() if f.default is f.default_factory is MISSING}
-    lacking, unknown = sorted(required - found), sorted(found - set(known))
-    if lacking or unknown:
+    if found - known or required - found:
         raise CheckpointError(
-            f"{path} lacks {lacking} and has unknown {unknown}: write the export again"
+            f"{path} lacks {sorted(required - found)} and has unknown {sorted(found - known)}: "
+            "write the export again"
         )
+    values = cast("dict[str, Any]", raw)
     for name in ("feature_layers", "data"):
         values[name] = tuple(values.get(name, ()))
     return ExportMeta(**values)
 
 
 def check_meta(meta: ExportMeta, config: Any) -> None:
-    """Raise CheckpointError where metadata contradict a config, or name no image aspect."""
-    network = {
-        "feature_layers": feature_layers_of(config),
-        "image_size": config.vision_config.image_size,
-        "image_seq_length": config.image_seq_length,
+    """Insist that the metadata are of a network.
+
+    Raises:
+        CheckpointError: they contradict its config, or name an unknown image aspect.
+    """
+    pairs: dict[str, tuple[object, object]] = {
+        "feature_layers": (meta.feature_layers, feature_layers_of(config)),
+        "image_size": (meta.image_size, config.vision_config.image_size),
+        "image_seq_length": (meta.image_seq_length, config.image_seq_length),
     }
     problems = [
         f"{name} is {said} in {META_NAME}, {found} in the network"
-        for name, found in network.items()
-        if (said := getattr(meta, name)) != found
+        for name, (said, found) in pairs.items()
+        if said != found
     ]
-    if meta.image_aspect not in get_args(ImageAspect):
-        known = ", ".join(get_args(ImageAspect))
+    if meta.image_aspect not in IMAGE_ASPECTS:
+        known = ", ".join(IMAGE_ASPECTS)
         problems.append(f"image_aspect is {meta.image_aspect!r}, not one of {known}")
     if problems:
         raise CheckpointError(
@@ -99,13 +125,24 @@ def check_meta(meta: ExportMeta, config: Any) -> None:
 
 def code_version() -> str:
     """Return this package's version, and the commit where it runs from a git checkout."""
-    folder, version = Path(vipllava.__file__).resolve().parent.parent, vipllava.__version__
-    command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--abbrev=12"]
-    command.append("--dirty=, with changes")
+    folder = Path(vipllava.__file__).resolve().parent.parent
+    version = vipllava.__version__
     if not (folder / ".git").exists():
         return version
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
+        changed = ", with changes" if _git(folder, "status", "--porcelain", "-uno") else ""
     except (OSError, subprocess.SubprocessError):
         return version
-    return f"{version} ({done.stdout.strip()})"
+    return f"{version} ({commit}{changed})"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=10,
+    )
+    return done.stdout.strip()

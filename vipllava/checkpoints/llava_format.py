@@ -7,10 +7,13 @@ given by whoever opens it. A stage-1 run leaves the projector alone in ``mm_proj
 
 from __future__ import annotations
 
-import re
+import json
+import os
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from transformers import (
@@ -21,10 +24,16 @@ from transformers import (
     VipLlavaForConditionalGeneration,
 )
 
-from vipllava.checkpoints.folders import checkpoint_folder, write_json
-from vipllava.checkpoints.names import HF_TO_HF, HF_TO_LLAVA, LLAVA_TO_HF, rename, tower_to_hf
+from vipllava.checkpoints.names import (
+    LLAVA_TO_HF,
+    clip_to_hf,
+    hf_to_llava,
+    llava_to_hf,
+    rename,
+    without_prefixes,
+)
+from vipllava.files.atomic import sync, sync_folder
 from vipllava.models.building import EMBEDDINGS, HEAD, PROJECTOR, mean_row, projector_shapes
-from vipllava.models.hub_models import read_json
 from vipllava.models.tensor_files import (
     LazyTensor,
     dtype_of,
@@ -35,55 +44,84 @@ from vipllava.models.tensor_files import (
     shape_of,
     write_tensors,
 )
-from vipllava.models.towers import CLIP
 from vipllava.types import CheckpointError
 
-_FAMILIES: Final = {
-    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
-    "phi3": ("llava_phi3", "LlavaPhiForCausalLM"),
-    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+MODEL_TYPES: Final = {
+    "llava_llama": "llama",
+    "llava_phi3": "phi3",
+    "llava_mistral": "mistral",
 }
-"""The original's model type and architecture by the model type of the language model inside."""
-_MODEL_TYPES: Final = {outer: inner for inner, (outer, _) in _FAMILIES.items()}
+"""The original's model types, and those of the language model inside."""
 
 PROJECTOR_FILES: Final = ("mm_projector.safetensors", "mm_projector.bin")
 NON_LORA_FILES: Final = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
-_FIXED: Final = {"mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": False}
-_NOT_THE_LANGUAGE_MODELS: Final = {
-    "_name_or_path", "architectures", "auto_map", "freeze_mm_mlp_adapter", "image_aspect_ratio",
-    "image_grid_pinpoints", "pretrain_mm_mlp_adapter", "tokenizer_model_max_length",
-    "tokenizer_padding_side", "tune_mm_mlp_adapter", "unfreeze_mm_vision_tower", "use_mm_proj",
-}  # fmt: skip
+RELEASED_TOWER: Final = "clip_4layers_336"
+"""What the released code calls its tower of five layers."""
+
+_ARCHITECTURES: Final = {
+    "llama": "LlavaLlamaForCausalLM",
+    "phi3": "LlavaPhiForCausalLM",
+    "mistral": "LlavaMistralForCausalLM",
+}
+_TOWER: Final = "vision_tower."
+_MULTIMODAL_KEYS: Final = (
+    "freeze_mm_mlp_adapter",
+    "image_aspect_ratio",
+    "image_grid_pinpoints",
+    "pretrain_mm_mlp_adapter",
+    "tokenizer_model_max_length",
+    "tokenizer_padding_side",
+    "tune_mm_mlp_adapter",
+    "unfreeze_mm_vision_tower",
+    "use_mm_proj",
+)
+_NOT_THE_LANGUAGE_MODELS: Final = ("_name_or_path", "architectures", "auto_map")
+
+
+@dataclass(frozen=True)
+class LlavaFolder:
+    """An original checkpoint, opened.
+
+    Attributes:
+        text_config: of its language model.
+        tensors: everything but what growing the vocabulary adds, by the names of the Hugging
+            Face format; read when used.
+        has_tower: whether the tower's weights are the folder's own.
+    """
+
+    text_config: PreTrainedConfig
+    tensors: dict[str, LazyTensor]
+    has_tower: bool
 
 
 def is_llava(folder: Path) -> bool:
     """Whether a folder's ``config.json`` is of the original format."""
     path = folder / "config.json"
-    return path.is_file() and read_json(path).get("model_type") in _MODEL_TYPES
+    return path.is_file() and _read_config(path).get("model_type") in MODEL_TYPES
 
 
-def read_llava(
-    folder: Path, *, vision_tower: Path
-) -> tuple[PreTrainedConfig, dict[str, LazyTensor]]:
+def read_llava(folder: Path, *, vision_tower: Path) -> LlavaFolder:
     """Open an original checkpoint.
 
     The stored tower is taken if it is complete (full fine-tunes store it, unchanged), else that
     of ``vision_tower``.
 
     Args:
-        folder: with weights and a ``config.json`` that :func:`is_llava`.
-        vision_tower: folder of the tower.
-
-    Returns:
-        The config of its language model; and everything but what growing the vocabulary adds, by
-        the names of the Hugging Face format.
+        folder: with ``config.json`` and weights.
+        vision_tower: folder of the CLIP tower.
 
     Raises:
-        CheckpointError: its config is of another network or contradicts its weights, or a weight
-            has an unknown name.
+        CheckpointError: it is another format, its config is of another network or contradicts
+            its weights, or a weight has an unknown name.
     """
-    raw = read_json(folder / "config.json")
-    for key, wanted in _FIXED.items():
+    raw = _read_config(folder / "config.json")
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise CheckpointError(
+            f"{folder} has model_type={model_type!r}, which is not the original format "
+            f"({', '.join(MODEL_TYPES)})"
+        )
+    for key, wanted in (("mm_projector_type", "mlp2x_gelu"), ("mm_use_im_start_end", False)):
         if raw.get(key, wanted) != wanted:
             raise CheckpointError(
                 f"{folder} has {key}={raw[key]!r}, ViP-LLaVA has {wanted!r}: it is another network"
@@ -91,26 +129,32 @@ def read_llava(
     text = {
         key: value
         for key, value in raw.items()
-        if not key.startswith("mm_") and key not in _NOT_THE_LANGUAGE_MODELS
+        if not key.startswith("mm_")
+        and key not in _MULTIMODAL_KEYS
+        and key not in _NOT_THE_LANGUAGE_MODELS
     }
+    text["model_type"] = MODEL_TYPES[model_type]
     auto: Any = AutoConfig
-    text_config = auto.for_model(**text | {"model_type": _MODEL_TYPES[raw["model_type"]]})
-    tensors = rename(open_tensors(folder, "checkpoint"), LLAVA_TO_HF, str(folder))
-    for name, axis, key, holds in (
-        (EMBEDDINGS, 0, "vocab_size", "embeddings have {} rows"),
-        (f"{PROJECTOR}.linear_1.weight", 1, "mm_hidden_size", "projector reads {}"),
-    ):
-        found = shape_of(tensors[name])[axis] if name in tensors else None
-        if found and raw.get(key, found) != found:
-            raise CheckpointError(
-                f"{folder}/config.json says {key}={raw[key]}, but its {holds.format(found)}: the "
-                "two are of different models"
-            )
-    tower = tower_to_hf(open_tensors(vision_tower, "vision_tower"), str(vision_tower))
-    stored = {name for name in tensors if name.startswith("vision_tower.")}
-    if stored != set(tower):
-        tensors = {name: t for name, t in tensors.items() if name not in stored} | tower
-    return text_config, tensors
+    text_config = auto.for_model(**text)
+    tensors = llava_to_hf(open_tensors(folder, "checkpoint"), str(folder))
+    rows = shape_of(tensors[EMBEDDINGS])[0] if EMBEDDINGS in tensors else None
+    if rows is not None and rows != text_config.vocab_size:
+        raise CheckpointError(
+            f"{folder}/config.json says vocab_size={text_config.vocab_size}, but its embeddings "
+            f"have {rows} rows: the two are of different models"
+        )
+    inputs = shape_of(tensors.get(f"{PROJECTOR}.linear_1.weight", torch.empty(0, 0)))[1]
+    if inputs and raw.get("mm_hidden_size", inputs) != inputs:
+        raise CheckpointError(
+            f"{folder}/config.json says mm_hidden_size={raw['mm_hidden_size']}, but its projector "
+            f"reads {inputs}: the two are of different models"
+        )
+    named = clip_to_hf(open_tensors(vision_tower, "vision_tower"), str(vision_tower))
+    stored = {name for name in tensors if name.startswith(_TOWER)}
+    has_tower = stored == set(named)
+    if not has_tower:
+        tensors = {name: t for name, t in tensors.items() if name not in stored} | named
+    return LlavaFolder(text_config, tensors, has_tower)
 
 
 def write_llava(
@@ -118,13 +162,26 @@ def write_llava(
     config: VipLlavaConfig,
     tensors: Mapping[str, LazyTensor],
     tokenizer: PreTrainedTokenizerFast,
-    image_aspect: str,
+    *,
+    vision_tower: str = RELEASED_TOWER,
+    image_aspect: str = "pad",
 ) -> None:
-    """Write what the released code opens, weights as safetensors; see :func:`write_config`.
+    """Write what the released code opens, weights as safetensors.
 
     Vocabulary rows that are nothing but the mean of the others, as growing it leaves them, are cut
     off again: they come back the same. Trained ones stay, and the released code, which resizes to
     its tokenizer's length, cuts them.
+
+    Args:
+        directory: exists.
+        config: of the network.
+        tensors: by the names of the Hugging Face format.
+        tokenizer: saved with the weights.
+        vision_tower: what ``mm_vision_tower`` says.
+        image_aspect: ``pad`` or what the released code calls otherwise.
+
+    Raises:
+        CheckpointError: the language model is of a family that the original does not have.
     """
     whole: Any = config
     kept = dict(tensors)
@@ -132,82 +189,102 @@ def write_llava(
     for name in (EMBEDDINGS, HEAD):
         if name in kept and shape_of(kept[name])[0] > own:
             kept[name] = read_tensor(kept[name])[:own].clone()
-    write_config(directory, config, tokenizer, own, dtype_of(kept[EMBEDDINGS]), image_aspect)
-    write_tensors(directory, rename(kept, HF_TO_LLAVA, "this model").items())
+    write_config(
+        directory,
+        config,
+        num_rows=own,
+        dtype=dtype_of(kept[EMBEDDINGS]),
+        vision_tower=vision_tower,
+        image_aspect=image_aspect,
+    )
+    saved: Any = tokenizer
+    saved.save_pretrained(directory)
+    write_tensors(directory, hf_to_llava(kept, "this model").items())
 
 
 def write_config(
     directory: Path,
     config: VipLlavaConfig,
-    tokenizer: Any,
+    *,
     num_rows: int,
     dtype: torch.dtype,
-    image_aspect: str,
+    vision_tower: str = RELEASED_TOWER,
+    image_aspect: str = "pad",
 ) -> None:
-    """Write tokenizer and ``config.json`` as the released code reads them.
+    """Write ``config.json`` as the released code reads it.
 
-    ``num_rows`` and ``dtype`` are those of the embeddings in the weights' file.
+    Args:
+        directory: exists.
+        config: of the network.
+        num_rows: of the embeddings in the file.
+        dtype: of the weights in the file.
+        vision_tower: what ``mm_vision_tower`` says.
+        image_aspect: ``pad`` or what the released code calls otherwise.
 
     Raises:
-        CheckpointError: the language model or the vision tower is of a family that the original
-            does not have.
+        CheckpointError: the language model is of a family that the original does not have.
     """
     whole: Any = config
     text: dict[str, Any] = whole.text_config.to_dict()
-    for what, family, known in (
-        ("towers", whole.vision_config.model_type, (CLIP.model_type,)),
-        ("language models", text["model_type"], tuple(_FAMILIES)),
-    ):
-        if family not in known:
-            raise CheckpointError(
-                f"the original format has no {family!r} {what}, only {', '.join(known)}: use "
-                "format=hf"
-            )
-    model_type, architecture = _FAMILIES[text["model_type"]]
-    name = str(dtype).removeprefix("torch.")
-    text |= _FIXED | {
-        "architectures": [architecture],
-        "model_type": model_type,
+    family = text["model_type"]
+    types = {inner: outer for outer, inner in MODEL_TYPES.items()}
+    if family not in types:
+        raise CheckpointError(
+            f"the original format has no {family!r} language models, only "
+            f"{', '.join(types)}: use format=hf"
+        )
+    for key in ("_name_or_path", "transformers_version"):
+        text.pop(key, None)
+    text |= {
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": types[family],
         "vocab_size": num_rows,
-        "dtype": name,
-        "torch_dtype": name,  # as the transformers of the released code reads it
-        "mm_vision_tower": "clip_4layers_336",  # so the released code calls its five layers
+        "dtype": str(dtype).removeprefix("torch."),
+        "mm_vision_tower": vision_tower,
+        "mm_projector_type": "mlp2x_gelu",
         "mm_hidden_size": projector_shapes(config)[f"{PROJECTOR}.linear_1.weight"][1],
         "mm_vision_select_layer": -2,  # the released tower ignores it
         "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": image_aspect,
         "tokenizer_model_max_length": 2048,
         "tokenizer_padding_side": "right",
         "use_mm_proj": True,
     }
-    for key in ("_name_or_path", "transformers_version"):
-        text.pop(key, None)
-    write_json(directory / "config.json", text)
-    tokenizer.save_pretrained(directory)
+    text["torch_dtype"] = text["dtype"]  # as the transformers of the released code reads it
+    (directory / "config.json").write_text(
+        json.dumps(text, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def read_projector(path: Path) -> dict[str, LazyTensor]:
     """Open a projector: ``mm_projector.bin``, or the projector among a LoRA run's extra weights.
 
-    It is a file, or lies in a folder.
+    Args:
+        path: the file, or the folder it lies in.
+
+    Returns:
+        By the names of the Hugging Face format.
 
     Raises:
         CheckpointError: there is none, or it holds other weights, too.
     """
     if path.is_dir():
-        names = (*NON_LORA_FILES, *PROJECTOR_FILES)
-        found = next((path / name for name in names if (path / name).is_file()), None)
+        files = [path / name for name in (*NON_LORA_FILES, *PROJECTOR_FILES)]
+        found = next((file for file in files if file.is_file()), None)
         if found is None:
-            raise CheckpointError(f"{path} has no projector (none of {', '.join(names)})")
+            raise CheckpointError(
+                f"{path} has no projector (none of {', '.join(file.name for file in files)})"
+            )
         path = found
     opened = open_tensors(path, "projector")
-    # LoRA runs of the original code put `base_model.model.` before names, or one `model.` more.
-    prefix = re.compile(r"^(?:base_model\.)?(?:model\.(?=model\.))*")
-    whole = {prefix.sub("", name): tensor for name, tensor in opened.items()}
+    whole = {new: opened[name] for name, new in without_prefixes(opened).items()}
     # Files written by other tools have the names of the Hugging Face format.
-    is_hf = all(name.removeprefix("model.").startswith(PROJECTOR) for name in whole)
-    tensors = rename(whole, HF_TO_HF if is_hf else LLAVA_TO_HF, str(path))
+    if all(name.removeprefix("model.").startswith(PROJECTOR) for name in whole):
+        tensors = {name.removeprefix("model."): value for name, value in whole.items()}
+    else:
+        tensors = rename(whole, LLAVA_TO_HF, str(path))
     others = sorted(name for name in tensors if not name.startswith(f"{PROJECTOR}."))
     if others or not tensors:
         raise CheckpointError(
@@ -216,21 +293,55 @@ def read_projector(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def write_projector(directory: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write ``mm_projector.bin`` as the released code reads it, and the same as safetensors."""
-    named = rename(tensors, HF_TO_LLAVA, "this projector")
-    values = {name: read_tensor(t).cpu().contiguous().clone() for name, t in named.items()}
-    save_tensors(directory / PROJECTOR_FILES[0], values)
-    save_pickle(directory / PROJECTOR_FILES[1], values)
+def write_projector(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Write ``mm_projector.bin`` as the released code reads it, and the same as safetensors.
+
+    The released code's name and format are a torch pickle; it holds tensors only.
+
+    Args:
+        path: of the ``.bin``; the other file gets the same name with its own suffix.
+        tensors: the projector by the names of the Hugging Face format.
+    """
+    values = {name: read_tensor(t).contiguous() for name, t in tensors.items()}
+    renamed = {name: value.cpu().clone() for name, value in hf_to_llava(values, "this").items()}
+    save_pickle(path, renamed)
+    save_tensors(path.with_suffix(".safetensors"), renamed)
 
 
 def save_projector(model: VipLlavaForConditionalGeneration, directory: Path) -> Path:
-    """Write a network's projector alone; see :func:`folders.checkpoint_folder` for errors."""
+    """Write a network's projector alone into a folder: beside its place first, then renamed.
+
+    Raises:
+        CheckpointError: the folder holds something else, or cannot be written.
+    """
+    if directory.is_dir() and any(directory.iterdir()) and not _holds_projector(directory):
+        raise CheckpointError(
+            f"{directory} exists and holds no projector: choose another, or move it away"
+        )
     projector: Any = model.model.multi_modal_projector
     tensors = {f"{PROJECTOR}.{name}": p.detach() for name, p in projector.named_parameters()}
-    with checkpoint_folder(directory, "projector", PROJECTOR_FILES) as unfinished:
-        write_projector(unfinished, tensors)
+    unfinished = directory.with_name(f".{directory.name}.unfinished-{os.getpid()}")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        write_projector(unfinished / PROJECTOR_FILES[1], tensors)
+        sync_folder(unfinished)
+        if directory.exists():
+            shutil.rmtree(directory)
+        unfinished.rename(directory)
+        sync(directory.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"the projector could not be written to {directory} ({error}): free some space or "
+            "choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return directory
+
+
+def _holds_projector(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in PROJECTOR_FILES)
 
 
 def _rows_without_means(tensors: Mapping[str, LazyTensor], image_token_id: int) -> int:
@@ -238,9 +349,23 @@ def _rows_without_means(tensors: Mapping[str, LazyTensor], image_token_id: int) 
     rows = shape_of(tensors[EMBEDDINGS])[0]
     if image_token_id >= rows:
         return rows
-    for name in {EMBEDDINGS, HEAD} & tensors.keys():
+    for name in (EMBEDDINGS, HEAD):
+        if name not in tensors:
+            continue
         weight = read_tensor(tensors[name])
         mean = mean_row(weight[:image_token_id]).to(weight.dtype).to(weight.device)
         if not torch.equal(weight[image_token_id:], mean.expand(rows - image_token_id, -1)):
             return rows
     return image_token_id
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): write or download it again"
+        ) from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} holds no JSON object: write or download it again")
+    return cast("dict[str, Any]", raw)

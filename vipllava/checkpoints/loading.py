@@ -4,145 +4,64 @@
 
     source --kind_of--> format --its reader--> Source (config, lazy tensors, tokenizer)
                                                   --network()--> VipLlava
-
-Weights stay in their files until a network is made of them, so that they are in memory once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
-import torch
 from transformers import (
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedTokenizerFast,
-    VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
 
-from vipllava.checkpoints.adapter_format import load_adapter
 from vipllava.checkpoints.export_meta import META_NAME, ExportMeta, check_meta, load_meta
-from vipllava.checkpoints.llava_format import (
-    NON_LORA_FILES,
-    PROJECTOR_FILES,
-    is_llava,
-    read_llava,
-    read_projector,
-)
-from vipllava.checkpoints.names import HF_TO_HF, TEXT_TO_HF, hf_to_hf, map_name, rename, tower_to_hf
-from vipllava.checkpoints.training_state import INDEX, read_training_state
-from vipllava.models.adapters import merge_adapters
+from vipllava.checkpoints.llava_format import is_llava, read_llava, read_projector
+from vipllava.checkpoints.names import clip_to_hf, hf_to_hf, text_model_to_hf
+from vipllava.checkpoints.parts import INDEX as PARTS_INDEX
+from vipllava.checkpoints.source import KINDS, Kind, Source, infer_chat_template
 from vipllava.models.building import (
     ModelSpec,
     add_tokens,
-    added_tokens,
+    clip_vision_config,
     generation_config_for,
     grow_vocabulary,
     initial_projector,
-    load_tower_config,
-    materialise,
     network_config,
+    num_patches,
     projector_shapes,
     read_tokenizer,
     read_tower_config,
     token_id,
+    vocabulary_rows,
 )
-from vipllava.models.hub_models import load_config, local_folder, read_json
+from vipllava.models.hub_models import local_folder
+from vipllava.models.opening import feature_layers_of, load_config
 from vipllava.models.placing import Placement
 from vipllava.models.tensor_files import LazyTensor, open_tensors, shape_of
-from vipllava.models.towers import feature_layers_of, tower_of
 from vipllava.types import CheckpointError
-
-Kind = Literal["hf", "llava", "projector", "lora", "llava_lora", "training_state", "parts"]
-KINDS: dict[Kind, str] = {
-    "hf": "a VipLlava in the Hugging Face format",
-    "llava": "a VipLlava in the original (LLaVA) format",
-    "projector": "a projector alone, as stage 1 leaves it",
-    "lora": "an adapter folder of peft with the projector in it",
-    "llava_lora": "an adapter folder of the original format",
-    "training_state": "a training checkpoint of Lightning, DeepSpeed or FSDP2",
-    "parts": "a vision tower and a language model",
-}
 
 DEFAULT_TOWER = "openai/clip-vit-large-patch14-336"
 """The tower of every published checkpoint; the original format does not hold its config."""
-_LANGUAGE_MODEL = ("the language model", "lmsys/vicuna-7b-v1.5")
-_UNDER: dict[Kind, tuple[str, str]] = {
-    "projector": _LANGUAGE_MODEL,
-    "llava_lora": _LANGUAGE_MODEL,
-    "lora": ("the VipLlava", "runs/7b-pretrain/export"),
-    "training_state": ("what the run started from", "FOLDER_OR_ID"),
-}
-"""What a format is put on, and an example of it."""
 
-
-@dataclass(frozen=True)
-class Source:
-    """A VipLlava, wherever it comes from."""
-
-    kind: Kind  # its format
-    path: str  # the folder, file or id that the user named
-    config: VipLlavaConfig  # of the network; the vocabulary has room for image and padding token
-    # weights by the names of the Hugging Face format, read when they are needed
-    tensors: dict[str, LazyTensor]
-    tokenizer: PreTrainedTokenizerFast  # with image and padding token
-    meta: ExportMeta  # chat template, picture geometry and origin
-    generation_config: GenerationConfig  # token ids for ``generate``
-    adapter: Path | None = None  # folder of an adapter that belongs on top of ``tensors``
-
-    def network(
-        self,
-        *,
-        dtype: torch.dtype = torch.float32,
-        placement: Placement | None = None,
-        quantization_config: Any = None,
-        merge_adapter: bool = True,
-        **options: Any,
-    ) -> VipLlavaForConditionalGeneration:
-        """Make the network, its adapter with it.
-
-        Args:
-            dtype: of the parameters.
-            placement: where to put the weights; the CPU if not given.
-            quantization_config: transformers' own, for weights held in fewer bits.
-            merge_adapter: add an adapter to the weights; else it stays beside them. Weights that
-                are placed and not in few bits have it added in any case.
-            options: ``attn_implementation`` and ``prepare`` of
-                :func:`vipllava.models.building.materialise`.
-
-        Raises:
-            CheckpointError: weights are missing, left over or misshapen; the message lists them.
-        """
-        tensors, adapter = self.tensors, self.adapter
-        if adapter is not None and placement is not None and quantization_config is None:
-            if placement.reads:
-                # Added on the host, in `dtype`, by the processes that read: rounded after that.
-                merged = hf_to_hf(self.network(dtype=dtype).state_dict(), self.path)
-                tensors = {name: tensor for name, tensor in merged.items() if name in tensors}
-            adapter = None
-        model = materialise(
-            self.config,
-            tensors,
-            source=self.path,
-            stored_name=lambda name: map_name(name, HF_TO_HF),
-            dtype=dtype,
-            placement=placement,
-            quantization_config=quantization_config,
-            **options,
-        )
-        if adapter is not None:
-            load_adapter(model, adapter)
-            if merge_adapter:
-                merge_adapters(model)
-        model.generation_config = self.generation_config
-        return model
+RELEASED_LAYERS = (-2, -5, -8, -11, 6)
+"""Tower layers of every published checkpoint; the original format does not say them."""
+_WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_PROJECTOR_NAMES = ("mm_projector.safetensors", "mm_projector.bin")
 
 
 def kind_of(path: Path, source: str) -> Kind:
-    """Tell the format of a folder or file, which the user named ``source``, by what is in it.
+    """Tell the format of a folder or file by what is in it.
+
+    Args:
+        path: the folder or file.
+        source: as the user named it, for the message.
 
     Raises:
         CheckpointError: it is none that can become a VipLlava; the message says what it is.
@@ -157,16 +76,22 @@ def kind_of(path: Path, source: str) -> Kind:
             "(mm_projector.bin) or a training checkpoint (.ckpt)"
         )
     if (path / "adapter_config.json").is_file():
-        return "llava_lora" if _has(path, *NON_LORA_FILES) else "lora"
-    if _has(path, ".metadata", "latest", INDEX, "**/*model_states.pt"):
+        return "llava_lora" if any(path.glob("non_lora_trainables.*")) else "lora"
+    if (path / ".metadata").is_file() or (path / "latest").is_file() or _is_deepspeed(path):
         return "training_state"
-    has_projector = _has(path, *PROJECTOR_FILES)
+    has_projector = any((path / name).is_file() for name in _PROJECTOR_NAMES)
+    if not (path / "config.json").is_file():
+        if has_projector:
+            return "projector"
+        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"{source} is a folder without config.json (it holds {names}): name the folder that "
+            "save_pretrained, a training stage's export or the original code wrote"
+        )
     if is_llava(path):
-        has_weights = _has(path, "model*.safetensors", "pytorch_model*.bin")
+        has_weights = any(next(path.glob(pattern), None) for pattern in _WEIGHT_PATTERNS)
         return "projector" if has_projector and not has_weights else "llava"
-    if has_projector and not _has(path, "config.json"):
-        return "projector"
-    model_type = load_config(str(path), "checkpoint").model_type
+    model_type = _model_type(path / "config.json")
     if model_type == "vipllava":
         return "hf"
     raise CheckpointError(
@@ -182,7 +107,7 @@ def open_source(
     vision_tower: str | None = None,
     base: str | None = None,
     chat_template: str | None = None,
-    feature_layers: tuple[int, ...] | None = None,
+    feature_layers: tuple[int, ...] = RELEASED_LAYERS,
 ) -> Source:
     """Open a checkpoint of any format; no weights are read yet.
 
@@ -194,8 +119,7 @@ def open_source(
             language model, for an adapter folder or a training checkpoint the VipLlava that
             training began with.
         chat_template: the template it was trained with, where the source does not say.
-        feature_layers: tower layers that the projector reads, where the source does not say; those
-            of :class:`vipllava.models.towers.Tower` if not given.
+        feature_layers: tower layers that the projector reads, where the source does not say.
 
     Raises:
         CheckpointError: nothing is there, it is of no known format, or something that it does not
@@ -204,56 +128,64 @@ def open_source(
     path = local_folder(source, "checkpoint")
     kind = kind_of(path, source)
     tower = vision_tower or DEFAULT_TOWER
+    under: dict[str, Any] = {
+        "vision_tower": vision_tower,
+        "chat_template": chat_template,
+        "feature_layers": feature_layers,
+    }
     if kind == "hf":
-        return _open_hf(source, path, tower, chat_template)
-    base = source if kind == "llava" else base or _named_base(path)
-    if base is None:
-        what, example = _UNDER[kind]
-        raise CheckpointError(
-            f"{source} is {KINDS[kind]}, which needs {what} under it: pass base={example}"
+        opened = _open_hf(source, path, tower if vision_tower else "", chat_template)
+    elif kind == "llava":
+        opened = _open_llava(source, path, tower, chat_template, feature_layers)
+    elif kind == "lora":
+        opened = _open_adapter(source, path, base, **under)
+    elif kind == "training_state":
+        opened = _open_training_state(source, path, base, **under)
+    else:
+        base = base or _named_base(path)
+        if base is None:
+            raise _needs_base(source, kind, "the language model", "lmsys/vicuna-7b-v1.5")
+        tower_config = clip_vision_config(tower, "vision_tower")
+        spec = ModelSpec(
+            vision_tower=tower,
+            language_model=base,
+            feature_layers=feature_layers,
+            chat_template=chat_template or "",
+            image_size=tower_config.image_size,
         )
-    if kind in ("lora", "training_state"):
-        under = open_source(
-            base, vision_tower=tower, chat_template=chat_template, feature_layers=feature_layers
-        )
-        return _put_on_base(under, base, source, path, kind)
-    tower_config = load_tower_config(tower)
-    spec = ModelSpec(
-        vision_tower=tower,
-        language_model=base,
-        feature_layers=feature_layers or tower_of(tower_config).feature_layers,
-        chat_template=chat_template or "",
-        image_size=tower_config.image_size,
-    )
-    if kind == "llava":
-        tokenizer = add_tokens(read_tokenizer(str(path), "checkpoint"))
-        text_config, tensors = read_llava(path, vision_tower=local_folder(tower, "vision_tower"))
-        return _assembled("llava", spec, tower_config, text_config, tokenizer, tensors, path)
-    return _put_on_parts(spec, source, path, kind)
+        opened = put_on_parts(spec, source, path, kind)
+    return opened
 
 
-def _put_on_parts(spec: ModelSpec, source: str, path: Path, kind: Kind, *, seed: int = 0) -> Source:
+def put_on_parts(spec: ModelSpec, source: str, path: Path, kind: Kind, *, seed: int = 0) -> Source:
     """Open a projector, or an adapter folder with one, between the parts that a spec names."""
-    parts = _open_parts(spec, seed=seed)
+    parts = open_parts(spec, seed=seed)
+    tensors = dict(parts.tensors)
     projector = read_projector(path)
     for name, shape in projector_shapes(parts.config).items():
         if name not in projector:
             raise CheckpointError(f"the projector {source} has no {name}")
-        if (found := shape_of(projector[name])) != shape:
+        if tuple(shape_of(projector[name])) != shape:
             raise CheckpointError(
-                f"the projector {source} has {name} of shape {found}, but tower "
-                f"{spec.vision_tower} with layers {list(spec.feature_layers)} and language model "
-                f"{spec.language_model} want {shape}: it was trained for others"
+                f"the projector {source} has {name} of shape "
+                f"{tuple(shape_of(projector[name]))}, but tower {spec.vision_tower} with layers "
+                f"{list(spec.feature_layers)} and language model {spec.language_model} want "
+                f"{shape}: it was trained for others"
             )
-    tensors = {**parts.tensors, **projector}
+    tensors.update(projector)
     adapter = path if kind == "llava_lora" else None
     return replace(parts, kind=kind, path=source, tensors=tensors, adapter=adapter)
 
 
-def _open_parts(
+def open_parts(
     spec: ModelSpec, tokenizer: PreTrainedTokenizerFast | None = None, *, seed: int = 0
 ) -> Source:
-    """Put a tower and a language model together, with a new projector."""
+    """Put a tower and a language model together, with a new projector.
+
+    Raises:
+        CheckpointError: a source is missing or of the wrong kind, or its names are unknown.
+        ConfigError: feature layers or image size that the tower does not have.
+    """
     tower_config = read_tower_config(spec)
     text_config: Any = load_config(spec.language_model, "language_model")
     causal: Any = AutoModelForCausalLM
@@ -265,82 +197,36 @@ def _open_parts(
     if tokenizer is None:
         tokenizer = read_tokenizer(spec.language_model, "language_model")
         add_tokens(tokenizer, spec.image_token, spec.pad_token)
-    tower_files = local_folder(spec.vision_tower, "vision_tower")
-    text_files = local_folder(spec.language_model, "language_model")
-    tensors: dict[str, LazyTensor] = {
-        **tower_to_hf(open_tensors(tower_files, "vision_tower"), spec.vision_tower),
-        **rename(open_tensors(text_files, "language_model"), TEXT_TO_HF, spec.language_model),
-    }
-    parts = _assembled("parts", spec, tower_config, text_config, tokenizer, tensors, text_files)
-    parts.tensors.update(initial_projector(parts.config, seed))
-    return parts
-
-
-def _assembled(
-    kind: Kind,
-    spec: ModelSpec,
-    tower_config: Any,
-    text_config: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    tensors: dict[str, LazyTensor],
-    text_files: Path,
-) -> Source:
-    """Make one VipLlava of a tower and a language model whose weights are opened."""
-    special_ids = ("pad_token_id", "bos_token_id", "eos_token_id")
-    config: Any = network_config(
+    config = network_config(
         tower_config,
         text_config,
         feature_layers=spec.feature_layers,
         num_tokens=len(tokenizer),
         image_token_id=token_id(tokenizer, spec.image_token),
-        special_ids={name: getattr(tokenizer, name) for name in special_ids},
+        image_seq_length=num_patches(tower_config, spec.image_size),
+        special_ids=_special_ids(tokenizer),
     )
-    grow_vocabulary(tensors, config.text_config.vocab_size)
-    source = spec.language_model
-    meta = replace(
-        _meta_of(config, tokenizer, source, spec.vision_tower, spec.chat_template),
-        stage="parts" if kind == "parts" else "released",
+    tower_files = local_folder(spec.vision_tower, "vision_tower")
+    text_files = local_folder(spec.language_model, "language_model")
+    tensors: dict[str, LazyTensor] = {
+        **clip_to_hf(open_tensors(tower_files, "vision_tower"), spec.vision_tower),
+        **text_model_to_hf(open_tensors(text_files, "language_model"), spec.language_model),
+        **initial_projector(config, seed),
+    }
+    grow_vocabulary(tensors, vocabulary_rows(config))
+    meta = ExportMeta(
+        stage="parts",
+        chat_template=spec.chat_template or infer_chat_template(tokenizer, spec.language_model),
+        image_aspect="pad",
+        image_size=spec.image_size,
+        image_seq_length=num_patches(tower_config, spec.image_size),
+        feature_layers=spec.feature_layers,
+        vision_tower=spec.vision_tower,
+        language_model=spec.language_model,
         image_token=spec.image_token,
     )
     generation = generation_config_for(str(text_files), tokenizer)
-    return Source(kind, source, config, tensors, tokenizer, meta, generation)
-
-
-def _meta_of(
-    config: Any, tokenizer: Any, source: str, tower: str, template: str | None
-) -> ExportMeta:
-    """Return what a checkpoint without metadata would say about itself."""
-    return ExportMeta(
-        stage="released",
-        chat_template=template or _infer_chat_template(tokenizer, source),
-        image_aspect="pad",
-        image_size=config.vision_config.image_size,
-        image_seq_length=config.image_seq_length,
-        feature_layers=feature_layers_of(config),
-        vision_tower=tower,
-        language_model=source,
-    )
-
-
-def _infer_chat_template(tokenizer: PreTrainedTokenizerFast, source: str) -> str:
-    """Return the template whose role tokens a tokenizer has; Vicuna's if it is a Llama's.
-
-    For checkpoints that do not say what they were trained with; a name never decides.
-    """
-    added = added_tokens(tokenizer).keys()
-    for template, tokens in (
-        ("llama_3", {"<|start_header_id|>", "<|eot_id|>"}),
-        ("phi_3", {"<|user|>", "<|assistant|>", "<|end|>"}),
-        ("chatml", {"<|im_start|>", "<|im_end|>"}),
-    ):
-        if tokens <= added:
-            return template
-    if tokenizer.bos_token == "<s>" and tokenizer.eos_token == "</s>":
-        return "llava_v1"
-    raise CheckpointError(
-        f"{source} does not say which chat template it was trained with, and its tokenizer has "
-        "the role tokens of none: pass chat_template=NAME"
-    )
+    return Source("parts", spec.language_model, config, tensors, tokenizer, meta, generation)
 
 
 def open_spec(
@@ -359,11 +245,11 @@ def open_spec(
         ConfigError: feature layers or image size that the tower does not have.
     """
     if spec.checkpoint is None:
-        return _open_parts(spec, tokenizer, seed=seed)
+        return open_parts(spec, tokenizer, seed=seed)
     path = local_folder(spec.checkpoint, "checkpoint")
     kind = kind_of(path, spec.checkpoint)
     if kind in ("projector", "llava_lora"):
-        return _put_on_parts(spec, spec.checkpoint, path, kind, seed=seed)
+        return put_on_parts(spec, spec.checkpoint, path, kind, seed=seed)
     opened = open_source(
         spec.checkpoint,
         vision_tower=spec.vision_tower,
@@ -379,26 +265,40 @@ def build_model(
     tokenizer: PreTrainedTokenizerFast | None = None,
     *,
     seed: int = 0,
-    **options: Any,
+    quantization_config: Any = None,
+    placement: Placement | None = None,
+    prepare: Callable[[VipLlavaForConditionalGeneration], None] | None = None,
 ) -> VipLlavaForConditionalGeneration:
-    """Make the network that a spec describes; two calls with one seed give equal weights.
+    """Make the network that a spec describes.
+
+    Nothing here draws from torch's global generator: two calls with one seed give equal weights
+    whatever was drawn before.
 
     Args:
-        spec: as the next two, see :func:`open_spec`.
-        tokenizer: of the spec.
-        seed: of a new projector; torch's global generator is not drawn from.
-        options: ``quantization_config``, ``placement`` and ``prepare`` of :meth:`Source.network`.
+        spec: the parts, and the checkpoint if there is one.
+        tokenizer: what :func:`load_tokenizer` returned for the same spec; loaded if not given.
+        seed: decides the projector's first weights. Not used where a checkpoint has one.
+        quantization_config: transformers' own, for weights held in fewer bits.
+        placement: where to put the weights; the CPU if not given.
+        prepare: decides, before weights are read, what each is held in and what trains.
 
     Raises:
         CheckpointError: see :func:`open_spec`; or weights are missing, left over or misshapen.
+        ConfigError: feature layers or image size that the tower does not have.
     """
     return open_spec(spec, tokenizer, seed=seed).network(
-        dtype=spec.torch_dtype, attn_implementation=spec.attn_implementation, **options
+        dtype=spec.torch_dtype,
+        attn_implementation=spec.attn_implementation,
+        quantization_config=quantization_config,
+        placement=placement,
+        prepare=prepare,
     )
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a spec's checkpoint, or language model, with image and padding token.
+    """Load the tokenizer (no weights), with the image and the padding token present.
+
+    It comes from ``spec.checkpoint`` where that has one, else from the language model.
 
     Raises:
         CheckpointError: there is no tokenizer at the source.
@@ -406,7 +306,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
     source, role = spec.language_model, "language_model"
     if spec.checkpoint is not None:
         folder = local_folder(spec.checkpoint, "checkpoint", weights=False)
-        if _has(folder, "tokenizer.json", "tokenizer.model"):
+        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
             source, role = str(folder), "checkpoint"
     return add_tokens(read_tokenizer(source, role), spec.image_token, spec.pad_token)
 
@@ -420,61 +320,164 @@ def _open_hf(source: str, path: Path, tower: str, chat_template: str | None) -> 
         if chat_template:
             meta = replace(meta, chat_template=chat_template)
     else:
-        meta = _meta_of(config, tokenizer, source, tower, chat_template)
-    num_tokens, num_rows = len(tokenizer), config.text_config.vocab_size
-    image_id = config.image_token_id
-    if added_tokens(tokenizer).get(meta.image_token) != image_id or num_tokens > num_rows:
+        meta = ExportMeta(
+            stage="released",
+            chat_template=chat_template or infer_chat_template(tokenizer, source),
+            image_aspect="pad",
+            image_size=config.vision_config.image_size,
+            image_seq_length=config.image_seq_length,
+            feature_layers=feature_layers_of(config),
+            vision_tower=tower or DEFAULT_TOWER,
+            language_model=source,
+        )
+    added = cast("dict[str, int]", cast("Any", tokenizer).get_added_vocab())
+    if added.get(meta.image_token) != config.image_token_id:
         raise CheckpointError(
             f"{source} mixes two models: its tokenizer has no token {meta.image_token!r} with id "
-            f"{image_id}, or its {num_tokens} tokens exceed a vocabulary of {num_rows} rows; write "
-            "or download it again"
+            f"{config.image_token_id}; write or download it again"
+        )
+    if len(tokenizer) > config.text_config.vocab_size:
+        raise CheckpointError(
+            f"{source} mixes two models: its tokenizer has {len(tokenizer)} tokens, its vocabulary "
+            f"{config.text_config.vocab_size} rows; write or download it again"
         )
     tensors = hf_to_hf(open_tensors(path, "checkpoint"), source)
     generation = generation_config_for(str(path), tokenizer)
     return Source("hf", source, config, tensors, tokenizer, meta, generation)
 
 
-def _put_on_base(under: Source, base: str, source: str, path: Path, kind: Kind) -> Source:
-    """Put an adapter folder of ours, or what a run trained, on the opened base."""
-    changed = replace(under, kind=kind, path=source)
-    if kind == "training_state":
-        return replace(changed, tensors={**under.tensors, **read_training_state(path)})
+def _open_llava(
+    source: str,
+    path: Path,
+    tower: str,
+    chat_template: str | None,
+    feature_layers: tuple[int, ...],
+) -> Source:
+    tokenizer = add_tokens(read_tokenizer(str(path), "checkpoint"))
+    tower_files = local_folder(tower, "vision_tower")
+    opened = read_llava(path, vision_tower=tower_files)
+    tower_config = clip_vision_config(tower, "vision_tower")
+    config = network_config(
+        tower_config,
+        opened.text_config,
+        feature_layers=feature_layers,
+        num_tokens=len(tokenizer),
+        image_token_id=token_id(tokenizer, "<image>"),
+        image_seq_length=num_patches(tower_config, tower_config.image_size),
+        special_ids=_special_ids(tokenizer),
+    )
+    tensors = dict(opened.tensors)
+    grow_vocabulary(tensors, vocabulary_rows(config))
+    meta = ExportMeta(
+        stage="released",
+        chat_template=chat_template or infer_chat_template(tokenizer, source),
+        image_aspect="pad",
+        image_size=tower_config.image_size,
+        image_seq_length=num_patches(tower_config, tower_config.image_size),
+        feature_layers=feature_layers,
+        vision_tower=tower,
+        language_model=source,
+    )
+    generation = generation_config_for(str(path), tokenizer)
+    return Source("llava", source, config, tensors, tokenizer, meta, generation)
+
+
+def _open_adapter(source: str, path: Path, base: str | None, **options: Any) -> Source:
+    """Open the base under an adapter folder of ours; its own metadata win."""
+    base = base or _named_base(path)
+    if base is None:
+        raise _needs_base(source, "lora", "the VipLlava", "runs/7b-pretrain/export")
+    under = open_source(base, **options)
     if under.adapter is not None:
         raise CheckpointError(
             f"base={base!r} of the adapter {source} is an adapter itself: merge it first with "
-            f"`vipllava convert {base} FOLDER --format lora-merged`"
+            f"`vipllava convert {base} FOLDER format=lora-merged`"
         )
     meta = load_meta(path) if (path / META_NAME).is_file() else under.meta
-    return replace(changed, meta=meta, adapter=path)
+    return replace(under, kind="lora", path=source, meta=meta, adapter=path)
+
+
+def _open_training_state(source: str, path: Path, base: str | None, **options: Any) -> Source:
+    """Put a training checkpoint's weights over those that training began with."""
+    from vipllava.checkpoints.training_state import read_training_state
+
+    if base is None:
+        raise _needs_base(source, "training_state", "what the run started from", "FOLDER_OR_ID")
+    under = open_source(base, **options)
+    return replace(
+        under,
+        kind="training_state",
+        path=source,
+        tensors={**under.tensors, **read_training_state(path)},
+    )
+
+
+def _needs_base(source: str, kind: Kind, what: str, example: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source} is {KINDS[kind]}, which needs {what} under it: pass base={example}"
+    )
 
 
 def _named_base(path: Path) -> str | None:
-    config = path / "adapter_config.json"
-    return (config.is_file() and read_json(config).get("base_model_name_or_path")) or None
+    """Return the base that an adapter folder names, if it names one."""
+    config = path / "adapter_config.json" if path.is_dir() else None
+    if config is None or not config.is_file():
+        return None
+    raw = _read_json(config)
+    base = raw.get("base_model_name_or_path")
+    return base if isinstance(base, str) and base else None
 
 
-def _has(folder: Path, *patterns: str) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in patterns)
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    return {name: getattr(tokenizer, name) for name in names}
+
+
+def _is_deepspeed(path: Path) -> bool:
+    return (path / PARTS_INDEX).is_file() or any(path.glob("**/*model_states.pt"))
+
+
+def _model_type(path: Path) -> str | None:
+    value = _read_json(path).get("model_type")
+    return value if isinstance(value, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): write or download it again"
+        ) from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} holds no JSON object: write or download it again")
+    return cast("dict[str, Any]", raw)
 
 
 def _check_same_architecture(opened: Source, spec: ModelSpec) -> None:
     """Raise unless the opened checkpoint is of the architecture that the spec's sources give."""
+    tower_config: Any = clip_vision_config(spec.vision_tower, "vision_tower")
+    text_config: Any = load_config(spec.language_model, "language_model")
     config: Any = opened.config
     vision, text = config.vision_config, config.text_config
-    text_config: Any = load_config(spec.language_model, "language_model")
     pairs: list[tuple[str, object, object]] = [
         ("feature layers", feature_layers_of(config), spec.feature_layers),
         ("image size", vision.image_size, spec.image_size),
         ("image token id", config.image_token_id, token_id(opened.tokenizer, spec.image_token)),
+        ("language model type", text.model_type, text_config.model_type),
     ]
-    heads = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    for part, found, expected, names in (
-        ("vision tower", vision, load_tower_config(spec.vision_tower), (*heads, "patch_size")),
-        ("language model", text, text_config, (*heads, "intermediate_size", "num_key_value_heads")),
+    for what in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"):
+        pairs.append((f"tower {what}", getattr(vision, what), getattr(tower_config, what)))
+    for what in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
     ):
-        for name in names:
-            what = f"{part} {name.removeprefix('model_')}"
-            pairs.append((what, getattr(found, name, None), getattr(expected, name, None)))
+        pairs.append(
+            (f"language model {what}", getattr(text, what, None), getattr(text_config, what, None))
+        )
     different = [
         f"{what} {found} (model {expected})" for what, found, expected in pairs if found != expected
     ]

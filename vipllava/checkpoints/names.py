@@ -2,61 +2,78 @@
 
 The Hugging Face format here means the files of ``llava-hf``: ``vision_tower.vision_model.X``,
 ``multi_modal_projector.X``, ``language_model.model.X``, ``language_model.lm_head.weight``; newer
-releases of transformers write ``vision_tower.X`` and read both.
+releases of transformers write ``vision_tower.X`` and read both. Every rule is anchored at the
+start of a name. A name that no rule takes is an error: nothing is dropped silently but what a list
+says is no weight.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, TypeVar
 
-from vipllava.models.tensor_files import list_misfits
 from vipllava.types import CheckpointError
 
 _Value = TypeVar("_Value")
 Rules = tuple[tuple[str, str], ...]
-"""Beginnings of names and what becomes of them; the first that fits counts."""
+"""Pairs of an anchored pattern and what it becomes; the first that matches counts."""
 
 _TOWER: Final = "vision_tower.vision_model."
-_PROJECTOR: Final = "multi_modal_projector."
-_DECODER: Final = "language_model.model."
-_HEAD: Final = "language_model.lm_head."
 _NO_WEIGHTS: Final = re.compile(
     # Buffers that older releases stored; they follow from the config.
     r".*\.rotary_emb\.inv_freq|.*\.embeddings\.position_ids|position_ids"
 )
-_OTHER_HALF: Final = re.compile(
-    r"text_model\..+|(?:visual|text)_projection\..+|logit_(?:scale|bias)"
-)
 
 HF_TO_HF: Final[Rules] = (
-    (_TOWER, _TOWER),
-    ("vision_tower.", _TOWER),
-    (_PROJECTOR, _PROJECTOR),
-    (_DECODER, _DECODER),
-    (_HEAD, _HEAD),
+    (r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)", _TOWER + r"\1"),
+    (r"(?:model\.)?multi_modal_projector\.(.+)", r"multi_modal_projector.\1"),
+    (r"language_model\.(model\..+|lm_head\..+)", r"language_model.\1"),
     # As they are called in memory from transformers 4.52 on.
-    ("model.vision_tower.vision_model.", _TOWER),
-    ("model.vision_tower.", _TOWER),
-    ("model.multi_modal_projector.", _PROJECTOR),
-    ("model.language_model.", _DECODER),
-    ("lm_head.", _HEAD),
+    (r"model\.language_model\.(.+)", r"language_model.model.\1"),
+    (r"lm_head\.(.+)", r"language_model.lm_head.\1"),
 )
+
 LLAVA_TO_HF: Final[Rules] = (
-    ("model.vision_tower.vision_tower.vision_model.", _TOWER),
-    ("model.mm_projector.clip_layernorm.", _PROJECTOR + "projector_layernorm."),
-    ("model.mm_projector.final_linear.0.", _PROJECTOR + "linear_1."),
-    ("model.mm_projector.final_linear.2.", _PROJECTOR + "linear_2."),
-    ("model.embed_tokens.", _DECODER + "embed_tokens."),
-    ("model.layers.", _DECODER + "layers."),
-    ("model.norm.", _DECODER + "norm."),
-    ("lm_head.", _HEAD),
+    (r"model\.vision_tower\.vision_tower\.vision_model\.(.+)", _TOWER + r"\1"),
+    (
+        r"model\.mm_projector\.clip_layernorm\.(weight|bias)",
+        r"multi_modal_projector.projector_layernorm.\1",
+    ),
+    (r"model\.mm_projector\.final_linear\.0\.(weight|bias)", r"multi_modal_projector.linear_1.\1"),
+    (r"model\.mm_projector\.final_linear\.2\.(weight|bias)", r"multi_modal_projector.linear_2.\1"),
+    (r"model\.((?:embed_tokens|layers\.\d+|norm)\..+)", r"language_model.model.\1"),
+    (r"lm_head\.weight", r"language_model.lm_head.weight"),
 )
-HF_TO_LLAVA: Final[Rules] = tuple((ours, theirs) for theirs, ours in LLAVA_TO_HF)
-TEXT_TO_HF: Final[Rules] = (("model.", _DECODER), ("lm_head.", _HEAD))
-# transformers 5.23 saves a tower alone without the prefix.
-TOWER_TO_HF: Final[Rules] = (("vision_model.", _TOWER), ("", _TOWER))
+
+HF_TO_LLAVA: Final[Rules] = (
+    (
+        r"vision_tower\.vision_model\.(.+)",
+        r"model.vision_tower.vision_tower.vision_model.\1",
+    ),
+    (
+        r"multi_modal_projector\.projector_layernorm\.(weight|bias)",
+        r"model.mm_projector.clip_layernorm.\1",
+    ),
+    (r"multi_modal_projector\.linear_1\.(weight|bias)", r"model.mm_projector.final_linear.0.\1"),
+    (r"multi_modal_projector\.linear_2\.(weight|bias)", r"model.mm_projector.final_linear.2.\1"),
+    (r"language_model\.model\.(.+)", r"model.\1"),
+    (r"language_model\.lm_head\.(.+)", r"lm_head.\1"),
+)
+
+TEXT_TO_HF: Final[Rules] = (
+    (r"model\.(.+)", r"language_model.model.\1"),
+    (r"lm_head\.(.+)", r"language_model.lm_head.\1"),
+)
+
+CLIP_TO_HF: Final[Rules] = (
+    (r"vision_model\.(.+)", _TOWER + r"\1"),
+    # As transformers 5.23 saves a tower alone.
+    (r"((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..+)", _TOWER + r"\1"),
+)
+_CLIP_OTHER_HALF: Final = re.compile(r"text_model\..+|(?:visual|text)_projection\..+|logit_scale")
+_PREFIXES: Final = re.compile(r"(?:base_model\.)?(?:model\.(?=model\.|lm_head\.))*")
+"""What LoRA runs of the original code put in front of names, in all the ways seen."""
 
 
 def rename(
@@ -64,42 +81,48 @@ def rename(
     rules: Rules,
     source: str,
     *,
-    ignored: re.Pattern[str] = _NO_WEIGHTS,
-    keep_unknown: bool = False,
+    ignored: Callable[[str], object] = lambda name: None,
 ) -> dict[str, _Value]:
-    """Rename every tensor by the first rule that fits; nothing is dropped but known buffers.
+    """Rename every tensor by the first rule that takes its whole name.
 
-    And what is ``ignored``. With ``keep_unknown`` names that no rule fits stay as they are.
+    Args:
+        tensors: by their names in the source.
+        rules: see :data:`Rules`.
+        source: where they come from, for messages.
+        ignored: whether a name is known to be of no use here.
 
     Raises:
-        CheckpointError: names that no rule fits, or two that become one; all are listed.
+        CheckpointError: names that no rule takes, or two that become one; all are listed.
     """
     renamed: dict[str, _Value] = {}
     origin: dict[str, str] = {}
-    unknown, twice = list[str](), list[str]()
+    unknown: list[str] = []
+    twice: list[str] = []
     for name, value in tensors.items():
-        if _NO_WEIGHTS.fullmatch(name) or ignored.fullmatch(name):
+        if _NO_WEIGHTS.fullmatch(name) or ignored(name):
             continue
         new = map_name(name, rules)
-        if new is None and not keep_unknown:
+        if new is None:
             unknown.append(name)
-            continue
-        new = new or name
-        if new in origin:
+        elif new in renamed:
             twice.append(f"{origin[new]} and {name}")
-        renamed[new], origin[new] = value, name
-    if problems := list_misfits({"unknown weights": unknown, "weights twice": twice}):
-        raise CheckpointError(
-            f"{source} has {problems}. It is of another kind, or mixes two models"
+        else:
+            renamed[new], origin[new] = value, name
+    if unknown or twice:
+        problems = [f"{source} has {len(unknown)} unknown weights: {_some(unknown)}"] * bool(
+            unknown
         )
+        problems += [f"{source} has weights twice: {_some(twice)}"] * bool(twice)
+        raise CheckpointError("; ".join(problems) + ". It is of another kind, or mixes two models")
     return renamed
 
 
 def map_name(name: str, rules: Rules) -> str | None:
-    """Return a name by the first rule that fits it, or None."""
-    for old, new in rules:
-        if name.startswith(old):
-            return new + name.removeprefix(old)
+    """Return a name by the first rule that takes all of it, or None."""
+    for pattern, new in rules:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(new)
     return None
 
 
@@ -108,9 +131,39 @@ def hf_to_hf(tensors: Mapping[str, _Value], source: str) -> dict[str, _Value]:
 
     Unknown names stay: the loader lists them together with what is missing or misshapen.
     """
-    return rename(tensors, HF_TO_HF, source, keep_unknown=True)
+    known = {name: value for name, value in tensors.items() if map_name(name, HF_TO_HF)}
+    unknown = {name: value for name, value in tensors.items() if name not in known}
+    return rename(known, HF_TO_HF, source) | unknown
 
 
-def tower_to_hf(tensors: Mapping[str, _Value], source: str) -> dict[str, _Value]:
-    """Rename a vision tower's weights; of a whole CLIP or SigLIP the text half is left aside."""
-    return rename(tensors, TOWER_TO_HF, source, ignored=_OTHER_HALF)
+def llava_to_hf(tensors: Mapping[str, _Value], source: str) -> dict[str, _Value]:
+    """Rename a full checkpoint of the original format."""
+    return rename(tensors, LLAVA_TO_HF, source)
+
+
+def hf_to_llava(tensors: Mapping[str, _Value], source: str) -> dict[str, _Value]:
+    """Give the names of the original format."""
+    return rename(tensors, HF_TO_LLAVA, source)
+
+
+def text_model_to_hf(tensors: Mapping[str, _Value], source: str) -> dict[str, _Value]:
+    """Rename a causal language model's weights."""
+    return rename(tensors, TEXT_TO_HF, source)
+
+
+def clip_to_hf(tensors: Mapping[str, _Value], source: str) -> dict[str, _Value]:
+    """Rename a CLIP tower's weights; of a whole CLIP model the text half is left aside."""
+    return rename(tensors, CLIP_TO_HF, source, ignored=_CLIP_OTHER_HALF.fullmatch)
+
+
+def without_prefixes(names: Iterable[str]) -> dict[str, str]:
+    """Map names of a LoRA run's extra weights to those of a full checkpoint.
+
+    ``base_model.model.model.mm_projector.X`` and ``model.model.mm_projector.X`` both become
+    ``model.mm_projector.X``.
+    """
+    return {name: _PREFIXES.sub("", name, count=1) for name in names}
+
+
+def _some(names: list[str], shown: int = 20) -> str:
+    return ", ".join(names[:shown]) + (" ..." if len(names) > shown else "")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, Final
 
 from PIL import Image
@@ -18,32 +17,45 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast, VipLlavaConfig
 
 from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.conversation import ConversationEncoder
-from vipllava.conversation.templates import ChatTemplate, get_template, jinja_template
-from vipllava.models.towers import preprocessing_of, tower_of
+from vipllava.conversation.jinja import jinja_template
+from vipllava.conversation.templates import ChatTemplate, get_template
 from vipllava.types import Turn
 
-_ASKED: Final = Turn(
-    "user", "What is the person marked with the red scribble holding?", has_image=True
-)
-_SAID: Final = Turn("assistant", "A cup of coffee, I think.")
-_STEAM: Final = Turn("assistant", "It is white, and there is steam.")
+_QUESTION: Final = "What is the person marked with the red scribble holding?"
+_ANSWER: Final = "A cup of coffee, I think."
 _PROBES: Final[dict[str, tuple[Turn, ...]]] = {
-    "a question about a picture": (_ASKED,),
+    "a question about a picture": (Turn("user", _QUESTION, has_image=True),),
     "a question without a picture": (Turn("user", "What is the capital of France?"),),
-    "a second question": (_ASKED, _SAID, Turn("user", "Are you sure?\nAnswer yes or no.")),
-    "a picture in the second question": (
-        Turn("user", "Can you see?"), Turn("assistant", "Yes."), _ASKED
+    "a second question": (
+        Turn("user", _QUESTION, has_image=True),
+        Turn("assistant", _ANSWER),
+        Turn("user", "Are you sure?\nAnswer yes or no."),
     ),
-    "a whole conversation": (_ASKED, _SAID, Turn("user", "Why?"), _STEAM),
-}  # fmt: skip
+    "a picture in the second question": (
+        Turn("user", "Can you see?"),
+        Turn("assistant", "Yes."),
+        Turn("user", _QUESTION, has_image=True),
+    ),
+    "a whole conversation": (
+        Turn("user", _QUESTION, has_image=True),
+        Turn("assistant", _ANSWER),
+        Turn("user", "Why?"),
+        Turn("assistant", "It is white, and there is steam."),
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class IdAgreement:
-    """How far a processor gives the ids that our encoder gives."""
+    """How far a processor gives the ids that our encoder gives.
 
-    equal: tuple[str, ...]  # kinds of conversation with equal ids
-    different: dict[str, str]  # the other kinds, each with the first place where they differ
+    Attributes:
+        equal: kinds of conversation with equal ids.
+        different: the other kinds, each with the first place where they differ.
+    """
+
+    equal: tuple[str, ...]
+    different: dict[str, str]
 
 
 def build_processor(
@@ -52,8 +64,12 @@ def build_processor(
     """Make the processor that prepares pictures and conversations as training did.
 
     VipLlava has none of its own in transformers; LLaVA's serves it. Its image processor can pad
-    to a square with the mean colour, which CLIP's and SigLIP's cannot. A copy of the tokenizer,
-    with image and padding token, goes into it.
+    to a square with the mean colour, which CLIP's cannot.
+
+    Args:
+        tokenizer: with image and padding token; a copy goes into the processor.
+        config: of the network.
+        meta: chat template and picture geometry.
 
     Returns:
         The processor with its chat template, and how far its ids are those of training.
@@ -61,34 +77,28 @@ def build_processor(
     # The Pillow one; the class without suffix needs torchvision.
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    network: Any = config
-    vision = network.vision_config
-    pixels = preprocessing_of(vision)
-    square = {"height": meta.image_size, "width": meta.image_size}
-    crops = meta.image_aspect == "square"
+    side = meta.image_size
+    square = {"height": side, "width": side}
     image_processor: Any = LlavaImageProcessorPil(
         do_pad=meta.image_aspect == "pad",
-        do_center_crop=crops,
-        size={"shortest_edge": meta.image_size} if crops else square,
+        do_center_crop=meta.image_aspect == "square",
+        size={"shortest_edge": side} if meta.image_aspect == "square" else square,
         crop_size=square,
-        resample=Image.Resampling[pixels.resampling.upper()],
-        image_mean=list(pixels.mean),
-        image_std=list(pixels.std),
     )
-    # Of CLIP's patches and class token "default" drops the class token again.
-    one_dropped = tower_of(vision).num_prefix_tokens == 1
+    network_config: Any = config
     processor: Any = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=deepcopy(tokenizer),
-        patch_size=vision.patch_size,
-        num_additional_image_tokens=int(one_dropped),
-        vision_feature_select_strategy="default" if one_dropped else "full",
+        patch_size=network_config.vision_config.patch_size,
+        # Patches and the class token, of which "default" drops the class token again.
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
         image_token=meta.image_token,
     )
     encoder = ConversationEncoder(
         tokenizer,
         meta.chat_template,
-        int(network.image_token_id),
+        int(config.image_token_id),
         meta.image_seq_length,
         max_length=meta.image_seq_length + 4096,
     )
@@ -100,8 +110,9 @@ def build_processor(
             best, chosen = agreement, candidate
         if not agreement.different:
             break
+    processor.chat_template = chosen
     # The tokenizer alone, too: engines read it for conversations without a picture.
-    processor.chat_template = processor.tokenizer.chat_template = chosen
+    processor.tokenizer.chat_template = chosen
     return processor, best
 
 
@@ -111,35 +122,38 @@ def compare_ids(processor: Any, encoder: ConversationEncoder) -> IdAgreement:
     different: dict[str, str] = {}
     for kind, turns in _PROBES.items():
         asked = turns[-1].role == "user"
-        ids = encoder.encode_generation_prompt(turns) if asked else encoder.encode(turns).input_ids
-        ours: list[int] = ids.tolist()
+        ours = encoder.encode_generation_prompt(turns) if asked else encoder.encode(turns).input_ids
         theirs = processor_ids(processor, turns, add_generation_prompt=asked)
-        if ours == theirs:
+        place = _first_difference(ours.tolist(), theirs)
+        if place is None:
             equal.append(kind)
-            continue
-        place = sum(
-            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
-        )
-        different[kind] = (
-            f"{len(theirs)} ids instead of {len(ours)}; from position {place}: "
-            f"{_few(theirs[place:])} instead of {_few(ours[place:])}"
-        )
+        else:
+            different[kind] = place
     return IdAgreement(tuple(equal), different)
 
 
 def processor_ids(
     processor: Any, turns: Sequence[Turn], *, add_generation_prompt: bool = True
 ) -> list[int]:
-    """Return the ids that ``apply_chat_template`` gives a conversation, or a question."""
-    image = Image.new("RGB", (32, 32))
+    """Return the ids that ``apply_chat_template`` gives a conversation.
+
+    Args:
+        processor: with a chat template.
+        turns: the conversation.
+        add_generation_prompt: end with the role string of the answer to come.
+    """
+    picture = Image.new("RGB", (32, 32))
     messages: list[dict[str, Any]] = []
     for turn in turns:
         content: list[dict[str, Any]] = [{"type": "text", "text": turn.text}]
         if turn.has_image:
-            content.insert(0, {"type": "image", "image": image})
+            content.insert(0, {"type": "image", "image": picture})
         messages.append({"role": turn.role, "content": content})
     batch = processor.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=True,
     )
     ids = batch["input_ids"]
     return [int(token_id) for token_id in (ids[0] if isinstance(ids[0], list) else ids)]
@@ -154,10 +168,23 @@ def _spellings(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -> It
     call: Any = tokenizer
     bos = str(call.bos_token or "")
     adds_bos = bool(bos) and call("").input_ids[:1] == [call.bos_token_id]
-    # "" stays as the last resort where a beginning has to be said.
-    for start in (bos, f"{bos} ", "") if adds_bos and not template.bos else ("",):
+    starts = ["", bos, f"{bos} "] if adds_bos and not template.bos else [""]
+    # From behind: "" stays as the last resort where a beginning has to be said.
+    for start in (*starts[1:], starts[0]):
         for after_image in ("", " "):
             yield jinja_template(template, bos=start, after_image=after_image)
+
+
+def _first_difference(ours: list[int], theirs: list[int]) -> str | None:
+    if ours == theirs:
+        return None
+    pairs = zip(ours, theirs, strict=False)
+    shorter = min(len(ours), len(theirs))
+    place = next((i for i, (mine, other) in enumerate(pairs) if mine != other), shorter)
+    return (
+        f"{len(theirs)} ids instead of {len(ours)}; from position {place}: "
+        f"{_few(theirs[place:])} instead of {_few(ours[place:])}"
+    )
 
 
 def _few(ids: list[int]) -> str:

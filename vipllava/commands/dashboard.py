@@ -1,93 +1,137 @@
-"""``vipllava dashboard ENTITY/PROJECT``: the W&B workspace of this project's metrics, as code."""
+"""``vipllava dashboard ENTITY/PROJECT``: the W&B workspace of this project's metrics, as code.
+
+What it shows are plain values, so that they can be read and tested without the package that turns
+them into a workspace (extra ``dashboard``).
+"""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import typer
-
-from vipllava.commands.output import say
+from vipllava.commands.settings import Setting, describe_settings, read_settings
 from vipllava.types import VipLlavaError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 STEP: Final = "trainer/global_step"
 """Lightning's own axis: W&B's counts calls."""
 
+_SETTINGS: Final = (Setting("name", str, "ViP-LLaVA", "of the workspace (default: ViP-LLaVA)"),)
+
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One panel."""
+    """One panel.
 
-    title: str  # above it
-    metrics: tuple[str, ...] = ()  # the lines; or the one table of a panel that shows a table
-    pattern: str | None = None  # of further metrics, such as those of each data set
-    is_table: bool = False  # shows the logged table and not lines
+    Attributes:
+        title: above it.
+        metrics: the lines; or the one table of a panel that shows a table.
+        pattern: regular expression of further metrics, such as those of each data set.
+        is_table: shows the logged table and not lines.
+    """
+
+    title: str
+    metrics: tuple[str, ...] = ()
+    pattern: str | None = None
+    is_table: bool = False
 
 
-def dashboard_sections() -> dict[str, tuple[Panel, ...]]:
-    """Return the panels that the workspace shows under each heading, from top to bottom."""
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Panels under one heading."""
+
+    name: str
+    panels: tuple[Panel, ...]
+
+
+def dashboard_sections() -> tuple[Section, ...]:
+    """Return what the workspace shows, from top to bottom."""
     from vipllava.training import metrics
 
-    tokens = (metrics.TOKENS_PER_SECOND, metrics.SUPERVISED_TOKENS_PER_SECOND)
-    return {
-        "Learning": (
-            Panel("Loss", (metrics.LOSS, metrics.VALIDATION_LOSS)),
-            Panel("Loss by data set", pattern=f"^{metrics.LOSS}/.*"),
-            Panel("Gradient norm", (metrics.GRADIENT_NORM,)),
-            Panel("Learning rate", (metrics.LEARNING_RATE,)),
-            Panel("Learning rate by part", pattern=f"^{metrics.LEARNING_RATE}/.*"),
+    return (
+        Section(
+            "Learning",
+            (
+                Panel("Loss", (metrics.LOSS, metrics.VALIDATION_LOSS)),
+                Panel("Loss by data set", pattern=f"^{metrics.LOSS}/.*"),
+                Panel("Gradient norm", (metrics.GRADIENT_NORM,)),
+                Panel("Learning rate", (metrics.LEARNING_RATE,)),
+                Panel("Learning rate by part", pattern=f"^{metrics.LEARNING_RATE}/.*"),
+            ),
         ),
-        "Samples": (Panel("Marked pictures and answers", (metrics.SAMPLES,), is_table=True),),
-        "Speed": (
-            Panel("Samples per second", (metrics.SAMPLES_PER_SECOND,)),
-            Panel("Tokens per second", tokens),
-            Panel("Model FLOPs utilisation", (metrics.MFU,)),
-            Panel("Memory, GB", (metrics.MEMORY,)),
+        Section(
+            "Samples", (Panel("Marked pictures and answers", (metrics.SAMPLES,), is_table=True),)
         ),
-        "Data": (
-            Panel("Share of the time waited for data", (metrics.WAIT_SHARE,)),
-            Panel("Quarantined samples", (metrics.QUARANTINED,)),
-            Panel("Supervised tokens of a step", (metrics.SUPERVISED_TOKENS,)),
+        Section(
+            "Speed",
+            (
+                Panel("Samples per second", (metrics.SAMPLES_PER_SECOND,)),
+                Panel(
+                    "Tokens per second",
+                    (metrics.TOKENS_PER_SECOND, metrics.SUPERVISED_TOKENS_PER_SECOND),
+                ),
+                Panel("Model FLOPs utilisation", (metrics.MFU,)),
+                Panel("Memory, GB", (metrics.MEMORY,)),
+            ),
         ),
-    }
+        Section(
+            "Data",
+            (
+                Panel("Share of the time waited for data", (metrics.WAIT_SHARE,)),
+                Panel("Quarantined samples", (metrics.QUARANTINED,)),
+                Panel("Supervised tokens of a step", (metrics.SUPERVISED_TOKENS,)),
+            ),
+        ),
+    )
 
 
-def dashboard(
-    place: Annotated[
-        str,
-        typer.Argument(
-            metavar="ENTITY/PROJECT",
-            help="User or team, and logger.wandb.project.",
-            show_default=False,
-        ),
-    ],
-    name: Annotated[str, typer.Option(help="Of the workspace.")] = "ViP-LLaVA",
-) -> None:
-    """Make a Weights & Biases workspace of the metrics.
+def run(words: Sequence[str], console: Console | None = None) -> int:
+    """Make the workspace and print its address.
 
-    It shows loss (by data set, too), samples with predictions, speed and data. Needs the extra
-    `dashboard` and `wandb login`.
+    Args:
+        words: the command line after ``dashboard``.
+        console: where the address goes; the standard output if None.
+
+    Raises:
+        VipLlavaError: the arguments cannot be used, or the package is not installed.
     """
-    entity, slash, project = place.partition("/")
+    from rich.console import Console as MakeConsole
+
+    console = console or MakeConsole()
+    if not words or words[0] in ("-h", "--help", "help"):
+        console.print(_help(), highlight=False, markup=False, soft_wrap=True)
+        return 0
+    values = read_settings(words, _SETTINGS, positional=("ENTITY/PROJECT",))
+    entity, slash, project = values["ENTITY/PROJECT"].partition("/")
     if not (entity and slash and project) or "/" in project:
         raise VipLlavaError(
-            f"dashboard {place}: expected ENTITY/PROJECT, the user or team and the project of "
-            "logger.wandb.project"
+            f"dashboard {values['ENTITY/PROJECT']}: expected ENTITY/PROJECT, the user or team and "
+            "the project of logger.wandb.project"
         )
     if find_spec("wandb_workspaces") is None:
         raise VipLlavaError(
             "the dashboard needs wandb-workspaces, which is not installed: "
-            'pip install "vipllava-lightning[dashboard]"'
+            "pip install -e '.[dashboard]'"
         )
-    workspace = build_workspace(entity, project, name)
+    workspace = build_workspace(entity, project, values["name"])
     workspace.save()
-    say(workspace.url)
+    console.print(workspace.url, highlight=False, markup=False, soft_wrap=True)
+    return 0
 
 
 def build_workspace(entity: str, project: str, name: str) -> Any:
-    """Return the workspace ``name`` of an entity's project, not saved yet."""
+    """Return the workspace, not saved yet.
+
+    Args:
+        entity: user or team on W&B.
+        project: of the runs.
+        name: of the workspace.
+    """
     workspaces: Any = importlib.import_module("wandb_workspaces.workspaces")
     reports: Any = importlib.import_module("wandb_workspaces.reports.v2")
 
@@ -105,7 +149,18 @@ def build_workspace(entity: str, project: str, name: str) -> Any:
         project=project,
         name=name,
         sections=[
-            workspaces.Section(name=heading, panels=[panel(p) for p in panels], is_open=True)
-            for heading, panels in dashboard_sections().items()
+            workspaces.Section(
+                name=section.name, panels=[panel(p) for p in section.panels], is_open=True
+            )
+            for section in dashboard_sections()
         ],
+    )
+
+
+def _help() -> str:
+    return (
+        "usage: vipllava dashboard ENTITY/PROJECT [NAME=VALUE ...]\n\n"
+        "Makes a workspace on W&B that shows this project's metrics: loss (also by data set),\n"
+        "samples with predictions, speed, data. Needs the extra `dashboard` and `wandb login`.\n\n"
+        + describe_settings(_SETTINGS)
     )

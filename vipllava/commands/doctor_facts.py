@@ -11,19 +11,16 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from vipllava import __version__
-from vipllava.commands import network_probe
 from vipllava.commands.network_probe import Probe
-from vipllava.config import hardware
 from vipllava.config.hardware import SHM, Hardware
 from vipllava.config.launch_checks import left_over, misplaced_master
 from vipllava.config.machine_faults import find_home
-from vipllava.types import first_line
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -38,75 +35,126 @@ _SHOWN: Final = (
     "deepspeed", "peft", "bitsandbytes", "flash-attn", "flash-attn-3", "flash-attn-4", "wandb",
 )  # fmt: skip
 _IMPORTED: Final = ("torch", "lightning", "transformers")
+_NETWORK_VARIABLES: Final = ("NCCL_", "MASTER_", "GLOO_")
 _VARIABLES: Final = (
     "HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE", "TORCH_EXTENSIONS_DIR", "DS_ACCELERATOR",
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "VIPLLAVA_DATA", "VIPLLAVA_CACHE",
 )  # fmt: skip
 """None of these ever holds a key."""
 
-_Texts = Mapping[str, str]
-
 
 @dataclass(frozen=True, slots=True)
 class Packages:
-    """What is installed."""
+    """What is installed.
 
-    python: str  # version
-    platform: str  # operating system and processor
-    code: str  # our version, with the commit of a checkout
-    versions: _Texts  # of the packages worth showing that are installed
-    # of our requirements those that are not met, with the version that is there or None
+    Attributes:
+        python: version.
+        platform: operating system and processor.
+        code: our version, with the commit of a checkout.
+        versions: of the packages worth showing that are installed.
+        unfit: of our requirements those that are not met, with the version that is there or None.
+        import_errors: by package, why it cannot be imported.
+        torch_cuda: CUDA version that torch was built with; None for a CPU build.
+        extras: by extra, the requirements that are not met.
+    """
+
+    python: str
+    platform: str
+    code: str
+    versions: Mapping[str, str]
     unfit: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
-    import_errors: _Texts = field(default_factory=dict[str, str])  # by package, why
-    torch_cuda: str | None = None  # CUDA version that torch was built with; None for a CPU build
-    # by extra, the requirements that are not met
+    import_errors: Mapping[str, str] = field(default_factory=dict[str, str])
+    torch_cuda: str | None = None
     extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """What computes here."""
+    """What computes here.
 
-    hardware: Hardware  # devices and optional packages
-    free_gib: tuple[float, ...] = ()  # free memory of each CUDA device, GiB
-    driver: bool = False  # whether an NVIDIA driver is installed
+    Attributes:
+        hardware: devices and optional packages.
+        free_gib: free memory of each CUDA device, GiB.
+        driver: whether an NVIDIA driver is installed.
+    """
+
+    hardware: Hardware
+    free_gib: tuple[float, ...] = ()
+    driver: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """How processes talk to each other."""
+    """How processes talk to each other.
 
-    backends: tuple[str, ...]  # of torch.distributed that are built in
-    nccl: str = ""  # version of NCCL; empty without
-    variables: _Texts = field(default_factory=dict[str, str])  # of the environment that change it
-    probe: Probe | None = None  # what came of trying; None where it was left out
-    # variables of the environment that only a launcher sets, and none has
-    left_over: _Texts = field(default_factory=dict[str, str])
-    misplaced_master: str | None = None  # ``MASTER_ADDR`` where it is no address of this machine
+    Attributes:
+        backends: of torch.distributed that are built in.
+        nccl: version of NCCL; empty without.
+        variables: of the environment that change it.
+        probe: what came of trying; None where it was left out.
+        left_over: variables of the environment that only a launcher sets, and none has.
+        misplaced_master: ``MASTER_ADDR`` where it is no address of this machine.
+    """
+
+    backends: tuple[str, ...]
+    nccl: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict[str, str])
+    probe: Probe | None = None
+    left_over: Mapping[str, str] = field(default_factory=dict[str, str])
+    misplaced_master: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A folder that runs write to or read from."""
+    """A folder that runs write to or read from.
 
-    name: str  # what it is for
-    path: str  # the folder, which may not be there yet
-    free: int  # free bytes of its disk
-    writable: bool  # whether it, or the nearest folder above it that is there, can be written to
+    Attributes:
+        name: what it is for.
+        path: the folder, which may not be there yet.
+        free: free bytes of its disk.
+        writable: whether it, or the nearest folder above it that is there, can be written to.
+    """
+
+    name: str
+    path: str
+    free: int
+    writable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Where there is room.
+
+    Attributes:
+        places: the folders.
+        shm: bytes of ``/dev/shm``; None where a system has none.
+    """
+
+    places: tuple[Place, ...]
+    shm: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the environment says."""
+    """What the environment says.
 
-    variables: _Texts = field(default_factory=dict[str, str])  # that are set; none holds a key
-    wandb_key: bool = False  # whether W&B has a key, in the environment or in a file
-    # lock files of torch's extension builds, with their age in seconds
+    Attributes:
+        variables: those that are set, of a list that holds no keys.
+        wandb_key: whether W&B has a key, in the environment or in a file.
+        locks: lock files of torch's extension builds, with their age in seconds.
+        home: the user's home folder; None where there is none.
+        home_writable: whether it can be written to.
+        terminal: encoding of the standard output.
+        file_names: encoding of the names of files.
+    """
+
+    variables: Mapping[str, str] = field(default_factory=dict[str, str])
+    wandb_key: bool = False
     locks: Mapping[str, float] = field(default_factory=dict[str, float])
-    home: str | None = "/home/you"  # the user's home folder; None where there is none
-    home_writable: bool = True  # whether it can be written to
-    terminal: str = "utf-8"  # encoding of the standard output
-    file_names: str = "utf-8"  # encoding of the names of files
+    home: str | None = "/home/you"
+    home_writable: bool = True
+    terminal: str = "utf-8"
+    file_names: str = "utf-8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +164,7 @@ class Facts:
     packages: Packages
     devices: Devices
     network: Network
-    places: tuple[Place, ...]
-    shm: int | None  # bytes of ``/dev/shm``; None where a system has none
+    disk: Disk
     surroundings: Surroundings
 
 
@@ -128,19 +175,13 @@ def look(*, network: bool = True) -> Facts:
         network: try whether two processes can talk to each other; takes seconds.
     """
     packages = look_at_packages()
-    driver = Path("/proc/driver/nvidia/version").exists() or bool(shutil.which("nvidia-smi"))
     if "torch" in packages.import_errors:
-        devices = Devices(Hardware(), driver=driver)
+        devices = Devices(Hardware(), driver=_has_driver())
         talking = Network((), left_over=left_over())
     else:
-        import torch
-
-        found = hardware.detect()
-        free = tuple(torch.cuda.mem_get_info(n)[0] / 2**30 for n in range(len(found.cuda)))
-        devices = Devices(found, free, driver)
-        talking = _look_at_network(len(found.cuda), try_it=network)
-    shm = shutil.disk_usage(SHM).total if SHM.is_dir() else None
-    return Facts(packages, devices, talking, _look_at_places(), shm, look_at_surroundings())
+        devices = look_at_devices()
+        talking = look_at_network(len(devices.hardware.cuda), try_it=network)
+    return Facts(packages, devices, talking, look_at_disk(), look_at_surroundings())
 
 
 def look_at_packages() -> Packages:
@@ -150,8 +191,11 @@ def look_at_packages() -> Packages:
         try:
             import_module(name)
         except Exception as error:  # noqa: BLE001  whatever it is, it is what is wrong here
-            errors[name] = f"{type(error).__name__}: {first_line(error)}"
-    code, torch_cuda = __version__, None
+            lines = str(error).strip().splitlines()
+            errors[name] = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    import vipllava
+
+    code, torch_cuda = vipllava.__version__, None
     if not errors:
         from vipllava.checkpoints.export_meta import code_version
 
@@ -191,50 +235,72 @@ def project_requirements() -> dict[str, tuple[Requirement, ...]]:
         metadata = importlib.metadata.metadata(PROJECT)
     except importlib.metadata.PackageNotFoundError:
         return {}  # a copy of the package alone
-    found: dict[str, list[Requirement]] = {
-        extra: [] for extra in ("", *metadata.get_all("Provides-Extra", []))
-    }
-    for requirement in map(Requirement, metadata.get_all("Requires-Dist", [])):
+    found: dict[str, list[Requirement]] = {"": []}
+    for extra in metadata.get_all("Provides-Extra") or ():
+        found[extra] = []
+    for line in metadata.get_all("Requires-Dist") or ():
+        requirement = Requirement(line)
         marker, requirement.marker = requirement.marker, None
-        wanted_by = [e for e in found if marker is not None and marker.evaluate({"extra": e})]
-        found[wanted_by[0] if wanted_by else ""].append(requirement)
+        for extra, group in found.items():
+            if marker is None or (extra and marker.evaluate({"extra": extra})):
+                group.append(requirement)
+                break
     return {extra: tuple(group) for extra, group in found.items()}
 
 
-def _look_at_network(num_cuda: int, *, try_it: bool) -> Network:
-    """Look at torch.distributed, and try it if asked to: NCCL where two CUDA devices are."""
+def look_at_devices() -> Devices:
+    """Ask torch for devices and their free memory."""
+    import torch
+
+    from vipllava.config import hardware
+
+    found = hardware.detect()
+    free = tuple(torch.cuda.mem_get_info(n)[0] / 2**30 for n in range(len(found.cuda)))
+    return Devices(found, free, _has_driver())
+
+
+def look_at_network(num_cuda: int, *, try_it: bool) -> Network:
+    """Look at torch.distributed, and try it if asked to: NCCL where two CUDA devices are.
+
+    Args:
+        num_cuda: CUDA devices.
+        try_it: let two processes add up a tensor.
+    """
     from torch import distributed
     from torch.cuda import nccl
 
-    variables = {
-        name: value for name, value in sorted(os.environ.items())
-        if name.startswith(("NCCL_", "MASTER_", "GLOO_"))
-    }  # fmt: skip
+    from vipllava.commands.network_probe import PROCESSES, probe_network
+
     if not distributed.is_available():
-        return Network((), variables=variables, left_over=left_over())
+        return Network((), variables=_network_variables(), left_over=left_over())
     there = {"nccl": distributed.is_nccl_available(), "gloo": distributed.is_gloo_available()}
     backends = tuple(name for name in there if there[name])
     version = ".".join(map(str, nccl.version())) if there["nccl"] else ""
-    wanted = "nccl" if num_cuda >= network_probe.PROCESSES else "gloo"
-    probe = network_probe.probe_network(wanted) if try_it and wanted in backends else None
-    return Network(backends, version, variables, probe, left_over(), misplaced_master())
+    wanted = "nccl" if num_cuda >= PROCESSES else "gloo"
+    probe = probe_network(wanted) if try_it and wanted in backends else None
+    return Network(backends, version, _network_variables(), probe, left_over(), misplaced_master())
 
 
-def _look_at_places() -> tuple[Place, ...]:
-    """Look at the folders that the configuration names, and at the temporary one."""
+def look_at_disk() -> Disk:
+    """Look at the folders that the configuration names, the temporary one, and shared memory."""
     from vipllava.config.composing import compose_job
+    from vipllava.types import ConfigError
 
-    paths = compose_job(["trainer=cpu"]).paths
+    folders: dict[str, str] = {}
+    with suppress(ConfigError):  # installed without a checkout there is nothing to run either
+        paths = compose_job(["trainer=cpu"]).paths
+        folders = {"runs": paths.runs, "data": paths.data_root, "shard cache": paths.cache}
+    folders["hub cache"] = os.environ.get("HF_HOME") or str(_cache() / "huggingface")
+    folders["temporary"] = tempfile.gettempdir()
+    return Disk(
+        tuple(look_at_place(name, Path(path)) for name, path in folders.items()),
+        shutil.disk_usage(SHM).total if SHM.is_dir() else None,
+    )
+
+
+def _cache() -> Path:
     named = os.environ.get("XDG_CACHE_HOME")
-    cache = Path(named) if named else (find_home() or Path("~")) / ".cache"
-    folders: dict[str, str] = {
-        "runs": paths.runs,
-        "data": paths.data_root,
-        "shard cache": paths.cache,
-        "hub cache": os.environ.get("HF_HOME") or str(cache / "huggingface"),
-        "temporary": tempfile.gettempdir(),
-    }
-    return tuple(look_at_place(name, Path(path)) for name, path in folders.items())
+    return Path(named) if named else (find_home() or Path("~")) / ".cache"
 
 
 def look_at_place(name: str, path: Path) -> Place:
@@ -248,7 +314,8 @@ def look_at_surroundings() -> Surroundings:
     """Read variables, look for a W&B key and for locks of extension builds."""
     from vipllava.config.checks import has_wandb_key
 
-    named, home = os.environ.get("TORCH_EXTENSIONS_DIR"), find_home()
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    home = find_home()
     root = Path(named) if named else (home or Path("~")) / ".cache" / "torch_extensions"
     # ROOT/EXTENSION/lock where it is named, ROOT/py311_cu128/EXTENSION/lock where not.
     locks = sorted({*root.glob("*/lock"), *root.glob("*/*/lock")})
@@ -285,3 +352,15 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _has_driver() -> bool:
+    proc = Path("/proc/driver/nvidia/version")
+    return proc.exists() or shutil.which("nvidia-smi") is not None
+
+
+def _network_variables() -> dict[str, str]:
+    return {
+        name: value for name, value in sorted(os.environ.items())
+        if name.startswith(_NETWORK_VARIABLES)
+    }  # fmt: skip

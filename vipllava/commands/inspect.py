@@ -1,4 +1,4 @@
-"""``vipllava inspect``, ``vipllava train inspect=true``: a page of what a job's model will see."""
+"""``vipllava inspect`` and ``train.py inspect=true``: a page of what a job's model will see."""
 
 from __future__ import annotations
 
@@ -6,50 +6,47 @@ import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Final
 
-import typer
-
-from vipllava.commands.job import compose_data_job
-from vipllava.commands.options import ConfigFolder, JobData, Overrides
-from vipllava.config.argument_names import naming_keys
+from vipllava.commands.job import (
+    compose_data_job,
+    forget_missing_checkpoint,
+    split_arguments,
+    whole,
+)
 from vipllava.types import RecordError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from vipllava.data.datamodule import VisualPromptDataModule
+    from vipllava.data.order import Item
+    from vipllava.data.visual_prompt_dataset import VisualPromptDataset
+    from vipllava.report.inspect_page import JobSummary
     from vipllava.report.inspected import InspectedSample, RefusedSample
-    from vipllava.stream.datamodule import VisualPromptDataModule
-    from vipllava.stream.order import Item
-    from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
-    from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 
 logger = logging.getLogger(__name__)
 
+PAGE: Final = "inspect.html"
 DEFAULT_SAMPLES: Final = 24
 
 
-def inspect(
-    overrides: Overrides = None,
-    data: JobData = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="How many samples.")] = DEFAULT_SAMPLES,
-    output: Annotated[
-        Path | None, typer.Option(help="The page.", show_default="inspect.html in the run's folder")
-    ] = None,
-    config_dir: ConfigFolder = None,
-) -> None:
-    """Write a page of what the model will see of a data set.
+def run(arguments: Sequence[str]) -> int:
+    """Write the page of ``data=... [n=...] [output=...]`` and any override of the job.
 
-    It shows which tokens carry loss, too. For example: vipllava inspect --data sample_finetune
-    model=tiny
+    Raises:
+        VipLlavaError: the job does not compose, or its data cannot be opened.
     """
-    cfg = compose_data_job(data, overrides or (), config_dir)
-    given = {"--data": data, "--num-samples": num_samples, "--output": output}
-    given["--config-dir"] = config_dir
-    options = [word for name, value in given.items() if value for word in (name, str(value))]
-    command = shlex.join(["vipllava", "inspect", *options, *(overrides or ())])
-    with naming_keys(cfg):
-        inspect_job(cfg, num_samples=num_samples, output=output, command=command)
+    own = {"data": str, "n": whole(1), "output": Path}
+    given, overrides = split_arguments(arguments, own)
+    cfg = compose_data_job(given.get("data"), overrides)
+    inspect_job(
+        cfg,
+        num_samples=given.get("n"),
+        output=given.get("output"),
+        command=shlex.join(["vipllava", "inspect", *arguments]),
+    )
+    return 0
 
 
 def inspect_job(
@@ -61,6 +58,8 @@ def inspect_job(
 ) -> Path:
     """Write a page of the samples that a training job meets first.
 
+    A sample that training would refuse is shown with the reason.
+
     Args:
         cfg: what Hydra composed from ``conf/train.yaml``, its data checked.
         num_samples: how many; by default what ``inspect`` says, else 24.
@@ -70,80 +69,79 @@ def inspect_job(
     Raises:
         VipLlavaError: the data cannot be opened.
     """
-    from vipllava.training.job import build_datamodule, forget_missing_checkpoint
+    from vipllava.report.inspect_page import write_inspect_page
+    from vipllava.training.run import build_datamodule
 
     if num_samples is None:
-        num_samples = DEFAULT_SAMPLES if isinstance(cfg.inspect, bool) else int(cfg.inspect)
-    path = output or Path(cfg.run_dir) / "inspect.html"
+        asked = cfg.inspect
+        num_samples = DEFAULT_SAMPLES if isinstance(asked, bool) else int(asked)
+    path = output or Path(cfg.run_dir) / PAGE
     forget_missing_checkpoint(cfg)
     datamodule = build_datamodule(cfg)
     dataset = datamodule.open_dataset()
+    summary = summary_of(
+        cfg, datamodule, dataset, chosen="the first that training meets", command=command
+    )
     items = datamodule.first_items(dataset, num_samples)
-    chosen = "the first that training meets"
-    write_page(path, cfg, datamodule, dataset, items, chosen=chosen, command=command)
+    shown = [look_at(datamodule, dataset, item) for item in items]
+    write_inspect_page(path, summary, shown)
+    logger.info(
+        "%d of %d samples of %s: open %s", len(shown), summary.num_samples, summary.dataset, path
+    )
     return path
 
 
-def write_page(
-    path: Path,
+def summary_of(
     cfg: DictConfig,
     datamodule: VisualPromptDataModule,
     dataset: VisualPromptDataset,
-    items: Sequence[Item],
     *,
     chosen: str,
     command: str = "",
-) -> None:
-    """Write a page of some samples of a job whose data is open.
+) -> JobSummary:
+    """Return the head of a page about a job's samples.
 
     Args:
-        path: the page.
         cfg: what Hydra composed.
-        datamodule, dataset: the job's.
-        items: the samples.
-        chosen: how they were chosen, in words.
+        datamodule: the job's.
+        dataset: its opened data.
+        chosen: which samples the page shows, in words.
         command: how to make the page again.
     """
-    from vipllava.files.atomic import write_whole
-    from vipllava.report.inspect_page import JobSummary, build_inspect_page
+    from vipllava.report.inspect_page import JobSummary
 
-    texts, transform = datamodule.conversation_encoder, datamodule.sample_encoder.transform
-    summary = JobSummary(
+    encoder, transform = datamodule.encoder, datamodule.samples.transform
+    return JobSummary(
         dataset=" + ".join(source.name for source in dataset.sources),
         num_samples=sum(len(source) for source in dataset.sources),
         stage=cfg.stage.name,
         model=cfg.model.name,
-        chat_template=texts.template.name,
+        chat_template=encoder.template.name,
         image_aspect=transform.aspect,
         image_size=transform.size,
-        image_seq_length=texts.image_seq_length,
-        max_length=texts.max_length,
+        image_seq_length=encoder.image_seq_length,
+        max_length=encoder.max_length,
         seed=int(cfg.seed),
         chosen=chosen,
         command=command,
     )
-    sources, encoder = dataset.sources, datamodule.sample_encoder
-    shown = [look_at(sources[i.part], encoder, i.position, i.epoch_pass) for i in items]
-    write_whole(path, build_inspect_page(summary, shown))
-    logger.info(
-        "%d of %d samples of %s: open %s", len(shown), summary.num_samples, summary.dataset, path
-    )
 
 
 def look_at(
-    source: SampleSource, encoder: SampleEncoder, position: int, epoch: int
+    datamodule: VisualPromptDataModule, dataset: VisualPromptDataset, item: Item
 ) -> InspectedSample | RefusedSample:
     """Return one sample as a page shows it; one that training would refuse with the reason."""
-    from vipllava.records import AUTO, kind_of
+    from vipllava.data.schemas import AUTO, kind_of
     from vipllava.report.inspected import RefusedSample, inspect_trace
 
-    entry = source.shards.read(position)
+    source = dataset.sources[item.part]
+    entry = source.shards.read(item.position)
     shard = Path(entry.shard).name
     try:
-        trace = encoder.trace(source.parse(entry, epoch), epoch)
+        trace = datamodule.samples.trace(source.parse(entry, item.turn), item.turn)
     except RecordError as error:
         return RefusedSample(entry.key, source.name, shard, str(error))
     kind = kind_of(entry.record) if source.record_kind == AUTO else source.record_kind
     return inspect_trace(
-        trace, encoder.conversation_encoder, encoder.transform, shard=shard, record_kind=kind
+        trace, datamodule.encoder, datamodule.samples.transform, shard=shard, record_kind=kind
     )

@@ -6,6 +6,7 @@ wrote; nothing here trains or scores by itself.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import logging
@@ -14,81 +15,90 @@ import shlex
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import typer
-
-from vipllava.commands.options import DataRoot
-from vipllava.config.places import MANIFESTS_DIR
 from vipllava.files.atomic import write_whole
 from vipllava.processes import run_child, shell_code
 from vipllava.types import VipLlavaError
 
 if TYPE_CHECKING:
-    from vipllava.report.quickstart_page import Example
+    from vipllava.report.quickstart_page import Accuracy, Example
 
 _LOG = logging.getLogger(__name__)
 
 STAGES: Final = ("pretrain", "finetune", "gpt4v")
-PROGRAM = (sys.executable, "-m", "vipllava.cli")
-"""What a step's words are given to."""
+_CHECKOUT: Final = Path(__file__).resolve().parents[2]
 _NUM_EXAMPLES: Final = 12
 _PACKAGES: Final = ("torch", "transformers", "lightning", "webdataset")
 
 
-def plan_steps(output: Path, data_root: Path, seed: int) -> dict[str, tuple[str, ...]]:
-    """Return the words after ``vipllava`` of every step, by its name, in order."""
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One command of the quick start; ``part`` names it in ``seconds``."""
+
+    part: str
+    command: tuple[str, ...]
+
+
+def plan_steps(output: Path, data_root: Path, seed: int) -> list[Step]:
+    """Return the quick start's commands, in order."""
     data = f"paths.data_root={data_root}"
     runs, checkpoint = f"paths.runs={output}", f"checkpoint={output}/tiny-gpt4v/export"
-    train = ("train", "experiment=quickstart", runs, data, f"seed={seed}")
-    evaluate = ("evaluate", runs, data, f"seed={seed}", checkpoint)
-    return {
-        "sample_data": ("sample-data", "--data-root", str(data_root)),
-        **{stage: (*train, f"stage={stage}") for stage in STAGES},
-        "regions": (*evaluate, "bench=regions"),
-        "vip_bench": (*evaluate, "bench=vip_bench", "max_new_tokens=32"),
-    }
+    train = (str(_CHECKOUT / "train.py"), "experiment=quickstart", runs, data, f"seed={seed}")
+    evaluate = (str(_CHECKOUT / "evaluate.py"), runs, data, f"seed={seed}", checkpoint)
+    return [
+        Step("sample_data", ("-m", "vipllava.cli", "sample-data", "--data-root", str(data_root))),
+        *(Step(stage, (*train, f"stage={stage}")) for stage in STAGES),
+        Step("regions", (*evaluate, "bench=regions")),
+        Step("vip_bench", (*evaluate, "bench=vip_bench", "max_new_tokens=32")),
+    ]
 
 
-def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path(
-        "runs/quickstart"
-    ),
-    seed: Annotated[int, typer.Option(min=0)] = 42,
-    data_root: DataRoot = "data",
-) -> None:
-    """Train three stages on sample data, evaluate, write a report."""
-    from vipllava.sample_world.build import require_photographs
+def run(options: argparse.Namespace) -> int:
+    """Run every step, then write page, picture and summary into ``options.output``.
 
-    require_photographs()  # not only after minutes, when the report needs them
+    Raises:
+        VipLlavaError: this is no checkout, or a step failed (its own message stands above).
+    """
+    if not (_CHECKOUT / "train.py").is_file():
+        raise VipLlavaError(
+            f"{_CHECKOUT} has no train.py; the quick start runs in a checkout of the repository"
+        )
+    output: Path = options.output
     for name in (*(f"tiny-{stage}" for stage in STAGES), "eval"):
         # Left over from an earlier quick start: two runs must not be mixed in one report.
         shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     began, seconds = time.monotonic(), dict[str, float]()
-    for name, words in plan_steps(output, Path(data_root), seed).items():
-        seconds[name] = _run_step(name, words)
+    for step in plan_steps(output, options.data_root, options.seed):
+        seconds[step.part] = _run_step(step)
     seconds["all"] = time.monotonic() - began
-    summary = write_report(output, Path(data_root), seconds)
+    summary = write_report(output, options.data_root, seconds)
     _LOG.info(
         "with marks %.1f %%, without %.1f %% of %d questions; %.0f s in all; open %s",
         100 * summary["accuracy_marked"], 100 * summary["accuracy_unmarked"],
         summary["num_questions"], seconds["all"], output / "report.html",
     )  # fmt: skip
+    return 0
 
 
 def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Write ``report.html``, ``shapes.png`` and ``summary.json``, and return the summary."""
-    from vipllava.report.charts import read_loss_curve
+    """Write ``report.html``, ``shapes.png`` and ``summary.json`` from the steps' files.
+
+    Returns:
+        The summary.
+    """
+    from vipllava.report.loss_curves import read_loss_curve
     from vipllava.report.quickstart_page import QuickstartPage, write_quickstart_page
-    from vipllava.report.shapes_image import draw_shapes_image
+    from vipllava.report.shapes_picture import draw_shapes_picture
 
     curves = {stage: read_loss_curve(_find_metrics(output / f"tiny-{stage}")) for stage in STAGES}
     regions = _read_json(output / "eval" / "regions" / "results.json")
     bench = _read_json(output / "eval" / "vip_bench" / "results.json")
+    marked, unmarked = _accuracy("marks drawn", regions), _accuracy("marks not drawn", regions)
     totals = [split["total"] for split in bench["splits"].values()]
     summary: dict[str, Any] = {
         "accuracy_marked": regions["marked"]["accuracy"],
@@ -102,14 +112,30 @@ def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) ->
         "loss_last": {stage: _mean(curve[-10:]) for stage, curve in curves.items()},
         "seconds": {part: round(value, 1) for part, value in seconds.items()},
     }
-    image = draw_shapes_image()
-    image.save(output / "shapes.png")
+    picture = draw_shapes_picture()
+    picture.save(output / "shapes.png")
     page = QuickstartPage(
-        shapes_image=image,
+        shapes_picture=picture,
         loss_curves=curves,
-        regions=regions,
-        vip_bench=bench,
+        marked=marked,
+        unmarked=unmarked,
+        gap=(regions["gap"]["accuracy"], regions["gap"]["low"], regions["gap"]["high"]),
+        by_shape=[
+            (shape, _accuracy("marks drawn", row), _accuracy("marks not drawn", row))
+            for shape, row in regions["by_shape"].items()
+        ],
+        vip_bench={
+            name: {
+                **{c: cell["score"] for c, cell in split["by_capability"].items()},
+                "total": split["total"],
+            }
+            for name, split in bench["splits"].items()
+        },
+        vip_bench_items=min(split["num_items"] for split in bench["splits"].values()),
         examples=_examples(output, data_root, int(regions["seed"])),
+        vip_bench_intervals={
+            name: (split["low"], split["high"]) for name, split in bench["splits"].items()
+        },
         seconds=seconds,
         versions={"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -119,14 +145,15 @@ def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) ->
     return summary
 
 
-def _run_step(name: str, words: Sequence[str]) -> float:
+def _run_step(step: Step) -> float:
     """Run one command with its output on this terminal; return its seconds."""
-    _LOG.info("%s: %s", name, shlex.join(["vipllava", *words]))
+    command = [sys.executable, *step.command]
+    _LOG.info("%s: %s", step.part, shlex.join(["python", *step.command]))
     began = time.monotonic()
-    code, asked_by = run_child([*PROGRAM, *words])
+    code, asked_by = run_child(command)
     if code or asked_by is not None:
         code = shell_code(code or -(asked_by or 0))
-        error = VipLlavaError(f"the quick start stopped: step `{name}` ended with code {code}")
+        error = VipLlavaError(f"the quick start stopped: step `{step.part}` ended with code {code}")
         error.exit_code = code
         raise error
     return time.monotonic() - began
@@ -134,25 +161,32 @@ def _run_step(name: str, words: Sequence[str]) -> float:
 
 def _examples(output: Path, data_root: Path, seed: int) -> list[Example]:
     """Return a dozen held-out questions, as many shapes as there are, with their pictures."""
+    from vipllava.data.samples import iter_samples
     from vipllava.evaluation.benches.regions import read_questions
     from vipllava.report.quickstart_page import Example
-    from vipllava.sample_world import TINY_POLICIES
-    from vipllava.shards.manifest import load_manifest
-    from vipllava.stream.sample_encoder import SampleSource
+    from vipllava.sample_world.teach import load_tiny_policies
 
     path = output / "eval" / "regions" / "predictions.jsonl"
     predictions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    seen, order = Counter[str](), list[tuple[int, str, int]]()
-    for n, row in enumerate(predictions):
-        order.append((seen[row["shape"]], row["shape"], n))
-        seen[row["shape"]] += 1
-    shown = [n for _, _, n in sorted(order)[:_NUM_EXAMPLES]]
-    manifest = load_manifest("sample_regions", MANIFESTS_DIR)
-    source = SampleSource.open(manifest, data_root, seed)
-    questions = read_questions(map(source.sample, shown), TINY_POLICIES, seed)
+    shown: list[int] = []
+    shapes = sorted({row["shape"] for row in predictions})
+    by_shape = {s: [n for n, row in enumerate(predictions) if row["shape"] == s] for s in shapes}
+    for place in range(_NUM_EXAMPLES):
+        rows = by_shape[shapes[place % len(shapes)]]
+        if place // len(shapes) < len(rows):
+            shown.append(rows[place // len(shapes)])
+    samples = list(iter_samples("sample_regions", _CHECKOUT / "data_manifests", data_root, seed))
+    questions = read_questions([samples[n] for n in shown], load_tiny_policies(), seed)
     return [
-        Example(q.marked, q.text, q.answer, row["marked"], row["unmarked"], q.shape)
-        for q, row in zip(questions, (predictions[n] for n in shown), strict=True)
+        Example(
+            image=question.marked,
+            question=question.text,
+            answer=question.answer,
+            marked=predictions[n]["marked"],
+            unmarked=predictions[n]["unmarked"],
+            shape=question.shape,
+        )
+        for n, question in zip(shown, questions, strict=True)
     ]
 
 
@@ -165,6 +199,13 @@ def _find_metrics(run_dir: Path) -> Path:
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _accuracy(name: str, row: Mapping[str, Any]) -> Accuracy:
+    from vipllava.report.quickstart_page import Accuracy
+
+    cell = row["marked" if name == "marks drawn" else "unmarked"]
+    return Accuracy(name, cell["correct"], cell["total"], cell["low"], cell["high"])
 
 
 def _mean(points: Sequence[tuple[int, float]]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -33,25 +33,28 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
         VipLlavaError: the record cannot be read, or data, model or checkpoint are others now.
     """
     import torch
+    from hydra.utils import instantiate
     from rich.console import Console as MakeConsole
+    from rich.table import Table
 
     from vipllava.checkpoints.loading import load_tokenizer
-    from vipllava.commands.inspect import write_page
-    from vipllava.commands.output import rows_table
-    from vipllava.training.guard import StepRecord, load_weights, replay_losses, write_losses
-    from vipllava.training.job import build_datamodule, partial
-    from vipllava.training.lit_module import HALF_DTYPES
+    from vipllava.commands.inspect import look_at, summary_of
+    from vipllava.report.inspect_page import write_inspect_page
+    from vipllava.training.guard import StepRecord
+    from vipllava.training.lit_module import HALVES
+    from vipllava.training.replay import load_weights, replay_losses, write_losses
+    from vipllava.training.run import build_datamodule
 
     path = Path(cfg.replay)
     record = StepRecord.read(path)
-    make_module = partial(cfg.module)
-    spec = make_module.keywords["model"]
+    spec: Any = instantiate(cfg.module.model, _convert_="all")
     tokenizer = load_tokenizer(spec)
-    datamodule = build_datamodule(cfg, tokenizer, spec)
+    datamodule = build_datamodule(cfg, tokenizer)
     micro_batches = datamodule.replay(
         record.place, record.data, world_size=record.world_size, accumulate=record.accumulate
     )
-    module = make_module(seed=int(cfg.seed), tokenizer=tokenizer, gradient_checkpointing=False)
+    make: Any = instantiate(cfg.module, _convert_="all", _partial_=True)
+    module = make(seed=int(cfg.seed), tokenizer=tokenizer, gradient_checkpointing=False)
     module.configure_model()
     weights = "the first weights: there was no checkpoint yet"
     if record.checkpoint is not None:
@@ -59,21 +62,24 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
         weights = f"the weights of {record.checkpoint}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     step = replay_losses(
-        module, micro_batches, device=device, autocast=HALF_DTYPES.get(cfg.trainer.precision)
+        module, micro_batches, device=device, autocast=HALVES.get(cfg.trainer.precision)
     )
 
-    rows = [
-        (
+    table = Table(title=f"step {record.step}: {record.reason}")
+    table.add_column("sample", overflow="fold")
+    for header in ("rank", "micro-batch", "tokens", "supervised", "loss"):
+        table.add_column(header, justify="right")
+    for sample in step.samples[:_SHOWN]:
+        table.add_row(
             sample.key,
-            *map(str, (sample.rank, sample.micro_batch, sample.num_tokens, sample.num_supervised)),
+            str(sample.rank),
+            str(sample.micro_batch),
+            str(sample.num_tokens),
+            str(sample.num_supervised),
             f"{sample.loss:.4f}",
         )
-        for sample in step.samples[:_SHOWN]
-    ]
-    numbers = ("rank", "micro-batch", "tokens", "supervised", "loss")
-    title = f"step {record.step}: {record.reason}"
     console = console or MakeConsole()
-    console.print(rows_table(title, ("sample", *numbers), rows, right=numbers))
+    console.print(table)
     console.print(
         f"{len(step.samples)} samples, worst first; the global batch's loss is {step.loss:.4f} "
         f"with {weights}",
@@ -82,15 +88,17 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
     )
     losses = path.with_suffix(".csv")
     write_losses(step, losses)
-    logger.info("the loss of every sample is in %s", losses)
+    page = path.with_suffix(".html")
     items = {
         batch.keys[0]: item
         for micro_batch in micro_batches
-        for item, batch in zip(micro_batch.items, micro_batch.single_samples, strict=True)
+        for item, batch in zip(micro_batch.items, micro_batch.alone, strict=True)
     }
     dataset = datamodule.dataset
     assert dataset is not None
-    shown = [items[sample.key] for sample in step.samples]
     chosen = f"those of step {record.step}, worst first"
-    write_page(path.with_suffix(".html"), cfg, datamodule, dataset, shown, chosen=chosen)
+    summary = summary_of(cfg, datamodule, dataset, chosen=chosen)
+    shown = [look_at(datamodule, dataset, items[sample.key]) for sample in step.samples]
+    write_inspect_page(page, summary, shown)
+    logger.info("every sample is in %s; what the model sees of each in %s", losses, page)
     return losses

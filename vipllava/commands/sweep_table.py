@@ -3,38 +3,58 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import typer
-
-from vipllava.commands.options import Json
-from vipllava.commands.output import print_json, print_table, rows_table
+from vipllava.commands.settings import Setting, read_settings
+from vipllava.files.atomic import write_whole
 from vipllava.types import VipLlavaError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
 _METRIC: Final = "train/loss"
+_SETTINGS: Final = (
+    Setting("metric", str, _METRIC, "what is compared, lower is better (default: train/loss)"),
+    Setting("json", Path, None, "a file for the table as JSON"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class SweepJob:
-    """One job of a sweep."""
+    """One job of a sweep.
 
-    overrides: tuple[str, ...]  # those that are not the same in all jobs, ``KEY=VALUE``
-    last: float | None  # the metric's last value; None where the job logged none
-    best: float | None  # its lowest value
-    steps: int  # optimizer steps of the log
-    seconds: float | None  # from the job's last start to its last entry in the log
-    folder: str  # of the job, relative to the sweep's
+    Attributes:
+        overrides: those that are not the same in all jobs, ``KEY=VALUE``.
+        last: the metric's last value; None where the job logged none.
+        best: its lowest value.
+        steps: optimizer steps of the log.
+        seconds: from the job's last start to its last entry in the log.
+        folder: of the job, relative to the sweep's.
+    """
+
+    overrides: tuple[str, ...]
+    last: float | None
+    best: float | None
+    steps: int
+    seconds: float | None
+    folder: str
 
 
 def read_sweep(folder: Path, metric: str = _METRIC) -> list[SweepJob]:
-    """Read every job below a sweep's folder.
+    """Read every job below a folder.
+
+    Args:
+        folder: the sweep's.
+        metric: column of the CSV logs.
 
     Returns:
-        The jobs by the lowest value of the metric, a column of their CSV logs; those without one
-        come last.
+        The jobs by the lowest value of the metric; those without one come last.
 
     Raises:
         VipLlavaError: there is no job, a file cannot be read, or no job logged the metric.
@@ -47,28 +67,29 @@ def read_sweep(folder: Path, metric: str = _METRIC) -> list[SweepJob]:
             f"{folder} holds no jobs (no .hydra/overrides.yaml below it): name the folder of a "
             "sweep, such as runs/sweeps/tiny-pretrain"
         )
-    read: list[Any] = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
-    overrides = [[str(override) for override in own or ()] for own in read]
+    overrides: list[list[str]] = []
+    for file in files:
+        read: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+        overrides.append([str(override) for override in read or ()])
     shared = set[str]().union(*overrides).intersection(*overrides)
     logged: set[str] = set()
     jobs: list[SweepJob] = []
     for file, own in zip(files, overrides, strict=True):
-        values, steps, seconds = list[float](), 0, None
-        for log in sorted(file.parents[1].glob("csv/**/metrics.csv"))[-1:]:
-            try:
-                rows = list(csv.DictReader(log.read_text(encoding="utf-8").splitlines()))
-                steps = max((int(row["step"]) + 1 for row in rows if row.get("step")), default=0)
-                values = [float(row[metric]) for row in rows if row.get(metric)]
-            except (OSError, ValueError) as error:
-                raise VipLlavaError(f"{log}: {error}; the log of another program?") from error
-            logged.update(*rows[:1])
-            # Hydra writes its files when a job starts.
-            seconds = max(0.0, log.stat().st_mtime - file.stat().st_mtime)
-        last = values[-1] if values else None
-        best = min(values, key=_worst_if_not_a_number, default=None)
-        different = tuple(override for override in own if override not in shared)
-        place = str(file.parents[1].relative_to(folder))
-        jobs.append(SweepJob(different, last, best, steps, seconds, place))
+        job = file.parents[1]
+        values, steps, columns, written = _read_metric(job, metric)
+        logged |= columns
+        # Hydra writes its files when a job starts.
+        seconds = None if written is None else max(0.0, written - file.stat().st_mtime)
+        jobs.append(
+            SweepJob(
+                overrides=tuple(o for o in own if o not in shared),
+                last=values[-1] if values else None,
+                best=min(values, key=_worst_if_not_a_number) if values else None,
+                steps=steps,
+                seconds=seconds,
+                folder=str(job.relative_to(folder)),
+            )
+        )
     if logged and all(job.best is None for job in jobs):
         raise VipLlavaError(
             f"no job below {folder} logged {metric}; they logged {', '.join(sorted(logged))}"
@@ -76,28 +97,74 @@ def read_sweep(folder: Path, metric: str = _METRIC) -> list[SweepJob]:
     return sorted(jobs, key=lambda job: (_worst_if_not_a_number(job.best), job.folder))
 
 
-def print_sweep(
-    folder: Annotated[Path, typer.Argument(help="Of a sweep: runs/sweeps/NAME.")],
-    metric: Annotated[str, typer.Option(help="What is compared; lower is better.")] = _METRIC,
-    as_json: Json = False,
-) -> None:
-    """Show the jobs of a sweep (train -m), the best first."""
-    jobs = read_sweep(folder, metric)
-    if as_json:
-        print_json([asdict(job) for job in jobs])
-        return
-    rows: list[tuple[str, ...]] = []
+def sweep_table(jobs: Sequence[SweepJob], metric: str = _METRIC) -> Table:
+    """Return the jobs as a table for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=metric)
+    table.add_column("overrides", overflow="fold")
+    for name in ("last", "best", "steps", "seconds"):
+        table.add_column(name, justify="right")
+    table.add_column("folder", overflow="fold")
     for job in jobs:
-        values = (_number(job.last, 4), _number(job.best, 4), str(job.steps))
-        overrides = "\n".join(job.overrides) or "-"
-        rows.append((overrides, *values, _number(job.seconds, 0), job.folder))
-    numbers = ("last", "best", "steps", "seconds")
-    print_table(rows_table(metric, ("overrides", *numbers, "folder"), rows, right=numbers))
+        table.add_row(
+            Text("\n".join(job.overrides) or "-"),
+            _number(job.last, "{:.4f}"),
+            _number(job.best, "{:.4f}"),
+            str(job.steps),
+            _number(job.seconds, "{:.0f}"),
+            Text(job.folder),
+        )
+    return table
+
+
+def run(words: Sequence[str], console: Console | None = None) -> int:
+    """Print the table, and write it as JSON if asked to.
+
+    Args:
+        words: the command line after ``sweep-table``.
+        console: where the table goes; the standard output if None.
+
+    Raises:
+        VipLlavaError: the arguments or the folder cannot be used.
+    """
+    from rich.console import Console as MakeConsole
+
+    from vipllava.commands.settings import describe_settings
+
+    console = console or MakeConsole()
+    if not words or words[0] in ("-h", "--help", "help"):
+        usage = "usage: vipllava sweep-table FOLDER [NAME=VALUE ...]\n\n"
+        console.print(usage + describe_settings(_SETTINGS), highlight=False, markup=False)
+        return 0
+    values = read_settings(words, _SETTINGS, positional=("FOLDER",))
+    jobs = read_sweep(Path(values["FOLDER"]), values["metric"])
+    console.print(sweep_table(jobs, values["metric"]))
+    if values["json"] is not None:
+        text = json.dumps([asdict(job) for job in jobs], indent=1) + "\n"
+        write_whole(values["json"], text)
+    return 0
+
+
+def _read_metric(job: Path, metric: str) -> tuple[list[float], int, set[str], float | None]:
+    """Return a job's values, its steps, the log's columns, and when the log was last written."""
+    files = sorted(job.glob("csv/**/metrics.csv"))
+    if not files:
+        return [], 0, set(), None
+    file = files[-1]
+    try:
+        rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+        steps = max((int(row["step"]) + 1 for row in rows if row.get("step")), default=0)
+        values = [float(row[metric]) for row in rows if row.get(metric)]
+    except (OSError, ValueError) as error:
+        raise VipLlavaError(f"{file}: {error}; the log of another program?") from error
+    return values, steps, set(rows[0]) if rows else set(), file.stat().st_mtime
 
 
 def _worst_if_not_a_number(value: float | None) -> float:
     return math.inf if value is None or math.isnan(value) else value
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, spelling: str) -> str:
+    return "-" if value is None else spelling.format(value)

@@ -1,12 +1,11 @@
 """Which attention implementation a job gets, and why not another.
 
 The first in the order of :data:`KERNELS` that is installed and that devices and precision support;
-without one, PyTorch's own ``sdpa``. Nothing heavy is imported.
+without one, PyTorch's own ``sdpa``. Pure functions of what is installed: nothing heavy is imported.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -17,43 +16,76 @@ TORCH_VARLEN: Final = "torch_varlen"
 FALLBACK: Final = "sdpa"
 _FULL_PRECISION: Final = ("32-true", "float32")
 _NO_CUDA: Final = "needs CUDA devices"
-_NONE: Final = (999, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """An implementation that not every machine can run; all of these compute in 16 bits only."""
+    """An implementation that not every machine can run; all of these compute in 16 bits only.
 
-    name: str  # as a configuration and transformers name it; our own for :data:`TORCH_VARLEN`
-    package: str  # what has to be in :attr:`~vipllava.config.hardware.Hardware.installed`
-    label: str  # the same for a reader
-    install: str  # how it comes
-    least: tuple[int, int]  # the least compute capability
-    below: tuple[int, int] = _NONE  # the first capability that is too new for it
-    by_name_only: bool = False  # never chosen by itself
+    Attributes:
+        name: as a configuration and transformers name it; our own for :data:`TORCH_VARLEN`.
+        package: what has to be installed, as :attr:`~vipllava.config.hardware.Hardware.installed`
+            names it.
+        label: the same for a reader.
+        install: how it comes.
+        least: the least compute capability.
+        below: the first capability that is too new for it; None if none is.
+        by_name_only: never chosen by itself.
+    """
+
+    name: str
+    package: str
+    label: str
+    install: str
+    least: tuple[int, int]
+    below: tuple[int, int] | None = None
+    by_name_only: bool = False
 
 
 KERNELS: Final = (
-    Kernel("flash_attention_4", "flash_attn_4", "flash-attn-4", "pip install --pre flash-attn-4",
-           least=(9, 0), by_name_only=True),  # an alpha, so far
-    Kernel("flash_attention_3", "flash_attn_3", "flash-attn-3",
-           "build it from the folder `hopper` of Dao-AILab/flash-attention",
-           least=(9, 0), below=(10, 0)),  # with instructions that only Hopper has
-    Kernel("flash_attention_2", "flash_attn", "flash_attn",
-           'pip install "vipllava-lightning[flash]"', least=(8, 0)),
-    Kernel(TORCH_VARLEN, TORCH_VARLEN, "a torch with flash kernels",
-           "install a CUDA build of torch 2.11 or newer", least=(8, 0)),
-)  # fmt: skip
+    # An alpha, so far.
+    Kernel(
+        "flash_attention_4",
+        "flash_attn_4",
+        "flash-attn-4",
+        "pip install --pre flash-attn-4",
+        (9, 0),
+        by_name_only=True,
+    ),
+    # Its kernels use instructions that only Hopper has.
+    Kernel(
+        "flash_attention_3",
+        "flash_attn_3",
+        "flash-attn-3",
+        "build it from the folder `hopper` of Dao-AILab/flash-attention",
+        (9, 0),
+        below=(10, 0),
+    ),
+    Kernel("flash_attention_2", "flash_attn", "flash_attn", "pip install -e '.[flash]'", (8, 0)),
+    Kernel(
+        TORCH_VARLEN,
+        TORCH_VARLEN,
+        "a torch with flash kernels",
+        "install a CUDA build of torch 2.11 or newer",
+        (8, 0),
+    ),
+)
 """The best first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What stands against one implementation, on one machine."""
+    """What stands against one implementation, on one machine.
+
+    Attributes:
+        kernel: the implementation.
+        missing: whether its package is not installed.
+        unsupported: why devices or precision cannot use it; None if they can.
+    """
 
     kernel: Kernel
-    missing: str | None  # that its package is not installed
-    unsupported: str | None  # why devices or precision cannot use it
+    missing: bool
+    unsupported: str | None
 
     @property
     def name(self) -> str:
@@ -61,11 +93,18 @@ class Candidate:
         return self.kernel.name
 
     @property
+    def usable(self) -> bool:
+        """Whether it runs if asked for by name."""
+        return not self.missing and self.unsupported is None
+
+    @property
     def why_not(self) -> str:
         """Why it is not chosen by itself; empty if nothing stands against it."""
-        alpha = "an alpha, used only where it is asked for by name"
-        found = "; ".join(filter(None, (self.missing, self.unsupported)))
-        return found or (alpha if self.kernel.by_name_only else "")
+        found = [f"needs {self.kernel.label}, which is not installed"] if self.missing else []
+        found += [self.unsupported] if self.unsupported else []
+        if not found and self.kernel.by_name_only:
+            found = ["an alpha, used only where it is asked for by name"]
+        return "; ".join(found)
 
 
 def attention_candidates(
@@ -81,25 +120,12 @@ def attention_candidates(
     Returns:
         In the order of :data:`KERNELS`.
     """
-    found: list[Candidate] = []
-    for kernel in KERNELS:
-        missing = f"needs {kernel.label}, which is not installed"
-        if capability is None:
-            unsupported = _NO_CUDA
-        elif not kernel.least <= capability < kernel.below:
-            (major, minor), more = kernel.least, kernel.below == _NONE
-            unsupported = (
-                f"devices of compute capability {capability[0]}.{capability[1]} cannot run it, it "
-                f"needs {major}.{minor}{' or more' if more else ''}"
-            )
-        elif precision in _FULL_PRECISION:
-            unsupported = f"computes in bf16 or fp16 only, not in {precision}"
-        else:
-            unsupported = None
-        found.append(
-            Candidate(kernel, None if kernel.package in installed else missing, unsupported)
+    return tuple(
+        Candidate(
+            kernel, kernel.package not in installed, _unsupported(kernel, capability, precision)
         )
-    return tuple(found)
+        for kernel in KERNELS
+    )
 
 
 def choose_attention(candidates: Sequence[Candidate]) -> str:
@@ -108,17 +134,40 @@ def choose_attention(candidates: Sequence[Candidate]) -> str:
 
 
 def explain_attention(used: str, candidates: Sequence[Candidate]) -> str:
-    """Say in one line what is used, and why no better one: ``sdpa (flash_attention_2: ...)``."""
+    """Say in one line what is used, and why no better one: ``sdpa (flash_attention_2: ...)``.
+
+    Args:
+        used: what the job's network gets.
+        candidates: what stands against each kernel on this machine.
+    """
     best = choose_attention(candidates)
     if used != best:
         return f"{used}, as configured (by itself it would be {best})"
     if all(candidate.unsupported == _NO_CUDA for candidate in candidates):
         return f"{used} (all others need CUDA devices)"
-    before = itertools.takewhile(lambda candidate: candidate.name != used, candidates)
-    better = [f"{c.name}: {c.why_not}" for c in before if not c.kernel.by_name_only]
+    better: list[str] = []
+    for candidate in candidates:
+        if candidate.name == used:
+            break
+        if not candidate.kernel.by_name_only:
+            better.append(f"{candidate.name}: {candidate.why_not}")
     return f"{used} ({' | '.join(better)})" if better else used
 
 
 def keeps_no_mask(name: str) -> bool:
     """Return whether an implementation tells samples of a row apart by bounds, without a mask."""
     return any(name == kernel.name for kernel in KERNELS)
+
+
+def _unsupported(
+    kernel: Kernel, capability: tuple[int, int] | None, precision: str | None
+) -> str | None:
+    if capability is None:
+        return _NO_CUDA
+    if capability < kernel.least or (kernel.below is not None and capability >= kernel.below):
+        least = f"{kernel.least[0]}.{kernel.least[1]}{'' if kernel.below else ' or more'}"
+        have = f"{capability[0]}.{capability[1]}"
+        return f"devices of compute capability {have} cannot run it, it needs {least}"
+    if precision in _FULL_PRECISION:
+        return f"computes in bf16 or fp16 only, not in {precision}"
+    return None

@@ -2,135 +2,86 @@
 
 from __future__ import annotations
 
-import inspect
 import netrc
 import os
-import pydoc
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from itertools import chain
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 
 from vipllava.config import hardware
-from vipllava.config.argument_names import with_keys
 from vipllava.config.attention import attention_candidates
 from vipllava.config.batch import accumulation_steps
 from vipllava.config.hardware import Hardware
+from vipllava.config.job_values import JobValues
 from vipllava.config.launch_checks import check_launch, check_single_process
 from vipllava.config.machine_faults import HOME_REMEDY, find_home
 from vipllava.config.schema import (
     EVALUATE,
     TRAIN,
-    JobValues,
-    Section,
     check_schema,
     did_you_mean,
     spell,
 )
 from vipllava.processes import is_first_process
-from vipllava.types import ConfigError, first_line
+from vipllava.types import ConfigError
 
-_TARGET_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
+_WANDB_WITHOUT_KEY = ("offline", "disabled", "dryrun")
+_BF16_CAPABILITY = (8, 0)
 
 
-def check_config(
-    cfg: DictConfig, machine: Hardware | None = None, more: Sequence[str] = ()
-) -> None:
+def check_config(cfg: DictConfig, machine: Hardware | None = None) -> None:
     """Check a composed training or evaluation job.
 
     Args:
+        cfg: what Hydra composed from ``conf/train.yaml`` or ``conf/evaluate.yaml``.
         machine: the hardware to check against; this machine if not given.
-        more: problems that were found elsewhere, to be said with the others.
 
     Raises:
         ConfigError: listing every problem, each naming the key, its value and the remedy.
     """
-    _refuse([*find_problems(cfg, machine), *more])
+    if problems := find_problems(cfg, machine):
+        raise ConfigError(format_problems(problems))
 
 
 def check_data_config(cfg: DictConfig) -> None:
-    """Raise ConfigError where looking at a job's data fails; where it trains does not matter."""
-    _refuse(_find(JobValues(cfg, Hardware()), TRAIN, (_manifest,)))
+    """Check what looking at a job's data needs; where it would train does not matter.
+
+    Raises:
+        ConfigError: listing every unknown key and impossible value, and an unknown manifest.
+    """
+    problems = [_explain(p, cfg) for p in check_schema(cfg, TRAIN)]
+    problems += _manifest(JobValues(cfg, hardware.detect()))
+    if problems:
+        raise ConfigError(format_problems(list(dict.fromkeys(problems))))
 
 
 def check_plan_config(cfg: DictConfig) -> None:
-    """Raise ConfigError where a forecast fails; what this machine has or lacks does not matter."""
-    job = JobValues(cfg, Hardware(installed=frozenset(hardware.OPTIONAL_PACKAGES)))
-    _refuse(_find(job, TRAIN, (_manifest, _global_batch, _tuning, _compile)))
-
-
-def check_targets(cfg: DictConfig) -> None:
-    """Check every constructor call of a job: does ``_target_`` exist, does it take the arguments?
-
-    Importing the classes costs seconds (transformers, lightning): after the cheap checks.
+    """Check what a forecast of a job needs; what this machine has or lacks does not matter.
 
     Raises:
-        ConfigError: listing every problem, each naming its key.
+        ConfigError: listing every unknown key and impossible value, an unknown manifest, a global
+            batch that does not divide, and settings that contradict each other.
     """
-    _refuse(find_target_problems(cfg))
-
-
-def find_target_problems(cfg: DictConfig) -> list[str]:
-    """Return what is wrong with the constructor calls of a job, each naming its key."""
-    problems: list[str] = []
-    for path, node in targets(cfg):
-        name = str(node["_target_"])
-        try:
-            target: Any = pydoc.locate(name)
-        except pydoc.ErrorDuringImport as error:
-            problems.append(f"{path}._target_={name} cannot be imported: {first_line(error)}")
-            continue
-        if target is None:
-            problems.append(f"{path}._target_={name}: there is no such class or function")
-            continue
-        parameters = inspect.signature(target).parameters
-        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-            continue
-        problems += [
-            f"{path}.{key}: {name} takes no such argument{did_you_mean(str(key), parameters)}"
-            for key in node
-            if key not in parameters and key not in _TARGET_KEYS
-        ]
-    return problems
-
-
-def targets(cfg: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
-    """Yield the path and node of everything with a ``_target_``, in order of appearance.
-
-    Interpolations are not followed: what they point to is met at its own place.
-    """
-    if "_target_" in cfg:
-        yield prefix, cfg
-    for key in map(str, cfg):
-        if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key):
-            continue
-        path = f"{prefix}.{key}" if prefix else key
-        child: Any = cfg[key]
-        items = enumerate(child) if isinstance(child, ListConfig) else ()
-        for where, node in [(path, child), *((f"{path}.{index}", item) for index, item in items)]:
-            if isinstance(node, DictConfig) and node:
-                yield from targets(node, where)
+    problems = [_explain(p, cfg) for p in check_schema(cfg, TRAIN)]
+    job = JobValues(cfg, Hardware(installed=frozenset(hardware.OPTIONAL_PACKAGES)))
+    for check in (_manifest, _global_batch, _tuning, _compile):
+        problems += check(job)
+    if problems:
+        raise ConfigError(format_problems(list(dict.fromkeys(problems))))
 
 
 def find_problems(cfg: DictConfig, machine: Hardware | None = None) -> list[str]:
     """Return every problem of a composed job, without repetitions, in the order of the checks."""
+    evaluating = "bench" in cfg
+    rules = EVALUATE if evaluating else TRAIN
+    checks = _EVALUATE_CHECKS if evaluating else _TRAIN_CHECKS
+    problems = [_explain(p, cfg) for p in check_schema(cfg, rules)]
     job = JobValues(cfg, machine or hardware.detect())
-    schema = (EVALUATE, _EVALUATE_CHECKS) if job.is_evaluation else (TRAIN, _TRAIN_CHECKS)
-    return _find(job, *schema)
-
-
-def _find(job: JobValues, schema: Section, checks: Sequence[_Check]) -> list[str]:
-    problems = [_explain(problem, job.cfg) for problem in check_schema(job.cfg, schema)]
-    return list(dict.fromkeys([*problems, *chain.from_iterable(check(job) for check in checks)]))
-
-
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise ConfigError(format_problems(problems))
+    for check in checks:
+        problems += check(job)
+    return list(dict.fromkeys(problems))
 
 
 def format_problems(problems: list[str]) -> str:
@@ -142,240 +93,289 @@ def format_problems(problems: list[str]) -> str:
 
 def _explain(problem: str, cfg: DictConfig) -> str:
     """Say more about the one value that a user has to bring."""
-    if not problem.startswith("data.manifest is not set") and "model.manifests." not in problem:
-        return problem
-    names = ", ".join(_known_manifests(str(cfg.paths.manifests)))
-    return (
-        f"data.manifest is not set: stage={cfg.stage.get('name')} trains on data of your own; pass "
-        f"data.manifest=NAME ({names or 'no manifests here'}) or the path of a manifest file"
-    )
+    if problem.startswith("data.manifest is not set") or "model.manifests." in problem:
+        stage = cfg.stage.get("name")
+        names = _known_manifests(str(cfg.paths.manifests))
+        return (
+            f"data.manifest is not set: stage={stage} trains on data of your own; pass "
+            f"data.manifest=NAME ({', '.join(names) or 'no manifests here'}) or the path of a "
+            "manifest file"
+        )
+    return problem
 
 
 def _known_manifests(folder: str) -> list[str]:
     return sorted(path.stem for path in Path(folder).expanduser().glob("*.yaml"))
 
 
-def _manifest(job: JobValues) -> Iterator[str]:
-    folder = job.get("paths.manifests", str)
-    key = "bench.manifest" if job.is_evaluation else "data.manifest"
+def _manifest(job: JobValues) -> list[str]:
+    key = "bench.manifest" if "bench" in job.cfg else "data.manifest"
     named = {key: job.get(key, str)}
     if mix := job.get("data.mix", dict):
         named = {f"data.mix.{name}": str(name) for name in mix}
+    problems: list[str] = []
     for where, name in named.items():
-        if name is None or folder is None:
-            continue
-        known = _known_manifests(folder)
-        if name.endswith((".yaml", ".yml")):
-            if not Path(name).is_file():
-                yield f"{where}={name}: there is no such file"
-        elif not known:
-            yield (
-                f"paths.manifests={folder} holds no manifests; start from the project's folder or "
-                "pass paths.manifests=FOLDER"
-            )
-        elif name not in known:
-            yield f"{where}={name}: unknown{did_you_mean(name, known)}; known: {', '.join(known)}"
+        problems += _manifest_problems(where, name, job.get("paths.manifests", str))
+    return problems
 
 
-def _checkpoint(job: JobValues) -> Iterator[str]:
+def _manifest_problems(key: str, name: str | None, folder: str | None) -> list[str]:
+    if name is None or folder is None:
+        return []
+    if name.endswith((".yaml", ".yml")):
+        return [] if Path(name).is_file() else [f"{key}={name}: there is no such file"]
+    known = _known_manifests(folder)
+    if name in known:
+        return []
+    if not known:
+        return [
+            f"paths.manifests={folder} holds no manifests; start from the project's folder or pass "
+            "paths.manifests=FOLDER"
+        ]
+    return [f"{key}={name}: unknown{did_you_mean(name, known)}; known: {', '.join(known)}"]
+
+
+def _checkpoint(job: JobValues) -> list[str]:
     """The folder a stage starts from, or that is evaluated, where it is one of our runs."""
-    folder = job.get("checkpoint" if job.is_evaluation else "stage.checkpoint", str)
-    runs = job.get("paths.runs", str)
-    if folder is None or runs is None or Path(folder).is_dir():
-        return
-    if not Path(folder).is_relative_to(runs):
-        return  # hub ids and folders elsewhere: the loader says what is wrong with them
-    if job.is_evaluation:
-        yield f"checkpoint={folder}: no such folder; train first or pass checkpoint=FOLDER"
-    else:
-        yield (
-            f"stage={job.get('stage.name')} starts from {folder}, which is not there; run the "
-            "stage before it or pass stage.checkpoint=FOLDER"
-        )
+    key = "checkpoint" if "bench" in job.cfg else "stage.checkpoint"
+    folder, runs = job.get(key, str), job.get("paths.runs", str)
+    if folder is None or runs is None or not Path(folder).is_relative_to(runs):
+        return []  # hub ids and folders elsewhere: the loader says what is wrong with them
+    if Path(folder).is_dir():
+        return []
+    if key == "checkpoint":
+        return [f"checkpoint={folder}: no such folder; train first or pass checkpoint=FOLDER"]
+    return [
+        f"stage={job.get('stage.name')} starts from {folder}, which is not there; run the stage "
+        "before it or pass stage.checkpoint=FOLDER"
+    ]
 
 
-def _global_batch(job: JobValues) -> Iterator[str]:
+def _global_batch(job: JobValues) -> list[str]:
     size, micro = job.number("data.global_batch_size"), job.number("data.micro_batch_size")
     devices, nodes = job.number("trainer.devices"), job.number("trainer.num_nodes")
     if size is None or micro is None or devices is None or nodes is None:
-        return
+        return []
     try:
         accumulation_steps(size, micro, devices, nodes)
     except ConfigError as error:
-        yield with_keys(str(error), job.cfg)
-        return
+        return [str(error)]
     steps = job.number("trainer.accumulate_grad_batches")
     if steps is not None and micro * steps * devices * nodes != size:
-        yield (
+        return [
             f"machine.micro_batch_size={micro} x trainer.accumulate_grad_batches={steps} x "
             f"trainer.devices={devices} x trainer.num_nodes={nodes} = "
             f"{micro * steps * devices * nodes}, not stage.global_batch_size={size}; leave "
             "trainer.accumulate_grad_batches out, it is computed"
-        )
+        ]
+    return []
 
 
-def _devices(job: JobValues) -> Iterator[str]:
+def _devices(job: JobValues) -> list[str]:
     accelerator, wanted = job.get("trainer.accelerator"), job.number("trainer.devices")
-    machine = job.machine
     if wanted is None:
-        return
-    if accelerator == "mps" and not machine.mps:
-        yield "trainer.accelerator=mps: this machine has no Apple MPS; use trainer=auto"
-    elif accelerator == "mps" and wanted > 1:
-        yield f"trainer.devices={wanted}: Apple MPS is one device"
-    if not (accelerator == "cuda" or (accelerator == "auto" and machine.cuda)):
-        return
+        return []
+    machine = job.machine
+    trainer = job.get("machine.name")
+    if accelerator == "mps":
+        if not machine.mps:
+            return ["trainer.accelerator=mps: this machine has no Apple MPS; use trainer=auto"]
+        return [] if wanted == 1 else [f"trainer.devices={wanted}: Apple MPS is one device"]
+    if accelerator == "auto" and not machine.cuda:
+        return []
+    if accelerator not in ("cuda", "auto"):
+        return []
     memory = job.get("machine.memory_gb", (int, float))
-    if sum(d.memory_gib >= 0.95 * (memory or 0) for d in machine.cuda) < wanted:
-        needs = f"{wanted} CUDA device{'s' if wanted > 1 else ''}"
-        needs += f" with {memory} GB" if memory else ""
-        yield (
-            f"trainer={job.get('machine.name')} wants {needs}; this machine has "
-            f"{machine.describe()}; use trainer=auto, or another of conf/trainer"
-        )
+    needs = f"{wanted} CUDA device{'s' if wanted > 1 else ''}"
+    needs += f" with {memory} GB" if memory else ""
+    enough = [d for d in machine.cuda if d.memory_gib >= 0.95 * (memory or 0)]
+    if len(enough) >= wanted:
+        return []
+    return [
+        f"trainer={trainer} wants {needs}; this machine has {machine.describe()}; use "
+        "trainer=auto, or another of conf/trainer"
+    ]
 
 
-def _precision(job: JobValues) -> Iterator[str]:
+def _precision(job: JobValues) -> list[str]:
     precision, accelerator = job.get("trainer.precision", str), job.get("trainer.accelerator")
     if precision is None:
-        return
+        return []
+    problems: list[str] = []
     on_cuda = accelerator == "cuda" or (accelerator == "auto" and bool(job.machine.cuda))
     if precision.startswith("16") and not on_cuda:
-        yield f"trainer.precision={precision} needs CUDA devices; use 32-true or bf16-mixed"
+        problems.append(
+            f"trainer.precision={precision} needs CUDA devices; use 32-true or bf16-mixed"
+        )
     if precision.startswith("16") and job.get("strategy.name") == "fsdp2":
-        yield (
+        problems.append(
             f"strategy=fsdp2 does not work with trainer.precision={precision}: FSDP2 has no loss "
             "scaling; use bf16-mixed, 32-true, or strategy=zero3"
         )
     capability = _capability(job)
-    if not on_cuda or capability is None or capability >= (8, 0):
-        return
+    if not on_cuda or capability is None or capability >= _BF16_CAPABILITY:
+        return problems
     no_bf16 = f"devices of compute capability {capability[0]}.{capability[1]} have no bf16"
     if precision.startswith("bf16"):
-        yield f"trainer.precision={precision}: {no_bf16}; use trainer.precision=16-mixed"
+        problems.append(f"trainer.precision={precision}: {no_bf16}; use trainer.precision=16-mixed")
     if job.get("tuning.quantization.compute_dtype") == "bfloat16":
-        yield (
+        problems.append(
             f"tuning.quantization.compute_dtype=bfloat16: {no_bf16}; leave it out, it follows "
             "trainer.precision"
         )
+    return problems
 
 
 def _capability(job: JobValues) -> tuple[int, int] | None:
     """The least compute capability among the trainer's stated one and the devices here."""
+    found = [device.capability for device in job.machine.cuda]
     stated = job.get("machine.capability", (int, float))
-    stated = None if stated is None else hardware.capability_of(stated)
-    return min(filter(None, (stated, job.machine.least_capability)), default=None)
+    if stated is not None:
+        found.append(hardware.capability_of(stated))
+    return min(found, default=None)
 
 
-def _strategy(job: JobValues) -> Iterator[str]:
-    strategy = job.get("strategy.name", str) or ""
-    if not strategy.startswith("zero"):
-        return
+def _strategy(job: JobValues) -> list[str]:
+    strategy = job.get("strategy.name", str)
+    if strategy is None or not strategy.startswith("zero"):
+        return []
+    problems: list[str] = []
     accelerator = job.get("trainer.accelerator", str)
-    # `cuda` without any is said already.
-    if accelerator in ("cpu", "mps") or (accelerator == "auto" and not job.machine.cuda):
-        here = f"this machine has {job.machine.describe()}"
-        why = here if accelerator == "auto" else f"trainer.accelerator={accelerator}"
-        yield f"strategy={strategy} needs CUDA devices; {why}; use strategy=auto, ddp or fsdp2"
-    yield from _extra(job, f"strategy={strategy}", "deepspeed", "deepspeed")
+    if accelerator in ("cpu", "mps"):
+        problems.append(
+            f"strategy={strategy} needs CUDA devices; trainer.accelerator={accelerator}; use "
+            "strategy=auto, ddp or fsdp2"
+        )
+    elif accelerator == "auto" and not job.machine.cuda:  # `cuda` without any is said already
+        problems.append(
+            f"strategy={strategy} needs CUDA devices; this machine has {job.machine.describe()}; "
+            "use strategy=auto, ddp or fsdp2"
+        )
+    if "deepspeed" not in job.machine.installed:
+        problems.append(_needs_extra(f"strategy={strategy}", "deepspeed", "deepspeed"))
     if job.get("trainer.precision") == "32-true" and job.machine.cuda:
-        yield (
+        problems.append(
             f"strategy={strategy} wants half precision with fp32 master weights; "
             "trainer.precision=32-true is not that; use bf16-mixed or 16-mixed"
         )
+    return problems
 
 
-def _attention(job: JobValues) -> Iterator[str]:
+def _attention(job: JobValues) -> list[str]:
+    if "bench" in job.cfg:
+        return _attention_at("attn_implementation", job)
     # A model may have an implementation of its own in place of the machine's.
-    keys = ["model.spec.attn_implementation", "machine.attn_implementation", "attn_implementation"]
-    wanted = {job.get(key, str): key for key in keys}
-    precision = job.get("dtype" if job.is_evaluation else "trainer.precision", str)
+    own = "model.spec.attn_implementation"
+    problems = _attention_at("machine.attn_implementation", job)
+    if job.get(own) != job.get("machine.attn_implementation"):
+        problems += _attention_at(own, job)
+    return problems
+
+
+def _attention_at(key: str, job: JobValues) -> list[str]:
+    wanted = job.get(key, str)
     on_cuda = job.get("trainer.accelerator") not in ("cpu", "mps")
-    capability = _capability(job) if on_cuda else None
-    for candidate in attention_candidates(job.machine.installed, capability, precision):
-        if candidate.name not in wanted:
+    candidates = attention_candidates(
+        job.machine.installed,
+        _capability(job) if on_cuda else None,
+        job.get("dtype" if "bench" in job.cfg else "trainer.precision", str),
+    )
+    problems: list[str] = []
+    for candidate in candidates:
+        if candidate.name != wanted:
             continue
-        what, kernel = f"{wanted[candidate.name]}={candidate.name}", candidate.kernel
         if candidate.missing:
-            yield f"{what} {candidate.missing}: {kernel.install}, or use sdpa"
+            kernel = candidate.kernel
+            problems.append(
+                f"{key}={wanted} needs {kernel.label}, which is not installed: {kernel.install}, "
+                "or use sdpa"
+            )
         if candidate.unsupported:
-            yield f"{what}: {candidate.unsupported}; use sdpa"
+            problems.append(f"{key}={wanted}: {candidate.unsupported}; use sdpa")
+    return problems
 
 
-def _tuning(job: JobValues) -> Iterator[str]:
-    tuning, strategy = job.get("tuning.name", str), job.get("strategy.name", str) or ""
+def _tuning(job: JobValues) -> list[str]:
+    tuning = job.get("tuning.name", str)
     if tuning not in ("lora", "qlora"):
-        return
-    yield from _extra(job, f"tuning={tuning}", "lora", "peft")
-    if tuning == "qlora":
-        yield from _extra(job, "tuning=qlora", "quant", "bitsandbytes")
-    trainable = job.get("stage.trainable", list) or ["language_model"]
-    if "language_model" not in trainable:
-        yield (
+        return []
+    problems: list[str] = []
+    if "peft" not in job.machine.installed:
+        problems.append(_needs_extra(f"tuning={tuning}", "lora", "peft"))
+    if tuning == "qlora" and "bitsandbytes" not in job.machine.installed:
+        problems.append(_needs_extra("tuning=qlora", "quant", "bitsandbytes"))
+    if "language_model" not in (job.get("stage.trainable", list) or ["language_model"]):
+        problems.append(
             f"tuning={tuning} adapts the language model, which stage={job.get('stage.name')} "
             "leaves frozen; use tuning=full"
         )
-    if "vision_tower" in trainable:
-        yield (
+    if "vision_tower" in (job.get("stage.trainable", list) or []):
+        problems.append(
             f"stage.trainable names vision_tower, and tuning={tuning} trains adapters and the "
             "projector only; use tuning=full, or leave the tower out"
         )
+    strategy = job.get("strategy.name", str) or ""
     if tuning == "qlora" and (strategy.startswith("zero3") or strategy == "fsdp2"):
-        yield (
+        problems.append(
             f"tuning=qlora does not work with strategy={strategy}: weights in 4 bits cannot be "
             "sharded here; use strategy=ddp or auto, or tuning=lora"
         )
+    return problems
 
 
-def _compile(job: JobValues) -> Iterator[str]:
+def _compile(job: JobValues) -> list[str]:
     if not job.get("machine.compile", bool):
-        return
+        return []
+    problems: list[str] = []
     batching, strategy = job.get("data.batching", str), job.get("strategy.name", str) or ""
     if batching != "packed":
-        yield (
+        problems.append(
             f"machine.compile=true with data.batching={batching}: every other length of the rows "
             "would be compiled anew; pass data=packed, whose rows have one length"
         )
     if strategy.startswith("zero3"):
-        yield (
+        problems.append(
             f"machine.compile=true does not work with strategy={strategy}, which gathers weights "
             "inside of what would be compiled; use strategy=zero2, fsdp2 or ddp"
         )
     if job.get("tuning.name", str) == "qlora":
-        yield (
+        problems.append(
             "machine.compile=true does not work with tuning=qlora, whose weights in few bits "
             "torch.compile cannot follow; use tuning=lora"
         )
+    return problems
 
 
-def _loggers(job: JobValues) -> Iterator[str]:
+def _loggers(job: JobValues) -> list[str]:
     loggers = job.get("logger", dict) or {}
-    for name in ("tensorboard", "wandb"):
-        if loggers.get(name):
-            yield from _extra(job, f"logger={name}", name, name)
-    # W&B asks for a key when a run starts, which is late, and a batch job cannot answer.
-    logs = job.get("logger.wandb", dict) and "wandb" in job.machine.installed
-    offline = os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun")
-    if not logs or offline or job.get("logger.wandb.offline") is True:
-        return
-    if is_first_process() and not has_wandb_key():  # it alone logs
-        yield (
-            f"logger=wandb has no key for {_wandb_host()}: run `wandb login`, set WANDB_API_KEY, "
-            "or set WANDB_MODE=offline and upload later with `wandb sync`"
-        )
+    return [
+        _needs_extra(f"logger={name}", name, name)
+        for name in ("tensorboard", "wandb")
+        if loggers.get(name) and name not in job.machine.installed
+    ]
+
+
+def _wandb_key(job: JobValues) -> list[str]:
+    """W&B asks for a key when a run starts, which is late, and a batch job cannot answer."""
+    mode = os.environ.get("WANDB_MODE", "").lower()
+    if not job.get("logger.wandb", dict) or "wandb" not in job.machine.installed:
+        return []
+    if job.get("logger.wandb.offline") is True or mode in _WANDB_WITHOUT_KEY:
+        return []
+    if not is_first_process():
+        return []  # which alone logs
+    if has_wandb_key():
+        return []
+    return [
+        f"logger=wandb has no key for {_wandb_host()}: run `wandb login`, set WANDB_API_KEY, or "
+        "set WANDB_MODE=offline and upload later with `wandb sync`"
+    ]
 
 
 def has_wandb_key() -> bool:
     """Return whether W&B would find a key, in the environment or in the user's netrc file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    named = os.environ.get("NETRC")
-    for file in [named] if named else ["~/.netrc", "~/_netrc"]:
-        # RuntimeError: there is no home.
-        with suppress(OSError, RuntimeError, netrc.NetrcParseError):
-            if netrc.netrc(Path(file).expanduser()).authenticators(_wandb_host()) is not None:
-                return True
-    return False
+    names = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    return any(os.environ.get(name) for name in names) or _in_netrc(_wandb_host())
 
 
 def _wandb_host() -> str:
@@ -383,23 +383,39 @@ def _wandb_host() -> str:
     return urlsplit(url).hostname or url
 
 
-def _home(job: JobValues) -> Iterator[str]:
-    if find_home() is None:  # libraries would keep what they fetch in a folder that is called ``~``
-        yield f"this user has no home folder, neither by HOME nor by the system: {HOME_REMEDY}"
+def _in_netrc(host: str) -> bool:
+    named = os.environ.get("NETRC")
+    files = [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]
+    for file in files:
+        try:
+            if netrc.netrc(file.expanduser()).authenticators(host) is not None:
+                return True
+        except (OSError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: there is no home
+            continue
+    return False
 
 
-def _callbacks(job: JobValues) -> Iterator[str]:
-    for name in ("throughput.every_n_steps", "samples.every_n_steps", "samples.num_samples"):
-        key = f"callbacks.{name}"
+def _home(job: JobValues) -> list[str]:
+    """Without one, libraries keep what they fetch in a folder that is called ``~``."""
+    if find_home() is not None:
+        return []
+    return [f"this user has no home folder, neither by HOME nor by the system: {HOME_REMEDY}"]
+
+
+def _callbacks(job: JobValues) -> list[str]:
+    keys = ("throughput.every_n_steps", "samples.every_n_steps", "samples.num_samples")
+    problems: list[str] = []
+    for key in (f"callbacks.{key}" for key in keys):
         value = job.get(key)
         if value is not None and job.number(key) is None:
-            yield f"{key}={spell(value)}: expected a whole number of at least 1"
+            problems.append(f"{key}={spell(value)}: expected a whole number of at least 1")
+    return problems
 
 
-def _device(job: JobValues) -> Iterator[str]:
+def _device(job: JobValues) -> list[str]:
     device = job.get("device", str)
     if device is None:
-        return
+        return []
     kind, _, index = device.partition(":")
     there = {
         "auto": not index,
@@ -408,22 +424,38 @@ def _device(job: JobValues) -> Iterator[str]:
         "cuda": (index or "0").isdecimal() and int(index or 0) < len(job.machine.cuda),
     }
     if kind not in there:
-        yield f"device={device}: expected auto, cpu, cuda, cuda:N or mps"
-    elif not there[kind]:
-        yield f"device={device}: this machine has {job.machine.describe()}; use device=auto"
+        return [f"device={device}: expected auto, cpu, cuda, cuda:N or mps"]
+    if there[kind]:
+        return []
+    return [f"device={device}: this machine has {job.machine.describe()}; use device=auto"]
 
 
-def _extra(job: JobValues, what: str, extra: str, package: str) -> Iterator[str]:
-    if package not in job.machine.installed:
-        install = f'pip install "vipllava-lightning[{extra}]"'
-        yield f"{what} needs {package}, which is not installed: {install}"
+def _needs_extra(what: str, extra: str, package: str) -> str:
+    return f"{what} needs {package}, which is not installed: pip install -e '.[{extra}]'"
 
 
-_Check = Callable[[JobValues], Iterable[str]]
+_Check = Callable[[JobValues], list[str]]
 _TRAIN_CHECKS: tuple[_Check, ...] = (
-    _manifest, _checkpoint, _global_batch, _devices, check_launch, _precision, _strategy,
-    _attention, _tuning, _compile, _loggers, _callbacks, _home,
-)  # fmt: skip
+    _manifest,
+    _checkpoint,
+    _global_batch,
+    _devices,
+    check_launch,
+    _precision,
+    _strategy,
+    _attention,
+    _tuning,
+    _compile,
+    _loggers,
+    _wandb_key,
+    _callbacks,
+    _home,
+)
 _EVALUATE_CHECKS: tuple[_Check, ...] = (
-    _manifest, _checkpoint, check_single_process, _device, _attention, _home,
-)  # fmt: skip
+    _manifest,
+    _checkpoint,
+    check_single_process,
+    _device,
+    _attention,
+    _home,
+)

@@ -1,13 +1,16 @@
 """Running an entry point: what ``@hydra.main`` does, with one readable error instead of a trace.
 
-A user's mistake ends with exit code 2 and everything that is wrong; a defect keeps its traceback.
+A user's mistake ends with exit code 2 and a list of everything that is wrong. A defect of the
+program keeps its traceback.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
@@ -16,53 +19,49 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vipllava.config import sweep
-from vipllava.config.argument_names import naming_keys
-from vipllava.config.composing import composition_message
+from vipllava.config.checks import format_problems
 from vipllava.config.machine_faults import explain_fault, make_output_safe
-from vipllava.config.places import CONFIG_DIR
+from vipllava.config.overrides import find_override_problems
 from vipllava.config.resolvers import register_resolvers
+from vipllava.config.schema import first_line
 from vipllava.processes import begin
 from vipllava.types import VipLlavaError
+
+EXIT_USER_ERROR = 2
 
 # On import: a process of a launcher gets the job by pickle, and composes before it calls anything.
 register_resolvers()
 
 
-def run_main(
-    task: Callable[[DictConfig], None],
-    *,
-    config_name: str,
-    config_dir: Path = CONFIG_DIR,
-    arguments: Sequence[str] | None = None,
-) -> None:
+def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_name: str) -> None:
     """Compose the job that the command line describes and hand it to ``task``.
 
+    With ``-m`` every job of the sweep becomes a process of its own, see
+    :mod:`vipllava.config.sweep`.
+
     Args:
-        task: what to do with the configuration.
-        config_name: the root file, without suffix.
-        config_dir: absolute path of the configuration folder.
-        arguments: the job's part of the command line, its last words; all but the program's name
-            if not given.
+        task: what to do with the configuration; it is defined in the entry point's file.
+        config_dir: absolute path of ``conf``.
+        config_name: the root file in it, without suffix.
     """
     begin()
     # Hydra would print its own short message and exit 1; ours needs the exception.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     make_output_safe()
-    command = sys.argv
-    given = command[1:] if arguments is None else list(arguments)
-    program = _program(len(command) - len(given))
-    sys.argv = [command[0], *given]  # where Hydra reads it
+    script, given = str(Path(sys.argv[0]).resolve()), sys.argv[1:]
+    sys.argv[1:] = sweep.with_folder_names(given)
     started = False
 
+    @functools.wraps(task)
     def job(cfg: DictConfig) -> float | None:
         nonlocal started
         started = True
-        sys.argv = command  # Lightning starts its further processes with it
         if sweep.is_sweep():
-            return sweep.run_in_fresh_process(cfg, program)
+            sweep.name_group()
+            sweep.check_launcher()
+            return sweep.run_in_fresh_process(cfg, script)
         try:
-            with naming_keys(cfg):
-                task(cfg)
+            task(cfg)
         except VipLlavaError as error:
             _fail(str(error), error.exit_code)
         except Exception as error:
@@ -70,36 +69,38 @@ def run_main(
             raise
         return None
 
-    job.__module__ = config_name  # Hydra names the log by it
     main = hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(job)
     try:
         main()
     except VipLlavaError as error:  # of a sweep's job, when all of them have run
         _fail(str(error))
-    except Exception as error:
-        # submitit has no class of its own for all of its errors.
-        if type(error).__module__.startswith("submitit."):
-            _fail(f"a queued job did not end well; the others go on. {error}")
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         if started:
             raise
-        if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
-            _fail_by_machine(error)
-            _fail(composition_message(given, config_dir, config_name, error))
-        if isinstance(error, BrokenPipeError):  # of `--cfg job | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed at the exit
-            sys.exit(1)
-        if isinstance(error, OSError):
-            _fail(f"the run's folder cannot be written ({error}): make room or set paths.runs")
-        if isinstance(error, RuntimeError) and "srun" in str(error):
-            _fail("hydra/launcher=slurm: there is no `srun` here; start it on a cluster's node")
-        raise
+        _fail_by_machine(error)
+        _fail(composition_message(given, config_dir, config_name, error))
+    except OSError as error:
+        if started:
+            raise
+        _fail(f"the run's folder cannot be written ({error}): free some space or set paths.runs")
+    except RuntimeError as error:  # submitit's, which has no class of its own for all of them
+        if type(error).__module__.startswith("submitit."):
+            _fail(f"a queued job did not end well; the others go on. {error}")
+        if started or "srun" not in str(error):
+            raise
+        _fail("hydra/launcher=slurm: there is no `srun` here; start it on a node of the cluster")
 
 
-def _program(num_words: int) -> list[str]:
-    """Return the words that start this program: those of ``sys.argv`` before the job's own."""
-    spec = sys.modules["__main__"].__spec__
-    start = [str(Path(sys.argv[0]).resolve())] if spec is None else ["-m", spec.name]
-    return [sys.executable, *start, *sys.argv[1:num_words]]
+def composition_message(
+    arguments: Sequence[str], config_dir: Path, config_name: str, error: Exception
+) -> str:
+    """Return everything that keeps a command line from composing; ``error`` is Hydra's own."""
+    problems = find_override_problems(arguments, config_dir, config_name)
+    if "submitit_" in str(error) and find_spec("submitit") is None:
+        problems = [
+            "the launcher needs submitit, which is not installed: pip install -e '.[slurm]'"
+        ]
+    return format_problems(problems or [first_line(error)])
 
 
 def _fail_by_machine(error: Exception, cfg: DictConfig | None = None) -> None:
@@ -116,6 +117,6 @@ def _fail_by_machine(error: Exception, cfg: DictConfig | None = None) -> None:
     _fail(message)
 
 
-def _fail(message: str, exit_code: int = VipLlavaError.exit_code) -> None:
+def _fail(message: str, exit_code: int = EXIT_USER_ERROR) -> None:
     sys.stderr.write(f"error: {message}\n")
     sys.exit(exit_code)

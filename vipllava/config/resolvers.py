@@ -1,7 +1,8 @@
-"""OmegaConf resolvers of ``conf/``: values that follow from others, ``${vip.NAME:ARGUMENTS}``.
+"""OmegaConf resolvers of ``conf/``: values that follow from other values.
 
-Pure functions of the configuration, except the few that look at this machine because
-``trainer=auto`` or ``trainer=1gpu`` says so; only those import torch.
+Each is written in YAML as ``${vip.NAME:ARGUMENTS}``. They are pure functions of the configuration,
+except the few that look at this machine because ``trainer=auto`` or ``trainer=1gpu`` says so.
+None of them imports torch unless it has to look.
 """
 
 from __future__ import annotations
@@ -14,33 +15,35 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vipllava.config import hardware, places
+from vipllava.config import hardware
 from vipllava.config.attention import FALLBACK, attention_candidates, choose_attention
 from vipllava.config.batch import accumulation_steps, largest_micro_batch
-from vipllava.config.schema import SHARDING_STRATEGIES
 from vipllava.types import ConfigError
 
 _LONGEST_FOLDER = 200
 """Bytes; file systems end at 255, and files beside the folder may add to its name."""
-_CHOSEN = ("single", "ddp", *SHARDING_STRATEGIES)
+_PACKAGE = Path(__file__).resolve().parent.parent
+STRATEGIES = ("single", "ddp", "zero2", "zero3", "zero3_offload")
 """What ``strategy=auto`` chooses from, by how much of the model's state it takes off a device."""
 
 
 def register_resolvers() -> None:
     """Make the ``vip.*`` resolvers known to OmegaConf; calling it again changes nothing."""
-    for function in _RESOLVERS:
-        OmegaConf.register_new_resolver(f"vip.{function.__name__}", function, replace=True)
+    for name, function in _RESOLVERS.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)
 
 
 def recipe(key: str, default: Any, *, _root_: DictConfig) -> Any:
     """``${vip.recipe:KEY,PUBLISHED}``: the stage's value of ``key``.
 
-    The tuning's ``stage_overrides`` come first, then the model's, each for this stage or for
-    ``all``; then the published value. ``stage.KEY=...`` on the command line beats all of them.
+    The tuning's ``stage_overrides`` come first, then the model's (the tiny model has rates of its
+    own), each for this stage or for ``all``; then the published value. ``stage.KEY=...`` on the
+    command line replaces the expression and so beats all of them.
     """
+    stage = OmegaConf.select(_root_, "stage.name")
     for group in ("tuning", "model"):
-        for stage in (OmegaConf.select(_root_, "stage.name"), "all"):
-            overrides = OmegaConf.select(_root_, f"{group}.stage_overrides.{stage}")
+        for which in (stage, "all"):
+            overrides = OmegaConf.select(_root_, f"{group}.stage_overrides.{which}")
             if overrides is not None and key in overrides:
                 return overrides[key]
     return default
@@ -61,12 +64,18 @@ def micro_batch_size(*, _root_: DictConfig) -> int:
     work = OmegaConf.select(_root_, "machine.workload")
     limit = OmegaConf.select(_root_, "model.micro_batch_size")
     if limit is None:
-        limit = _of_workload("machine.micro_batch_sizes", work, _root_)
+        limit = OmegaConf.select(_root_, f"machine.micro_batch_sizes.{work}")
+        if limit is None:
+            raise ConfigError(f"machine.micro_batch_sizes has no entry for `{work}`")
     cap = OmegaConf.select(_root_, f"model.max_micro_batch_sizes.{work}")
     limit = int(limit if cap is None else min(limit, cap))
-    devices, nodes = int(_root_.trainer.devices), int(_root_.trainer.num_nodes)
-    size = int(_root_.stage.global_batch_size)
-    return largest_micro_batch(limit, size, devices, nodes) or limit
+    chosen = largest_micro_batch(
+        limit,
+        int(_root_.stage.global_batch_size),
+        int(_root_.trainer.devices),
+        int(_root_.trainer.num_nodes),
+    )
+    return limit if chosen is None else chosen
 
 
 def packs_per_micro_batch(*, _root_: DictConfig) -> int:
@@ -76,7 +85,10 @@ def packs_per_micro_batch(*, _root_: DictConfig) -> int:
 
 
 def packs_per_batch(*, _root_: DictConfig) -> int:
-    """Packs that hold about as many samples as the global batch; all devices get equally many."""
+    """Packs that hold about as many samples as the recipe's global batch.
+
+    Rounded to a multiple of what all devices take in one forward pass, at least one.
+    """
     tokens = int(_root_.stage.global_batch_size) * int(_root_.stage.mean_length)
     devices = int(_root_.trainer.devices) * int(_root_.trainer.num_nodes)
     at_once = int(_root_.data.micro_batch_size) * devices
@@ -95,18 +107,14 @@ def strategy(*, _root_: DictConfig) -> str:
     if own is not None:
         return str(own)
     work = OmegaConf.select(_root_, "machine.workload")
-    chosen = _of_workload("machine.strategies", work, _root_)
-    names = (chosen, OmegaConf.select(_root_, f"model.min_strategies.{work}", default=chosen))
-    if unknown := set(names) - set(_CHOSEN):
-        raise ConfigError(f"unknown strategy `{unknown.pop()}`; allowed: {', '.join(_CHOSEN)}")
-    return max(names, key=_CHOSEN.index)
-
-
-def _of_workload(table: str, work: str, root: DictConfig) -> Any:
-    value = OmegaConf.select(root, f"{table}.{work}")
-    if value is None:
-        raise ConfigError(f"{table} has no entry for `{work}`")
-    return value
+    chosen = OmegaConf.select(_root_, f"machine.strategies.{work}")
+    if chosen is None:
+        raise ConfigError(f"machine.strategies has no entry for `{work}`")
+    least = OmegaConf.select(_root_, f"model.min_strategies.{work}", default=chosen)
+    for name in (chosen, least):
+        if name not in STRATEGIES:
+            raise ConfigError(f"unknown strategy `{name}`; allowed: {', '.join(STRATEGIES)}")
+    return max(chosen, least, key=STRATEGIES.index)
 
 
 def devices(global_batch_size: int) -> int:
@@ -118,10 +126,12 @@ def devices(global_batch_size: int) -> int:
 def precision() -> str:
     """The best mixed precision of the first CUDA device, or of a CPU that has bf16 units."""
     machine = hardware.detect()
-    if machine.cuda:  # bf16 units came with capability 8.0 (A100); older ones have fp16 only
-        return "bf16-mixed" if machine.cuda[0].capability >= (8, 0) else "16-mixed"
-    # Twice as fast where the CPU has the units, many times slower where it emulates them.
-    return "bf16-mixed" if machine.cpu_bf16 and not machine.mps else "32-true"
+    cuda = machine.cuda
+    if not cuda:
+        # Twice as fast where the CPU has the units, many times slower where it emulates them.
+        return "bf16-mixed" if machine.cpu_bf16 and not machine.mps else "32-true"
+    # bf16 matrix units came with capability 8.0 (A100); older ones have fp16 only.
+    return "bf16-mixed" if cuda[0].capability >= (8, 0) else "16-mixed"
 
 
 def num_workers(limit: int) -> int:
@@ -130,15 +140,20 @@ def num_workers(limit: int) -> int:
 
 
 def attention(*, _root_: DictConfig) -> str:
-    """The best attention that is installed and that the trainer's devices and precision support."""
+    """The best attention that is installed and that the trainer's devices and precision support.
+
+    The devices are those that the trainer states, else those that are here.
+    """
+    stated = OmegaConf.select(_root_, "machine.capability")
     if str(_root_.trainer.accelerator) not in ("cuda", "auto"):
         return FALLBACK
-    stated = OmegaConf.select(_root_, "machine.capability")
-    if stated is not None:  # else those devices count that are here
-        have = hardware.installed_packages(), hardware.capability_of(stated)
+    if stated is not None:
+        capability, installed = hardware.capability_of(stated), hardware.installed_packages()
     else:
-        have = hardware.detect().installed, hardware.detect().least_capability
-    return choose_attention(attention_candidates(*have, str(_root_.trainer.precision)))
+        machine = hardware.detect()
+        capability, installed = machine.least_capability, machine.installed
+    precision = str(_root_.trainer.precision)
+    return choose_attention(attention_candidates(installed, capability, precision))
 
 
 def weights_dtype(strategy_name: str, precision_name: str) -> str:
@@ -157,7 +172,7 @@ def compute_dtype(precision_name: str) -> str:
 
 def zero_if_null(value: float | None) -> float:
     """DeepSpeed spells "no clipping" 0, Lightning spells it null."""
-    return float(value or 0)
+    return 0.0 if value is None else float(value)
 
 
 def one_if_set(value: Any) -> float:
@@ -174,11 +189,12 @@ def run_dir(runs: str, name: str) -> str:
     """Hydra's output folder of this job where Hydra runs it (a sweep's job has its own)."""
     from hydra.core.hydra_config import HydraConfig
 
-    runtime = HydraConfig.get().runtime if HydraConfig.initialized() else None
-    # Missing while Hydra works out this very folder.
-    if runtime is None or OmegaConf.is_missing(runtime, "output_dir"):
-        return f"{runs}/{name}"
-    return str(runtime.output_dir)
+    if HydraConfig.initialized():
+        runtime = HydraConfig.get().runtime
+        # Missing while Hydra works out this very folder.
+        if not OmegaConf.is_missing(runtime, "output_dir"):
+            return str(runtime.output_dir)
+    return f"{runs}/{name}"
 
 
 def folder_name(text: str) -> str:
@@ -196,17 +212,28 @@ def last_part(path: str) -> str:
 
 def package_path(relative: str) -> str:
     """Absolute path of a file that ships inside the package."""
-    return str(Path(__file__).resolve().parents[1] / relative)
+    return str(_PACKAGE / relative)
 
 
-def manifests_dir() -> str:
-    """See :func:`vipllava.config.places.manifests_dir`."""
-    return str(places.manifests_dir())
-
-
-_RESOLVERS: tuple[Callable[..., Any], ...] = (
-    accumulation_steps, attention, compute_dtype, devices, folder_name, last_part, manifests_dir,
-    micro_batch_size, num_workers, one_if_set, package_path, packs_per_batch,
-    packs_per_micro_batch, precision, product, recipe, run_dir, strategy, weights_dtype, workload,
-    zero_if_null,
-)  # fmt: skip
+_RESOLVERS: dict[str, Callable[..., Any]] = {
+    "vip.accumulation_steps": accumulation_steps,
+    "vip.attention": attention,
+    "vip.compute_dtype": compute_dtype,
+    "vip.devices": devices,
+    "vip.folder_name": folder_name,
+    "vip.last_part": last_part,
+    "vip.micro_batch_size": micro_batch_size,
+    "vip.num_workers": num_workers,
+    "vip.one_if_set": one_if_set,
+    "vip.package_path": package_path,
+    "vip.packs_per_batch": packs_per_batch,
+    "vip.packs_per_micro_batch": packs_per_micro_batch,
+    "vip.precision": precision,
+    "vip.product": product,
+    "vip.recipe": recipe,
+    "vip.run_dir": run_dir,
+    "vip.strategy": strategy,
+    "vip.weights_dtype": weights_dtype,
+    "vip.workload": workload,
+    "vip.zero_if_null": zero_if_null,
+}

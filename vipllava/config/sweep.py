@@ -3,10 +3,12 @@
 Hydra's basic launcher calls the job's function once per job in one process. There a job would
 inherit what the one before it left (seeds, process groups, memory of the device), and Lightning,
 which starts its further processes with the command line of the first, would start the whole sweep
-again in each of them. So a sweep's job starts ``python train.py`` anew with its own overrides, also
-in each process of a launcher that queues its jobs (submitit, for Slurm): there it finds its rank in
-the queue's variables. What asks the job to stop is handed on; a job that saved because its time is
-up, or because others come first, is then queued again by the launcher's own handler.
+again in each of them. So a sweep's job starts ``python train.py`` anew with its own overrides.
+
+A launcher that queues its jobs (submitit, for Slurm) calls the function in each process of a job;
+there, too, it starts ``python train.py``, which finds its rank in the queue's variables. What asks
+the job to stop is handed on; a job that saved because its time is up, or because others come first,
+is then queued again by the launcher's own handler.
 """
 
 from __future__ import annotations
@@ -14,24 +16,23 @@ from __future__ import annotations
 import csv
 import os
 import signal
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.experimental.callback import Callback
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig
 
 from vipllava.processes import EXIT_INTERRUPTED, run_child, shell_code
 from vipllava.types import ConfigError, Interrupted, VipLlavaError
 
+GROUP_VARIABLE: Final = "WANDB_RUN_GROUP"
 _DIRNAME: Final = "hydra.job.config.override_dirname"
-_OF_ONE_JOB: Final = "hydra.sweep.dir=${run_dir}"
 _OF_THE_SWEEP: Final = (
     _DIRNAME, "hydra.mode", "hydra.sweep", "hydra.launcher", "hydra.run", "hydra.output_subdir",
     "hydra/sweeper", "hydra/launcher",
@@ -48,34 +49,53 @@ def is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-class NameFolders(Callback):
-    """Hydra's callback that names the folders of a sweep's jobs; ``conf/hydra`` has it."""
+def with_folder_names(arguments: Sequence[str]) -> list[str]:
+    """Name the folders of a sweep's jobs by what differs between them.
 
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Add to the overrides of every job what :func:`folder_overrides` says."""
-        own = config.hydra.overrides.hydra
-        added = folder_overrides(config.hydra.overrides.task, own)
-        with read_write(config):
-            own.extend(added)
-            if _OF_ONE_JOB in added:
-                config.hydra.sweep.dir = "${run_dir}"
+    Hydra makes these names of all overrides, and has a list of keys to leave out. One job that
+    is only to be queued is no sweep: its folder is that of the same command without ``-m``.
 
+    Args:
+        arguments: the command line without the program's name.
 
-def folder_overrides(task: Sequence[str], own: Sequence[str]) -> list[str]:
-    """Return the overrides by which folders are named by what differs between a sweep's jobs.
-
-    Hydra makes these names of all overrides (``task``; ``own`` are those of its configuration),
-    and has a list of keys to leave out. One job that is only to be queued is no sweep: its folder
-    is that of the same command without ``-m``.
+    Returns:
+        The same; that of a sweep with the list, that of one job with its folder.
     """
-    if any(_DIRNAME in override for override in own):
-        return []
-    parsed = OverridesParser.create().parse_overrides(list(task))
-    fixed = [override.key_or_group for override in parsed if not override.is_sweep_override()]
+    if not {"-m", "--multirun"} & set(arguments) or any(_DIRNAME in a for a in arguments):
+        return list(arguments)
+    fixed: list[str] = []
+    own = ["hydra/sweeper", "hydra.sweeper", "hydra.sweep"]
+    swept = any(a.lstrip("+").startswith(tuple(own)) for a in arguments)
+    for argument in arguments:
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            continue  # an option; or a mistake, which composing will report
+        if override.is_sweep_override():
+            swept = True
+        else:
+            fixed.append(override.key_or_group)
     keys = ",".join(QuotedString(key, Quote.single).with_quotes() for key in fixed)
-    of_sweeper = any(o.lstrip("+").startswith(("hydra/sweeper", "hydra.sweep")) for o in own)
-    is_sweep = len(fixed) < len(parsed) or of_sweeper
-    return [f"{_DIRNAME}.exclude_keys=[{keys}]", *([] if is_sweep else [_OF_ONE_JOB])]
+    folder = [] if swept else ["hydra.sweep.dir=${run_dir}"]
+    return [*arguments, f"{_DIRNAME}.exclude_keys=[{keys}]", *folder]
+
+
+def name_group() -> None:
+    """Give all jobs of this sweep one W&B group, the name of the sweep's folder."""
+    os.environ.setdefault(GROUP_VARIABLE, Path(HydraConfig.get().sweep.dir).name)
+
+
+def check_launcher() -> None:
+    """Refuse to run a sweep in each of several processes.
+
+    Raises:
+        ConfigError: torchrun started this process; each of its processes would run the sweep.
+    """
+    if not _is_queued() and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ConfigError(
+            "a sweep (-m) under torchrun: every process would run all of its jobs. Start it with "
+            "`python train.py -m ...` on one node, with hydra/launcher=slurm, or one job at a time"
+        )
 
 
 def _is_queued() -> bool:
@@ -83,41 +103,38 @@ def _is_queued() -> bool:
     return not str(HydraConfig.get().launcher.get("_target_", "")).endswith(".BasicLauncher")
 
 
-def job_command(
-    program: Sequence[str], task: Sequence[str], own: Sequence[str], output_dir: str
-) -> list[str]:
-    """Return the command of one job of a sweep; its parts as in :func:`run_in_fresh_process`."""
+def job_command(script: str, task: Sequence[str], own: Sequence[str], output_dir: str) -> list[str]:
+    """Return the command of one job of a sweep.
+
+    Args:
+        script: the entry point's file.
+        task: the job's overrides, one value each.
+        own: overrides of Hydra's own configuration.
+        output_dir: the job's folder.
+    """
     kept = [override for override in own if not override.lstrip("+").startswith(_OF_THE_SWEEP)]
     folder = QuotedString(output_dir, Quote.single).with_quotes()
-    return [*program, *task, *kept, f"hydra.run.dir={folder}"]
+    return [sys.executable, script, *task, *kept, f"hydra.run.dir={folder}"]
 
 
-def run_in_fresh_process(cfg: DictConfig, program: Sequence[str]) -> float | None:
+def run_in_fresh_process(cfg: DictConfig, script: str) -> float | None:
     """Run this job of a sweep in a process of its own and wait for it.
 
     Args:
-        cfg: the job.
-        program: the words that start the entry point.
+        cfg: the job's configuration.
+        script: the entry point's file.
 
     Returns:
         What a sweeper compares: the mean of the last values of ``cfg.objective``; None where the
         job logged none.
 
     Raises:
-        ConfigError: torchrun started this process; each of its processes would run the sweep.
         VipLlavaError: the job failed; its own message stands above. The other jobs still run.
     """
-    if not _is_queued() and "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ConfigError(
-            "a sweep (-m) under torchrun: every process would run all of its jobs. Start it with "
-            "`python train.py -m ...` on one node, with hydra/launcher=slurm, or one job at a time"
-        )
     hydra = HydraConfig.get()
-    # All jobs of this sweep are one W&B group, which has the name of the sweep's folder.
-    os.environ.setdefault("WANDB_RUN_GROUP", Path(hydra.sweep.dir).name)
     output_dir = str(hydra.runtime.output_dir)
-    task, own = list(hydra.overrides.task), list(hydra.overrides.hydra)
-    code, asked_by = run_child(job_command(program, task, own, output_dir))
+    task = list(hydra.overrides.task)
+    code, asked_by = run_child(job_command(script, task, list(hydra.overrides.hydra), output_dir))
     if asked_by is not None:
         _end_as_asked(code, asked_by)
     if code and _is_queued():
@@ -149,8 +166,10 @@ def _end_as_asked(code: int, asked_by: signal.Signals) -> None:
 
 def objective_value(run_dir: Path, metric: str) -> float | None:
     """Return the mean of a run's last values of a metric, or None without a CSV log of it."""
-    values: list[float] = []
-    for path in sorted(run_dir.glob("csv/**/metrics.csv"))[-1:]:
-        with path.open(newline="", encoding="utf-8") as file:
-            values = [float(row[metric]) for row in csv.DictReader(file) if row.get(metric)]
-    return statistics.fmean(values[-_NUM_VALUES:]) if values else None
+    files = sorted(run_dir.glob("csv/**/metrics.csv"))
+    if not files:
+        return None
+    with files[-1].open(newline="", encoding="utf-8") as file:
+        values = [float(row[metric]) for row in csv.DictReader(file) if row.get(metric)]
+    last = values[-_NUM_VALUES:]
+    return sum(last) / len(last) if last else None

@@ -52,15 +52,17 @@ Ids = Sequence[int] | npt.NDArray[np.int64]
 
 
 class ConversationEncoder:
-    """Encodes conversations with one tokenizer and one template; threads may share it.
+    """Encodes conversations with one tokenizer and one template.
+
+    A worker process rebuilds it from its arguments; threads may share it.
 
     Args:
         tokenizer: a transformers tokenizer backed by the tokenizers library. It is not changed.
             One BOS is placed where the tokenizer adds one or the template spells it.
         template: the template or its name.
         image_token_id: id of every position that holds an image feature. Not a token of text.
-        image_seq_length: number of these positions for one image.
-        max_length: greatest number of ids of a training sample, the image's included.
+        image_seq_length: number of these positions for one picture.
+        max_length: greatest number of ids of a training sample, the picture's included.
 
     Raises:
         ConfigError: unknown template, impossible lengths, or a tokenizer that does not fit the
@@ -75,13 +77,12 @@ class ConversationEncoder:
         image_seq_length: int,
         max_length: int,
     ) -> None:
-        for name, value, least in (
-            ("image_token_id", image_token_id, 0),
-            ("image_seq_length", image_seq_length, 1),
-            ("max_length", max_length, 2),
-        ):
-            if value < least:
-                raise ConfigError(f"{name}={value} must be at least {least}")
+        if image_token_id < 0:
+            raise ConfigError(f"image_token_id={image_token_id} must not be negative")
+        if image_seq_length < 1:
+            raise ConfigError(f"image_seq_length={image_seq_length} must be at least 1")
+        if max_length < 2:
+            raise ConfigError(f"max_length={max_length} must be at least 2")
         self.tokenizer = tokenizer
         self.template = get_template(template) if isinstance(template, str) else template
         self.image_token_id = image_token_id
@@ -93,8 +94,9 @@ class ConversationEncoder:
         self._text_end, self._token_end = self.template.assistant_end, ""
         if self.template.ends_with_token:
             self._text_end, self._token_end = self._token_end, self._text_end
-        self._closing = self._token_end + self.template.after_assistant
-        self._to_user = self._closing + self.template.user_prefix_later
+        closing = self._token_end + self.template.after_assistant
+        self._closing = closing
+        self._to_user = closing + self.template.user_prefix_later
         self._to_assistant = self.template.user_end + self.template.assistant_prefix
         # Made now, so that the tokenizer is not touched again (threads may share the encoder).
         for text, before in itertools.product(
@@ -102,18 +104,27 @@ class ConversationEncoder:
         ):
             self._pieces.fixed(text, before)
 
-    @property
-    def _settings(self) -> tuple[Any, ...]:
-        return self.template, self.image_token_id, self.image_seq_length, self.max_length
-
     def __reduce__(self) -> tuple[Any, ...]:
-        # From the arguments: each copy of the tokenizer would carry the vocabulary.
-        return type(self), (self.tokenizer, *self._settings)
+        """Rebuild from the arguments: each copy of the tokenizer would carry the vocabulary."""
+        arguments = (
+            self.tokenizer,
+            self.template,
+            self.image_token_id,
+            self.image_seq_length,
+            self.max_length,
+        )
+        return type(self), arguments
 
     @property
     def identity(self) -> str:
         """Hex digest of all that decides which ids a conversation gets."""
-        parts = (self.tokenizer.backend_tokenizer.to_str(), *self._settings)
+        parts = (
+            self.tokenizer.backend_tokenizer.to_str(),
+            self.template,
+            self.image_token_id,
+            self.image_seq_length,
+            self.max_length,
+        )
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
     @property
@@ -132,11 +143,11 @@ class ConversationEncoder:
         """Return ids and labels of a training sample.
 
         A conversation over ``max_length`` loses whole trailing pairs of question and answer,
-        never a part of a text and never the image.
+        never a part of a text and never the picture.
 
         Args:
             turns: user and assistant in alternation, user first, assistant last; at most one
-                image, in front of a user turn.
+                picture, in front of a user turn.
             key: the record's key, for errors.
 
         Raises:
@@ -145,11 +156,13 @@ class ConversationEncoder:
         """
         _check_turns(turns, key, last_role="assistant")
         draft = _Draft(self._opening_ids, self._opening_before)
-        num_kept, end = 0, (len(draft.ids), draft.before)
+        num_kept = 0
+        mark = draft.mark()
         for index in range(0, len(turns), 2):
             self._add_user(draft, turns, index, key)
             self._add_fixed(draft, self._to_assistant)
-            self._add_answer(draft, turns, index + 1, key)
+            answer = self.template.assistant_lead + turns[index + 1].text + self._text_end
+            draft.add(self._typed(answer, draft.before, index + 1, key), Before.TEXT, learn=True)
             closing_ids, _ = self._pieces.fixed(self._closing, draft.before)
             length = len(draft.ids) + len(closing_ids)
             if length > self.max_length:
@@ -162,10 +175,10 @@ class ConversationEncoder:
                         f"need {length} ids); raise max_length, or move the picture to turn 1",
                         "too-long",
                     )
-                del draft.ids[end[0] :], draft.labels[end[0] :]
-                draft.before = end[1]
+                draft.cut(mark)
                 break
-            num_kept, end = index + 2, (len(draft.ids), draft.before)
+            num_kept = index + 2
+            mark = draft.mark()
         # What follows the last answer. Its end token is the one fixed piece that is supervised.
         self._add_fixed(draft, self._closing, self._token_end)
         return Encoded(
@@ -196,7 +209,8 @@ class ConversationEncoder:
             self._add_user(draft, turns, index, key)
             self._add_fixed(draft, self._to_assistant)
             if index + 1 < len(turns):
-                self._add_answer(draft, turns, index + 1, key)
+                answer = self.template.assistant_lead + turns[index + 1].text + self._text_end
+                draft.add(self._typed(answer, draft.before, index + 1, key), Before.TEXT)
         return np.array(draft.ids, dtype=np.int64)
 
     def decode(self, ids: Ids, before: Before = Before.TEXT) -> str:
@@ -221,7 +235,11 @@ class ConversationEncoder:
     def decode_answer(self, ids: Ids) -> str:
         """Return the answer in generated ids: up to the first stop, without the lead."""
         stops = set(self.stop_token_ids)
-        kept = list(itertools.takewhile(lambda token_id: token_id not in stops, map(int, ids)))
+        kept: list[int] = []
+        for token_id in ids:
+            if int(token_id) in stops:
+                break
+            kept.append(int(token_id))
         # Without a role string (plain) the answer starts a part.
         at_part = Before.NOTHING if not self._to_assistant else Before.TEXT
         text = self._pieces.decode(kept, self._pieces.fixed(self._to_assistant, at_part)[1])
@@ -257,10 +275,6 @@ class ConversationEncoder:
             text = template.user_lead + text
         draft.add(self._typed(text, draft.before, index, key), Before.TEXT)
 
-    def _add_answer(self, draft: _Draft, turns: Sequence[Turn], index: int, key: str) -> None:
-        text = self.template.assistant_lead + turns[index].text + self._text_end
-        draft.add(self._typed(text, draft.before, index, key), Before.TEXT, learn=True)
-
     def _add_fixed(self, draft: _Draft, text: str, supervised_token: str = "") -> None:
         ids, before = self._pieces.fixed(text, draft.before)
         if supervised_token:
@@ -275,9 +289,11 @@ class ConversationEncoder:
             raise RecordError(f"sample {key!r}: text of turn {index + 1}: {error}") from None
 
     def _too_long(self, turns: Sequence[Turn], length: int, key: str) -> RecordError:
+        """Build the error of a sample whose first pair does not fit."""
         user, assistant = turns[0], turns[1]
-        asked = "" if self.template.drops_user_text else user.text
-        num_user = len(self._pieces.typed(asked, Before.TEXT))
+        num_user = len(self._pieces.typed(user.text, Before.TEXT))
+        if self.template.drops_user_text:
+            num_user = 0
         num_assistant = len(self._pieces.typed(assistant.text, Before.TEXT))
         num_image = self.image_seq_length if user.has_image else 0
         num_template = length - num_user - num_assistant - num_image
@@ -304,6 +320,15 @@ class _Draft:
             self.ids += ids
             self.labels += ids if learn else [IGNORE_INDEX] * len(ids)
             self.before = before
+
+    def mark(self) -> tuple[int, Before]:
+        """Return the present end, for :meth:`cut`."""
+        return len(self.ids), self.before
+
+    def cut(self, mark: tuple[int, Before]) -> None:
+        """Go back to an earlier end."""
+        end, self.before = mark
+        del self.ids[end:], self.labels[end:]
 
 
 def _check_turns(turns: Sequence[Turn], key: str, last_role: str) -> None:

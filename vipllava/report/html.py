@@ -1,27 +1,20 @@
-"""Markup from templates and values, in which what a model answered can never become markup.
+"""A self-contained page: escaped text, pictures as data URIs, styles inline, no script.
 
-A page is one file: images are data URIs, styles are inline, and there is no script.
+Markup is built from :class:`Html` values. Any other value given to :func:`element` is text and is
+escaped, so what a model answered can never become markup.
 """
 
 from __future__ import annotations
 
 import base64
-import functools
 import html
 import io
-import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Final
 
 from PIL import Image
 
-_DOCUMENT: Final = (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"/>'
-    '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
-    '<meta name="color-scheme" content="light dark"/>'
-    "<title>{title}</title><style>{style}</style></head><body>{body}</body></html>\n"
-)
+_VOID: Final = frozenset({"img", "input", "meta", "path", "line", "rect", "circle", "polyline"})
 
 
 class Html(str):
@@ -30,75 +23,85 @@ class Html(str):
     __slots__ = ()
 
 
-Child = Html | str | float | Iterable["Child"] | None
+Child = Html | str | float | None
 
 
-def escape(value: Child) -> Html:
-    """Return markup as it is, text and numbers escaped, iterables joined, None as nothing."""
-    if isinstance(value, Html):
-        return value
-    if value is None:
-        return Html()
-    if isinstance(value, str | int | float):
-        return Html(html.escape(str(value)))
-    return Html("".join(map(escape, value)))
-
-
-def markup(template: str, /, *values: Child, **named: Child) -> Html:
-    """Fill the fields ``{}`` and ``{name}`` of a template; the values are escaped.
+def element(name: str, /, *children: Child | Iterable[Child], **attributes: object) -> Html:
+    """Build one element.
 
     Args:
-        template: trusted markup, e.g. of :func:`read_templates`. Attributes are quoted in it.
-        values: of the fields without a name, see :func:`escape`.
-        named: of the others.
+        name: tag name.
+        children: markup, text, numbers, or iterables of them; None is left out.
+        attributes: a trailing underscore is dropped (``class_``) and other underscores become
+            hyphens; None leaves the attribute out.
     """
-    escaped = {name: escape(value) for name, value in named.items()}
-    return Html(template.format(*map(escape, values), **escaped))
-
-
-def read_asset(name: str) -> str:
-    """Return the text of a file of this folder."""
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-@functools.cache
-def read_templates(name: str) -> dict[str, str]:
-    """Return the ``<template>`` elements of a file of this folder by their id.
-
-    A line break beside a tag or a field is the file's layout and falls away; others are a space.
-    """
-    text = re.sub(r"(?<=[>}])\s*\n\s*|\s*\n\s*(?=[<{])", "", read_asset(name))
-    return dict(
-        re.findall(r'<template id="(\w+)">(.*?)</template>', re.sub(r"\s*\n\s*", " ", text))
+    spelled = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        for key, value in attributes.items()
+        if value is not None
     )
+    if name in _VOID:
+        if children:
+            raise ValueError(f"<{name}> takes no children, got {len(children)}")
+        return Html(f"<{name}{spelled}/>")
+    return Html(f"<{name}{spelled}>{join(children)}</{name}>")
 
 
-def table(head: Sequence[Child], rows: Sequence[Sequence[Child]], total: Sequence[Child]) -> Html:
+def join(children: Iterable[Child | Iterable[Child]]) -> Html:
+    """Concatenate markup and text, escaping the text."""
+    parts: list[str] = []
+    for child in children:
+        if child is None:
+            continue
+        if isinstance(child, Html):
+            parts.append(child)
+        elif isinstance(child, (str, int, float)):
+            parts.append(html.escape(str(child)))
+        else:
+            parts.append(join(child))
+    return Html("".join(parts))
+
+
+def table(
+    head: Sequence[Child], rows: Sequence[Sequence[Child]], *, num_total_rows: int = 0
+) -> Html:
     """Build a table whose first column is text and whose others are numbers.
 
     Args:
         head: column titles.
         rows: cells.
-        total: cells of the last row, which sums up the others and is set apart.
+        num_total_rows: rows at the end that sum up the others; set apart.
     """
-
-    def row(cells: Sequence[Child], attributes: str = "") -> Html:
-        first = markup('<th scope="row">{}</th>', cells[0])
-        others = [markup("<td>{}</td>", cell) for cell in cells[1:]]
-        return markup("<tr{}>{}{}</tr>", Html(attributes), first, others)
-
-    return markup(
-        '<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}{}</tbody></table></div>',
-        [markup('<th scope="col">{}</th>', title) for title in head],
-        map(row, rows),
-        row(total, ' class="total"'),
+    first_total = len(rows) - num_total_rows
+    body = [
+        element(
+            "tr",
+            element("th", row[0], scope="row"),
+            [element("td", cell) for cell in row[1:]],
+            class_="total" if index >= first_total else None,
+        )
+        for index, row in enumerate(rows)
+    ]
+    return element(
+        "div",
+        element(
+            "table",
+            element("thead", element("tr", [element("th", title, scope="col") for title in head])),
+            element("tbody", body),
+        ),
+        class_="scroll",
     )
 
 
-def embed_image(
-    image: Image.Image, alt: str, attributes: str = "", *, lossless: bool = False, quality: int = 88
+def picture(
+    image: Image.Image,
+    alt: str,
+    *,
+    lossless: bool = False,
+    quality: int = 88,
+    **attributes: object,
 ) -> Html:
-    """Embed an image as JPEG, or as PNG if ``lossless``; ``attributes`` are more of its markup.
+    """Embed a picture as JPEG, or as PNG if ``lossless``.
 
     From quality 90 on colours keep the full resolution: a thin red line stays thin and red.
     """
@@ -111,10 +114,18 @@ def embed_image(
         rgb.save(buffer, format="JPEG", quality=quality, subsampling=subsampling)
     code = base64.b64encode(buffer.getvalue()).decode()
     source = f"data:image/{'png' if lossless else 'jpeg'};base64,{code}"
-    shown = '<img src="{}" alt="{}" width="{}" height="{}"{}/>'
-    return markup(shown, source, alt, image.width, image.height, Html(attributes))
+    return element("img", src=source, alt=alt, width=image.width, height=image.height, **attributes)
 
 
-def page(title: str, body: Html, *styles: str) -> str:
-    """Build the whole document; ``styles`` are style sheets of this folder."""
-    return markup(_DOCUMENT, title=title, style=Html("".join(map(read_asset, styles))), body=body)
+def page(title: str, style: str, *body: Child | Iterable[Child]) -> str:
+    """Build the whole document; ``style`` is trusted CSS."""
+    head = join(
+        [
+            element("meta", charset="utf-8"),
+            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            element("meta", name="color-scheme", content="light dark"),
+            element("title", title),
+            Html(f"<style>{style}</style>"),
+        ]
+    )
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{join(body)}</body></html>\n'

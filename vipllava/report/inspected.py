@@ -1,52 +1,65 @@
-"""One traced sample as values to show: the image, the marks and the conversation from its ids.
+"""One traced sample as values to show: the picture, the marks and the conversation from its ids.
 
-Texts are decoded from ids, so whoever reads them has seen what is trained; only those of dropped
-turns, which no id holds, are the record's.
+Texts that a model learns from are decoded from ids and never copied from the record, so whoever
+reads them has seen what is trained. Only turns that were dropped, which no id holds, come from
+the record.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.conversation.label_proof import prove_labels
 from vipllava.conversation.pieces import Before
-from vipllava.stream.image_transform import ImageTransform
-from vipllava.stream.sample_encoder import SampleTrace
+from vipllava.data.image_transform import ImageTransform
+from vipllava.data.samples import SampleTrace
 from vipllava.types import (
     IGNORE_INDEX,
+    RGB,
+    BBox,
     FixedVisualPrompt,
     Mention,
-    Region,
+    Role,
+    Shape,
     Turn,
     VipLlavaError,
     VisualPrompt,
 )
 from vipllava.visual_prompts.render import mark_opacity
+from vipllava.visual_prompts.shapes import prompt_words
 
 _UNREADABLE: Final = "\ufffd"
+_PROBES: Final = ("a", "b")
 
 Ids = npt.NDArray[np.int64]
-Kind = Literal["text", "special", "image"]
 
 
 @dataclass(frozen=True, slots=True)
 class ShownToken:
-    """The least stretch of ids that writes whole characters; mostly one id."""
+    """The least stretch of ids that writes whole characters; mostly one id.
 
-    # ``text``, ``special`` (a token of the tokenizer's own, e.g. ``</s>``), or ``image``: all
-    # positions of one image.
-    kind: Kind
-    text: str  # what the ids write; empty for an image and for the tokenizer's dummy prefix
-    ids: tuple[int, ...]  # in order
-    from_template: bool = False  # written by the chat template rather than by the record
+    Attributes:
+        kind: ``text``, ``special`` (a token of the tokenizer's own, e.g. ``</s>``), or
+            ``picture``: all positions of one picture.
+        text: what the ids write. Empty for a picture, and for a token that writes nothing (the
+            tokenizer's dummy prefix).
+        ids: in order.
+        from_template: written by the chat template rather than by the record.
+    """
+
+    kind: Literal["text", "special", "picture"]
+    text: str
+    ids: tuple[int, ...]
+    from_template: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,41 +76,86 @@ class Stretch:
 
     @property
     def text(self) -> str:
-        """What the run writes, special tokens spelt out, without the image."""
+        """What the run writes, special tokens spelt out, without the picture."""
         return "".join(token.text for token in self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
-class ShownMark:
-    """One mark of the plan."""
+class DroppedTurn:
+    """A trailing turn that the length limit left out; its text is the record's."""
 
-    prompt: VisualPrompt  # how it is drawn; widths in pixels of the stored image
-    region: Region  # what it marks, pixels of the stored image
-    # width and height of what is painted, pixels of the network's input; None if nothing of it is
-    # left there
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShownMark:
+    """One mark of the plan.
+
+    Attributes:
+        words: by which the text names it.
+        shape: one of the eight.
+        rgb: its colour.
+        alpha: opacity, 0..255.
+        line_width: widest line, pixels of the stored picture; 0 if nothing but filled areas.
+        filled: whether an area is filled (a mask, a point, an arrow's head).
+        region: index among the sample's regions.
+        region_box: the region's box, pixels of the stored picture.
+        num_rings: rings of the region's mask; 0 if only the box is known.
+        input_size: width and height of what is painted, pixels of the network's input; None if
+            nothing of it is left there.
+        named_in: turns that name it, counted from 1, dropped ones included.
+        fixed: what the record itself fixes about it (``shape``, ``colour``, ``width``,
+            ``alpha``).
+    """
+
+    words: str
+    shape: Shape
+    rgb: RGB
+    alpha: int
+    line_width: int
+    filled: bool
+    region: int
+    region_box: BBox
+    num_rings: int
     input_size: tuple[float, float] | None
-    named_in: tuple[int, ...]  # turns that name it, counted from 1, dropped ones included
-    # what the record itself fixes about it (``shape``, ``colour``, ``width``, ``alpha``)
-    fixed: tuple[str, ...]
+    named_in: tuple[int, ...]
+    fixed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class InspectedSample:
-    """What the network gets of one sample, and which of it carries loss."""
+    """What the network gets of one sample, and which of it carries loss.
 
-    key: str  # the record's key in its shard
+    Attributes:
+        key: the record's key in its shard.
+        dataset: name of the data set.
+        shard: the tar it lies in, as it is to be shown.
+        record_kind: its schema.
+        policy: the visual-prompt policy that sampled its marks.
+        stored_size: width and height of the stored picture, pixels; None for text only.
+        picture: the network's input, RGB; None for text only.
+        marks: in drawing order.
+        stretches: the whole conversation, in order.
+        num_turns: turns that it holds.
+        dropped: turns beyond the length limit.
+        max_length: that limit, ids.
+        fault: why the labels could not be proved to be the answers; empty if they were.
+    """
+
+    key: str
     dataset: str
-    shard: str  # the tar it lies in, as it is to be shown
+    shard: str
     record_kind: str
     policy: str
-    stored_size: tuple[int, int] | None  # of the stored image, pixels; None for text only
-    image: Image.Image | None  # the network's input, RGB; None for text only
-    marks: tuple[ShownMark, ...]  # in drawing order
-    stretches: tuple[Stretch, ...]  # the whole conversation, in order
-    num_turns: int  # that it holds
-    dropped: tuple[Turn, ...]  # turns beyond the length limit, from the record
-    max_length: int  # that limit, ids
-    fault: str = ""  # why the labels could not be proved to be the answers; empty if they were
+    stored_size: tuple[int, int] | None
+    picture: Image.Image | None
+    marks: tuple[ShownMark, ...]
+    stretches: tuple[Stretch, ...]
+    num_turns: int
+    dropped: tuple[DroppedTurn, ...]
+    max_length: int
+    fault: str = ""
 
     @property
     def num_ids(self) -> int:
@@ -110,15 +168,22 @@ class InspectedSample:
         return sum(stretch.num_ids for stretch in self.stretches if stretch.supervised)
 
     @property
-    def num_image_ids(self) -> int:
-        """Positions that the image takes."""
+    def num_picture(self) -> int:
+        """Positions that the picture takes."""
         tokens = (token for stretch in self.stretches for token in stretch.tokens)
-        return sum(len(token.ids) for token in tokens if token.kind == "image")
+        return sum(len(token.ids) for token in tokens if token.kind == "picture")
 
 
 @dataclass(frozen=True, slots=True)
 class RefusedSample:
-    """A sample that training would refuse, and why; else as :class:`InspectedSample`."""
+    """A sample that training would refuse.
+
+    Attributes:
+        key: the record's key in its shard.
+        dataset: name of the data set.
+        shard: the tar it lies in, as it is to be shown.
+        reason: the error's message.
+    """
 
     key: str
     dataset: str
@@ -134,8 +199,16 @@ def inspect_trace(
     shard: str,
     record_kind: str,
 ) -> InspectedSample:
-    """Turn a traced sample into what is shown of it, with what encoded and transformed it."""
-    sample, encoded, pixels = trace.sample, trace.encoded, trace.pixel_values
+    """Turn a traced sample into what is shown of it.
+
+    Args:
+        trace: of :meth:`vipllava.data.samples.SampleEncoder.trace`.
+        encoder: the one that encoded it.
+        transform: the one that made its pixels.
+        shard: where the record lies, as it is to be shown.
+        record_kind: the record's schema.
+    """
+    sample, encoded = trace.sample, trace.encoded
     num_kept = len(trace.turns) - encoded.num_dropped_turns
     fault = ""
     try:
@@ -148,37 +221,56 @@ def inspect_trace(
         shard=shard,
         record_kind=record_kind,
         policy=sample.policy,
-        stored_size=None if trace.image is None else trace.image.size,
-        image=None if pixels is None else Image.fromarray(pixels.permute(1, 2, 0).numpy()),
+        stored_size=None if trace.picture is None else trace.picture.size,
+        picture=None if trace.pixel_values is None else _picture(trace.pixel_values),
         marks=tuple(_mark(trace, transform, prompt) for prompt in trace.plan.prompts),
         stretches=_stretches(trace, encoder, trace.turns[:num_kept]),
         num_turns=num_kept,
-        dropped=trace.turns[num_kept:],
+        dropped=tuple(DroppedTurn(turn.role, turn.text) for turn in trace.turns[num_kept:]),
         max_length=encoder.max_length,
         fault=fault,
     )
 
 
+def _picture(pixel_values: torch.Tensor) -> Image.Image:
+    return Image.fromarray(pixel_values.permute(1, 2, 0).contiguous().numpy())
+
+
 def _mark(trace: SampleTrace, transform: ImageTransform, prompt: VisualPrompt) -> ShownMark:
     sample = trace.sample
+    region = sample.regions[prompt.region]
     fixed = sample.fixed[prompt.region] if sample.fixed else FixedVisualPrompt()
-    mention = Mention(prompt.region)
+    parts = ("shape", "colour", "width", "alpha")
     return ShownMark(
-        prompt,
-        sample.regions[prompt.region],
-        _size_in_input(prompt, trace.plan.size, transform),
-        tuple(n for n, turn in enumerate(sample.turns, start=1) if mention in turn.parts),
-        tuple(name for name, value in asdict(fixed).items() if value is not None),
+        words=prompt_words(prompt),
+        shape=prompt.shape,
+        rgb=prompt.rgb,
+        alpha=prompt.alpha,
+        line_width=max(stroke.width for stroke in prompt.strokes),
+        filled=any(stroke.width == 0 for stroke in prompt.strokes),
+        region=prompt.region,
+        region_box=region.bbox_xyxy,
+        num_rings=len(region.polygons),
+        input_size=_size_in_input(prompt, trace.plan.size, transform),
+        named_in=tuple(
+            number
+            for number, turn in enumerate(sample.turns, start=1)
+            if Mention(prompt.region) in turn.parts
+        ),
+        fixed=tuple(part for part in parts if getattr(fixed, part) is not None),
     )
 
 
 def _size_in_input(
     prompt: VisualPrompt, size: tuple[int, int], transform: ImageTransform
 ) -> tuple[float, float] | None:
+    """Return width and height of what a mark paints and the transform keeps, input pixels."""
     painted = mark_opacity(prompt, size)
-    if painted is None or (bounds := painted[0].getbbox()) is None:
+    bounds = None if painted is None else painted[0].getbbox()
+    if painted is None or bounds is None:
         return None
-    (left, top), (x1, y1, x2, y2) = painted[1], bounds
+    left, top = painted[1]
+    x1, y1, x2, y2 = bounds
     box = transform.map_box((x1 + left, y1 + top, x2 + left, y2 + top), size)
     x1, y1, x2, y2 = (min(max(value, 0.0), float(transform.size)) for value in box)
     return None if x1 >= x2 or y1 >= y2 else (x2 - x1, y2 - y1)
@@ -203,26 +295,32 @@ def _tokens(
     start: int,
     end: int,
     from_template: npt.NDArray[np.bool_],
-) -> Iterator[ShownToken]:
-    specials = encoder.tokenizer.backend_tokenizer.get_added_tokens_decoder()
+) -> list[ShownToken]:
+    backend = encoder.tokenizer.backend_tokenizer
+    specials = backend.get_added_tokens_decoder()
 
-    def kind_of(token_id: int) -> Kind:
+    def kind_at(position: int) -> Literal["text", "special", "picture"]:
+        token_id = int(ids[position])
         if token_id == encoder.image_token_id:
-            return "image"
+            return "picture"
         return "special" if token_id in specials else "text"
 
-    for kind, run in itertools.groupby(ids[start:end].tolist(), kind_of):
-        whole = np.array(list(run))
+    tokens: list[ShownToken] = []
+    while start < end:
+        kind, stop = kind_at(start), start + 1
+        while kind != "special" and stop < end and kind_at(stop) == kind:
+            stop += 1
+        stretch = ids[start:stop]
         if kind == "text":
-            groups = _readable(encoder, whole, encoder.what_stands_before(ids, start))
-        elif kind == "image":
-            groups = [("", whole)]
+            groups = _readable(encoder, stretch, encoder.what_stands_before(ids, start))
         else:
-            groups = [(specials[int(token_id)].content, token_id[None]) for token_id in whole]
+            spelt = specials[int(stretch[0])].content if kind == "special" else ""
+            groups = [(spelt, stretch)]
         for text, group in groups:
-            fixed = bool(from_template[start : start + len(group)].all())
-            yield ShownToken(kind, text, tuple(group.tolist()), fixed)
+            whole = bool(from_template[start : start + len(group)].all())
+            tokens.append(ShownToken(kind, text, tuple(group.tolist()), whole))
             start += len(group)
+    return tokens
 
 
 def _readable(encoder: ConversationEncoder, ids: Ids, before: Before) -> list[tuple[str, Ids]]:
@@ -253,16 +351,20 @@ def _typed(encoder: ConversationEncoder, kept: Sequence[Turn], ids: Ids) -> npt.
     """
     typed = np.zeros(len(ids), dtype=np.bool_)
     for index in range(0, len(kept), 2):
-        questions = (kept[index], *(replace(kept[index], text=text) for text in ("a", "b")))
-        versions = [encoder.encode_generation_prompt([*kept[:index], turn]) for turn in questions]
+        length = len(encoder.encode_generation_prompt(kept[: index + 1]))
+        versions = [ids[:length]]
+        for probe in _PROBES:
+            other = replace(kept[index], text=probe)
+            versions.append(encoder.encode_generation_prompt([*kept[:index], other]))
         head = _num_common(versions)
         tail = _num_common([version[::-1] for version in versions])
-        typed[head : len(versions[0]) - tail] = True
+        typed[head : length - tail] = True
     return typed
 
 
 def _num_common(versions: Sequence[Ids]) -> int:
     """Return the length of the beginning that all versions share."""
     shortest = min(map(len, versions))
-    same = np.all([version[:shortest] == versions[0][:shortest] for version in versions], axis=0)
-    return int(np.logical_and.accumulate(same).sum())
+    columns = np.stack([version[:shortest] for version in versions])
+    differing = np.flatnonzero((columns != columns[0]).any(axis=0))
+    return int(differing[0]) if len(differing) else shortest

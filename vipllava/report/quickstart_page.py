@@ -4,163 +4,333 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from PIL import Image
 
 from vipllava.files.atomic import write_whole
-from vipllava.report.charts import Bar, bar_chart, loss_chart, smooth
-from vipllava.report.html import Html, embed_image, escape, markup, page, read_templates, table
+from vipllava.report.charts import Bar, bar_chart, loss_chart
+from vipllava.report.html import Html, element, join, page, picture, table
+from vipllava.report.loss_curves import smooth
+from vipllava.report.style import STYLE
 
-_TEMPLATES: Final = read_templates("quickstart.html")
 _STAGES: Final[Mapping[str, str]] = {
     "pretrain": "projector only, on captions",
     "finetune": "projector and language model, on region questions",
     "gpt4v": "projector and language model, on region dialogues and a replay",
 }
 _CAPABILITIES: Final[Mapping[str, str]] = {
-    "rec": "recognition", "ocr": "reading (OCR)", "know": "knowledge", "math": "mathematics",
-    "rel": "relations", "lang": "language",
-}  # fmt: skip
+    "rec": "recognition",
+    "ocr": "reading (OCR)",
+    "know": "knowledge",
+    "math": "mathematics",
+    "rel": "relations",
+    "lang": "language",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """A share of right answers with its 95 % interval; bounds are shares 0..1."""
+
+    name: str
+    correct: int
+    total: int
+    low: float
+    high: float
+
+    @property
+    def share(self) -> float:
+        """Right answers over questions."""
+        return self.correct / self.total
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One held-out question."""
+    """One held-out question with the model's answers.
 
-    image: Image.Image  # with the mark drawn
-    question: str  # the user's text
-    answer: str  # the right answer
-    marked: str | None  # what the model said with the mark; None if it was not asked
-    unmarked: str | None  # likewise without
-    shape: str  # of the mark
+    Attributes:
+        image: the picture with the mark drawn.
+        question: the user's text.
+        answer: the right answer.
+        marked: the model's answer, or None if it was not asked.
+        unmarked: the same for the picture without the mark.
+        shape: the mark's shape.
+    """
+
+    image: Image.Image
+    question: str
+    answer: str
+    marked: str | None
+    unmarked: str | None
+    shape: str
+
+    def is_right(self, prediction: str) -> bool:
+        """Compare as the benchmark does: words only, case and punctuation aside."""
+        said, truth = (re.findall(r"\w+", text.casefold()) for text in (prediction, self.answer))
+        return said == truth
 
 
 @dataclass(frozen=True, slots=True)
 class QuickstartPage:
-    """Everything the page shows."""
+    """Everything the page shows.
 
-    shapes_image: Image.Image  # the eight shapes, see :mod:`vipllava.report.shapes_image`
-    loss_curves: Mapping[str, Sequence[tuple[int, float]]]  # per stage (optimizer step, loss)
-    regions: Mapping[str, Any]  # ``results.json`` of the benchmark ``regions``, marks drawn and not
-    vip_bench: Mapping[str, Any]  # ``results.json`` of ``vip_bench``
-    # held-out questions to look at, chosen without looking at the answers
+    Attributes:
+        shapes_picture: the eight shapes, see :mod:`vipllava.report.shapes_picture`.
+        loss_curves: per stage (optimizer step, loss).
+        marked: accuracy with the marks drawn.
+        unmarked: the control, marks not drawn.
+        gap: difference of the two with its paired 95 % interval: value, low, high; shares.
+        by_shape: shape, accuracy with and without marks.
+        vip_bench: per split the scores 0..100 by capability, and ``total``.
+        vip_bench_items: graded items of a split.
+        examples: held-out questions to look at, chosen without looking at the answers.
+        seconds: duration of the parts, and of ``all``.
+        versions: package to version.
+        vip_bench_intervals: per split the 95 % interval of the total.
+        notes: further lines of the footer, title to text.
+    """
+
+    shapes_picture: Image.Image
+    loss_curves: Mapping[str, Sequence[tuple[int, float]]]
+    marked: Accuracy
+    unmarked: Accuracy
+    gap: tuple[float, float, float]
+    by_shape: Sequence[tuple[str, Accuracy, Accuracy]]
+    vip_bench: Mapping[str, Mapping[str, float]]
+    vip_bench_items: int
     examples: Sequence[Example]
-    seconds: Mapping[str, float]  # duration of the parts, and of ``all``
-    versions: Mapping[str, str]  # package to version
+    seconds: Mapping[str, float]
+    versions: Mapping[str, str]
+    vip_bench_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_quickstart_page(path: Path, content: QuickstartPage) -> None:
     """Write the page as one file that needs no other and no network."""
-    regions, splits = content.regions, content.vip_bench["splits"]
-    gap = [f"{100 * regions['gap'][key]:+.1f}" for key in ("accuracy", "low", "high")]
-    bars = [_bar("mark drawn", regions, "marked"), _bar("mark not drawn", regions, "unmarked")]
-    alt = "Eight photographs, each with a region marked by another shape and its wording below"
-    body = markup(
-        _TEMPLATES["page"],
-        share=_percent(regions["marked"]),
-        num_questions=regions["marked"]["total"],
-        gap=gap[0],
-        gap_low=gap[1],
-        gap_high=gap[2],
-        bars=bar_chart(bars),
-        shapes=embed_image(content.shapes_image, alt, ' class="sheet"'),
-        losses=[
-            _loss(number, stage, curve)
-            for number, (stage, curve) in enumerate(content.loss_curves.items(), start=1)
-        ],
-        by_shape=table(
-            ["shape", "questions", "mark drawn", "not drawn"],
-            [_shape_row(shape, of) for shape, of in regions["by_shape"].items()],
-            _shape_row("all", regions),
+    write_whole(path, build_quickstart_page(content))
+
+
+def build_quickstart_page(content: QuickstartPage) -> str:
+    """Return the page's HTML."""
+    return page(
+        "ViP-LLaVA quick start",
+        STYLE,
+        element("h1", "Does the model answer about the marked region?"),
+        element(
+            "p",
+            "A tiny ViP-LLaVA, trained in three stages on the sample world, answers short "
+            "questions about a mark drawn on a picture it has never seen. The control asks the "
+            "same questions, in the same words, with the mark left out of the picture: what then "
+            "remains is at best guessing among the objects of the scene.",
+            class_="soft",
         ),
-        num_items=min(split["num_items"] for split in splits.values()),
-        vip_bench=_vip_bench(splits),
-        cards=map(_card, content.examples),
-        seconds=", ".join(f"{part} {_duration(value)}" for part, value in content.seconds.items()),
-        versions=", ".join(f"{name} {version}" for name, version in content.versions.items()),
-    )
-    write_whole(path, page("ViP-LLaVA quick start", body, "style.css"))
-
-
-def _bar(name: str, regions: Mapping[str, Any], kind: str) -> Bar:
-    of = regions[kind]
-    interval = f"{100 * of['low']:.1f} to {100 * of['high']:.1f}"
-    label = f"{name}: {_percent(of)} ({interval}), {of['correct']} of {of['total']}"
-    return Bar(label, of["accuracy"], of["low"], of["high"], kind)
-
-
-def _loss(number: int, stage: str, curve: Sequence[tuple[int, float]]) -> Html:
-    average = smooth(curve)
-    return markup(
-        _TEMPLATES["loss"],
-        number=number,
-        stage=stage,
-        first=f"{average[0][1]:.2f}",
-        last=f"{average[-1][1]:.2f}",
-        what=_STAGES.get(stage),
-        chart=loss_chart(stage, curve),
+        _headline(content),
+        _shapes(content.shapes_picture),
+        _losses(content.loss_curves),
+        element("div", _by_shape(content), _vip_bench(content), class_="two"),
+        _examples(content.examples),
+        _footer(content),
     )
 
 
-def _shape_row(shape: str, of: Mapping[str, Any]) -> list[Html | str | int]:
-    cells = [
-        _score_cell(*(100 * of[way][key] for key in ("accuracy", "low", "high")))
-        for way in ("marked", "unmarked")
+def _headline(content: QuickstartPage) -> Html:
+    marked, unmarked, (gap, low, high) = content.marked, content.unmarked, content.gap
+    bars = [
+        Bar(_bar_label("mark drawn", marked), marked.share, marked.low, marked.high, "marked"),
+        Bar(
+            _bar_label("mark not drawn", unmarked), unmarked.share, unmarked.low, unmarked.high,
+            "unmarked",
+        ),
+    ]  # fmt: skip
+    return element(
+        "section",
+        element(
+            "div",
+            element("div", _percent(marked.share), class_="number"),
+            element("p", f"of {marked.total} held-out questions answered right with the mark"),
+            element(
+                "p",
+                f"{100 * gap:+.1f} points over the control (95 %: {100 * low:+.1f} to "
+                f"{100 * high:+.1f}, paired)",
+                class_="soft",
+            ),
+        ),
+        element("div", bar_chart(bars)),
+        class_="hero",
+    )
+
+
+def _shapes(sheet: Image.Image) -> Html:
+    alt = "Eight photographs, each with a region marked by another shape and its wording below"
+    return element(
+        "section",
+        element("h2", "Eight ways to mark a region"),
+        element(
+            "p",
+            "Drawn from the same plan that words the question: the text never names a colour or "
+            "shape that the picture does not show.",
+            class_="soft",
+        ),
+        element("div", picture(sheet, alt, class_="sheet"), class_="scroll"),
+    )
+
+
+def _losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Html:
+    panels = [
+        element(
+            "figure",
+            element("h3", f"{number}. {stage}", element("span", _ends(curve), class_="ends")),
+            element("figcaption", _STAGES.get(stage, "")),
+            loss_chart(stage, curve),
+            class_="panel",
+        )
+        for number, (stage, curve) in enumerate(curves.items(), start=1)
     ]
-    return [shape, of["marked"]["total"], *cells]
+    return element(
+        "section",
+        element("h2", "Loss of the three stages"),
+        element(
+            "p",
+            "Per supervised token of the global batch; thin: every step, thick: moving average.",
+            class_="soft",
+        ),
+        element("div", panels, class_="three"),
+    )
 
 
-def _vip_bench(splits: Mapping[str, Any]) -> Html:
-    names = dict.fromkeys(name for split in splits.values() for name in split["by_capability"])
-    cells = {name: [s["by_capability"].get(name) for s in splits.values()] for name in names}
-    return table(
-        ["capability", *splits],
+def _ends(curve: Sequence[tuple[int, float]]) -> str:
+    average = smooth(curve)
+    return f"{average[0][1]:.2f} \u2192 {average[-1][1]:.2f}"
+
+
+def _by_shape(content: QuickstartPage) -> Html:
+    rows = [
+        [shape, marked.total, _share_cell(marked), _share_cell(unmarked)]
+        for shape, marked, unmarked in content.by_shape
+    ]
+    rows.append(
+        ["all", content.marked.total, _share_cell(content.marked), _share_cell(content.unmarked)]
+    )
+    return element(
+        "section",
+        element("h2", "Accuracy by shape"),
+        element("p", "In %, with 95 % Wilson intervals.", class_="soft"),
+        table(["shape", "questions", "mark drawn", "not drawn"], rows, num_total_rows=1),
+    )
+
+
+def _vip_bench(content: QuickstartPage) -> Html:
+    splits = content.vip_bench
+    names = dict.fromkeys(name for scores in splits.values() for name in scores)
+    names.pop("total", None)
+    rows = [
         [
-            [_CAPABILITIES.get(name, name), *(_score_cell(cell and cell["score"]) for cell in row)]
-            for name, row in cells.items()
-        ],
-        ["total", *(_score_cell(s["total"], s["low"], s["high"]) for s in splits.values())],
+            _CAPABILITIES.get(name, name),
+            *(_score_cell(scores.get(name)) for scores in splits.values()),
+        ]
+        for name in names
+    ]
+    rows.append(
+        [
+            "total",
+            *(
+                _score_cell(scores.get("total"), content.vip_bench_intervals.get(split))
+                for split, scores in splits.items()
+            ),
+        ]
+    )
+    return element(
+        "section",
+        element("h2", "Sample ViP-Bench"),
+        element(
+            "p",
+            f"0 to 100, {content.vip_bench_items} items a split, graded offline by whole words. "
+            "Made by this project: not comparable with published figures.",
+            class_="soft",
+        ),
+        table(["capability", *splits], rows, num_total_rows=1),
+    )
+
+
+def _examples(examples: Sequence[Example]) -> Html:
+    return element(
+        "section",
+        element("h2", "Held-out questions"),
+        element(
+            "p",
+            "Chosen by the shape of their mark, not by the answer. Green: right; red: wrong.",
+            class_="soft",
+        ),
+        element("div", [_card(example) for example in examples], class_="cards"),
     )
 
 
 def _card(example: Example) -> Html:
     question, _, suffix = example.question.partition("\n")
-    image, alt = example.image, f"Scene with a {example.shape}"
-    return markup(
-        _TEMPLATES["card"],
-        image=embed_image(image, alt, ' loading="lazy"', lossless=True),
-        question=question,
-        suffix=markup('<p class="suffix soft">{}</p>', suffix) if suffix else None,
-        answer=example.answer,
-        marked=_verdict(example.marked, example.answer),
-        unmarked=_verdict(example.unmarked, example.answer),
+    return element(
+        "article",
+        picture(example.image, f"Scene with a {example.shape}", lossless=True, loading="lazy"),
+        element("p", question, class_="question"),
+        element("p", suffix, class_="suffix soft") if suffix else None,
+        element(
+            "dl",
+            element("dt", "right answer"),
+            element("dd", example.answer),
+            element("dt", "mark drawn"),
+            element("dd", _verdict(example, example.marked)),
+            element("dt", "mark not drawn"),
+            element("dd", _verdict(example, example.unmarked)),
+        ),
+        class_="card",
     )
 
 
-def _verdict(prediction: str | None, answer: str) -> Html:
+def _verdict(example: Example, prediction: str | None) -> Html:
     if prediction is None:
-        return markup('<span class="soft">not asked</span>')
-    # As the benchmark does: words only, case and punctuation aside.
-    said, truth = (re.findall(r"\w+", text.casefold()) for text in (prediction, answer))
+        return element("span", "not asked", class_="soft")
+    right = example.is_right(prediction)
     # The sign says it to those who do not see red and green apart.
-    kind, sign = ("right", "\u2713") if said == truth else ("wrong", "\u2717")
-    shown = '<span class="verdict {}">{} {}</span>'
-    return markup(shown, kind, sign, prediction or "(nothing)")
+    return element(
+        "span",
+        "\u2713 " if right else "\u2717 ",
+        prediction or "(nothing)",
+        class_="verdict right" if right else "verdict wrong",
+    )
 
 
-def _score_cell(score: float | None, low: float | None = None, high: float | None = None) -> Html:
+def _footer(content: QuickstartPage) -> Html:
+    seconds = ", ".join(f"{part} {_duration(value)}" for part, value in content.seconds.items())
+    versions = ", ".join(f"{name} {version}" for name, version in content.versions.items())
+    lines = {"time": seconds, "versions": versions, **content.notes}
+    lines["photographs"] = "astronaut, chelsea, coffee, rocket and motorcycle of scikit-image"
+    entries = [join([element("dt", name), element("dd", text)]) for name, text in lines.items()]
+    return element("footer", element("dl", entries))
+
+
+def _bar_label(name: str, accuracy: Accuracy) -> str:
+    return (
+        f"{name}: {_percent(accuracy.share)} ({100 * accuracy.low:.1f} to "
+        f"{100 * accuracy.high:.1f}), {accuracy.correct} of {accuracy.total}"
+    )
+
+
+def _share_cell(accuracy: Accuracy) -> Html:
+    bounds = f" {100 * accuracy.low:.0f}\u2013{100 * accuracy.high:.0f}"
+    return join([f"{100 * accuracy.share:.1f}", element("span", bounds, class_="soft")])
+
+
+def _score_cell(score: float | None, interval: tuple[float, float] | None = None) -> Html:
     if score is None:
-        return escape("\u2013")
-    if low is None or high is None:
-        return escape(f"{score:.1f}")
-    return markup('{}<span class="soft"> {}</span>', f"{score:.1f}", f"{low:.0f}\u2013{high:.0f}")
+        return Html("\u2013")
+    bounds = f" {interval[0]:.0f}\u2013{interval[1]:.0f}" if interval else None
+    return join([f"{score:.1f}", element("span", bounds, class_="soft") if bounds else None])
 
 
-def _percent(of: Mapping[str, Any]) -> str:
-    return f"{100 * of['accuracy']:.1f} %"
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _duration(seconds: float) -> str:

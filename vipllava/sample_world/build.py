@@ -6,18 +6,18 @@ final name is always whole: it is built beside it and renamed.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from vipllava.files.atomic import new_folder
+from vipllava.data.shards import write_shards
 from vipllava.keyed_random import generator_for
 from vipllava.sample_world.records import (
     FINETUNE_MIX,
@@ -31,7 +31,6 @@ from vipllava.sample_world.records import (
 )
 from vipllava.sample_world.scenes import Scene, Split, compose_scene
 from vipllava.sample_world.vip_bench import write_vip_bench
-from vipllava.shards.tars import write_shards
 from vipllava.types import VipLlavaError
 
 _LOG = logging.getLogger(__name__)
@@ -39,83 +38,94 @@ _LOG = logging.getLogger(__name__)
 FOLDER: Final = "sample_world-v1"
 """Under the data root; the version changes with anything that changes the data."""
 
-_SHARDS: Final[Mapping[str, tuple[Mapping[RegionRecord, float], Split, int]]] = {
-    "pretrain": ({caption_record: 1.0}, "train", 4000),
-    "finetune": (FINETUNE_MIX, "train", 8000),
-    "gpt4v": (GPT4V_MIX, "train", 2000),
-    "regions": ({phrase_record: 1.0}, "heldout", 800),
+NUM_SAMPLES: Final[Mapping[str, int]] = {
+    "pretrain": 4000,
+    "finetune": 8000,
+    "gpt4v": 2000,
+    "regions": 800,
 }
-"""Per folder the shares of its record kinds, whose scenes it shows, and its samples."""
 _NUM_TRAIN_SCENES: Final = 5000
+_SAMPLES_PER_SHARD: Final = 1000
 _CONTENTS: Final = "contents.json"
+
+Stored = tuple[str, Record, bytes | None, str | None]
 
 
 def ensure_sample_world(data_root: str | Path, *, scale: float = 1.0) -> Path:
-    """Return the sample world's folder under the data root, making it if it is not there.
+    """Return the sample world's folder, making it if it is not there.
 
-    ``scale`` is the share of the usual number of samples, for tests.
+    Args:
+        data_root: where data sets live; must be writable for the first call.
+        scale: share of the usual number of samples, for tests.
 
     Raises:
         VipLlavaError: the folder exists but is not whole, or cannot be written.
     """
     root = Path(data_root).expanduser()
     folder = root / FOLDER
-    if not folder.exists():
-        require_photographs()
-        began = time.monotonic()
-        _LOG.info("making the sample data in %s (once, about half a minute)", folder)
-        try:
-            with new_folder(folder) as unfinished:
-                _build(unfinished, scale)
-        except OSError as error:
-            # Else another process was faster; both made the same bytes.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise VipLlavaError(
-                    f"cannot write the sample data under {root}: {error.strerror}; "
-                    "choose a writable folder with data_root=FOLDER"
-                ) from error
-        _LOG.info("sample data made in %.0f s", time.monotonic() - began)
-    if not (folder / _CONTENTS).is_file():
+    if folder.exists():
+        _check_contents(folder)
+        return folder
+    began = time.monotonic()
+    _LOG.info("making the sample data in %s (once, about half a minute)", folder)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=root))
+        partial.chmod(0o755)  # shared data roots: mkdtemp makes it private
+    except OSError as error:
         raise VipLlavaError(
-            f"{folder} is not whole ({_CONTENTS} is missing); remove the folder and start again"
-        )
+            f"cannot write the sample data under {root}: {error.strerror}; "
+            "choose a writable folder with paths.data_root=..."
+        ) from error
+    try:
+        _build(partial, scale)
+        try:
+            partial.replace(folder)
+        except OSError:
+            # Another process was faster; both made the same bytes.
+            _check_contents(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _LOG.info("sample data made in %.0f s", time.monotonic() - began)
     return folder
 
 
-def require_photographs() -> None:
-    """Raise VipLlavaError if the packages that carry photographs and digits are not installed."""
-    if find_spec("sklearn") is None or find_spec("skimage") is None:
-        raise VipLlavaError(
-            "the sample data are made of pictures that scikit-learn and scikit-image carry, which "
-            'are not installed: pip install "vipllava-lightning[sample]"'
-        )
-
-
 def _build(folder: Path, scale: float) -> None:
-    counts = {name: max(8, round(count * scale)) for name, (*_, count) in _SHARDS.items()}
-    scenes = {
-        "train": _compose_scenes(max(8, round(_NUM_TRAIN_SCENES * scale)), "train"),
-        "heldout": _compose_scenes(counts["regions"], "heldout"),
+    counts = {name: max(8, round(count * scale)) for name, count in NUM_SAMPLES.items()}
+    scenes = _store_scenes(max(8, round(_NUM_TRAIN_SCENES * scale)), "train")
+    heldout = _store_scenes(counts["regions"], "heldout")
+    streams: dict[str, Iterator[Stored]] = {
+        "pretrain": _mixed("pretrain", {caption_record: 1.0}, scenes, counts["pretrain"]),
+        "finetune": _mixed("finetune", FINETUNE_MIX, scenes, counts["finetune"]),
+        "gpt4v": _mixed("gpt4v", GPT4V_MIX, scenes, counts["gpt4v"]),
+        "regions": _mixed("regions", {phrase_record: 1.0}, heldout, counts["regions"]),
     }
-    for name, (mix, split, _) in _SHARDS.items():
-        samples = _mixed(name, mix, scenes[split], counts[name])
-        # The images were encoded a moment ago: nothing to check.
-        write_shards(samples, folder / name, check_images=False)
+    for name, stream in streams.items():
+        write_shards(
+            stream, folder / name, prefix="shard", max_samples=_SAMPLES_PER_SHARD,
+            check_images=False,  # encoded a moment ago
+        )  # fmt: skip
     write_vip_bench(folder / "ViP-Bench")
-    contents = json.dumps({"num_samples": counts}, indent=2)
-    (folder / _CONTENTS).write_text(contents + "\n", encoding="utf-8")
+    (folder / _CONTENTS).write_text(
+        json.dumps({"num_samples": counts}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
-def _compose_scenes(count: int, split: Split) -> list[tuple[Scene, bytes]]:
-    keys = (("sample_world", split, number) for number in range(count))
-    scenes = (compose_scene(generator_for(*key), split) for key in keys)
-    return [(scene, scene.jpeg()) for scene in scenes]
+def _store_scenes(count: int, split: Split) -> list[tuple[Scene, bytes]]:
+    scenes: list[tuple[Scene, bytes]] = []
+    for number in range(count):
+        scene = compose_scene(generator_for("sample_world", split, number), split)
+        scenes.append((scene, scene.jpeg()))
+    return scenes
 
 
 def _mixed(
-    name: str, mix: Mapping[RegionRecord, float], scenes: list[tuple[Scene, bytes]], count: int
-) -> Iterator[tuple[str, Record, bytes | None, str | None]]:
-    """Yield ``count`` samples; scenes are reused in turn, as COCO images are in the real data."""
+    name: str,
+    mix: Mapping[RegionRecord, float],
+    scenes: list[tuple[Scene, bytes]],
+    count: int,
+) -> Iterator[Stored]:
+    """Yield ``count`` samples; scenes are reused in turn, as COCO pictures are in the real data."""
     for number in range(count):
         scene, jpeg = scenes[number % len(scenes)]
         rng = generator_for("sample_world", name, number)
@@ -126,15 +136,22 @@ def _mixed(
 def make_record(
     mix: Mapping[RegionRecord, float], scene: Scene, number: int, rng: np.random.Generator
 ) -> tuple[Record, bool]:
-    """Return a record of a kind drawn from ``mix``, and whether it has an image.
+    """Draw a record kind of ``mix`` and make it; tell whether it has a picture.
 
-    It is text only for what the shares leave of 1.
+    The record is text only for what the shares leave of 1.
     """
     makers = [*mix, None]
     rates = np.array([*mix.values(), max(0.0, 1.0 - sum(mix.values()))])
     maker = makers[int(rng.choice(len(makers), p=rates / rates.sum()))]
-    if maker is None:
-        return text_record(number, rng), False
     if maker is choice_record and len(scene.objects) < 4:
         maker = phrase_record
+    if maker is None:
+        return text_record(number, rng), False
     return maker(scene, number, rng), True
+
+
+def _check_contents(folder: Path) -> None:
+    if not (folder / _CONTENTS).is_file():
+        raise VipLlavaError(
+            f"{folder} is not whole ({_CONTENTS} is missing); remove the folder and start again"
+        )

@@ -1,23 +1,24 @@
 """Training checkpoints that a kill, a full disk or a lost node cannot spoil.
 
-A checkpoint is written beside its place, brought to the disk, and renamed; older ones go after
-that. Weights that are on one process are written while training goes on, sharded ones by all.
+A checkpoint has its name only when it is whole: it is written beside its place, brought to the
+disk, and renamed. Older ones go after that, so at least one good one is always there. Weights that
+are on one process are copied to the CPU and written while training goes on; sharded ones are
+written by all processes together.
 """
 
 from __future__ import annotations
 
 import logging
-import math
+import os
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+import lightning
 import torch
-from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
@@ -26,50 +27,65 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch.distributed.checkpoint.api import CheckpointException
 
 from vipllava.checkpoints.plain_pickles import load_plain
-from vipllava.files.atomic import UNFINISHED, new_file, put_folder, remove
-from vipllava.training.ending import StopRequest
+from vipllava.files.atomic import sync as _sync
+from vipllava.files.atomic import sync_folder
 from vipllava.training.first_alone import first_alone
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.training.restart import SUFFIX, list_checkpoints
-from vipllava.types import CheckpointError, Interrupted, first_line
+from vipllava.training.stopping import StopRequest
+from vipllava.types import CheckpointError, Interrupted
 
 logger = logging.getLogger(__name__)
 
 BEST: Final = "best.ckpt"
+_UNFINISHED: Final = ".unfinished"
 
 
-@dataclass(eq=False)
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes one file per checkpoint, in a thread, from a copy on the CPU; the next save waits."""
+    """Writes one file per checkpoint: beside its place, to the disk, then renamed.
 
-    on_written: Callable[[], None] = lambda: None  # behind every whole file
-    _executor: ThreadPoolExecutor | None = field(default=None, init=False)
-    _pending: Future[None] | None = field(default=None, init=False)
+    Args:
+        asynchronous: write from a thread, from a copy on the CPU; the next save waits for it.
+
+    Attributes:
+        on_written: called behind every file that is whole, in the thread that wrote it.
+    """
+
+    def __init__(self, asynchronous: bool = True) -> None:
+        self.asynchronous = asynchronous
+        self.on_written: Callable[[], None] = _nothing
+        self._executor: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; raises CheckpointError if the one before could not be written."""
+        """Write a checkpoint.
+
+        Raises:
+            CheckpointError: this one or the one before it could not be written.
+        """
         self.wait()
-        copy = apply_to_collection(
-            checkpoint, torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True)
-        )
+        if not self.asynchronous:
+            self._write(checkpoint, Path(path))
+            return
+        copy = apply_to_collection(checkpoint, torch.Tensor, _to_cpu)
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = self._executor.submit(self._write, copy, Path(path))
 
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
-        try:
-            with new_file(path, durable=True) as unfinished, unfinished.open("wb") as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError on a full disk
-            raise _unwritten(path, error) from error
+        _write(checkpoint, path)
         self.on_written()
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a file onto the CPU; nothing in it can run code, whatever ``weights_only`` says."""
+        """Read a file onto the CPU; nothing in it can run code, whatever ``weights_only`` says.
+
+        Raises:
+            CheckpointError: it is no such file, is cut short, or holds code.
+        """
         if Path(path).is_dir():
             raise CheckpointError(
                 f"{path} is the checkpoint of a sharded strategy: go on with the strategy that "
@@ -84,7 +100,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "loops" not in checkpoint:  # which only a trainer writes
             raise CheckpointError(
                 f"{path} holds no state of a run, so none can go on from it: name a file of "
-                "RUN/checkpoints; to start from its weights pass checkpoint=FOLDER"
+                "RUN/checkpoints; to start from its weights pass stage.checkpoint"
             )
         return checkpoint
 
@@ -104,43 +120,77 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 self._executor = None
 
 
-@dataclass(eq=False)
 class CheckpointCallback(Checkpoint):
-    """Saves at steps, at times, at the last step, and before a run that is asked to stop ends."""
+    """Saves at steps, at times, at the last step, and before a run that is asked to stop does so.
 
-    dirpath: str | Path  # folder of the run's checkpoints
-    every_n_steps: int | None = 500  # optimizer steps between two; None: not by steps
-    every_n_minutes: float | None = None  # between two, by the first process; None: not by time
-    keep_last: int = 2  # how many stay, at least one
-    keep_best: bool = True  # also keep the one with the lowest ``val/loss``, as ``best.ckpt``
+    The last step is the one behind which the trainer is told to stop, see
+    :class:`vipllava.training.ending.RunEnd`.
 
-    def __post_init__(self) -> None:
-        self.folder = Path(self.dirpath)
+    Args:
+        dirpath: folder of the run's checkpoints.
+        every_n_steps: optimizer steps between two; None: not by steps.
+        every_n_minutes: minutes between two, on the first process's clock; None: not by time.
+        keep_last: how many stay, at least one.
+        keep_best: also keep the one with the lowest ``val/loss``, as ``best.ckpt``.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path,
+        every_n_steps: int | None = 500,
+        every_n_minutes: float | None = None,
+        keep_last: int = 2,
+        keep_best: bool = True,
+    ) -> None:
+        self.folder = Path(dirpath)
+        self.every_n_steps = every_n_steps
+        self.every_n_minutes = every_n_minutes
+        self.keep_last = max(1, keep_last)
+        self.keep_best = keep_best
         self.best_loss: float | None = None
         self._deferred = False
-        self._last_step = self._saved_step = 0
+        self._last_step = 0
+        self._saved_step = 0
         self._last_time = time.monotonic()
         self._stop = StopRequest()
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep Lightning from listening to signals, for which there is no setting."""
-        # Its handler talks to the other processes, and ends a run as if it had succeeded.
-        connector: Any = trainer._signal_connector
-        connector.register_signal_handlers = lambda: None
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Keep Lightning from listening to signals.
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Clear what a killed save left, and listen to the signals that ask to stop."""
-        self._last_step = self._saved_step = trainer.global_step
-        self._last_time = time.monotonic()
+        It would from before the first step on, there is no setting for it, and its handler talks to
+        the other processes, which may be anywhere, and ends a run as if nothing had happened.
+        """
+        connector: Any = trainer._signal_connector
+        connector.register_signal_handlers = _nothing
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Clear what a killed save left, and listen to the signals that ask to stop.
+
+        Raises:
+            CheckpointError: the processes have gone on from different checkpoints.
+        """
+        self._last_step, self._last_time = trainer.global_step, time.monotonic()
+        self._saved_step = trainer.global_step
         _check_same_step(trainer)
         if isinstance(plugin := trainer.strategy.checkpoint_io, AtomicCheckpointIO):
             plugin.on_written = self._remove_older
         if trainer.is_global_zero and self.folder.is_dir():
-            for path in self.folder.glob(f".*{UNFINISHED}"):
-                remove(path)
+            for path in self.folder.glob(f".*{_UNFINISHED}"):
+                _remove(path)
         self._stop.listen()
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         """Save if this micro-batch completed a step that is due."""
         step = trainer.global_step
         if step == self._last_step:
@@ -156,10 +206,14 @@ class CheckpointCallback(Checkpoint):
             self._interrupt(trainer, asked)
         self._last_step = step
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         """Save what was due before the validation, and the best so far; stop if asked to."""
-        loss = float(trainer.callback_metrics.get("val/loss", math.inf))
-        if is_best := loss < (math.inf if self.best_loss is None else self.best_loss):
+        value = trainer.callback_metrics.get("val/loss")
+        loss = None if value is None else float(value)
+        is_best = loss is not None and (self.best_loss is None or loss < self.best_loss)
+        if is_best:
             self.best_loss = loss
         in_training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         asked = self._decide(trainer, trainer.global_step)[0] if in_training else 0
@@ -181,15 +235,26 @@ class CheckpointCallback(Checkpoint):
         """Restore the best loss."""
         self.best_loss = state_dict.get("best_loss")
 
-    def _save_step(self, trainer: Trainer) -> None:
+    def _save_step(self, trainer: lightning.Trainer) -> None:
         if self._saved_step != trainer.global_step:
             self._saved_step = trainer.global_step
             self.save(trainer)
         if trainer.should_stop:
             _wait(trainer)  # the export comes next
 
-    def save(self, trainer: Trainer, name: str | None = None) -> None:
-        """Save now, by the step's name if none is given; every process has to call this."""
+    def save(self, trainer: lightning.Trainer, name: str | None = None) -> Path:
+        """Save now; every process has to call this.
+
+        Args:
+            trainer: of the run.
+            name: of the checkpoint; by its step if not given.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be written; those of before stay.
+        """
         path = self.folder / (name or f"{trainer.global_step:06d}{SUFFIX}")
         if isinstance(trainer.lightning_module, VipLlavaLitModule):
             # Lightning would log this step only after the callbacks, and a kill in between lose it.
@@ -198,97 +263,165 @@ class CheckpointCallback(Checkpoint):
             for log in trainer.loggers:
                 log.save()
             self.folder.mkdir(parents=True, exist_ok=True)
+        sharded = isinstance(trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy))
         try:
-            if isinstance(trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy)):
+            if sharded:
                 _save_sharded(trainer, path)
             else:
                 trainer.save_checkpoint(path, weights_only=False)
         except (OSError, CheckpointException) as error:  # the latter of FSDP2's writer
-            raise _unwritten(path, error) from error
+            raise CheckpointError(_unwritten(path, error)) from error
         self._last_time = time.monotonic()
-        plugin = trainer.strategy.checkpoint_io
-        if trainer.is_global_zero and not isinstance(plugin, AtomicCheckpointIO):
+        if trainer.is_global_zero and not isinstance(
+            trainer.strategy.checkpoint_io, AtomicCheckpointIO
+        ):
             self._remove_older()  # that one does so itself, when the new file is whole
+        return path
 
     def _remove_older(self) -> None:
-        for old in list_checkpoints(self.folder)[: -max(1, self.keep_last)]:
+        for old in list_checkpoints(self.folder)[: -self.keep_last]:
             try:
-                remove(old)
+                _remove(old)
             except OSError as error:
                 logger.warning("%s is not needed any more and cannot be removed: %s", old, error)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
         """Give the signals back."""
         self._stop.stop_listening()
 
-    def on_exception(self, *_: Any) -> None:
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
         """Give the signals back; nothing is torn down after an error."""
         self._stop.stop_listening()
 
-    def _interrupt(self, trainer: Trainer, exit_code: int) -> NoReturn:
+    def _interrupt(self, trainer: lightning.Trainer, exit_code: int) -> NoReturn:
         _wait(trainer)
-        by = self._stop.name or "a signal to another process"
         raise Interrupted(
-            f"stopped at step {trainer.global_step} by {by}; the checkpoint is in {self.folder}: "
-            "start the same command again to go on",
+            f"stopped at step {trainer.global_step} by "
+            f"{self._stop.name or 'a signal to another process'}; the checkpoint is in "
+            f"{self.folder}: start the same command again to go on",
             exit_code,
         )
 
-    def _decide(self, trainer: Trainer, step: int) -> tuple[int, bool]:
+    def _decide(self, trainer: lightning.Trainer, step: int) -> tuple[int, bool]:
         """Return the exit code to stop with, or 0, and whether to save; alike on all processes."""
-        due = bool(self.every_n_steps and step % self.every_n_steps == 0)
-        if self.every_n_minutes is not None and trainer.is_global_zero:
-            due = due or time.monotonic() - self._last_time >= 60 * self.every_n_minutes
-        asked, any_due = _greatest(trainer, self._stop.exit_code, int(due))
-        return asked, bool(any_due)
+        asked = self._stop.exit_code
+        due = bool(self.every_n_steps) and step % int(self.every_n_steps or 1) == 0
+        late = (
+            self.every_n_minutes is not None
+            and trainer.is_global_zero
+            and time.monotonic() - self._last_time >= 60 * self.every_n_minutes
+        )
+        if trainer.world_size > 1:
+            device = trainer.strategy.root_device
+            flags = torch.tensor([asked, late], dtype=torch.int32, device=device)
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+            asked, late = flags.tolist()
+        return asked, due or bool(late)
 
 
-def _greatest(trainer: Trainer, *numbers: int) -> list[int]:
-    """Return of each number the greatest that a process has."""
+def _check_same_step(trainer: lightning.Trainer) -> None:
     if trainer.world_size == 1:
-        return list(numbers)
-    found = torch.tensor(numbers, dtype=torch.int64, device=trainer.strategy.root_device)
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    return found.tolist()
-
-
-def _check_same_step(trainer: Trainer) -> None:
-    last, negative_first = _greatest(trainer, trainer.global_step, -trainer.global_step)
-    if -negative_first != last:
+        return
+    step, device = trainer.global_step, trainer.strategy.root_device
+    bounds = torch.tensor([step, -step], dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX)
+    last, first = int(bounds[0]), -int(bounds[1])
+    if first != last:
         raise CheckpointError(
-            f"the processes of this run go on from different steps, {-negative_first} to {last}: "
-            "its folder has to be on a file system that all nodes share, and its checkpoints "
-            "readable there"
+            f"the processes of this run go on from different steps, {first} to {last}: its folder "
+            "has to be on a file system that all nodes share, and its checkpoints readable there"
         )
 
 
-def _validation_follows(trainer: Trainer) -> bool:
+def _validation_follows(trainer: lightning.Trainer) -> bool:
     if not trainer.enable_validation:
         return False
-    every = trainer.val_check_batch or math.inf
-    is_time = every < math.inf and (trainer.fit_loop.total_batch_idx + 1) % int(every) == 0
-    return is_time or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+    if trainer.should_stop and trainer.fit_loop._can_stop_early:
+        return True
+    every = trainer.val_check_batch
+    if not every or every == float("inf"):
+        return False
+    return (trainer.fit_loop.total_batch_idx + 1) % int(every) == 0
 
 
-def _save_sharded(trainer: Trainer, path: Path) -> None:
-    unfinished = path.with_name(f".{path.name}{UNFINISHED}")  # the same for all processes
+def _save_sharded(trainer: lightning.Trainer, path: Path) -> None:
+    unfinished = _beside(path)
     if trainer.is_global_zero:
-        remove(unfinished)
+        _remove(unfinished)
     trainer.strategy.barrier("before saving")
     trainer.save_checkpoint(unfinished, weights_only=False)
     trainer.strategy.barrier("saved")
+
+    def give_name() -> None:
+        sync_folder(unfinished)
+        if path.exists():
+            _remove(path)
+        unfinished.rename(path)
+        _sync(path.parent)
+
     # Storage may take longer to have all of it than a collective waits.
-    give_name = partial(put_folder, unfinished, path, replace=True)
     first_alone(trainer.is_global_zero, f"{path.name} on the disk", give_name)
 
 
-def _unwritten(path: Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(
-        f"the checkpoint {path} could not be written ({first_line(error)}): free some space; "
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    unfinished = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        _sync(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError on a full disk
+        _remove(unfinished)
+        raise CheckpointError(_unwritten(path, error)) from error
+
+
+def _unwritten(path: Path, error: BaseException) -> str:
+    return (
+        f"the checkpoint {path} could not be written ({_first_line(error)}): free some space; "
         "those of before are whole, and the same command goes on from the newest"
     )
 
 
-def _wait(trainer: Trainer) -> None:
-    if isinstance(plugin := trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+def _nothing() -> None:
+    pass
+
+
+def _wait(trainer: lightning.Trainer) -> None:
+    plugin: Any = trainer.strategy.checkpoint_io
+    if isinstance(plugin, AtomicCheckpointIO):
         plugin.wait()
+
+
+def _to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_UNFINISHED}")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder; a folder loses its name first, so no half of one is found."""
+    if path.is_dir():
+        if not path.name.startswith("."):
+            # Not that of a new checkpoint: this may be the one that it takes the place of.
+            old = _beside(path.with_name(f"{path.name}.old"))
+            shutil.rmtree(old, ignore_errors=True)
+            path = path.rename(old)
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,7 +1,9 @@
-"""DeepSpeed whose checkpoints another number of processes, or another stage, goes on from.
+"""DeepSpeed whose checkpoints another number of processes goes on from.
 
-They hold, for each process, the stretches of trained weights and of Adam's state that it keeps, by
-the weights' names; whoever reads takes what belongs to its own.
+DeepSpeed's own fit the number of processes and the stage that wrote them, and are pickles that its
+reader runs. These hold, for each process, the stretches of weights and of Adam's state that it
+keeps, under the weights' names; whoever reads them takes what belongs to its own stretches. The
+half-precision weights are made of the float32 ones again. What is frozen is in no checkpoint.
 """
 
 from __future__ import annotations
@@ -15,77 +17,86 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from vipllava.checkpoints import training_state as store
-from vipllava.checkpoints.training_state import INDEX, WEIGHT, Part, Shared, check_whole
-from vipllava.stream.ranks import gather_objects
+from vipllava.checkpoints.parts import (
+    INDEX,
+    WEIGHT,
+    Part,
+    Shared,
+    check_complete,
+    copy_overlap,
+    read_parts,
+    read_shared,
+    write_index,
+    write_part,
+    write_shared,
+)
+from vipllava.checkpoints.training_state import check_whole
 from vipllava.types import CheckpointError, ConfigError
 
-_COUNTERS: Final = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
-# Of its dynamic loss scaling, which only float16 has.
+_COUNTERS: Final = ("global_steps", "global_samples", "skipped_steps")
+"""Of DeepSpeed's engine."""
 _SCALING: Final = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""Of its dynamic loss scaling, which only float16 has."""
 _STEP: Final = "step"
+_IN_PARTS: Final = ("state_dict", "optimizer_states")
+"""Of Lightning's checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Where this process keeps a part of a weight: in a flat tensor, which the optimizer knows."""
+    """Where this process keeps a part of a weight: in a flat tensor, which the optimizer knows.
 
-    start: int  # of the part in the weight
-    length: int  # in elements
-    flat: torch.Tensor  # float32, of many weights' parts
-    offset: int  # of the part in it
+    Attributes:
+        start: of the part in the weight.
+        length: in elements.
+        flat: float32, of many weights' parts.
+        offset: of the part in it.
+    """
+
+    start: int
+    length: int
+    flat: torch.Tensor
+    offset: int
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """Return the part of a flat tensor, of the weights or of the optimizer's state."""
+        """Return the part of one of the flat tensors: the weights or of the optimizer's state."""
         return flat.detach().narrow(0, self.offset, self.length)
 
 
 class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
     """Lightning's strategy for ZeRO-2 and ZeRO-3, with or without the optimizer on the host.
 
-    Raises ConfigError if the DeepSpeed configuration asks for what its checkpoints do not know.
+    Raises:
+        ConfigError: the DeepSpeed configuration asks for what its checkpoints do not know.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config: Any = self.config or {}
-        zero = config.get("zero_optimization", {})
-        optimizer = zero.get("offload_optimizer") or {}
-        asks = {
-            f"stage={zero.get('stage')}": zero.get("stage") not in (2, 3),
-            "offload_optimizer.device=nvme": optimizer.get("device") == "nvme",
-            "offload_optimizer.ratio": optimizer.get("ratio", 1.0) != 1.0,
-            "offload_optimizer.super_offload": bool(optimizer.get("super_offload")),
-            "offload_param.device=nvme": (zero.get("offload_param") or {}).get("device") == "nvme",
-            "round_robin_gradients": bool(zero.get("round_robin_gradients")),
-            "mics_shard_size": (zero.get("mics_shard_size") or -1) > 0,
-            "zenflow": bool(zero.get("zenflow")),
-        }
-        problems = [f"zero_optimization.{name}" for name, asked in asks.items() if asked]
-        problems += [name for name in ("optimizer", "torch_autocast") if name in config]
-        if problems:
-            raise ConfigError(
-                f"the DeepSpeed configuration asks for {', '.join(problems)}, which checkpoints "
-                "here do not know: take that out, or choose another strategy"
-            )
+        _check_config(self.config or {})
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """Write a folder, every process its own file; OSError on all if one of them cannot."""
+        """Write a folder, every process its own file; all processes have to call this.
+
+        Raises:
+            OSError: a process, which need not be this one, could not write.
+        """
+        if storage_options is not None:
+            raise TypeError("storage_options: checkpoints are written to a folder, without any")
         folder = Path(self.broadcast(str(filepath)))
         stretches = self._stretches()
 
         def write() -> dict[str, int]:
             folder.mkdir(parents=True, exist_ok=True)
             parts = {name: self._part(stretch) for name, stretch in stretches.items()}
-            sizes = store.write_part(folder, self.global_rank, parts)
+            sizes = write_part(folder, self.global_rank, parts)
             if self.is_global_zero:
-                sizes |= store.write_shared(folder, self._shared(checkpoint))
+                sizes |= write_shared(folder, self._shared(checkpoint))
             return sizes
 
         sizes = {name: size for files in _on_all(write) for name, size in files.items()}
-        _on_all(lambda: store.write_index(folder, sizes) if self.is_global_zero else None)
+        _on_all(lambda: write_index(folder, sizes) if self.is_global_zero else None)
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
@@ -93,6 +104,9 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         """Read a folder into weights and optimizer, of any number of processes; return the rest.
 
         Nothing in it can run code, whatever ``weights_only`` says.
+
+        Raises:
+            CheckpointError: it is no such folder, lacks a file, or is of other weights.
         """
         path = Path(self.broadcast(str(checkpoint_path)))
         check_whole(path)
@@ -101,12 +115,13 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
                 f"{path} is no checkpoint of a DeepSpeed strategy: go on with the strategy that "
                 "wrote it, or make a model of it with `vipllava convert` and start from that"
             )
-        module: Any = self.lightning_module
+        module = self.lightning_module
+        assert module is not None
         if module.trainer.state.fn != TrainerFn.FITTING:
             raise CheckpointError(
                 f"{path} can only be trained on: make a model of it with `vipllava convert`"
             )
-        shared = store.read_shared(path)
+        shared = read_shared(path)
         self._check_weights(path, shared)
         with torch.no_grad():
             self._read_parts(path, shared.engine[_STEP])
@@ -114,38 +129,50 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         return shared.run
 
     def _stretches(self) -> dict[str, _Stretch]:
+        """Return what this process keeps, by the weights' names."""
         zero: Any = self.deepspeed_engine.optimizer
-        found = ((name, _stretch_of(weight, zero)) for name, weight in self._trained())
-        return {name: stretch for name, stretch in found if stretch is not None}
+        found: dict[str, _Stretch] = {}
+        for name, weight in self._trained():
+            stretch = _stretch_of(weight, zero)
+            if stretch is not None:
+                found[name] = stretch
+        return found
 
-    def _trained(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Any]]:
+    def _trained(self) -> Iterator[tuple[str, Any]]:
         assert self.lightning_module is not None
-        weights = self.lightning_module.named_parameters(remove_duplicate=remove_duplicate)
-        return ((name, weight) for name, weight in weights if weight.requires_grad)
+        return ((n, p) for n, p in self.lightning_module.named_parameters() if p.requires_grad)
 
     def _state(self) -> dict[torch.Tensor, dict[str, Any]]:
+        """Return AdamW's state, by the flat tensors; empty before the first step."""
         zero: Any = self.deepspeed_engine.optimizer
         return zero.optimizer.state
 
     def _part(self, stretch: _Stretch) -> Part:
-        tensors = {WEIGHT: stretch.of(stretch.flat)}
-        for name, value in self._state().get(stretch.flat, {}).items():
-            if value.shape == stretch.flat.shape:
-                tensors[name] = stretch.of(value)
-        return Part(stretch.start, tensors)
+        state = self._state().get(stretch.flat, {})
+        of_weights = {k: v for k, v in state.items() if v.shape == stretch.flat.shape}
+        tensors = {name: stretch.of(value) for name, value in of_weights.items()}
+        return Part(stretch.start, {WEIGHT: stretch.of(stretch.flat), **tensors})
 
     def _shared(self, checkpoint: dict[str, Any]) -> Shared:
         engine: Any = self.deepspeed_engine
         scaler = engine.optimizer.loss_scaler
         steps = {float(state[_STEP]) for state in self._state().values()}
         assert len(steps) <= 1, steps
-        first: dict[int, str] = {id(weight): name for name, weight in self._trained()}
-        every = self._trained(remove_duplicate=False)
-        tied = {name: first[id(weight)] for name, weight in every if first[id(weight)] != name}
-        in_parts = ("state_dict", "optimizer_states")
+        assert self.lightning_module is not None
+        first: dict[int, str] = {}
+        tied: dict[str, str] = {}
+        shapes: dict[str, list[int]] = {}
+        for name, weight in self.lightning_module.named_parameters(remove_duplicate=False):
+            if not weight.requires_grad:
+                continue
+            if id(weight) in first:
+                tied[name] = first[id(weight)]
+            else:
+                first[id(weight)] = name
+                shapes[name] = _shape(weight)
         return Shared(
-            run={key: value for key, value in checkpoint.items() if key not in in_parts},
-            shapes={name: _shape(weight) for name, weight in self._trained()},
+            run={key: value for key, value in checkpoint.items() if key not in _IN_PARTS},
+            shapes=shapes,
             tied=tied,
             engine={
                 _STEP: max(steps, default=0.0),
@@ -163,10 +190,11 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
             for name, shape in here.items()
             if shared.shapes[name] != shape
         ]
-        shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
         raise CheckpointError(
-            f"{path} has other weights that train than this run ({shown}): keep model, adapter and "
-            "the parts that train, or make a model of it with `vipllava convert` and start from it"
+            f"{path} has other weights that train than this run ({', '.join(names[:5])}"
+            f"{' ...' if len(names) > 5 else ''}): keep stage.trainable, the model and the "
+            "adapter as they were, or make a model of it with `vipllava convert` and start from "
+            "that"
         )
 
     def _read_parts(self, path: Path, step: float) -> None:
@@ -174,27 +202,19 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         weights_sharded = hasattr(zero, "checkpoint_event_prologue")
         if weights_sharded:
             zero.checkpoint_event_prologue()
-            flats = zero.fp32_partitioned_groups_flat
-        else:
-            flats = zero.single_partition_of_fp32_groups
-        files = store.read_parts(path)
+        files = read_parts(path)
         keys = {key for parts in files for part in parts.values() for key in part.tensors}
-        keys.discard(WEIGHT)
-        group = zero.optimizer.param_groups[0]
-        # All of them, with the few that are padding here: they count the steps, too. AdamW makes
-        # the same state in its first step.
-        for flat in flats if keys else ():
-            beside = flat.device if group.get("fused") or group.get("capturable") else "cpu"
-            state = zero.optimizer.state[flat]
-            state[_STEP] = torch.tensor(step, dtype=torch.float32, device=beside)
-            state.update({key: torch.zeros_like(flat) for key in keys})
+        # All of them, with the few that are padding here: they count the steps, too.
+        for flat in _flats(zero):
+            _prepare_state(zero.optimizer, flat, keys - {WEIGHT}, step)
         for name, stretch in self._stretches().items():
             state = self._state().get(stretch.flat, {})
-            into = {key: stretch.of(state[key]) for key in keys}
+            into = {key: stretch.of(state[key]) for key in keys - {WEIGHT}}
             into[WEIGHT] = stretch.of(stretch.flat)
-            found = (parts[name] for parts in files if name in parts)
-            copied = sum(store.copy_overlap(part, stretch.start, into) for part in found)
-            store.check_complete(name, copied, stretch.length)
+            copied = sum(
+                copy_overlap(parts[name], stretch.start, into) for parts in files if name in parts
+            )
+            check_complete(name, copied, stretch.length)
         if weights_sharded:
             for number in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(number)
@@ -207,8 +227,9 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         for name, value in saved["counters"].items():
             setattr(engine, name, value)
         scaler = engine.optimizer.loss_scaler
-        for name, value in saved["scaling"].items() if scaler.dynamic else ():
-            setattr(scaler, name, value)
+        if scaler.dynamic:  # not in another precision
+            for name, value in saved["scaling"].items():
+                setattr(scaler, name, value)
 
 
 def _stretch_of(weight: Any, zero: Any) -> _Stretch | None:
@@ -229,18 +250,63 @@ def _stretch_of(weight: Any, zero: Any) -> _Stretch | None:
     )
 
 
+def _flats(zero: Any) -> list[torch.Tensor]:
+    name = "single_partition_of_fp32_groups"
+    return getattr(zero, name) if hasattr(zero, name) else zero.fp32_partitioned_groups_flat
+
+
+def _prepare_state(optimizer: Any, flat: torch.Tensor, keys: set[str], step: float) -> None:
+    """Make AdamW's state of a flat tensor as it makes it itself in its first step."""
+    if not keys:
+        return
+    state = optimizer.state[flat]
+    group = optimizer.param_groups[0]
+    beside = flat.device if group.get("fused") or group.get("capturable") else "cpu"
+    state[_STEP] = torch.tensor(step, dtype=torch.float32, device=beside)
+    for key in keys:
+        state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format).detach()
+
+
 def _shape(weight: Any) -> list[int]:
     return list(getattr(weight, "ds_shape", weight.shape))
 
 
 def _on_all(action: Callable[[], Any]) -> list[Any]:
-    """Do something on every process; return all results, or raise on all if one of them failed."""
+    """Do something on every process; return all results, or raise where one of them failed.
+
+    A process that only raised would leave the others waiting for it.
+    """
+    result: tuple[Any, str | None]
     try:
-        result = action()
+        result = action(), None
     except OSError as error:
-        result = error
-    results = gather_objects(result)
-    for rank, found in enumerate(results):
-        if isinstance(found, OSError):
-            raise OSError(f"process {rank}: {found}")
-    return results
+        result = None, str(error)
+    results: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(results, result)
+    for rank, (_, error) in enumerate(results):
+        if error is not None:
+            raise OSError(f"process {rank}: {error}")
+    return [value for value, _ in results]
+
+
+def _check_config(config: Any) -> None:
+    zero = config.get("zero_optimization", {})
+    optimizer = zero.get("offload_optimizer") or {}
+    weights = zero.get("offload_param") or {}
+    asks = {
+        f"stage={zero.get('stage')}": zero.get("stage") not in (2, 3),
+        "offload_optimizer.device=nvme": optimizer.get("device") == "nvme",
+        "offload_optimizer.ratio": optimizer.get("ratio", 1.0) != 1.0,
+        "offload_optimizer.super_offload": bool(optimizer.get("super_offload")),
+        "offload_param.device=nvme": weights.get("device") == "nvme",
+        "round_robin_gradients": bool(zero.get("round_robin_gradients")),
+        "mics_shard_size": (zero.get("mics_shard_size") or -1) > 0,
+        "zenflow": bool(zero.get("zenflow")),
+    }
+    problems = [f"zero_optimization.{name}" for name, asked in asks.items() if asked]
+    problems += [name for name in ("optimizer", "torch_autocast") if name in config]
+    if problems:
+        raise ConfigError(
+            f"the DeepSpeed configuration asks for {', '.join(problems)}, which checkpoints here "
+            "do not know: take that out, or choose another strategy"
+        )

@@ -1,7 +1,8 @@
-"""What the first process does alone, and how the others wait for it: by asking their store.
+"""What the first process does alone, and how the others wait for it.
 
-In a collective NCCL's watchdog would end every process after half an hour, and a process would hear
-neither signals nor that the first one has failed.
+Not in a collective: that has a limit of its own (NCCL's watchdog ends every process after half an
+hour), which knows nothing of the work, and a process in it hears neither signals nor that the first
+one has failed. The store by which the processes found each other has no such limit.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from typing import Any, Final
 
 import torch
 
-from vipllava.types import VipLlavaError, first_line
+from vipllava.types import VipLlavaError
 
 logger = logging.getLogger(__name__)
 
 LIMIT: Final = timedelta(hours=3)
 """How long the others wait: an export of 100 GB to storage that takes 10 MB a second."""
+
 _HEARD_LIMIT: Final = timedelta(seconds=30)
 """How long the first process, which may hold the store, stays for the others to read from it."""
+
 _POLL_SECONDS: Final = 0.1
 _DONE: Final = "done"
 _numbers = itertools.count()
@@ -33,11 +36,15 @@ def first_alone(
 ) -> None:
     """Have the first process do something while the others wait; every process has to call this.
 
-    ``what`` names the work in messages, as in "waiting for the first process: WHAT".
+    Args:
+        is_first: whether this is the first process of the job.
+        what: names the work in messages, as in "waiting for the first process: WHAT".
+        work: is called on the first process only.
+        limit: how long the others wait.
 
     Raises:
-        VipLlavaError: on the others: the work failed, the first process is gone, or it took longer
-            than ``limit``. On the first one what the work raises is raised.
+        VipLlavaError: on the others: the work failed, the first process is gone, or the limit is
+            over. What ``work`` raises is raised on the first process.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         if is_first:
@@ -51,7 +58,7 @@ def first_alone(
         try:
             work()
         except BaseException as error:
-            answer = first_line(error)
+            answer = _first_line(error)
             raise
         finally:
             store.set(key, answer)
@@ -65,7 +72,7 @@ def first_alone(
         store.add(f"{key}/heard", 1)
     except torch.distributed.DistError as error:
         raise VipLlavaError(
-            f"waiting for the first process: {what}, and it is gone ({first_line(error)}): its "
+            f"waiting for the first process: {what}, and it is gone ({_first_line(error)}): its "
             "own log says why"
         ) from error
     if not in_time:
@@ -85,3 +92,7 @@ def _until(is_true: Callable[[], bool], limit: timedelta) -> bool:
             return False
         time.sleep(_POLL_SECONDS)
     return True
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

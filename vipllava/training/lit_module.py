@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
@@ -26,67 +26,96 @@ from vipllava.models.freezing import check_parts, hold_frozen, modules_of, set_t
 from vipllava.models.placing import Placement
 from vipllava.models.quantization import QuantizationSettings, quantization_config
 from vipllava.models.supervised_loss import Observer, supervised_loss_sum
-from vipllava.training import optim, sharding
-from vipllava.training.guard import LossGuard, Refusal, refuse_step
-from vipllava.training.optim import OptimizerSettings
+from vipllava.training.guard import LossGuard, Verdict, refuse_step
+from vipllava.training.optim import (
+    OptimizerSettings,
+    backward_scale,
+    build_optimizer,
+    build_schedule,
+    gradient_norm,
+    learning_rates,
+    parameter_groups,
+    uses_fused_adamw,
+)
 from vipllava.training.restart import rescale_progress
+from vipllava.training.sharding import (
+    LOSS_METHOD,
+    HandedOut,
+    build_fsdp2,
+    check_rotary_precision,
+    is_fsdp2,
+    placement_for,
+    zero3_paused,
+)
 from vipllava.types import Batch, ConfigError, VipLlavaError
 
 logger = logging.getLogger(__name__)
 
-HALF_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """What is computed in, by the trainer's precision, where weights are held in more."""
 
+_ACCUMULATE = "accumulate_grad_batches"
+"""Key of a checkpoint: micro-batches per optimizer step of the run that wrote it."""
 
-@dataclass(slots=True)
-class _Step:
-    """What is known of the optimizer step under way."""
+_GUARD = "loss_guard"
+"""Key of a checkpoint: what the guard knows."""
 
-    number: int = 0  # optimizer steps before it
-    # Of this process's micro-batches so far: summed loss, supervised tokens, keys and loss of each.
-    loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    num_tokens: int = 0
-    micro_batches: list[tuple[tuple[str, ...], torch.Tensor]] = field(default_factory=list)
-    sums: tuple[float, float] | None = None  # loss and supervised tokens, of all processes
-    is_skipped: bool = False  # the guard has it left out
-    gradient_norm: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # unclipped
-    values: dict[str, float] = field(default_factory=dict)  # what else is logged
+_PROGRESS = "stream_progress"
+"""Key of a checkpoint: the share of the epoch's samples that is done, None where steps say it."""
 
 
 class VipLlavaLitModule(lightning.LightningModule):
-    """Trains the projector, and other parts if named, on batches of marked images.
+    """Trains the projector, and other parts if named, on batches of marked pictures.
 
     The network is made in ``configure_model``, on every process by itself and under the
     strategy's own contexts; before that ``model`` is None. Parts that do not train stay in eval
     mode, and are held in the dtype that is computed in. Parameters that train keep
-    ``ModelSpec.dtype``: in float32 with ``bf16-mixed`` they and Adam's state are master copies,
-    without which updates at a rate of 2e-7 would be rounded away.
+    ``ModelSpec.dtype``: with float32 and a trainer precision of ``bf16-mixed`` they and Adam's
+    state are float32 master copies, without which updates at a rate of 2e-7 would be rounded away.
 
-    What is logged is in :data:`vipllava.training.metrics.METRICS`. Callbacks that want more than
-    the loss put an observer of the predictions into ``observers``.
+    Logged once per optimizer step: ``train/loss`` (cross entropy per supervised token of the
+    global batch), ``train/lr`` (the highest; with ``train/lr/PART`` where parts differ),
+    ``train/grad_norm`` (before clipping) and ``train/supervised_tokens``. After a pass over
+    held-out samples: ``val/loss``.
+    Callbacks that want more than the loss put an observer of the predictions into ``observers``.
 
     Args:
         model: what to build.
         trainable: the parts that train, of :data:`vipllava.models.freezing.PARTS`.
-        optimizer: rates, decay and schedule.
-        gradient_checkpointing: recompute all of the language model's blocks in the backward pass,
-            none, or the first so many.
-        seed: of the projector's first weights, adapters and dropout.
+        learning_rate: see :class:`OptimizerSettings`, as the next seven.
+        projector_learning_rate: the projector's own rate.
+        vision_tower_learning_rate: the tower's own rate, where it trains.
+        weight_decay: decay of matrices and embeddings.
+        betas: Adam's.
+        eps: Adam's.
+        warmup_ratio: share of the steps.
+        schedule: ``cosine`` or ``constant``.
+        gradient_checkpointing: recompute the language model's blocks in the backward pass: all of
+            them, none, or the first so many.
+        compile_blocks: have ``torch.compile`` make each decoder block faster; for rows of one
+            length.
+        guard: decides about steps whose loss is not finite or far too high.
+        seed: of the projector's first weights.
         tokenizer: that of the data; loaded from the spec's source if not given.
         adapter: LoRA on the language model, whose own weights then stay as they are.
         quantization: hold those weights in fewer bits; only with an adapter.
-        compile_blocks: have ``torch.compile`` make each block faster; for rows of one length.
-        guard: decides about steps whose loss is not finite or far too high.
     """
 
     def __init__(
         self,
         model: ModelSpec,
         trainable: Sequence[str],
-        optimizer: OptimizerSettings,
+        learning_rate: float,
+        projector_learning_rate: float | None = None,
+        weight_decay: float = 0.0,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        warmup_ratio: float = 0.03,
+        schedule: str = "cosine",
         gradient_checkpointing: bool | int = False,
         seed: int = 42,
         tokenizer: PreTrainedTokenizerFast | None = None,
+        vision_tower_learning_rate: float | None = None,
         adapter: AdapterSettings | None = None,
         quantization: QuantizationSettings | None = None,
         compile_blocks: bool = False,
@@ -95,11 +124,22 @@ class VipLlavaLitModule(lightning.LightningModule):
         super().__init__()
         if quantization is not None and adapter is None:
             raise ConfigError(
-                f"weights held in {quantization.bits} bits cannot train: give them adapter=SETTINGS"
+                f"weights held in {quantization.bits} bits cannot train: give them an adapter "
+                "(tuning=qlora)"
             )
+        beta1, beta2 = betas
         self.spec = model
         self.trainable = check_parts(trainable)
-        self.settings = optimizer
+        self.settings = OptimizerSettings(
+            learning_rate=learning_rate,
+            projector_learning_rate=projector_learning_rate,
+            vision_tower_learning_rate=vision_tower_learning_rate,
+            weight_decay=weight_decay,
+            betas=(beta1, beta2),
+            eps=eps,
+            warmup_ratio=warmup_ratio,
+            schedule=schedule,
+        )
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_blocks = compile_blocks
         self.guard = guard or LossGuard()
@@ -109,13 +149,25 @@ class VipLlavaLitModule(lightning.LightningModule):
         self.model: VipLlavaForConditionalGeneration | None = None
         self.observers: list[Observer] = []
         self._tokenizer = tokenizer
-        self._step = _Step()
+        self._step_loss = torch.zeros(())
+        self._step_tokens = 0
+        self._step_sums: tuple[float, float] | None = None
+        self._step = 0
+        self._gradient_norm = torch.zeros(())
+        self._micro_batches: list[tuple[tuple[str, ...], torch.Tensor]] = []
+        self._skips = False
+        self._step_values: dict[str, float] = {}
+        self._held_out = torch.zeros(2, dtype=torch.float64)
         self._last_global_step = 0
         self._progress: float | None = None
 
     @property
     def network(self) -> VipLlavaForConditionalGeneration:
-        """The network; raises VipLlavaError before ``configure_model`` has run."""
+        """The network.
+
+        Raises:
+            VipLlavaError: ``configure_model`` has not run.
+        """
         if self.model is None:
             raise VipLlavaError(
                 "the network is not built yet: Lightning builds it when fit starts; call "
@@ -127,24 +179,23 @@ class VipLlavaLitModule(lightning.LightningModule):
         """Build the network once; Lightning calls this at the start of every loop."""
         if self.model is not None:
             return
-        strategy = self._strategy
+        strategy: Any = self.trainer.strategy if self._trainer is not None else None
         # Lightning's default device here is the strategy's; the values of what is drawn on the CPU
         # would depend on it.
-        with torch.device("cpu"), sharding.zero3_paused(strategy):
-            if isinstance(strategy, ModelParallelStrategy):
-                mesh: Any = strategy.device_mesh
-                self.model = sharding.build_fsdp2(
+        with torch.device("cpu"), zero3_paused(strategy) if strategy is not None else nullcontext():
+            if strategy is not None and is_fsdp2(strategy):
+                self.model = build_fsdp2(
                     self._build,
                     self._prepare,
-                    mesh["data_parallel"],
+                    strategy.device_mesh["data_parallel"],
                     device=strategy.root_device,
                     precision=str(self.trainer.precision),
                 )
             else:
-                placement = sharding.placement_for(strategy)
+                placement = placement_for(strategy)
                 self.model = self._build(placement)
                 self._prepare(self.model)
-                if isinstance(placement, sharding.HandedOut):
+                if isinstance(placement, HandedOut):
                     placement.take_apart(self.model.parameters())  # adapters
                     self.to(placement.device)  # DeepSpeed leaves to us what is in parts
         self.train(self.training)
@@ -156,10 +207,10 @@ class VipLlavaLitModule(lightning.LightningModule):
             seed=self.seed,
             quantization_config=quantization_config(self.quantization),
             placement=placement,
-            prepare=None if placement is None else self._choose_dtypes,
+            prepare=None if placement is None else self._plan,
         )
 
-    def _choose_dtypes(self, hollow: VipLlavaForConditionalGeneration) -> None:
+    def _plan(self, hollow: VipLlavaForConditionalGeneration) -> None:
         """Decide what each weight is held in, so that none is read in more than that."""
         set_trainable(hollow, self.trainable)
         if self.adapter is not None:
@@ -173,16 +224,12 @@ class VipLlavaLitModule(lightning.LightningModule):
             hold_frozen(hollow, half)
 
     @property
-    def _strategy(self) -> Any:
-        return self.trainer.strategy if self._trainer is not None else None
-
-    @property
     def _half(self) -> torch.dtype | None:
-        return HALF_DTYPES.get(str(self.trainer.precision)) if self._trainer is not None else None
+        return HALVES.get(str(self.trainer.precision)) if self._trainer is not None else None
 
     @property
     def _under_deepspeed(self) -> bool:
-        return isinstance(self._strategy, DeepSpeedStrategy)
+        return self._trainer is not None and _divides_twice(self.trainer.strategy)
 
     def _prepare(self, model: VipLlavaForConditionalGeneration) -> None:
         half = self._half
@@ -205,7 +252,9 @@ class VipLlavaLitModule(lightning.LightningModule):
         if self.model is None:
             return self
         for part, modules in modules_of(self.model).items():
-            for module in () if part in self.trainable else modules:
+            if part in self.trainable:
+                continue
+            for module in modules:
                 module.eval()
         if self.gradient_checkpointing and mode:
             train_recomputed(self.model)
@@ -214,39 +263,36 @@ class VipLlavaLitModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Return the loss whose gradients add up to that of the global batch's mean.
 
-        Raises VipLlavaError, with the samples, if the guard stops or no token is supervised.
+        Raises:
+            VipLlavaError: the guard stops at the step's loss, or the batch does not say how many
+                supervised tokens the global batch has; both name the samples.
         """
         if batch.num_supervised_global < 1:
             raise VipLlavaError(
                 f"the global batch with samples {list(batch.keys)} has no supervised token "
                 f"(num_supervised_global={batch.num_supervised_global}): its answers are empty or "
-                "cut off; raise max_length or look at these records"
+                "cut off; raise stage.max_length or look at these records"
             )
         self._progress = batch.progress
         self._key_random_state(batch_idx)
-        loss_sum, num_supervised = self._loss_sum(batch, self.observers)
+        network = self.network
+        loss_of = getattr(network, LOSS_METHOD, None) or partial(supervised_loss_sum, network)
+        loss_sum, num_supervised = loss_of(batch, self.observers)
         loss = loss_sum / batch.num_supervised_global
-        step = self._step
-        step.loss = step.loss + loss.detach()  # a 0 on the CPU first, which waits for no device
-        step.num_tokens += num_supervised
-        step.micro_batches.append((batch.counted_keys, loss.detach()))
+        self._step_loss = self._step_loss.to(loss.device) + loss.detach()
+        self._step_tokens += num_supervised
+        self._micro_batches.append((batch.keys, loss.detach()))
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            step.number, step.sums = self.trainer.global_step, self._sum_over_ranks()
-            self._act_on(self.guard.judge(step.sums[0]))
-            if step.is_skipped and self._under_deepspeed:
-                # It leaves a step out only if it finds an overflow in the gradients.
+            self._step, self._step_sums = self.trainer.global_step, self._sum_over_ranks()
+            self._obey(self.guard.judge(self._step_sums[0]))
+            if self._skips:
+                # Gradients that are no numbers: DeepSpeed leaves such a step out by itself.
                 loss = loss * float("nan")
-        return loss * optim.backward_scale(
+        return loss * backward_scale(
             self.trainer.world_size,
             self.trainer.accumulate_grad_batches,
-            is_deepspeed=self._under_deepspeed,
+            divides_twice=_divides_twice(self.trainer.strategy),
         )
-
-    def _loss_sum(
-        self, batch: Batch, observers: Sequence[Observer] = ()
-    ) -> tuple[torch.Tensor, int]:
-        method = getattr(self.network, sharding.LOSS_METHOD, None)
-        return (method or partial(supervised_loss_sum, self.network))(batch, observers)
 
     def on_validation_epoch_start(self) -> None:
         """Begin the sums of a pass over the held-out samples."""
@@ -254,43 +300,50 @@ class VipLlavaLitModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up the loss of a held-out batch; a repeated one has no labels and adds nothing."""
-        loss_sum, num_supervised = self._loss_sum(batch)
+        network = self.network
+        loss_of = getattr(network, LOSS_METHOD, None) or partial(supervised_loss_sum, network)
+        loss_sum, num_supervised = loss_of(batch)
         self._held_out += torch.tensor([float(loss_sum), num_supervised], dtype=torch.float64)
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over all supervised tokens of the held-out samples, on all ranks."""
+        strategy: Any = self.trainer.strategy
         sums = self._held_out.to(self.device, torch.float32)
-        loss_sum, num_supervised = self._strategy.reduce(sums, reduce_op="sum").tolist()
+        loss_sum, num_supervised = strategy.reduce(sums, reduce_op="sum").tolist()
         value = loss_sum / max(1.0, num_supervised)
         self.log("val/loss", value, prog_bar=True, logger=False, batch_size=1)
         for log in self.trainer.loggers:
             log.log_metrics({"val/loss": value}, step=max(0, self.trainer.global_step - 1))
 
-    def _act_on(self, refusal: Refusal | None) -> None:
+    def _obey(self, verdict: Verdict | None) -> None:
         """Stop, or have the step left out, if the guard says so; all ranks hear the same."""
-        if refusal is None:
+        if verdict is None:
             return
-        step = self._step
-        known = (step.number, (step.sums or self._sum_over_ranks())[0], step.micro_batches)
-        message = refuse_step(self.trainer, self.guard, refusal, *known)
-        if refusal.action == "stop":
+        loss, _ = self._step_sums or self._sum_over_ranks()
+        message = refuse_step(
+            self.trainer, self.guard, verdict, self._step, loss, self._micro_batches
+        )
+        if verdict.action == "stop":
             raise VipLlavaError(message)
-        step.is_skipped = True
+        self._skips = True
         logger.warning("%s", message)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note the gradient norm, which clipping changes, and the rate, which the step changes."""
-        step = self._step
-        step.values |= optim.learning_rates(optimizer.param_groups)
-        if not self._under_deepspeed:
-            if not step.is_skipped:
-                step.gradient_norm = optim.gradient_norm(_parameters(optimizer))
-                self._judge_gradient(float(step.gradient_norm))
-            if step.is_skipped:
-                self.network.zero_grad()
-        elif step.is_skipped:
-            # In float32 it looks for an overflow only if told to.
-            self._strategy.deepspeed_engine.optimizer.check_grad_overflow = True
+        self._step_values |= learning_rates(optimizer.param_groups)
+        self._step_values.pop("train/grad_norm", None)
+        strategy: Any = self.trainer.strategy
+        if _divides_twice(strategy):
+            if self._skips:
+                # In float32 it looks only if told to.
+                strategy.deepspeed_engine.optimizer.check_grad_overflow = True
+            return
+        if not self._skips:
+            self._gradient_norm = gradient_norm(_parameters(optimizer))
+            self._note_gradient_norm(float(self._gradient_norm))
+        if self._skips:
+            for parameter in self.network.parameters():
+                parameter.grad = None
 
     def configure_gradient_clipping(
         self,
@@ -300,67 +353,88 @@ class VipLlavaLitModule(lightning.LightningModule):
     ) -> None:
         """Clip by the norm that is known already; DeepSpeed clips by itself.
 
-        Lightning would compute it again, and refuse a fused optimizer in any mixed precision.
+        Lightning's own way computes the norm again, and in mixed precision it refuses a fused
+        optimizer, though only a loss scale would be in the way: :func:`uses_fused_adamw`.
         """
-        if not gradient_clip_val or self._step.is_skipped or self._under_deepspeed:
+        if not gradient_clip_val or self._skips or _divides_twice(self.trainer.strategy):
             return
-        weights, norm = _parameters(optimizer), self._step.gradient_norm
         if gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
-            nn.utils.clip_grad_value_(weights, gradient_clip_val)
+            nn.utils.clip_grad_value_(_parameters(optimizer), gradient_clip_val)
         else:
-            nn.utils.clip_grads_with_norm_(weights, gradient_clip_val, norm)
+            nn.utils.clip_grads_with_norm_(
+                _parameters(optimizer), gradient_clip_val, self._gradient_norm
+            )
 
-    def _judge_gradient(self, norm: float) -> None:
-        self._step.values["train/grad_norm"] = norm
+    def _note_gradient_norm(self, norm: float) -> None:
+        self._step_values["train/grad_norm"] = norm
         if self.trainer.precision != "16-mixed":  # whose scaling overflows now and then
-            self._act_on(self.guard.judge_gradient(norm))
+            self._obey(self.guard.judge_gradient(norm))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log what belongs to the optimizer step, if this micro-batch completed one."""
-        self.log_step()
+        if self.trainer.global_step != self._last_global_step:
+            self.log_step()
 
     def log_step(self) -> None:
-        """Log the step that has just ended, if one has; every process has to call this."""
-        # To the loggers at once: Lightning goes there after all callbacks, and a kill behind a
-        # checkpoint would lose the row.
+        """Log the step that has just ended, once; every process has to call this.
+
+        To the loggers at once: Lightning's own way goes there after all callbacks, and a run that
+        is killed behind a checkpoint would lack the row.
+        """
         if self.trainer.global_step == self._last_global_step:
             return
         self._last_global_step = self.trainer.global_step
-        loss, num_tokens = self._step.sums or self._sum_over_ranks()
-        if self._under_deepspeed and not self._step.is_skipped:
-            norm = self._strategy.deepspeed_engine.get_global_grad_norm()
+        strategy: Any = self.trainer.strategy
+        loss, num_tokens = self._step_sums or self._sum_over_ranks()
+        if _divides_twice(strategy) and not self._skips:
+            norm = strategy.deepspeed_engine.get_global_grad_norm()
             if norm is not None:
-                self._judge_gradient(float(norm))
-        values = {"train/loss": loss, "train/supervised_tokens": num_tokens, **self._step.values}
-        for name, value in values.items():
-            on_bar = name in ("train/loss", "train/lr")
-            self.log(name, value, prog_bar=on_bar, logger=False, batch_size=1)
+                self._note_gradient_norm(float(norm))
+        values = {
+            "train/loss": loss,
+            "train/supervised_tokens": num_tokens,
+            **self._step_values,
+        }
+        shown = {name: values[name] for name in ("train/loss", "train/lr") if name in values}
+        self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+        rest = {name: value for name, value in values.items() if name not in shown}
+        self.log_dict(rest, logger=False, batch_size=1)
         for log in self.trainer.loggers:
             # Numbered as Lightning does: by the steps before this one.
             row = {**values, "epoch": self.current_epoch}
             log.log_metrics(row, step=self.trainer.global_step - 1)
-        self._step = _Step()
+        self._forget_step()
 
     def _sum_over_ranks(self) -> tuple[float, float]:
-        mine = self._step.loss  # divided by the global count already: the ranks' values add up
-        sums = torch.stack([mine.float(), mine.new_tensor(self._step.num_tokens)])
-        loss, num_tokens = self._strategy.reduce(sums, reduce_op="sum").tolist()
+        """Return loss and supervised tokens of the step so far, of all ranks together."""
+        strategy: Any = self.trainer.strategy
+        # Every rank's sum is already divided by the global count: the ranks' values add up.
+        sums = torch.stack([self._step_loss.float(), self._step_loss.new_tensor(self._step_tokens)])
+        loss, num_tokens = strategy.reduce(sums, reduce_op="sum").tolist()
         return loss, num_tokens
 
+    def _forget_step(self) -> None:
+        self._step_loss, self._step_tokens = torch.zeros((), device=self.device), 0
+        self._step_sums, self._micro_batches, self._skips = None, [], False
+
     def on_train_start(self) -> None:
-        """Forget sums of an earlier fit; a resumed run starts at its own step."""
-        sharding.check_rotary_precision(self.network)
+        """Forget sums of an earlier fit; a resumed run starts at its own step.
+
+        Raises:
+            VipLlavaError: the strategy has cast what has to stay float32.
+        """
+        check_rotary_precision(self.network)
         config: Any = self.network.config
         self.guard.chance_loss = math.log(config.text_config.vocab_size)
-        self._step = _Step()
+        self._forget_step()
         self._last_global_step = self.trainer.global_step
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make AdamW and its schedule over the steps that the trainer is going to do."""
-        groups = optim.parameter_groups(modules_of(self.network), self.settings)
-        device: torch.device = self._strategy.root_device
-        fused = optim.uses_fused_adamw(device.type, str(self.trainer.precision))
-        adamw = optim.build_optimizer(groups, self.settings, fused=fused)
+        groups = parameter_groups(modules_of(self.network), self.settings)
+        device_type = self.trainer.strategy.root_device.type
+        fused = uses_fused_adamw(device_type, str(self.trainer.precision))
+        optimizer = build_optimizer(groups, self.settings, fused=fused)
         num_steps = int(self.trainer.estimated_stepping_batches)
 
         def steps_done(step: int) -> float:
@@ -370,11 +444,14 @@ class VipLlavaLitModule(lightning.LightningModule):
             num_epochs = self.trainer.max_epochs or 1
             return num_steps * (self.current_epoch + self._progress) / num_epochs
 
-        schedule = optim.build_schedule(adamw, self.settings, num_steps, steps_done)
-        return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        schedule = build_schedule(optimizer, self.settings, num_steps, steps_done)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _key_random_state(self, batch_idx: int) -> None:
-        """Make dropout a function of seed, step and rank: a resumed run draws the same masks."""
+        """Make dropout a function of seed, step and rank: a resumed run draws the same masks.
+
+        Lightning saves no random state, and restoring one would need that of every rank.
+        """
         trainer = self.trainer
         micro_batch = batch_idx % trainer.accumulate_grad_batches
         key = (self.seed, trainer.global_step, micro_batch, trainer.global_rank, "dropout")
@@ -382,21 +459,24 @@ class VipLlavaLitModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out: they are read from their source again, and are most of a 7B."""
-        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
-        checkpoint["loss_guard"] = self.guard.state_dict()
-        checkpoint["stream_progress"] = self._progress
-        state, kept = checkpoint.get("state_dict", {}), self._trainable_keys()
+        checkpoint[_ACCUMULATE] = self.trainer.accumulate_grad_batches
+        checkpoint[_GUARD] = self.guard.state_dict()
+        checkpoint[_PROGRESS] = self._progress
+        state = checkpoint.get("state_dict", {})
+        kept = self._trainable_keys()
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the frozen weights of the built network where the checkpoint left them out.
 
-        Lightning counts progress in micro-batches: it is put into this run's unit.
+        Lightning counts an epoch's progress in micro-batches; with other ranks or micro-batches
+        the same step is another count, so it is put into this run's unit.
         """
-        if (known := checkpoint.get("loss_guard")) is not None:
-            self.guard.load_state_dict(known)
-        self._progress = checkpoint.get("stream_progress")
-        if (saved := checkpoint.get("accumulate_grad_batches")) is not None:
+        if _GUARD in checkpoint:
+            self.guard.load_state_dict(checkpoint[_GUARD])
+        self._progress = checkpoint.get(_PROGRESS)
+        saved = checkpoint.get(_ACCUMULATE)
+        if saved is not None:
             rescale_progress(checkpoint, saved, self.trainer.accumulate_grad_batches)
         present, state = self.state_dict(), checkpoint.setdefault("state_dict", {})
         for key in set(present) - self._trainable_keys():
@@ -404,9 +484,17 @@ class VipLlavaLitModule(lightning.LightningModule):
 
     def _trainable_keys(self) -> set[str]:
         """Return the names of what trains; the networks have no other state worth keeping."""
-        every = self.named_parameters(remove_duplicate=False)
-        return {name for name, parameter in every if parameter.requires_grad}
+        trainable = {id(p) for p in self.parameters() if p.requires_grad}
+        return {
+            name
+            for name, parameter in self.named_parameters(remove_duplicate=False)
+            if id(parameter) in trainable
+        }
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _divides_twice(strategy: Strategy) -> bool:
+    return isinstance(strategy, DeepSpeedStrategy)

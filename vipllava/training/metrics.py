@@ -1,6 +1,8 @@
-"""What a run logs, by name, see ``docs/logging.md``; and the callback that measures its speed.
+"""What a run logs, by name, and the callback that measures how fast it goes.
 
-What belongs to one optimizer step is logged by the module, what needs a stretch of time here.
+These names are the same in every logger; ``docs/logging.md`` explains them. What belongs to one
+optimizer step is logged by the module; what needs a stretch of time, or a sum over ranks that no
+step can spare, is measured here over a window of steps.
 """
 
 from __future__ import annotations
@@ -10,16 +12,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import lightning
 import torch
-from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch.nn import functional
 
-from vipllava.forecast.architecture import Architecture, architecture_of
-from vipllava.forecast.flops import Workload, device_peak, useful_flops
-from vipllava.models.supervised_loss import Predictions, supervised_positions
-from vipllava.stream.loader import StepLoader
-from vipllava.stream.ranks import gather_objects
+from vipllava.data.stream import REPEAT_SUFFIX, StepLoader
+from vipllava.models.architecture import Architecture
+from vipllava.models.flops import Workload, useful_flops
+from vipllava.models.supervised_loss import supervised_positions
+from vipllava.training.dataset_losses import DatasetLosses
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.types import PADDING_SEGMENT, Batch
 
@@ -44,7 +45,7 @@ METRICS: Final[Mapping[str, str]] = {
     SUPERVISED_TOKENS: "supervised tokens of the step's global batch",
     SAMPLES_PER_SECOND: "samples, all ranks together",
     SUPERVISED_TOKENS_PER_SECOND: "tokens that carry loss, all ranks together",
-    TOKENS_PER_SECOND: "tokens with those of images, without padding, all ranks together",
+    TOKENS_PER_SECOND: "tokens with those of pictures, without padding, all ranks together",
     MFU: "useful FLOP/s over the devices' peak; recomputation and padding never count",
     MEMORY: "most memory allocated on any device since the start, 10^9 bytes; CUDA only",
     WAIT_SHARE: "share of the time that the rank which waited longest waited for data, 0..1",
@@ -54,9 +55,6 @@ METRICS: Final[Mapping[str, str]] = {
 """Every metric and its meaning. Beside them there are :func:`dataset_loss` for each data set and,
 where parts differ, their rates (:func:`vipllava.training.optim.learning_rates`)."""
 
-_ROWS = 256
-"""Logits looked at together: 0.13 GB of a vocabulary of 128,000 in float32."""
-
 
 def dataset_loss(name: str) -> str:
     """Return the metric of one data set's loss: the mean over a window's supervised tokens."""
@@ -64,7 +62,16 @@ def dataset_loss(name: str) -> str:
 
 
 def segment_lengths(batch: Batch) -> torch.Tensor:
-    """Return at the last position of every sample its length, else 0: int64 [rows, length]."""
+    """Return at the last position of every sample its length, and 0 elsewhere.
+
+    A shape that does not depend on the values: on a device nothing has to wait for it.
+
+    Args:
+        batch: padded or packed rows; padding may lie anywhere.
+
+    Returns:
+        int64 [rows, length].
+    """
     real = batch.segment_ids != PADDING_SEGMENT
     ends = batch.position_ids.roll(-1, 1) == 0
     ends[:, -1] = True
@@ -73,221 +80,232 @@ def segment_lengths(batch: Batch) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class BatchFlops:
-    """Counts the useful operations of a micro-batch by its samples' lengths and supervision."""
+    """Counts the useful operations of a micro-batch by its samples' lengths and supervision.
 
-    architecture: Architecture  # the network's sizes
-    workload: Workload  # what trains of the language model
-    adapter_rank: int = 0  # of LoRA, or 0
-    tower_trains: bool = False  # the tower gets gradients, too
+    Attributes:
+        architecture: the network's sizes.
+        workload: what trains of the language model.
+        adapter_rank: of LoRA, or 0.
+        tower_trains: the tower gets gradients, too.
+    """
+
+    architecture: Architecture
+    workload: Workload
+    adapter_rank: int = 0
+    tower_trains: bool = False
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Return the FLOPs of a micro-batch, float64 and on its device: no step waits for it."""
+        """Return the FLOPs of a micro-batch, float64 and on its device: no step waits for it.
+
+        See :func:`vipllava.models.flops.useful_flops`.
+        """
         lengths = segment_lengths(batch).double()
-        counts: dict[str, Any] = {
-            "num_samples": len(batch.keys),
-            "num_tokens": lengths.sum(),
-            "num_supervised": supervised_positions(batch).sum(),
-            "num_images": len(batch.pixel_values),
-            "squared_tokens": lengths.square().sum(),
-            "adapter_rank": self.adapter_rank,
-            "tower_trains": self.tower_trains,
-        }
-        flops: Any = useful_flops(self.architecture, self.workload, **counts)
+        num_tokens: Any = lengths.sum()
+        squared_tokens: Any = lengths.square().sum()
+        num_supervised: Any = supervised_positions(batch).sum()
+        flops: Any = useful_flops(
+            self.architecture,
+            self.workload,
+            num_samples=len(batch.keys),
+            num_tokens=num_tokens,
+            num_supervised=num_supervised,
+            num_images=len(batch.pixel_values),
+            squared_tokens=squared_tokens,
+            adapter_rank=self.adapter_rank,
+            tower_trains=self.tower_trains,
+        )
         return flops
 
 
-def count_flops_of(module: VipLlavaLitModule) -> BatchFlops:
-    """Return what counts the operations of a module's micro-batches; its network is built."""
-    adapter = module.adapter
-    workload: Workload = "full"
-    if "language_model" not in module.trainable:
-        workload = "projector"
-    elif adapter is not None:
-        workload = "lora" if module.quantization is None else "qlora"
-    return BatchFlops(
-        architecture_of(module.network.config),
-        workload,
-        adapter_rank=0 if adapter is None else adapter.r,
-        tower_trains="vision_tower" in module.trainable,
-    )
-
-
-class DatasetLosses:
-    """Adds up losses and supervised tokens by data set on this rank; an observer of predictions.
-
-    In a micro-batch of several, tokens' losses are worked out again without a graph, some rows of
-    logits at a time, for memory's sake. Nothing waits for the device.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-
-    @torch.no_grad()
-    def observe(self, batch: Batch, predictions: Predictions) -> None:
-        """Add a micro-batch; one without names of data sets is passed over."""
-        known = list(dict.fromkeys(batch.datasets))
-        total = predictions.loss_sum
-        if len(known) < 2:
-            count = torch.full_like(total, len(predictions.targets))
-            sums = torch.stack([total, count])[None]
-        else:
-            device = predictions.logits.device
-            numbers = torch.tensor([known.index(name) for name in batch.datasets]).to(device)
-            sample = sample_of_position(batch.segment_ids)[:, 1:][predictions.supervised]
-            sums = torch.zeros(len(known), 2, device=device)
-            columns = (predictions.logits, predictions.targets, numbers[sample])
-            parts = (column.split(_ROWS) for column in columns)
-            for logits, targets, dataset in zip(*parts, strict=True):
-                losses = functional.cross_entropy(logits, targets, reduction="none")
-                both = torch.stack([losses, torch.ones_like(losses)], dim=1)
-                sums.index_add_(0, dataset, both)
-        for name, values in zip(known, sums, strict=False):
-            self._sums[name] = self._sums[name] + values if name in self._sums else values
-
-    def take(self) -> dict[str, tuple[float, float]]:
-        """Return by data set the summed loss and the number of tokens since the last call."""
-        sums, self._sums = self._sums, {}
-        return {name: (float(total), float(count)) for name, (total, count) in sums.items()}
-
-
-def sample_of_position(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Return which of a batch's samples, in the order of its keys, each position belongs to.
-
-    ``segment_ids`` and the result, which means nothing on padding, are int64 [rows, length].
-    """
-    per_row = segment_ids.amax(dim=1) + 1
-    first = per_row.cumsum(0) - per_row
-    return segment_ids + first[:, None]
-
-
 @dataclass(slots=True)
-class WindowSums:
-    """What one rank did in a window of optimizer steps."""
+class _Window:
+    """What one rank adds up between two logs; ``waited`` is the loader's clock at its start."""
 
-    seconds: float = 0.0  # how long it took, validation left out
-    seconds_waited: float | None = None  # for data; None where the loader does not say
-    num_samples: int = 0  # of this rank
-    num_supervised: int = 0  # supervised tokens of the global batches: all ranks together
-    num_tokens: int | torch.Tensor = 0  # of this rank, without padding
-    useful_flops: float | torch.Tensor | None = None  # of this rank; None: nothing counts them
-    memory: int | None = None  # most bytes allocated on its device, if the device says
-    # By data set the summed loss and the number of its tokens, of this rank.
+    began: float
+    waited: float
+    num_steps: int = 0
+    num_samples: int = 0
+    num_supervised: int = 0
+    num_tokens: torch.Tensor | None = None
+    useful_flops: float | torch.Tensor = 0.0
+    idle: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WindowSums:
+    """What one rank did in a window of optimizer steps.
+
+    Attributes:
+        seconds: how long it took, validation left out.
+        seconds_waited: for data; None where the loader does not say.
+        num_samples: of this rank.
+        num_supervised: supervised tokens of the global batches: all ranks together.
+        num_tokens: of this rank, without padding.
+        useful_flops: of this rank; None where nothing counts them.
+        memory: most bytes allocated on its device; None where the device does not say.
+        losses: by data set the summed loss and the number of its tokens, of this rank.
+    """
+
+    seconds: float
+    seconds_waited: float | None
+    num_samples: int
+    num_supervised: int
+    num_tokens: int
+    useful_flops: float | None = None
+    memory: int | None = None
     losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def window_metrics(ranks: list[WindowSums], peak_flops: float | None = None) -> dict[str, float]:
-    """Return the metrics of a window from what every rank did in it; the peak is one device's."""
+    """Return the metrics of a window from what every rank did in it.
+
+    Args:
+        ranks: one for each rank.
+        peak_flops: of one device, FLOP/s.
+    """
     seconds = max(rank.seconds for rank in ranks)
     metrics: dict[str, float] = {}
     if seconds > 0:
         metrics[SAMPLES_PER_SECOND] = sum(rank.num_samples for rank in ranks) / seconds
         metrics[SUPERVISED_TOKENS_PER_SECOND] = ranks[0].num_supervised / seconds
-        metrics[TOKENS_PER_SECOND] = sum(int(rank.num_tokens) for rank in ranks) / seconds
-        if waits := [r.seconds_waited for r in ranks if r.seconds_waited is not None]:
+        metrics[TOKENS_PER_SECOND] = sum(rank.num_tokens for rank in ranks) / seconds
+        waits = [rank.seconds_waited for rank in ranks if rank.seconds_waited is not None]
+        if waits:
             metrics[WAIT_SHARE] = max(waits) / seconds
-        flops = [float(rank.useful_flops) for rank in ranks if rank.useful_flops is not None]
+        flops = [rank.useful_flops for rank in ranks if rank.useful_flops is not None]
         if flops and peak_flops:
             metrics[MFU] = sum(flops) / seconds / (peak_flops * len(ranks))
-    if memory := [rank.memory for rank in ranks if rank.memory is not None]:
+    memory = [rank.memory for rank in ranks if rank.memory is not None]
+    if memory:
         metrics[MEMORY] = max(memory) / 1e9
     for name in sorted({name for rank in ranks for name in rank.losses}):
         pairs = [rank.losses[name] for rank in ranks if name in rank.losses]
-        if count := sum(tokens for _, tokens in pairs):
-            metrics[dataset_loss(name)] = sum(loss for loss, _ in pairs) / count
+        total, count = (sum(values) for values in zip(*pairs, strict=True))
+        if count:
+            metrics[dataset_loss(name)] = total / count
     return metrics
 
 
-@dataclass(eq=False)
 class Throughput(Callback):
     """Measures speed, waiting, memory and the loss of each data set over windows of steps.
 
-    The ranks meet once a window. Validation's time is left out; the first window has the start-up.
+    The ranks meet once a window, not every step. A window ends every so many optimizer steps of the
+    run, and with the training; time spent in validation is left out. The first one has the start-up
+    in it.
+
+    Args:
+        every_n_steps: optimizer steps of a window.
+        useful_flops: FLOPs of a micro-batch that count as useful, such as :class:`BatchFlops`;
+            None logs no MFU.
+        peak_flops: of one device, FLOP/s; None logs no MFU.
+        clock: seconds that only grow.
     """
 
-    every_n_steps: int = 10  # optimizer steps of a window
-    # FLOPs of a micro-batch that count as useful; those of the module by default.
-    useful_flops: Callable[[Batch], float | torch.Tensor] | None = None
-    # Of one device, FLOP/s; its published one by default. Without it there is no MFU.
-    peak_flops: float | None = None
-    clock: Callable[[], float] = time.perf_counter  # seconds that only grow
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 10,
+        useful_flops: Callable[[Batch], float | torch.Tensor] | None = None,
+        peak_flops: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.every_n_steps = every_n_steps
+        self.useful_flops = useful_flops
+        self.peak_flops = peak_flops
+        self._clock = clock
         self._losses = DatasetLosses()
-        self._window = WindowSums()
-        self._num_steps = 0  # of this window
-        self._began = self._waited_before = self._paused_at = 0.0
+        self._window = _Window(0.0, 0.0)
+        self._paused_at = 0.0
         self._last_step = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         """Begin the first window."""
-        if isinstance(pl_module, VipLlavaLitModule):
-            if self._losses not in pl_module.observers:
-                pl_module.observers.append(self._losses)
-            if self.peak_flops is None:
-                self.peak_flops = peak_of(pl_module.device)
-            if self.useful_flops is None and self.peak_flops is not None:
-                self.useful_flops = count_flops_of(pl_module)
+        if isinstance(pl_module, VipLlavaLitModule) and self._losses not in pl_module.observers:
+            pl_module.observers.append(self._losses)
         self._last_step = trainer.global_step
         self._begin(trainer)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         """Stop the clock."""
-        self._paused_at = self.clock()
+        self._paused_at = self._clock()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         """Go on."""
-        self._began += self.clock() - self._paused_at
+        self._window.idle += self._clock() - self._paused_at
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         """Add a micro-batch; log if it ends a window."""
         window = self._window
-        window.num_samples += len(batch.counted_keys)
+        window.num_samples += sum(not key.endswith(REPEAT_SUFFIX) for key in batch.keys)
         # Added up on the device, and read at the window's end: no step waits for it.
-        window.num_tokens += (batch.segment_ids != PADDING_SEGMENT).sum()
+        tokens = (batch.segment_ids != PADDING_SEGMENT).sum()
+        window.num_tokens = tokens if window.num_tokens is None else window.num_tokens + tokens
         if self.useful_flops is not None:
-            before = 0.0 if window.useful_flops is None else window.useful_flops
-            window.useful_flops = before + self.useful_flops(batch)
+            window.useful_flops += self.useful_flops(batch)
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        self._num_steps += 1
+        window.num_steps += 1
         window.num_supervised += batch.num_supervised_global
         if trainer.global_step % self.every_n_steps == 0:
             self._log(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         """Log what is left."""
-        if self._num_steps:
+        if self._window.num_steps:
             self._log(trainer)
 
-    def _begin(self, trainer: Trainer) -> None:
-        self._window, self._num_steps = WindowSums(), 0
-        self._waited_before = getattr(trainer.train_dataloader, "seconds_waited", 0.0)
-        self._began = self.clock()
+    def _begin(self, trainer: lightning.Trainer) -> None:
+        self._window = _Window(self._clock(), _seconds_waited(trainer) or 0.0)
 
-    def _log(self, trainer: Trainer) -> None:
-        device, mine = trainer.strategy.root_device, self._window
+    def _log(self, trainer: lightning.Trainer) -> None:
+        device = trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # what is queued belongs to this window
-            mine.memory = torch.cuda.max_memory_allocated(device)
-        mine.seconds = self.clock() - self._began
+        window, waited = self._window, _seconds_waited(trainer)
+        mine = WindowSums(
+            seconds=self._clock() - window.began - window.idle,
+            seconds_waited=None if waited is None else waited - window.waited,
+            num_samples=window.num_samples,
+            num_supervised=window.num_supervised,
+            num_tokens=0 if window.num_tokens is None else int(window.num_tokens),
+            useful_flops=None if self.useful_flops is None else float(window.useful_flops),
+            memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            losses=self._losses.take(),
+        )
+        metrics = window_metrics(_of_all_ranks(mine, trainer.world_size), self.peak_flops)
         loader = trainer.train_dataloader
         if isinstance(loader, StepLoader):
-            mine.seconds_waited = loader.seconds_waited - self._waited_before
-        mine.num_tokens = int(mine.num_tokens)
-        mine.useful_flops = None if mine.useful_flops is None else float(mine.useful_flops)
-        mine.losses = self._losses.take()
-        metrics = window_metrics(gather_objects(mine), self.peak_flops)
-        if isinstance(loader, StepLoader):
-            metrics[QUARANTINED] = float(loader.quarantine_log.total)
+            metrics[QUARANTINED] = float(loader.fault_log.total)
         for logger in trainer.loggers:
             # Not by the module's `log`, which repeats a value in every step until the next one.
             logger.log_metrics(metrics, step=trainer.global_step - 1)
         self._begin(trainer)
 
 
-def peak_of(device: torch.device) -> float | None:
-    """Return the published peak of a device, FLOP/s; None where it is not known."""
-    return device_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+def _seconds_waited(trainer: lightning.Trainer) -> float | None:
+    loader = trainer.train_dataloader
+    return loader.seconds_waited if isinstance(loader, StepLoader) else None
+
+
+def _of_all_ranks(mine: WindowSums, world_size: int) -> list[WindowSums]:
+    """Return what every rank brings; which data sets it met may differ, so they are objects."""
+    if world_size == 1:
+        return [mine]
+    ranks: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(ranks, mine)
+    return ranks

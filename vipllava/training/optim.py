@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,7 +16,8 @@ from vipllava.models.freezing import whole_shape
 from vipllava.types import ConfigError
 
 _NO_DECAY: Final = "_no_decay"
-_SCHEDULES: dict[str, Callable[[float], float]] = {  # of the share done behind the warm-up
+_SCHEDULES: dict[str, Callable[[float], float]] = {
+    # Of the share of the steps behind the warm-up that are done, 0..1.
     "cosine": lambda done: max(0.0, 0.5 * (1.0 + math.cos(math.pi * done))),
     "constant": lambda done: 1.0,
 }
@@ -24,25 +25,39 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {  # of the share done behind 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSettings:
-    """The numbers of the optimizer."""
+    """The numbers of the optimizer.
 
-    learning_rate: float  # peak learning rate
-    projector_learning_rate: float | None = None  # that of the projector, or None for the same
-    vision_tower_learning_rate: float | None = None  # that of the tower where it trains, likewise
-    weight_decay: float = 0.0  # decoupled weight decay; norms and biases are never decayed
-    betas: Sequence[float] = (0.9, 0.999)  # decay rates of Adam's two moments
-    eps: float = 1e-8  # Adam's epsilon
-    warmup_ratio: float = 0.03  # share of the steps over which the rate rises linearly from 0
-    schedule: str = "cosine"  # ``cosine`` (to zero) or ``constant``, both after the warm-up
+    Attributes:
+        learning_rate: peak learning rate.
+        projector_learning_rate: that of the projector, or None for the same.
+        vision_tower_learning_rate: that of the vision tower where it trains, or None for the same.
+        weight_decay: decoupled weight decay; norms and biases are never decayed.
+        betas: decay rates of Adam's two moments.
+        eps: Adam's epsilon.
+        warmup_ratio: share of the steps over which the rate rises linearly from 0.
+        schedule: ``cosine`` (to zero) or ``constant``, both after the warm-up.
+    """
+
+    learning_rate: float
+    projector_learning_rate: float | None = None
+    vision_tower_learning_rate: float | None = None
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup_ratio: float = 0.03
+    schedule: str = "cosine"
 
     def __post_init__(self) -> None:
-        rates = ("learning_rate", "projector_learning_rate", "vision_tower_learning_rate")
-        problems = [
-            f"{name}={value} must be positive"
-            for name in rates
-            if (value := getattr(self, name)) is not None
-            and not (math.isfinite(value) and value > 0)
-        ]
+        """Check every value; raises ConfigError that lists all problems."""
+        problems: list[str] = []
+        for name in (
+            "learning_rate",
+            "projector_learning_rate",
+            "vision_tower_learning_rate",
+        ):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                problems.append(f"{name}={value} must be positive")
         if self.weight_decay < 0:
             problems.append(f"weight_decay={self.weight_decay} must not be negative")
         if not 0 <= self.warmup_ratio < 1:
@@ -58,60 +73,93 @@ class OptimizerSettings:
 
 def parameter_groups(
     parts: Mapping[str, Iterable[nn.Module]], settings: OptimizerSettings
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Sort the trainable parameters into groups of one rate and one weight decay.
 
-    Of the modules of each part, see :func:`vipllava.models.freezing.modules_of`; tied parameters
-    come once. Raises ConfigError if nothing trains.
+    Args:
+        parts: the modules of each part, see :func:`vipllava.models.freezing.modules_of`; frozen
+            parameters are left out, tied ones come once.
+        settings: the rates.
 
     Returns:
         Groups with ``name``, ``params``, ``lr`` and ``weight_decay``; none is empty.
+
+    Raises:
+        ConfigError: nothing trains.
     """
     rates = {
         "projector": settings.projector_learning_rate,
         "vision_tower": settings.vision_tower_learning_rate,
     }
-    groups: list[dict[str, Any]] = []
+    groups: list[dict[str, object]] = []
     seen: set[int] = set()
     for part, modules in parts.items():
-        rate = rates.get(part) or settings.learning_rate
-        matrices, vectors = (
-            {"name": name, "params": list[nn.Parameter](), "lr": rate, "weight_decay": decay}
-            for name, decay in ((part, settings.weight_decay), (f"{part}{_NO_DECAY}", 0.0))
-        )
+        decaying: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for parameter in (p for module in modules for p in module.parameters()):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                (matrices if len(whole_shape(parameter)) >= 2 else vectors)["params"] += [parameter]
-        groups += [group for group in (matrices, vectors) if group["params"]]
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            # Matrices and embeddings decay; norms, biases and single vectors do not.
+            (decaying if len(whole_shape(parameter)) >= 2 else others).append(parameter)
+        for name, parameters, decay in (
+            (part, decaying, settings.weight_decay),
+            (f"{part}{_NO_DECAY}", others, 0.0),
+        ):
+            if parameters:
+                rate = rates.get(part) or settings.learning_rate
+                groups.append(
+                    {"name": name, "params": parameters, "lr": rate, "weight_decay": decay}
+                )
     if not groups:
-        raise ConfigError("no parameter trains: name at least one part by trainable=[PART]")
+        raise ConfigError("no parameter trains: name at least one part in stage.trainable")
     return groups
 
 
 def learning_rates(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the highest rate as ``train/lr``, and ``train/lr/PART`` where peak rates differ."""
+    """Return the metrics of the rates in this step: the highest, and each part's where they differ.
+
+    Args:
+        groups: of an optimizer that :func:`build_schedule` has a schedule for.
+
+    Returns:
+        ``train/lr``, and ``train/lr/PART`` where parts have other peak rates.
+    """
     rates: dict[str, float] = {}
     peaks: set[float] = set()
     for group in groups:
         rates[f"train/lr/{str(group['name']).removesuffix(_NO_DECAY)}"] = float(group["lr"])
         peaks.add(float(group["initial_lr"]))
-    return {"train/lr": max(rates.values()), **(rates if len(peaks) > 1 else {})}
+    highest = {"train/lr": max(rates.values())}
+    return highest | rates if len(peaks) > 1 else highest
 
 
 def uses_fused_adamw(device_type: str, precision: str) -> bool:
     """Whether a run's AdamW is one kernel for the whole step, without temporary copies.
 
-    Not with a loss scale: a fused step would divide by it, behind the clipping.
+    Under every strategy alike. Not with a loss scale: Lightning leaves it to a fused step to divide
+    by it, and that is behind the clipping.
+
+    Args:
+        device_type: of the devices that compute, e.g. ``cuda``.
+        precision: Lightning's name, e.g. ``bf16-mixed``.
     """
     return device_type == "cuda" and precision != "16-mixed"
 
 
 def build_optimizer(
-    groups: list[dict[str, Any]], settings: OptimizerSettings, *, fused: bool = False
+    groups: list[dict[str, object]], settings: OptimizerSettings, *, fused: bool = False
 ) -> AdamW:
-    """Make AdamW; of a checkpoint it loads the moments, not rates, betas, epsilon and decay."""
-    betas: Any = tuple(settings.betas)
+    """Make AdamW over the groups.
+
+    What it loads are the moments of a checkpoint; rates, betas, epsilon and decay stay its own.
+
+    Args:
+        groups: see :func:`parameter_groups`.
+        settings: the numbers.
+        fused: see :func:`uses_fused_adamw`.
+    """
+    betas = settings.betas
     optimizer = AdamW(groups, settings.learning_rate, betas, settings.eps, fused=fused or None)
     optimizer.register_load_state_dict_pre_hook(_keep_settings)
     return optimizer
@@ -131,10 +179,17 @@ def build_schedule(
     num_steps: int,
     steps_done: Callable[[int], float] = float,
 ) -> LambdaLR:
-    """Make the schedule of a run of ``num_steps`` optimizer steps, warm-up rounded up.
+    """Make the schedule over ``num_steps`` optimizer steps, warm-up rounded up.
 
-    The rate of step k of a warm-up is k / warm-up steps, 0 in the first, as in the released
-    training. ``steps_done`` says how much of the run is done, in steps, where it is not the count.
+    The first step of a run with a warm-up has rate 0: the rate of step k is k / warm-up steps, as
+    in the released training.
+
+    Args:
+        optimizer: whose groups' rates are scaled.
+        settings: warm-up and shape.
+        num_steps: of the whole run.
+        steps_done: turns the count of steps into the share of the run that is done, in steps: for
+            a stream that knows its progress and not its number of steps.
     """
     num_warmup = math.ceil(settings.warmup_ratio * num_steps)
     shape = _SCHEDULES[settings.schedule]
@@ -161,18 +216,30 @@ class _Schedule(LambdaLR):
             group["lr"] = rate
 
 
-def backward_scale(world_size: int, accumulate: int, *, is_deepspeed: bool = False) -> float:
+def backward_scale(world_size: int, accumulate: int, *, divides_twice: bool = False) -> float:
     """Return what a micro-batch's loss is multiplied with to undo what the framework divides by.
 
-    The loss is divided by the global batch's supervised tokens already. All strategies average
-    over the ``world_size`` ranks, and Lightning divides by the ``accumulate`` micro-batches.
-    DeepSpeed's ``backward`` does so once more: Adam hides it, clipping does not.
+    The gradient wanted is that of the sum over the global batch, divided by its number of
+    supervised tokens. Between ``training_step`` and the optimizer the gradient is averaged over
+    the ranks (DDP, FSDP and DeepSpeed alike: a factor 1 / ``world_size``), and Lightning divides
+    every loss by the accumulation steps. DeepSpeed divides by them once more in its own
+    ``backward``; the two together make a gradient ``accumulate`` times too small, which Adam
+    hides and clipping does not.
+
+    Args:
+        world_size: number of ranks.
+        accumulate: micro-batches per optimizer step.
+        divides_twice: the strategy is DeepSpeed's.
     """
-    return float(world_size * accumulate * (accumulate if is_deepspeed else 1))
+    return float(world_size * accumulate * (accumulate if divides_twice else 1))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     """Return the 2-norm over all gradients together, float32; 0 where there is none."""
-    norm: Any = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norm = nn.utils.get_total_norm(gradients)
     # A sharded gradient (FSDP2) has a norm that still is to be summed over its shards.
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()
+    full = getattr(norm, "full_tensor", None)
+    return (full() if full is not None else norm).float()

@@ -1,119 +1,109 @@
 """The same command again goes on where the run stopped, or says why it cannot.
 
-One process at a time writes into a run's folder. What has changed in the configuration since its
-start is shown, and refused where it decides the order of the data or the model.
+A run's folder keeps the configuration it was started with. Before a run goes on, what has changed
+since is shown; what would change the order of the data or the model is refused.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import re
 import secrets
 import shutil
-import socket
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
-from vipllava.checkpoints.training_state import find_damage
-from vipllava.files.atomic import move, read_text, read_yaml, write_whole, write_yaml
-from vipllava.files.locks import locked
+from vipllava.files.atomic import read_text, read_yaml, write_whole, write_yaml
 from vipllava.training.csv_log import FILE_NAME, count_rows
+from vipllava.training.run_lock import LOCK_FILE
 from vipllava.types import CheckpointError, ConfigError, VipLlavaError
 
 logger = logging.getLogger(__name__)
 
 JOB_FILE: Final = "job.yaml"
+WANDB_ID_FILE: Final = "wandb_id"
 FINISHED_FILE: Final = "finished.yaml"
 EXPORT_FOLDER: Final = "export"
 CHECKPOINTS: Final = "checkpoints"
 CSV: Final = "csv"
-LOCK_FILE: Final = "run.lock"
 SUFFIX: Final = ".ckpt"
-_ASIDE: Final = "before-"
-"""Begins the name of a folder of what an earlier run left; a number follows."""
+_DAMAGED: Final = ".damaged"
+"""Behind the name of a checkpoint that cannot be read."""
 _MATTERS: Final = (
-    "seed", "stage.name", "stage.checkpoint", "stage.trainable", "stage.chat_template",
-    "stage.image_aspect", "stage.max_length", "stage.pack_length", "stage.global_batch_size",
-    "module.model", "module.adapter", "module.quantization", "visual_prompts", "data.manifest",
-    "data.mix", "data.samples_per_epoch", "data.batching", "data.global_batch_size",
-    "data.window_samples", "strategy.name",
-)  # fmt: skip
+    "seed",
+    "stage.name",
+    "stage.checkpoint",
+    "stage.trainable",
+    "stage.chat_template",
+    "stage.image_aspect",
+    "stage.max_length",
+    "stage.pack_length",
+    "stage.global_batch_size",
+    "module.model",
+    "module.adapter",
+    "module.quantization",
+    "visual_prompts",
+    "data.manifest",
+    "data.mix",
+    "data.samples_per_epoch",
+    "data.batching",
+    "data.global_batch_size",
+    "data.window_samples",
+    "strategy.name",
+)
 """What decides the order of the data, the model, or the form of its checkpoints."""
 _HARMLESS: Final = (
-    "module.model.attn_implementation", "module.model.dtype", "module.quantization.compute_dtype",
-)  # fmt: skip
+    "module.model.attn_implementation",
+    "module.model.dtype",
+    "module.quantization.compute_dtype",
+)
 """Exceptions: how the model is computed."""
-_SAME_CHECKPOINTS: Final = ({"single", "ddp"}, {"zero2", "zero3", "zero3_offload"})
+_RESTARTS: Final = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+"""How often a launcher has started this job again."""
+_SAME_CHECKPOINTS: Final = (("single", "ddp"), ("zero2", "zero3", "zero3_offload"))
 """Strategies that go on from each other's checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a job asks for: where its run ends."""
+    """What a job asks for: where its run ends.
 
-    epochs: int = 1  # passes over the data
-    max_steps: int = -1  # optimizer steps at most; -1: as many as the epochs have
-    # What else ends it or shortens its epochs, as plain values by name.
+    Attributes:
+        epochs: passes over the data.
+        max_steps: optimizer steps at most; -1: as many as the epochs have.
+        limits: what else ends it or shortens its epochs, as plain values by name.
+    """
+
+    epochs: int = 1
+    max_steps: int = -1
     limits: Mapping[str, Any] = field(default_factory=dict)
 
     def is_within(self, done: Goal) -> bool:
-        """Whether a run that has done ``done`` has nothing left to do."""
+        """Whether a run that did all of ``done`` has done all of this, too."""
+        unlimited = done.max_steps == -1
         return (
             self.epochs <= done.epochs
-            and (done.max_steps == -1 or -1 < self.max_steps <= done.max_steps)
+            and (unlimited or -1 < self.max_steps <= done.max_steps)
             and (not done.limits or done.limits == self.limits)
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """How a run begins."""
+    """How a run begins.
 
-    checkpoint: Path | None  # to go on from, or None to begin
-    num_steps: int  # optimizer steps that it has done
-    # The run has done what is asked and exported what it made; nothing is left to do.
-    finished: bool = False
-
-
-@contextmanager
-def hold_run(run_dir: Path, *, patience_s: float = 0.0) -> Generator[None]:
-    """Hold a run's folder, which exists, against a second start; first process only.
-
-    The file says who holds it, and stays: what it says counts only while the lock is held.
-    ``patience_s`` is how long to wait for a process that is about to end.
-
-    Raises:
-        VipLlavaError: another process holds it; names host and process.
-        OSError: the file cannot be made.
+    Attributes:
+        checkpoint: to go on from, or None to begin.
+        num_steps: optimizer steps that it has done.
+        finished: the run has done what is asked and exported what it made; nothing is left to do.
     """
-    path = run_dir / LOCK_FILE
-    with locked(
-        path,
-        patience_s,
-        waiting=f"waiting for {path}, which the start before this one still holds",
-        without="nothing will notice a second start of this run",
-    ) as mine:
-        if not mine:
-            about = read_yaml(path) or {}
-            pid, host, since = (about.get(n, "(unknown)") for n in ("pid", "host", "since"))
-            raise VipLlavaError(
-                f"{run_dir} is in use by process {pid} on {host}, since {since}: wait for that run "
-                "or stop it; for a run of its own pass name=NEW_NAME. If there is no such process "
-                "any more (a network file system may hold a lost node's lock for minutes), delete "
-                f"{path}"
-            )
-        now = datetime.now().astimezone().isoformat(timespec="seconds")
-        about_me = f"host: {socket.gethostname()}\npid: {os.getpid()}\nsince: '{now}'\n"
-        path.write_text(about_me, encoding="utf-8")
-        yield
+
+    checkpoint: Path | None
+    num_steps: int
+    finished: bool = False
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -130,14 +120,16 @@ def prepare_run(
     resume: str = "auto",
     anyway: bool = False,
 ) -> Restart:
-    """Decide where a run begins, and bring its folder into that state; first process only.
+    """Decide where a run begins, and bring its folder into that state.
 
-    A job that Slurm or torchrun has started again goes on from its own newest checkpoint, whatever
-    ``resume`` says. Nothing is deleted: a damaged checkpoint gets another name, and what stands in
-    the way goes to a folder of its own.
+    To be called by the first process only, before any weight is loaded. A job that Slurm or
+    torchrun has started again goes on from its own newest checkpoint, whatever ``resume`` says.
+
+    Nothing is deleted: a damaged checkpoint gets another name, and so do, in a folder of their own,
+    checkpoints behind the place where the run goes on, and the log of a run that begins again.
 
     Args:
-        run_dir: made if it is not there.
+        run_dir: the run's folder; made if it is not there.
         job: the whole configuration as plain values.
         goal: what the job asks for, one epoch if None; a run that has done as much is finished.
         resume: ``auto`` goes on from the newest whole checkpoint if there is one; ``never`` begins,
@@ -146,48 +138,32 @@ def prepare_run(
 
     Raises:
         CheckpointError: the named checkpoint is not there or damaged, or all of the run's are.
-        ConfigError: the folder cannot be written, or data or model are others; lists what differs.
+        ConfigError: the folder cannot be written, or the run was started with other data or
+            another model; the message lists what differs.
     """
     resume = _resume_of_launcher(run_dir, resume)
-    probe = run_dir / f".{JOB_FILE}.probe"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_yaml(probe, dict(job))
-        probe.unlink()
-        if resume == "never" and (left := _files_of_before(run_dir)):
-            aside = _move_aside(run_dir, left)
+        write_yaml(run_dir / f".{JOB_FILE}.probe", dict(job))
+        (run_dir / f".{JOB_FILE}.probe").unlink()
+        if resume == "never" and (aside := _move_aside(run_dir)):
             logger.info("resume=never: what an earlier run left is in %s", aside)
     except OSError as error:
         raise unwritable(run_dir, error) from error
     restart, damaged = _decide(run_dir, goal or Goal(), resume)
     for path, damage in damaged.items():
-        renamed = Path(f"{path}.damaged")
-        renamed = _free(f"{renamed}-", 2) if renamed.exists() else renamed
-        move(path, renamed)
-        logger.warning("%s is damaged: %s; it is now %s", path, damage, renamed.name)
+        aside = _free_name(path.with_name(path.name + _DAMAGED))
+        path.rename(aside)
+        logger.warning("%s is damaged: %s; it is now %s", path, damage, aside.name)
     # What has ended was that job, too, though its checkpoints may have been deleted since.
     if restart.checkpoint is not None or restart.finished:
         _check_job(run_dir, job, restart.checkpoint or run_dir / EXPORT_FOLDER, anyway)
     if restart.finished:
         return restart
-    log, checkpoints = run_dir / CSV / FILE_NAME, list_checkpoints(run_dir / CHECKPOINTS)
-    later = [path for path in checkpoints if _num_steps(path) > restart.num_steps]
-    if restart.checkpoint is None and (num_rows := count_rows(log)):
-        aside = _move_aside(run_dir, _files_of_before(run_dir))
-        logger.warning(
-            f"{run_dir} has a log of {num_rows} steps and no checkpoint to go on from: the run "
-            f"begins again with its first step; what was there is in {aside}"
-        )
-    elif restart.checkpoint is not None and resume != "auto" and later:
-        aside = _move_aside(run_dir, later)  # they are no part of the run now
-        if log.is_file():
-            (aside / CSV).mkdir()
-            shutil.copy2(log, aside / CSV)
-        names = ", ".join(path.name for path in later)
-        logger.warning(
-            f"going on from {restart.checkpoint}: later checkpoints ({names}) and the log with "
-            f"their steps are in {aside}"
-        )
+    if restart.checkpoint is None:
+        _begin_again(run_dir)
+    elif resume != "auto":
+        _leave_later_steps(run_dir, restart)
     (run_dir / FINISHED_FILE).unlink(missing_ok=True)
     write_yaml(run_dir / JOB_FILE, dict(job))
     return restart
@@ -208,44 +184,53 @@ def find_restart(run_dir: Path, *, goal: Goal | None = None, resume: str = "auto
 
 def unwritable(run_dir: Path, error: OSError) -> ConfigError:
     """Return the error of a run's folder that cannot be written."""
-    remedy = "free some space or set paths.runs=FOLDER"
-    return ConfigError(f"run_dir={run_dir} cannot be written ({error}): {remedy}")
+    return ConfigError(
+        f"run_dir={run_dir} cannot be written ({error}): free some space or set paths.runs=FOLDER"
+    )
 
 
 def started_again() -> bool:
     """Whether a launcher, Slurm or torchrun, has started this job again."""
-    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-    return any(os.environ.get(name, "0") not in ("", "0") for name in counts)
+    return any(os.environ.get(name, "0") not in ("", "0") for name in _RESTARTS)
 
 
 def _decide(run_dir: Path, goal: Goal, resume: str) -> tuple[Restart, dict[Path, str]]:
-    """Return where the run begins, and the damaged checkpoints that are passed over."""
-    # A first process that moves those aside meanwhile changes nothing: for another one they are
-    # then not listed, or missing.
-    damaged: dict[Path, str] = {}
+    """Return where the run begins, and the damaged checkpoints that are passed over.
+
+    A first process that moves those aside meanwhile changes nothing: for another one they are then
+    not listed, or missing.
+    """
+    checkpoints = run_dir / CHECKPOINTS
     if resume == "never":
-        return Restart(None, 0), damaged
+        return Restart(None, 0), {}
     if resume != "auto":
         path = Path(resume).expanduser()
-        _check_named(path, resume, run_dir / CHECKPOINTS)
-        return Restart(path, _num_steps(path)), damaged
-    is_finished = _is_finished(run_dir, goal)
-    for path in list_checkpoints(run_dir / CHECKPOINTS)[::-1]:
-        if is_finished or (damage := find_damage(path)) is None:
-            return Restart(path, _num_steps(path), is_finished), damaged
+        _check_named(path, resume, checkpoints)
+        return Restart(path, _num_steps(path)), {}
+    found = list_checkpoints(checkpoints)
+    if _is_finished(run_dir, goal):
+        newest = found[-1] if found else None
+        return Restart(newest, _num_steps(newest) if newest else 0, finished=True), {}
+    damaged: dict[Path, str] = {}
+    for path in reversed(found):
+        damage = _find_damage(path)
+        if damage is None:
+            return Restart(path, _num_steps(path)), damaged
         damaged[path] = damage
     if damaged:
         raise CheckpointError(
             "no checkpoint of this run is whole:\n"
             + "".join(f"- {path}: {damage}\n" for path, damage in damaged.items())
-            + "name another one by resume=PATH, or begin again with resume=never"
+            + "name another one by resume=PATH, or begin anew with resume=never"
         )
-    return Restart(None, 0, is_finished), damaged
+    return Restart(None, 0), {}
 
 
 def _is_finished(run_dir: Path, goal: Goal) -> bool:
+    if not (run_dir / EXPORT_FOLDER).is_dir():
+        return False
     done = read_yaml(run_dir / FINISHED_FILE)
-    if done is None or not (run_dir / EXPORT_FOLDER).is_dir():
+    if done is None:
         return False
     try:
         return goal.is_within(Goal(done["epochs"], done["max_steps"], done["limits"]))
@@ -255,24 +240,34 @@ def _is_finished(run_dir: Path, goal: Goal) -> bool:
 
 
 def _check_named(path: Path, resume: str, checkpoints: Path) -> None:
-    damage = find_damage(path) if path.exists() else "it does not exist"
+    """Refuse what is named by ``resume=PATH`` and no whole checkpoint, and say what there is."""
+    damage = _find_damage(path) if path.exists() else "it does not exist"
     if damage is None:
         return
     folders = (checkpoints, path.parent, path.parent / CHECKPOINTS, path / CHECKPOINTS)
-    known: list[str] = []
-    for folder in dict.fromkeys(folder.absolute() for folder in folders):
-        whole = [each.name for each in list_checkpoints(folder) if find_damage(each) is None]
-        known += [f"{folder} has {', '.join(whole)}"] if whole else []
-    remedy = f"{'; '.join(known)}: name one of these, or use" if known else "Use"
+    known = {
+        folder: ", ".join(p.name for p in list_checkpoints(folder) if _find_damage(p) is None)
+        for folder in {f.absolute(): None for f in folders}
+    }
+    whole = "; ".join(f"{folder} has {names}" for folder, names in known.items() if names)
     raise CheckpointError(
-        f"resume={resume} is no checkpoint to go on from: {damage}. {remedy} resume=auto"
+        f"resume={resume} is no checkpoint to go on from: {damage}. "
+        + (f"{whole}: name one of these, or use resume=auto" if whole else "Use resume=auto")
     )
+
+
+def _find_damage(path: Path) -> str | None:
+    from vipllava.checkpoints.training_state import find_damage
+
+    return find_damage(path)
 
 
 def _num_steps(checkpoint: Path) -> int:
     """Return the steps that a checkpoint has done; its name tells, but for one like best.ckpt."""
     if checkpoint.stem.isdecimal():
         return int(checkpoint.stem)
+    import torch
+
     file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
     try:
         # The tensors stay where they are.
@@ -285,11 +280,50 @@ def _num_steps(checkpoint: Path) -> int:
         ) from error
 
 
-def rescale_progress(checkpoint: dict[str, Any], saved: int, now: int) -> None:
-    """Turn a checkpoint's counts of micro-batches, in place, into those of another run.
+def _begin_again(run_dir: Path) -> None:
+    """Keep the log of a run that stopped before its first checkpoint, and say so."""
+    num_rows = count_rows(run_dir / CSV / FILE_NAME)
+    if num_rows:
+        logger.warning(
+            "%s has a log of %d steps and no checkpoint to go on from: the run begins again with "
+            "its first step; what was there is in %s",
+            run_dir,
+            num_rows,
+            _move_aside(run_dir),
+        )
 
-    ``saved`` and ``now`` are micro-batches per optimizer step. Raises VipLlavaError if the
-    checkpoint stands within a step.
+
+def _leave_later_steps(run_dir: Path, restart: Restart) -> None:
+    """Keep aside what lies behind the checkpoint that was named: it is no part of the run now."""
+    found = list_checkpoints(run_dir / CHECKPOINTS)
+    later = [path for path in found if _num_steps(path) > restart.num_steps]
+    if not later:
+        return
+    aside = _free_name(run_dir / "before", numbered=True)
+    (aside / CHECKPOINTS).mkdir(parents=True)
+    for path in later:
+        path.rename(aside / CHECKPOINTS / path.name)
+    if (log := run_dir / CSV / FILE_NAME).is_file():
+        (aside / CSV).mkdir()
+        shutil.copy2(log, aside / CSV / FILE_NAME)
+    logger.warning(
+        "going on from %s: later checkpoints (%s) and the log with their steps are in %s",
+        restart.checkpoint,
+        ", ".join(path.name for path in later),
+        aside,
+    )
+
+
+def rescale_progress(checkpoint: dict[str, Any], saved: int, now: int) -> None:
+    """Turn a checkpoint's counts of micro-batches into those of a run that accumulates otherwise.
+
+    Args:
+        checkpoint: Lightning's; changed in place.
+        saved: micro-batches per optimizer step of the run that wrote it.
+        now: the same of this run.
+
+    Raises:
+        VipLlavaError: the checkpoint stands within a step.
     """
     if saved == now:
         return
@@ -310,13 +344,17 @@ def rescale_progress(checkpoint: dict[str, Any], saved: int, now: int) -> None:
 
 
 def _resume_of_launcher(run_dir: Path, resume: str) -> str:
-    """What a job that its launcher starts again by the same command has done stays."""
+    """The command of a job that its launcher starts again is the same; what it has done stays."""
     return "auto" if started_again() and list_checkpoints(run_dir / CHECKPOINTS) else resume
 
 
 def wandb_id(run_dir: Path) -> str:
-    """Return a run's id on W&B, kept in its folder; first process only, after `prepare_run`."""
-    path = run_dir / "wandb_id"
+    """Return the id of a run on W&B, made at its first start and kept in its folder.
+
+    To be called by the first process only, after :func:`prepare_run`, which moves the id of a run
+    that is begun anew aside.
+    """
+    path = run_dir / WANDB_ID_FILE
     if (known := read_text(path)) is not None:
         return known
     # A random end: equal folders on two machines are two runs, and an id that was deleted on W&B
@@ -330,38 +368,46 @@ def wandb_id(run_dir: Path) -> str:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what differs between two configurations, by dotted key."""
     first, second = _flat(before), _flat(now)
-    keys = sorted(first.keys() | second.keys())
-    pairs = {k: (first.get(k, "(not set)"), second.get(k, "(not set)")) for k in keys}
-    return {key: (was, new) for key, (was, new) in pairs.items() if was != new}
+    absent = "(not set)"
+    return {
+        key: (first.get(key, absent), second.get(key, absent))
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key, absent) != second.get(key, absent)
+    }
 
 
 def _check_job(run_dir: Path, job: Mapping[str, Any], done: Path, anyway: bool) -> None:
     before = read_yaml(run_dir / JOB_FILE)
     if before is None:
         return
-    shown, refused = "", ""
-    for key, (was, now) in differences(before, job).items():
-        line = f"\n  {key}: {was} -> {now}"
-        same = key == "strategy.name" and any({was, now} <= each for each in _SAME_CHECKPOINTS)
-        if _is_below(key, _MATTERS) and not _is_below(key, _HARMLESS) and not same:
-            refused += line
-        else:
-            shown += line
+    changed = differences(before, job)
+    refused = {key: pair for key, pair in changed.items() if _is_refused(key, pair)}
+    shown = {key: pair for key, pair in changed.items() if key not in refused}
     if shown:
-        logger.info("the configuration has changed since the run began:%s", shown)
+        logger.info("the configuration has changed since the run began:\n%s", _listed(shown))
     if refused and not anyway:
         raise ConfigError(
             f"{run_dir} was started with another configuration, which decides the order of the "
-            f"data or the model:{refused}\nTo go on from {done.name}, take these back; for a run "
-            "of its own pass name=NEW_NAME; to begin this one again resume=never; to go on all the "
-            "same resume_anyway=true"
+            f"data or the model:\n{_listed(refused)}\nTo go on from {done.name}, take these "
+            "back; for a run of its own pass name=NEW_NAME; to begin this one anew resume=never; "
+            "to go on all the same resume_anyway=true"
         )
     if refused:
-        logger.warning("resume_anyway=true: going on with changes:%s", refused)
+        logger.warning("resume_anyway=true: going on with changes:\n%s", _listed(refused))
+
+
+def _is_refused(key: str, pair: tuple[Any, Any]) -> bool:
+    if key == "strategy.name" and any(set(pair) <= set(names) for names in _SAME_CHECKPOINTS):
+        return False
+    return _is_below(key, _MATTERS) and not _is_below(key, _HARMLESS)
 
 
 def _is_below(key: str, roots: tuple[str, ...]) -> bool:
-    return any(f"{key}.".startswith(f"{root}.") for root in roots)
+    return any(key == root or key.startswith(f"{root}.") for root in roots)
+
+
+def _listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    return "\n".join(f"  {key}: {was} -> {now}" for key, (was, now) in changed.items())
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -373,22 +419,29 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _move_aside(run_dir: Path, paths: Iterable[Path]) -> Path:
-    aside = _free(f"{run_dir / _ASIDE}", 1)
-    for path in paths:
-        target = aside / path.relative_to(run_dir)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        move(path, target)
+def _move_aside(run_dir: Path) -> Path | None:
+    """Keep an earlier run's files under a name of their own; nothing is deleted.
+
+    Returns:
+        The folder where they are; None if there are none.
+    """
+    # What the process that is starting writes already, and the queue's files of its job.
+    own = (".hydra", "train.log", ".submitit", LOCK_FILE)
+    kept = [path for path in run_dir.iterdir() if path.name not in own]
+    kept = [path for path in kept if not path.name.startswith("before-")]
+    if not kept:
+        return None
+    aside = _free_name(run_dir / "before", numbered=True)
+    aside.mkdir()
+    for path in kept:
+        path.rename(aside / path.name)
     return aside
 
 
-def _files_of_before(run_dir: Path) -> list[Path]:
-    # Not what the process that is starting writes already, and the queue's files of its job.
-    own = (".hydra", "train.log", ".submitit", LOCK_FILE)
-    return [p for p in run_dir.iterdir() if p.name not in own and not p.name.startswith(_ASIDE)]
-
-
-def _free(path: str, first: int) -> Path:
-    """Return the path with the first number behind it that is free."""
-    paths = (Path(f"{path}{number}") for number in itertools.count(first))
-    return next(path for path in paths if not path.exists())
+def _free_name(path: Path, *, numbered: bool = False) -> Path:
+    """Return the path, with a number behind it if it is taken or ``numbered``."""
+    number, free = 1, path.with_name(f"{path.name}-1") if numbered else path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

@@ -1,18 +1,17 @@
 """How marks are sampled for one data set: shapes, ranges, colours, wording.
 
-A job's values come from ``conf/visual_prompts``. :data:`POLICIES` has the published ones for those
-who have no ``conf/``; a test compares the two.
+The values come from ``conf/visual_prompts``; the defaults here are the published ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from types import MappingProxyType
-from typing import Any, Final, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast
 
 from vipllava.types import Shape, VipLlavaError
-from vipllava.visual_prompts.shapes import SHAPES, check_shape, named_colour
+from vipllava.visual_prompts.palette import named_colour
+from vipllava.visual_prompts.shapes import SHAPES, check_shape
 
 IntRange = tuple[int, int]
 FloatRange = tuple[float, float]
@@ -92,41 +91,6 @@ class VisualPromptPolicy:
     distinguishable: bool = False
 
 
-_PUBLISHED: Final = {
-    "refcocog": VisualPromptPolicy(),
-    "vg_rel": VisualPromptPolicy(shapes=("rectangle", "ellipse")),
-    "vg_rel-gpt4v": VisualPromptPolicy(shapes=("rectangle", "ellipse"), article_rate=0.5),
-    "flickr30k": VisualPromptPolicy(shapes=("rectangle", "ellipse", "arrow"), distinguishable=True),
-    "vcr": VisualPromptPolicy(
-        shapes=("rectangle", "ellipse", "triangle", "mask", "mask contour", "arrow", "scribble"),
-        article_rate=0.5,
-        distinguishable=True,
-    ),
-    "v7w": VisualPromptPolicy(
-        shapes=("rectangle",), article_rate=0.5, constant_style=True, distinguishable=True
-    ),
-    "pointQA_twice": VisualPromptPolicy(
-        shapes=("rectangle",), colour="red", name_colour=False, constant_style=True
-    ),
-    "regions": VisualPromptPolicy(distinguishable=True),  # users' own records
-}
-
-# VCR is asked with points, which training leaves out, all of one size.
-_ASKED: Final = _PUBLISHED | {
-    "vcr": replace(_PUBLISHED["vcr"], shapes=("point",), constant_style=True)
-}
-
-POLICIES: Final[Mapping[str, Mapping[str, VisualPromptPolicy]]] = MappingProxyType(
-    {
-        "published": MappingProxyType(_PUBLISHED),
-        "evaluation": MappingProxyType(
-            {name: replace(policy, fixed_alpha=128) for name, policy in _ASKED.items()}
-        ),
-    }
-)
-"""``published`` for training, ``evaluation`` for the benchmarks; in each by the policy's name."""
-
-
 def build_policies(
     policies: Mapping[str, Mapping[str, Any]], ranges: Mapping[str, Any] | None = None
 ) -> dict[str, VisualPromptPolicy]:
@@ -134,34 +98,36 @@ def build_policies(
 
     Args:
         policies: per policy name the fields of :class:`VisualPromptPolicy`; ``ranges`` in one
-            holds only what differs from the common ones.
-        ranges: fields of :class:`ShapeRanges` common to all.
+            holds only what differs from the common ranges.
+        ranges: common fields of :class:`ShapeRanges`.
 
     Raises:
         VipLlavaError: naming every unknown field, unknown shape or colour, and reversed range.
     """
     problems: list[str] = []
+    common = dict(ranges or {})
     built: dict[str, VisualPromptPolicy] = {}
     for name, spec in policies.items():
+        where = f"visual_prompts.policies.{name}"
         try:
-            values = dict(spec)
-            own: dict[str, Any] = {**(ranges or {}), **(values.pop("ranges", None) or {})}
-            _known_fields(VisualPromptPolicy, values)
+            own: dict[str, Any] = {**common, **(spec.get("ranges") or {})}
+            values = {key: value for key, value in spec.items() if key != "ranges"}
+            _known_fields(VisualPromptPolicy, values, where)
             if "shapes" in values:
                 values["shapes"] = tuple(check_shape(shape) for shape in values["shapes"])
                 if not values["shapes"]:
-                    raise VipLlavaError("shapes is empty; name at least one shape")
+                    raise VipLlavaError(f"{where}.shapes is empty; name at least one shape")
             if values.get("colour") is not None:
                 named_colour(values["colour"])
             for key in ("named_colour_rate", "article_rate"):
                 if not 0 <= float(values.get(key, 0)) <= 1:
-                    raise VipLlavaError(f"{key} is {values[key]}; a rate lies in 0..1")
+                    raise VipLlavaError(f"{where}.{key} is {values[key]}; a rate lies in 0..1")
             alpha = values.get("fixed_alpha")
             if alpha is not None and (type(alpha) is not int or not 1 <= alpha <= 255):
-                raise VipLlavaError(f"fixed_alpha is {alpha}; opacity lies in 1..255")
-            built[name] = VisualPromptPolicy(**values, ranges=_build_ranges(own))
+                raise VipLlavaError(f"{where}.fixed_alpha is {alpha}; opacity lies in 1..255")
+            built[name] = VisualPromptPolicy(**values, ranges=_build_ranges(own, where))
         except VipLlavaError as error:
-            problems.append(f"visual_prompts.policies.{name}: {error}")
+            problems.append(f"{where}: {error}")
     if problems:
         raise VipLlavaError("\n".join(problems))
     return built
@@ -169,32 +135,44 @@ def build_policies(
 
 def get_policy(policies: Mapping[str, VisualPromptPolicy], name: str) -> VisualPromptPolicy:
     """Return the policy called ``name``; an unknown name lists the known ones."""
-    if name not in policies:
+    try:
+        return policies[name]
+    except KeyError:
         known = ", ".join(sorted(policies)) or "none"
-        raise VipLlavaError(f"unknown visual-prompt policy `{name}`; known: {known}")
-    return policies[name]
+        raise VipLlavaError(f"unknown visual-prompt policy `{name}`; known: {known}") from None
 
 
-def _known_fields(kind: type, values: Mapping[str, Any], where: str = "") -> None:
+def _known_fields(kind: type, values: Mapping[str, Any], where: str) -> None:
     known = [f.name for f in fields(kind)]
     if unknown := sorted(set(values) - set(known)):
-        raise VipLlavaError(f"{where}unknown fields {unknown}; known: {', '.join(known)}")
+        raise VipLlavaError(f"{where} has unknown fields {unknown}; known: {', '.join(known)}")
 
 
-def _build_ranges(values: dict[str, Any]) -> ShapeRanges:
-    _known_fields(ShapeRanges, values, "ranges: ")
+def _build_ranges(values: Mapping[str, Any], where: str) -> ShapeRanges:
+    _known_fields(ShapeRanges, values, f"{where}.ranges")
+    checked: dict[str, Any] = {}
+    defaults = ShapeRanges()
     for key, value in values.items():
-        if not isinstance(getattr(ShapeRanges(), key), tuple):
+        if not isinstance(getattr(defaults, key), tuple):
+            checked[key] = value
             continue
-        pair = tuple(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else ()
+        pair = _as_pair(value)
         # arrow_length mixes a fraction and pixels: its bounds may be reversed for big boxes.
-        if len(pair) != 2 or (pair[0] > pair[1] and key != "arrow_length"):
+        if pair is None or (pair[0] > pair[1] and key != "arrow_length"):
             raise VipLlavaError(f"ranges.{key} is {value}; give [low, high] with low <= high")
-        values[key] = pair
-    built = ShapeRanges(**values)
-    if built.anchor <= 0:
-        raise VipLlavaError(f"ranges.anchor is {built.anchor}; it must be positive")
-    for key, (low, high) in (("alpha", built.alpha), ("mask_alpha", built.mask_alpha)):
+        checked[key] = pair
+    if checked.get("anchor", 1) <= 0:
+        raise VipLlavaError(f"ranges.anchor is {checked['anchor']}; it must be positive")
+    alphas: list[Literal["alpha", "mask_alpha"]] = ["alpha", "mask_alpha"]
+    for key in alphas:
+        low, high = checked.get(key, getattr(defaults, key))
         if not 1 <= low <= high <= 255:
             raise VipLlavaError(f"ranges.{key} is [{low}, {high}]; opacity lies in 1..255")
-    return built
+    return ShapeRanges(**checked)
+
+
+def _as_pair(value: Any) -> tuple[Any, Any] | None:
+    if not isinstance(value, (list, tuple)):
+        return None
+    items = cast("Sequence[Any]", value)
+    return (items[0], items[1]) if len(items) == 2 else None

@@ -2,7 +2,7 @@
 
 Each mark is one layer: its strokes are painted with the mark's opacity into a single-channel
 mask of the mark's own bounds, and the colour is pasted through that mask. Nothing outside the
-bounds is touched, which makes drawing cheap on large images.
+bounds is touched, which is what makes drawing cheap on large pictures.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ from vipllava.visual_prompts.shapes import mark_bounds
 def render_plan(image: Image.Image, plan: VisualPromptPlan) -> Image.Image:
     """Return a copy of ``image`` with the plan's marks alpha-composited over it.
 
+    Args:
+        image: RGB picture of the plan's size; left unchanged.
+        plan: the marks; pixels of this very picture.
+
     Raises:
-        RecordError: the image has another size than the plan, or is not RGB.
+        RecordError: the picture has another size than the plan, or is not RGB.
     """
     if image.size != plan.size or image.mode != "RGB":
         raise RecordError(
@@ -63,15 +67,19 @@ def _paint(canvas: ImageDraw.ImageDraw, stroke: Stroke, points: list[Point], alp
         (x1, y1), (x2, y2) = points
         # Pillow paints an outline that is wider than its box beyond the box.
         filled = min(x2 - x1, y2 - y1) < 2 * stroke.width
-    if stroke.kind in ("box", "ellipse"):
-        paint = canvas.rectangle if stroke.kind == "box" else canvas.ellipse
-        if filled:
-            paint(points, fill=alpha)
-        else:
-            paint(points, outline=alpha, width=stroke.width)
-    elif stroke.kind == "polygon" and filled:
-        canvas.polygon(points, fill=alpha)
-    else:
-        # Closing over the first edge gives the first corner a joint as well.
-        closing = points[:2] if stroke.kind == "polygon" else []
-        canvas.line([*points, *closing], fill=alpha, width=stroke.width, joint="curve")
+    match stroke.kind:
+        case "box" if filled:
+            canvas.rectangle(points, fill=alpha)
+        case "box":
+            canvas.rectangle(points, outline=alpha, width=stroke.width)
+        case "ellipse" if filled:
+            canvas.ellipse(points, fill=alpha)
+        case "ellipse":
+            canvas.ellipse(points, outline=alpha, width=stroke.width)
+        case "polygon" if filled:
+            canvas.polygon(points, fill=alpha)
+        case "polygon":
+            # Closing over the first edge gives the first corner a joint as well.
+            canvas.line([*points, *points[:2]], fill=alpha, width=stroke.width, joint="curve")
+        case "line":
+            canvas.line(points, fill=alpha, width=stroke.width, joint="curve")

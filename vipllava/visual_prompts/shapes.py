@@ -1,40 +1,15 @@
-"""The eight shapes and the nine colours: names, words in a text, and where a drawn mark ends.
+"""The eight shapes: their names, their words, and where a drawn mark ends.
 
-Wordings are the ones the published checkpoints were trained with (source: ViP-LLaVA, CVPR 2024).
+Wordings are the ones the published checkpoints were trained with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final, get_args
 
-from vipllava.types import (
-    RGB,
-    BBox,
-    DraftTurn,
-    Mention,
-    RecordError,
-    Shape,
-    Turn,
-    VipLlavaError,
-    VisualPrompt,
-    VisualPromptPlan,
-)
+from vipllava.types import BBox, Shape, VipLlavaError, VisualPrompt
 
 SHAPES: Final[tuple[Shape, ...]] = get_args(Shape)
-
-PALETTE: Final[dict[str, RGB]] = {
-    "red": (255, 0, 0),
-    "lime": (0, 255, 0),
-    "blue": (0, 0, 255),
-    "yellow": (255, 255, 0),
-    "fuchsia": (255, 0, 255),
-    "aqua": (0, 255, 255),
-    "orange": (255, 165, 0),
-    "purple": (128, 0, 128),
-    "gold": (255, 215, 0),
-}
-"""The colours a mark may be named by."""
 
 LEAST_VISIBLE_PIXELS: Final = 4
 """So many pixels of the stored picture any mark paints at least, whatever its place, if its region
@@ -56,16 +31,10 @@ _PREPOSITIONS: Final[dict[Shape, str]] = {
 
 def check_shape(name: str) -> Shape:
     """Return ``name`` as a shape; an unknown one lists the known ones."""
-    if name not in SHAPES:
-        raise VipLlavaError(f"unknown shape `{name}`; the shapes are: {', '.join(SHAPES)}")
-    return name
-
-
-def named_colour(name: str) -> RGB:
-    """Return the RGB value of a palette colour; an unknown name lists the known ones."""
-    if name not in PALETTE:
-        raise VipLlavaError(f"unknown colour `{name}`; the palette has: {', '.join(PALETTE)}")
-    return PALETTE[name]
+    for shape in SHAPES:
+        if shape == name:
+            return shape
+    raise VipLlavaError(f"unknown shape `{name}`; the shapes are: {', '.join(SHAPES)}")
 
 
 def shape_words(shape: Shape, colour_name: str | None, *, article: bool = True) -> str:
@@ -79,32 +48,19 @@ def prompt_words(prompt: VisualPrompt) -> str:
     return shape_words(prompt.shape, prompt.colour_name, article=prompt.article)
 
 
-def refer_turns(turns: Sequence[DraftTurn], plan: VisualPromptPlan) -> tuple[Turn, ...]:
-    """Replace every mention by the words of its region's mark.
-
-    Raises:
-        RecordError: a mention of a region that the plan does not mark.
-    """
-    words = {prompt.region: prompt_words(prompt) for prompt in plan.prompts}
-
-    def text_of(part: str | Mention) -> str:
-        if isinstance(part, Mention) and part.region not in words:
-            raise RecordError(
-                f"the text mentions region {part.region}, the plan marks {sorted(words)}; "
-                "every mentioned region needs a box",
-                "placeholder-without-region",
-            )
-        return part if isinstance(part, str) else words[part.region]
-
-    return tuple(Turn(t.role, "".join(map(text_of, t.parts)), t.has_image) for t in turns)
-
-
 def mark_bounds(prompt: VisualPrompt) -> BBox:
     """Return x1, y1, x2, y2 (pixels, unclipped) outside which ``prompt`` paints nothing.
 
     A line's round joints and square ends reach at most its width beyond its points; one pixel
     more covers rounding.
     """
-    xs, ys = zip(*(point for stroke in prompt.strokes for point in stroke.points), strict=True)
-    reach = 1 + max((s.width for s in prompt.strokes if s.kind in ("line", "polygon")), default=0)
+    xs: list[float] = []
+    ys: list[float] = []
+    reach = 0
+    for stroke in prompt.strokes:
+        xs.extend(x for x, _ in stroke.points)
+        ys.extend(y for _, y in stroke.points)
+        if stroke.kind in ("line", "polygon"):
+            reach = max(reach, stroke.width)
+    reach += 1
     return min(xs) - reach, min(ys) - reach, max(xs) + reach, max(ys) + reach

@@ -1,51 +1,58 @@
 """Held-out questions about marked regions, and the control: the same without the marks.
 
-A record's last turn is the right answer, the turns before it are the question. Its marks are keyed
-by (seed, data set, key): the same in every run. In the control the words stay and only the drawing
-is left out: a model that answers as well without marks never looked at them.
+Every record ends with an assistant turn; the turns before it are the question, its text the right
+answer. The marks come from a plan keyed by (seed, data set, key), so that the question is the same
+in every run. In the control the words stay and only the drawing is left out: a model that answers
+as well without marks never looked at them.
 """
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal
 
-from vipllava.evaluation.bench import Answered, Asked, Bench, BenchData, BenchTable, jsonl
-from vipllava.evaluation.judge import is_exact_match
+from PIL import Image
+
+from vipllava.data.image_decode import decode_image
+from vipllava.data.samples import marks_generator, plan_sample
+from vipllava.evaluation.answering import Answerer, answer_all
+from vipllava.evaluation.matching import is_exact_match
 from vipllava.evaluation.statistics import paired_difference_interval, wilson_interval
-from vipllava.types import ConfigError, RecordError, Request, Sample, Turn
+from vipllava.files.atomic import write_whole
+from vipllava.inference.engine import Request
+from vipllava.types import RecordError, Sample, Turn
+from vipllava.visual_prompts.policies import VisualPromptPolicy
+from vipllava.visual_prompts.render import render_plan
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from vipllava.visual_prompts.policies import VisualPromptPolicy
-
-
-@dataclass(frozen=True)
-class RegionsOptions:
-    """Settings of this benchmark."""
-
-    # whether the marks are drawn; ``both`` asks every question twice
-    draw_marks: bool | Literal["both"] = "both"
-
-    def __post_init__(self) -> None:
-        """Refuse what is no such setting; 1 and 0 are not true and false."""
-        if type(self.draw_marks) is not bool and self.draw_marks != "both":
-            raise ConfigError(f"draw_marks={self.draw_marks}: expected one of true, false, both")
+PREDICTIONS: Final = "predictions.jsonl"
+RESULTS: Final = "results.json"
+DrawMarks = Literal["true", "false", "both"]
+_ENDING: Final = ["user", "assistant"]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question with both of its images."""
+    """One question with both of its pictures.
 
-    key: str  # ``dataset/key`` of the record
-    turns: tuple[Turn, ...]  # what is asked, up to the last user turn
-    answer: str  # the right answer
-    shape: str  # of the first mark, or ``none``
-    marked: Image.Image  # the image with the marks drawn
-    unmarked: Image.Image  # the stored image
+    Attributes:
+        key: ``dataset/key`` of the record.
+        turns: what is asked, up to the last user turn.
+        answer: the right answer.
+        shape: the mark's shape, or ``none``; the first mark's where there are several.
+        marked: the picture with the marks drawn.
+        unmarked: the stored picture.
+    """
+
+    key: str
+    turns: tuple[Turn, ...]
+    answer: str
+    shape: str
+    marked: Image.Image
+    unmarked: Image.Image
 
     @property
     def text(self) -> str:
@@ -55,14 +62,14 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A row of ``predictions.jsonl``; an answer is None where it was not asked."""
+    """One answered question; ``marked`` or ``unmarked`` is None where it was not asked."""
 
     key: str
     question: str
     shape: str
     answer: str
-    marked: str | None = None
-    unmarked: str | None = None
+    marked: str | None
+    unmarked: str | None
 
 
 def read_questions(
@@ -71,18 +78,13 @@ def read_questions(
     """Plan, word and draw every sample, one at a time.
 
     Raises:
-        RecordError: a record has no image, or does not end with question and answer.
+        RecordError: a record without picture, or whose last turn is not an answer.
     """
-    from vipllava.records.image_decode import decode_image
-    from vipllava.stream.sample_encoder import marks_generator, plan_sample
-    from vipllava.visual_prompts.render import render_plan
-
     for sample in samples:
         name = f"{sample.dataset}/{sample.key}"
-        roles = [turn.role for turn in sample.turns[-2:]]
-        if sample.image is None or roles != ["user", "assistant"]:
+        if sample.image is None or [turn.role for turn in sample.turns[-2:]] != _ENDING:
             raise RecordError(
-                f"{name} cannot be asked: a region question needs an image and ends with the "
+                f"{name} cannot be asked: a region question needs a picture and ends with the "
                 "user's question and the assistant's answer"
             )
         image = decode_image(sample.image, name)
@@ -99,91 +101,93 @@ def read_questions(
 
 
 def ask(
-    questions: Iterable[Question], draw_marks: bool | Literal["both"]
-) -> Iterator[Asked[Prediction]]:
-    """Ask every question with its marks, without, or both."""
-    for q in questions:
-        images = {"marked": q.marked, "unmarked": q.unmarked}
-        if draw_marks != "both":
-            del images["unmarked" if draw_marks else "marked"]
-        requests = {way: Request(image, q.turns, q.key) for way, image in images.items()}
-        yield Asked(Prediction(q.key, q.text, q.shape, q.answer), requests)
+    questions: Iterable[Question],
+    answerer: Answerer,
+    *,
+    draw_marks: DrawMarks = "both",
+    max_new_tokens: int = 16,
+    batch_size: int = 16,
+) -> list[Prediction]:
+    """Ask every question with its marks, without, or both; pictures are held batch by batch."""
+    ways = [name for name in ("true", "false") if draw_marks in ("both", name)]
+    asked: list[Prediction] = []
+
+    def requests() -> Iterator[Request]:
+        for q in questions:
+            asked.append(Prediction(q.key, q.text, q.shape, q.answer, marked=None, unmarked=None))
+            for way in ways:
+                yield Request(q.marked if way == "true" else q.unmarked, q.turns, q.key)
+
+    answered = answer_all(
+        answerer, requests(), max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    texts = [text for _, text in answered]
+    answers = {way: texts[place :: len(ways)] for place, way in enumerate(ways)}
+    nothing = [None] * len(asked)
+    return [
+        replace(prediction, marked=marked, unmarked=unmarked)
+        for prediction, marked, unmarked in zip(
+            asked, answers.get("true", nothing), answers.get("false", nothing), strict=True
+        )
+    ]
 
 
-def score(answered: Sequence[Answered[Prediction]]) -> dict[str, Any]:
-    """Score answers by exact match, ignoring case and punctuation.
+def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Score predictions by exact match, ignoring case and punctuation.
 
     Returns:
         ``num_questions``; ``marked`` and ``unmarked`` (null where not asked), each with
         ``correct``, ``total``, ``accuracy`` and its 95 % Wilson interval ``low``, ``high``;
         ``gap`` of the two with its paired 95 % interval; ``by_shape`` with both.
+
+    Raises:
+        RecordError: there is nothing to score.
     """
-    by_shape: dict[str, list[Answered[Prediction]]] = defaultdict(list)
-    for each in answered:
-        by_shape[each.item.shape].append(each)
+    if not predictions:
+        raise RecordError("no questions: the benchmark's data set is empty, or limit is 0")
+    by_shape: dict[str, list[Prediction]] = defaultdict(list)
+    for prediction in predictions:
+        by_shape[prediction.shape].append(prediction)
     return {
-        "num_questions": len(answered),
-        **_accuracies(answered),
-        "gap": _gap(_hits(answered, "marked"), _hits(answered, "unmarked")),
+        "num_questions": len(predictions),
+        **_accuracies(predictions),
+        "gap": _gap(predictions),
         "by_shape": {shape: _accuracies(by_shape[shape]) for shape in sorted(by_shape)},
     }
 
 
-def _read(data: BenchData) -> Iterator[Asked[Prediction]]:
-    questions = read_questions(data.samples(), data.policies, data.seed)
-    return ask(questions, data.options.draw_marks)
+def write_results(
+    folder: Path, predictions: Sequence[Prediction], results: Mapping[str, Any]
+) -> None:
+    """Write ``predictions.jsonl`` and ``results.json`` into ``folder``."""
+    lines = [json.dumps(asdict(prediction), ensure_ascii=False) for prediction in predictions]
+    write_whole(folder / PREDICTIONS, "\n".join(lines) + "\n")
+    write_whole(folder / RESULTS, json.dumps(results, indent=1) + "\n")
 
 
-def _files(answered: Sequence[Answered[Prediction]]) -> dict[str, str]:
-    return {"predictions.jsonl": jsonl({**asdict(each.item), **each.texts} for each in answered)}
-
-
-def _table(results: Mapping[str, Any]) -> BenchTable:
-    def row(name: str, of: Mapping[str, Any]) -> tuple[str, ...]:
-        known = of["marked"] or of["unmarked"]
-        return name, str(known["total"]), _percent(of["marked"]), _percent(of["unmarked"])
-
-    return BenchTable(
-        f"regions: {results['num_questions']} questions, accuracy in % (95 %)",
-        ("shape", "questions", "with marks", "marks not drawn"),
-        [row(shape, of) for shape, of in results["by_shape"].items()],
-        row("all", results),
-    )
-
-
-def _percent(accuracy: Mapping[str, float] | None) -> str:
-    if accuracy is None:
-        return "-"
-    share, low, high = (100 * accuracy[key] for key in ("accuracy", "low", "high"))
-    return f"{share:.1f} ({low:.1f}-{high:.1f})"
-
-
-def _hits(answered: Sequence[Answered[Prediction]], way: str) -> list[bool]:
-    """Return which answers are right; none if it was not asked this way."""
-    return [
-        is_exact_match(each.texts[way], each.item.answer) for each in answered if way in each.texts
-    ]
-
-
-def _accuracies(answered: Sequence[Answered[Prediction]]) -> dict[str, dict[str, float] | None]:
-    return {way: _accuracy(_hits(answered, way)) for way in ("marked", "unmarked")}
-
-
-def _accuracy(hits: Sequence[bool]) -> dict[str, float] | None:
-    if not hits:
-        return None
-    correct, total = sum(hits), len(hits)
-    low, high = wilson_interval(correct, total)
+def _accuracies(predictions: Sequence[Prediction]) -> dict[str, dict[str, float] | None]:
     return {
-        "correct": correct, "total": total, "accuracy": correct / total, "low": low, "high": high,
+        "marked": _accuracy([(p.marked, p.answer) for p in predictions]),
+        "unmarked": _accuracy([(p.unmarked, p.answer) for p in predictions]),
+    }
+
+
+def _accuracy(pairs: Sequence[tuple[str | None, str]]) -> dict[str, float] | None:
+    if any(prediction is None for prediction, _ in pairs):
+        return None
+    correct = sum(is_exact_match(prediction or "", answer) for prediction, answer in pairs)
+    low, high = wilson_interval(correct, len(pairs))
+    accuracy = correct / len(pairs)
+    return {
+        "correct": correct, "total": len(pairs), "accuracy": accuracy, "low": low, "high": high,
     }  # fmt: skip
 
 
-def _gap(marked: Sequence[bool], unmarked: Sequence[bool]) -> dict[str, float] | None:
-    if len(marked) != len(unmarked) or len(marked) < 2:
+def _gap(predictions: Sequence[Prediction]) -> dict[str, float] | None:
+    if len(predictions) < 2 or any(p.marked is None or p.unmarked is None for p in predictions):
         return None
+    marked = [float(is_exact_match(p.marked or "", p.answer)) for p in predictions]
+    unmarked = [float(is_exact_match(p.unmarked or "", p.answer)) for p in predictions]
     low, high = paired_difference_interval(marked, unmarked)
-    return {"accuracy": (sum(marked) - sum(unmarked)) / len(marked), "low": low, "high": high}
-
-
-REGIONS: Final = Bench("regions", _read, score, _table, _files, RegionsOptions)
+    gap = (sum(marked) - sum(unmarked)) / len(predictions)
+    return {"accuracy": gap, "low": low, "high": high}

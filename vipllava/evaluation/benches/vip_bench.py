@@ -9,32 +9,43 @@ is the mean over all items. An item without a verdict is a recorded failure, nev
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
-from vipllava.evaluation.bench import Answered, Asked, Bench, BenchData, BenchTable
-from vipllava.evaluation.judge import Judge, NoVerdictError, match_offline, split_ground_truth
+from vipllava.data.image_decode import decode_image
+from vipllava.evaluation.answering import Answerer, answer_all
+from vipllava.evaluation.judge import Judge, NoVerdictError, split_ground_truth
 from vipllava.evaluation.statistics import mean_interval
-from vipllava.records.image_decode import decode_image
-from vipllava.types import RecordError, Request, Turn, VipLlavaError
+from vipllava.files.atomic import write_whole
+from vipllava.inference.engine import Request
+from vipllava.types import RecordError, Turn, VipLlavaError
 
 META_DATA: Final = "vip-bench-meta-data.json"
+QUESTIONS: Final = "questions.jsonl"
 SPLITS: Final = ("bbox", "human")
 CAPABILITIES: Final = ("rec", "ocr", "know", "math", "rel", "lang")
+RESULTS: Final = "results.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question of one split."""
+    """One question of one split.
 
-    key: str  # ``v1_<question_id>``, as in meta data and answer file
-    image: Path  # path of the marked image
-    text: str  # the question in this split's wording
-    answer: str  # the ground truth, with ``<AND>`` and ``<OR>``
-    capability: tuple[str, ...]  # of :data:`CAPABILITIES`, those that it needs
-    split: str  # of :data:`SPLITS`
+    Attributes:
+        key: ``v1_<question_id>``, as in meta data and answer file.
+        image: path of the marked picture.
+        text: the question in this split's wording.
+        answer: the ground truth, with ``<AND>`` and ``<OR>``.
+        capability: the abilities it needs.
+    """
+
+    key: str
+    image: Path
+    text: str
+    answer: str
+    capability: tuple[str, ...]
 
 
 def read_items(folder: Path, split: str) -> list[Item]:
@@ -46,118 +57,96 @@ def read_items(folder: Path, split: str) -> list[Item]:
     if split not in SPLITS:
         raise RecordError(f"unknown split `{split}` of ViP-Bench; known: {', '.join(SPLITS)}")
     meta = _read_meta(folder / META_DATA)
-    path = folder / split / "questions.jsonl"
-    items: dict[str, Item] = {}
+    path = folder / split / QUESTIONS
+    items: list[Item] = []
+    seen: set[str] = set()
     problems: list[str] = []
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
             raw = json.loads(line, object_pairs_hook=_distinct)
-            item = _read_item(raw, meta, folder, split)
-            if item.key in items:
+            item = _read_item(raw, meta, folder / split / "images")
+            if item.key in seen:
                 raise ValueError(f"question_id of {item.key} occurs twice")
-            items[item.key] = item
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
-    if missing := sorted(set(meta) - set(items)):
+            continue
+        seen.add(item.key)
+        items.append(item)
+    if missing := sorted(set(meta) - seen):
         problems.append(f"{path}: no readable question for {', '.join(missing[:5])} of {META_DATA}")
-    if problems:
-        listing = "\n  ".join(problems[:20])
+    if problems or not items:
+        listing = "\n  ".join(problems[:20]) or f"{path} is empty"
         raise RecordError(f"{len(problems)} problems in ViP-Bench at {folder}:\n  {listing}")
-    return list(items.values())
+    return items
 
 
-def ask(items: Iterable[Item]) -> Iterator[Asked[Item]]:
-    """Ask every question in its split's wording."""
-    for item in items:
-        image = decode_image(item.image.read_bytes(), f"{item.key} ({item.image})")
-        turn = Turn("user", item.text, has_image=True)
-        yield Asked(item, {"answer": Request(image, (turn,), item.key)})
+def answer_items(
+    items: Sequence[Item], answerer: Answerer, *, max_new_tokens: int = 1024, batch_size: int = 16
+) -> dict[str, str]:
+    """Return the answers in the official format, in the items' order."""
+    requests = (
+        Request(
+            decode_image(item.image.read_bytes(), f"{item.key} ({item.image})"),
+            (Turn("user", item.text, has_image=True),),
+            item.key,
+        )
+        for item in items
+    )
+    answered = answer_all(answerer, requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return {request.key: text for request, text in answered}
 
 
-def score(answered: Sequence[Answered[Item]], judge: Judge) -> dict[str, Any]:
-    """Grade the answers of one split.
+def score(items: Sequence[Item], answers: Mapping[str, str], judge: Judge) -> dict[str, Any]:
+    """Grade answers.
 
     Returns:
         ``total`` (mean x 100) with its 95 % interval ``low``, ``high``; ``by_capability`` with
         ``score`` and ``num_items``; ``num_items`` graded, ``num_failures`` and ``failures``
         (key: reason); ``verdicts`` (key: 0.0..1.0).
+
+    Raises:
+        RecordError: answers and items do not belong together.
     """
+    if set(answers) != {item.key for item in items}:
+        odd = sorted(set(answers) ^ {item.key for item in items})
+        raise RecordError(f"answers and questions differ in {len(odd)} ids, e.g. {odd[:5]}")
     verdicts: dict[str, float] = {}
     failures: dict[str, str] = {}
-    for each in answered:
+    for item in items:
         try:
-            verdicts[each.key] = judge(each.item.text, each.item.answer, each.texts["answer"])
+            verdicts[item.key] = judge(item.text, item.answer, answers[item.key])
         except NoVerdictError as error:
-            failures[each.key] = str(error)
-    graded = {
-        name: [verdicts[a.key] for a in answered if name in a.item.capability and a.key in verdicts]
-        for name in CAPABILITIES
-    }
+            failures[item.key] = str(error)
+    by_capability: dict[str, dict[str, float]] = {}
+    for capability in CAPABILITIES:
+        graded = [
+            verdicts[i.key] for i in items if capability in i.capability and i.key in verdicts
+        ]
+        if graded:
+            mean = 100 * sum(graded) / len(graded)
+            by_capability[capability] = {"score": mean, "num_items": len(graded)}
     values = [100 * verdict for verdict in verdicts.values()]
-    low, high = mean_interval(values) if len(values) > 1 else (None, None)
+    low = high = None
+    if len(values) > 1:
+        low, high = mean_interval(values)
+        low, high = max(low, 0.0), min(high, 100.0)
     return {
         "total": sum(values) / len(values) if values else None,
-        "low": None if low is None else max(low, 0.0),
-        "high": None if high is None else min(high, 100.0),
+        "low": low,
+        "high": high,
         "num_items": len(values),
         "num_failures": len(failures),
-        "by_capability": {
-            name: {"score": 100 * sum(found) / len(found), "num_items": len(found)}
-            for name, found in graded.items()
-            if found
-        },
+        "by_capability": by_capability,
         "failures": failures,
         "verdicts": verdicts,
     }
 
 
-def _read(data: BenchData) -> Iterator[Asked[Item]]:
-    splits = [read_items(data.folder, split) for split in SPLITS]
-    return ask(item for items in splits for item in items[: data.limit])
-
-
-def _by_split(answered: Sequence[Answered[Item]]) -> dict[str, list[Answered[Item]]]:
-    return {split: [a for a in answered if a.item.split == split] for split in SPLITS}
-
-
-def _files(answered: Sequence[Answered[Item]]) -> dict[str, str]:
-    """Return the official answer files."""
-    files: dict[str, str] = {}
-    for split, part in _by_split(answered).items():
-        texts = {each.key: each.texts["answer"] for each in part}
-        files[f"answers-{split}.json"] = json.dumps(texts, indent=2, ensure_ascii=False) + "\n"
-    return files
-
-
-def _score(answered: Sequence[Answered[Item]]) -> dict[str, Any]:
-    splits = {split: score(part, match_offline) for split, part in _by_split(answered).items()}
-    return {"judge": "offline matcher", "splits": splits}
-
-
-def _table(results: Mapping[str, Any]) -> BenchTable:
-    splits: Mapping[str, Any] = results["splits"]
-
-    def cell(split: Mapping[str, Any], capability: str) -> str:
-        found = split["by_capability"].get(capability)
-        return f"{found['score']:.1f} ({found['num_items']})" if found else "-"
-
-    names = dict.fromkeys(name for split in splits.values() for name in split["by_capability"])
-    return BenchTable(
-        f"ViP-Bench, {results['judge']} (0-100; total with 95 % interval)",
-        ("capability", *splits),
-        [(name, *(cell(split, name) for split in splits.values())) for name in names],
-        ("total", *map(_total, splits.values())),
-    )
-
-
-def _total(result: Mapping[str, Any]) -> str:
-    if result["low"] is None:
-        return "-"
-    text = f"{result['total']:.1f} ({result['low']:.1f}-{result['high']:.1f})"
-    failed = f", {result['num_failures']} without verdict" if result["num_failures"] else ""
-    return f"{text}, {result['num_items']} items{failed}"
+def write_answers(path: Path, answers: Mapping[str, str]) -> None:
+    """Write the official answer file."""
+    write_whole(path, json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read_meta(path: Path) -> dict[str, dict[str, Any]]:
@@ -175,15 +164,15 @@ def _read_meta(path: Path) -> dict[str, dict[str, Any]]:
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse a repeated key; the json module would silently keep the last."""
-    names = [name for name, _ in pairs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    distinct = dict(pairs)
+    if len(distinct) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in distinct if names.count(name) > 1)
         raise ValueError(f"`{twice}` occurs twice")
-    return dict(pairs)
+    return distinct
 
 
-def _read_item(
-    line: object, meta: Mapping[str, Mapping[str, Any]], folder: Path, split: str
-) -> Item:
+def _read_item(line: object, meta: Mapping[str, Mapping[str, Any]], images: Path) -> Item:
     """Build one item; every complaint is a ValueError, to which the caller adds file and line."""
     if not isinstance(line, dict):
         raise ValueError("not an object")
@@ -196,35 +185,36 @@ def _read_item(
     key = f"v1_{str(identifier).removeprefix('v1_')}"
     if key not in meta:
         raise ValueError(f"{key} is not in {META_DATA}")
-    item: Mapping[str, Any] = {"capability": None, "answer": None, **meta[key]}
-    capability, answer = item["capability"], item["answer"]
-    for name, value in {**question, "answer": answer}.items():
-        if name in ("image", "text", "answer") and not (isinstance(value, str) and value.strip()):
+    item = meta[key]
+    if missing := [name for name in ("answer", "capability") if name not in item]:
+        raise ValueError(f"{key} of {META_DATA} has no {', '.join(missing)}")
+    fields = {"image": question["image"], "text": question["text"], "answer": item["answer"]}
+    for name, value in fields.items():
+        if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{key}: {name} is {value!r}; expected a text")
+    capability = item["capability"]
     if not isinstance(capability, list) or not capability:
         raise ValueError(f"{key}: capability is {capability!r}; expected a list of names")
+    known = ", ".join(CAPABILITIES)
     if unknown := [name for name in capability if name not in CAPABILITIES]:
-        known = ", ".join(CAPABILITIES)
         raise ValueError(f"{key} has unknown capabilities {unknown}; known: {known}")
-    image = folder / split / "images" / question["image"]
+    image = images / fields["image"]
     if not image.is_file():
-        raise ValueError(f"{key}: there is no image {image}")
+        raise ValueError(f"{key}: there is no picture {image}")
     try:
-        split_ground_truth(answer)
+        split_ground_truth(fields["answer"])
     except VipLlavaError as error:
         raise ValueError(f"{key}: {error}") from error
-    return Item(key, image, question["text"], answer, tuple(capability), split)
+    return Item(key, image, fields["text"], fields["answer"], tuple(capability))
 
 
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+    except OSError as error:
         raise RecordError(
-            f"cannot read {path}: {reason}; ViP-Bench has UTF-8 texts in the layout "
+            f"cannot read {path}: {error.strerror}; ViP-Bench has the layout "
             "{bbox,human}/{questions.jsonl,images/} and vip-bench-meta-data.json"
         ) from error
-
-
-VIP_BENCH: Final = Bench("vip_bench", _read, _score, _table, _files)
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path} is not UTF-8: {error}") from error

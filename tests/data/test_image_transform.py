@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from tests.toy_data import encode_picture
+from vipllava.data.image_transform import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ImageAspect,
+    ImageTransform,
+    decode_image,
+    reference_transform,
+)
+from vipllava.types import ConfigError
+
+SIZES = [(64, 48), (48, 64), (333, 500), (97, 31), (56, 56), (40, 40), (500, 20)]
+
+
+def noise(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("aspect", ["square", "pad", "resize"])
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_the_fast_path_is_within_one_level_of_pillow(
+    aspect: ImageAspect, width: int, height: int
+) -> None:
+    image = noise(width, height)
+    fast = ImageTransform(56, aspect)(image)
+    plain = reference_transform(image, 56, aspect)
+    assert fast.dtype == torch.uint8
+    assert fast.shape == plain.shape == (3, 56, 56)
+    assert fast.is_contiguous()
+    difference = (fast.int() - plain.int()).abs()
+    assert difference.max() <= 1
+    assert difference.float().mean() < 0.1
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_square_is_what_clips_processor_does(width: int, height: int) -> None:
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
+    )
+    image = noise(width, height)
+    expected = torch.as_tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"][0]))
+    pixels = reference_transform(image, 56, "square").float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    torch.testing.assert_close((pixels - mean) / std, expected, atol=2e-5, rtol=0)
+
+
+def test_padding_is_centred_and_mean_coloured() -> None:
+    image = Image.new("RGB", (4, 1), (255, 255, 255))
+    pixels = ImageTransform(4, "pad")(image)
+    rows = pixels[:, :, 0].T.tolist()  # side 4, offset (4 - 1) // 2 = 1
+    assert rows == [[122, 116, 104], [255, 255, 255], [122, 116, 104], [122, 116, 104]]
+
+
+def test_an_equal_size_is_copied_exactly_and_the_picture_left_alone() -> None:
+    image = noise(56, 56)
+    before = np.array(image)
+    pixels = ImageTransform(56, "pad")(image)
+    pixels.add_(1)
+    np.testing.assert_array_equal(np.asarray(image), before)
+
+
+def test_decoded_pictures_go_in() -> None:
+    image = decode_image(encode_picture(), "k")
+    assert ImageTransform(28, "pad")(image).shape == (3, 28, 28)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ConfigError, match="unknown image aspect `crop`; known: square, pad"):
+        ImageTransform(56, "crop")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="image size is 0"):
+        ImageTransform(0, "pad")
+
+
+@pytest.mark.parametrize("aspect", ["square", "pad", "resize"])
+@pytest.mark.parametrize("size", [(640, 480), (427, 640), (500, 333), (60, 60)])
+def test_a_mapped_box_is_where_the_pixels_are(aspect: ImageAspect, size: tuple[int, int]):
+    picture = Image.new("RGB", size)
+    box = (size[0] * 0.4, size[1] * 0.3, size[0] * 0.6, size[1] * 0.7)
+    picture.paste((255, 255, 255), tuple(map(round, box)))
+    transform = ImageTransform(168, aspect)
+    rows, columns = np.nonzero(transform(picture).numpy().min(axis=0) > 127)
+    found = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    assert found == pytest.approx(transform.map_box(box, size), abs=1.5)

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.toy_data import encode_picture, make_manifest, said, toy_samples
+from tests.toy_stream import Build
+from vipllava.conversation.encode import ConversationEncoder
+from vipllava.conversation.label_proof import prove_labels
+from vipllava.data.image_transform import ImageTransform
+from vipllava.data.order import Item
+from vipllava.data.samples import SampleEncoder, iter_samples
+from vipllava.data.shards import write_shards
+from vipllava.types import RecordError, VipLlavaError
+
+REGION = {"bboxes": [[5, 5, 40, 30]], "conversations": said("<image>\nWhat is <bbox0>?", "yes")}
+
+
+def test_pixels_and_words_come_from_one_plan(build_dataset: Build) -> None:
+    dataset = build_dataset(toy_samples(10))
+    named = set()
+    for epoch in range(12):
+        sample = dataset.sources[0].sample(0, epoch)
+        turns, encoded = dataset.encoder.encode_text(sample, epoch)
+        finished = dataset.make(Item(0, epoch, 0))
+        np.testing.assert_array_equal(finished.encoded.input_ids, encoded.input_ids)
+        assert turns[0].text.startswith("What is ")
+        named.add(turns[0].text)
+        prove_labels(dataset.encoder.encoder, turns, finished.encoded)
+    assert len(named) > 6  # another mark in every epoch
+
+
+def test_an_epoch_repeats_itself_to_the_bit(build_dataset: Build) -> None:
+    dataset = build_dataset(toy_samples(5))
+    for position in range(5):
+        first, second = dataset.make(Item(0, 3, position)), dataset.make(Item(0, 3, position))
+        np.testing.assert_array_equal(first.encoded.labels, second.encoded.labels)
+        if first.pixel_values is None:
+            assert position == 4  # text only
+            assert first.encoded.num_images == 0
+        else:
+            assert second.pixel_values is not None
+            assert torch.equal(first.pixel_values, second.pixel_values)
+            assert first.pixel_values.shape == (3, 28, 28)
+
+
+def test_marks_are_drawn(build_dataset: Build) -> None:
+    dataset = build_dataset(toy_samples(2))
+    sample = dataset.sources[0].sample(0)
+    assert sample.image is not None
+    marked = dataset.make(Item(0, 0, 0)).pixel_values
+    plain = ImageTransform(28, "pad")(_decoded(sample.image))
+    assert marked is not None
+    assert not torch.equal(marked, plain)
+    untouched = dataset.make(Item(0, 0, 1)).pixel_values
+    sample = dataset.sources[0].sample(1)
+    assert sample.image is not None
+    assert untouched is not None
+    assert torch.equal(untouched, ImageTransform(28, "pad")(_decoded(sample.image)))
+
+
+def _decoded(data: bytes):
+    from vipllava.data.image_decode import decode_image
+
+    return decode_image(data, "k")
+
+
+def test_iter_samples_keeps_the_order_and_the_words(tmp_path: Path) -> None:
+    write_shards(toy_samples(12), tmp_path / "toy", max_samples=5)
+    first, second = (
+        list(iter_samples(make_manifest(), "unused", tmp_path, seed=1)) for _ in range(2)
+    )
+    assert [sample.key for sample in first] == [key for key, *_ in toy_samples(12)]
+    assert first == second
+
+
+def test_a_manifest_may_name_the_policy(tmp_path: Path) -> None:
+    write_shards(toy_samples(2), tmp_path / "toy")
+    samples = iter_samples(make_manifest(policy="mine"), "unused", tmp_path, seed=1)
+    assert {sample.policy for sample in samples} == {"mine"}
+
+
+def test_a_broken_record_names_file_and_record(build_dataset: Build) -> None:
+    bad = {"id": 1, "conversations": said("<image>\nHi", "yes"), "bboxes": [[9, 9, 5, 5]]}
+    dataset = build_dataset([*toy_samples(1), ("bad", bad, encode_picture(), "jpg")])
+    with pytest.raises(RecordError, match=r"toy/shard-000000\.tar: toy/bad: field `bboxes\[0\]`"):
+        dataset.make(Item(0, 0, 1))
+
+
+def test_an_unreadable_picture_names_file_and_record(build_dataset: Build) -> None:
+    record = {"id": 1, "image": "a.jpg", "conversations": said("<image>\nHi", "yes")}
+    picture = encode_picture()
+    dataset = build_dataset([("bad", record, picture[: len(picture) // 2], "jpg")])
+    with pytest.raises(RecordError, match=r"shard-000000\.tar: toy/bad: .*replace the file"):
+        dataset.make(Item(0, 0, 0))
+
+
+def test_an_unknown_policy_lists_the_known(
+    build_dataset: Build, encoder: ConversationEncoder
+) -> None:
+    dataset = build_dataset([("k", REGION, encode_picture(), "jpg")])
+    dataset.encoder = SampleEncoder({}, encoder, ImageTransform(28, "pad"), seed=1)
+    with pytest.raises(VipLlavaError, match=r"toy/k: unknown visual-prompt policy `regions`"):
+        dataset.make(Item(0, 0, 0))
+
+
+def test_a_conversation_over_the_limit(build_dataset: Build, encoder: ConversationEncoder) -> None:
+    dataset = build_dataset([("k", REGION, encode_picture(), "jpg")])
+    dataset.encoder.encoder = ConversationEncoder(encoder.tokenizer, "llava_v1", 400, 4, 16)
+    with pytest.raises(RecordError, match=r"toy/k.*max_length=16"):
+        dataset.make(Item(0, 0, 0))

@@ -1,1 +1,0 @@
-"""What maintainers run by hand, from a checkout: `python -m tools.NAME`."""

@@ -1,0 +1,40 @@
+"""A finished model folder onto the Hugging Face Hub, when a user asks for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vipllava.models.hub_models import reason_of, web_error
+from vipllava.types import CheckpointError
+
+
+def upload(directory: Path, repository: str, *, private: bool = True) -> str:
+    """Upload every file of a folder to a repository, made if it is not there.
+
+    Args:
+        directory: of a model; its README.md becomes the page.
+        repository: ``owner/name``.
+        private: of a repository that is made; weights with terms of use are published on purpose
+            only.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        CheckpointError: the hub refuses or cannot be reached; the folder stays.
+    """
+    import huggingface_hub
+
+    hub: Any = huggingface_hub
+    api = hub.HfApi(endpoint=hub.constants.ENDPOINT)
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(directory))
+    except (web_error(), OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory} could not be uploaded to {repository} ({reason_of(error)}): log in "
+            f"with `hf auth login` and a token that may write, then `hf upload {repository} "
+            f"{directory}`; the folder itself is finished"
+        ) from error
+    return str(address)

@@ -1,0 +1,275 @@
+"""Which samples make a global batch: shuffled, grouped by length, or packed.
+
+The sequence of global batches is a pure function of (seed, epoch). A batch is a list of *rows*: a
+row is one sample, or with packing several that share it. Whoever reads the sequence gets a
+:class:`Cursor` with every batch: a few numbers from which it goes on exactly behind that batch,
+without replaying what came before.
+
+* ``shuffled``: the order, cut.
+* ``length_grouped``: within a window of batches samples are sorted by length, cut, and the batches
+  are shuffled, so that little is padded. The longest batch of an epoch's first window comes first:
+  one that does not fit into memory fails at once.
+* ``packed``: within a window of samples, whole samples share rows of a fixed length. Lengths are
+  true ones, text and picture, so a window is planned when it is reached.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vipllava.data.order import Epoch, Item, SampleOrder
+from vipllava.keyed_random import generator_for
+from vipllava.types import ConfigError
+
+Batching = Literal["shuffled", "length_grouped", "packed"]
+GROUP_WINDOW_BATCHES: Final = 50
+"""Global batches whose samples are sorted together."""
+PACK_WINDOW_SAMPLES: Final = 4096
+"""Samples that are packed together."""
+
+Row = tuple[Item, ...]
+Lengths = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A place in the sequence of global batches: what a checkpoint has to know.
+
+    Attributes:
+        epoch: the epoch.
+        step: global batches of this epoch before this place.
+        samples: samples of this epoch before this place.
+        window: packed: the window in which the next row lies.
+        row: packed: rows of that window before this place.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    samples: int = 0
+    window: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalBatch:
+    """The samples of one optimizer step over all ranks.
+
+    Attributes:
+        rows: samples that share a row of the network's input.
+        after: the place behind this batch.
+        progress: share of the epoch's samples consumed when this step is done, 0..1.
+    """
+
+    rows: tuple[Row, ...]
+    after: Cursor
+    progress: float
+
+
+class BatchPlan(Protocol):
+    """A sequence of global batches for every epoch.
+
+    Attributes:
+        rows_per_batch: rows of a full global batch.
+        exact: whether ``max_steps`` is the number of steps, not a bound.
+    """
+
+    rows_per_batch: int
+    exact: bool
+
+    def batches(self, start: Cursor) -> Iterator[GlobalBatch]:
+        """Yield the global batches of ``start.epoch`` from there on; the last may be smaller."""
+        ...
+
+    def max_steps(self, epoch: int) -> int:
+        """Return a number of steps that the epoch does not exceed."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Return what has to be equal for a cursor to mean the same place."""
+        ...
+
+
+class SampleBatches:
+    """``shuffled`` and ``length_grouped``: every row is one sample.
+
+    Args:
+        order: of the samples.
+        batch_size: samples of a global batch.
+        lengths: gives the (estimated) total length of items; None leaves them shuffled.
+    """
+
+    exact = True
+
+    def __init__(
+        self,
+        order: SampleOrder,
+        batch_size: int,
+        lengths: Callable[[Epoch], Lengths] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"global_batch_size={batch_size} must be at least 1")
+        self.order = order
+        self.rows_per_batch = batch_size
+        self.lengths = lengths
+
+    def batches(self, start: Cursor) -> Iterator[GlobalBatch]:
+        """Yield the global batches from ``start`` on."""
+        epoch = self.order.epoch(start.epoch)
+        total, size = len(epoch), self.rows_per_batch
+        places = np.arange(total) if self.lengths is None else self._grouped(epoch, start.epoch)
+        for step in range(start.step, self.max_steps(start.epoch)):
+            done = min(total, (step + 1) * size)
+            rows = tuple((item,) for item in epoch.items(places[step * size : done]))
+            yield GlobalBatch(rows, Cursor(start.epoch, step + 1, done), done / total)
+
+    def max_steps(self, epoch: int) -> int:
+        """Return the number of steps of an epoch."""
+        return -(-len(self.order) // self.rows_per_batch)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what has to be equal for a cursor to mean the same place."""
+        batching = "shuffled" if self.lengths is None else "length_grouped"
+        return {"batching": batching, "global_batch_size": self.rows_per_batch}
+
+    def _grouped(self, epoch: Epoch, number: int) -> npt.NDArray[np.int64]:
+        """Return the places of the epoch's samples in the order of the batches."""
+        assert self.lengths is not None
+        lengths, size = self.lengths(epoch), self.rows_per_batch
+        rng = generator_for(self.order.seed, number, "length_grouped")
+        window = size * GROUP_WINDOW_BATCHES
+        ordered: list[npt.NDArray[np.int64]] = []
+        for first in range(0, len(epoch), window):
+            # Stable, longest first: equal lengths stay in the order that was drawn.
+            places = first + np.argsort(-lengths[first : first + window], kind="stable")
+            # A remainder has to come last; it is drawn from all lengths, not the shortest ones.
+            rest = np.sort(rng.permutation(len(places))[: len(places) % size])
+            last, full = places[rest], np.delete(places, rest).reshape(-1, size)
+            shuffled = rng.permutation(len(full))
+            if first == 0 and len(full):
+                shuffled = np.concatenate([[0], shuffled[shuffled != 0]])
+            ordered += [full[shuffled].reshape(-1), last]
+        return np.concatenate(ordered)
+
+
+class WindowPlanner(Protocol):
+    """Makes the packs of a window: a pure function of its arguments."""
+
+    def __call__(
+        self, items: Sequence[Item], rng: np.random.Generator, name: str
+    ) -> tuple[Row, ...]:
+        """Return packs that hold every item (or its substitute) once, shuffled by ``rng``.
+
+        Args:
+            items: the window's samples.
+            rng: shuffles the packs.
+            name: tells this window from any other, for sharing its plan.
+        """
+        ...
+
+
+class PackedBatches:
+    """``packed``: every row is a pack.
+
+    Args:
+        order: of the samples.
+        rows_per_batch: packs of a global batch.
+        planner: makes the packs of a window.
+        window_samples: samples of a window.
+        ahead: plan the next window in a thread meanwhile; False where another process plans it.
+        identity: what else a cursor depends on, e.g. the pack length.
+    """
+
+    exact = False
+
+    def __init__(
+        self,
+        order: SampleOrder,
+        rows_per_batch: int,
+        planner: WindowPlanner,
+        *,
+        window_samples: int = PACK_WINDOW_SAMPLES,
+        ahead: bool = True,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        for name, value in (("packs", rows_per_batch), ("window_samples", window_samples)):
+            if value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        self.order = order
+        self.rows_per_batch = rows_per_batch
+        self.planner = planner
+        self.window_samples = window_samples
+        self.ahead = ahead
+        self._identity = dict(identity or {})
+
+    def batches(self, start: Cursor) -> Iterator[GlobalBatch]:
+        """Yield the global batches from ``start`` on."""
+        rows: list[Row] = []
+        step, samples, total = start.step, start.samples, len(self.order)
+        for window, packs in self._windows(start):
+            first = start.row if window == start.window else 0
+            for row in range(first, len(packs)):
+                rows.append(packs[row])
+                if len(rows) < self.rows_per_batch:
+                    continue
+                step, samples = step + 1, samples + sum(map(len, rows))
+                behind = (window, row + 1) if row + 1 < len(packs) else (window + 1, 0)
+                after = Cursor(start.epoch, step, samples, *behind)
+                yield GlobalBatch(tuple(rows), after, samples / total)
+                rows = []
+        if rows:
+            after = Cursor(start.epoch, step + 1, total, self._num_windows, 0)
+            yield GlobalBatch(tuple(rows), after, 1.0)
+
+    def max_steps(self, epoch: int) -> int:
+        """Return a bound: were every pack one sample."""
+        return -(-len(self.order) // self.rows_per_batch)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what has to be equal for a cursor to mean the same place."""
+        return {
+            "batching": "packed",
+            "packs_per_batch": self.rows_per_batch,
+            "pack_window": self.window_samples,
+            **self._identity,
+        }
+
+    @property
+    def _num_windows(self) -> int:
+        return -(-len(self.order) // self.window_samples)
+
+    def _windows(self, start: Cursor) -> Iterator[tuple[int, tuple[Row, ...]]]:
+        epoch = self.order.epoch(start.epoch)
+
+        def plan(window: int) -> tuple[Row, ...]:
+            first = window * self.window_samples
+            items = epoch.items(slice(first, first + self.window_samples))
+            rng = generator_for(self.order.seed, start.epoch, window, "packs")
+            return self.planner(items, rng, f"epoch{start.epoch}-window{window}")
+
+        coming: Future[tuple[Row, ...]] | None = None
+        for window in range(start.window, self._num_windows):
+            packs = plan(window) if coming is None else coming.result()
+            more = self.ahead and window + 1 < self._num_windows
+            coming = _in_thread(plan, window + 1) if more else None
+            yield window, packs
+
+
+def _in_thread(plan: Callable[[int], tuple[Row, ...]], window: int) -> Future[tuple[Row, ...]]:
+    """Plan in a thread that a process does not wait for when it ends: its storage may be silent."""
+    planned: Future[tuple[Row, ...]] = Future()
+
+    def run() -> None:
+        try:
+            planned.set_result(plan(window))
+        except BaseException as error:  # noqa: BLE001 - raised where the plan is wanted
+            planned.set_exception(error)
+
+    threading.Thread(target=run, name="pack-planner", daemon=True).start()
+    return planned

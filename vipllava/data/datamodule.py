@@ -1,0 +1,392 @@
+"""Wiring of one training stage's data for Lightning. What happens is in the other modules."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, get_args
+
+import lightning
+import torch
+
+from vipllava.config.batch import accumulation_steps
+from vipllava.conversation.encode import ConversationEncoder
+from vipllava.conversation.label_proof import prove_labels
+from vipllava.data.batching import Batching, BatchPlan, Cursor, PackedBatches, SampleBatches
+from vipllava.data.faults import QUARANTINE_FILE, FaultLog, FaultPolicy, OnFault
+from vipllava.data.held_out import HeldOutLoader
+from vipllava.data.image_transform import ImageTransform
+from vipllava.data.manifest import Manifest, load_manifest
+from vipllava.data.order import (
+    WINDOW_SAMPLES,
+    Item,
+    MixEntry,
+    SampleOrder,
+    parse_mix,
+    plan_parts,
+)
+from vipllava.data.pack_planner import PackPlanner, SharedPlans
+from vipllava.data.prefetch import ShardPrefetcher
+from vipllava.data.ranks import Ranks
+from vipllava.data.replay import ReplayedMicroBatch, replay_step
+from vipllava.data.samples import SampleEncoder, SampleSource
+from vipllava.data.stream import StepLoader, StepSampler, stream_identity
+from vipllava.data.visual_prompt_dataset import VisualPromptDataset
+from vipllava.files.cache import ShardCache
+from vipllava.files.retries import Patience
+from vipllava.types import Batch, ConfigError
+from vipllava.visual_prompts.policies import VisualPromptPolicy
+
+log = logging.getLogger(__name__)
+
+_SLOW_SAMPLE_S: Final = 60.0
+"""How much longer than storage is tried one sample may take to be measured."""
+
+
+class VisualPromptDataModule(lightning.LightningDataModule):
+    """Training data of one stage.
+
+    Args:
+        manifest: name in ``manifests_dir``, or path of a manifest of one's own.
+        manifests_dir: folder of the known manifests.
+        data_root: folder or URL that the manifests' patterns are relative to.
+        policies: visual-prompt policies by name.
+        encoder: conversations to ids and labels.
+        image_transform: pictures to pixels.
+        micro_batch_size: rows per rank and forward pass: samples, or packs.
+        global_batch_size: rows per optimizer step.
+        mix: several data sets instead of ``manifest``: per name or path ``epochs`` or ``weight``.
+        samples_per_epoch: size of an epoch mixed by weight.
+        batching: ``shuffled``, ``length_grouped`` or ``packed``.
+        pack_length: ids of a pack.
+        max_images_per_pack: pictures of a pack at most.
+        window_samples: samples that are shuffled among each other.
+        on_fault: ``error``, or ``quarantine`` for substitutes.
+        max_fault_rate: share of bad samples above which quarantine gives up.
+        run_dir: where ``quarantine.jsonl`` goes.
+        cache_dir: where remote shards are kept.
+        cache_gb: size of that cache, 10^9 bytes.
+        storage_patience_minutes: how long a file is tried that cannot be read or fetched; then the
+            job ends.
+        seed: of order, wordings and marks.
+        num_workers: loader processes per rank.
+        pad_to_multiple_of: row lengths are rounded up to a multiple of this.
+        num_proved: how many of the first samples get their labels proved before training.
+        held_out: manifest of samples for the loss between training steps, or None.
+        held_out_samples: only the first so many of them; None: all.
+        held_out_batch_size: samples of them per rank and forward pass.
+    """
+
+    def __init__(
+        self,
+        manifest: str | Path | None,
+        manifests_dir: str | Path,
+        data_root: str | Path,
+        policies: Mapping[str, VisualPromptPolicy],
+        encoder: ConversationEncoder,
+        image_transform: ImageTransform,
+        micro_batch_size: int,
+        global_batch_size: int,
+        mix: Mapping[str, Mapping[str, Any]] | None = None,
+        samples_per_epoch: int | None = None,
+        batching: Batching = "shuffled",
+        pack_length: int = 4096,
+        max_images_per_pack: int = 16,
+        window_samples: int = WINDOW_SAMPLES,
+        on_fault: OnFault = "error",
+        max_fault_rate: float = 0.001,
+        run_dir: str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        cache_gb: float = 100.0,
+        storage_patience_minutes: float = 10.0,
+        seed: int = 42,
+        num_workers: int = 4,
+        pad_to_multiple_of: int = 1,
+        num_proved: int = 16,
+        held_out: str | Path | None = None,
+        held_out_samples: int | None = 1000,
+        held_out_batch_size: int = 8,
+    ) -> None:
+        super().__init__()
+        if batching not in get_args(Batching):
+            known = ", ".join(get_args(Batching))
+            raise ConfigError(f"data.batching is {batching!r}; use one of {known}")
+        entries = parse_mix(mix) if mix else {str(manifest): MixEntry(epochs=1.0)}
+        self.manifests = [load_manifest(name, manifests_dir) for name in entries]
+        self.mix = dict(zip((m.name for m in self.manifests), entries.values(), strict=True))
+        if len(self.mix) < len(entries):
+            raise ConfigError(f"data.mix names a data set twice: {', '.join(entries)}")
+        self.data_root = data_root
+        self.encoder = encoder
+        self.samples = SampleEncoder(policies, encoder, image_transform, seed)
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.samples_per_epoch = samples_per_epoch
+        self.batching: Batching = batching
+        self.pack_length = pack_length
+        self.max_images_per_pack = max_images_per_pack
+        self.window_samples = window_samples
+        self.faults = FaultPolicy(on_fault, max_fault_rate)
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.patience = Patience(max_attempts=None, total_s=60 * storage_patience_minutes)
+        self.cache = (
+            None
+            if cache_dir is None
+            else ShardCache(Path(cache_dir), int(cache_gb * 10**9), self.patience)
+        )
+        self.seed = seed
+        self.num_workers = num_workers
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.num_proved = num_proved
+        self.held_out = None if held_out is None else load_manifest(held_out, manifests_dir)
+        self.held_out_samples = held_out_samples
+        self.held_out_batch_size = held_out_batch_size
+        self.dataset: VisualPromptDataset | None = None
+        self._loader: StepLoader | None = None
+        self._restored: dict[str, Any] | None = None
+        self._num_shared = 0
+
+    def setup(self, stage: str) -> None:
+        """Open the shards and prove the labels of the first samples.
+
+        Raises:
+            ShardError: the data are missing, damaged or not what the manifest says.
+            RecordError: one of the first samples breaks its schema and the policy is ``error``.
+            VipLlavaError: labels do not cover exactly the answers, or another rank has an error.
+        """
+        with self._ranks().together():
+            if self.dataset is None:
+                self.dataset = self._open_and_prove()
+
+    def _open_and_prove(self) -> VisualPromptDataset:
+        dataset = self.open_dataset()
+        num_proved = 0
+        for item in self.first_items(dataset, self.num_proved):
+            _, good, _ = dataset.measure(item)
+            sample = dataset.sources[good.part].sample(good.position, good.turn)
+            turns, encoded = self.samples.encode_text(sample, good.turn)
+            prove_labels(self.encoder, turns, encoded, key=f"{sample.dataset}/{sample.key}")
+            num_proved += 1
+        for source in dataset.sources:
+            log.info("%s: %d samples", source.name, len(source))
+        log.info("labels of %d samples proved", num_proved)
+        return dataset
+
+    def open_dataset(self) -> VisualPromptDataset:
+        """Open the shards; raises what :func:`vipllava.data.shards.open_shards` raises."""
+        sources = [self._open(manifest) for manifest in self.manifests]
+        return VisualPromptDataset(sources, self.samples, self.faults)
+
+    def _open(self, manifest: Manifest) -> SampleSource:
+        return SampleSource.open(
+            manifest, self.data_root, self.seed, cache=self.cache, patience=self.patience
+        )
+
+    def first_items(self, dataset: VisualPromptDataset, count: int) -> list[Item]:
+        """Return samples of epoch 0 in the order in which training meets them.
+
+        With packing it is the order before packing: nothing is planned for this.
+        """
+        order = self._order(dataset)
+        if self.batching == "packed":
+            return order.epoch(0).items(slice(count))
+        batches = self._plan(dataset, order).batches(Cursor())
+        return list(islice((item for batch in batches for (item,) in batch.rows), count))
+
+    def train_dataloader(self) -> StepLoader:
+        """Return this rank's loader; its length is the epoch's number of micro-batches."""
+        trainer: Any = self.trainer
+        if self.dataset is None or trainer is None:
+            raise ConfigError("the data module has no trainer; use Trainer.fit(..., datamodule=)")
+        per_node = trainer.world_size // trainer.num_nodes
+        accumulate = accumulation_steps(
+            self.global_batch_size, self.micro_batch_size, per_node, trainer.num_nodes
+        )
+        if trainer.accumulate_grad_batches != accumulate:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; a global "
+                f"batch of {self.global_batch_size} with micro-batches of {self.micro_batch_size} "
+                f"on {trainer.world_size} ranks needs {accumulate}"
+            )
+        device: torch.device = trainer.strategy.root_device
+        fault_log = FaultLog(
+            None if self.run_dir is None else self.run_dir / QUARANTINE_FILE, self.faults
+        )
+        order = self._order(self.dataset)
+        ranks = self._ranks()
+        shared = self._shared_plans(ranks.rank) if trainer.world_size > 1 else None
+        plan = self._plan(self.dataset, order, fault_log if ranks.rank == 0 else None, shared)
+        ranks.check_equal(stream_identity(self.dataset, plan), "data")
+        log.info(
+            "%s batches of %d %s, %d samples an epoch",
+            self.batching, self.global_batch_size,
+            "packs" if self.batching == "packed" else "samples", len(order),
+        )  # fmt: skip
+        self._loader = StepLoader(
+            self.dataset,
+            StepSampler(
+                plan,
+                accumulate=accumulate,
+                world_size=trainer.world_size,
+                rank=trainer.global_rank,
+            ),
+            pad_token_id=_pad_token_id(self.encoder),
+            num_workers=self.num_workers,
+            multiple_of=self.pad_to_multiple_of,
+            pack_length=self.pack_length if self.batching == "packed" else None,
+            ranks=ranks,
+            fault_log=fault_log,
+            prefetcher=ShardPrefetcher([s.shards for s in self.dataset.sources], order),
+            pin_memory=device.type == "cuda",
+        )
+        if self._restored is not None:
+            self._loader.load_state_dict(self._restored)
+        return self._loader
+
+    def val_dataloader(self) -> HeldOutLoader | list[Any]:
+        """Return this rank's held-out batches; none if no manifest names any."""
+        trainer: Any = self.trainer
+        if self.held_out is None:
+            return []
+        ranks = self._ranks()
+        with ranks.together():
+            source = self._open(self.held_out)
+        ranks.check_equal({source.name: source.shards.fingerprint}, "held-out data")
+        loader = HeldOutLoader(
+            source,
+            self.samples,
+            ranks=ranks,
+            micro_batch_size=self.held_out_batch_size,
+            max_samples=self.held_out_samples,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            num_workers=self.num_workers,
+            pad_token_id=_pad_token_id(self.encoder),
+            multiple_of=self.pad_to_multiple_of,
+        )
+        log.info("%s: %d held-out samples", self.held_out.name, loader.num_samples)
+        return loader
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Copy pinned batches while the device still computes; Lightning would wait for them."""
+        return batch.to(device, non_blocking=True)
+
+    def replay(
+        self,
+        place: Mapping[str, int],
+        data: Mapping[str, Any],
+        *,
+        world_size: int,
+        accumulate: int,
+    ) -> list[ReplayedMicroBatch]:
+        """Make the micro-batches of one step again, of every rank.
+
+        Args:
+            place: where the step begins, see :attr:`vipllava.data.stream.StepLoader.began`.
+            data: the stream that it was of, see its ``identity``.
+            world_size: ranks that it was divided among.
+            accumulate: micro-batches of each.
+
+        Raises:
+            CheckpointError: the data are others now; names each difference.
+            VipLlavaError: see :meth:`open_dataset`.
+        """
+        self.dataset = dataset = self.dataset or self.open_dataset()
+        plan = self._plan(dataset, self._order(dataset))
+        return replay_step(
+            dataset,
+            plan,
+            Cursor(**place),
+            data,
+            world_size=world_size,
+            accumulate=accumulate,
+            pad_token_id=_pad_token_id(self.encoder),
+            multiple_of=self.pad_to_multiple_of,
+            pack_length=self.pack_length if self.batching == "packed" else None,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been consumed, for Lightning's checkpoint."""
+        return {} if self._loader is None else self._loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on behind what a checkpoint says was consumed.
+
+        Some strategies load a checkpoint before the loader is made, others after.
+
+        Raises:
+            CheckpointError: it is of other data; names each difference.
+        """
+        self._restored = state_dict
+        if self._loader is not None:
+            self._loader.load_state_dict(state_dict)
+
+    def teardown(self, stage: str) -> None:
+        """End the loader's workers."""
+        if self._loader is not None:
+            self._loader.close()
+
+    def _order(self, dataset: VisualPromptDataset) -> SampleOrder:
+        sizes = {source.name: source.shards.shard_sizes for source in dataset.sources}
+        parts = plan_parts(sizes, self.mix, self.samples_per_epoch)
+        return SampleOrder(parts, self.seed, window_samples=self.window_samples)
+
+    def _plan(
+        self,
+        dataset: VisualPromptDataset,
+        order: SampleOrder,
+        fault_log: FaultLog | None = None,
+        shared: SharedPlans | None = None,
+    ) -> BatchPlan:
+        if self.batching != "packed":
+            lengths = dataset.estimate_lengths if self.batching == "length_grouped" else None
+            return SampleBatches(order, self.global_batch_size, lengths)
+        planner = PackPlanner(
+            dataset,
+            pack_length=self.pack_length,
+            max_images=self.max_images_per_pack,
+            shared=shared,
+            on_faults=None if fault_log is None else fault_log.add,
+        )
+        identity = {"pack_length": self.pack_length, "max_images": self.max_images_per_pack}
+        ahead = shared is None or shared.plans
+        return PackedBatches(order, self.global_batch_size, planner, ahead=ahead, identity=identity)
+
+    def _shared_plans(self, rank: int) -> SharedPlans | None:
+        if self.batching != "packed":
+            return None
+        self._num_shared += 1  # another loader must not read the plans of this one
+        distributed: Any = torch.distributed
+        # A connection of its own: who waits for an answer on the job's keeps others waiting.
+        store = distributed.group.WORLD.get_group_store().clone()
+        store = distributed.PrefixStore(f"packs-{self._num_shared}", store)
+        timeout_s = self.patience.total_s + _SLOW_SAMPLE_S
+        return SharedPlans(store, rank=rank, timeout_s=timeout_s)
+
+    def _ranks(self) -> Ranks:
+        trainer: Any = self.trainer
+        if trainer is None or trainer.world_size == 1:
+            return Ranks()
+        return Ranks(trainer.global_rank, self._all_reduce_sum, _gather)
+
+    def _all_reduce_sum(self, values: Sequence[int]) -> list[int]:
+        strategy: Any = self.trainer.strategy  # pyright: ignore[reportOptionalMemberAccess]
+        total = torch.tensor(values, dtype=torch.int64, device=strategy.root_device)
+        return [int(value) for value in strategy.reduce(total, reduce_op="sum").tolist()]
+
+
+def _gather(value: Any) -> list[Any]:
+    distributed: Any = torch.distributed
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def _pad_token_id(encoder: ConversationEncoder) -> int:
+    """Return the tokenizer's padding id, or 0: padding has no label and is never attended to."""
+    token: Any = getattr(encoder.tokenizer, "pad_token_id", None)
+    return 0 if token is None or token == encoder.image_token_id else int(token)

@@ -1,0 +1,226 @@
+"""What happens to a sample that cannot be read or made: an error, or quarantine.
+
+``error`` ends the job at the first one. ``quarantine`` puts a substitute in its place, drawn from
+the same data set by the sample's own key, so that every run and every division over ranks gets the
+same one; writes a line to ``quarantine.jsonl``; and ends the job once more than a stated share of
+the samples is bad. Evaluation never substitutes.
+
+Only faults of the data are bad samples: ``RecordError``, which covers records, pictures and
+checksums. Whatever else fails, storage above all, fails for other samples too, and not in every
+run; it ends the job.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar, get_args
+
+from vipllava.data.order import Item
+from vipllava.keyed_random import generator_for
+from vipllava.types import ConfigError, RecordError, StorageError
+
+log = logging.getLogger(__name__)
+
+OnFault = Literal["error", "quarantine"]
+QUARANTINE_FILE: Final = "quarantine.jsonl"
+_ATTEMPTS: Final = 64
+_FEWEST_SAMPLES: Final = 1000
+"""A share is only judged as if at least so many samples had been read."""
+_Made = TypeVar("_Made")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One bad sample.
+
+    Attributes:
+        dataset: the data set's name.
+        key: the sample's key.
+        shard: the tar it lies in.
+        offset: place of its record in the tar, bytes.
+        turn: pass over the data set in which it was met.
+        fault: class of the fault, see docs/lint.md.
+        reason: the error's message.
+        substitute: key of the sample in its place.
+    """
+
+    dataset: str
+    key: str
+    shard: str
+    offset: int
+    turn: int
+    fault: str
+    reason: str
+    substitute: str
+
+
+@dataclass(frozen=True, slots=True)
+class FaultPolicy:
+    """What to do about bad samples.
+
+    Attributes:
+        on_fault: ``error`` or ``quarantine``.
+        max_rate: share of bad samples above which quarantine gives up.
+    """
+
+    on_fault: OnFault = "error"
+    max_rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.on_fault not in get_args(OnFault):
+            known = ", ".join(get_args(OnFault))
+            raise ConfigError(f"data.on_fault is {self.on_fault!r}; use one of {known}")
+        if not 0 <= self.max_rate <= 1:
+            raise ConfigError(f"data.max_fault_rate is {self.max_rate}; a rate lies in 0..1")
+
+
+def candidates(item: Item, num_samples: int, *, seed: int, name: str) -> Iterator[Item]:
+    """Yield the substitutes to try for a bad sample, always the same ones.
+
+    Args:
+        item: the bad sample.
+        num_samples: of its data set.
+        seed: the stream's.
+        name: the data set's.
+    """
+    rng = generator_for(seed, item.turn, name, item.position, "substitute")
+    for _ in range(_ATTEMPTS):
+        yield item._replace(position=int(rng.integers(num_samples)))
+
+
+def with_substitute(
+    item: Item,
+    make: Callable[[Item], _Made],
+    describe: Callable[[Item, RecordError, Item], Fault],
+    policy: FaultPolicy,
+    substitutes: Iterator[Item],
+) -> tuple[_Made, Item, Fault | None]:
+    """Make a sample, or by the policy another one.
+
+    Args:
+        item: the sample.
+        make: makes it; raises RecordError for a bad one and for an unfit substitute.
+        describe: writes the fault down.
+        policy: what to do.
+        substitutes: see :func:`candidates`.
+
+    Returns:
+        What was made, of which item, and the fault if it is a substitute.
+
+    Raises:
+        RecordError: the sample's own, by policy, or because no substitute is good either.
+        VipLlavaError: what is no fault of the sample, e.g. StorageError; under any policy.
+    """
+    try:
+        return make(item), item, None
+    except RecordError as error:
+        if policy.on_fault == "error":
+            raise
+        first = error
+    for other in substitutes:
+        try:
+            return make(other), other, describe(item, first, other)
+        except RecordError:
+            continue
+    raise RecordError(
+        f"{first}\nNone of {_ATTEMPTS} substitutes of the same data set is good either: run "
+        "`vipllava lint` on it"
+    ) from first
+
+
+class FaultLog:
+    """Counts faults over the job and writes this process's ones down.
+
+    Args:
+        path: the quarantine file; None keeps counting only. Every process appends whole lines.
+        policy: gives the rate at which to stop.
+    """
+
+    def __init__(self, path: Path | None, policy: FaultPolicy) -> None:
+        self.path = path
+        self.policy = policy
+        self.total = 0
+        self.num_samples = 0
+        self._pending = 0
+        self._lock = threading.Lock()  # plans are made in a thread
+        self._written: set[tuple[str, str, int]] | None = None
+
+    def write(self, faults: list[Fault]) -> None:
+        """Append faults; one that stands in the file already (a resumed run) is left out.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        if not faults or self.path is None:
+            return
+        try:
+            with self._lock:
+                self._append(faults, self.path)
+        except OSError as error:
+            raise StorageError(
+                f"{self.path} cannot be written ({error}): free some space there, or check who may "
+                "write it; then start the same command again"
+            ) from error
+
+    def _append(self, faults: list[Fault], path: Path) -> None:
+        if self._written is None:
+            self._written = {
+                (line["dataset"], line["key"], line["turn"]) for line in read_quarantine(path)
+            }
+        for fault in faults:
+            identity = (fault.dataset, fault.key, fault.turn)
+            if identity in self._written:
+                continue
+            self._written.add(identity)
+            log.warning("quarantined %s/%s: %s", fault.dataset, fault.key, fault.reason)
+            line = json.dumps(asdict(fault), ensure_ascii=False) + "\n"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(file, line.encode())  # one write: lines of several processes stay whole
+            finally:
+                os.close(file)
+
+    def add(self, faults: list[Fault]) -> None:
+        """Write faults met outside a step (while planning); the next step counts them."""
+        with self._lock:
+            self._pending += len(faults)
+        self.write(faults)
+
+    def take_pending(self) -> int:
+        """Return how many faults were added since the last call."""
+        with self._lock:
+            pending, self._pending = self._pending, 0
+        return pending
+
+    def count(self, num_faults: int, num_samples: int) -> None:
+        """Add what all ranks together met in one step.
+
+        Raises:
+            RecordError: more than the stated share of the samples is bad.
+        """
+        self.total += num_faults
+        self.num_samples += num_samples
+        allowed = self.policy.max_rate * max(self.num_samples, _FEWEST_SAMPLES)
+        if num_faults and self.total > allowed:
+            where = f"; they are listed in {self.path}" if self.path else ""
+            raise RecordError(
+                f"{self.total} of {self.num_samples} samples are bad, more than "
+                f"data.max_fault_rate={self.policy.max_rate} allows{where}. Mend or remove them "
+                "(`vipllava lint` finds them all), or raise the rate"
+            )
+
+
+def read_quarantine(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a quarantine file; none if there is no file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]

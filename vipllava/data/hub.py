@@ -1,0 +1,195 @@
+"""Files of a data set repository on the Hugging Face hub: listed, downloaded, compared.
+
+``huggingface_hub`` lists the commit, addresses its files and knows the user's login. The bytes come
+through :mod:`vipllava.files.download`: the hub's own client starts a file anew in each process,
+and 27 GB of pictures should not.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from vipllava import __version__
+from vipllava.files.download import DownloadError, Progress, RefusedError, download
+from vipllava.files.retries import PATIENT, Patience, Trial
+
+_Result = TypeVar("_Result")
+_TYPE: Final = "dataset"
+_LASTING: Final = (400, 401, 403, 404, 410)
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of one commit.
+
+    Attributes:
+        repo: the repository.
+        commit: full hash.
+        path: within the repository.
+        size: bytes.
+        sha256: of its bytes, for large files.
+        git_oid: git's blob hash, for the others.
+    """
+
+    repo: str
+    commit: str
+    path: str
+    size: int
+    sha256: str | None
+    git_oid: str
+
+
+def list_hub_files(
+    repo: str, pattern: str, *, revision: str | None = None, patience: Patience = PATIENT
+) -> list[HubFile]:
+    """List the files of a repository that match, by path.
+
+    Args:
+        repo: ``owner/name``.
+        pattern: a path, or one with ``*`` and ``?``, which match ``/`` too.
+        revision: branch, tag or commit; the main branch if None.
+        patience: bounds on trying.
+
+    Raises:
+        DownloadError: the repository cannot be read, or nothing matches.
+    """
+    from huggingface_hub import HfApi, constants
+
+    def attempt() -> tuple[str, list[Any]]:
+        api = HfApi(endpoint=constants.ENDPOINT)
+        commit = api.repo_info(repo, repo_type=_TYPE, revision=revision).sha
+        tree = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type=_TYPE)
+        return str(commit), list(tree)
+
+    commit, entries = _try(attempt, repo, patience)
+    found = [
+        HubFile(repo, commit, entry.path, entry.size, _sha256(entry), entry.blob_id)
+        for entry in entries
+        if hasattr(entry, "blob_id") and fnmatch.fnmatchcase(entry.path, pattern)
+    ]
+    if not found:
+        raise DownloadError(
+            f"{_page(repo)} has no file `{pattern}` at {revision or 'its main branch'}; correct "
+            "`file` or `revision` in the manifest's sources"
+        )
+    return sorted(found, key=lambda file: file.path)
+
+
+def fetch_hub_file(
+    file: HubFile,
+    target: Path,
+    *,
+    patience: Patience = PATIENT,
+    on_progress: Progress | None = None,
+) -> None:
+    """Download one file, or take up its download again.
+
+    Args:
+        file: from :func:`list_hub_files`.
+        target: its final path.
+        patience: bounds on trying.
+        on_progress: told the bytes so far and in all.
+
+    Raises:
+        DownloadError: the hub refuses or keeps failing, or the file is not the stated one.
+        DiskError: the disk is full or cannot be written.
+    """
+    import huggingface_hub
+
+    hub: Any = huggingface_hub
+    endpoint: str = hub.constants.ENDPOINT
+    url: str = hub.hf_hub_url(
+        file.repo, file.path, repo_type=_TYPE, revision=file.commit, endpoint=endpoint
+    )
+    headers = hub.utils.build_hf_headers(library_name="vipllava", library_version=__version__)
+    if _is_whole(target, file):
+        return
+    try:
+        download(
+            url,
+            target,
+            size=file.size,
+            sha256=file.sha256,
+            immutable=True,
+            headers=headers,
+            patience=patience,
+            on_progress=on_progress,
+        )
+    except RefusedError as error:
+        raise DownloadError(
+            f"{file.path} of {_page(file.repo)}: {_refusal(error, error.status)}"
+        ) from error
+    if not _is_whole(target, file):
+        target.unlink()
+        raise DownloadError(
+            f"{file.path} of {_page(file.repo)} is not the file that was meant (its git hash is "
+            f"not {file.git_oid}); it was discarded. Run the same command again"
+        )
+
+
+def _try(attempt: Callable[[], _Result], what: str, patience: Patience) -> _Result:
+    """Try until it works, as far as another attempt can help."""
+    from huggingface_hub import errors
+
+    web_error: Any = vars(errors)["HTTPError"]  # of the HTTP client that this release uses
+    trial = Trial(patience)
+    while True:
+        try:
+            return attempt()
+        except errors.OfflineModeIsEnabled as error:
+            raise DownloadError(
+                f"{what}: the hub is switched off by HF_HUB_OFFLINE; unset it to fetch"
+            ) from error
+        except web_error as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in _LASTING:
+                raise DownloadError(f"{what}: {_refusal(error, status)}") from error
+            pause_s = trial.pause_after_failure()
+            if pause_s is None:
+                raise DownloadError(
+                    f"{what}: given up after {trial}; the last one: {_first_line(error)}. Run the "
+                    "same command again to go on"
+                ) from error
+        time.sleep(pause_s)
+
+
+def _refusal(error: BaseException, status: int | None) -> str:
+    if status in (401, 403):
+        return (
+            "the hub denies access; accept the data set's terms on its page and log in with "
+            "`hf auth login`"
+        )
+    return f"{_first_line(error)}; correct `hub` or `revision` in the manifest's sources"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _page(repo: str) -> str:
+    return f"https://huggingface.co/datasets/{repo}"
+
+
+def _sha256(entry: Any) -> str | None:
+    return None if entry.lfs is None else str(entry.lfs.sha256)
+
+
+def _is_whole(path: Path, file: HubFile) -> bool:
+    """Whether the file is there with the stated size and, if it is a small one, hash.
+
+    Large files are compared with their SHA-256 while they are downloaded, once.
+    """
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    if file.sha256 is not None:
+        return True
+    digest = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    digest.update(path.read_bytes())
+    return digest.hexdigest() == file.git_oid

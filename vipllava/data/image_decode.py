@@ -1,0 +1,164 @@
+"""Encoded pictures to upright 8-bit RGB. No torch here: schemas and shards need only sizes.
+
+What "the stored image" means everywhere in this package: the picture after its EXIF rotation, as
+browsers and annotation tools show it. Boxes and polygons are in those pixels.
+
+* CMYK, palette, grey, 1-bit: converted to RGB.
+* 16-bit grey: the high byte is kept (16-bit RGB files are read so by Pillow itself).
+* Transparency: composited over white, as a page shows it.
+* Animations: the first frame.
+* More than 100 megapixels: refused before decoding.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from typing import Final
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
+
+from vipllava.types import RecordError
+
+try:
+    import simplejpeg  # pyright: ignore[reportMissingTypeStubs]
+except ImportError:  # optional: same pixels as Pillow, about three times faster
+    simplejpeg = None
+
+MAX_PIXELS: Final = 100_000_000
+# Pillow loads its readers on demand; naming formats needs them loaded.
+_READERS: Final = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin)
+_FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_FIX: Final = "replace the file or remove the record"
+_ORIENTATION: Final = 0x0112
+_SIDEWAYS: Final = (5, 6, 7, 8)
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_BROKEN: Final = (OSError, ValueError, SyntaxError, EOFError, struct.error, KeyError, IndexError)
+
+
+def image_size(data: bytes, *, key: str) -> tuple[int, int]:
+    """Return width and height of the upright picture, from the header alone.
+
+    Raises:
+        RecordError: not a picture, or more than 100 megapixels.
+    """
+    image = _open(data, key)
+    width, height = image.size
+    return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+
+
+def decode_image(data: bytes, key: str) -> Image.Image:
+    """Decode a picture.
+
+    Args:
+        data: JPEG, PNG, WebP, GIF or BMP bytes; the content decides, not the extension.
+        key: the sample's key, for messages.
+
+    Returns:
+        The upright picture, mode RGB.
+
+    Raises:
+        RecordError: the bytes are no picture, are truncated, hold more than 100 megapixels, or
+            are of a mode without a defined conversion.
+    """
+    image = _open(data, key)
+    orientation = _orientation(image)
+    fast = _decode_jpeg(data, image)
+    if fast is None:
+        try:
+            image.load()
+            fast = _to_rgb(image, key)
+        except (*_BROKEN, Image.DecompressionBombError) as error:
+            raise RecordError(
+                f"{key}: the picture cannot be decoded ({error}); {_FIX}", "image-corrupt"
+            ) from error
+    return fast.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else fast
+
+
+def _open(data: bytes, key: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():  # Pillow warns below our limit, which is checked here
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise RecordError(
+            f"{key}: {error}; the limit is {MAX_PIXELS} pixels; {_FIX}", "image-too-large"
+        ) from error
+    except UnidentifiedImageError as error:
+        start = bytes(data[:8])
+        raise RecordError(
+            f"{key}: {len(data)} bytes starting with {start!r} are no picture; expected "
+            f"{', '.join(_FORMATS)}; {_FIX}",
+            "image-corrupt",
+        ) from error
+    except _BROKEN as error:
+        raise RecordError(
+            f"{key}: the picture's header is broken ({error}); {_FIX}", "image-corrupt"
+        ) from error
+    if width * height > MAX_PIXELS:
+        raise RecordError(
+            f"{key}: the picture has {width} x {height} pixels; the limit is {MAX_PIXELS}; {_FIX}",
+            "image-too-large",
+        )
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode the whole picture to look for a block behind the pixels
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except _BROKEN:  # a broken EXIF block leaves the pixels as stored, like every viewer does
+        return 1
+    return value if value in _UPRIGHT else 1
+
+
+def _decode_jpeg(data: bytes, image: Image.Image) -> Image.Image | None:
+    """Decode a plain JPEG with libjpeg-turbo directly; None leaves it to Pillow.
+
+    Accurate DCT and fancy upsampling are what Pillow uses too: the pixels are equal.
+    """
+    if simplejpeg is None or image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+    except ValueError:  # damaged: Pillow's verdict and message count
+        return None
+    return Image.fromarray(pixels)
+
+
+def _to_rgb(image: Image.Image, key: str) -> Image.Image:
+    mode = image.mode
+    if mode.startswith("I"):  # I;16, I;16B, or I: 16-bit grey
+        high = np.asarray(image).astype(np.int64) >> 8
+        return Image.fromarray(high.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if mode == "F":
+        raise RecordError(
+            f"{key}: the picture has floating-point pixels (mode F), whose range is unknown; "
+            "store it as 8-bit JPEG or PNG",
+            "image-corrupt",
+        )
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")

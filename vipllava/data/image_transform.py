@@ -1,0 +1,151 @@
+"""Pictures to the network's input: uint8, normalised later on the device.
+
+Three aspects (sizes as in LLaVA-1.5):
+
+* ``square``: short side to ``size``, centre crop (stage 1; what ``CLIPImageProcessor`` does).
+* ``pad``: pad to a square in the mean colour, then resize (stages 2 and 3, inference).
+* ``resize``: to ``size`` x ``size`` whatever the aspect (VCR evaluation).
+
+The fast path resizes with torch's uint8 bicubic, within one level of Pillow's. Padding comes
+first: resizing first would shift the picture by part of a pixel.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from vipllava.data.image_decode import decode_image, image_size
+from vipllava.types import RGB, BBox, ConfigError
+
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "PAD_COLOUR",
+    "ImageAspect",
+    "ImageTransform",
+    "decode_image",
+    "image_size",
+    "reference_transform",
+]
+
+ImageAspect = Literal["square", "pad", "resize"]
+CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
+PAD_COLOUR: Final[RGB] = (122, 116, 104)
+"""CLIP's mean colour in 8 bits."""
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class ImageTransform:
+    """Turns a picture into uint8 [3, size, size].
+
+    Args:
+        size: side of the network's input, pixels.
+        aspect: one of ``square``, ``pad``, ``resize``.
+    """
+
+    def __init__(self, size: int, aspect: ImageAspect) -> None:
+        if size < 1:
+            raise ConfigError(f"image size is {size}; it must be positive")
+        if aspect not in get_args(ImageAspect):
+            known = ", ".join(get_args(ImageAspect))
+            raise ConfigError(f"unknown image aspect `{aspect}`; known: {known}")
+        self.size = size
+        self.aspect: ImageAspect = aspect
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Transform one RGB picture; the result is contiguous uint8 [3, size, size]."""
+        if self.aspect == "resize" and image.width < self.size < image.height:
+            # Wider and lower at once: releases of Pillow differ in which pass comes first.
+            return reference_transform(image, self.size, self.aspect)
+        pixels = np.array(image)
+        if self.aspect == "pad":
+            pixels = _pad(pixels)
+        stored = pixels.shape[1], pixels.shape[0]
+        width, height = _resized_size(stored, self.size, self.aspect)
+        # A contiguous [height, width, 3] array is channels-last, torch's fast layout here.
+        planes = torch.as_tensor(pixels).permute(2, 0, 1)[None]
+        if (height, width) != tuple(planes.shape[2:]):
+            planes = F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True)
+        top, left = (height - self.size) // 2, (width - self.size) // 2
+        return planes[0, :, top : top + self.size, left : left + self.size].contiguous()
+
+    def map_box(self, bbox: BBox, size: tuple[int, int]) -> BBox:
+        """Return where a box of the stored picture comes to lie.
+
+        Args:
+            bbox: x1, y1, x2, y2, pixels of the stored picture.
+            size: width and height of the stored picture, pixels.
+
+        Returns:
+            x1, y1, x2, y2 in pixels of the output, not clipped: ``square`` crops.
+        """
+        width, height = size
+        left = top = 0
+        if self.aspect == "pad":
+            side = max(size)
+            left, top = (side - width) // 2, (side - height) // 2
+            width = height = side
+        new_width, new_height = _resized_size((width, height), self.size, self.aspect)
+        x_scale, y_scale = new_width / width, new_height / height
+        dx, dy = (new_width - self.size) // 2, (new_height - self.size) // 2
+        x1, y1, x2, y2 = bbox
+        return (
+            (x1 + left) * x_scale - dx,
+            (y1 + top) * y_scale - dy,
+            (x2 + left) * x_scale - dx,
+            (y2 + top) * y_scale - dy,
+        )
+
+    def __repr__(self) -> str:
+        return f"ImageTransform(size={self.size}, aspect={self.aspect!r})"
+
+
+def reference_transform(image: Image.Image, size: int, aspect: ImageAspect) -> torch.Tensor:
+    """Do the same with Pillow alone, step by step: the measure of the fast path."""
+    if aspect == "pad":
+        side = max(image.size)
+        canvas = Image.new("RGB", (side, side), PAD_COLOUR)
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = canvas
+    if aspect == "square":
+        short, long = sorted(image.size)
+        longer = int(size * long / short)
+        wide = image.width > image.height
+        resized = image.resize((longer, size) if wide else (size, longer), Image.Resampling.BICUBIC)
+        left, top = (resized.width - size) // 2, (resized.height - size) // 2
+        image = resized.crop((left, top, left + size, top + size))
+    else:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.as_tensor(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _pad(pixels: Pixels) -> Pixels:
+    """Centre on a square; an odd pixel goes to the right or the bottom."""
+    height, width = pixels.shape[:2]
+    if height == width:
+        return pixels
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    canvas = np.empty((side, side, 3), dtype=np.uint8)
+    # Whole rows at once: numpy broadcasts three bytes to a picture ten times slower.
+    band = np.tile(np.array(PAD_COLOUR, dtype=np.uint8), side).reshape(side, 3)
+    canvas[:top], canvas[top + height :] = band, band
+    canvas[:, :left], canvas[:, left + width :] = band[:left], band[left + width :]
+    canvas[top : top + height, left : left + width] = pixels
+    return canvas
+
+
+def _resized_size(stored: tuple[int, int], size: int, aspect: ImageAspect) -> tuple[int, int]:
+    width, height = stored
+    if aspect != "square":
+        return size, size
+    longer = int(size * max(height, width) / min(height, width))
+    return (longer, size) if width > height else (size, longer)

@@ -1,0 +1,115 @@
+"""What lint can find, how grave it is, and the thresholds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Literal
+
+from vipllava.types import ConfigError
+
+Severity = Literal["error", "warning"]
+
+CODES: Final[Mapping[str, tuple[Severity, str]]] = {
+    "shard-broken": ("error", "a tar or its index is missing, damaged or not what it should be"),
+    "index-missing": ("warning", "a tar without an index, which the next job has to make"),
+    "duplicate-key": ("error", "a key that occurs more than once in the data set"),
+    "image-missing": ("error", "a record of a picture without one beside it"),
+    "image-corrupt": ("error", "bytes that are no picture, or that do not decode to their end"),
+    "image-too-large": ("error", "a picture of more than 100 megapixels"),
+    "image-extension": ("warning", "a picture of another format than its extension says"),
+    "box-invalid": ("error", "a box that is not four finite numbers"),
+    "box-reversed": ("error", "a box whose x2 < x1 or y2 < y1"),
+    "box-empty": ("error", "a box without an area"),
+    "box-outside": ("error", "a box wholly outside its picture"),
+    "box-clipped": ("warning", "a box partly outside its picture"),
+    "polygon-invalid": ("error", "a polygon of odd count, with no number, or under three points"),
+    "polygon-outside": ("error", "a polygon wholly outside its picture"),
+    "polygon-degenerate": ("warning", "a polygon with hardly any area inside its picture"),
+    "polygon-self-crossing": ("warning", "a polygon whose outline crosses itself"),
+    "record-invalid": ("error", "a record that breaks its schema in another way"),
+    "placeholder-without-region": ("error", "<bboxN> in a text, and no such region"),
+    "region-unmentioned": ("warning", "a region that the dialogue never mentions"),
+    "same-words": ("error", "regions of one picture whose marks have the same words"),
+    "mark-small": ("warning", "a mark of too few pixels in the network's input"),
+    "mark-contrast": ("warning", "a mark that hardly differs from what it is drawn on"),
+    "answer-names-colour": ("warning", "an answer names a mark's colour that no question named"),
+    "too-long": ("error", "a picture and first exchange over the length limit"),
+    "truncated": ("warning", "trailing turns dropped to respect the length limit"),
+    "unsupervised": ("error", "nothing to learn: no supervised token, or a blank answer"),
+    "label-proof": ("error", "labels that are not exactly the answers and their ends"),
+    "duplicate-sample": ("warning", "the same picture and record as an earlier sample"),
+}
+"""By code: severity and one line of description. ``error``: training stops at it, or learns
+nonsense from it; ``warning``: worth a look."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fault of one record or shard.
+
+    Attributes:
+        code: the class of the fault, one of ``CODES``.
+        dataset: the manifest's name.
+        shard: the tar; relative to the data root in a report. Empty for the data set as a whole.
+        key: the record's key; empty for the shard as a whole.
+        message: names field or turn, value and remedy.
+    """
+
+    code: str
+    dataset: str
+    shard: str
+    key: str
+    message: str
+
+    @property
+    def severity(self) -> Severity:
+        """How grave the class is."""
+        return CODES[self.code][0]
+
+
+@dataclass(frozen=True, slots=True)
+class LintLimits:
+    """The thresholds.
+
+    Attributes:
+        min_mark_pixels: longer side of what a mark paints, in pixels of the network's input.
+        min_contrast: what a mark changes, in levels of 0..255: the median over its painted pixels
+            of the largest change among the three channels.
+        max_outside_pixels: how far a box may reach out of its picture, in pixels of the stored
+            picture; annotations count the last pixel in one way or the other.
+        min_polygon_area: area of a polygon, in square pixels of the stored picture.
+
+    Raises:
+        ConfigError: listing every value that cannot be.
+    """
+
+    min_mark_pixels: float = 4.0
+    min_contrast: float = 12.0
+    max_outside_pixels: float = 1.0
+    min_polygon_area: float = 1.0
+
+    def __post_init__(self) -> None:
+        highest = {"min_contrast": 255.0}
+        problems: list[str] = []
+        for name, value in asdict(self).items():
+            high = highest.get(name, math.inf)
+            good = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not good or not math.isfinite(value) or not 0 <= value <= high:
+                wanted = "a number from 0" + (f" to {high:g}" if high < math.inf else "")
+                problems.append(f"lint.{name} is {value!r}; expected {wanted}")
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> LintLimits:
+        """Return the limits that ``values`` name, the defaults elsewhere.
+
+        Raises:
+            ConfigError: an unknown name, or a value that cannot be.
+        """
+        known = [limit.name for limit in fields(cls)]
+        if unknown := sorted(str(name) for name in values if name not in known):
+            raise ConfigError(f"lint has no limit {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**values)

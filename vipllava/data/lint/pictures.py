@@ -1,0 +1,51 @@
+"""The picture beside a record: there, whole, and of the format that its extension says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from PIL import Image
+
+from vipllava.data.image_decode import decode_image
+from vipllava.data.schemas.fields import Fields
+from vipllava.types import RecordError
+
+_STARTS: Final = (
+    (b"\xff\xd8\xff", "jpg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF8", "gif"),
+    (b"BM", "bmp"),
+)
+_SAME: Final = {"jpeg": "jpg"}
+
+
+def format_of(data: bytes) -> str | None:
+    """Return the extension that belongs to encoded bytes, or None if they are no picture."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((name for start, name in _STARTS if data.startswith(start)), None)
+
+
+def read_picture(fields: Fields, kind: str) -> tuple[Image.Image | None, RecordError | None]:
+    """Decode the whole picture; return it, or what is wrong with it (None twice: text only)."""
+    try:
+        if kind != "text_only":
+            fields.require_image()
+        if fields.image is None:
+            return None, None
+        return decode_image(fields.image, f"{fields.dataset}/{fields.key}"), None
+    except RecordError as error:
+        return None, error
+
+
+def extension_faults(data: bytes, extension: str | None) -> Iterator[tuple[str, str]]:
+    """Yield a fault if a picture's extension is not the one of its bytes."""
+    found = format_of(data)
+    if extension is None or found is None or _SAME.get(extension, extension) == found:
+        return
+    yield (
+        "image-extension",
+        f"the picture is called .{extension} and is a .{found}; it is read as what it is, other "
+        f"programs may not: rename it, or store it as .{extension}",
+    )

@@ -1,0 +1,275 @@
+"""One YAML file per data set or benchmark: what it is, where its parts come from and lie.
+
+A manifest names things; it holds no data. Its paths are relative to a data root, so the same
+manifest serves every machine. ``docs/manifests.md`` describes the fields for those who write one.
+
+Versions: 2 is what this release writes and means. 1 is read, too, and raised on the way in (see
+``_UPGRADES``); newer ones are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Final, cast
+
+import yaml
+
+from vipllava.data.schemas import AUTO, KINDS, kind_of
+from vipllava.data.sources import SOURCES_FOLDER, Source, is_inside, read_sources
+from vipllava.types import ConfigError
+
+__all__ = [
+    "AUTO_POLICY",
+    "MANIFEST_VERSION",
+    "Manifest",
+    "ManifestError",
+    "Source",
+    "is_remote",
+    "list_manifests",
+    "load_manifest",
+    "parse_manifest",
+]
+
+MANIFEST_VERSION: Final = 2
+STAGES: Final = ("pretrain", "finetune", "gpt4v", "task", "evaluation")
+FORMATS: Final = ("shards", "vip_bench")
+MAKERS: Final = ("sample_world",)
+AUTO_POLICY: Final = "auto"
+_REMOTE: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|pipe:")
+
+
+class ManifestError(ConfigError):
+    """A manifest is missing or breaks its schema; the message lists every problem."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One data set or benchmark.
+
+    Attributes:
+        schema_version: version of this file format; ``MANIFEST_VERSION`` once it is loaded.
+        name: equal to the file's stem; part of every random key, so renaming reseeds.
+        stage: one of ``STAGES``.
+        licence: terms of use, in words.
+        format: ``shards`` (WebDataset tars) or ``vip_bench`` (the official folder layout).
+        record_kind: a kind of :mod:`vipllava.data.schemas`, or ``auto``: per record, by its id.
+        shards: patterns relative to the data root: globs and braces (``x-{000000..000009}.tar``);
+            or addresses (``https://``, ``s3://``, ``gs://``, ``pipe:COMMAND``), with braces only.
+        folder: the folder of a ``vip_bench`` layout, relative to the data root.
+        policy: visual-prompt policy of every record, or ``auto``: the record kind's own.
+        num_samples: exact number of samples in the shards, or of questions of a benchmark, checked
+            when opened; None if not known beforehand (building may reject broken inputs).
+        approximate_samples: published number of records; nothing fails where it differs.
+        made_by: ``sample_world`` for data that is made on first use, else None.
+        annotation_file: the published annotation list the shards are built from, relative to the
+            data root.
+        annotation_kinds: only its records of these kinds belong to the data set; empty: all.
+        image_roots: folders of the pictures, relative to the data root. A record names its picture
+            either with the root (``coco/train2017/x.jpg``) or within one (``00453/x.jpg``).
+        sources: where annotations and pictures come from.
+        notes: what a reader should know.
+    """
+
+    schema_version: int
+    name: str
+    stage: str
+    licence: str
+    format: str = "shards"
+    record_kind: str = AUTO
+    shards: tuple[str, ...] = ()
+    folder: str | None = None
+    policy: str = AUTO_POLICY
+    num_samples: int | None = None
+    approximate_samples: int | None = None
+    made_by: str | None = None
+    annotation_file: str | None = None
+    annotation_kinds: tuple[str, ...] = ()
+    image_roots: tuple[str, ...] = ()
+    sources: tuple[Source, ...] = ()
+    notes: str = ""
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """What has to exist under the data root."""
+        return self.shards if self.folder is None else (self.folder,)
+
+    def has_record(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record of the annotation list belongs to this data set."""
+        return not self.annotation_kinds or kind_of(record) in self.annotation_kinds
+
+
+def is_remote(path: str) -> bool:
+    """Whether a pattern or data root is an address rather than a path."""
+    return _REMOTE.match(path) is not None
+
+
+def list_manifests(manifests_dir: str | Path) -> list[str]:
+    """Return the names of the manifests in ``manifests_dir``, sorted."""
+    return sorted(path.stem for path in Path(manifests_dir).glob("*.yaml"))
+
+
+def load_manifest(name_or_path: str | Path, manifests_dir: str | Path) -> Manifest:
+    """Load and check one manifest.
+
+    Args:
+        name_or_path: a name in ``manifests_dir``, or the path of a YAML file of one's own.
+        manifests_dir: the folder of the known manifests.
+
+    Raises:
+        ManifestError: unknown name (lists the known ones), unreadable YAML, or a file that
+            breaks the schema (lists every problem).
+    """
+    text = os.fspath(name_or_path)
+    own = text.endswith((".yaml", ".yml"))
+    path = Path(text) if own else Path(manifests_dir) / f"{text}.yaml"
+    if not path.is_file():
+        known = ", ".join(list_manifests(manifests_dir)) or "none"
+        raise ManifestError(
+            f"no manifest `{text}` ({path} does not exist); known in {manifests_dir}: {known}"
+        )
+    try:
+        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(raw, Mapping):
+        raise ManifestError(f"{path} holds {type(raw).__name__}; a manifest is a mapping")
+    folders = (path.parent / SOURCES_FOLDER, Path(manifests_dir) / SOURCES_FOLDER)
+    return parse_manifest(
+        cast("Mapping[Any, Any]", raw), where=str(path), stem=path.stem, sources_dirs=folders
+    )
+
+
+def parse_manifest(
+    raw: Mapping[Any, Any],
+    *,
+    where: str,
+    stem: str | None = None,
+    sources_dirs: tuple[Path, ...] = (),
+) -> Manifest:
+    """Check a mapping against the schema and freeze it.
+
+    Args:
+        raw: the YAML's content.
+        where: named in errors.
+        stem: the file's stem, which ``name`` has to equal.
+        sources_dirs: folders of the source files that ``sources`` may name.
+
+    Raises:
+        ManifestError: listing every problem.
+    """
+    problems: list[str] = []
+    raw = _upgrade(raw)
+    known = {f.name: f for f in fields(Manifest)}
+    if unknown := sorted(str(key) for key in raw if key not in known):
+        problems.append(f"unknown fields {unknown}; known: {', '.join(known)}")
+    missing = [n for n, f in known.items() if f.default is MISSING and n not in raw]
+    if missing:
+        problems.append(f"missing fields: {', '.join(missing)}")
+    values = {name: raw[name] for name in known if name in raw}
+
+    def expect(name: str, good: bool, expected: str) -> None:
+        if name in values and not good:
+            problems.append(f"{name} is {values[name]!r}; expected {expected}")
+
+    def one_of(name: str, allowed: tuple[str, ...]) -> None:
+        expect(name, values.get(name) in allowed, f"one of {', '.join(allowed)}")
+
+    expect(
+        "schema_version",
+        values.get("schema_version") == MANIFEST_VERSION,
+        f"{MANIFEST_VERSION}, or an older one that this release can raise to it "
+        f"({', '.join(map(str, _UPGRADES))})",
+    )
+    expect("name", isinstance(values.get("name"), str), "a text")
+    if stem is not None:
+        expect("name", values.get("name") == stem, f"`{stem}`, the file's own name")
+    one_of("stage", STAGES)
+    one_of("format", FORMATS)
+    one_of("record_kind", (AUTO, *KINDS))
+    for name in ("licence", "policy", "notes"):
+        expect(name, isinstance(values.get(name), str), "a text")
+    for name in ("folder", "annotation_file"):
+        expect(name, values.get(name) is None or isinstance(values[name], str), "a text or null")
+    for name in ("num_samples", "approximate_samples"):
+        number = values.get(name)
+        good = number is None or (type(number) is int and number > 0)
+        expect(name, good, "a positive number or null")
+    expect("made_by", values.get("made_by") in (None, *MAKERS), f"null or {', '.join(MAKERS)}")
+    for name in ("shards", "image_roots", "annotation_kinds"):
+        _freeze_texts(values, name, problems)
+    if "sources" in values:
+        values["sources"] = read_sources(values["sources"], sources_dirs, problems)
+    for name in ("shards", "folder", "annotation_file", "image_roots"):
+        for path in _as_texts(values.get(name)):
+            if not is_inside(path) and not (name == "shards" and is_remote(path)):
+                problems.append(f"{name} is `{path}`; expected a path inside the data root")
+    if unknown := sorted(set(values.get("annotation_kinds", ())) - set(KINDS)):
+        problems.append(f"annotation_kinds has {unknown}; known: {', '.join(KINDS)}")
+    if values.get("format", "shards") == "shards" and not values.get("shards"):
+        problems.append("shards is empty; format `shards` needs at least one pattern")
+    if values.get("format") == "vip_bench" and not values.get("folder"):
+        problems.append("folder is empty; format `vip_bench` needs the folder of its layout")
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems)
+        raise ManifestError(f"{where} is not a valid manifest:\n{listed}")
+    return Manifest(**values)
+
+
+def _as_texts(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, (list, tuple)):
+        items = cast("list[Any] | tuple[Any, ...]", value)
+        return tuple(item for item in items if isinstance(item, str))
+    return ()
+
+
+def _freeze_texts(values: dict[str, Any], name: str, problems: list[str]) -> None:
+    """Accept one text or a list of texts; store a tuple."""
+    if name not in values:
+        return
+    value = values[name]
+    texts = _as_texts(value)
+    if not isinstance(value, str) and (
+        not isinstance(value, (list, tuple))
+        or len(texts) != len(cast("list[Any] | tuple[Any, ...]", value))
+    ):
+        problems.append(f"{name} is {value!r}; expected a text or a list of texts")
+    values[name] = texts
+
+
+def _upgrade(raw: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Raise an older manifest to the present version, step by step."""
+    version = raw.get("schema_version")
+    while type(version) is int and version in _UPGRADES:
+        raw = _UPGRADES[version](raw)
+        version += 1
+    return raw
+
+
+def _upgrade_1(raw: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Version 2 separates the way to get a source (``access``) from its ``address``."""
+    new = {**raw, "schema_version": 2}
+    sources = raw.get("sources")
+    if isinstance(sources, list):
+        new["sources"] = [_upgrade_source_1(source) for source in cast("list[Any]", sources)]
+    return new
+
+
+def _upgrade_source_1(source: object) -> object:
+    if not isinstance(source, Mapping):
+        return source
+    values = cast("Mapping[Any, Any]", source)
+    access = values.get("access", "public")
+    if access == "public":
+        return values
+    return {**values, "access": "form" if access == "request form" else "by_hand"} | {
+        "address": str(access)
+    }
+
+
+_UPGRADES: Final[dict[int, Callable[[Mapping[Any, Any]], Mapping[Any, Any]]]] = {1: _upgrade_1}

@@ -1,0 +1,249 @@
+"""In which order samples come: a pure function of (seed, epoch), whatever reads them.
+
+Each data set is an endless sequence of *passes* over its samples. In a pass the shards are
+permuted, neighbouring shards form a window, and samples are shuffled within the window: reads stay
+near-sequential, a few shards at a time. An epoch takes the next so many samples of each data set's
+sequence, so half a pass now and the other half in the next epoch is one whole pass; samples of
+several data sets are interleaved evenly. Nothing here opens a file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vipllava.keyed_random import generator_for
+from vipllava.types import ConfigError
+
+WINDOW_SAMPLES: Final = 16384
+"""Samples that are shuffled among each other unless told otherwise: at least so many, and whole
+shards."""
+
+Ints = npt.NDArray[np.int64]
+
+
+class Item(NamedTuple):
+    """One sample to be read.
+
+    Attributes:
+        part: number of the data set in the mix.
+        turn: which pass over that data set this is; the epoch of its wordings and marks.
+        position: place of the sample in the data set.
+    """
+
+    part: int
+    turn: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class MixEntry:
+    """How much of one data set an epoch takes; one of the two.
+
+    Attributes:
+        epochs: passes over the data set per epoch, e.g. 1, 0.5 or 2.
+        weight: its share of an epoch whose size is given, relative to the other weights.
+    """
+
+    epochs: float | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One data set of a mix.
+
+    Attributes:
+        name: part of the random key.
+        shard_sizes: samples per shard, in shard order.
+        num_per_epoch: samples that an epoch takes of it.
+    """
+
+    name: str
+    shard_sizes: tuple[int, ...]
+    num_per_epoch: int
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one pass."""
+        return sum(self.shard_sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """The samples of one epoch in order, as columns of one length; see :class:`Item`."""
+
+    part: npt.NDArray[np.int16]
+    turn: npt.NDArray[np.int32]
+    position: Ints
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.position)
+
+    def items(self, places: slice | Ints) -> list[Item]:
+        """Return some of the items."""
+        columns = (self.part[places], self.turn[places], self.position[places])
+        return [Item(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+
+
+def parse_mix(mix: Mapping[str, Mapping[str, Any]]) -> dict[str, MixEntry]:
+    """Read a mix from plain values.
+
+    Raises:
+        ConfigError: listing every entry that gives neither or both of ``epochs`` and ``weight``,
+            or a number that is not positive; or weights mixed with epochs.
+    """
+    problems: list[str] = []
+    entries: dict[str, MixEntry] = {}
+    for name, value in mix.items():
+        given = {key: number for key, number in value.items() if number is not None}
+        if set(given) not in ({"epochs"}, {"weight"}):
+            problems.append(f"{name} has {dict(value)}; give either epochs or weight")
+            continue
+        ((key, number),) = given.items()
+        good = isinstance(number, (int, float)) and math.isfinite(number) and number > 0
+        if not good or isinstance(number, bool):
+            problems.append(f"{name}.{key} is {number!r}; give a number above 0")
+            continue
+        entries[name] = MixEntry(**{key: float(number)})
+    if not mix:
+        problems.append("it is empty; name at least one data set")
+    if len({entry.weight is None for entry in entries.values()}) > 1:
+        problems.append("some entries give epochs and some weight; use one of the two throughout")
+    if problems:
+        raise ConfigError("data.mix cannot be used:\n" + "\n".join(f"- {p}" for p in problems))
+    return entries
+
+
+def plan_parts(
+    shard_sizes: Mapping[str, Sequence[int]],
+    mix: Mapping[str, MixEntry],
+    samples_per_epoch: int | None = None,
+) -> tuple[Part, ...]:
+    """Decide how many samples of each data set an epoch takes.
+
+    Args:
+        shard_sizes: per data set the samples of each shard.
+        mix: per data set passes or weight.
+        samples_per_epoch: size of an epoch mixed by weight; the data sets' sum if not given.
+
+    Raises:
+        ConfigError: a data set would give no sample to an epoch, or ``samples_per_epoch`` is given
+            for a mix by epochs, whose size follows from it.
+    """
+    totals = {name: sum(sizes) for name, sizes in shard_sizes.items()}
+    by_weight = any(entry.weight is not None for entry in mix.values())
+    if samples_per_epoch is not None and not by_weight:
+        raise ConfigError(
+            f"data.samples_per_epoch={samples_per_epoch} belongs to a mix by weight; this one "
+            "gives epochs, its size follows from them"
+        )
+    counts: dict[str, int] = {}
+    if by_weight:
+        size = samples_per_epoch or sum(totals[name] for name in mix)
+        whole = sum(entry.weight or 0.0 for entry in mix.values())
+        for name, entry in mix.items():
+            counts[name] = round(size * (entry.weight or 0.0) / whole)
+    else:
+        for name, entry in mix.items():
+            counts[name] = round(totals[name] * (entry.epochs or 0.0))
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(
+                f"data.mix gives `{name}` ({totals[name]} samples) no sample in an epoch; raise "
+                "its share or leave it out"
+            )
+    return tuple(Part(name, tuple(shard_sizes[name]), counts[name]) for name in mix)
+
+
+class SampleOrder:
+    """The order of every epoch.
+
+    Args:
+        parts: the data sets.
+        seed: of all orders.
+        window_samples: see :data:`WINDOW_SAMPLES`.
+        shuffle: False keeps shard order, data set after data set.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        seed: int,
+        *,
+        window_samples: int = WINDOW_SAMPLES,
+        shuffle: bool = True,
+    ) -> None:
+        if window_samples < 1:
+            raise ConfigError(f"window_samples is {window_samples}; it must be at least 1")
+        self.parts = tuple(parts)
+        self.seed = seed
+        self.window_samples = window_samples
+        self.shuffle = shuffle
+
+    def __len__(self) -> int:
+        """Return the samples of an epoch."""
+        return sum(part.num_per_epoch for part in self.parts)
+
+    def epoch(self, epoch: int) -> Epoch:
+        """Return the samples of an epoch: 0.2 s for a million of them."""
+        turns, positions = zip(*(self._stretch(part, epoch) for part in self.parts), strict=True)
+        part = np.concatenate([np.full(len(p), n, dtype=np.int16) for n, p in enumerate(positions)])
+        turn, position = np.concatenate(turns), np.concatenate(positions)
+        if self.shuffle and len(self.parts) > 1:
+            places = np.argsort(self._places(epoch), kind="stable")
+            part, turn, position = part[places], turn[places], position[places]
+        return Epoch(part, turn, position)
+
+    def pass_order(self, part: Part, turn: int) -> Ints:
+        """Return the positions of one pass over a data set, int64 [num_samples]."""
+        ends = list(accumulate(part.shard_sizes))
+        starts = [0, *ends]
+        if not self.shuffle:
+            return np.arange(part.num_samples, dtype=np.int64)
+        rng = generator_for(self.seed, turn, part.name, "order")
+        order: list[Ints] = []
+        window: list[Ints] = []
+        gathered = 0
+        shuffled: list[int] = rng.permutation(len(ends)).tolist()
+        for shard in shuffled:
+            window.append(np.arange(starts[shard], ends[shard], dtype=np.int64))
+            gathered += len(window[-1])
+            if gathered >= self.window_samples:
+                order.append(rng.permutation(np.concatenate(window)))
+                window, gathered = [], 0
+        if window:
+            order.append(rng.permutation(np.concatenate(window)))
+        return np.concatenate(order)
+
+    def _stretch(self, part: Part, epoch: int) -> tuple[npt.NDArray[np.int32], Ints]:
+        """Return pass and position of what an epoch takes of one data set's sequence."""
+        start = epoch * part.num_per_epoch
+        end = start + part.num_per_epoch
+        turns: list[npt.NDArray[np.int32]] = []
+        positions: list[Ints] = []
+        size = part.num_samples
+        for turn in range(start // size, -(-end // size)):
+            first = turn * size
+            taken = self.pass_order(part, turn)[max(start - first, 0) : end - first]
+            turns.append(np.full(len(taken), turn, dtype=np.int32))
+            positions.append(taken)
+        return np.concatenate(turns), np.concatenate(positions)
+
+    def _places(self, epoch: int) -> npt.NDArray[np.float64]:
+        """Return where in the epoch (0..1) each sample goes: spread evenly, with jitter."""
+        rng = generator_for(self.seed, epoch, *(part.name for part in self.parts), "mix")
+        return np.concatenate(
+            [
+                (np.arange(part.num_per_epoch) + rng.random(part.num_per_epoch))
+                / part.num_per_epoch
+                for part in self.parts
+            ]
+        )

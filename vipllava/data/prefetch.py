@@ -1,0 +1,71 @@
+"""Fetches the remote shards that training reaches next, in the order in which it reaches them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from vipllava.data.order import SampleOrder
+from vipllava.data.shards import ShardSet
+from vipllava.types import ConfigError
+
+
+class ShardPrefetcher:
+    """Keeps a window of samples ahead of what was consumed on this machine's disk.
+
+    Every rank asks for the same shards at the same time; the cache fetches each once a node.
+
+    Args:
+        shard_sets: the data sets, in the order's own order. Local ones cost nothing.
+        order: which samples come when.
+
+    Raises:
+        ConfigError: the cache is too small for what is read at once.
+    """
+
+    def __init__(self, shard_sets: Sequence[ShardSet], order: SampleOrder) -> None:
+        self.order = order
+        self._remote = {
+            part: shards for part, shards in enumerate(shard_sets) if shards.cache is not None
+        }
+        self._asked: tuple[int, int] | None = None  # epoch, and up to which of its samples
+        for shards in self._remote.values():
+            _check_room(shards, order.window_samples)
+
+    def consumed(self, epoch: int, samples: int) -> None:
+        """Fetch on, given the place of training.
+
+        Args:
+            epoch: the epoch.
+            samples: samples of it that were consumed.
+        """
+        if not self._remote:
+            return
+        horizon = self.order.window_samples
+        if self._asked is not None:
+            asked_epoch, reached = self._asked
+            if asked_epoch == epoch and samples + horizon // 2 < reached:
+                return
+        coming = self.order.epoch(epoch)
+        reach = slice(samples, samples + horizon)
+        self._asked = epoch, samples + horizon
+        for part, shards in self._remote.items():
+            positions = coming.position[reach][coming.part[reach] == part]
+            numbers = np.searchsorted(shards.shard_ends, positions, side="right")
+            shards.prefetch(dict.fromkeys(numbers.tolist()))
+
+
+def _check_room(shards: ShardSet, window_samples: int) -> None:
+    """A window is read in any order; if it does not fit, every read fetches a whole shard."""
+    assert shards.cache is not None
+    mean = len(shards) / len(shards.paths)
+    per_window = min(len(shards.paths), math.ceil(window_samples / mean))
+    needed = int(np.sort(shards.tar_sizes)[-per_window:].sum())
+    if needed > shards.cache.max_bytes:
+        raise ConfigError(
+            f"data.cache_gb={shards.cache.max_bytes / 10**9:g} is less than the "
+            f"{needed / 10**9:.3g} GB of the {per_window} shards of `{shards.name}` that are "
+            "shuffled together; raise it, or lower data.window_samples"
+        )

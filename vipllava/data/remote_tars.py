@@ -1,0 +1,143 @@
+"""Tars at an address: their names, and their indices by way of the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import braceexpand
+
+from vipllava.data.shard_index import (
+    OldIndexError,
+    ShardError,
+    ShardIndex,
+    ensure_index,
+    index_tar,
+    match_index,
+    read_index,
+    save_index,
+)
+from vipllava.files.cache import CacheError, MissingError, ShardCache, cache_name
+from vipllava.files.download import RefusedError
+
+log = logging.getLogger(__name__)
+
+CACHED_INDICES: Final = "index"
+"""Folder of a cache for what is made from its tars."""
+
+_THREADS: Final = 8
+
+
+def expand_address(pattern: str, name: str) -> list[str]:
+    """Return the addresses that a pattern names.
+
+    Args:
+        pattern: with braces; what follows ``?`` is a query.
+        name: the data set's, for messages.
+
+    Raises:
+        ShardError: it has a wildcard; there is no list of what lies at an address.
+    """
+    if not pattern.startswith("pipe:") and re.search(r"[*\[]", pattern):
+        raise ShardError(
+            f"`{name}`: {pattern} has a wildcard, and an address cannot be searched; name the tars "
+            "with braces: shard-{000000..000041}.tar"
+        )
+    return list(braceexpand.braceexpand(pattern))
+
+
+def index_address(tar: str) -> str | None:
+    """Return where the index of a tar would lie; None where its address does not tell."""
+    if tar.startswith("pipe:"):
+        head, found, tail = tar.rpartition(".tar")
+        unique = found and ".tar" not in head and not re.match(r"\w", tail)
+        return f"{head}.index.npz{tail}" if unique else None
+    path, mark, query = tar.partition("?")
+    return f"{path.removesuffix('.tar')}.index.npz{mark}{query}"
+
+
+class IndexLoader:
+    """Loads the indices of tars; those at an address through a cache.
+
+    An address without an index has its tar fetched and indexed. What is made that way is kept, so
+    that an interrupted run goes on where it was.
+
+    Args:
+        cache: fetches indices and tars.
+        folder: where indices are kept that had to be made.
+    """
+
+    def __init__(self, cache: ShardCache, folder: Path) -> None:
+        self.cache = cache
+        self.folder = folder
+        # A command that fails does not tell why: no index there, most likely.
+        once = replace(cache.patience, max_attempts=1)
+        self._hasty = ShardCache(cache.directory, cache.max_bytes, once)
+
+    def __call__(self, tars: Sequence[Path | str]) -> list[ShardIndex]:
+        """Return the tars' indices.
+
+        Raises:
+            ShardError: a tar or an index cannot be used.
+            CacheError: a tar cannot be had.
+        """
+        pool = ThreadPoolExecutor(_THREADS)
+        try:
+            return list(pool.map(self._load, tars))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _load(self, tar: Path | str) -> ShardIndex:
+        if isinstance(tar, Path):
+            return ensure_index(tar)
+        digest = hashlib.blake2b(tar.encode(), digest_size=16).hexdigest()
+        made = self.folder / f"{digest}.index.npz"
+        with suppress(OSError, ShardError), made.open("rb") as file:
+            return read_index(file, str(made), "delete it")
+        address = index_address(tar)
+        published = None if address is None else self._fetch_index(address)
+        if published is None or address is None:
+            log.info("%s has no index; fetching it to make one", tar)
+            with self.cache.open(tar) as content:
+                index = index_tar(content, tar)
+        else:
+            remake = "make it anew with `vipllava shards index` and put it beside the tar"
+            with published:
+                try:
+                    return read_index(published, address, remake)
+                except OldIndexError:
+                    published.seek(0)
+                    with self.cache.open(tar) as content:
+                        index, _ = match_index(published, content, address, tar, remake)
+                except ShardError:
+                    (self.cache.directory / cache_name(address)).unlink(missing_ok=True)
+                    raise
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_index(index, made)
+        except OSError as error:
+            log.warning("%s could not be written: %s", made, error)
+        return index
+
+    def _fetch_index(self, address: str) -> BinaryIO | None:
+        """Open a published index; None if there is none."""
+        is_command = address.startswith("pipe:")
+        try:
+            return (self._hasty if is_command else self.cache).open(address)
+        except MissingError:
+            return None
+        except CacheError as error:
+            cause = error.__cause__
+            # Storages that do not list their files say so of missing ones, too.
+            forbidden = isinstance(cause, RefusedError) and cause.status in (401, 403)
+            if not (is_command or forbidden):
+                raise
+            log.info("%s", error)
+            return None

@@ -1,0 +1,248 @@
+"""The way of one sample: shard -> record -> plan -> picture and text -> ids and pixels.
+
+    entry    = shards.read(position)                         bytes and JSON
+    sample   = parse_record(..., rng=words)                  regions, turns with mentions
+    plan     = sample_plan(sample.regions, size, rng=marks)  what is drawn, what it is called
+    image    = render_plan(decode_image(...), plan)          RGB with marks
+    turns    = refer_turns(sample.turns, plan)               texts with the marks' words
+    encoded  = encoder.encode(turns)                         int64 ids and labels [length]
+    pixels   = transform(image)                              uint8 [3, size, size]
+
+Words and marks have a generator each, keyed by (seed, epoch, data set, key): a sample is the same
+in any process, worker or order, and another wording never moves a mark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vipllava.conversation.encode import ConversationEncoder
+from vipllava.data.collate import EncodedSample
+from vipllava.data.image_decode import decode_image, image_size
+from vipllava.data.image_transform import ImageTransform
+from vipllava.data.manifest import AUTO_POLICY, Manifest, load_manifest
+from vipllava.data.schemas import parse_record
+from vipllava.data.shards import Entry, ShardSet, open_shards
+from vipllava.files.cache import ShardCache
+from vipllava.files.retries import ONCE, Patience
+from vipllava.keyed_random import generator_for
+from vipllava.types import Encoded, RecordError, Sample, Turn, VipLlavaError, VisualPromptPlan
+from vipllava.visual_prompts.policies import VisualPromptPolicy, get_policy
+from vipllava.visual_prompts.refer import refer_turns
+from vipllava.visual_prompts.render import render_plan
+from vipllava.visual_prompts.sampling import sample_plan
+
+
+def words_generator(seed: int, epoch: int, dataset: str, key: str) -> np.random.Generator:
+    """Return the generator that chooses a sample's wordings."""
+    return generator_for(seed, epoch, dataset, key, "words")
+
+
+def marks_generator(seed: int, epoch: int, dataset: str, key: str) -> np.random.Generator:
+    """Return the generator that samples a sample's marks."""
+    return generator_for(seed, epoch, dataset, key, "marks")
+
+
+class SampleSource:
+    """The samples of one data set, drafted for any (epoch, position).
+
+    Args:
+        shards: the opened tars.
+        record_kind: kind of every record, or ``auto``.
+        policy: policy of every sample, or ``auto``: the record kind's own.
+        seed: of wordings and marks.
+    """
+
+    def __init__(self, shards: ShardSet, record_kind: str, policy: str, seed: int) -> None:
+        self.shards = shards
+        self.record_kind = record_kind
+        self.policy = policy
+        self.seed = seed
+
+    @classmethod
+    def open(
+        cls,
+        manifest: Manifest,
+        data_root: str | Path,
+        seed: int,
+        *,
+        cache: ShardCache | None = None,
+        patience: Patience = ONCE,
+    ) -> SampleSource:
+        """Open the shards of a manifest; see :func:`vipllava.data.shards.open_shards`."""
+        shards = open_shards(manifest, data_root, cache=cache, patience=patience)
+        return cls(shards, manifest.record_kind, manifest.policy, seed)
+
+    @property
+    def name(self) -> str:
+        """The data set's name."""
+        return self.shards.name
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.shards)
+
+    def sample(self, position: int, epoch: int = 0) -> Sample:
+        """Read and parse one sample.
+
+        Raises:
+            RecordError: the record breaks its schema, or the tar is damaged there; names shard, key
+                and field.
+            StorageError: the tar cannot be read or fetched.
+        """
+        return self.parse(self.shards.read(position), epoch)
+
+    def parse(self, entry: Entry, epoch: int = 0) -> Sample:
+        """Parse what was read."""
+        try:
+            sample = parse_record(
+                entry.record,
+                key=entry.key,
+                dataset=self.name,
+                image=entry.image,
+                kind=self.record_kind,
+                rng=words_generator(self.seed, epoch, self.name, entry.key),
+                size=entry.image_size,
+            )
+        except RecordError as error:
+            raise error.at(entry.shard) from error
+        return sample if self.policy == AUTO_POLICY else replace(sample, policy=self.policy)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Yield the samples of epoch 0 in shard order."""
+        return map(self.sample, range(len(self)))
+
+
+def iter_samples(
+    manifest: str | Path | Manifest,
+    manifests_dir: str | Path,
+    data_root: str | Path,
+    seed: int,
+) -> Iterator[Sample]:
+    """Yield every sample once in shard order, for evaluation: no shuffling, no substitutes."""
+    if not isinstance(manifest, Manifest):
+        manifest = load_manifest(manifest, manifests_dir)
+    yield from SampleSource.open(manifest, data_root, seed)
+
+
+def plan_sample(
+    sample: Sample,
+    size: tuple[int, int],
+    policies: Mapping[str, VisualPromptPolicy],
+    rng: np.random.Generator,
+) -> tuple[VisualPromptPlan, tuple[Turn, ...]]:
+    """Sample the marks of one sample and write its texts from them.
+
+    Args:
+        sample: a parsed record.
+        size: width and height of its stored picture, pixels; any for a text-only sample.
+        policies: by the names that samples carry.
+        rng: see :func:`marks_generator`.
+
+    Raises:
+        RecordError: the regions cannot be told apart, or a mention has no region.
+        VipLlavaError: the sample's policy is not among ``policies``.
+    """
+    plan = VisualPromptPlan(size)
+    try:
+        if sample.regions:
+            policy = get_policy(policies, sample.policy)
+            plan = sample_plan(sample.regions, size, policy, rng, sample.fixed)
+        return plan, refer_turns(sample.turns, plan)
+    except VipLlavaError as error:
+        raise error.at(f"{sample.dataset}/{sample.key}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTrace:
+    """Everything that is made of one sample on its way to the network.
+
+    Attributes:
+        sample: the parsed record.
+        plan: its marks.
+        turns: its texts, with the marks' words.
+        encoded: ids and labels.
+        picture: the decoded, upright picture without marks, RGB; None for a text-only sample.
+        pixel_values: uint8 [3, size, size] as the network gets it, marks drawn; None likewise.
+    """
+
+    sample: Sample
+    plan: VisualPromptPlan
+    turns: tuple[Turn, ...]
+    encoded: Encoded
+    picture: Image.Image | None
+    pixel_values: torch.Tensor | None
+
+
+class SampleEncoder:
+    """Marks, writes, encodes and transforms samples.
+
+    Args:
+        policies: by the names that samples carry.
+        encoder: conversations to ids and labels.
+        transform: pictures to pixels.
+        seed: of the marks.
+    """
+
+    def __init__(
+        self,
+        policies: Mapping[str, VisualPromptPolicy],
+        encoder: ConversationEncoder,
+        transform: ImageTransform,
+        seed: int,
+    ) -> None:
+        self.policies = dict(policies)
+        self.encoder = encoder
+        self.transform = transform
+        self.seed = seed
+
+    def encode_text(self, sample: Sample, epoch: int = 0) -> tuple[tuple[Turn, ...], Encoded]:
+        """Return texts and ids without decoding the picture; equal to what training gets."""
+        name = f"{sample.dataset}/{sample.key}"
+        size = (0, 0) if sample.image is None else image_size(sample.image, key=name)
+        _, turns = plan_sample(sample, size, self.policies, self._marks(sample, epoch))
+        return turns, self._encode(sample, turns)
+
+    def encode(self, sample: Sample, epoch: int = 0) -> EncodedSample:
+        """Return the finished sample; raises what :meth:`trace` raises."""
+        trace = self.trace(sample, epoch)
+        return EncodedSample(f"{sample.dataset}/{sample.key}", trace.encoded, trace.pixel_values)
+
+    def trace(self, sample: Sample, epoch: int = 0) -> SampleTrace:
+        """Return the finished sample with all that led to it.
+
+        Raises:
+            RecordError: unreadable picture, regions that cannot be told apart, or a conversation
+                without a supervised token; names data set and key.
+        """
+        name = f"{sample.dataset}/{sample.key}"
+        picture = None if sample.image is None else decode_image(sample.image, name)
+        size = (0, 0) if picture is None else picture.size
+        plan, turns = plan_sample(sample, size, self.policies, self._marks(sample, epoch))
+        encoded = self._encode(sample, turns)
+        pixels = None if picture is None else self.transform(render_plan(picture, plan))
+        return SampleTrace(sample, plan, turns, encoded, picture, pixels)
+
+    def _marks(self, sample: Sample, epoch: int) -> np.random.Generator:
+        return marks_generator(self.seed, epoch, sample.dataset, sample.key)
+
+    def _encode(self, sample: Sample, turns: tuple[Turn, ...]) -> Encoded:
+        name = f"{sample.dataset}/{sample.key}"
+        encoded = self.encoder.encode(turns, key=name)
+        if encoded.num_supervised == 0:
+            raise RecordError(
+                f"{name}: no token is supervised; expected an answer within the length limit",
+                "unsupervised",
+            )
+        if encoded.num_images != (sample.image is not None):
+            raise RecordError(
+                f"{name}: the conversation places {encoded.num_images} pictures, the sample has "
+                f"{int(sample.image is not None)}; the turn with the picture was lost"
+            )
+        return encoded

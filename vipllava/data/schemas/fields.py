@@ -1,0 +1,325 @@
+"""Reading a foreign record field by field, so that every complaint names place and remedy."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn, cast
+
+from vipllava.data.image_decode import image_size
+from vipllava.types import (
+    BBox,
+    DraftTurn,
+    FixedVisualPrompt,
+    Mention,
+    Point,
+    Polygon,
+    RecordError,
+    Region,
+)
+
+_SHOWN: Final = 80
+IMAGE_PLACEHOLDER: Final = "<image>"
+_REGION_PLACEHOLDER: Final = re.compile(r"<bbox(\d{0,9})>")
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What a record kind makes of a record; becomes a :class:`vipllava.types.Sample`."""
+
+    turns: tuple[DraftTurn, ...]
+    regions: tuple[Region, ...] = ()
+    fixed: tuple[FixedVisualPrompt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """One entry of ``conversations``, checked; ``where`` names it in messages."""
+
+    where: str
+    speaker: str
+    value: str
+
+
+@dataclass(slots=True)
+class Fields:
+    """A record under reading.
+
+    Attributes:
+        record: the foreign object; never changed.
+        key: the sample's key.
+        dataset: the manifest's name.
+        image: the encoded picture, or None.
+        known_size: its upright width and height, pixels, once they are known.
+    """
+
+    record: Mapping[str, Any]
+    key: str
+    dataset: str
+    image: bytes | None
+    known_size: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the stored, upright picture, pixels."""
+        if self.known_size is None:
+            self.require_image()
+            assert self.image is not None
+            self.known_size = image_size(self.image, key=f"{self.dataset}/{self.key}")
+        return self.known_size
+
+    def fail(
+        self, name: str, found: object, expected: str, fault: str = "record-invalid"
+    ) -> NoReturn:
+        """Raise a RecordError about field ``name``."""
+        shown = repr(found)
+        if len(shown) > _SHOWN:
+            shown = f"{shown[:_SHOWN]}..."
+        raise RecordError(
+            f"{self.dataset}/{self.key}: field `{name}` is {shown}; expected {expected}", fault
+        )
+
+    def require_image(self) -> None:
+        """Refuse a record of a picture whose shard holds none."""
+        if self.image is None:
+            named = self.record.get("image")
+            raise RecordError(
+                f"{self.dataset}/{self.key}: no picture beside the record (it names {named!r}); "
+                "expected KEY.jpg, .jpeg, .png or .webp in the same shard",
+                "image-missing",
+            )
+
+    def require(self, name: str, expected: str) -> Any:
+        """Return a field that has to be there."""
+        if name not in self.record:
+            raise RecordError(
+                f"{self.dataset}/{self.key}: field `{name}` is missing; expected {expected}; "
+                f"the record has: {', '.join(map(str, self.record)) or 'no fields'}"
+            )
+        return self.record[name]
+
+    def text(self, name: str) -> str:
+        """Return a field that is a text with something in it."""
+        value = self.require(name, "a text")
+        if not isinstance(value, str) or not value.strip():
+            self.fail(name, value, "a text that is not empty")
+        return value
+
+    def answer(self, name: str = "answer") -> str:
+        """Return a short answer; counts may be stored as numbers."""
+        value = self.require(name, "a text or a whole number")
+        return str(value) if type(value) is int else self.text(name)
+
+    def items(self, name: str, expected: str, count: int | None = None) -> list[Any]:
+        """Return a field that is a list, of ``count`` items where given."""
+        value = self.require(name, expected)
+        return self.as_list(value, name, expected, count)
+
+    def as_list(
+        self,
+        value: object,
+        name: str,
+        expected: str,
+        count: int | None = None,
+        fault: str = "record-invalid",
+    ) -> list[Any]:
+        """Check that ``value`` is a list, of ``count`` items where given."""
+        if not isinstance(value, list):
+            self.fail(name, value, expected, fault)
+        values = cast("list[Any]", value)
+        if count is not None and len(values) != count:
+            found = f"a list of {len(values)}"
+            raise RecordError(
+                f"{self.dataset}/{self.key}: field `{name}` is {found}; expected {expected}"
+            )
+        return values
+
+    def index(self, name: str, length: int) -> int:
+        """Return a field that is an index into ``length`` things."""
+        value = self.require(name, f"an index from 0 to {length - 1}")
+        if type(value) is not int or not 0 <= value < length:
+            self.fail(name, value, f"an index from 0 to {length - 1}")
+        return value
+
+    # Geometry.
+
+    def bbox(self, value: object, name: str, extra: int = 0) -> BBox:
+        """Check one box and clip it to the picture.
+
+        A box partly outside is clipped; one that is wholly outside, empty, reversed or not
+        finite is refused.
+
+        Args:
+            value: ``[x1, y1, x2, y2]``, then ``extra`` numbers that are ignored (a score).
+            name: the field, for messages.
+            extra: numbers that may follow the four.
+        """
+        expected = "a box [x1, y1, x2, y2] in pixels" + (" and a score" if extra else "")
+        numbers = self.as_list(value, name, expected, fault="box-invalid")
+        if len(numbers) not in (4, 4 + extra) or not all(map(_is_number, numbers[:4])):
+            self.fail(name, numbers, expected, "box-invalid")
+        x1, y1, x2, y2 = (float(number) for number in numbers[:4])
+        if x2 < x1 or y2 < y1:
+            self.fail(name, numbers, "x1 <= x2 and y1 <= y2: this box is reversed", "box-reversed")
+        if x1 == x2 or y1 == y2:
+            self.fail(name, numbers, "a box with an area: this one is empty", "box-empty")
+        width, height = self.size
+        clipped = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+        if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+            expected = f"a box inside the {width} x {height} picture"
+            self.fail(name, numbers, expected, "box-outside")
+        return clipped
+
+    def polygons(self, value: object, name: str) -> tuple[Polygon, ...]:
+        """Check one region's segmentation: a list of flat ``x, y, x, y`` lists, maybe empty.
+
+        Each polygon needs three points. Points outside are moved to the picture's edge; a
+        polygon wholly outside is refused.
+        """
+        expected = "a list of polygons, each a flat list x, y, x, y of at least 3 points"
+        polygons: list[Polygon] = []
+        fault = "polygon-invalid"
+        for number, flat in enumerate(self.as_list(value, name, expected, fault=fault)):
+            where = f"{name}[{number}]"
+            numbers = self.as_list(flat, where, expected, fault=fault)
+            if len(numbers) % 2:
+                even = f"an even count of coordinates, not {len(numbers)}"
+                self.fail(where, numbers, even, fault)
+            pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
+            polygons.append(self.polygon(pairs, where))
+        return tuple(polygons)
+
+    def polygon(self, points: Sequence[Any], name: str) -> Polygon:
+        """Check one ring of ``(x, y)`` pairs and move points outside to the picture's edge."""
+        width, height = self.size
+        checked: list[Point] = []
+        for point in points:
+            if (
+                not isinstance(point, (list, tuple))
+                or len(cast("Sequence[Any]", point)) != 2
+                or not all(map(_is_number, cast("Sequence[Any]", point)))
+            ):
+                expected = "finite x, y coordinates in pixels"
+                self.fail(name, cast("object", point), expected, "polygon-invalid")
+            x, y = cast("tuple[float, float]", point)
+            checked.append((float(x), float(y)))
+        if len(checked) < 3:
+            expected = f"at least 3 points, not {len(checked)}"
+            self.fail(name, list(points), expected, "polygon-invalid")
+        xs, ys = zip(*checked, strict=True)
+        if max(xs) <= 0 or max(ys) <= 0 or min(xs) >= width or min(ys) >= height:
+            expected = f"a polygon inside the {width} x {height} picture"
+            self.fail(name, list(points), expected, "polygon-outside")
+        right, bottom = float(width), float(height)
+        return tuple((min(max(x, 0.0), right), min(max(y, 0.0), bottom)) for x, y in checked)
+
+    def regions(self, *, count: int | None = None, masks: bool | None = None) -> list[Region]:
+        """Read ``bboxes`` and ``segmentations``.
+
+        Args:
+            count: how many regions the kind has; None for any number.
+            masks: whether ``segmentations`` has to be there; None reads it where it is.
+        """
+        many = "any number" if count is None else str(count)
+        boxes = self.items("bboxes", f"a list of boxes [x1, y1, x2, y2], {many} of them", count)
+        segmentations: list[Any] = [None] * len(boxes)
+        if masks or (masks is None and self.record.get("segmentations") is not None):
+            segmentations = self.items(
+                "segmentations", f"one list of polygons per box ({len(boxes)})", len(boxes)
+            )
+        return [
+            Region(
+                self.bbox(box, f"bboxes[{number}]"),
+                ()
+                if mask is None and not masks
+                else self.polygons(mask, f"segmentations[{number}]"),
+            )
+            for number, (box, mask) in enumerate(zip(boxes, segmentations, strict=True))
+        ]
+
+    # Conversations.
+
+    def conversation(self, num_regions: int | None = None) -> tuple[DraftTurn, ...]:
+        """Read ``conversations`` of ``human`` and ``gpt``.
+
+        ``<image>`` in a human text moves to that turn's front; a record with a picture and no
+        ``<image>`` gets it in the first turn. As in the released data, answers before the first
+        question and a last question without an answer carry nothing to learn and are left out.
+
+        Args:
+            num_regions: region placeholders are replaced by mentions of so many regions; None
+                leaves such text as it is.
+        """
+        expected = "a list of {from: human|gpt, value: text}, taking turns"
+        items = self.items("conversations", expected)
+        said: list[_Said] = []
+        for number, item in enumerate(items):
+            where = f"conversations[{number}]"
+            if not isinstance(item, Mapping):
+                self.fail(where, item, "an object {from, value}")
+            turn = cast("Mapping[str, Any]", item)
+            speaker, value = turn.get("from"), turn.get("value")
+            if speaker not in ("human", "gpt"):
+                self.fail(f"{where}.from", speaker, "human or gpt")
+            if not isinstance(value, str):
+                self.fail(f"{where}.value", value, "a text")
+            said.append(_Said(where, speaker, value))
+        while said and said[0].speaker == "gpt":
+            said.pop(0)
+        if said and said[-1].speaker == "human":
+            said.pop()
+        if not said:
+            self.fail("conversations", items, "at least one question and its answer")
+        speakers = [turn.speaker for turn in said]
+        if speakers != ["human", "gpt"] * (len(said) // 2):
+            self.fail("conversations", speakers, "human and gpt taking turns")
+        return self._draft(said, num_regions)
+
+    def _draft(self, said: Sequence[_Said], num_regions: int | None) -> tuple[DraftTurn, ...]:
+        image_at = 0
+        if self.image is not None:
+            asked = [(n, t.value) for n, t in enumerate(said) if t.speaker == "human"]
+            named = [number for number, value in asked if IMAGE_PLACEHOLDER in value]
+            if len(named) > 1:
+                self.fail(
+                    "conversations", f"{IMAGE_PLACEHOLDER} in turns {named}", "one picture a record"
+                )
+            image_at = named[0] if named else 0
+        turns: list[DraftTurn] = []
+        for number, turn in enumerate(said):
+            value = turn.value
+            has_image = self.image is not None and number == image_at
+            if has_image:
+                value = value.replace(IMAGE_PLACEHOLDER, "").strip()
+            parts: tuple[str | Mention, ...] = (value,)
+            if num_regions is not None:
+                parts = self.mentions(value, num_regions, f"{turn.where}.value")
+            role = "user" if turn.speaker == "human" else "assistant"
+            turns.append(DraftTurn(role, parts, has_image))
+        return tuple(turns)
+
+    def mentions(self, text: str, num_regions: int, name: str) -> tuple[str | Mention, ...]:
+        """Split a text at ``<bboxN>``; a bare ``<bbox>`` means the only region."""
+        parts: list[str | Mention] = []
+        start = 0
+        for match in _REGION_PLACEHOLDER.finditer(text):
+            if not match.group(1) and num_regions != 1:
+                expected = f"<bbox0> to <bbox{num_regions - 1}>: bare is unclear"
+                self.fail(name, match.group(), expected, "placeholder-without-region")
+            region = int(match.group(1) or 0)
+            if region >= num_regions:
+                expected = f"a region of this record, which has {num_regions} boxes"
+                self.fail(name, match.group(), expected, "placeholder-without-region")
+            parts += [text[start : match.start()], Mention(region)]
+            start = match.end()
+        parts.append(text[start:])
+        return tuple(part for part in parts if part != "")
+
+
+def _is_number(value: object) -> bool:
+    if not isinstance(value, (int, float)) or type(value) is bool:
+        return False
+    # A whole number may have more digits than a float can hold; no coordinate has.
+    return abs(value) <= sys.float_info.max

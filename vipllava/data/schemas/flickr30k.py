@@ -1,0 +1,91 @@
+"""Flickr30k entities: a caption whose phrases are marked in the picture.
+
+``{"bbox": [[box, ...] per phrase], "grounding": "A man <bbox0> throws a ball <bbox1> ."}``
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import numpy as np
+
+from vipllava.data.schemas.fields import Fields, Parsed
+from vipllava.data.schemas.wording import choose, exchange, join
+from vipllava.types import Mention, Region
+
+_HINT_RATE: Final = 0.5
+_MARKS_RATE: Final = 0.5
+_PHRASE_END: Final = re.compile(r"\s*<bbox(\d{1,9})>")
+_SPACE_BEFORE_END: Final = re.compile(r"\s+([.,!?;:])")
+
+_NAME_OBJECTS: Final = (
+    "Describe the image through its marked objects. Name the objects, not their marks.",
+    "Write one sentence about the image that covers the marked objects; leave the marks out.",
+    "What does the image show? Build the description on the marked objects without saying how "
+    "they are marked.",
+)
+_NAME_BOTH: Final = (
+    "Describe the image through its marked objects. Name each object together with its mark.",
+    "Write one sentence about the image that covers the marked objects; after each object, say "
+    "which mark it has.",
+    "What does the image show? Build the description on the marked objects and say how each one "
+    "is marked.",
+)
+_HINTS: Final = (
+    " The marked objects are those ",
+    " Hint: look at the objects ",
+    " Marked are those ",
+)
+
+
+def parse_flickr30k(fields: Fields, rng: np.random.Generator) -> Parsed:
+    """Ask for the caption; all boxes of a phrase share one mark style."""
+    caption = fields.text("grounding")
+    phrases = fields.items("bbox", "a list of boxes per phrase")
+    order = list(dict.fromkeys(int(n) for n in _PHRASE_END.findall(caption)))
+    if not order:
+        fields.fail("grounding", caption, "a caption with <bboxN> after its phrases")
+    regions: list[Region] = []
+    first: dict[int, int] = {}
+    for phrase in order:
+        where = f"bbox[{phrase}]"
+        if phrase >= len(phrases):
+            expected = f"a phrase of `bbox`, which has {len(phrases)}"
+            fields.fail("grounding", f"<bbox{phrase}>", expected, "placeholder-without-region")
+        boxes = fields.as_list(phrases[phrase], where, "a list of boxes")
+        if not boxes:
+            fields.fail(where, boxes, "at least one box: the caption marks this phrase")
+        first[phrase] = len(regions)
+        for number, box in enumerate(boxes):
+            style_of = first[phrase] if number else None
+            regions.append(Region(fields.bbox(box, f"{where}[{number}]"), (), style_of))
+    mentions = [Mention(first[phrase]) for phrase in order]
+
+    name_marks = rng.random() < _MARKS_RATE
+    question: list[str | Mention] = [choose(_NAME_BOTH if name_marks else _NAME_OBJECTS, rng)]
+    if rng.random() < _HINT_RATE:
+        question.append(choose(_HINTS, rng))
+        for number, mention in enumerate(mentions):
+            if number:
+                question.append(" and " if number == len(mentions) - 1 else ", ")
+            question.append(mention)
+        question.append(".")
+    answer = _answer(caption, first if name_marks else None)
+    return Parsed(tuple(exchange(join(question), answer)), tuple(regions))
+
+
+def _answer(caption: str, first: dict[int, int] | None) -> tuple[str | Mention, ...]:
+    """Return the caption as a sentence, with marks after its phrases or without."""
+    parts: list[str | Mention] = []
+    for number, piece in enumerate(_PHRASE_END.split(caption.strip())):
+        if number % 2 == 0:
+            parts.append(_SPACE_BEFORE_END.sub(r"\1", piece))
+        elif first is not None:
+            parts += [" ", Mention(first[int(piece)])]
+    parts = list(join(parts))
+    if parts and isinstance(parts[0], str):
+        parts[0] = parts[0][:1].upper() + parts[0][1:]
+    if not isinstance(parts[-1], str) or not parts[-1].rstrip().endswith((".", "!", "?")):
+        parts.append(".")
+    return join(parts)

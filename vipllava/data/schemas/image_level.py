@@ -1,0 +1,16 @@
+"""Image-level LLaVA records: a picture and a conversation about the whole of it.
+
+``{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}``
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vipllava.data.schemas.fields import Fields, Parsed
+
+
+def parse_image_level(fields: Fields, rng: np.random.Generator) -> Parsed:
+    """Return the conversation; nothing is drawn."""
+    fields.require_image()
+    return Parsed(fields.conversation())

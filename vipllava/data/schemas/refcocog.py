@@ -1,0 +1,41 @@
+"""RefCOCOg: a short phrase that describes the marked object.
+
+``{"bboxes": [1], "segmentations": [1], "answer"}``
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from vipllava.data.schemas.fields import Fields, Parsed
+from vipllava.data.schemas.wording import choose, exchange, fill
+from vipllava.types import Mention
+
+_GENERIC_RATE: Final = 0.25
+
+_MARKED: Final = (
+    "What is the object {}? Answer with a short phrase.",
+    "Describe the object {} in a short phrase.",
+    "Give a short phrase for the object {}.",
+    "Name the object {}. Reply with a short descriptive phrase.",
+    "Write a short phrase that describes the object {}.",
+    "In a short phrase, what is the object {}?",
+)
+_GENERIC: Final = (
+    "What is the marked object? Answer with a short phrase.",
+    "Describe the marked object in a short phrase.",
+    "Give a short phrase for the object that the visual prompt marks.",
+    "Which object does the visual prompt mark? Reply with a short descriptive phrase.",
+    "Write a short phrase that describes the marked region.",
+)
+
+
+def parse_refcocog(fields: Fields, rng: np.random.Generator) -> Parsed:
+    """Ask for the marked object; a quarter of the questions do not say what the mark looks like."""
+    regions = fields.regions(count=1, masks=True)
+    answer = fields.text("answer")
+    generic = rng.random() < _GENERIC_RATE
+    question = (choose(_GENERIC, rng),) if generic else fill(choose(_MARKED, rng), Mention(0))
+    return Parsed(tuple(exchange(question, answer)), tuple(regions))

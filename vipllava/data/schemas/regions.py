@@ -1,0 +1,80 @@
+"""Users' own records: boxes, optional masks and marks, and a conversation about them.
+
+``{"bboxes", "segmentations"?, "visual_prompts"?, "conversations"}`` with ``<bbox0>``, ``<bbox1>``
+and so on anywhere in the texts. ``visual_prompts`` has one entry per box: null, or an object that
+fixes any of ``shape``, ``colour`` (a palette name or [r, g, b]), ``width`` and ``alpha``. Every box
+is marked, mentioned or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, cast
+
+import numpy as np
+
+from vipllava.data.schemas.fields import Fields, Parsed
+from vipllava.types import RGB, FixedVisualPrompt, RecordError, Shape, VipLlavaError
+from vipllava.visual_prompts.palette import named_colour
+from vipllava.visual_prompts.shapes import check_shape
+
+_KNOWN: Final = ("shape", "colour", "width", "alpha")
+
+
+def parse_regions(fields: Fields, rng: np.random.Generator) -> Parsed:
+    """Return conversation, regions and what is fixed about their marks."""
+    regions = fields.regions()
+    if not regions:
+        fields.fail("bboxes", [], "at least one box; a record without is an image-level one")
+    turns = fields.conversation(num_regions=len(regions))
+    fixed: tuple[FixedVisualPrompt, ...] = ()
+    if fields.record.get("visual_prompts") is not None:
+        values = fields.items("visual_prompts", f"one entry per box ({len(regions)})", len(regions))
+        fixed = tuple(_fixed(fields, v, f"visual_prompts[{n}]") for n, v in enumerate(values))
+    return Parsed(turns, tuple(regions), fixed)
+
+
+def _fixed(fields: Fields, value: object, name: str) -> FixedVisualPrompt:
+    if value is None:
+        return FixedVisualPrompt()
+    if not isinstance(value, Mapping):
+        fields.fail(name, value, f"null or an object with any of {', '.join(_KNOWN)}")
+    given = cast("Mapping[str, Any]", value)
+    if unknown := sorted(set(given) - set(_KNOWN)):
+        fields.fail(name, unknown, f"only {', '.join(_KNOWN)}")
+    width, alpha = given.get("width"), given.get("alpha")
+    if width is not None and (type(width) is not int or width < 1):
+        fields.fail(f"{name}.width", width, "a line width of at least 1 pixel")
+    if alpha is not None and (type(alpha) is not int or not 1 <= alpha <= 255):
+        fields.fail(f"{name}.alpha", alpha, "an opacity from 1 to 255")
+    return FixedVisualPrompt(
+        _shape(fields, given.get("shape"), name),
+        _colour(fields, given.get("colour"), name),
+        width,
+        alpha,
+    )
+
+
+def _shape(fields: Fields, value: object, name: str) -> Shape | None:
+    if value is None:
+        return None
+    try:
+        return check_shape(str(value))
+    except VipLlavaError as error:
+        raise RecordError(f"{fields.dataset}/{fields.key}: {name}.shape: {error}") from error
+
+
+def _colour(fields: Fields, value: object, name: str) -> str | RGB | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            named_colour(value)
+        except VipLlavaError as error:
+            raise RecordError(f"{fields.dataset}/{fields.key}: {name}.colour: {error}") from error
+        return value
+    expected = "a palette name or [red, green, blue], each from 0 to 255"
+    channels = fields.as_list(value, f"{name}.colour", expected, 3)
+    if not all(type(channel) is int and 0 <= channel <= 255 for channel in channels):
+        fields.fail(f"{name}.colour", channels, expected)
+    return cast("RGB", tuple(channels))

@@ -1,0 +1,31 @@
+"""Visual7W pointing: a question whose four answers are marked regions.
+
+``{"bboxes": [4], "question", "answer"}``; the answer is one of the boxes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+from vipllava.data.schemas.fields import Fields, Parsed
+from vipllava.data.schemas.wording import LETTERS, exchange, multiple_choice
+from vipllava.types import Mention
+
+_CHOICES: Final = 4
+
+
+def parse_v7w(fields: Fields, rng: np.random.Generator) -> Parsed:
+    """Letter the four marks in the record's order."""
+    question = fields.text("question")
+    regions = fields.regions(count=_CHOICES, masks=False)
+    boxes: list[Any] = fields.record["bboxes"]
+    answer: Any = fields.require("answer", "one of the four boxes")
+    right = [number for number, box in enumerate(boxes) if box == answer]
+    if len(right) != 1:
+        expected = f"exactly one of the boxes {boxes}"
+        fields.fail("answer", answer, expected)
+    options = [("The object ", Mention(number)) for number in range(_CHOICES)]
+    text = multiple_choice((question,), options)
+    return Parsed(tuple(exchange(text, LETTERS[right[0]])), tuple(regions))

@@ -1,0 +1,172 @@
+"""Visual Commonsense Reasoning: a question about marked people and things, then why.
+
+``{"class_names", "question", "answer_choices": [4], "answer_label", "rationale_choices": [4],
+"rationale_label"}`` and the clip's ``boxes`` (``[x1, y1, x2, y2, score]``) and ``segms`` (per
+object rings of ``[x, y]`` points), under ``meta`` or in the record itself: shards carry them, the
+released data keep them in one more file per sample (``meta_dir``). Question and choices are lists
+that mix words and lists of object indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, cast
+
+import numpy as np
+
+from vipllava.data.schemas.fields import Fields, Parsed
+from vipllava.data.schemas.wording import LETTERS, Parts, choose, exchange, fill, join
+from vipllava.types import Mention, RecordError, Region
+
+_CHOICE_RATE: Final = 0.5
+_CLASS_NAME_RATE: Final = 0.5
+_SHORTEST_RING: Final = 4
+_Tokens = list["str | list[int]"]
+_CLOSE: Final = frozenset(".,?!:;")
+
+_ASK: Final = (
+    "Look at the image and answer: {}",
+    "Using the image, answer this question: {}",
+    "Here is a question about the image: {}",
+    "{}",
+)
+_WHY: Final = (
+    "Why?",
+    "Why do you think so?",
+    "What makes you say so?",
+    "Which reason supports your answer?",
+    "How do you know?",
+    "Explain your answer.",
+)
+_CHOOSE: Final = (
+    " Choose one of these: {}",
+    " The options are: {}",
+    " Pick the right option: {}",
+    " Select from: {}",
+)
+
+
+class _Speaker:
+    """Turns lists of words and object indices into text with mentions.
+
+    Attributes:
+        regions: the mentioned objects, in the order of their first mention.
+    """
+
+    def __init__(self, fields: Fields, rng: np.random.Generator) -> None:
+        self.fields = fields
+        self.rng = rng
+        self.class_names = fields.items("class_names", "a list with the class of each object")
+        self.boxes, self.rings = _geometry(fields, len(self.class_names))
+        self.regions: list[Region] = []
+        self._numbers: dict[int, int] = {}
+
+    def check(self, tokens: object, name: str) -> _Tokens:
+        """Check one question or choice, whether it will be said or not."""
+        expected = "a list that mixes words and lists of object indices"
+        checked: _Tokens = []
+        for token in self.fields.as_list(tokens, name, expected):
+            if isinstance(token, str):
+                checked.append(token)
+                continue
+            indices = self.fields.as_list(token, name, expected)
+            if not indices:
+                self.fields.fail(name, indices, "at least one object index")
+            last = len(self.boxes) - 1
+            for index in indices:
+                if type(index) is not int or not 0 <= index <= last:
+                    self.fields.fail(name, index, f"an object index from 0 to {last} of this clip")
+            checked.append(indices)
+        if not any(checked):
+            self.fields.fail(name, tokens, expected)
+        return checked
+
+    def say(self, tokens: _Tokens) -> Parts:
+        """Write one question or choice."""
+        parts: list[str | Mention] = []
+        for token in tokens:
+            if parts and not (isinstance(token, str) and token in _CLOSE):
+                parts.append(" ")
+            parts += (token,) if isinstance(token, str) else self._objects(token)
+        text = join(parts)
+        first = text[0]
+        return (first[:1].upper() + first[1:], *text[1:]) if isinstance(first, str) else text
+
+    def _objects(self, indices: list[int]) -> list[str | Mention]:
+        parts: list[str | Mention] = []
+        for index in indices:
+            noun = self.class_names[index]
+            if not isinstance(noun, str) or not noun:
+                self.fields.fail(f"class_names[{index}]", noun, "the object's class, a text")
+            if self.rng.random() >= _CLASS_NAME_RATE:
+                noun = choose(("object", "instance"), self.rng)
+            parts += [" and the " if parts else "the ", f"{noun} ", Mention(self._region(index))]
+        return parts
+
+    def _region(self, index: int) -> int:
+        if index not in self._numbers:
+            self._numbers[index] = len(self.regions)
+            box = self.fields.bbox(self.boxes[index], f"boxes[{index}]", extra=1)
+            where = f"segms[{index}]"
+            rings = self.fields.as_list(self.rings[index], where, "a list of rings")
+            polygons = tuple(
+                self.fields.polygon(cast("list[Any]", ring), f"{where}[{number}]")
+                for number, ring in enumerate(rings)
+                if len(self.fields.as_list(ring, where, "a list of points")) >= _SHORTEST_RING
+            )
+            self.regions.append(Region(box, polygons))
+        return self._numbers[index]
+
+
+def parse_vcr(fields: Fields, rng: np.random.Generator) -> Parsed:
+    """Ask the question, then why; each with its four options half of the time.
+
+    Only objects that the text mentions become regions; one object is one region, so it keeps its
+    mark through all turns.
+    """
+    speaker = _Speaker(fields, rng)
+    question = speaker.check(fields.require("question", "a list of words"), "question")
+    turns = [
+        *_ask(speaker, speaker.say(question), "answer"),
+        *_ask(speaker, None, "rationale"),
+    ]
+    return Parsed(tuple(turns), tuple(speaker.regions))
+
+
+def _ask(speaker: _Speaker, question: Parts | None, what: str) -> list[Any]:
+    """Write one exchange; ``question`` None asks why."""
+    fields, rng = speaker.fields, speaker.rng
+    name = f"{what}_choices"
+    given = fields.items(name, "a list of 4 choices", len(LETTERS))
+    choices = [speaker.check(choice, f"{name}[{number}]") for number, choice in enumerate(given)]
+    label = fields.index(f"{what}_label", len(LETTERS))
+    asked = (choose(_WHY, rng),) if question is None else fill(choose(_ASK, rng), question)
+    if rng.random() >= _CHOICE_RATE:
+        answer = speaker.say(choices[label])
+    else:
+        said = [speaker.say(choice) for choice in choices]
+        options: list[str | Mention] = []
+        for letter, option in zip(LETTERS, said, strict=True):
+            options += [f"{' ' if options else ''}({letter}) ", *option]
+        asked = join([*asked, *fill(choose(_CHOOSE, rng), tuple(options))])
+        answer = join([f"({LETTERS[label]}) ", *said[label]])
+    return exchange(asked, answer, has_image=question is not None)
+
+
+def _geometry(fields: Fields, num_objects: int) -> tuple[list[Any], list[Any]]:
+    """Return boxes and rings per object, from ``meta`` or from the record itself."""
+    holder: Any = fields.record.get("meta", fields.record)
+    if not isinstance(holder, Mapping):
+        fields.fail("meta", holder, "an object with `boxes` and `segms`")
+    found: list[list[Any]] = []
+    for name in ("boxes", "segms"):
+        value = cast("Mapping[str, Any]", holder).get(name)
+        if value is None:
+            raise RecordError(
+                f"{fields.dataset}/{fields.key}: `{name}` of the clip is missing; expected it "
+                f"under `meta` (shards carry the content of meta_dir, "
+                f"{fields.record.get('meta_dir')!r})"
+            )
+        expected = f"one entry per object of class_names ({num_objects})"
+        found.append(fields.as_list(value, name, expected, num_objects))
+    return found[0], found[1]

@@ -1,0 +1,34 @@
+"""Visual Genome relations: how the first marked object relates to the second.
+
+``{"bboxes": [2], "answer"}``; the answer is the triplet as text.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from vipllava.data.schemas.fields import Fields, Parsed
+from vipllava.data.schemas.wording import choose, exchange, fill
+from vipllava.types import Mention
+
+_QUESTIONS: Final = (
+    "How does the subject {} relate to the object {}? Answer with a short triplet (subject, "
+    "relation, object).",
+    "Name the relation of the subject {} to the object {} as a short triplet (subject, relation, "
+    "object).",
+    "What is the relation between the subject {} and the object {}? Give a short triplet (subject, "
+    "relation, object).",
+    "Write a short triplet (subject, relation, object) for the subject {} and the object {}.",
+    "Look at the subject {} and the object {}. State their relation as a short triplet (subject, "
+    "relation, object).",
+)
+
+
+def parse_vg_rel(fields: Fields, rng: np.random.Generator) -> Parsed:
+    """Ask for the triplet of subject (region 0) and object (region 1)."""
+    regions = fields.regions(count=2, masks=False)
+    answer = fields.text("answer")
+    question = fill(choose(_QUESTIONS, rng), Mention(0), Mention(1))
+    return Parsed(tuple(exchange(question, answer)), tuple(regions))

@@ -1,0 +1,61 @@
+"""Choosing among wordings of equal meaning, and the constants checkpoints depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, TypeVar
+
+import numpy as np
+
+from vipllava.types import DraftTurn, Mention
+
+LETTERS: Final = "ABCD"
+SHORT_ANSWER: Final = "Answer the question using a single word or phrase."
+"""LLaVA-1.5's constant for short answers."""
+OPTION_LETTER: Final = "Answer with the option's letter from the given choices directly."
+"""LLaVA-1.5's constant for multiple choice."""
+
+Parts = tuple[str | Mention, ...]
+_T = TypeVar("_T")
+
+
+def choose(variants: Sequence[_T], rng: np.random.Generator) -> _T:
+    """Draw one of ``variants``, uniformly."""
+    return variants[int(rng.integers(len(variants)))]
+
+
+def fill(template: str, *values: str | Mention | Parts) -> Parts:
+    """Put values at the ``{}`` of a template, in order."""
+    texts = template.split("{}")
+    if len(texts) != len(values) + 1:
+        raise ValueError(f"`{template}` has {len(texts) - 1} places for {len(values)} values")
+    parts: list[str | Mention] = [texts[0]]
+    for value, text in zip(values, texts[1:], strict=True):
+        parts += value if isinstance(value, tuple) else (value,)
+        parts.append(text)
+    return join(parts)
+
+
+def join(parts: Sequence[str | Mention]) -> Parts:
+    """Merge neighbouring texts and drop empty ones."""
+    merged: list[str | Mention] = []
+    for part in parts:
+        if isinstance(part, str) and merged and isinstance(merged[-1], str):
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return tuple(part for part in merged if part != "")
+
+
+def multiple_choice(question: Parts, options: Sequence[Parts]) -> Parts:
+    """Write a question with lettered options the way LLaVA-1.5 does."""
+    parts: list[str | Mention] = [*question, "\n"]
+    for letter, option in zip(LETTERS, options, strict=True):
+        parts += [f"{letter}. ", *option, "\n"]
+    return join([*parts, OPTION_LETTER])
+
+
+def exchange(question: Parts, answer: Parts | str, *, has_image: bool = True) -> list[DraftTurn]:
+    """Return a question and its answer as two turns."""
+    answered = (answer,) if isinstance(answer, str) else answer
+    return [DraftTurn("user", question, has_image), DraftTurn("assistant", answered)]

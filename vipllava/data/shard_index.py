@@ -1,0 +1,535 @@
+"""The sidecar index of a tar: where each member lies, and how to notice that it changed.
+
+``NAME.index.npz`` holds ``samples`` (one row per sample, see ``SAMPLE``), ``keys`` (all keys, one
+after the other) and ``meta``, a JSON text with the format version and what identifies the tar.
+35 bytes a sample and the key.
+
+Versions: 2 is what this release writes. 1 lacks the lengths of the texts; it is raised with the
+records of its tar and keeps its checksums, so that damage older than the upgrade is still noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Final, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from vipllava.data.image_decode import image_size
+from vipllava.data.schemas.fields import IMAGE_PLACEHOLDER
+from vipllava.types import RecordError, VipLlavaError
+
+log = logging.getLogger(__name__)
+
+INDEX_VERSION: Final = 2
+IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp")
+BLOCK: Final = 512
+"""Members of a tar start at multiples of this, bytes."""
+
+BYTES_PER_TOKEN: Final = 3.6
+"""UTF-8 bytes of English text per token of a Llama tokenizer, about."""
+
+MOST: Final = 65535
+"""Largest stored side of a picture and length of a text; it stands for all above, too."""
+
+SAMPLE: Final = np.dtype(
+    [
+        ("key_end", "<u4"),
+        ("record_block", "<u4"),
+        ("record_size", "<u4"),
+        ("record_crc", "<u4"),
+        ("image_block", "<u4"),
+        ("image_size", "<u4"),
+        ("image_crc", "<u4"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("text_tokens", "<u2"),
+        ("extension", "u1"),
+    ]
+)
+"""A sample in an index: the fields of :class:`SampleRow`."""
+
+_HEAD_BYTES: Final = 4096
+_MEMBER: Final = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset: cut at the first dot
+_LARGEST: Final = (1 << 32) - 1
+_TEXT_FIELDS: Final = (
+    "question", "general_question", "answer", "grounding", "answer_choices", "rationale_choices",
+)  # fmt: skip
+
+
+class ShardError(VipLlavaError):
+    """A shard or its index is missing, damaged, or not what the manifest says."""
+
+
+class OldIndexError(ShardError):
+    """An index of version 1 was read without its tar, from which the lengths have to come."""
+
+
+class SampleRow(NamedTuple):
+    """Where one sample lies.
+
+    Attributes:
+        key_end: where its key ends among the keys of its tar.
+        record_block, record_size, record_crc: first block, bytes and CRC-32 of the JSON member.
+        image_block, image_size, image_crc: the same of the picture; block 0 without one.
+        width, height: of the upright picture, pixels, at most ``MOST``; 0 if unreadable or none.
+        text_tokens: see :func:`estimate_tokens`.
+        extension: index into ``IMAGE_EXTENSIONS``; 0 without a picture.
+    """
+
+    key_end: int
+    record_block: int
+    record_size: int
+    record_crc: int
+    image_block: int = 0
+    image_size: int = 0
+    image_crc: int = 0
+    width: int = 0
+    height: int = 0
+    text_tokens: int = 0
+    extension: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIndex:
+    """One tar's samples.
+
+    Attributes:
+        tar_size: bytes of the whole tar.
+        head_crc: CRC-32 of the tar's first 4096 bytes.
+        keys: uint8, all keys one after the other.
+        samples: ``SAMPLE`` [samples].
+    """
+
+    tar_size: int
+    head_crc: int
+    keys: npt.NDArray[np.uint8]
+    samples: npt.NDArray[np.void]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.samples)
+
+    @property
+    def content_crc(self) -> int:
+        """CRC-32 over keys and members' checksums: the same for the same content."""
+        crc = zlib.crc32(self.keys.tobytes())
+        for name in ("record_crc", "image_crc"):
+            crc = zlib.crc32(self.samples[name].tobytes(), crc)
+        return crc
+
+    def iter_keys(self) -> Iterator[bytes]:
+        """Yield the keys in the tar's order, UTF-8."""
+        yield from split_keys(self.keys.tobytes(), self.samples["key_end"])
+
+
+def split_keys(keys: bytes, ends: npt.NDArray[Any]) -> Iterator[bytes]:
+    """Cut keys that lie one after the other."""
+    start = 0
+    for end in ends.tolist():
+        yield keys[start:end]
+        start = end
+
+
+def index_name(tar_name: str) -> str:
+    """Return the name of a tar's index."""
+    return f"{tar_name.removesuffix('.tar')}.index.npz"
+
+
+def index_path(tar: Path) -> Path:
+    """Return where the index of ``tar`` lies."""
+    return tar.with_name(index_name(tar.name))
+
+
+def estimate_tokens(record: Mapping[str, Any]) -> int:
+    """Estimate how many tokens the texts of a record make.
+
+    The UTF-8 bytes of the conversation, or for records without one of question, answer, caption
+    and choices, divided by ``BYTES_PER_TOKEN``, rounded up, at most ``MOST``. Not counted are the
+    picture, the system prompt and the wording of instructions. The record need not be valid.
+    """
+    if isinstance(record.get("conversations"), list):
+        fields: Iterable[Any] = [
+            cast("dict[Any, Any]", turn).get("value")
+            for turn in cast("list[Any]", record["conversations"])
+            if isinstance(turn, dict)
+        ]
+    else:
+        fields = [record.get(name) for name in _TEXT_FIELDS]
+    return min(MOST, math.ceil(sum(map(_text_bytes, fields)) / BYTES_PER_TOKEN))
+
+
+def _text_bytes(value: object) -> int:
+    if isinstance(value, str):
+        return len(value.replace(IMAGE_PLACEHOLDER, "").encode(errors="replace"))
+    if isinstance(value, list):  # VCR: words and lists of object numbers, read with spaces
+        return sum(1 + _text_bytes(item) for item in cast("list[Any]", value))
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    extension: str
+    offset: int
+    size: int
+    crc: int
+    width: int = 0
+    height: int = 0
+    text_tokens: int = 0
+
+
+def build_index(path: Path, *, name: str | None = None) -> ShardIndex:
+    """Read a tar from start to end and index it.
+
+    Args:
+        path: the tar.
+        name: the tar's final name, for messages, where ``path`` is a temporary one.
+
+    Raises:
+        ShardError: the tar is missing, truncated, broken or empty, a sample has no record or two
+            pictures, a key occurs twice, or a record is no JSON object.
+    """
+    where = path.with_name(name) if name else path
+    try:
+        with path.open("rb") as file:
+            return index_tar(file, str(where))
+    except OSError as error:
+        raise ShardError(f"{where} cannot be read: {error}") from error
+
+
+def index_tar(file: BinaryIO, where: str) -> ShardIndex:
+    """Index a tar that is open for reading; see :func:`build_index`.
+
+    Args:
+        file: the tar.
+        where: its path or address, for messages.
+    """
+    samples: dict[str, dict[str, _Member]] = {}
+    ignored: set[str] = set()
+    last = None
+    for key, member in _walk(file, where):
+        if member.extension not in ("json", *IMAGE_EXTENSIONS):
+            ignored.add(member.extension)
+            continue
+        if key != last and key in samples:
+            raise ShardError(
+                f"{where}: key `{key}` occurs twice, or its members are not side by side; build "
+                "the shard again with unique keys"
+            )
+        last = key
+        members = samples.setdefault(key, {})
+        kind = "record" if member.extension == "json" else "image"
+        if kind in members:
+            raise ShardError(
+                f"{where}: sample `{key}` has two members of kind {kind}; keep one of them and "
+                "build the shard again"
+            )
+        members[kind] = member
+    if ignored:
+        log.warning("%s: members with extensions %s are not read", where, sorted(ignored))
+    if not samples:
+        raise ShardError(
+            f"{where} holds no sample; expected KEY.json and KEY.jpg|jpeg|png|webp. Build it "
+            "again, or remove it"
+        )
+    for key, members in samples.items():
+        if "record" not in members:
+            raise ShardError(
+                f"{where}: sample `{key}` has a picture and no `{key}.json`; add the record"
+            )
+    return _to_index(samples, *_identify(file), where)
+
+
+def _identify(file: BinaryIO) -> tuple[int, int]:
+    """Return size and head CRC of a tar."""
+    file.seek(0)
+    return os.fstat(file.fileno()).st_size, zlib.crc32(file.read(_HEAD_BYTES))
+
+
+def _walk(file: BinaryIO, where: str) -> Iterator[tuple[str, _Member]]:
+    """Yield key and member in order, checking what tarfile lets pass at the end."""
+    damaged = "restore it or build it again"
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for info in tar:
+                if info.isdir():
+                    continue
+                match = _MEMBER.fullmatch(info.name)
+                if not info.isfile() or match is None:
+                    raise ShardError(
+                        f"{where}: member `{info.name}` is not a file called KEY.EXTENSION; "
+                        "build the shard again without it"
+                    )
+                key, extension = match.group(1), match.group(2).lower()
+                file.seek(info.offset_data)
+                data = file.read(info.size)
+                if len(data) != info.size:
+                    raise ShardError(f"{where} is truncated within `{info.name}`; {damaged}")
+                yield key, _read_member(data, info.offset_data, extension, key, where)
+            end = tar.offset  # tarfile takes a broken header after the first one for the end
+    except tarfile.TarError as error:
+        raise ShardError(f"{where} is not a whole tar ({error}); {damaged}") from error
+    file.seek(end)
+    tail = file.read(BLOCK)
+    if len(tail) != BLOCK or any(tail):
+        what = "is truncated" if len(tail) < BLOCK else "has a broken header"
+        raise ShardError(f"{where} {what} at byte {end}; {damaged}")
+
+
+def _read_member(data: bytes, offset: int, extension: str, key: str, where: str) -> _Member:
+    crc = zlib.crc32(data)
+    width = height = tokens = 0
+    if extension == "json":
+        tokens = estimate_tokens(parse_object(data, f"{where}: {key}.json"))
+    elif extension in IMAGE_EXTENSIONS:
+        try:
+            width, height = image_size(data, key=key)
+        except RecordError as error:  # an index describes what is there; reading it complains
+            log.warning("%s: %s", where, error)
+    return _Member(extension, offset, len(data), crc, width, height, tokens)
+
+
+def parse_object(data: bytes, where: str) -> dict[str, Any]:
+    """Read a stored record.
+
+    Raises:
+        ShardError: it is no JSON object.
+    """
+    try:
+        record: Any = json.loads(data)
+    except ValueError as error:
+        raise ShardError(
+            f"{where} is not JSON ({error}). Correct the record and build the shard again"
+        ) from error
+    if not isinstance(record, dict):
+        raise ShardError(
+            f"{where} holds {type(record).__name__}; a record is a JSON object. Correct the record "
+            "and build the shard again"
+        )
+    return cast("dict[str, Any]", record)
+
+
+def _to_index(
+    samples: Mapping[str, Mapping[str, _Member]], tar_size: int, head_crc: int, where: str
+) -> ShardIndex:
+    keys = [key.encode() for key in samples]
+    rows: list[SampleRow] = []
+    key_end = 0
+    for key, members in zip(keys, samples.values(), strict=True):
+        key_end += len(key)
+        record = members["record"]
+        row = SampleRow(key_end, record.offset // BLOCK, record.size, record.crc)
+        row = row._replace(text_tokens=record.text_tokens)
+        if (image := members.get("image")) is not None:
+            row = row._replace(
+                image_block=image.offset // BLOCK,
+                image_size=image.size,
+                image_crc=image.crc,
+                width=min(MOST, image.width),
+                height=min(MOST, image.height),
+                extension=IMAGE_EXTENSIONS.index(image.extension),
+            )
+        if max(row) > _LARGEST:
+            raise ShardError(f"{where}: sample `{key.decode()}` is too large; make smaller tars")
+        rows.append(row)
+    joined = np.frombuffer(b"".join(keys), dtype=np.uint8)
+    return ShardIndex(tar_size, head_crc, joined, np.array(rows, dtype=SAMPLE))
+
+
+def save_index(index: ShardIndex, path: Path) -> None:
+    """Write an index so that it appears under its name only when it is whole."""
+    meta = {
+        "format": "vipllava-shard-index",
+        "version": INDEX_VERSION,
+        "tar_size": index.tar_size,
+        "head_crc": index.head_crc,
+        "content_crc": index.content_crc,
+    }
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, meta=np.array(json.dumps(meta)), keys=index.keys, samples=index.samples)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_index(file: BinaryIO, where: str, remake: str) -> ShardIndex:
+    """Read an index without its tar.
+
+    Args:
+        file: the index.
+        where: its path or address, for messages.
+        remake: how it is made anew, for messages.
+
+    Raises:
+        OldIndexError: it is of version 1.
+        ShardError: it is damaged, or newer than this release.
+    """
+    index, version = _read(file, where, remake)
+    if version < INDEX_VERSION:
+        raise OldIndexError(f"{where} has version {version}, which takes its tar to read; {remake}")
+    return index
+
+
+def load_index(path: Path, tar: Path) -> ShardIndex:
+    """Read an index and check that it belongs to ``tar``; an older one is raised in memory.
+
+    Raises:
+        ShardError: the index is damaged, newer than this release, or made from another tar.
+    """
+    return _load(path, tar)[0]
+
+
+def ensure_index(tar: Path) -> ShardIndex:
+    """Read the index of a tar; make it where there is none, raise it where it is an older one.
+
+    Raises:
+        ShardError: tar or index cannot be used.
+    """
+    path = index_path(tar)
+    version = 0
+    if path.is_file():
+        index, version = _load(path, tar)
+    else:
+        log.info("%s has no index; reading it once to make one", tar)
+        index = build_index(tar)
+    if version < INDEX_VERSION:
+        try:
+            save_index(index, path)
+        except OSError as error:  # a read-only data folder still works, only slower next time
+            log.warning("%s could not be written (%s); the index is kept in memory", path, error)
+    return index
+
+
+def _load(path: Path, tar: Path) -> tuple[ShardIndex, int]:
+    remake = f"delete {path} to have it made anew"
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise ShardError(f"{path} is not a shard index ({error}); {remake}") from error
+    try:
+        with file, tar.open("rb") as content:
+            return match_index(file, content, str(path), str(tar), remake)
+    except OSError as error:
+        raise ShardError(f"{tar} cannot be read: {error}") from error
+
+
+def match_index(
+    file: BinaryIO, tar: BinaryIO, where: str, tar_where: str, remake: str
+) -> tuple[ShardIndex, int]:
+    """Read an index of any version and check that it belongs to a tar.
+
+    Args:
+        file: the index.
+        tar: the tar.
+        where: path or address of the index, for messages.
+        tar_where: the same of the tar.
+        remake: how the index is made anew, for messages.
+
+    Returns:
+        The index, raised to the present version, and the version it had.
+
+    Raises:
+        ShardError: it is damaged, newer than this release, or made from another tar.
+    """
+    index, version = _read(file, where, remake)
+    size, head_crc = _identify(tar)
+    if (size, head_crc) != (index.tar_size, index.head_crc):
+        raise ShardError(
+            f"{where} is the index of another tar, or {tar_name(tar_where)} was truncated: indexed "
+            f"{index.tar_size} bytes, found {size}. Restore the tar, or {remake}"
+        )
+    if version < INDEX_VERSION:
+        log.info("%s has version %d; reading its tar's records to raise it", where, version)
+        index = _add_tokens(index, tar, where, tar_where, remake)
+    return index, version
+
+
+def _read(file: BinaryIO, where: str, remake: str) -> tuple[ShardIndex, int]:
+    """Return an index and its version; the lengths of version 1 are 0."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            meta = cast("dict[str, Any]", json.loads(str(stored["meta"])))
+            version = meta["version"]
+            if version not in (1, INDEX_VERSION):
+                raise ShardError(
+                    f"{where} has version {version!r}, this release reads 1 and {INDEX_VERSION}; "
+                    f"update the package, or {remake}"
+                )
+            if version == 1:
+                keys, samples = stored["key_bytes"], _rows_1(stored)
+            else:
+                keys, samples = stored["keys"], stored["samples"]
+        index = ShardIndex(int(meta["tar_size"]), int(meta["head_crc"]), keys, samples)
+        _check(index, None if version == 1 else int(meta["content_crc"]))
+    except (
+        OSError, ValueError, KeyError, IndexError, TypeError, EOFError, OverflowError,
+        AttributeError, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
+        raise ShardError(f"{where} is not a shard index ({error}); {remake}") from error
+    return index, version
+
+
+def _check(index: ShardIndex, content_crc: int | None) -> None:
+    if index.samples.dtype != SAMPLE or index.keys.dtype != np.uint8 or not len(index):
+        raise ValueError("its columns are of other types, or it is empty")
+    ends = index.samples["key_end"].astype(np.int64)
+    if ends[-1] != len(index.keys) or (np.diff(ends, prepend=0) <= 0).any():
+        raise ValueError("its keys are cut off")
+    if content_crc not in (None, index.content_crc):
+        raise ValueError("its rows do not match its checksum")
+
+
+def _rows_1(stored: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.void]:
+    """Turn the columns of version 1 into rows; a column of it held bytes, -1 for no picture."""
+    rows = np.zeros(len(stored["key_ends"]), dtype=SAMPLE)
+    rows["key_end"] = stored["key_ends"]
+    for kind in ("record", "image"):
+        rows[f"{kind}_block"] = np.maximum(stored[f"{kind}_offset"], 0) // BLOCK
+        for name in (f"{kind}_size", f"{kind}_crc"):
+            rows[name] = stored[name]
+    rows["extension"] = np.maximum(stored["image_extension"], 0)
+    sides = np.minimum(stored["picture_size"], MOST)
+    rows["width"], rows["height"] = sides[:, 0], sides[:, 1]
+    return rows
+
+
+def _add_tokens(
+    index: ShardIndex, tar: BinaryIO, where: str, tar_where: str, remake: str
+) -> ShardIndex:
+    """Read the records for their lengths; the checksums of version 1 stay as they are."""
+    samples = index.samples.copy()
+    for row, key in enumerate(index.iter_keys()):
+        offset, size = int(samples["record_block"][row]) * BLOCK, int(samples["record_size"][row])
+        tar.seek(offset)
+        data = tar.read(size)
+        if zlib.crc32(data) != samples["record_crc"][row]:
+            raise ShardError(
+                f"{tar_where}: record of sample `{key.decode()}` (bytes {offset}..{offset + size}) "
+                f"is not what {where} recorded: the tar was damaged or replaced. Restore the tar, "
+                f"or {remake}"
+            )
+        record = parse_object(data, f"{tar_where}: {key.decode()}.json")
+        samples["text_tokens"][row] = estimate_tokens(record)
+    return replace(index, samples=samples)
+
+
+def tar_name(tar: Path | str) -> str:
+    """Return a tar's file name, be it a path, an address or a command."""
+    text = str(tar)
+    if "://" in text and not text.startswith("pipe:"):
+        text = text.partition("?")[0]
+    names = re.findall(r"[^/\s?=&'\"]+\.tar\b", text)
+    return names[-1] if names else text.rpartition("/")[2]

@@ -1,0 +1,412 @@
+"""WebDataset tars with a sidecar index: written once, read by seek.
+
+Per sample ``KEY.json`` (the record) and, unless it is text only, ``KEY.jpg|jpeg|png|webp``. Beside
+``NAME.tar`` lies ``NAME.index.npz`` with the place, size and checksum of every member, so that
+any sample is two reads away and a changed file is noticed. The tars stay plain: any WebDataset
+reader opens them. ``docs/storage.md`` describes the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import braceexpand
+import numpy as np
+import numpy.typing as npt
+
+from vipllava.data.dataset_index import (
+    INDEX_FOLDER,
+    DatasetIndex,
+    open_dataset_index,
+    user_index_folder,
+)
+from vipllava.data.manifest import Manifest, is_remote
+from vipllava.data.open_files import OpenFile, OpenFiles
+from vipllava.data.remote_tars import CACHED_INDICES, IndexLoader, expand_address
+from vipllava.data.shard_index import (
+    BLOCK,
+    IMAGE_EXTENSIONS,
+    MOST,
+    ShardError,
+    ShardIndex,
+    build_index,
+    index_path,
+    parse_object,
+    save_index,
+    tar_name,
+)
+from vipllava.data.shard_write import write_shards
+from vipllava.files.cache import ShardCache, cache_name
+from vipllava.files.retries import ONCE, Patience, Trial
+from vipllava.types import RecordError, StorageError
+
+log = logging.getLogger(__name__)
+
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "DamagedError",
+    "Entry",
+    "ShardError",
+    "ShardSet",
+    "UnreadableError",
+    "index_shard",
+    "open_shards",
+    "write_shards",
+]
+
+_OPEN_FILES: Final = 64
+_OPEN_CACHED: Final = 24  # an open copy takes room even after the cache has dropped it
+
+
+class DamagedError(ShardError, RecordError):
+    """The bytes of a sample are not the indexed ones: a fault of the data, in every run."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.fault = "shard-broken"
+
+
+class UnreadableError(ShardError, StorageError):
+    """A tar that was there when the data set was opened cannot be opened or read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One sample as it lies in a shard.
+
+    Attributes:
+        key: unique within the data set.
+        record: the JSON object.
+        image: the encoded picture, or None for a text-only record.
+        image_extension: as in the tar, without the dot; the bytes may be of another format.
+        shard: the tar's path or address, for messages.
+        image_size: width and height of the upright picture, pixels, where the index knows them.
+    """
+
+    key: str
+    record: Mapping[str, Any]
+    image: bytes | None
+    image_extension: str | None
+    shard: Path | str
+    image_size: tuple[int, int] | None = None
+
+
+def index_shard(path: str | Path) -> ShardIndex:
+    """Read a whole tar, check it, and write its index beside it.
+
+    Raises:
+        ShardError: the tar is missing, truncated or broken, or a sample in it is none.
+    """
+    index = build_index(Path(path))
+    save_index(index, index_path(Path(path)))
+    return index
+
+
+class ShardSet:
+    """The tars of one data set as one sequence.
+
+    The index is mapped from disk and shared by all processes; a few files are open per process.
+    Threads may read at the same time. It can be forked and sent to other processes.
+
+    Attributes:
+        name: of the data set.
+        paths: of the tars; an address as text.
+        shard_ends: int64 [shards], number of samples up to the end of each tar.
+        shard_sizes: number of samples in each tar.
+        tar_sizes: int64 [shards], bytes of each tar.
+        cache: where tars at an address are kept; None if all are files.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        paths: Iterable[Path | str],
+        index: DatasetIndex | Sequence[ShardIndex],
+        *,
+        cache: ShardCache | None = None,
+        patience: Patience = ONCE,
+    ) -> None:
+        """Join tars; use :func:`open_shards`, which checks them.
+
+        Args:
+            name: of the data set.
+            paths: of the tars, or their addresses.
+            index: of all of them, or theirs one by one.
+            cache: where tars at an address are kept.
+            patience: how long a tar is tried that cannot be opened or read.
+        """
+        self.name = name
+        self.paths = tuple(paths)
+        self.index = index if isinstance(index, DatasetIndex) else DatasetIndex.join(index)
+        self.shard_ends: npt.NDArray[np.int64] = self.index.tars["sample_end"].astype(np.int64)
+        self.shard_sizes: tuple[int, ...] = tuple(np.diff(self.shard_ends, prepend=0).tolist())
+        self.tar_sizes: npt.NDArray[np.int64] = self.index.tars["tar_size"].astype(np.int64)
+        self._ends: list[int] = self.shard_ends.tolist()
+        self.cache = cache
+        self.patience = patience
+        self._files = OpenFiles(_OPEN_FILES if cache is None else _OPEN_CACHED)
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.index)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the name and the tars' names, sizes and content: other data, other digest.
+
+        Wherever the tars lie, and whether or not at an address, it is the same.
+        """
+        tars = self.index.tars
+        columns = (
+            map(tar_name, self.paths),
+            tars["tar_size"].tolist(),
+            tars["content_crc"].tolist(),
+        )
+        parts = list(zip(*columns, strict=True))
+        return hashlib.blake2b(json.dumps([self.name, parts]).encode(), digest_size=8).hexdigest()
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return the shard's number and the row within it."""
+        if not 0 <= position < len(self):
+            raise IndexError(f"position {position} of {len(self)} samples in `{self.name}`")
+        shard = bisect_right(self._ends, position)
+        return shard, position - (self._ends[shard - 1] if shard else 0)
+
+    def key(self, position: int) -> str:
+        """Return the key of the sample at ``position``."""
+        return self.index.key(self.locate(position)[0], position)
+
+    def keys(self) -> Iterator[str]:
+        """Yield every key in shard order."""
+        for shard in range(len(self.paths)):
+            yield from (key.decode() for key in self.index.tar_keys(shard))
+
+    def text_tokens(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """Return the estimated lengths of texts, tokens, int32 [n].
+
+        See :func:`vipllava.data.shard_index.estimate_tokens`.
+        """
+        return self.index.samples["text_tokens"][positions].astype(np.int32)
+
+    def has_image(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return which samples have a picture, bool [n]."""
+        return self.index.samples["image_block"][positions] > 0
+
+    def picture_sizes(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """Return widths and heights of upright pictures, pixels, int32 [n, 2]; 0 for none."""
+        sides = [self.index.samples[name][positions] for name in ("width", "height")]
+        return np.stack(sides, axis=-1).astype(np.int32)
+
+    def record_offset(self, position: int) -> int:
+        """Return where the record lies in its tar, bytes."""
+        return self.index.row(position).record_block * BLOCK
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Have tars fetched that will be read soon; returns at once."""
+        if self.cache is not None:
+            chosen = (self.paths[shard] for shard in shards)
+            self.cache.prefetch([path for path in chosen if isinstance(path, str)])
+
+    def read(self, position: int) -> Entry:
+        """Read the sample at ``position``.
+
+        Raises:
+            DamagedError: the tar's bytes are not the indexed ones, or the record is no JSON object.
+            UnreadableError: the tar could not be opened or read in all the time that it is tried.
+            CacheError: the tar cannot be fetched.
+        """
+        shard, _ = self.locate(position)
+        row = self.index.row(position)
+        key = self.index.key(shard, position)
+        places = [
+            ("record", row.record_block * BLOCK, row.record_size, row.record_crc),
+            ("picture", row.image_block * BLOCK, row.image_size, row.image_crc),
+        ][: 2 if row.image_block else 1]
+        members = self._read(shard, [(offset, size) for _, offset, size, _ in places])
+        for data, (kind, offset, size, checksum) in zip(members, places, strict=True):
+            if len(data) != size or zlib.crc32(data) != checksum:
+                raise self._damaged(shard, f"{kind} of sample `{key}`", offset, size)
+        try:
+            record = parse_object(members[0], f"{self.paths[shard]}: {key}.json")
+        except ShardError as error:  # so it was indexed by something else
+            raise DamagedError(str(error)) from error
+        if not row.image_block:
+            return Entry(key, record, None, None, self.paths[shard])
+        known = 0 < row.width < MOST and row.height < MOST
+        image_size = (row.width, row.height) if known else None
+        extension = IMAGE_EXTENSIONS[row.extension]
+        return Entry(key, record, members[1], extension, self.paths[shard], image_size)
+
+    def verify(self) -> None:
+        """Read every sample once.
+
+        Raises:
+            ShardError: the first damaged sample, or a tar that cannot be read.
+            CacheError: a tar cannot be fetched.
+        """
+        for position in range(len(self)):
+            self.read(position)
+
+    def close(self) -> None:
+        """Close the files this process holds open."""
+        self._files = OpenFiles(self._files.most)
+
+    def _read(self, shard: int, places: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return what lies at some places of a tar: offset and size, bytes."""
+        trial = Trial(self.patience)
+        while True:
+            try:
+                file = self._open(shard)
+                return [file.read(offset, size) for offset, size in places]
+            except OSError as error:
+                self._files.drop(shard)  # a file server that has forgotten a file knows a new one
+                path = self.paths[shard]
+                pause_s = trial.pause_after_failure()
+                if pause_s is None:
+                    raise UnreadableError(
+                        f"{path} cannot be read: {error} ({trial}). Check the disk or the mount "
+                        "that it lies on and its permissions, and restore the tar if it is gone; "
+                        "then start again"
+                    ) from error
+                log.warning("%s: %s; trying again in %.0f s", path, error, pause_s)
+            time.sleep(pause_s)
+
+    def _open(self, shard: int) -> OpenFile:
+        if self._files.process != os.getpid():
+            self.close()  # forked: another thread may have held the lock
+        files = self._files
+        if (file := files.get(shard)) is not None:
+            return file
+        path = self.paths[shard]
+        if isinstance(path, Path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            assert self.cache is not None
+            size = int(self.index.tars["tar_size"][shard])
+            with self.cache.open(path, size=size) as copy:
+                descriptor = os.dup(copy.fileno())
+        return files.put(shard, OpenFile(descriptor))
+
+    def _damaged(self, shard: int, what: str, offset: int, size: int) -> DamagedError:
+        path = self.paths[shard]
+        if isinstance(path, Path):
+            name = index_path(path).name
+            remedy = "Restore the tar, or delete the index to have it made anew"
+        else:
+            name = f"the index in {self.index.folder}"
+            assert self.cache is not None
+            copy = self.cache.directory / cache_name(path)
+            remedy = (
+                f"Delete the copy {copy} to have it fetched again; if the tar was replaced at its "
+                "address, the index, too"
+            )
+        return DamagedError(
+            f"{path}: {what} (bytes {offset}..{offset + size}) is not what {name} recorded: the "
+            f"tar was damaged or replaced. {remedy}"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files behind when sent to another process."""
+        return {**self.__dict__, "_files": self._files.most}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Start without open files."""
+        self.__dict__.update(state)
+        self._files = OpenFiles(state["_files"])
+
+
+_NO_CACHE: Final = (
+    "set data.cache_dir (paths.cache, VIPLLAVA_CACHE), or copy the tars into a folder and set "
+    "paths.data_root to it"
+)
+
+
+def open_shards(
+    manifest: Manifest,
+    data_root: str | Path,
+    *,
+    cache: ShardCache | None = None,
+    patience: Patience = ONCE,
+) -> ShardSet:
+    """Open a data set's tars and check that they are the ones the manifest means.
+
+    A tar without an index is read once and indexed.
+
+    Args:
+        manifest: names the tars.
+        data_root: folder or address that its patterns are relative to.
+        cache: where tars at an address are kept; it has a patience of its own.
+        patience: how long a tar is tried that cannot be opened or read later on.
+
+    Raises:
+        ShardError: folder or tar missing, a tar truncated or broken, an index that belongs to
+            another tar, a key that occurs twice, a count other than the manifest's, or an address
+            and no cache.
+        CacheError: a tar at an address cannot be fetched.
+    """
+    if manifest.format != "shards":
+        raise ShardError(f"`{manifest.name}` is a `{manifest.format}` layout, not shards")
+    place = str(data_root)
+    tars: list[Path | str] = []
+    for pattern in manifest.shards:
+        if is_remote(pattern):
+            tars += expand_address(pattern, manifest.name)
+        elif is_remote(place):
+            tars += expand_address(f"{place.rstrip('/')}/{pattern}", manifest.name)
+        else:
+            tars += _expand(pattern, Path(data_root), manifest)
+    if any(isinstance(tar, str) for tar in tars):
+        if cache is None:
+            raise ShardError(f"`{manifest.name}` has tars at an address and no cache; {_NO_CACHE}")
+        home = cache.directory / CACHED_INDICES
+        index = open_dataset_index(
+            manifest.name, tars, homes=[home], load=IndexLoader(cache, home / "tars")
+        )
+    else:
+        root = Path(data_root)
+        digest = hashlib.blake2b(str(root.resolve()).encode(), digest_size=8).hexdigest()
+        homes = [root / INDEX_FOLDER, user_index_folder() / digest]
+        index = open_dataset_index(manifest.name, tars, homes=homes, root=root)
+        cache = None
+    if manifest.num_samples is not None and manifest.num_samples != len(index):
+        raise ShardError(
+            f"`{manifest.name}` has {len(index)} samples in {len(tars)} tars under {place}, its "
+            f"manifest says {manifest.num_samples}; complete the tars or correct `num_samples`"
+        )
+    return ShardSet(manifest.name, tars, index, cache=cache, patience=patience)
+
+
+def _remedy(manifest: Manifest) -> str:
+    if manifest.made_by == "sample_world":
+        return "the sample data is made on first use by train.py and evaluate.py"
+    ways = [f"`vipllava data fetch {manifest.name}`"] if manifest.sources else []
+    if manifest.annotation_file:
+        ways.append(f"`vipllava shards build manifest={manifest.name}`")
+    return f"set paths.data_root, or run {' and '.join(ways)}" if ways else "set paths.data_root"
+
+
+def _expand(pattern: str, root: Path, manifest: Manifest) -> list[Path]:
+    """Resolve one pattern; a brace names each tar, so each has to be there."""
+    if not root.is_dir():
+        raise ShardError(f"data root {root} does not exist; {_remedy(manifest)}")
+    paths: list[Path] = []
+    for name in braceexpand.braceexpand(pattern):
+        found = sorted(root.glob(name)) if re.search(r"[*?\[]", name) else [root / name]
+        if not found or not all(path.is_file() for path in found):
+            raise ShardError(
+                f"`{manifest.name}`: {root / name} does not exist (pattern `{pattern}`); "
+                f"{_remedy(manifest)}"
+            )
+        paths.extend(found)
+    return paths

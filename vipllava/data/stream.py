@@ -1,0 +1,455 @@
+"""The stream of training: global batches in a fixed order, divided over ranks by position.
+
+    order (order.py)        which samples, in which order           pure in (seed, epoch)
+    plan (batching.py)      which of them make a global batch       pure in (seed, epoch)
+    share (StepSampler)     this rank's rows of it                  by position only
+    samples (in workers)    read, marked, encoded, collated
+    StepLoader              stamps the denominator, counts what was consumed
+
+Ranks and accumulation only divide: row ``p`` of a global batch goes to rank ``p % world_size``, and
+a rank's rows are cut into ``accumulate`` micro-batches. The loader's unit is one rank's share of
+one optimizer step, because the loss's denominator, the supervised tokens of the whole global batch,
+must be known before the first backward pass of the step.
+
+The remainder of an epoch is one last, smaller global batch of ``R`` rows. It has as many
+micro-batches on every rank as any other (DeepSpeed counts them), so where ``R`` does not divide,
+or is smaller than ranks x micro-batches, rows of the same batch are repeated with every label
+ignored: each sample is learnt from exactly as often as the mix says, and no micro-batch is empty.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice, pairwise
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vipllava.data.batching import BatchPlan, Cursor, GlobalBatch, Row
+from vipllava.data.collate import EncodedSample, collate_packs
+from vipllava.data.faults import Fault, FaultLog
+from vipllava.data.order import Item
+from vipllava.data.prefetch import ShardPrefetcher
+from vipllava.data.ranks import Ranks
+from vipllava.data.visual_prompt_dataset import VisualPromptDataset
+from vipllava.processes import signals_held, start_worker
+from vipllava.types import (
+    IGNORE_INDEX,
+    Batch,
+    CheckpointError,
+    ConfigError,
+    VipLlavaError,
+)
+
+STATE_VERSION: Final = 2
+REPEAT_SUFFIX: Final = "#repeat"
+"""Ends the key of a repeated sample without labels in an epoch's last batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepShare:
+    """One rank's part of one optimizer step, still as items.
+
+    Attributes:
+        micro_batches: rows per micro-batch.
+        repeats: per micro-batch how many of its last rows are repeats without labels.
+        num_samples: samples of the global batch, all ranks together.
+        after: the place behind this step.
+        progress: share of the epoch's samples consumed when it is done.
+        error: why there is no such part and none behind it.
+    """
+
+    micro_batches: tuple[tuple[Row, ...], ...] = ()
+    repeats: tuple[int, ...] = ()
+    num_samples: int = 0
+    after: Cursor = field(default_factory=Cursor)
+    progress: float = 0.0
+    error: Exception | None = None
+
+
+class StepSampler(Sampler[StepShare]):
+    """This rank's share of every global batch.
+
+    Args:
+        plan: the sequence of global batches.
+        accumulate: micro-batches per rank and step.
+        world_size: number of ranks.
+        rank: this process.
+
+    Raises:
+        ConfigError: the global batch does not divide by ranks and micro-batches.
+    """
+
+    def __init__(
+        self, plan: BatchPlan, *, accumulate: int = 1, world_size: int = 1, rank: int = 0
+    ) -> None:
+        if plan.rows_per_batch % (accumulate * world_size):
+            raise ConfigError(
+                f"a global batch of {plan.rows_per_batch} does not divide by accumulate="
+                f"{accumulate} x world_size={world_size}"
+            )
+        self.plan = plan
+        self.accumulate = accumulate
+        self.world_size = world_size
+        self.rank = rank
+        self.start = Cursor()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next iteration."""
+        return self.start.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration (Lightning calls this)."""
+        if epoch != self.start.epoch:
+            self.start = Cursor(epoch)
+
+    def __len__(self) -> int:
+        """Return the optimizer steps that an epoch does not exceed."""
+        return self.plan.max_steps(self.epoch)
+
+    def share(self, batch: GlobalBatch) -> StepShare:
+        """Return this rank's part of a global batch."""
+        rows = batch.rows
+        per_rank = max(-(-len(rows) // self.world_size), self.accumulate)
+        places = range(self.rank, per_rank * self.world_size, self.world_size)
+        # Sizes differ by at most one; equal in every full batch.
+        cuts = [per_rank * number // self.accumulate for number in range(self.accumulate + 1)]
+        parts = [places[a:b] for a, b in pairwise(cuts)]
+        return StepShare(
+            micro_batches=tuple(tuple(rows[p % len(rows)] for p in part) for part in parts),
+            repeats=tuple(sum(p >= len(rows) for p in part) for part in parts),
+            num_samples=sum(map(len, rows)),
+            after=batch.after,
+            progress=batch.progress,
+        )
+
+    def __iter__(self) -> Iterator[StepShare]:
+        """Yield this rank's shares of the epoch, from ``start`` on."""
+        return map(self.share, self.plan.batches(self.start))
+
+
+class _Shares(Sampler[StepShare]):
+    """The shares of a sampler; what it raises comes behind them as a value, in its turn."""
+
+    def __init__(self, sampler: StepSampler) -> None:
+        self.sampler = sampler
+        self._prepared: Iterator[StepShare] | None = None
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def prepare(self) -> None:
+        """Make the first share of the next iteration, which may have to plan a window of packs."""
+        shares = self._all()
+        self._prepared = chain(list(islice(shares, 1)), shares)
+
+    def __iter__(self) -> Iterator[StepShare]:
+        # A generator: torch makes more iterators than it goes through.
+        prepared, self._prepared = self._prepared, None
+        yield from self._all() if prepared is None else prepared
+
+    def _all(self) -> Iterator[StepShare]:
+        try:
+            yield from self.sampler
+        except Exception as error:  # noqa: BLE001 - a rank that raised alone would leave the others
+            yield StepShare(error=_sendable(error))
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an error that can be sent to another process, as not every one can."""
+    if isinstance(error, VipLlavaError):
+        return error
+    return RuntimeError("".join(traceback.format_exception(error)))
+
+
+@dataclass(slots=True)
+class _Step:
+    """What a worker makes of a share; an error travels as a value, torch would rewrite it."""
+
+    share: StepShare
+    batches: list[Batch]
+    faults: list[Fault]
+    error: Exception | None = None
+    num_supervised: int = 0
+
+    def pin_memory(self) -> _Step:
+        """Pin the batches (torch calls this in a thread of its own)."""
+        self.batches = [batch.pin_memory() for batch in self.batches]
+        return self
+
+
+class _StepDataset(Dataset[Any]):
+    """A rank's share of a step to its micro-batches; runs in the workers."""
+
+    def __init__(
+        self,
+        dataset: VisualPromptDataset,
+        pad_token_id: int,
+        image_size: int,
+        multiple_of: int,
+        pack_length: int | None,
+    ) -> None:
+        self.dataset = dataset
+        self.pad_token_id = pad_token_id
+        self.image_size = image_size
+        self.multiple_of = multiple_of
+        self.pack_length = pack_length
+
+    def __getitem__(self, share: StepShare) -> _Step:
+        step = _Step(share, [], [], share.error)
+        try:
+            for rows, repeats in zip(share.micro_batches, share.repeats, strict=True):
+                labelled = len(rows) - repeats
+                packs = [
+                    [self._sample(item, step, repeat=place >= labelled) for item in row]
+                    for place, row in enumerate(rows)
+                ]
+                step.batches.append(
+                    collate_packs(
+                        packs,
+                        pad_token_id=self.pad_token_id,
+                        image_size=self.image_size,
+                        multiple_of=self.multiple_of,
+                        pack_length=self.pack_length,
+                    )
+                )
+        except Exception as error:  # noqa: BLE001 - a rank that raised alone would leave the others
+            step.error = _sendable(error)
+        step.num_supervised = sum(batch.num_supervised for batch in step.batches)
+        return step
+
+    def _sample(self, item: Item, step: _Step, *, repeat: bool) -> EncodedSample:
+        sample, fault = self.dataset.load(item, in_pack=self.pack_length is not None)
+        if fault is not None and not repeat:
+            step.faults.append(fault)
+        if not repeat:
+            return sample
+        ignored = np.full_like(sample.encoded.labels, IGNORE_INDEX)
+        encoded = replace(sample.encoded, labels=ignored)
+        return replace(sample, key=sample.key + REPEAT_SUFFIX, encoded=encoded)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+class StepLoader:
+    """Micro-batches in order, each stamped with the global batch's supervised tokens.
+
+    Has a length, so Lightning fetches nothing ahead and ``state_dict`` counts what was consumed.
+    The number of workers never changes what comes out.
+
+    Lightning saves and loads the state of a loader, but forgets to load it where the loader was
+    made before the checkpoint was read (asking for ``estimated_stepping_batches`` makes it). So the
+    data module saves and loads it, too; loading twice is loading once.
+
+    Args:
+        dataset: finished samples.
+        sampler: plan and division.
+        pad_token_id: id of padding.
+        num_workers: processes that make samples; torch gives each one thread. 0 makes them here.
+        multiple_of: row lengths are rounded up to a multiple of this.
+        pack_length: rows are padded to exactly this length; None pads to the longest.
+        ranks: of the job; they sum numbers in every step, and end together.
+        fault_log: where quarantined samples are written and counted.
+        prefetcher: has remote shards fetched before the workers reach them.
+        pin_memory: pin batches for the copy to a GPU.
+        prefetch_factor: shares in the making per worker.
+
+    Attributes:
+        seconds_waited: how long the workers were waited for, all in all.
+    """
+
+    def __init__(
+        self,
+        dataset: VisualPromptDataset,
+        sampler: StepSampler,
+        *,
+        pad_token_id: int,
+        num_workers: int = 0,
+        multiple_of: int = 1,
+        pack_length: int | None = None,
+        ranks: Ranks | None = None,
+        fault_log: FaultLog | None = None,
+        prefetcher: ShardPrefetcher | None = None,
+        pin_memory: bool = False,
+        prefetch_factor: int = 2,
+    ) -> None:
+        self.dataset = dataset
+        self.sampler = sampler
+        self.ranks = ranks or Ranks()
+        self.fault_log = fault_log or FaultLog(None, dataset.policy)
+        self.prefetcher = prefetcher
+        self.seconds_waited = 0.0
+        image_size = dataset.encoder.transform.size
+        self._shares = _Shares(sampler)
+        self._loader: DataLoader[Any] = DataLoader(
+            _StepDataset(dataset, pad_token_id, image_size, multiple_of, pack_length),
+            sampler=self._shares,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            prefetch_factor=prefetch_factor if num_workers else None,
+            pin_memory=pin_memory,
+            worker_init_fn=start_worker,
+            # Its own generator: the loader would else draw from the global one on every epoch.
+            generator=torch.Generator().manual_seed(0),
+        )
+        self._place = Cursor()  # of the step that is handed out
+        self._micro_batches = 0  # of it that were handed out
+        self._began = Cursor()  # where the step of the last micro-batch begins
+        self._resume: tuple[Cursor, int] | None = None
+
+    def __len__(self) -> int:
+        """Return the micro-batches that an epoch does not exceed on this rank."""
+        return len(self.sampler) * self.sampler.accumulate
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the epoch's micro-batches; after ``load_state_dict``, those not yet consumed.
+
+        Raises:
+            VipLlavaError: the first bad sample, or storage that failed for too long, with place and
+                remedy; on every rank, so that none waits for the one that met it.
+        """
+        epoch, offset = self.sampler.epoch, 0
+        self._place = Cursor(epoch)
+        if self._resume is not None and self._resume[0].epoch == epoch:
+            self._place, offset = self._resume
+        self._resume = None
+        self._micro_batches = offset
+        self.sampler.start = self._place
+        self._prefetch()
+        for step in self._steps():
+            total = self._agree(step)
+            self._began = self._place
+            batches: list[Batch] = step.batches
+            for number, batch in enumerate(batches):
+                if number < offset:
+                    continue
+                batch.num_supervised_global = total
+                batch.progress = None if self.sampler.plan.exact else step.share.progress
+                self._micro_batches = number + 1
+                if self._micro_batches == len(batches):
+                    self._place, self._micro_batches = step.share.after, 0
+                yield batch
+            offset = 0
+            self._prefetch()
+
+    def _steps(self) -> Iterator[_Step]:
+        steps: Iterator[_Step] | None = None
+        while True:
+            began = time.perf_counter()
+            try:
+                if steps is None:
+                    self._shares.prepare()  # storage may be waited for, and signals be heard
+                    with signals_held():
+                        steps = iter(self._loader)
+                step = next(steps, None)  # raises where a worker was killed
+            except Exception as error:  # noqa: BLE001 - told to the others, and raised, in _agree
+                step = _Step(StepShare(), [], [], error)
+            self.seconds_waited += time.perf_counter() - began
+            if step is None:
+                return
+            yield step
+
+    def _prefetch(self) -> None:
+        if self.prefetcher is not None:
+            self.prefetcher.consumed(self._place.epoch, self._place.samples)
+
+    def _agree(self, step: _Step) -> int:
+        """Return the global batch's supervised tokens, or fail on all ranks together."""
+        num_mine = len(step.faults) + self.fault_log.take_pending()
+        error, step.error = step.error, None  # frame and error would hold each other
+        try:
+            self.fault_log.write(step.faults)
+        except VipLlavaError as unwritten:
+            error = error or unwritten
+        mine = (step.num_supervised, num_mine, int(error is not None))
+        total, num_faults, num_failed = self.ranks.sum(mine)
+        if num_failed:
+            self.ranks.end_together(error)
+        self.fault_log.count(num_faults, step.share.num_samples)
+        return total
+
+    def close(self) -> None:
+        """End the workers; the next iteration starts new ones.
+
+        Left to the garbage collector, which meets trainer, loader and queues as one cycle in any
+        order, this takes five seconds of waiting.
+        """
+        # torch has no public way; Lightning does the same to the loaders it knows.
+        iterator: Any = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+            setattr(self._loader, "_iterator", None)  # noqa: B010 - private to torch's type
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been consumed, and of which data: a few numbers."""
+        place, micro_batch = self._resume or (self._place, self._micro_batches)
+        if place.epoch != self.sampler.epoch:  # the next epoch was announced and has not begun
+            place, micro_batch = Cursor(self.sampler.epoch), 0
+        return {
+            "version": STATE_VERSION,
+            **self.identity(),
+            **asdict(place),
+            "micro_batch": micro_batch,
+            "num_faults": self.fault_log.total,
+            "num_samples_seen": self.fault_log.num_samples,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue behind ``state`` at the next iteration of its epoch.
+
+        Raises:
+            CheckpointError: the state is of other data, another order or another version, or
+                stands within a step; names each difference.
+        """
+        expected = {"version": STATE_VERSION, **self.identity()}
+        different = [
+            f"{name}: saved {state.get(name)!r}, now {value!r}"
+            for name, value in expected.items()
+            if state.get(name) != value
+        ]
+        if different:
+            raise CheckpointError(
+                "the data of this run is not that of the checkpoint; resume with the same data, "
+                "seed and global batch, or start anew:\n- " + "\n- ".join(different)
+            )
+        micro_batch = int(state["micro_batch"])
+        if micro_batch >= self.sampler.accumulate:
+            raise CheckpointError(
+                f"the checkpoint stands {micro_batch} micro-batches into an optimizer step, this "
+                f"run has {self.sampler.accumulate} per step; resume with the same ranks and "
+                "micro-batch, or from a checkpoint at the end of a step"
+            )
+        names = ("epoch", "step", "samples", "window", "row")
+        place = Cursor(**{name: int(state[name]) for name in names})
+        self.sampler.set_epoch(place.epoch)
+        self._resume = (place, micro_batch)
+        self.fault_log.total = int(state["num_faults"])
+        self.fault_log.num_samples = int(state["num_samples_seen"])
+
+    @property
+    def began(self) -> Cursor:
+        """The place where the step of the last micro-batch begins."""
+        return self._began
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the stream depends on, see :func:`stream_identity`."""
+        return stream_identity(self.dataset, self.sampler.plan)
+
+
+def stream_identity(dataset: VisualPromptDataset, plan: BatchPlan) -> dict[str, Any]:
+    """Return what decides a stream: data, seed and plan, as plain values."""
+    return {
+        "data": {s.name: s.shards.fingerprint for s in dataset.sources},
+        "seed": dataset.encoder.seed,
+        **plan.identity(),
+    }

@@ -1,0 +1,139 @@
+"""The samples of a mix, finished: read, marked, encoded; by the policy with substitutes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from vipllava.data.collate import EncodedSample
+from vipllava.data.faults import Fault, FaultPolicy, candidates, with_substitute
+from vipllava.data.order import Epoch, Item
+from vipllava.data.samples import SampleEncoder, SampleSource
+from vipllava.types import RecordError, Sample, VipLlavaError
+
+
+class VisualPromptDataset:
+    """Finished samples of a mix.
+
+    Args:
+        sources: the data sets, in the order of the mix.
+        encoder: makes samples.
+        policy: what to do about bad ones.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SampleSource],
+        encoder: SampleEncoder,
+        policy: FaultPolicy | None = None,
+    ) -> None:
+        self.sources = tuple(sources)
+        self.encoder = encoder
+        self.policy = policy or FaultPolicy()
+
+    def make(self, item: Item) -> EncodedSample:
+        """Return one finished sample.
+
+        Raises:
+            RecordError: it is a bad one; names shard, key and remedy.
+            StorageError: it cannot be read now.
+        """
+        sample, shard = self._sample(item)
+        try:
+            return self.encoder.encode(sample, item.turn)
+        except VipLlavaError as error:
+            raise error.at(shard) from error
+
+    def load(self, item: Item, *, in_pack: bool = False) -> tuple[EncodedSample, Fault | None]:
+        """Return one finished sample, or by the policy a substitute.
+
+        Args:
+            item: the sample.
+            in_pack: a substitute may not be longer than the sample, whose room it takes.
+
+        Raises:
+            RecordError: by the policy, or because no substitute is good either.
+            StorageError: it cannot be read now.
+            VipLlavaError: it was planned into a pack, and here not even its text can be read.
+        """
+
+        def make(other: Item) -> EncodedSample:
+            if in_pack and other != item:
+                length, room = self._length(other), self._room(item)
+                if length > room:
+                    raise RecordError(f"{length} ids do not fit into the {room} of the sample")
+            return self.make(other)
+
+        made, _, fault = with_substitute(
+            item, make, self._describe, self.policy, self._candidates(item)
+        )
+        return made, fault
+
+    def measure(self, item: Item) -> tuple[int, Item, Fault | None]:
+        """Return a sample's true length in ids, without decoding its picture.
+
+        Returns:
+            The length, the item (a substitute by the policy) and what was wrong with the first.
+        """
+        return with_substitute(
+            item, self._length, self._describe, self.policy, self._candidates(item)
+        )
+
+    def estimate_lengths(self, epoch: Epoch) -> npt.NDArray[np.int32]:
+        """Return the estimated total length of samples, text and picture, int32 [samples]."""
+        lengths = np.empty(len(epoch), dtype=np.int32)
+        image = self.encoder.encoder.image_seq_length
+        for part, source in enumerate(self.sources):
+            chosen = epoch.part == part
+            positions = epoch.position[chosen]
+            shards = source.shards
+            lengths[chosen] = shards.text_tokens(positions) + image * shards.has_image(positions)
+        return lengths
+
+    def has_image(self, item: Item) -> bool:
+        """Return whether a sample has a picture."""
+        positions = np.array([item.position])
+        return bool(self.sources[item.part].shards.has_image(positions)[0])
+
+    def _room(self, item: Item) -> int:
+        """Return the length that a sample was planned with; its text was good then."""
+        try:
+            return self._length(item)
+        except RecordError as error:
+            raise VipLlavaError(
+                f"{error}\nIt was read when the packs were planned, on the machine of rank 0: this "
+                "machine's copy of the data is damaged. Copy it anew, and start again"
+            ) from error
+
+    def _length(self, item: Item) -> int:
+        sample, shard = self._sample(item)
+        try:
+            return self.encoder.encode_text(sample, item.turn)[1].length
+        except VipLlavaError as error:
+            raise error.at(shard) from error
+
+    def _sample(self, item: Item) -> tuple[Sample, Path | str]:
+        source = self.sources[item.part]
+        shard, _ = source.shards.locate(item.position)
+        return source.sample(item.position, item.turn), source.shards.paths[shard]
+
+    def _candidates(self, item: Item) -> Iterator[Item]:
+        source = self.sources[item.part]
+        return candidates(item, len(source), seed=self.encoder.seed, name=source.name)
+
+    def _describe(self, item: Item, error: RecordError, substitute: Item) -> Fault:
+        shards = self.sources[item.part].shards
+        shard, _ = shards.locate(item.position)
+        return Fault(
+            dataset=shards.name,
+            key=shards.key(item.position),
+            shard=str(shards.paths[shard]),
+            offset=shards.record_offset(item.position),
+            turn=item.turn,
+            fault=error.fault,
+            reason=str(error),
+            substitute=shards.key(substitute.position),
+        )

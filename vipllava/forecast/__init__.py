@@ -1,1 +1,0 @@
-"""What a job will need and take, from sizes alone: parameters, memory, work, hours."""

@@ -1,1 +1,0 @@
-"""Annotation lists and images into tars."""

@@ -1,1 +1,0 @@
-"""Is a data set all there, and readable? And what is in it?"""

@@ -1,1 +1,0 @@
-"""The parts of a data set onto this machine: archives, single images, hub files."""

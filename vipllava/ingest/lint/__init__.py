@@ -1,1 +1,0 @@
-"""Faults of a data set, found before training meets them; nothing is written or changed."""

@@ -1,0 +1,167 @@
+"""Useful work of training, by one convention, and the share of a device's peak that it makes.
+
+Counted are the products that are really made with weights, and attention. With L weights in the
+linear layers of all decoder blocks, H in the head, A in the adapters, T tokens of a sample with the
+placeholders of its picture, and S of them supervised, a step's useful floating-point operations in
+the language model are
+
+========== ======================== =============================================================
+workload   language model           why
+========== ======================== =============================================================
+projector  4 L T + 4 H S            forward 2, gradients of the inputs 2; frozen weights get none
+lora       4 L T + 4 H S + 6 A T    the adapters get all three
+qlora      as lora                  few bits save memory, not work
+full       6 L T + 6 H S            forward 2, gradients of the inputs 2, of the weights 2
+========== ======================== =============================================================
+
+and the same for every workload: attention among the T tokens under the causal mask, in all three
+passes; the projector on every patch; the tower's forward pass up to the deepest layer that the
+projector reads. The embedding table is looked up, which is no work, and the head runs at supervised
+positions only. What is done twice (gradient checkpointing), padding and what a causal mask hides
+never count, nor do norms, activations and the optimizer. A multiplication and an addition are two
+operations.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, Literal
+
+from vipllava.models.architecture import Architecture, Tower
+from vipllava.types import ConfigError
+
+Workload = Literal["projector", "full", "lora", "qlora"]
+WORKLOADS: Final[tuple[Workload, ...]] = ("projector", "full", "lora", "qlora")
+
+DEVICE_PEAKS: Final[dict[str, float]] = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 6000 Ada": 364.25e12,
+    "RTX A6000": 154.8e12,
+    "A6000": 154.8e12,
+    "RTX A5000": 111.1e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090 Ti": 80e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+"""Dense peak in FLOP/s by a piece of the device's name: bf16 with float32 sums, as the makers'
+data sheets say without sparsity; of V100 and T4, which have no bf16, fp16."""
+
+
+def useful_flops(
+    architecture: Architecture,
+    workload: Workload,
+    *,
+    num_samples: float,
+    num_tokens: float,
+    num_supervised: float,
+    num_images: float | None = None,
+    squared_tokens: float | None = None,
+    adapter_rank: int = 128,
+    tower_trains: bool = False,
+) -> float:
+    """Return the useful floating-point operations of one pass over some samples.
+
+    Args:
+        architecture: the network's sizes.
+        workload: what trains of the language model.
+        num_samples: how many samples.
+        num_tokens: of all of them, padding left out.
+        num_supervised: positions of all of them that carry loss.
+        num_images: pictures of all of them; one each if not given.
+        squared_tokens: sum of the squares of the samples' lengths, which attention goes by; as if
+            all were equally long if not given.
+        adapter_rank: of LoRA.
+        tower_trains: the tower gets gradients, too.
+
+    Raises:
+        ConfigError: the workload is unknown.
+    """
+    if workload not in WORKLOADS:
+        raise ConfigError(f"workload={workload!r} is not one of {', '.join(WORKLOADS)}")
+    model = architecture.language_model
+    per_token = 6.0 if workload == "full" else 4.0
+    flops = per_token * model.linear_parameters * num_tokens
+    flops += per_token * model.head_parameters * num_supervised
+    if workload in ("lora", "qlora"):
+        flops += 6.0 * model.adapter_parameters(adapter_rank) * num_tokens
+    if squared_tokens is None:
+        squared_tokens = num_tokens**2 / num_samples if num_samples else 0.0
+    # Scores and their product with the values, 2 operations each, over half the square; three
+    # passes, also through frozen weights.
+    attention_width = model.num_heads * model.head_dim
+    flops += 3 * 2 * model.num_blocks * attention_width * squared_tokens
+    pictures = num_samples if num_images is None else num_images
+    return flops + pictures * (
+        _projector_flops(architecture) + tower_flops(architecture.tower, trains=tower_trains)
+    )
+
+
+def tower_flops(tower: Tower, *, trains: bool = False) -> float:
+    """Return the operations of the tower over one picture, as far as it is read.
+
+    Args:
+        tower: its sizes.
+        trains: with the backward pass; else it is frozen and has none.
+    """
+    length = tower.num_patches + 1  # the class token
+    block = 2 * tower.block_linear_parameters * length + 4 * tower.width * length**2
+    patches = 2 * tower.patch_parameters * tower.num_patches
+    # Of the pixels no gradient is asked for.
+    return (2 if trains else 1) * patches + (3 if trains else 1) * tower.deepest_block * block
+
+
+def device_peak(device_name: str) -> float | None:
+    """Return a device's dense half-precision peak in FLOP/s, or None for an unknown one.
+
+    Args:
+        device_name: as the driver reports it, e.g. ``NVIDIA A100-SXM4-80GB``.
+    """
+    words = re.sub(r"[^a-z0-9]+", " ", device_name.lower()).strip()
+    # The longest name first: `H100 PCIe` is no `H100`, an `A100` no `A10`.
+    for name in sorted(DEVICE_PEAKS, key=len, reverse=True):
+        if re.search(rf"(?:^| ){name.lower()}(?: |$)", words):
+            return DEVICE_PEAKS[name]
+    return None
+
+
+def mfu(
+    useful_flops: float, seconds: float, device_name: str, num_devices: int = 1
+) -> float | None:
+    """Return the share of the devices' peak that useful work made, 0..1; None if it is unknown.
+
+    Args:
+        useful_flops: of all devices together, see :func:`useful_flops`.
+        seconds: that it took.
+        device_name: see :func:`device_peak`.
+        num_devices: that did it.
+    """
+    peak = device_peak(device_name)
+    if peak is None or seconds <= 0 or num_devices < 1:
+        return None
+    return useful_flops / (seconds * num_devices * peak)
+
+
+def _projector_flops(architecture: Architecture) -> float:
+    # Its norm trains: of what goes into the first layer a gradient is asked for, too.
+    weights = sum(inputs * outputs for inputs, outputs in architecture.projector_linears)
+    return 6.0 * weights * architecture.tower.num_patches

@@ -1,0 +1,139 @@
+"""Sizes of the published parts, so that a forecast needs neither weights nor a hub.
+
+Of each ``config.json`` only what sizes follow from, and how many tokens its tokenizer has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from transformers import AutoConfig, CLIPVisionConfig, VipLlavaConfig
+
+from vipllava.models.architecture import Architecture, architecture_of
+from vipllava.models.building import (
+    ModelSpec,
+    check_tower_config,
+    network_config,
+    num_patches,
+)
+from vipllava.types import ConfigError
+
+_NEW_TOKENS: Final = 2  # image and padding
+
+TOWERS: Final[Mapping[str, Mapping[str, int]]] = {
+    "openai/clip-vit-large-patch14-336": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+    },
+}
+"""Vision towers by their id."""
+
+LANGUAGE_MODELS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "lmsys/vicuna-7b-v1.5": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "num_tokens": 32000,
+    },
+    "lmsys/vicuna-13b-v1.5": {
+        "model_type": "llama",
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_attention_heads": 40,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 40,
+        "vocab_size": 32000,
+        "num_tokens": 32000,
+    },
+    "meta-llama/Meta-Llama-3-8B-Instruct": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "num_tokens": 128256,
+    },
+    "microsoft/Phi-3-mini-4k-instruct": {
+        "model_type": "phi3",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32064,
+        "num_tokens": 32011,
+        "pad_token_id": 32000,
+    },
+}
+"""Language models by their id; ``num_tokens`` is their tokenizer's."""
+
+
+def published_config(
+    vision_tower: str, language_model: str, feature_layers: Sequence[int]
+) -> VipLlavaConfig:
+    """Return the config of a network of published parts, as far as sizes follow from it.
+
+    Args:
+        vision_tower: an id of :data:`TOWERS`.
+        language_model: an id of :data:`LANGUAGE_MODELS`.
+        feature_layers: tower layers that the projector reads.
+
+    Raises:
+        ConfigError: one of them is not known here.
+    """
+    for role, name, known in (
+        ("vision_tower", vision_tower, TOWERS),
+        ("language_model", language_model, LANGUAGE_MODELS),
+    ):
+        if name not in known:
+            raise ConfigError(
+                f"the sizes of {role}={name} do not ship with this package; known: "
+                f"{', '.join(known)}. `train.py preflight=true` reads them from its config.json"
+            )
+    sizes = dict(LANGUAGE_MODELS[language_model])
+    num_tokens = int(sizes.pop("num_tokens"))
+    make_tower: Any = CLIPVisionConfig  # its signature knows no plain mapping
+    tower = make_tower(**TOWERS[vision_tower])
+    return network_config(
+        tower,
+        AutoConfig.for_model(**sizes, tie_word_embeddings=False),
+        feature_layers=feature_layers,
+        num_tokens=num_tokens + _NEW_TOKENS,
+        image_token_id=num_tokens,
+        image_seq_length=num_patches(tower, TOWERS[vision_tower]["image_size"]),
+    )
+
+
+def published_architecture(
+    vision_tower: str, language_model: str, feature_layers: Sequence[int]
+) -> Architecture:
+    """Return the sizes of a network of published parts; see :func:`published_config`."""
+    return architecture_of(published_config(vision_tower, language_model, feature_layers))
+
+
+def is_published(spec: ModelSpec) -> bool:
+    """Whether the sizes of both parts ship with this package."""
+    return spec.vision_tower in TOWERS and spec.language_model in LANGUAGE_MODELS
+
+
+def sizes_of_published(spec: ModelSpec) -> Architecture:
+    """Return the sizes of a job's network without any file of it.
+
+    Raises:
+        ConfigError: a part is not known here; or ``image_size`` or the feature layers are not the
+            tower's.
+    """
+    config: Any = published_config(spec.vision_tower, spec.language_model, spec.feature_layers)
+    check_tower_config(config.vision_config, spec)
+    return architecture_of(config)

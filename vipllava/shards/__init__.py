@@ -1,1 +1,0 @@
-"""Data sets on disk: manifests, tars with their indices, and tars at an address."""

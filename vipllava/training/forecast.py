@@ -1,0 +1,330 @@
+"""What a training job will need and take, from plain values: memory, disk, steps, hours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from vipllava.models.architecture import Architecture
+from vipllava.models.flops import device_peak, useful_flops
+from vipllava.models.freezing import ParameterRow
+from vipllava.training.host_memory import HostMemory, host_memory
+from vipllava.training.memory import DeviceMemory, Setup, device_memory, parameter_rows
+
+MFU: Final = 0.4
+"""Share of the peak that is expected unless told otherwise; see docs/machines.md."""
+
+_USABLE: Final = 0.985
+"""A device "of 80 GB" tells of 79.2 GiB, one of 24 of 23.7."""
+
+_MARGIN: Final = 0.1
+"""Left free where memory is used to recompute less: a forecast is no measurement."""
+
+_HEADROOM: Final = 0.05
+"""Left free by what is recommended; below it a job may run, or not."""
+
+_OPTIMIZER_BYTES: Final = 8  # Adam's moments in a checkpoint, per trained weight
+_MASTER_BYTES: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class DataSetShare:
+    """One data set of a mix.
+
+    Attributes:
+        name: the manifest's.
+        num_samples: in it; 0 if that is not known.
+        num_per_epoch: that an epoch takes of it.
+    """
+
+    name: str
+    num_samples: int
+    num_per_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """An epoch of training data in numbers.
+
+    Attributes:
+        datasets: what it is mixed from.
+        mean_tokens: of a sample, its picture's placeholders among them.
+        mean_squared_tokens: mean of the squares of the samples' lengths.
+        images_per_sample: pictures of a sample, on average.
+        longest: tokens of the longest sample.
+        supervised_share: of a dense sample's tokens, those that carry loss; memory goes by it.
+        mean_supervised: positions of a sample that carry loss, on average; work goes by it.
+    """
+
+    datasets: tuple[DataSetShare, ...]
+    mean_tokens: float
+    mean_squared_tokens: float
+    images_per_sample: float
+    longest: int
+    supervised_share: float
+    mean_supervised: float
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch; 0 if the size of a data set is not known."""
+        known = all(part.num_samples for part in self.datasets)
+        return sum(part.num_per_epoch for part in self.datasets) if known else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How often and how fast the corpus is gone through.
+
+    Attributes:
+        epochs: passes.
+        global_rows: rows of an optimizer step over all devices: samples, or packs.
+        samples_per_row: 1, or about how many samples share a pack.
+        mfu: share of the devices' peak that useful work will make.
+        device: name of one device, or None where it is not known.
+        num_checkpoints: that are kept; a new one is whole before an old one goes.
+        num_nodes: that share the processes equally.
+        num_workers: loader processes of each process.
+        on_devices: else it is the host that trains.
+    """
+
+    epochs: int
+    global_rows: int
+    samples_per_row: float = 1.0
+    mfu: float = MFU
+    device: str | None = None
+    num_checkpoints: int = 1
+    num_nodes: int = 1
+    num_workers: int = 0
+    on_devices: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a job will need and take.
+
+    Attributes:
+        parameters: of each part, and those that train.
+        memory: of one device, bytes.
+        host: of a node beside its devices, bytes.
+        checkpoint_bytes: of one training checkpoint.
+        export_bytes: of what stands at the end: the model, adapters or the projector beside it.
+        disk_bytes: checkpoints and export together, with the one being written.
+        num_steps: optimizer steps; None where the size of the data is not known.
+        samples_per_step: of a whole global batch.
+        tokens_per_step: on average, padding left out.
+        flops_per_step: useful ones, see :mod:`vipllava.models.flops`.
+        hours: of training at the plan's MFU; None where size or the device's peak is not known.
+        times_seen: how often each data set's samples are seen in the whole run.
+    """
+
+    parameters: tuple[ParameterRow, ...]
+    memory: DeviceMemory
+    host: HostMemory
+    checkpoint_bytes: float
+    export_bytes: float
+    disk_bytes: float
+    num_steps: int | None
+    samples_per_step: float
+    tokens_per_step: float
+    flops_per_step: float
+    hours: float | None
+    times_seen: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What fits a device.
+
+    Attributes:
+        strategy: the one that takes least off a device, see :func:`choose_strategy`.
+        micro_batch_size: the largest that fits.
+        memory: at the micro-batch that was wanted, or the largest if that is smaller.
+    """
+
+    strategy: str
+    micro_batch_size: int
+    memory: DeviceMemory
+
+
+def forecast(architecture: Architecture, setup: Setup, corpus: Corpus, plan: Plan) -> Forecast:
+    """Say what a job will need and take.
+
+    Args:
+        architecture: the network's sizes.
+        setup: how it is trained.
+        corpus: an epoch of data.
+        plan: epochs, batch and machine.
+    """
+    samples = plan.global_rows * plan.samples_per_row
+    flops = useful_flops(
+        architecture,
+        setup.workload,
+        num_samples=samples,
+        num_tokens=samples * corpus.mean_tokens,
+        num_supervised=samples * corpus.mean_supervised,
+        num_images=samples * corpus.images_per_sample,
+        squared_tokens=samples * corpus.mean_squared_tokens,
+        adapter_rank=setup.adapter_rank,
+        tower_trains="vision_tower" in setup.trainable,
+    )
+    num_steps = hours = None
+    if corpus.num_samples:
+        num_steps = plan.epochs * math.ceil(corpus.num_samples / samples)
+        peak = device_peak(plan.device) if plan.device else None
+        if peak is not None:
+            whole = flops * plan.epochs * corpus.num_samples / samples
+            hours = whole / (plan.mfu * peak * setup.num_devices) / 3600
+    checkpoint = checkpoint_bytes(architecture, setup)
+    export = export_bytes(architecture, setup)
+    return Forecast(
+        parameters=parameter_rows(architecture, setup),
+        memory=device_memory(architecture, setup),
+        host=host_memory(
+            architecture,
+            setup,
+            num_nodes=plan.num_nodes,
+            num_workers=plan.num_workers,
+            on_devices=plan.on_devices,
+        ),
+        checkpoint_bytes=checkpoint,
+        export_bytes=export,
+        disk_bytes=(plan.num_checkpoints + 1) * checkpoint + export,
+        num_steps=num_steps,
+        samples_per_step=samples,
+        tokens_per_step=samples * corpus.mean_tokens,
+        flops_per_step=flops,
+        hours=hours,
+        times_seen={
+            part.name: plan.epochs * part.num_per_epoch / part.num_samples
+            for part in corpus.datasets
+            if part.num_samples
+        },
+    )
+
+
+def checkpoint_bytes(architecture: Architecture, setup: Setup) -> float:
+    """Return the size of one training checkpoint: what trains, as it is updated, and Adam's state.
+
+    Args:
+        architecture: the network's sizes.
+        setup: how it is trained.
+    """
+    trained = sum(row.num_trainable for row in parameter_rows(architecture, setup))
+    if not setup.is_zero:
+        return float(trained * (setup.weight_bytes + 2 * setup.weight_bytes))
+    return float(trained * (_MASTER_BYTES + _OPTIMIZER_BYTES))
+
+
+def export_bytes(architecture: Architecture, setup: Setup) -> float:
+    """Return the size of what a finished run leaves: the whole model, and what was trained."""
+    beside = 0
+    if setup.rank:
+        beside = architecture.language_model.adapter_parameters(setup.rank)
+    if setup.rank or setup.trainable == ("projector",):
+        beside += architecture.projector_parameters
+    return float(setup.weight_bytes * (architecture.num_parameters + beside))
+
+
+def device_capacity(memory_gb: float) -> float:
+    """Return the bytes that a device of ``memory_gb`` (as its maker names it) really has."""
+    return memory_gb * _USABLE * 2**30
+
+
+def fits(memory: DeviceMemory, capacity: float) -> bool:
+    """Return whether a step fits a device of ``capacity`` bytes with some room left."""
+    return memory.total * (1 + _HEADROOM) <= capacity
+
+
+def micro_batches(global_rows: int, num_devices: int) -> list[int]:
+    """Return the micro-batches that divide the global batch on so many devices, ascending."""
+    per_device, rest = divmod(global_rows, num_devices)
+    if rest or per_device < 1:
+        return []
+    return [m for m in range(1, per_device + 1) if per_device % m == 0]
+
+
+def largest_micro_batch(
+    architecture: Architecture, setup: Setup, capacity: float, sizes: Sequence[int]
+) -> int | None:
+    """Return the largest micro-batch that :func:`fits`, or None.
+
+    Args:
+        architecture: the network's sizes.
+        setup: how it is trained; its own micro-batch does not matter.
+        capacity: bytes of a device.
+        sizes: micro-batches to choose from.
+    """
+    fitting = [
+        size
+        for size in sizes
+        if fits(device_memory(architecture, replace(setup, micro_batch_size=size)), capacity)
+    ]
+    return max(fitting, default=None)
+
+
+def fewest_recomputed(architecture: Architecture, setup: Setup, capacity: float) -> int:
+    """Return how many decoder blocks have to be recomputed for a step to fit, with a margin.
+
+    All of them, where nothing fits.
+
+    Args:
+        architecture: the network's sizes.
+        setup: how it is trained; what it recomputes itself does not matter.
+        capacity: bytes of a device.
+    """
+    num_blocks = architecture.language_model.num_blocks
+    for count in range(num_blocks):
+        tried = device_memory(architecture, replace(setup, recomputed_blocks=count))
+        if tried.total * (1 + _MARGIN) <= capacity:
+            return count
+    return num_blocks
+
+
+def candidates(setup: Setup) -> tuple[str, ...]:
+    """Return the strategies that could take a setup's place, the least sharded first.
+
+    The one it has among them. Replicas (DDP) hold float32 weights and make half-precision copies:
+    on several devices ZeRO-2 does with less, so DDP is for what DeepSpeed cannot do.
+    """
+    if setup.num_devices == 1:
+        return ("single",)
+    if setup.workload == "qlora" or setup.precision.startswith("32"):
+        return ("ddp",)
+    # FSDP2 has no loss scaling and is never chosen, only taken.
+    known = ("ddp", "fsdp2", "zero2", "zero3", "zero3_offload")
+    return tuple(s for s in known if s == setup.strategy or s.startswith("zero"))
+
+
+def choose_strategy(
+    architecture: Architecture, setup: Setup, capacity: float, global_rows: int
+) -> Choice | None:
+    """Choose the least sharded strategy that fits the setup's micro-batch.
+
+    Where none does, the one that fits the largest micro-batch; offloading, which is slow, only
+    where nothing else fits at all; None where nothing fits.
+
+    Args:
+        architecture: the network's sizes.
+        setup: how it is to be trained; its strategy is among those tried.
+        capacity: bytes of a device.
+        global_rows: rows of an optimizer step, which the micro-batch divides.
+    """
+    sizes = micro_batches(global_rows, setup.num_devices)
+    best: Choice | None = None
+    for strategy in candidates(setup):
+        if best is not None and strategy.endswith("offload"):
+            break
+        tried = replace(setup, strategy=strategy)
+        largest = largest_micro_batch(architecture, tried, capacity, sizes)
+        if largest is None:
+            continue
+        wanted = min(setup.micro_batch_size, largest)
+        memory = device_memory(architecture, replace(tried, micro_batch_size=wanted))
+        choice = Choice(strategy, largest, memory)
+        if largest >= setup.micro_batch_size:
+            return choice
+        if best is None or largest > best.micro_batch_size:
+            best = choice
+    return best

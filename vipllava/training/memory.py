@@ -1,0 +1,394 @@
+"""What a training step holds on each device, computed from sizes alone; nothing is built.
+
+The figures follow what the code does. Without sharding (``single``, ``ddp``) and with FSDP2 the
+weights that train are float32 and are computed with as half-precision copies, the others are held
+in half precision; DeepSpeed holds all of them so, with float32 masters beside Adam's moments.
+Activations are the tensors that autograd keeps for the backward pass of a Llama-like block, counted
+one by one:
+
+====================== ====================================== =====================================
+in a block             frozen weights                         trained weights keep also
+====================== ====================================== =====================================
+two norms              the input, float32                     the normed input, and its product
+attention              queries, keys, values, result          the input of the projections
+MLP                    gate, its activation, up               the input, and their product
+====================== ====================================== =====================================
+
+Autocast makes a half-precision copy of a trained float32 weight for each product anew (Lightning's
+precision plugin has its cache off), and the product keeps it for its own backward pass.
+
+Gradient checkpointing keeps the input of each block instead, and one block's tensors, copies of its
+weights among them, at a time.
+Logits exist at supervised positions only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Final
+
+from vipllava.config.attention import keeps_no_mask
+from vipllava.models.architecture import Architecture, LanguageModel
+from vipllava.models.flops import Workload
+from vipllava.models.freezing import ParameterRow
+from vipllava.types import ConfigError
+
+STRATEGIES: Final = ("single", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload")
+
+_BUCKET: Final = 500_000_000  # weights: reduce_bucket_size of conf/strategy/zero*.yaml
+_LIVE: Final = 1_050_000_000  # stage3_max_live_parameters and the prefetch bucket
+_SUB_GROUP: Final = 1_000_000_000
+_CONTEXT_BYTES: Final = 1_000_000_000  # CUDA's context, cuBLAS' workspaces
+_COMMUNICATOR_BYTES: Final = 600_000_000  # NCCL's buffers
+_FRAGMENTED: Final = 0.05  # of what comes and goes
+_NF4_BYTES: Final = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
+"""Bytes of a weight in 4 bits with its block's scale, by whether scales are quantised, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How a stage is trained: all that its memory depends on beside the network.
+
+    Attributes:
+        trainable: the parts that train.
+        workload: what trains of the language model.
+        strategy: one of :data:`STRATEGIES`.
+        precision: Lightning's name, e.g. ``bf16-mixed``.
+        weights_dtype: that the weights are loaded in, where neither strategy nor precision changes
+            it.
+        num_devices: processes of all nodes.
+        micro_batch_size: rows per device and forward pass.
+        row_tokens: tokens of a row, padding among them; of the longest that is to fit.
+        row_images: pictures of a row.
+        row_supervised: positions of a row that carry loss.
+        recomputed_blocks: how many decoder blocks are computed again in the backward pass, the
+            first ones; None: all.
+        attention: as transformers names it.
+        adapter_rank: of LoRA, or 0.
+        adapter_dropout: whether adapters drop any of their input.
+        bits: of the language model's linear layers if they are quantised, else None.
+        double_quantization: of 4 bits.
+        fused_optimizer: AdamW without temporary copies.
+    """
+
+    trainable: tuple[str, ...]
+    workload: Workload
+    strategy: str
+    precision: str
+    num_devices: int
+    micro_batch_size: int
+    row_tokens: int
+    row_images: float = 1.0
+    row_supervised: float = 0.0
+    recomputed_blocks: int | None = None
+    attention: str = "sdpa"
+    adapter_rank: int = 0
+    adapter_dropout: bool = True
+    weights_dtype: str = "float32"
+    bits: int | None = None
+    double_quantization: bool = True
+    fused_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the strategy's name; raises ConfigError."""
+        if self.strategy not in STRATEGIES:
+            known = ", ".join(STRATEGIES)
+            raise ConfigError(f"strategy={self.strategy!r} is not one of {known}")
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether DeepSpeed shards."""
+        return self.strategy.startswith("zero")
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number in a matrix product."""
+        return 4 if self.precision.startswith("32") else 2
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight as it is held."""
+        if self.is_zero or self.precision.endswith("-true"):
+            return self.compute_bytes
+        return 4 if self.weights_dtype == "float32" else 2
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of a weight that does not train."""
+        return self.compute_bytes if self.precision.endswith("-mixed") else self.weight_bytes
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of a number between the blocks.
+
+        Embeddings of float32 weights are float32, and autocast leaves sums alone. FSDP2 gathers
+        half-precision copies, which then are the weights.
+        """
+        if self.strategy == "fsdp2":
+            return self.compute_bytes
+        return self.weight_bytes if self.trains_language_model else self.frozen_bytes
+
+    @property
+    def casts(self) -> bool:
+        """Whether autocast makes a half-precision copy of a trained weight for each product."""
+        return self.strategy in ("single", "ddp") and self.weight_bytes != self.compute_bytes
+
+    @property
+    def trains_language_model(self) -> bool:
+        """Whether the language model's own weights get gradients."""
+        return self.workload == "full" and "language_model" in self.trainable
+
+    def num_recomputed(self, num_blocks: int) -> int:
+        """Return how many of so many decoder blocks are recomputed."""
+        wanted = num_blocks if self.recomputed_blocks is None else self.recomputed_blocks
+        return min(wanted, num_blocks)
+
+    @property
+    def rank(self) -> int:
+        """Rank of the adapters that there are."""
+        return self.adapter_rank if self.workload in ("lora", "qlora") else 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes of one device at the step's peak, and of the host per node-wide job.
+
+    Attributes:
+        weights: as they are held, or this device's part of them.
+        gradients: of what trains.
+        optimizer: Adam's moments, and float32 masters where the weights are none.
+        activations: what is kept for the backward pass, autocast's copies of weights among it, with
+            a block's intermediate results.
+        working: weights that come and go: gathered, or made whole from few bits; buckets of
+            gradients, and the optimizer's temporaries.
+        overhead: an allowance for CUDA's context, NCCL and fragmentation.
+        host: on the host, of all devices together: what is offloaded.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    working: float
+    overhead: float
+    host: float = 0.0
+
+    @property
+    def allocated(self) -> float:
+        """What PyTorch's allocator has handed out at the peak."""
+        return self.total - self.overhead
+
+    @property
+    def total(self) -> float:
+        """All that the device has to have."""
+        return sum(getattr(self, f.name) for f in fields(self) if f.name != "host")
+
+
+def parameter_rows(architecture: Architecture, setup: Setup) -> tuple[ParameterRow, ...]:
+    """Count the parameters of each part and those that train, adapters among them."""
+    model = architecture.language_model
+    adapters = model.adapter_parameters(setup.rank) if setup.rank else 0
+    counts = {
+        "vision_tower": architecture.tower.num_parameters,
+        "projector": architecture.projector_parameters,
+        "language_model": model.num_parameters,
+    }
+    trainable = counts | {"vision_tower": architecture.tower.read_parameters}
+    trained = {part: count * (part in setup.trainable) for part, count in trainable.items()}
+    if adapters:
+        trained["language_model"] = adapters
+        counts["language_model"] += adapters
+    return tuple(ParameterRow(part, counts[part], trained[part]) for part in counts)
+
+
+def device_memory(architecture: Architecture, setup: Setup) -> DeviceMemory:
+    """Forecast the peak of one device.
+
+    Args:
+        architecture: the network's sizes.
+        setup: how it is trained.
+    """
+    rows = parameter_rows(architecture, setup)
+    count = sum(row.num_parameters for row in rows)
+    trained = sum(row.num_trainable for row in rows)
+    shards = setup.num_devices
+    held = setup.weight_bytes
+    weights = float(held * trained + setup.frozen_bytes * (count - trained))
+    if setup.bits is not None:
+        few = architecture.language_model.linear_parameters
+        each = 1.0 if setup.bits == 8 else _NF4_BYTES[setup.double_quantization]
+        weights += (each - setup.frozen_bytes) * few
+    if setup.strategy in ("zero3", "zero3_offload", "fsdp2"):
+        weights /= shards
+    own = trained if setup.strategy in ("single", "ddp") else trained / shards
+    # DeepSpeed keeps gradients as the weights are, and masters beside Adam's moments.
+    gradients, optimizer, host = own * held, own * 2 * held, 0.0
+    if setup.is_zero:
+        optimizer = own * 12.0
+    if setup.strategy == "zero3_offload":
+        # Masters, moments, float32 gradients, and the gradients as they arrive.
+        host = trained * (12.0 + 4.0 + held)
+        gradients, optimizer = 0.0, 0.0
+    forward, backward = _activations(architecture, setup)
+    passes, step = _working(architecture, setup, count, trained)
+    phases = ((forward, passes), (backward, passes), (0.0, step))
+    activations, working = max(phases, key=sum)
+    overhead = _CONTEXT_BYTES + _FRAGMENTED * (activations + working)
+    if shards > 1:
+        overhead += _COMMUNICATOR_BYTES
+    return DeviceMemory(weights, gradients, optimizer, activations, working, overhead, host)
+
+
+def _working(
+    architecture: Architecture, setup: Setup, count: int, trained: int
+) -> tuple[float, float]:
+    """Return the bytes of copies of weights during the passes, and of the optimizer's step."""
+    model = architecture.language_model
+    shards, compute = setup.num_devices, setup.compute_bytes
+    # Without fusing, AdamW makes a tensor of roots beside all second moments of a group.
+    root = 0.0 if setup.fused_optimizer else 4.0
+    if setup.strategy == "zero2":
+        return 2.0 * _BUCKET * compute, (4.0 + root) * trained / shards
+    if setup.strategy == "zero3":
+        live = compute * min(count, _LIVE)
+        bucket = float(compute * _BUCKET)
+        return live + bucket, bucket + (4.0 + root) * min(_SUB_GROUP, trained / shards)
+    if setup.strategy == "zero3_offload":
+        return float(compute * (min(count, _LIVE) + _BUCKET)), float(compute * _BUCKET)
+    step = root * trained * setup.weight_bytes / 4.0
+    if setup.strategy == "fsdp2":
+        # The rest stays gathered through a step; of the blocks one is used, the next under way,
+        # and the gradients of one are summed in float32.
+        rest = count - model.num_blocks * model.block_parameters
+        rest -= architecture.tower.num_blocks * architecture.tower.block_parameters
+        block = model.block_parameters + model.adapter_parameters(setup.rank) / model.num_blocks
+        sums = 4.0 * block if setup.trains_language_model else 0.0
+        return compute * (rest + 2 * block) + sums, step / shards
+    largest = max(i * o for i, o in model.block_linears)
+    # A frozen weight is cast for each product, or made whole from its few bits.
+    return 0.0 if setup.bits is None else float(compute * largest), step
+
+
+def _activations(architecture: Architecture, setup: Setup) -> tuple[float, float]:
+    """Return the bytes at the end of the forward pass and at the backward pass's peak."""
+    model = architecture.language_model
+    tokens = setup.micro_batch_size * setup.row_tokens
+    block = _block_bytes(model, setup, tokens)
+    stream = tokens * setup.stream_bytes * model.width  # what goes from block to block
+    trained = setup.trains_language_model
+    # A block's backward pass: three gradients as wide as its MLP, in trained ones one of them in
+    # the room of what the down projection read; that of its input.
+    passing = tokens * ((2 if trained else 3) * setup.compute_bytes * model.mlp_width) + stream
+    if setup.rank and setup.casts:
+        passing += tokens * 4.0 * model.mlp_width  # an adapter's input in the adapter's float32
+    last_norm = _norm_bytes(setup, tokens * model.width)
+    # The embeddings with the features laid in, and the angles of all positions.
+    kept = _feature_bytes(architecture, setup) + stream
+    kept += tokens * 2 * model.head_dim * setup.stream_bytes
+    again = setup.num_recomputed(model.num_blocks)
+    # The inputs of what is recomputed; of trained blocks the first one is the embeddings.
+    kept += stream * max(0, again - 1 if trained else again)
+    logits = setup.micro_batch_size * setup.row_supervised * model.vocabulary
+    head_copy = loss = 0.0
+    if trained:
+        head = model.vocabulary * model.width
+        head_copy = _copied(setup, head)
+        loss = logits * setup.compute_bytes + _gradient_bytes(setup, head)
+        passing += _gradient_bytes(setup, max(i * o for i, o in model.block_linears))
+    stored = kept + (model.num_blocks - again) * block
+    forward = stored + last_norm + head_copy + max(12.0 * logits, loss)
+    backward = 0.0
+    if again:
+        # A float32 input of the first norm is that of the block, which is kept already.
+        backward = kept + block + passing - (stream if setup.stream_bytes == 4 else 0.0)
+    if again < model.num_blocks:
+        # The last norm's own backward pass, in float32, or that of the block before it.
+        norm = tokens * model.width * 20.0 + stream
+        backward = max(backward, stored + last_norm + max(passing, norm))
+    return forward, max(forward, backward)
+
+
+def _copied(setup: Setup, weights: float) -> float:
+    """Return the bytes of the half-precision copy of trained weights that autocast multiplies with.
+
+    Each product makes its own (Lightning's precision plugin keeps no cache of them) and keeps it
+    where its input, too, gets a gradient.
+    """
+    return setup.compute_bytes * weights if setup.casts else 0.0
+
+
+def _gradient_bytes(setup: Setup, weights: float) -> float:
+    """Return the bytes of one trained layer's gradient before it is added to the others.
+
+    Where autocast has made a copy it was in half precision first, in the room that the copy had.
+    """
+    return float(setup.stream_bytes * weights)
+
+
+def _block_bytes(model: LanguageModel, setup: Setup, tokens: float) -> float:
+    """Return what one decoder block keeps for its backward pass."""
+    compute, trained = setup.compute_bytes, setup.trains_language_model
+    queries = model.num_heads * model.head_dim
+    # A mask over padded rows makes PyTorch's own attention repeat grouped keys and values.
+    flash = keeps_no_mask(setup.attention)
+    keys = model.head_dim * (model.num_key_value_heads if flash else model.num_heads)
+    numbers = 2 * queries + 2 * keys + 3 * model.mlp_width
+    kept = 2 * _norm_bytes(setup, tokens * model.width) + compute * tokens * numbers
+    if trained:
+        kept += compute * tokens * model.mlp_width  # what the down projection reads
+        if setup.stream_bytes != compute:
+            # Every product casts its float32 input for itself.
+            readers = sum(1 for inputs, _ in model.block_linears if inputs == model.width)
+            readers -= int(queries == model.width)  # the output projection's is half already
+            kept += compute * tokens * readers * model.width
+    if setup.rank:
+        # Of each adapter its input and the narrow middle. Dropout makes every input one of its own
+        # and keeps which numbers it dropped; a cast does the first, too.
+        inputs = sum(i for i, _ in model.block_linears)
+        if setup.adapter_dropout:
+            kept += tokens * inputs * (compute + 1)
+        elif setup.casts:
+            # peft casts the input to the adapter's float32, autocast back: a copy for each.
+            kept += tokens * inputs * compute
+        else:
+            kept += tokens * (2 * model.width + model.mlp_width) * compute
+        kept += tokens * len(model.block_linears) * setup.rank * compute
+    linears = sum(i * o for i, o in model.block_linears)
+    adapters = model.adapter_parameters(setup.rank) / model.num_blocks
+    kept += _copied(setup, linears if trained else adapters)
+    squares = setup.micro_batch_size * setup.row_tokens**2
+    if setup.attention == "eager":
+        kept += squares * model.num_heads * (4 if compute == 4 else 4 + compute)
+    elif not flash:
+        kept += squares * compute  # the mask as what is added to the scores
+    return kept
+
+
+def _norm_bytes(setup: Setup, numbers: float) -> float:
+    """Return what one norm keeps of so many numbers, which it takes as float32."""
+    if not setup.trains_language_model:
+        return 4.0 * numbers
+    # What it multiplies its weights with, and the result where the next product reads it.
+    whole = setup.stream_bytes == 4
+    result = 0 if whole and setup.compute_bytes != 4 else setup.stream_bytes
+    return (4.0 + setup.stream_bytes + result) * numbers
+
+
+def _feature_bytes(architecture: Architecture, setup: Setup) -> float:
+    """Return what projector and tower keep for the backward pass."""
+    tower, compute, stream = architecture.tower, setup.compute_bytes, setup.stream_bytes
+    pictures = setup.micro_batch_size * setup.row_images
+    patches = pictures * tower.num_patches
+    read = tower.num_feature_layers * tower.width
+    hidden = sum(outputs for _, outputs in architecture.projector_linears)
+    kept = patches * (read * stream + hidden * compute)
+    if "projector" in setup.trainable:
+        kept += patches * (read * compute + architecture.projector_linears[0][1] * compute)
+        kept += _copied(setup, sum(i * o for i, o in architecture.projector_linears))
+    if "vision_tower" in setup.trainable:
+        # Norms, attention and MLP of every block, as of the language model's.
+        length = pictures * (tower.num_patches + 1)
+        numbers = 8 * tower.width + 3 * tower.mlp_width
+        kept += tower.deepest_block * length * (numbers * compute + 2 * stream * tower.width)
+        kept += _copied(setup, tower.deepest_block * tower.block_linear_parameters)
+    return kept
