@@ -40,11 +40,11 @@ from vipllava.data.manifest import Manifest, parse_manifest
 from vipllava.data.order import MixEntry, SampleOrder, plan_parts
 from vipllava.data.packing import plan_packs
 from vipllava.data.samples import SampleEncoder, SampleSource, marks_generator, words_generator
-from vipllava.data.schemas import parse_record
 from vipllava.data.shards import write_shards
 from vipllava.data.stream import StepLoader, StepSampler
 from vipllava.data.visual_prompt_dataset import VisualPromptDataset
 from vipllava.models.building import token_id
+from vipllava.records import parse_record
 from vipllava.types import IGNORE_INDEX, Sample
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 from vipllava.visual_prompts.refer import refer_turns

@@ -8,12 +8,12 @@ import sys
 
 import numpy as np
 
-from tests.data.schemas.random_records import KINDS
+from tests.records.random_records import KINDS
 from tests.toy_data import encode_picture
 from tests.visual_prompts.policy_files import load_policies
-from vipllava.data.image_decode import decode_image
 from vipllava.data.samples import marks_generator, plan_sample, words_generator
-from vipllava.data.schemas import parse_record
+from vipllava.records import parse_record
+from vipllava.records.image_decode import decode_image
 from vipllava.visual_prompts.render import render_plan
 
 SIZE = (200, 150)

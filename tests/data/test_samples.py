@@ -63,7 +63,7 @@ def test_marks_are_drawn(build_dataset: Build) -> None:
 
 
 def _decoded(data: bytes):
-    from vipllava.data.image_decode import decode_image
+    from vipllava.records.image_decode import decode_image
 
     return decode_image(data, "k")
 

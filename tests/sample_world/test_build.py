@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from vipllava.data.manifest import load_manifest
-from vipllava.data.schemas import kind_of, parse_record
 from vipllava.data.shards import open_shards
 from vipllava.keyed_random import generator_for
+from vipllava.records import kind_of, parse_record
 from vipllava.sample_world.build import FOLDER, ensure_sample_world
 from vipllava.types import VipLlavaError
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.visual_prompts.policy_files import FILES, load_policies
-from vipllava.data.schemas import KINDS, NO_POLICY
+from vipllava.records import KINDS, NO_POLICY
 from vipllava.types import Shape, VipLlavaError
 from vipllava.visual_prompts.palette import PALETTE
 from vipllava.visual_prompts.policies import (

@@ -131,7 +131,7 @@ def look_at(
     datamodule: VisualPromptDataModule, dataset: VisualPromptDataset, item: Item
 ) -> InspectedSample | RefusedSample:
     """Return one sample as a page shows it; one that training would refuse with the reason."""
-    from vipllava.data.schemas import AUTO, kind_of
+    from vipllava.records import AUTO, kind_of
     from vipllava.report.inspected import RefusedSample, inspect_trace
 
     source = dataset.sources[item.part]

@@ -18,14 +18,14 @@ from typing import Any, Final, Literal, cast
 import braceexpand
 
 from vipllava.data.annotations import AnnotationError, iter_annotations
-from vipllava.data.image_decode import decode_image
 from vipllava.data.ingest import metadata_paths, picture_paths
 from vipllava.data.manifest import Manifest, is_remote
-from vipllava.data.schemas import kind_of
 from vipllava.data.shard_index import ShardError
 from vipllava.data.shards import open_shards
 from vipllava.files.download import run_parallel
 from vipllava.keyed_random import generator_for
+from vipllava.records import kind_of
+from vipllava.records.image_decode import decode_image
 from vipllava.types import ConfigError, RecordError
 
 CHECK_VERSION: Final = 1

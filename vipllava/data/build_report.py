@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from vipllava.data.ingest import FileState
-from vipllava.data.record_version import RECORD_VERSION
 from vipllava.files.atomic import write_whole
+from vipllava.records.version import RECORD_VERSION
 
 SUMMARY_FILE: Final = "build.json"
 REJECTED_FILE: Final = "rejected.jsonl"

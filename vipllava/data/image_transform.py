@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vipllava.data.image_decode import decode_image, image_size
+from vipllava.records.image_decode import decode_image, image_size
 from vipllava.types import RGB, BBox, ConfigError
 
 __all__ = [

@@ -18,8 +18,8 @@ from typing import Any, Final, cast
 
 import yaml
 
-from vipllava.data.schemas import AUTO, KINDS, kind_of
 from vipllava.data.sources import SOURCES_FOLDER, Source, is_inside, read_sources
+from vipllava.records import AUTO, KINDS, kind_of
 from vipllava.types import ConfigError
 
 __all__ = [
@@ -56,7 +56,7 @@ class Manifest:
         stage: one of ``STAGES``.
         licence: terms of use, in words.
         format: ``shards`` (WebDataset tars) or ``vip_bench`` (the official folder layout).
-        record_kind: a kind of :mod:`vipllava.data.schemas`, or ``auto``: per record, by its id.
+        record_kind: a kind of :mod:`vipllava.records`, or ``auto``: per record, by its id.
         shards: patterns relative to the data root: globs and braces (``x-{000000..000009}.tar``);
             or addresses (``https://``, ``s3://``, ``gs://``, ``pipe:COMMAND``), with braces only.
         folder: the folder of a ``vip_bench`` layout, relative to the data root.

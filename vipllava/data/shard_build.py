@@ -45,10 +45,10 @@ from vipllava.data.ingest import (
     make_key,
 )
 from vipllava.data.manifest import Manifest, is_remote
-from vipllava.data.record_version import RECORD_VERSION
 from vipllava.data.shard_index import index_path, load_index
 from vipllava.data.shards import ShardError, write_shards
 from vipllava.files.pools import default_num_workers, run_jobs
+from vipllava.records.version import RECORD_VERSION
 from vipllava.types import RecordError, VipLlavaError
 
 log = logging.getLogger(__name__)

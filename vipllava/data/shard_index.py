@@ -26,8 +26,8 @@ from typing import Any, BinaryIO, Final, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from vipllava.data.image_decode import image_size
-from vipllava.data.schemas.fields import IMAGE_PLACEHOLDER
+from vipllava.records.fields import IMAGE_PLACEHOLDER
+from vipllava.records.image_decode import image_size
 from vipllava.types import RecordError, VipLlavaError
 
 log = logging.getLogger(__name__)

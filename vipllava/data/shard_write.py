@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from webdataset.writer import TarWriter
 
-from vipllava.data.image_decode import image_size
 from vipllava.data.shard_index import (
     IMAGE_EXTENSIONS,
     ShardError,
@@ -19,6 +18,7 @@ from vipllava.data.shard_index import (
     index_path,
     save_index,
 )
+from vipllava.records.image_decode import image_size
 from vipllava.types import RecordError
 
 _KEY: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_/-]*")

@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.conversation.templates import get_template
-from vipllava.data.schemas import parse_record
 from vipllava.keyed_random import generator_for
+from vipllava.records import parse_record
 from vipllava.sample_world.build import make_record
 from vipllava.sample_world.records import FINETUNE_MIX, GPT4V_MIX, Record, RegionRecord, caption
 from vipllava.sample_world.scenes import Scene, compose_scene, sample_kinds

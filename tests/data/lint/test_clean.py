@@ -24,7 +24,7 @@ from tests.data.lint.corpus import (
     write_tar,
 )
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.data.schemas import KINDS
+from vipllava.records import KINDS
 
 
 def test_every_kind_is_here() -> None:

@@ -1,6 +1,6 @@
 """Every box and every polygon that a record uses, each by itself.
 
-The verdict on a single one is the parser's (:class:`vipllava.data.schemas.fields.Fields`); here
+The verdict on a single one is the parser's (:class:`vipllava.records.fields.Fields`); here
 all of them are asked, and what a parser lets pass is looked at as well.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vipllava.data.lint.findings import LintLimits
-from vipllava.data.schemas.fields import Fields
+from vipllava.records.fields import Fields
 from vipllava.types import BBox, RecordError
 
 Fault = tuple[str, str]

@@ -7,8 +7,8 @@ from typing import Final
 
 from PIL import Image
 
-from vipllava.data.image_decode import decode_image
-from vipllava.data.schemas.fields import Fields
+from vipllava.records.fields import Fields
+from vipllava.records.image_decode import decode_image
 from vipllava.types import RecordError
 
 _STARTS: Final = (

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
-from vipllava.data.image_decode import decode_image
 from vipllava.evaluation.answering import Answerer, answer_all
 from vipllava.evaluation.judge import Judge, NoVerdictError, split_ground_truth
 from vipllava.evaluation.statistics import mean_interval
 from vipllava.files.atomic import write_whole
 from vipllava.inference.engine import Request
+from vipllava.records.image_decode import decode_image
 from vipllava.types import RecordError, Turn, VipLlavaError
 
 META_DATA: Final = "vip-bench-meta-data.json"

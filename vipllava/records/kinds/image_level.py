@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vipllava.data.schemas.fields import Fields, Parsed
+from vipllava.records.fields import Fields, Parsed
 
 
 def parse_image_level(fields: Fields, rng: np.random.Generator) -> Parsed:

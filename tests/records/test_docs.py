@@ -11,14 +11,14 @@ import pytest
 
 from tests.toy_data import encode_picture
 from tests.visual_prompts.policy_files import load_policies
-from vipllava.data import schemas
+from vipllava import records as schemas
 from vipllava.data.samples import marks_generator, plan_sample
-from vipllava.data.schemas import KINDS, RecordKind, kind_of, parse_record
 from vipllava.keyed_random import generator_for
+from vipllava.records import KINDS, RecordKind, kind_of, parse_record
 from vipllava.types import RecordError, Sample
 from vipllava.visual_prompts.shapes import prompt_words
 
-PAGE = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 IMAGE = encode_picture(320, 240)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, cast
 
-from vipllava.data.image_decode import image_size
+from vipllava.records.image_decode import image_size
 from vipllava.types import (
     BBox,
     DraftTurn,

@@ -11,19 +11,19 @@ from typing import Any, Final
 
 import numpy as np
 
-from vipllava.data.record_version import upgrade_record
-from vipllava.data.schemas.fields import Fields, Parsed
-from vipllava.data.schemas.flickr30k import parse_flickr30k
-from vipllava.data.schemas.image_level import parse_image_level
-from vipllava.data.schemas.pointqa_twice import parse_pointqa_twice
-from vipllava.data.schemas.refcocog import parse_refcocog
-from vipllava.data.schemas.refcocog_gpt4v import parse_refcocog_gpt4v
-from vipllava.data.schemas.regions import parse_regions
-from vipllava.data.schemas.text_only import parse_text_only
-from vipllava.data.schemas.v7w import parse_v7w
-from vipllava.data.schemas.vcr import parse_vcr
-from vipllava.data.schemas.vg_rel import parse_vg_rel
-from vipllava.data.schemas.vg_rel_gpt4v import parse_vg_rel_gpt4v
+from vipllava.records.fields import Fields, Parsed
+from vipllava.records.kinds.flickr30k import parse_flickr30k
+from vipllava.records.kinds.image_level import parse_image_level
+from vipllava.records.kinds.pointqa_twice import parse_pointqa_twice
+from vipllava.records.kinds.refcocog import parse_refcocog
+from vipllava.records.kinds.refcocog_gpt4v import parse_refcocog_gpt4v
+from vipllava.records.kinds.regions import parse_regions
+from vipllava.records.kinds.text_only import parse_text_only
+from vipllava.records.kinds.v7w import parse_v7w
+from vipllava.records.kinds.vcr import parse_vcr
+from vipllava.records.kinds.vg_rel import parse_vg_rel
+from vipllava.records.kinds.vg_rel_gpt4v import parse_vg_rel_gpt4v
+from vipllava.records.version import upgrade_record
 from vipllava.types import RecordError, Sample
 
 __all__ = ["AUTO", "KINDS", "NO_POLICY", "RecordKind", "kind_of", "parse_record"]

@@ -10,8 +10,8 @@ from typing import Final
 
 import numpy as np
 
-from vipllava.data.schemas.fields import Fields, Parsed
-from vipllava.data.schemas.wording import choose, exchange, join
+from vipllava.records.fields import Fields, Parsed
+from vipllava.records.wording import choose, exchange, join
 from vipllava.types import Mention, Region
 
 _HINT_RATE: Final = 0.5

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.toy_data import encode_picture
-from vipllava.data import image_decode
-from vipllava.data.image_decode import decode_image, image_size
+from vipllava.records import image_decode
+from vipllava.records.image_decode import decode_image, image_size
 from vipllava.types import RecordError
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 
-from vipllava.data.schemas.fields import Fields, Parsed
+from vipllava.records.fields import Fields, Parsed
 from vipllava.types import RGB, FixedVisualPrompt, RecordError, Shape, VipLlavaError
 from vipllava.visual_prompts.palette import named_colour
 from vipllava.visual_prompts.shapes import check_shape

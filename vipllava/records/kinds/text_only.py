@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vipllava.data.schemas.fields import Fields, Parsed
+from vipllava.records.fields import Fields, Parsed
 from vipllava.types import RecordError
 
 

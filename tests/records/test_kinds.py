@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.toy_data import encode_picture, said
-from vipllava.data.schemas import KINDS, kind_of, parse_record
 from vipllava.keyed_random import generator_for
+from vipllava.records import KINDS, kind_of, parse_record
 from vipllava.types import DraftTurn, FixedVisualPrompt, Mention, Region, Sample
 
 BOX, BOX2 = [5, 5, 30, 40], [20, 10, 60, 40]

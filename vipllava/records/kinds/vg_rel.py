@@ -9,8 +9,8 @@ from typing import Final
 
 import numpy as np
 
-from vipllava.data.schemas.fields import Fields, Parsed
-from vipllava.data.schemas.wording import choose, exchange, fill
+from vipllava.records.fields import Fields, Parsed
+from vipllava.records.wording import choose, exchange, fill
 from vipllava.types import Mention
 
 _QUESTIONS: Final = (

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from vipllava.data.schemas.fields import Fields, Parsed
-from vipllava.data.schemas.wording import LETTERS, exchange, multiple_choice
+from vipllava.records.fields import Fields, Parsed
+from vipllava.records.wording import LETTERS, exchange, multiple_choice
 from vipllava.types import Mention
 
 _CHOICES: Final = 4

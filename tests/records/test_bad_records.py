@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.data.schemas.test_kinds import BOX, BOX2, IMAGE, RECORDS, parse, said
-from vipllava.data.schemas import parse_record
+from tests.records.test_kinds import BOX, BOX2, IMAGE, RECORDS, parse, said
 from vipllava.keyed_random import generator_for
+from vipllava.records import parse_record
 from vipllava.types import RecordError
 
 NAN = float("nan")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vipllava.data.schemas.fields import Fields, Parsed
+from vipllava.records.fields import Fields, Parsed
 
 
 def parse_vg_rel_gpt4v(fields: Fields, rng: np.random.Generator) -> Parsed:

@@ -14,8 +14,8 @@ from typing import Any, Final, cast
 
 import numpy as np
 
-from vipllava.data.schemas.fields import Fields, Parsed
-from vipllava.data.schemas.wording import LETTERS, Parts, choose, exchange, fill, join
+from vipllava.records.fields import Fields, Parsed
+from vipllava.records.wording import LETTERS, Parts, choose, exchange, fill, join
 from vipllava.types import Mention, RecordError, Region
 
 _CHOICE_RATE: Final = 0.5

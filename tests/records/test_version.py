@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from vipllava.data import record_version
-from vipllava.data.record_version import upgrade_record
+from vipllava.records import version as record_version
+from vipllava.records.version import upgrade_record
 from vipllava.types import RecordError
 
 

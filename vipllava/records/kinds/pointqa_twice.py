@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from vipllava.data.schemas.fields import Fields, Parsed
-from vipllava.data.schemas.wording import SHORT_ANSWER, exchange, fill
+from vipllava.records.fields import Fields, Parsed
+from vipllava.records.wording import SHORT_ANSWER, exchange, fill
 from vipllava.types import Mention
 
 
