@@ -25,9 +25,9 @@ from typing import Any, Final, get_args
 import numpy as np
 
 from vipllava.data.batching import Batching
-from vipllava.data.manifest import Manifest, parse_manifest
-from vipllava.data.shard_index import SAMPLE, ShardIndex, index_path, save_index
-from vipllava.data.shards import ShardSet, open_shards
+from vipllava.shards.manifest import Manifest, parse_manifest
+from vipllava.shards.tar_index import SAMPLE, ShardIndex, index_path, save_index
+from vipllava.shards.tars import ShardSet, open_shards
 
 _NUM_TARS: Final = 1200
 _PER_TAR: Final = 1000

@@ -28,8 +28,8 @@ import numpy as np
 from PIL import Image
 
 from vipllava.data.annotations import plan_ranges
-from vipllava.data.manifest import Manifest
 from vipllava.data.shard_build import build_shards
+from vipllava.shards.manifest import Manifest
 
 _NUM_PICTURES: Final = 1000
 _NUM_BUILT: Final = 8000  # records; pictures are shared, as COCO's are

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vipllava.data.manifest import Manifest, parse_manifest
+from vipllava.shards.manifest import Manifest, parse_manifest
 
 Stored = tuple[str, dict[str, Any], bytes | None, str | None]
 

@@ -22,8 +22,8 @@ from tests.toy_data import (
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.data.image_transform import ImageTransform
 from vipllava.data.samples import SampleEncoder, SampleSource
-from vipllava.data.shards import write_shards
 from vipllava.data.visual_prompt_dataset import VisualPromptDataset
+from vipllava.shards.tars import write_shards
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.toy_data import encode_picture, said, toy_samples
-from vipllava.data.shards import write_shards
+from vipllava.shards.tars import write_shards
 
 
 @dataclass(frozen=True)

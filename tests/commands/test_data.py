@@ -12,7 +12,7 @@ from tests.data.test_unpacking import make_zip
 from tests.files.file_server import run_server
 from tests.toy_data import encode_picture, toy_samples
 from vipllava.commands.data import run
-from vipllava.data.shards import write_shards
+from vipllava.shards.tars import write_shards
 from vipllava.types import ConfigError, VipLlavaError
 
 MANIFEST = """

@@ -8,8 +8,8 @@ import pytest
 
 from tests.toy_data import encode_picture, said, toy_samples
 from vipllava.data.availability import Availability, Finding, check_data
-from vipllava.data.manifest import Manifest, parse_manifest
-from vipllava.data.shards import write_shards
+from vipllava.shards.manifest import Manifest, parse_manifest
+from vipllava.shards.tars import write_shards
 from vipllava.types import ConfigError
 
 

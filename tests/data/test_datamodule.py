@@ -18,7 +18,7 @@ from vipllava.conversation.encode import ConversationEncoder
 from vipllava.data import datamodule
 from vipllava.data.datamodule import VisualPromptDataModule
 from vipllava.data.image_transform import ImageTransform
-from vipllava.data.shards import ShardError, write_shards
+from vipllava.shards.tars import ShardError, write_shards
 from vipllava.types import Batch, CheckpointError, ConfigError, RecordError, VipLlavaError
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 

@@ -20,9 +20,9 @@ from tests.data.fake_hub import REPO, run_hub
 from tests.files.file_server import FileServer, Reply, run_server
 from vipllava.data import fetching
 from vipllava.data.fetching import FetchOptions, Outcome, count_files, fetch_data
-from vipllava.data.manifest import Manifest, parse_manifest
 from vipllava.files.download import DiskError
 from vipllava.files.retries import Patience
+from vipllava.shards.manifest import Manifest, parse_manifest
 from vipllava.types import ConfigError
 
 QUICK = Patience(max_attempts=2, timeout_s=5, backoff_s=0)

@@ -21,7 +21,7 @@ from vipllava.data.ingest import (
     metadata_paths,
     picture_paths,
 )
-from vipllava.data.manifest import Manifest
+from vipllava.shards.manifest import Manifest
 from vipllava.types import RecordError
 
 ROOTS = ("coco/train2017", "LLaVA-Pretrain/images")

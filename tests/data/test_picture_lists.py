@@ -18,9 +18,9 @@ from vipllava.data.picture_lists import (
     make_jpegs,
     read_picture_list,
 )
-from vipllava.data.sources import PictureList
 from vipllava.files.download import DiskError
 from vipllava.files.retries import Patience
+from vipllava.shards.sources import PictureList
 
 PICTURES = PictureList("ocr/dataset.json", "imageURL", "ocr/images")
 QUICK = Patience(max_attempts=2, timeout_s=5, backoff_s=0)

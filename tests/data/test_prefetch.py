@@ -9,7 +9,7 @@ import pytest
 
 from vipllava.data.order import Part, SampleOrder
 from vipllava.data.prefetch import ShardPrefetcher
-from vipllava.data.shards import ShardSet
+from vipllava.shards.tars import ShardSet
 from vipllava.types import ConfigError
 
 SHARDS, SIZE = 12, 10

@@ -11,7 +11,7 @@ import pytest
 
 from tests.data.stream_job import Job, consumed, start
 from tests.toy_data import toy_samples
-from vipllava.data.shards import write_shards
+from vipllava.shards.tars import write_shards
 
 NUM_SAMPLES = 22
 BATCHINGS = {

@@ -13,7 +13,7 @@ from vipllava.conversation.label_proof import prove_labels
 from vipllava.data.image_transform import ImageTransform
 from vipllava.data.order import Item
 from vipllava.data.samples import SampleEncoder, iter_samples
-from vipllava.data.shards import write_shards
+from vipllava.shards.tars import write_shards
 from vipllava.types import RecordError, VipLlavaError
 
 REGION = {"bboxes": [[5, 5, 40, 30]], "conversations": said("<image>\nWhat is <bbox0>?", "yes")}

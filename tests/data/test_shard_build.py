@@ -20,7 +20,6 @@ import yaml
 from tests.toy_data import encode_picture, make_manifest, said
 from vipllava.data import shard_build
 from vipllava.data.annotations import AnnotationError
-from vipllava.data.manifest import Manifest
 from vipllava.data.shard_build import (
     BuildError,
     BuildProgress,
@@ -28,8 +27,9 @@ from vipllava.data.shard_build import (
     build_shards,
     manifest_lines,
 )
-from vipllava.data.shard_index import build_index
-from vipllava.data.shards import open_shards
+from vipllava.shards.manifest import Manifest
+from vipllava.shards.tar_index import build_index
+from vipllava.shards.tars import open_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM = 13

@@ -12,7 +12,7 @@ import pytest
 
 from vipllava.data.build_report import BuildSummary
 from vipllava.data.shard_stats import ShardStats, Spread, shard_stats
-from vipllava.data.shards import Entry
+from vipllava.shards.tars import Entry
 
 KINDS = ("refcocog", "vcr", "image_level", "text_only")
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.toy_data import encode_picture, make_manifest, toy_samples
-from vipllava.data.shard_index import index_path
 from vipllava.data.shard_verify import Verdict, index_shards, verify_shards
-from vipllava.data.shards import write_shards
+from vipllava.shards.tar_index import index_path
+from vipllava.shards.tars import write_shards
 
 
 def make(root: Path, count: int = 20, **options: Any) -> list[Path]:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from vipllava.data.manifest import load_manifest
-from vipllava.data.shards import open_shards
 from vipllava.keyed_random import generator_for
 from vipllava.records import kind_of, parse_record
 from vipllava.sample_world.build import FOLDER, ensure_sample_world
+from vipllava.shards.manifest import load_manifest
+from vipllava.shards.tars import open_shards
 from vipllava.types import VipLlavaError
 
 MANIFESTS = Path(__file__).parents[2] / "data_manifests"

@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 
 from tests.toy_data import toy_samples
 from vipllava.config.resolvers import register_resolvers
-from vipllava.data.shards import write_shards
 from vipllava.models.building import ModelSpec
+from vipllava.shards.tars import write_shards
 from vipllava.training.lit_module import VipLlavaLitModule
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from tests.toy_data import toy_samples
-from vipllava.data.shards import write_shards
+from vipllava.shards.tars import write_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 BOUND_S = 60

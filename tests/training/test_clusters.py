@@ -15,7 +15,7 @@ import pytest
 
 from tests.toy_data import toy_samples
 from tests.training import fake_slurm
-from vipllava.data.shards import write_shards
+from vipllava.shards.tars import write_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "docs" / "slurm_job.sh"

@@ -11,7 +11,7 @@ import pytest
 from tests.toy_data import toy_samples
 from tests.training.launching import start
 from tests.training.refusal_job import BAD_STEP, NUM_STEPS, Job
-from vipllava.data.shards import write_shards
+from vipllava.shards.tars import write_shards
 from vipllava.training.guard import StepRecord
 
 pytest.importorskip("deepspeed")

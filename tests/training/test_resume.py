@@ -11,9 +11,9 @@ import pytest
 
 from tests.toy_data import toy_samples
 from tests.training.resume_job import Job, log, losses, start
-from vipllava.data.shards import write_shards
 from vipllava.models.adapters import AdapterSettings
 from vipllava.models.building import ModelSpec
+from vipllava.shards.tars import write_shards
 from vipllava.training.restart import list_checkpoints
 
 

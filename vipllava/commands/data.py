@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from vipllava.data.availability import Availability
     from vipllava.data.fetching import Outcome
-    from vipllava.data.manifest import Manifest
-    from vipllava.data.sources import Source
+    from vipllava.shards.manifest import Manifest
+    from vipllava.shards.sources import Source
 
 EXIT_INCOMPLETE: Final = 1
 _COLOURS: Final = {
@@ -89,7 +89,7 @@ def _help(only: str | None = None) -> str:
 
 
 def _list(values: dict[str, Any], console: Console) -> int:
-    from vipllava.data.manifest import ManifestError, list_manifests, load_manifest
+    from vipllava.shards.manifest import ManifestError, list_manifests, load_manifest
 
     folder, root = values["manifests"], values["data_root"]
     rows: list[dict[str, str]] = []
@@ -127,7 +127,7 @@ def _summary(manifest: Manifest) -> dict[str, str]:
 def _here(manifest: Manifest, data_root: str) -> str:
     """Say in a word what is there; ``check`` looks closer."""
     from vipllava.data.availability import find_tars
-    from vipllava.data.manifest import is_remote
+    from vipllava.shards.manifest import is_remote
 
     if is_remote(data_root) or any(map(is_remote, manifest.patterns)):
         return "at an address"
@@ -286,7 +286,7 @@ def _plain(text: str, style: str = "") -> Text:
 
 
 def _load(values: dict[str, Any]) -> Manifest:
-    from vipllava.data.manifest import load_manifest
+    from vipllava.shards.manifest import load_manifest
 
     return load_manifest(values["NAME"], values["manifests"])
 

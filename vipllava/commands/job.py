@@ -79,7 +79,7 @@ def compose_data_job(data: str | None, overrides: Sequence[str]) -> DictConfig:
     from vipllava.config.checks import check_data_config
     from vipllava.config.composing import CONFIG_DIR, compose_job
     from vipllava.config.entry import composition_message
-    from vipllava.data.manifest import load_manifest
+    from vipllava.shards.manifest import load_manifest
 
     def compose(chosen: Sequence[str]) -> DictConfig:
         try:

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
     from vipllava.commands.progress_bars import ProgressBars
     from vipllava.data.build_report import BuildSummary
-    from vipllava.data.manifest import Manifest
     from vipllava.data.shard_stats import ShardStats, Spread
     from vipllava.data.shard_verify import Verdict
     from vipllava.files.cache import ShardCache
+    from vipllava.shards.manifest import Manifest
 
 EXIT_DAMAGED: Final = 1
 _SHOWN: Final = 20
@@ -216,7 +216,7 @@ def _print_verdict(verdict: Verdict, console: Console) -> None:
 
 def _stats(values: dict[str, Any], console: Console) -> int:
     from vipllava.data.shard_stats import shard_stats
-    from vipllava.data.shards import open_shards
+    from vipllava.shards.tars import open_shards
 
     manifest = replace(_load(values), num_samples=None)  # a wrong count can be described, too
     shards = open_shards(manifest, values["data_root"], cache=_cache(values, manifest))
@@ -309,7 +309,7 @@ def _plain(text: str) -> Text:
 
 
 def _load(values: dict[str, Any]) -> Manifest:
-    from vipllava.data.manifest import load_manifest
+    from vipllava.shards.manifest import load_manifest
 
     if values["manifest"] is None:
         raise ConfigError("manifest is missing; pass manifest=NAME or manifest=FILE.yaml")
@@ -318,7 +318,7 @@ def _load(values: dict[str, Any]) -> Manifest:
 
 def _cache(values: dict[str, Any], manifest: Manifest) -> ShardCache | None:
     """Return where tars from addresses are kept; None if there are none."""
-    from vipllava.data.manifest import is_remote
+    from vipllava.shards.manifest import is_remote
 
     if not any(map(is_remote, (values["data_root"], *manifest.shards))):
         return None

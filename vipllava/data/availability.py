@@ -19,13 +19,13 @@ import braceexpand
 
 from vipllava.data.annotations import AnnotationError, iter_annotations
 from vipllava.data.ingest import metadata_paths, picture_paths
-from vipllava.data.manifest import Manifest, is_remote
-from vipllava.data.shard_index import ShardError
-from vipllava.data.shards import open_shards
 from vipllava.files.download import run_parallel
 from vipllava.keyed_random import generator_for
 from vipllava.records import kind_of
 from vipllava.records.image_decode import decode_image
+from vipllava.shards.manifest import Manifest, is_remote
+from vipllava.shards.tar_index import ShardError
+from vipllava.shards.tars import open_shards
 from vipllava.types import ConfigError, RecordError
 
 CHECK_VERSION: Final = 1

@@ -18,7 +18,6 @@ from vipllava.data.batching import Batching, BatchPlan, Cursor, PackedBatches, S
 from vipllava.data.faults import QUARANTINE_FILE, FaultLog, FaultPolicy, OnFault
 from vipllava.data.held_out import HeldOutLoader
 from vipllava.data.image_transform import ImageTransform
-from vipllava.data.manifest import Manifest, load_manifest
 from vipllava.data.order import (
     WINDOW_SAMPLES,
     Item,
@@ -36,6 +35,7 @@ from vipllava.data.stream import StepLoader, StepSampler, stream_identity
 from vipllava.data.visual_prompt_dataset import VisualPromptDataset
 from vipllava.files.cache import ShardCache
 from vipllava.files.retries import Patience
+from vipllava.shards.manifest import Manifest, load_manifest
 from vipllava.types import Batch, ConfigError
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
@@ -175,7 +175,7 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         return dataset
 
     def open_dataset(self) -> VisualPromptDataset:
-        """Open the shards; raises what :func:`vipllava.data.shards.open_shards` raises."""
+        """Open the shards; raises what :func:`vipllava.shards.tars.open_shards` raises."""
         sources = [self._open(manifest) for manifest in self.manifests]
         return VisualPromptDataset(sources, self.samples, self.faults)
 

@@ -21,12 +21,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, cast
 
 from vipllava.data.hub import HubFile, fetch_hub_file, list_hub_files
-from vipllava.data.manifest import Manifest, is_remote
 from vipllava.data.picture_lists import PictureOutcome, fetch_pictures, make_jpegs
-from vipllava.data.sources import PictureList, Source, SourceFile
 from vipllava.data.unpacking import DamagedArchiveError, unpack
 from vipllava.files.download import DiskError, DownloadError, disk_error, download, run_parallel
 from vipllava.files.retries import PATIENT, Patience
+from vipllava.shards.manifest import Manifest, is_remote
+from vipllava.shards.sources import PictureList, Source, SourceFile
 from vipllava.types import ConfigError, VipLlavaError
 
 log = logging.getLogger(__name__)

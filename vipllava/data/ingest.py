@@ -17,12 +17,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final, cast
 
 from vipllava.data.annotations import Annotation
-from vipllava.data.manifest import Manifest
-from vipllava.data.sources import is_inside
 from vipllava.keyed_random import generator_for
 from vipllava.records import AUTO, kind_of, parse_record
 from vipllava.records.image_decode import decode_image
 from vipllava.records.version import RECORD_VERSION, VERSION_FIELD, upgrade_record
+from vipllava.shards.manifest import Manifest
+from vipllava.shards.sources import is_inside
 from vipllava.types import RecordError
 
 UNREADABLE: Final = "input-unreadable"

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
-from vipllava.data.sources import PictureList
 from vipllava.files.download import DiskError, DownloadError, disk_error, download, run_parallel
 from vipllava.files.retries import Patience
 from vipllava.records.image_decode import decode_image
+from vipllava.shards.sources import PictureList
 from vipllava.types import RecordError, VipLlavaError
 
 _JPEG_START: Final = b"\xff\xd8\xff"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vipllava.data.order import SampleOrder
-from vipllava.data.shards import ShardSet
+from vipllava.shards.tars import ShardSet
 from vipllava.types import ConfigError
 
 

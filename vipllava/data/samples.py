@@ -25,13 +25,13 @@ from PIL import Image
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.data.collate import EncodedSample
 from vipllava.data.image_transform import ImageTransform
-from vipllava.data.manifest import AUTO_POLICY, Manifest, load_manifest
-from vipllava.data.shards import Entry, ShardSet, open_shards
 from vipllava.files.cache import ShardCache
 from vipllava.files.retries import ONCE, Patience
 from vipllava.keyed_random import generator_for
 from vipllava.records import parse_record
 from vipllava.records.image_decode import decode_image, image_size
+from vipllava.shards.manifest import AUTO_POLICY, Manifest, load_manifest
+from vipllava.shards.tars import Entry, ShardSet, open_shards
 from vipllava.types import Encoded, RecordError, Sample, Turn, VipLlavaError, VisualPromptPlan
 from vipllava.visual_prompts.policies import VisualPromptPolicy, get_policy
 from vipllava.visual_prompts.refer import refer_turns
@@ -75,7 +75,7 @@ class SampleSource:
         cache: ShardCache | None = None,
         patience: Patience = ONCE,
     ) -> SampleSource:
-        """Open the shards of a manifest; see :func:`vipllava.data.shards.open_shards`."""
+        """Open the shards of a manifest; see :func:`vipllava.shards.tars.open_shards`."""
         shards = open_shards(manifest, data_root, cache=cache, patience=patience)
         return cls(shards, manifest.record_kind, manifest.policy, seed)
 

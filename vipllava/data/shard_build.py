@@ -44,11 +44,11 @@ from vipllava.data.ingest import (
     input_states,
     make_key,
 )
-from vipllava.data.manifest import Manifest, is_remote
-from vipllava.data.shard_index import index_path, load_index
-from vipllava.data.shards import ShardError, write_shards
 from vipllava.files.pools import default_num_workers, run_jobs
 from vipllava.records.version import RECORD_VERSION
+from vipllava.shards.manifest import Manifest, is_remote
+from vipllava.shards.tar_index import index_path, load_index
+from vipllava.shards.tars import ShardError, write_shards
 from vipllava.types import RecordError, VipLlavaError
 
 log = logging.getLogger(__name__)

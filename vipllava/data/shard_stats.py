@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vipllava.data.build_report import BuildSummary
-from vipllava.data.shards import ShardSet
 from vipllava.records import AUTO, kind_of
+from vipllava.shards.tars import ShardSet
 
 STATS_VERSION: Final = 1
 NUM_RECORDS: Final = 2000

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vipllava.data.availability import find_tars
-from vipllava.data.manifest import Manifest, is_remote
-from vipllava.data.shard_index import build_index, index_path, load_index
-from vipllava.data.shards import ShardError, ShardSet, index_shard, open_shards
 from vipllava.files.pools import default_num_workers, run_jobs
 from vipllava.records.image_decode import decode_image
+from vipllava.shards.manifest import Manifest, is_remote
+from vipllava.shards.tar_index import build_index, index_path, load_index
+from vipllava.shards.tars import ShardError, ShardSet, index_shard, open_shards
 from vipllava.types import RecordError
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Final, cast
 
-from vipllava.data.sources import is_inside
 from vipllava.files.download import disk_error
+from vipllava.shards.sources import is_inside
 from vipllava.types import VipLlavaError
 
 _CHUNK: Final = 1 << 20

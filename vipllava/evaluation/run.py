@@ -20,8 +20,8 @@ from vipllava.types import ConfigError, VipLlavaError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from vipllava.data.manifest import Manifest
     from vipllava.inference.engine import Engine
+    from vipllava.shards.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _open_manifest(cfg: DictConfig) -> Manifest:
-    from vipllava.data.manifest import load_manifest
+    from vipllava.shards.manifest import load_manifest
 
     manifest = load_manifest(cfg.bench.manifest, cfg.paths.manifests)
     if manifest.made_by == "sample_world":

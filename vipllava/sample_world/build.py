@@ -17,7 +17,6 @@ from typing import Final
 
 import numpy as np
 
-from vipllava.data.shards import write_shards
 from vipllava.keyed_random import generator_for
 from vipllava.sample_world.records import (
     FINETUNE_MIX,
@@ -31,6 +30,7 @@ from vipllava.sample_world.records import (
 )
 from vipllava.sample_world.scenes import Scene, Split, compose_scene
 from vipllava.sample_world.vip_bench import write_vip_bench
+from vipllava.shards.tars import write_shards
 from vipllava.types import VipLlavaError
 
 _LOG = logging.getLogger(__name__)

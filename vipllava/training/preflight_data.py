@@ -104,8 +104,8 @@ def assumed_corpus(cfg: DictConfig, image_tokens: int) -> Corpus:
         cfg: the job.
         image_tokens: placeholders of one picture.
     """
-    from vipllava.data.manifest import load_manifest
     from vipllava.data.order import parse_mix, plan_parts
+    from vipllava.shards.manifest import load_manifest
     from vipllava.training.forecast import Corpus, DataSetShare
 
     mix: Any = parse_mix(cfg.data.mix) if cfg.data.mix else {cfg.data.manifest: None}
@@ -149,7 +149,7 @@ def lint_data(
     from omegaconf import OmegaConf
 
     from vipllava.data.lint import LintLimits, lint_shards
-    from vipllava.data.manifest import is_remote
+    from vipllava.shards.manifest import is_remote
 
     values: Any = OmegaConf.to_container(cfg.lint, resolve=True)
     limits, problems, count = LintLimits.from_mapping(values), [], 0

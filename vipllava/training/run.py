@@ -339,7 +339,7 @@ def _plugins(cfg: DictConfig) -> list[Any]:
 
 def _make_sample_data(cfg: DictConfig) -> None:
     """Make the sample world if a manifest is of it; other data must be there already."""
-    from vipllava.data.manifest import load_manifest
+    from vipllava.shards.manifest import load_manifest
 
     made_by = {load_manifest(n, cfg.data.manifests_dir).made_by for n in _manifest_names(cfg)}
     if "sample_world" in made_by:
@@ -384,8 +384,8 @@ def _export_meta(cfg: DictConfig, spec: ModelSpec) -> Any:
     from omegaconf import OmegaConf
 
     from vipllava.checkpoints.export_meta import ExportMeta, code_version
-    from vipllava.data.manifest import load_manifest
     from vipllava.models.building import image_seq_length
+    from vipllava.shards.manifest import load_manifest
 
     manifests = [load_manifest(name, cfg.data.manifests_dir) for name in _manifest_names(cfg)]
     policies: Any = OmegaConf.to_container(cfg.visual_prompts, resolve=True)

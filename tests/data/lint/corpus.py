@@ -19,8 +19,8 @@ from vipllava.conversation.encode import ConversationEncoder
 from vipllava.data.image_transform import ImageTransform
 from vipllava.data.lint import Finding, LintLimits, LintReport, lint_entry, lint_shards
 from vipllava.data.samples import SampleEncoder, SampleSource
-from vipllava.data.shard_index import index_path
-from vipllava.data.shards import Entry, ShardSet, index_shard
+from vipllava.shards.tar_index import index_path
+from vipllava.shards.tars import Entry, ShardSet, index_shard
 from vipllava.visual_prompts.policies import VisualPromptPolicy, build_policies
 
 WIDTH, HEIGHT = 336, 252

@@ -20,8 +20,8 @@ from tests.data.lint.corpus import (
 from tests.toy_data import said
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.data.lint import LintReport
-from vipllava.data.shard_index import index_path
-from vipllava.data.shards import ShardError, write_shards
+from vipllava.shards.tar_index import index_path
+from vipllava.shards.tars import ShardError, write_shards
 from vipllava.types import ConfigError, VipLlavaError
 
 BAD = record_of("vg_rel", bboxes=[[9, 9, 1, 1], [20, 20, 120, 110]])

@@ -22,9 +22,9 @@ from vipllava.data.lint.texts import (
     same_words_faults,
 )
 from vipllava.data.samples import SampleEncoder, SampleSource, marks_generator, plan_sample
-from vipllava.data.shards import Entry
 from vipllava.records import AUTO, kind_of
 from vipllava.records.fields import Fields
+from vipllava.shards.tars import Entry
 from vipllava.types import RecordError, Sample, VipLlavaError
 
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
-from vipllava.data.shard_index import (
+from vipllava.shards.tar_index import (
     IMAGE_EXTENSIONS,
     ShardError,
     index_path,
     load_index,
 )
-from vipllava.data.shards import Entry, ShardSet
+from vipllava.shards.tars import Entry, ShardSet
 from vipllava.types import RecordError
 
 _MEMBER: Final = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset: cut at the first dot

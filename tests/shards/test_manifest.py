@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from vipllava.data.manifest import (
+from vipllava.shards.manifest import (
     Manifest,
     ManifestError,
     Source,
@@ -15,7 +15,7 @@ from vipllava.data.manifest import (
     load_manifest,
     parse_manifest,
 )
-from vipllava.data.sources import PictureList, SourceFile
+from vipllava.shards.sources import PictureList, SourceFile
 
 KNOWN = Path(__file__).parents[2] / "data_manifests"
 

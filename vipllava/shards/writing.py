@@ -11,14 +11,14 @@ from typing import Any, Final
 
 from webdataset.writer import TarWriter
 
-from vipllava.data.shard_index import (
+from vipllava.records.image_decode import image_size
+from vipllava.shards.tar_index import (
     IMAGE_EXTENSIONS,
     ShardError,
     build_index,
     index_path,
     save_index,
 )
-from vipllava.records.image_decode import image_size
 from vipllava.types import RecordError
 
 _KEY: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_/-]*")

@@ -14,7 +14,9 @@ from typing import BinaryIO, Final
 
 import braceexpand
 
-from vipllava.data.shard_index import (
+from vipllava.files.cache import CacheError, MissingError, ShardCache, cache_name
+from vipllava.files.download import RefusedError
+from vipllava.shards.tar_index import (
     OldIndexError,
     ShardError,
     ShardIndex,
@@ -24,8 +26,6 @@ from vipllava.data.shard_index import (
     read_index,
     save_index,
 )
-from vipllava.files.cache import CacheError, MissingError, ShardCache, cache_name
-from vipllava.files.download import RefusedError
 
 log = logging.getLogger(__name__)
 

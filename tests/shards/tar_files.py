@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vipllava.data.shard_index import index_path, load_index
+from vipllava.shards.tar_index import index_path, load_index
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:

@@ -27,7 +27,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from vipllava.data.shard_index import (
+from vipllava.shards.tar_index import (
     SAMPLE,
     SampleRow,
     ShardError,

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.tar_files import write_version_1
 from tests.files.file_server import FileServer, Reply, run_server
+from tests.shards.tar_files import write_version_1
 from tests.toy_data import make_manifest, toy_samples
-from vipllava.data.remote_tars import expand_address, index_address
-from vipllava.data.shard_index import index_path
-from vipllava.data.shards import ShardError, ShardSet, open_shards, write_shards
 from vipllava.files.cache import CacheError, MissingError, ShardCache, cache_name
 from vipllava.files.retries import Patience
+from vipllava.shards.remote import expand_address, index_address
+from vipllava.shards.tar_index import index_path
+from vipllava.shards.tars import ShardError, ShardSet, open_shards, write_shards
 
 PATTERN = "toy/shard-{000000..000002}.tar"
 KEYS = [f"s{n:03d}" for n in range(20)]
@@ -215,7 +215,7 @@ def test_a_cache_that_is_too_small_for_all(server: FileServer, tars: list[Path],
     largest = max(path.stat().st_size for path in tars)
     small = ShardCache(tmp_path / "small", largest + 100, Patience(2, 5.0, 0.0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vipllava.data.shards._OPEN_CACHED", 1)
+        patch.setattr("vipllava.shards.tars._OPEN_CACHED", 1)
         shards = open_remote(server, small)
         order = np.random.default_rng(0).permutation(20).tolist()
         assert [shards.read(n).key for n in order] == [KEYS[n] for n in order]

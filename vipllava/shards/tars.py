@@ -25,16 +25,18 @@ import braceexpand
 import numpy as np
 import numpy.typing as npt
 
-from vipllava.data.dataset_index import (
+from vipllava.files.cache import ShardCache, cache_name
+from vipllava.files.retries import ONCE, Patience, Trial
+from vipllava.shards.dataset_index import (
     INDEX_FOLDER,
     DatasetIndex,
     open_dataset_index,
     user_index_folder,
 )
-from vipllava.data.manifest import Manifest, is_remote
-from vipllava.data.open_files import OpenFile, OpenFiles
-from vipllava.data.remote_tars import CACHED_INDICES, IndexLoader, expand_address
-from vipllava.data.shard_index import (
+from vipllava.shards.manifest import Manifest, is_remote
+from vipllava.shards.open_files import OpenFile, OpenFiles
+from vipllava.shards.remote import CACHED_INDICES, IndexLoader, expand_address
+from vipllava.shards.tar_index import (
     BLOCK,
     IMAGE_EXTENSIONS,
     MOST,
@@ -46,9 +48,7 @@ from vipllava.data.shard_index import (
     save_index,
     tar_name,
 )
-from vipllava.data.shard_write import write_shards
-from vipllava.files.cache import ShardCache, cache_name
-from vipllava.files.retries import ONCE, Patience, Trial
+from vipllava.shards.writing import write_shards
 from vipllava.types import RecordError, StorageError
 
 log = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ class ShardSet:
     def text_tokens(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Return the estimated lengths of texts, tokens, int32 [n].
 
-        See :func:`vipllava.data.shard_index.estimate_tokens`.
+        See :func:`vipllava.shards.tar_index.estimate_tokens`.
         """
         return self.index.samples["text_tokens"][positions].astype(np.int32)
 

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.tar_files import write_tar, write_version_1
+from tests.shards.tar_files import write_tar, write_version_1
 from tests.toy_data import make_manifest, toy_samples
-from vipllava.data import dataset_index, shard_index
-from vipllava.data.dataset_index import DatasetIndex, open_dataset_index
-from vipllava.data.shard_index import SAMPLE, SampleRow, ShardError, ShardIndex, index_path
-from vipllava.data.shards import ShardSet, open_shards, write_shards
+from vipllava.shards import dataset_index
+from vipllava.shards import tar_index as shard_index
+from vipllava.shards.dataset_index import DatasetIndex, open_dataset_index
+from vipllava.shards.tar_index import SAMPLE, SampleRow, ShardError, ShardIndex, index_path
+from vipllava.shards.tars import ShardSet, open_shards, write_shards
 
 
 @pytest.fixture
@@ -301,7 +302,7 @@ def test_the_loser_of_a_race_takes_the_winners(
 def test_threads_read_at_the_same_time(
     tmp_path: Path, tars: list[Path], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("vipllava.data.shards._OPEN_FILES", 1)  # files come and go all the time
+    monkeypatch.setattr("vipllava.shards.tars._OPEN_FILES", 1)  # files come and go all the time
     shards = open_shards(make_manifest(), tmp_path)
     wanted = [(key, record, image) for key, record, image, _ in toy_samples(20)]
     start = threading.Barrier(4)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.tar_files import write_tar, write_version_1
+from tests.shards.tar_files import write_tar, write_version_1
 from tests.toy_data import encode_picture, said, toy_samples
-from vipllava.data.shard_index import (
+from vipllava.shards.tar_index import (
     SAMPLE,
     OldIndexError,
     SampleRow,
@@ -28,7 +28,7 @@ from vipllava.data.shard_index import (
     save_index,
     tar_name,
 )
-from vipllava.data.shards import write_shards
+from vipllava.shards.tars import write_shards
 
 JPEG = encode_picture()
 
@@ -164,7 +164,7 @@ def test_version_1_in_a_folder_that_cannot_be_written(
     def refuse(*_: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("vipllava.data.shard_index.save_index", refuse)
+    monkeypatch.setattr("vipllava.shards.tar_index.save_index", refuse)
     assert ensure_index(tar).samples["text_tokens"].any()
     assert path.read_bytes() == before
     assert "kept in memory" in caplog.text

@@ -18,8 +18,8 @@ from typing import Any, Final, cast
 
 import yaml
 
-from vipllava.data.sources import SOURCES_FOLDER, Source, is_inside, read_sources
 from vipllava.records import AUTO, KINDS, kind_of
+from vipllava.shards.sources import SOURCES_FOLDER, Source, is_inside, read_sources
 from vipllava.types import ConfigError
 
 __all__ = [

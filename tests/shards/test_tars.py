@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.tar_files import write_tar
+from tests.shards.tar_files import write_tar
 from tests.toy_data import encode_picture, make_manifest, toy_samples
 from vipllava.data.samples import SampleSource
-from vipllava.data.shards import ShardError, ShardSet, index_shard, open_shards, write_shards
+from vipllava.shards.tars import ShardError, ShardSet, index_shard, open_shards, write_shards
 from vipllava.types import RecordError
 
 
