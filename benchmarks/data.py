@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from vipllava.data.image_transform import (
+from vipllava.keyed_random import generator_for
+from vipllava.stream.image_transform import (
     CLIP_MEAN,
     CLIP_STD,
     ImageTransform,
     decode_image,
     reference_transform,
 )
-from vipllava.keyed_random import generator_for
 from vipllava.types import Region, VisualPromptPlan
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 from vipllava.visual_prompts.render import render_plan

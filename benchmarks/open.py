@@ -24,10 +24,10 @@ from typing import Any, Final, get_args
 
 import numpy as np
 
-from vipllava.data.batching import Batching
 from vipllava.shards.manifest import Manifest, parse_manifest
 from vipllava.shards.tar_index import SAMPLE, ShardIndex, index_path, save_index
 from vipllava.shards.tars import ShardSet, open_shards
+from vipllava.stream.batching import Batching
 
 _NUM_TARS: Final = 1200
 _PER_TAR: Final = 1000
@@ -144,12 +144,12 @@ def _main(way: str, root: Path) -> dict[str, Any]:
 def _resume(way: str, manifest: Manifest, root: Path) -> dict[str, Any]:
     """Go on in the middle of an epoch, as a new process does."""
     from benchmarks.stream import text_encoder
-    from vipllava.data.batching import Cursor, PackedBatches, SampleBatches
-    from vipllava.data.order import MixEntry, SampleOrder, plan_parts
-    from vipllava.data.pack_planner import PackPlanner
-    from vipllava.data.samples import SampleSource
-    from vipllava.data.stream import StepLoader, StepSampler
-    from vipllava.data.visual_prompt_dataset import VisualPromptDataset
+    from vipllava.stream.batching import Cursor, PackedBatches, SampleBatches
+    from vipllava.stream.loader import StepLoader, StepSampler
+    from vipllava.stream.order import MixEntry, SampleOrder, plan_parts
+    from vipllava.stream.pack_planner import PackPlanner
+    from vipllava.stream.sample_encoder import SampleSource
+    from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 
     encoder = text_encoder()
     began = time.perf_counter()

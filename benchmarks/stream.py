@@ -33,18 +33,23 @@ from webdataset.compat import WebDataset
 from benchmarks.train_cases import tiny_spec
 from vipllava.checkpoints.loading import load_tokenizer
 from vipllava.conversation import ConversationEncoder
-from vipllava.data.batching import SampleBatches
-from vipllava.data.collate import EncodedSample
-from vipllava.data.image_transform import ImageTransform
-from vipllava.data.order import MixEntry, SampleOrder, plan_parts
-from vipllava.data.packing import plan_packs
-from vipllava.data.samples import SampleEncoder, SampleSource, marks_generator, words_generator
-from vipllava.data.stream import StepLoader, StepSampler
-from vipllava.data.visual_prompt_dataset import VisualPromptDataset
 from vipllava.models.building import token_id
 from vipllava.records import parse_record
 from vipllava.shards.manifest import Manifest, parse_manifest
 from vipllava.shards.tars import write_shards
+from vipllava.stream.batching import SampleBatches
+from vipllava.stream.collate import EncodedSample
+from vipllava.stream.image_transform import ImageTransform
+from vipllava.stream.loader import StepLoader, StepSampler
+from vipllava.stream.order import MixEntry, SampleOrder, plan_parts
+from vipllava.stream.packing import plan_packs
+from vipllava.stream.sample_encoder import (
+    SampleEncoder,
+    SampleSource,
+    marks_generator,
+    words_generator,
+)
+from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import IGNORE_INDEX, Sample
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 from vipllava.visual_prompts.refer import refer_turns

@@ -41,8 +41,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from benchmarks.train_cases import Case, can_train, random_case, tiny_case
 from vipllava.config import hardware
 from vipllava.config.attention import FALLBACK, attention_candidates, choose_attention
-from vipllava.data.collate import collate_packs
-from vipllava.data.packing import plan_packs
 from vipllava.models.architecture import architecture_of
 from vipllava.models.attention import attention_settings
 from vipllava.models.blocks import compile_blocks
@@ -50,6 +48,8 @@ from vipllava.models.flops import Workload, device_peak
 from vipllava.models.freezing import modules_of
 from vipllava.models.image_features import normalise_pixels
 from vipllava.models.supervised_loss import supervised_loss_sum
+from vipllava.stream.collate import collate_packs
+from vipllava.stream.packing import plan_packs
 from vipllava.training.metrics import BatchFlops
 from vipllava.training.optim import OptimizerSettings, build_optimizer, parameter_groups
 from vipllava.types import PADDING_SEGMENT, Batch

@@ -23,9 +23,6 @@ from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder
-from vipllava.data.collate import EncodedSample
-from vipllava.data.image_transform import ImageTransform
-from vipllava.data.samples import SampleEncoder, SampleSource
 from vipllava.models.adapters import AdapterSettings, add_adapters
 from vipllava.models.architecture import architecture_of
 from vipllava.models.building import ModelSpec, image_seq_length, token_id
@@ -35,6 +32,9 @@ from vipllava.models.published import LANGUAGE_MODELS, TOWERS, published_config
 from vipllava.sample_world.build import ensure_sample_world
 from vipllava.sample_world.teach import BASE, load_tiny_policies
 from vipllava.shards.manifest import load_manifest
+from vipllava.stream.collate import EncodedSample
+from vipllava.stream.image_transform import ImageTransform
+from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
 from vipllava.training.memory import Setup, device_memory
 from vipllava.types import IGNORE_INDEX, Encoded
 

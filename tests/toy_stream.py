@@ -20,10 +20,10 @@ from tests.toy_data import (
     make_manifest,
 )
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.data.image_transform import ImageTransform
-from vipllava.data.samples import SampleEncoder, SampleSource
-from vipllava.data.visual_prompt_dataset import VisualPromptDataset
 from vipllava.shards.tars import write_shards
+from vipllava.stream.image_transform import ImageTransform
+from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
+from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
 

@@ -21,9 +21,9 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from vipllava.checkpoints.export_meta import ExportMeta, load_meta
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer, open_source
-from vipllava.data.image_transform import reference_transform
 from vipllava.models.building import ModelSpec
 from vipllava.models.image_features import normalise_pixels
+from vipllava.stream.image_transform import reference_transform
 from vipllava.types import CheckpointError
 
 

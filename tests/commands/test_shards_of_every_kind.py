@@ -12,10 +12,10 @@ from rich.console import Console
 
 from tests.toy_data import encode_picture, said
 from vipllava.commands import shards
-from vipllava.data.samples import SampleSource
 from vipllava.records import KINDS, kind_of
 from vipllava.shards.manifest import load_manifest
 from vipllava.shards.tars import open_shards
+from vipllava.stream.sample_encoder import SampleSource
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "data_manifests"
 BOX, BOX2, BOX3, BOX4 = [5, 5, 30, 40], [20, 10, 60, 40], [0, 0, 9, 9], [1, 2, 30, 20]

@@ -13,10 +13,10 @@ from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder, get_template
-from vipllava.data.image_transform import ImageTransform
 from vipllava.inference.engine import Engine, Request
 from vipllava.models.building import ModelSpec
 from vipllava.models.image_features import normalise_pixels
+from vipllava.stream.image_transform import ImageTransform
 from vipllava.types import ConfigError, Turn, VipLlavaError
 
 # Short, so that a prompt of the byte tokenizer stays short.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vipllava.data.collate import EncodedSample, collate_packs
+from vipllava.stream.collate import EncodedSample, collate_packs
 from vipllava.types import IGNORE_INDEX, Batch, Encoded
 
 IMAGE = 259

@@ -12,9 +12,9 @@ import pytest
 from tests.toy_data import encode_picture
 from tests.visual_prompts.policy_files import load_policies
 from vipllava import records as schemas
-from vipllava.data.samples import marks_generator, plan_sample
 from vipllava.keyed_random import generator_for
 from vipllava.records import KINDS, RecordKind, kind_of, parse_record
+from vipllava.stream.sample_encoder import marks_generator, plan_sample
 from vipllava.types import RecordError, Sample
 from vipllava.visual_prompts.shapes import prompt_words
 

@@ -19,10 +19,10 @@ from PIL import Image
 from tests.records.random_records import KINDS
 from tests.toy_data import encode_picture
 from tests.visual_prompts.policy_files import FILES, load_policies
-from vipllava.data.samples import marks_generator, plan_sample, words_generator
 from vipllava.records import KINDS as ALL_KINDS
 from vipllava.records import NO_POLICY, parse_record
 from vipllava.records.image_decode import decode_image
+from vipllava.stream.sample_encoder import marks_generator, plan_sample, words_generator
 from vipllava.types import Mention, Sample, Turn, VisualPromptPlan
 from vipllava.visual_prompts.palette import PALETTE
 from vipllava.visual_prompts.render import mark_opacity, render_plan

@@ -20,9 +20,9 @@ from tests.conversation.conftest import (  # noqa: F401
     smol_like,
 )
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.data.image_transform import ImageAspect, ImageTransform
-from vipllava.data.samples import SampleEncoder
 from vipllava.report.inspected import InspectedSample, inspect_trace
+from vipllava.stream.image_transform import ImageAspect, ImageTransform
+from vipllava.stream.sample_encoder import SampleEncoder
 from vipllava.types import (
     BBox,
     DraftTurn,

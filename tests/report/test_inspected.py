@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from tests.report.conftest import SIDE, Inspect, make_sample
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.data.image_transform import ImageTransform
-from vipllava.data.samples import SampleTrace
 from vipllava.report.inspected import DroppedTurn, InspectedSample, ShownToken, inspect_trace
+from vipllava.stream.image_transform import ImageTransform
+from vipllava.stream.sample_encoder import SampleTrace
 from vipllava.types import IGNORE_INDEX, Mention, Turn, VisualPromptPlan
 
 TEMPLATES = [

@@ -19,13 +19,6 @@ import pytest
 from tests.files.file_server import FileServer, Reply, run_server
 from tests.toy_data import SIDE, make_manifest, toy_samples
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.data.batching import SampleBatches
-from vipllava.data.faults import FaultLog, FaultPolicy, read_quarantine
-from vipllava.data.image_transform import ImageTransform
-from vipllava.data.order import Part, SampleOrder
-from vipllava.data.samples import SampleEncoder, SampleSource
-from vipllava.data.stream import StepLoader, StepSampler
-from vipllava.data.visual_prompt_dataset import VisualPromptDataset
 from vipllava.files import cache as shard_cache
 from vipllava.files.cache import ShardCache, cache_name
 from vipllava.files.openers import CacheError
@@ -33,6 +26,13 @@ from vipllava.files.retries import Patience
 from vipllava.shards import open_files
 from vipllava.shards.tar_index import index_path
 from vipllava.shards.tars import UnreadableError, write_shards
+from vipllava.stream.batching import SampleBatches
+from vipllava.stream.image_transform import ImageTransform
+from vipllava.stream.loader import StepLoader, StepSampler
+from vipllava.stream.order import Part, SampleOrder
+from vipllava.stream.quarantine import FaultLog, FaultPolicy, read_quarantine
+from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
+from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import StorageError
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 

@@ -10,8 +10,8 @@ import pytest
 
 from tests.shards.tar_files import write_tar
 from tests.toy_data import encode_picture, make_manifest, toy_samples
-from vipllava.data.samples import SampleSource
 from vipllava.shards.tars import ShardError, ShardSet, index_shard, open_shards, write_shards
+from vipllava.stream.sample_encoder import SampleSource
 from vipllava.types import RecordError
 
 

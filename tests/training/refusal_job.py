@@ -56,9 +56,9 @@ def _train(job: Job, strategy: str, precision: str, action: str) -> dict[str, An
     from tests.training.toy_training import overflow_backwards
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.conversation import ConversationEncoder
-    from vipllava.data.datamodule import VisualPromptDataModule
-    from vipllava.data.image_transform import ImageTransform
     from vipllava.models.building import ModelSpec, image_seq_length, token_id
+    from vipllava.stream.datamodule import VisualPromptDataModule
+    from vipllava.stream.image_transform import ImageTransform
     from vipllava.training.csv_log import CsvLog
     from vipllava.training.guard import LossGuard
     from vipllava.training.lit_module import VipLlavaLitModule

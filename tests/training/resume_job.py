@@ -73,9 +73,9 @@ def _run(job: Job) -> None:
 
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.conversation import ConversationEncoder
-    from vipllava.data.datamodule import VisualPromptDataModule
-    from vipllava.data.image_transform import ImageTransform
     from vipllava.models.building import image_seq_length, token_id
+    from vipllava.stream.datamodule import VisualPromptDataModule
+    from vipllava.stream.image_transform import ImageTransform
     from vipllava.training import checkpointing
     from vipllava.training.csv_log import CsvLog, cut_csv
     from vipllava.training.lit_module import VipLlavaLitModule

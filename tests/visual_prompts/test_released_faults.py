@@ -20,9 +20,9 @@ from PIL import Image
 
 from tests.toy_data import encode_picture, said
 from tests.visual_prompts.policy_files import load_policies
-from vipllava.data.samples import marks_generator, plan_sample, words_generator
 from vipllava.records import parse_record
 from vipllava.records.image_decode import decode_image
+from vipllava.stream.sample_encoder import marks_generator, plan_sample, words_generator
 from vipllava.types import RecordError, Sample, Turn, VisualPromptPlan
 from vipllava.visual_prompts.render import mark_opacity, render_plan
 from vipllava.visual_prompts.shapes import SHAPES, prompt_words, shape_words

@@ -19,11 +19,11 @@ from vipllava.types import RecordError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from vipllava.data.datamodule import VisualPromptDataModule
-    from vipllava.data.order import Item
-    from vipllava.data.visual_prompt_dataset import VisualPromptDataset
     from vipllava.report.inspect_page import JobSummary
     from vipllava.report.inspected import InspectedSample, RefusedSample
+    from vipllava.stream.datamodule import VisualPromptDataModule
+    from vipllava.stream.order import Item
+    from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 
 logger = logging.getLogger(__name__)
 

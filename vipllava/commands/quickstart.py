@@ -161,10 +161,10 @@ def _run_step(step: Step) -> float:
 
 def _examples(output: Path, data_root: Path, seed: int) -> list[Example]:
     """Return a dozen held-out questions, as many shapes as there are, with their pictures."""
-    from vipllava.data.samples import iter_samples
     from vipllava.evaluation.benches.regions import read_questions
     from vipllava.report.quickstart_page import Example
     from vipllava.sample_world.teach import load_tiny_policies
+    from vipllava.stream.sample_encoder import iter_samples
 
     path = output / "eval" / "regions" / "predictions.jsonl"
     predictions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -75,8 +75,8 @@ def _open_manifest(cfg: DictConfig) -> Manifest:
 def _run_regions(cfg: DictConfig, manifest: Manifest, engine: Engine) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    from vipllava.data.samples import iter_samples
     from vipllava.evaluation.benches import regions
+    from vipllava.stream.sample_encoder import iter_samples
     from vipllava.visual_prompts.policies import build_policies
 
     marks: Any = OmegaConf.to_container(cfg.visual_prompts, resolve=True)

@@ -19,11 +19,11 @@ from transformers import (
 
 from vipllava.checkpoints.loading import open_source
 from vipllava.conversation import ConversationEncoder
-from vipllava.data.image_transform import ImageAspect, ImageTransform
 from vipllava.inference.devices import resolve_device, resolve_dtype
 from vipllava.models.image_features import normalise_pixels
 from vipllava.models.placing import OnDevice
 from vipllava.models.quantization import QuantizationSettings, quantization_config
+from vipllava.stream.image_transform import ImageAspect, ImageTransform
 from vipllava.types import ConfigError, Turn, VipLlavaError
 
 _STOP_WINDOW = 16

@@ -20,8 +20,8 @@ from PIL import Image
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.conversation.label_proof import prove_labels
 from vipllava.conversation.pieces import Before
-from vipllava.data.image_transform import ImageTransform
-from vipllava.data.samples import SampleTrace
+from vipllava.stream.image_transform import ImageTransform
+from vipllava.stream.sample_encoder import SampleTrace
 from vipllava.types import (
     IGNORE_INDEX,
     RGB,
@@ -202,7 +202,7 @@ def inspect_trace(
     """Turn a traced sample into what is shown of it.
 
     Args:
-        trace: of :meth:`vipllava.data.samples.SampleEncoder.trace`.
+        trace: of :meth:`vipllava.stream.sample_encoder.SampleEncoder.trace`.
         encoder: the one that encoded it.
         transform: the one that made its pixels.
         shard: where the record lies, as it is to be shown.

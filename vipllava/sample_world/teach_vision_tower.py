@@ -21,11 +21,11 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from vipllava.data.image_transform import CLIP_MEAN, CLIP_STD, ImageTransform
 from vipllava.keyed_random import generator_for
 from vipllava.processes import start_worker
 from vipllava.sample_world.objects import KINDS
 from vipllava.sample_world.scenes import Scene, Split, compose_scene
+from vipllava.stream.image_transform import CLIP_MEAN, CLIP_STD, ImageTransform
 from vipllava.types import VisualPromptPlan
 from vipllava.visual_prompts.palette import PALETTE
 from vipllava.visual_prompts.policies import VisualPromptPolicy

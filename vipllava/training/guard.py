@@ -18,8 +18,8 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 
-from vipllava.data.stream import REPEAT_SUFFIX, StepLoader
 from vipllava.files.atomic import write_whole
+from vipllava.stream.loader import REPEAT_SUFFIX, StepLoader
 from vipllava.training.restart import CHECKPOINTS, list_checkpoints
 from vipllava.types import CheckpointError, ConfigError
 
@@ -38,7 +38,7 @@ class StepRecord:
         reason: why, in words.
         step: optimizer steps that were done before it.
         loss: of its global batch; as a text where JSON has no number for it.
-        place: where it begins in the stream, see :class:`vipllava.data.batching.Cursor`.
+        place: where it begins in the stream, see :class:`vipllava.stream.batching.Cursor`.
         data: which stream that is, as in a checkpoint.
         world_size: processes.
         accumulate: micro-batches of each.

@@ -16,10 +16,10 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from vipllava.data.stream import REPEAT_SUFFIX, StepLoader
 from vipllava.models.architecture import Architecture
 from vipllava.models.flops import Workload, useful_flops
 from vipllava.models.supervised_loss import supervised_positions
+from vipllava.stream.loader import REPEAT_SUFFIX, StepLoader
 from vipllava.training.dataset_losses import DatasetLosses
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.types import PADDING_SEGMENT, Batch

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
-    from vipllava.data.datamodule import VisualPromptDataModule
     from vipllava.models.architecture import Architecture
     from vipllava.models.building import ModelSpec
+    from vipllava.stream.datamodule import VisualPromptDataModule
     from vipllava.training.forecast import Choice, Corpus, Forecast, Plan
     from vipllava.training.memory import Setup
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from vipllava.data.datamodule import VisualPromptDataModule
-    from vipllava.data.visual_prompt_dataset import VisualPromptDataset
+    from vipllava.stream.datamodule import VisualPromptDataModule
+    from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
     from vipllava.training.forecast import Corpus
 
 LINTED_SAMPLES: Final = 64
@@ -72,7 +72,7 @@ def measured_corpus(
     """
     import numpy as np
 
-    from vipllava.data.order import SampleOrder, plan_parts
+    from vipllava.stream.order import SampleOrder, plan_parts
     from vipllava.training.forecast import Corpus, DataSetShare
 
     sizes = {source.name: source.shards.shard_sizes for source in dataset.sources}
@@ -104,8 +104,8 @@ def assumed_corpus(cfg: DictConfig, image_tokens: int) -> Corpus:
         cfg: the job.
         image_tokens: placeholders of one picture.
     """
-    from vipllava.data.order import parse_mix, plan_parts
     from vipllava.shards.manifest import load_manifest
+    from vipllava.stream.order import parse_mix, plan_parts
     from vipllava.training.forecast import Corpus, DataSetShare
 
     mix: Any = parse_mix(cfg.data.mix) if cfg.data.mix else {cfg.data.manifest: None}

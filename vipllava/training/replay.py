@@ -14,9 +14,9 @@ import torch
 
 from vipllava.checkpoints.plain_pickles import load_plain
 from vipllava.checkpoints.training_state import read_training_state
-from vipllava.data.replay import ReplayedMicroBatch
 from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.models.tensor_files import read_tensor
+from vipllava.stream.step_again import ReplayedMicroBatch
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.types import CheckpointError
 

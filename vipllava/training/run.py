@@ -20,8 +20,8 @@ from vipllava.types import VipLlavaError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from vipllava.data.datamodule import VisualPromptDataModule
     from vipllava.models.building import ModelSpec
+    from vipllava.stream.datamodule import VisualPromptDataModule
     from vipllava.training.restart import Goal, Restart
 
 logger = logging.getLogger(__name__)
@@ -363,8 +363,8 @@ def build_datamodule(cfg: DictConfig, tokenizer: Any = None) -> VisualPromptData
 
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.conversation import ConversationEncoder
-    from vipllava.data.image_transform import ImageTransform
     from vipllava.models.building import image_seq_length, token_id
+    from vipllava.stream.image_transform import ImageTransform
 
     _make_sample_data(cfg)
     spec: ModelSpec = instantiate(cfg.module.model, _convert_="all")

@@ -22,9 +22,9 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
 from vipllava.conversation.pieces import FastTokenizer
-from vipllava.data.datamodule import VisualPromptDataModule
 from vipllava.files.atomic import write_whole
 from vipllava.models.supervised_loss import Predictions
+from vipllava.stream.datamodule import VisualPromptDataModule
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.training.metrics import SAMPLES
 from vipllava.types import Batch

@@ -16,11 +16,11 @@ from PIL import Image
 
 from tests.toy_data import make_manifest, said
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.data.image_transform import ImageTransform
 from vipllava.data.lint import Finding, LintLimits, LintReport, lint_entry, lint_shards
-from vipllava.data.samples import SampleEncoder, SampleSource
 from vipllava.shards.tar_index import index_path
 from vipllava.shards.tars import Entry, ShardSet, index_shard
+from vipllava.stream.image_transform import ImageTransform
+from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
 from vipllava.visual_prompts.policies import VisualPromptPolicy, build_policies
 
 WIDTH, HEIGHT = 336, 252

@@ -176,7 +176,7 @@ def test_labels(
 
 
 def test_a_picture_that_a_crop_cuts_off(encoder: ConversationEncoder) -> None:
-    from vipllava.data.image_transform import ImageTransform
+    from vipllava.stream.image_transform import ImageTransform
 
     samples = sample_encoder(encoder)
     samples.transform = ImageTransform(224, "square")

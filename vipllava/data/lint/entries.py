@@ -21,10 +21,10 @@ from vipllava.data.lint.texts import (
     placeholder_faults,
     same_words_faults,
 )
-from vipllava.data.samples import SampleEncoder, SampleSource, marks_generator, plan_sample
 from vipllava.records import AUTO, kind_of
 from vipllava.records.fields import Fields
 from vipllava.shards.tars import Entry
+from vipllava.stream.sample_encoder import SampleEncoder, SampleSource, marks_generator, plan_sample
 from vipllava.types import RecordError, Sample, VipLlavaError
 
 

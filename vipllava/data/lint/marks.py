@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageChops
 
-from vipllava.data.image_transform import ImageTransform
 from vipllava.data.lint.findings import LintLimits
+from vipllava.stream.image_transform import ImageTransform
 from vipllava.types import VisualPrompt, VisualPromptPlan
 from vipllava.visual_prompts.render import mark_opacity
 from vipllava.visual_prompts.shapes import prompt_words

@@ -22,10 +22,10 @@ from vipllava.data.lint.entries import entry_digest, lint_entry
 from vipllava.data.lint.findings import Finding, LintLimits
 from vipllava.data.lint.listing import Listing, list_tar
 from vipllava.data.lint.report import LintReport
-from vipllava.data.samples import SampleEncoder, SampleSource
 from vipllava.files.pools import start_worker
 from vipllava.shards.manifest import Manifest
 from vipllava.shards.tars import ShardError, ShardSet
+from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
 from vipllava.types import ConfigError, RecordError, VipLlavaError
 
 _CHUNK: Final = 32

@@ -17,13 +17,13 @@ from typing import Any, Final, Literal
 
 from PIL import Image
 
-from vipllava.data.samples import marks_generator, plan_sample
 from vipllava.evaluation.answering import Answerer, answer_all
 from vipllava.evaluation.matching import is_exact_match
 from vipllava.evaluation.statistics import paired_difference_interval, wilson_interval
 from vipllava.files.atomic import write_whole
 from vipllava.inference.engine import Request
 from vipllava.records.image_decode import decode_image
+from vipllava.stream.sample_encoder import marks_generator, plan_sample
 from vipllava.types import RecordError, Sample, Turn
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 from vipllava.visual_prompts.render import render_plan

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from vipllava.data.batching import Row
-from vipllava.data.faults import Fault
-from vipllava.data.order import Item
-from vipllava.data.packing import plan_packs
-from vipllava.data.visual_prompt_dataset import VisualPromptDataset
+from vipllava.stream.batching import Row
+from vipllava.stream.order import Item
+from vipllava.stream.packing import plan_packs
+from vipllava.stream.quarantine import Fault
+from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import ConfigError, VipLlavaError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _KEPT: Final = 8
 
 
 class PackPlanner:
-    """Plans windows; see :class:`vipllava.data.batching.WindowPlanner`.
+    """Plans windows; see :class:`vipllava.stream.batching.WindowPlanner`.
 
     Args:
         dataset: gives true lengths and, by its policy, substitutes.

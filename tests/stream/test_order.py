@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vipllava.data.order import Item, MixEntry, Part, SampleOrder, parse_mix, plan_parts
+from vipllava.stream.order import Item, MixEntry, Part, SampleOrder, parse_mix, plan_parts
 from vipllava.types import ConfigError
 
 ONE = (Part("toy", (5, 7, 8), 20),)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.stream_job import Job, consumed, start
+from tests.stream.stream_job import Job, consumed, start
 from tests.toy_data import toy_samples
 from vipllava.shards.tars import write_shards
 

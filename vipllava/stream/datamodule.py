@@ -14,11 +14,14 @@ import torch
 from vipllava.config.batch import accumulation_steps
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.conversation.label_proof import prove_labels
-from vipllava.data.batching import Batching, BatchPlan, Cursor, PackedBatches, SampleBatches
-from vipllava.data.faults import QUARANTINE_FILE, FaultLog, FaultPolicy, OnFault
-from vipllava.data.held_out import HeldOutLoader
-from vipllava.data.image_transform import ImageTransform
-from vipllava.data.order import (
+from vipllava.files.cache import ShardCache
+from vipllava.files.retries import Patience
+from vipllava.shards.manifest import Manifest, load_manifest
+from vipllava.stream.batching import Batching, BatchPlan, Cursor, PackedBatches, SampleBatches
+from vipllava.stream.held_out import HeldOutLoader
+from vipllava.stream.image_transform import ImageTransform
+from vipllava.stream.loader import StepLoader, StepSampler, stream_identity
+from vipllava.stream.order import (
     WINDOW_SAMPLES,
     Item,
     MixEntry,
@@ -26,16 +29,13 @@ from vipllava.data.order import (
     parse_mix,
     plan_parts,
 )
-from vipllava.data.pack_planner import PackPlanner, SharedPlans
-from vipllava.data.prefetch import ShardPrefetcher
-from vipllava.data.ranks import Ranks
-from vipllava.data.replay import ReplayedMicroBatch, replay_step
-from vipllava.data.samples import SampleEncoder, SampleSource
-from vipllava.data.stream import StepLoader, StepSampler, stream_identity
-from vipllava.data.visual_prompt_dataset import VisualPromptDataset
-from vipllava.files.cache import ShardCache
-from vipllava.files.retries import Patience
-from vipllava.shards.manifest import Manifest, load_manifest
+from vipllava.stream.pack_planner import PackPlanner, SharedPlans
+from vipllava.stream.prefetch import ShardPrefetcher
+from vipllava.stream.quarantine import QUARANTINE_FILE, FaultLog, FaultPolicy, OnFault
+from vipllava.stream.ranks import Ranks
+from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
+from vipllava.stream.step_again import ReplayedMicroBatch, replay_step
+from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import Batch, ConfigError
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
@@ -286,7 +286,7 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         """Make the micro-batches of one step again, of every rank.
 
         Args:
-            place: where the step begins, see :attr:`vipllava.data.stream.StepLoader.began`.
+            place: where the step begins, see :attr:`vipllava.stream.loader.StepLoader.began`.
             data: the stream that it was of, see its ``identity``.
             world_size: ranks that it was divided among.
             accumulate: micro-batches of each.

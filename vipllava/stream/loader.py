@@ -30,14 +30,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vipllava.data.batching import BatchPlan, Cursor, GlobalBatch, Row
-from vipllava.data.collate import EncodedSample, collate_packs
-from vipllava.data.faults import Fault, FaultLog
-from vipllava.data.order import Item
-from vipllava.data.prefetch import ShardPrefetcher
-from vipllava.data.ranks import Ranks
-from vipllava.data.visual_prompt_dataset import VisualPromptDataset
 from vipllava.processes import signals_held, start_worker
+from vipllava.stream.batching import BatchPlan, Cursor, GlobalBatch, Row
+from vipllava.stream.collate import EncodedSample, collate_packs
+from vipllava.stream.order import Item
+from vipllava.stream.prefetch import ShardPrefetcher
+from vipllava.stream.quarantine import Fault, FaultLog
+from vipllava.stream.ranks import Ranks
+from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import (
     IGNORE_INDEX,
     Batch,

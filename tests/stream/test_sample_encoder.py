@@ -10,10 +10,10 @@ from tests.toy_data import encode_picture, make_manifest, said, toy_samples
 from tests.toy_stream import Build
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.conversation.label_proof import prove_labels
-from vipllava.data.image_transform import ImageTransform
-from vipllava.data.order import Item
-from vipllava.data.samples import SampleEncoder, iter_samples
 from vipllava.shards.tars import write_shards
+from vipllava.stream.image_transform import ImageTransform
+from vipllava.stream.order import Item
+from vipllava.stream.sample_encoder import SampleEncoder, iter_samples
 from vipllava.types import RecordError, VipLlavaError
 
 REGION = {"bboxes": [[5, 5, 40, 30]], "conversations": said("<image>\nWhat is <bbox0>?", "yes")}

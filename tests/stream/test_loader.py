@@ -18,12 +18,12 @@ import torch
 
 from tests.toy_data import Stored, encode_picture, said, toy_samples
 from tests.toy_stream import Build
-from vipllava.data.batching import Cursor, GlobalBatch, PackedBatches, Row, SampleBatches
-from vipllava.data.faults import FaultLog, FaultPolicy, read_quarantine
-from vipllava.data.order import Item, Part, SampleOrder
-from vipllava.data.ranks import Ranks
-from vipllava.data.stream import StepLoader, StepSampler
-from vipllava.data.visual_prompt_dataset import VisualPromptDataset
+from vipllava.stream.batching import Cursor, GlobalBatch, PackedBatches, Row, SampleBatches
+from vipllava.stream.loader import StepLoader, StepSampler
+from vipllava.stream.order import Item, Part, SampleOrder
+from vipllava.stream.quarantine import FaultLog, FaultPolicy, read_quarantine
+from vipllava.stream.ranks import Ranks
+from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import (
     Batch,
     CheckpointError,
@@ -137,7 +137,7 @@ def test_it_adds_up_how_long_its_workers_were_waited_for(
 ) -> None:
     # Each look at the clock is three seconds after the one before.
     clock = SimpleNamespace(perf_counter=count(0.0, 3.0).__next__)
-    monkeypatch.setattr("vipllava.data.stream.time", clock)
+    monkeypatch.setattr("vipllava.stream.loader.time", clock)
     loader = make_loader(build_dataset(toy_samples(20)), accumulate=2)
     batches = iter(loader)
     next(batches), next(batches)

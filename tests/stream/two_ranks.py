@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tests.data.test_datamodule import Recorder, make_module, make_trainer
+from tests.stream.test_datamodule import Recorder, make_module, make_trainer
 from tests.toy_stream import make_encoder
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 

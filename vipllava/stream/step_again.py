@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vipllava.data.batching import BatchPlan, Cursor
-from vipllava.data.collate import collate_packs
-from vipllava.data.order import Item
-from vipllava.data.stream import StepSampler, stream_identity
-from vipllava.data.visual_prompt_dataset import VisualPromptDataset
+from vipllava.stream.batching import BatchPlan, Cursor
+from vipllava.stream.collate import collate_packs
+from vipllava.stream.loader import StepSampler, stream_identity
+from vipllava.stream.order import Item
+from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import Batch, CheckpointError
 
 
@@ -53,7 +53,7 @@ def replay_step(
         plan: the sequence of global batches.
         place: where the step begins.
         identity: of the stream that it was taken from, see
-            :meth:`vipllava.data.stream.StepLoader.identity`.
+            :meth:`vipllava.stream.loader.StepLoader.identity`.
         world_size: ranks.
         accumulate: micro-batches of each rank.
         pad_token_id: id of padding.

@@ -7,9 +7,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from vipllava.data.order import Part, SampleOrder
-from vipllava.data.prefetch import ShardPrefetcher
 from vipllava.shards.tars import ShardSet
+from vipllava.stream.order import Part, SampleOrder
+from vipllava.stream.prefetch import ShardPrefetcher
 from vipllava.types import ConfigError
 
 SHARDS, SIZE = 12, 10

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vipllava.data.collate import EncodedSample, collate_packs
+from vipllava.stream.collate import EncodedSample, collate_packs
 from vipllava.types import IGNORE_INDEX, PADDING_SEGMENT, Encoded, RecordError
 
 

@@ -24,8 +24,8 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vipllava.data.order import Epoch, Item, SampleOrder
 from vipllava.keyed_random import generator_for
+from vipllava.stream.order import Epoch, Item, SampleOrder
 from vipllava.types import ConfigError
 
 Batching = Literal["shuffled", "length_grouped", "packed"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from vipllava.data.batching import (
+from vipllava.stream.batching import (
     GROUP_WINDOW_BATCHES,
     BatchPlan,
     Cursor,
@@ -17,7 +17,7 @@ from vipllava.data.batching import (
     Row,
     SampleBatches,
 )
-from vipllava.data.order import Epoch, Item, Part, SampleOrder
+from vipllava.stream.order import Epoch, Item, Part, SampleOrder
 from vipllava.types import ConfigError
 
 ORDER = SampleOrder([Part("toy", (60, 50, 40), 150)], 7, window_samples=64)

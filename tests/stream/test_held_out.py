@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from tests.toy_data import said, toy_samples
 from tests.toy_stream import Build
-from vipllava.data.held_out import HeldOutLoader, divide
-from vipllava.data.ranks import Ranks
+from vipllava.stream.held_out import HeldOutLoader, divide
+from vipllava.stream.ranks import Ranks
 from vipllava.types import RecordError, VipLlavaError
 
 

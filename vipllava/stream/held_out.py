@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from vipllava.data.collate import EncodedSample, collate_packs
-from vipllava.data.ranks import Ranks
-from vipllava.data.samples import SampleEncoder, SampleSource
 from vipllava.processes import signals_held, start_worker
+from vipllava.stream.collate import EncodedSample, collate_packs
+from vipllava.stream.ranks import Ranks
+from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
 from vipllava.types import IGNORE_INDEX, Batch, VipLlavaError
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from tests.records.random_records import KINDS
 from tests.toy_data import encode_picture
 from tests.visual_prompts.policy_files import load_policies
-from vipllava.data.samples import marks_generator, plan_sample, words_generator
 from vipllava.records import parse_record
 from vipllava.records.image_decode import decode_image
+from vipllava.stream.sample_encoder import marks_generator, plan_sample, words_generator
 from vipllava.visual_prompts.render import render_plan
 
 SIZE = (200, 150)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from vipllava.data.collate import EncodedSample
-from vipllava.data.faults import Fault, FaultPolicy, candidates, with_substitute
-from vipllava.data.order import Epoch, Item
-from vipllava.data.samples import SampleEncoder, SampleSource
+from vipllava.stream.collate import EncodedSample
+from vipllava.stream.order import Epoch, Item
+from vipllava.stream.quarantine import Fault, FaultPolicy, candidates, with_substitute
+from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
 from vipllava.types import RecordError, Sample, VipLlavaError
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.data.stream_job import Job, consumed, error_of, start
 from tests.files.file_server import FileServer, Reply, run_server
+from tests.stream.stream_job import Job, consumed, error_of, start
 from tests.toy_data import make_manifest, toy_samples
-from vipllava.data.faults import read_quarantine
 from vipllava.shards.tar_index import index_path
 from vipllava.shards.tars import open_shards, write_shards
+from vipllava.stream.quarantine import read_quarantine
 
 NUM_SAMPLES = 22
 PACKED = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.mark_bytes import KINDS, digests
+from tests.stream.mark_bytes import KINDS, digests
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def test_another_process_makes_the_same_bytes(hash_seed: str) -> None:
     kinds = list(KINDS)[:: -1 if hash_seed == "77" else 1]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.data.mark_bytes", *kinds],
+        [sys.executable, "-m", "tests.stream.mark_bytes", *kinds],
         cwd=ROOT,
         env={**os.environ, "PYTHONHASHSEED": hash_seed},
         capture_output=True,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vipllava.data.faults import (
+from vipllava.stream.order import Item
+from vipllava.stream.quarantine import (
     Fault,
     FaultLog,
     FaultPolicy,
@@ -16,7 +17,6 @@ from vipllava.data.faults import (
     read_quarantine,
     with_substitute,
 )
-from vipllava.data.order import Item
 from vipllava.types import ConfigError, RecordError, VipLlavaError
 
 BAD = Item(0, 2, 5)

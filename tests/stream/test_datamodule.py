@@ -15,10 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.toy_data import SIDE, make_manifest, said, toy_samples
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.data import datamodule
-from vipllava.data.datamodule import VisualPromptDataModule
-from vipllava.data.image_transform import ImageTransform
 from vipllava.shards.tars import ShardError, write_shards
+from vipllava.stream import datamodule
+from vipllava.stream.datamodule import VisualPromptDataModule
+from vipllava.stream.image_transform import ImageTransform
 from vipllava.types import Batch, CheckpointError, ConfigError, RecordError, VipLlavaError
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
@@ -184,7 +184,7 @@ def test_the_trainer_has_to_accumulate_what_the_global_batch_needs(
 @pytest.mark.slow
 def test_two_real_ranks_see_what_one_sees(fitted: tuple[Path, Recorder]) -> None:
     root, one = fitted
-    script = [sys.executable, "-m", "tests.data.two_ranks", str(root)]
+    script = [sys.executable, "-m", "tests.stream.two_ranks", str(root)]
     done = subprocess.run(
         script, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.data.test_datamodule"])
+CONTEXT.set_forkserver_preload(["tests.stream.test_datamodule"])
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _train(job: Job, rank: int, port: int) -> None:
     import torch
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    from tests.data.test_datamodule import make_module, make_trainer
+    from tests.stream.test_datamodule import make_module, make_trainer
     from tests.toy_stream import make_encoder
     from vipllava.visual_prompts.policies import VisualPromptPolicy
 
@@ -161,7 +161,7 @@ def _train(job: Job, rank: int, port: int) -> None:
 
 
 def _recorder(job: Job, log: Path) -> Any:
-    from tests.data.test_datamodule import Recorder
+    from tests.stream.test_datamodule import Recorder
 
     class Writer(Recorder):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

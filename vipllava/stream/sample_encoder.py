@@ -23,8 +23,6 @@ import torch
 from PIL import Image
 
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.data.collate import EncodedSample
-from vipllava.data.image_transform import ImageTransform
 from vipllava.files.cache import ShardCache
 from vipllava.files.retries import ONCE, Patience
 from vipllava.keyed_random import generator_for
@@ -32,6 +30,8 @@ from vipllava.records import parse_record
 from vipllava.records.image_decode import decode_image, image_size
 from vipllava.shards.manifest import AUTO_POLICY, Manifest, load_manifest
 from vipllava.shards.tars import Entry, ShardSet, open_shards
+from vipllava.stream.collate import EncodedSample
+from vipllava.stream.image_transform import ImageTransform
 from vipllava.types import Encoded, RecordError, Sample, Turn, VipLlavaError, VisualPromptPlan
 from vipllava.visual_prompts.policies import VisualPromptPolicy, get_policy
 from vipllava.visual_prompts.refer import refer_turns

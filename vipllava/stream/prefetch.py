@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vipllava.data.order import SampleOrder
 from vipllava.shards.tars import ShardSet
+from vipllava.stream.order import SampleOrder
 from vipllava.types import ConfigError
 
 

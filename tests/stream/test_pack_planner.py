@@ -16,13 +16,13 @@ import torch
 
 from tests.toy_data import said, toy_samples
 from tests.toy_stream import Build
-from vipllava.data import pack_planner
-from vipllava.data.batching import Row
-from vipllava.data.faults import Fault, FaultPolicy
-from vipllava.data.order import Item
-from vipllava.data.pack_planner import PackPlanner, SharedPlans
-from vipllava.data.visual_prompt_dataset import VisualPromptDataset
 from vipllava.keyed_random import generator_for
+from vipllava.stream import pack_planner
+from vipllava.stream.batching import Row
+from vipllava.stream.order import Item
+from vipllava.stream.pack_planner import PackPlanner, SharedPlans
+from vipllava.stream.quarantine import Fault, FaultPolicy
+from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import ConfigError, RecordError, VipLlavaError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from tests.toy_data import encode_picture
-from vipllava.data.image_transform import (
+from vipllava.stream.image_transform import (
     CLIP_MEAN,
     CLIP_STD,
     ImageAspect,

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, get_args
 
-from vipllava.data.order import Item
 from vipllava.keyed_random import generator_for
+from vipllava.stream.order import Item
 from vipllava.types import ConfigError, RecordError, StorageError
 
 log = logging.getLogger(__name__)
