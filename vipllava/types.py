@@ -58,7 +58,7 @@ class RecordError(VipLlavaError):
     """A record, image or annotation breaks its schema; the message names key and place.
 
     Attributes:
-        fault: the class of the fault, e.g. ``box-empty``; :mod:`vipllava.data.lint` lists them.
+        fault: the class of the fault, e.g. ``box-empty``; :mod:`vipllava.ingest.lint` lists them.
     """
 
     def __init__(self, message: str, fault: str = "record-invalid") -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.data.test_unpacking import make_zip
 from tests.files.file_server import run_server
+from tests.ingest.fetch.test_unpacking import make_zip
 from tests.toy_data import encode_picture, toy_samples
 from vipllava.commands.data import run
 from vipllava.shards.tars import write_shards

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.data.fake_hub import REPO, Hub, run_hub
 from tests.files.file_server import Reply
+from tests.ingest.fetch.fake_hub import REPO, Hub, run_hub
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.models.building import ModelSpec
 from vipllava.models.hub_models import local_folder

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from vipllava.data.availability import Availability
-    from vipllava.data.fetching import Outcome
+    from vipllava.ingest.check.availability import Availability
+    from vipllava.ingest.fetch.fetching import Outcome
     from vipllava.shards.manifest import Manifest
     from vipllava.shards.sources import Source
 
@@ -126,7 +126,7 @@ def _summary(manifest: Manifest) -> dict[str, str]:
 
 def _here(manifest: Manifest, data_root: str) -> str:
     """Say in a word what is there; ``check`` looks closer."""
-    from vipllava.data.availability import find_tars
+    from vipllava.ingest.check.availability import find_tars
     from vipllava.shards.manifest import is_remote
 
     if is_remote(data_root) or any(map(is_remote, manifest.patterns)):
@@ -194,7 +194,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
 
 def _check(values: dict[str, Any], console: Console) -> int:
     from vipllava.commands.progress_bars import ProgressBars
-    from vipllava.data.availability import check_data
+    from vipllava.ingest.check.availability import check_data
 
     manifest = _load(values)
     with ProgressBars() as bars:
@@ -226,7 +226,7 @@ def _print_availability(found: Availability, console: Console) -> None:
 
 def _fetch(values: dict[str, Any], console: Console) -> int:
     from vipllava.commands.progress_bars import ProgressBars
-    from vipllava.data.fetching import FetchOptions, fetch_data
+    from vipllava.ingest.fetch.fetching import FetchOptions, fetch_data
 
     manifest = _load(values)
     if manifest.made_by == "sample_world":
@@ -314,7 +314,7 @@ def _common() -> list[Setting]:
 
 
 def _check_settings() -> list[Setting]:
-    from vipllava.data.availability import NUM_PICTURES, PARTS
+    from vipllava.ingest.check.availability import NUM_PICTURES, PARTS
 
     return [
         *_common(),

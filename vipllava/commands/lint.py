@@ -21,7 +21,7 @@ from vipllava.files.atomic import write_whole
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from vipllava.data.lint import LintReport
+    from vipllava.ingest.lint import LintReport
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from vipllava.data.lint import LintLimits, lint_shards, print_report
+    from vipllava.ingest.lint import LintLimits, lint_shards, print_report
     from vipllava.training.run import build_datamodule
 
     values: Any = OmegaConf.to_container(cfg.lint, resolve=True)

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from vipllava.commands.progress_bars import ProgressBars
-    from vipllava.data.build_report import BuildSummary
-    from vipllava.data.shard_stats import ShardStats, Spread
-    from vipllava.data.shard_verify import Verdict
     from vipllava.files.cache import ShardCache
+    from vipllava.ingest.build.build_report import BuildSummary
+    from vipllava.ingest.check.stats import ShardStats, Spread
+    from vipllava.ingest.check.verify import Verdict
     from vipllava.shards.manifest import Manifest
 
 EXIT_DAMAGED: Final = 1
@@ -90,7 +90,7 @@ def _help(only: str | None = None) -> str:
 
 
 def _build(values: dict[str, Any], console: Console) -> int:
-    from vipllava.data.shard_build import BuildProgress, build_shards, manifest_lines
+    from vipllava.ingest.build.shard_build import BuildProgress, build_shards, manifest_lines
 
     manifest = _load(values)
     rate: float = values["max_bad_rate"]
@@ -143,7 +143,7 @@ def _print_build(summary: BuildSummary, lines: Sequence[str], console: Console) 
 
 
 def _index(values: dict[str, Any], console: Console) -> int:
-    from vipllava.data.shard_verify import Indexed, index_shards
+    from vipllava.ingest.check.verify import Indexed, index_shards
 
     if not values["paths"]:
         raise ConfigError("shards index: name tars or folders of tars")
@@ -172,7 +172,7 @@ def _index(values: dict[str, Any], console: Console) -> int:
 
 
 def _verify(values: dict[str, Any], console: Console) -> int:
-    from vipllava.data.shard_verify import verify_shards
+    from vipllava.ingest.check.verify import verify_shards
 
     manifest = _load(values)
     with _bars() as bars:
@@ -215,7 +215,7 @@ def _print_verdict(verdict: Verdict, console: Console) -> None:
 
 
 def _stats(values: dict[str, Any], console: Console) -> int:
-    from vipllava.data.shard_stats import shard_stats
+    from vipllava.ingest.check.stats import shard_stats
     from vipllava.shards.tars import open_shards
 
     manifest = replace(_load(values), num_samples=None)  # a wrong count can be described, too
@@ -402,7 +402,7 @@ def _remote() -> list[Setting]:
 
 
 def _build_settings() -> list[Setting]:
-    from vipllava.data.shard_build import MAX_BAD_RATE, MAX_SAMPLES
+    from vipllava.ingest.build.shard_build import MAX_BAD_RATE, MAX_SAMPLES
 
     return [
         *_common(),
@@ -429,7 +429,7 @@ def _verify_settings() -> list[Setting]:
 
 
 def _stats_settings() -> list[Setting]:
-    from vipllava.data.shard_stats import NUM_RECORDS
+    from vipllava.ingest.check.stats import NUM_RECORDS
 
     text = (
         "how many to read, or all, where the record kinds are not known otherwise "

@@ -148,7 +148,7 @@ def lint_data(
     """
     from omegaconf import OmegaConf
 
-    from vipllava.data.lint import LintLimits, lint_shards
+    from vipllava.ingest.lint import LintLimits, lint_shards
     from vipllava.shards.manifest import is_remote
 
     values: Any = OmegaConf.to_container(cfg.lint, resolve=True)

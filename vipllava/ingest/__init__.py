@@ -1,0 +1,1 @@
+"""What makes and checks data sets before training: fetch, build, check, lint."""

@@ -1,0 +1,193 @@
+"""What a build writes about itself: one report per shard while it runs, one summary at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, cast
+
+from vipllava.ingest.build.incoming import FileState
+from vipllava.files.atomic import write_whole
+from vipllava.records.version import RECORD_VERSION
+
+SUMMARY_FILE: Final = "build.json"
+REJECTED_FILE: Final = "rejected.jsonl"
+FORMAT: Final = 1
+"""Raised with any change of what a build writes from the same inputs; older parts are redone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A record that could not be used.
+
+    Attributes:
+        position: in the annotation list.
+        key: that it would have had.
+        image: the picture that it names, or None.
+        fault: class of the fault.
+        reason: what is wrong.
+        inputs: the states of the files that it may mean, by path under the data root.
+    """
+
+    position: int
+    key: str
+    image: str | None
+    fault: str
+    reason: str
+    inputs: Mapping[str, FileState] = field(default_factory=dict[str, FileState])
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """What became of one stretch of the annotation list.
+
+    Attributes:
+        name: the tar's name without ``.tar``.
+        inputs: fingerprint of the stretch and of the settings that matter.
+        first: position of its first record.
+        num_samples: stored samples.
+        num_text_only: of them, without a picture.
+        tar_size: bytes of the tar; 0 where no record was good and there is no tar.
+        kinds: stored samples by record kind.
+        changes: pictures by what was changed about them.
+        rejected: the rest.
+    """
+
+    name: str
+    inputs: str
+    first: int
+    num_samples: int
+    num_text_only: int
+    tar_size: int
+    kinds: Mapping[str, int]
+    changes: Mapping[str, int]
+    rejected: tuple[Rejected, ...]
+
+    def save(self, path: Path) -> None:
+        """Write the report; it appears under its name only when it is whole."""
+        write_whole(path, json.dumps(asdict(self), ensure_ascii=False))
+
+    @classmethod
+    def load(cls, path: Path) -> ShardReport | None:
+        """Read a report; None if there is none or it is not one of this release's."""
+        try:
+            raw = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+            rows = cast("list[dict[str, Any]]", raw.pop("rejected"))
+            return cls(**raw, rejected=tuple(_rejected(row) for row in rows))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+
+def _rejected(row: dict[str, Any]) -> Rejected:
+    states = cast("dict[str, list[int] | None]", row.pop("inputs"))
+    inputs: dict[str, FileState] = {
+        name: None if state is None else (state[0], state[1]) for name, state in states.items()
+    }
+    return Rejected(**row, inputs=inputs)
+
+
+@dataclass(slots=True)
+class BuildSummary:
+    """A build in numbers; written to ``build.json``.
+
+    Attributes:
+        dataset: the manifest's name.
+        annotation_file: as the manifest names it.
+        inputs: fingerprint of the annotation list and of the settings that matter.
+        num_records: items of the annotation list.
+        num_selected: those that belong to the data set: stored and rejected.
+        num_samples: stored samples.
+        num_text_only: of them, without a picture.
+        num_rejected: see ``rejected.jsonl``.
+        rejected_by_fault: the same by class of fault.
+        kinds: stored samples by record kind.
+        changes: pictures by what was changed about them.
+        num_bytes: of all tars.
+        max_samples: records per tar.
+        shards: per tar its name, first position, samples, rejected records and bytes.
+    """
+
+    dataset: str
+    annotation_file: str
+    inputs: str
+    num_records: int
+    num_selected: int
+    max_samples: int
+    num_samples: int = 0
+    num_text_only: int = 0
+    num_rejected: int = 0
+    num_bytes: int = 0
+    rejected_by_fault: dict[str, int] = field(default_factory=dict[str, int])
+    kinds: dict[str, int] = field(default_factory=dict[str, int])
+    changes: dict[str, int] = field(default_factory=dict[str, int])
+    shards: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+    def add(self, report: ShardReport) -> None:
+        """Count one shard."""
+        self.num_samples += report.num_samples
+        self.num_text_only += report.num_text_only
+        self.num_rejected += len(report.rejected)
+        self.num_bytes += report.tar_size
+        _count(self.rejected_by_fault, Counter(row.fault for row in report.rejected))
+        _count(self.kinds, report.kinds)
+        _count(self.changes, report.changes)
+        self.shards.append(
+            {
+                "name": report.name,
+                "first": report.first,
+                "num_samples": report.num_samples,
+                "num_rejected": len(report.rejected),
+                "num_bytes": report.tar_size,
+            }
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write ``build.json``, tars in order."""
+        self.shards.sort(key=lambda row: row["first"])
+        for counts in (self.rejected_by_fault, self.kinds, self.changes):
+            ordered = sorted(counts.items())
+            counts.clear()
+            counts.update(ordered)
+        head = {"format": "vipllava-build", "version": FORMAT, "record_version": RECORD_VERSION}
+        write_whole(folder / SUMMARY_FILE, json.dumps({**head, **asdict(self)}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> BuildSummary | None:
+        """Read ``build.json``; None if there is none or it is none."""
+        try:
+            raw = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+            values = cast("dict[str, Any]", raw)
+            if values.pop("format") != "vipllava-build" or values.pop("version") != FORMAT:
+                return None
+            values.pop("record_version")
+            return cls(**values)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+
+def _count(total: dict[str, int], more: Mapping[str, int]) -> None:
+    for name, number in more.items():
+        total[name] = total.get(name, 0) + number
+
+
+def write_rejected(path: Path, reports: Iterable[ShardReport]) -> None:
+    """Write one line per rejected record, in the order of the reports."""
+
+    def lines() -> Iterator[str]:
+        for report in reports:
+            for row in report.rejected:
+                values = asdict(row)
+                del values["inputs"]
+                yield json.dumps(values, ensure_ascii=False) + "\n"
+
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(lines())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,222 @@
+"""Looking at every sample of a data set's tars, and making their indices; all damage is listed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from vipllava.files.pools import default_num_workers, run_jobs
+from vipllava.ingest.check.availability import find_tars
+from vipllava.records.image_decode import decode_image
+from vipllava.shards.manifest import Manifest, is_remote
+from vipllava.shards.tar_index import build_index, index_path, load_index
+from vipllava.shards.tars import ShardError, ShardSet, index_shard, open_shards
+from vipllava.types import RecordError
+
+if TYPE_CHECKING:
+    from vipllava.files.cache import ShardCache
+
+VERIFY_VERSION: Final = 1
+Progress = Callable[[int, int], None]
+"""Told tars done and tars in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing that is wrong.
+
+    Attributes:
+        shard: the tar, or the data set's name for what concerns all of them.
+        key: the sample; None if the whole tar is meant.
+        reason: what is wrong and what to do.
+    """
+
+    shard: str
+    key: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TarVerdict:
+    """What was found in one tar.
+
+    Attributes:
+        shard: the tar.
+        num_samples: samples that were read and are whole.
+        is_indexed: whether an index lies beside it; without one there are no checksums.
+        damages: the rest.
+    """
+
+    shard: str
+    num_samples: int
+    is_indexed: bool
+    damages: tuple[Damage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was found in a data set.
+
+    Attributes:
+        dataset: the manifest's name.
+        num_shards: tars.
+        num_samples: samples that were read and are whole.
+        num_unindexed: tars without an index, whose samples could not be compared with checksums.
+        damages: everything that is wrong, in the tars' order.
+    """
+
+    dataset: str
+    num_shards: int
+    num_samples: int
+    num_unindexed: int
+    damages: tuple[Damage, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.damages
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``shards verify json=FILE`` writes."""
+        return {"schema_version": VERIFY_VERSION, **asdict(self), "ok": self.ok}
+
+
+@dataclass(frozen=True, slots=True)
+class _LocalTar:
+    path: Path
+    decode: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _SetTar:
+    shards: ShardSet
+    number: int
+    decode: bool
+
+
+def verify_shards(
+    manifest: Manifest,
+    data_root: str | Path,
+    *,
+    num_workers: int | None = None,
+    decode: bool = False,
+    cache: ShardCache | None = None,
+    on_progress: Progress | None = None,
+) -> Verdict:
+    """Read every sample and compare it with its checksums; then open the set as training does.
+
+    Args:
+        manifest: the data set.
+        data_root: folder or address that its patterns are relative to.
+        num_workers: processes; 0 works in this one, None takes one per core, at most 16.
+        decode: decode every picture, too.
+        cache: where tars from an address are kept.
+        on_progress: told about the progress.
+
+    Raises:
+        ShardError: tars from an address cannot be opened; with a local data root everything that
+            is wrong is in the verdict.
+    """
+    jobs: list[_LocalTar | _SetTar] = []
+    damages: list[Damage] = []
+    remote = is_remote(str(data_root)) or any(map(is_remote, manifest.shards))
+    if remote:
+        shards = open_shards(manifest, data_root, cache=cache)
+        jobs += [_SetTar(shards, number, decode) for number in range(len(shards.paths))]
+    else:
+        present, absent = find_tars(manifest, Path(data_root))
+        jobs += [_LocalTar(Path(data_root) / name, decode) for name in present]
+        lost = "does not exist; build it, or get it again"
+        damages += [Damage(str(Path(data_root) / name), None, lost) for name in absent]
+    workers = default_num_workers() if num_workers is None else num_workers
+    verdicts: list[TarVerdict] = []
+    with closing(run_jobs(_verify_tar, jobs, min(workers, len(jobs)))) as results:
+        for verdict in results:
+            verdicts.append(verdict)
+            if on_progress is not None:
+                on_progress(len(verdicts), len(jobs))
+    verdicts.sort(key=lambda verdict: verdict.shard)
+    damages += [damage for verdict in verdicts for damage in verdict.damages]
+    if not remote and not any(damage.key is None for damage in damages):
+        try:  # what concerns all tars together: keys that occur twice, the count
+            open_shards(manifest, data_root).close()
+        except ShardError as error:
+            damages.append(Damage(manifest.name, None, str(error)))
+    return Verdict(
+        dataset=manifest.name,
+        num_shards=len(verdicts),
+        num_samples=sum(verdict.num_samples for verdict in verdicts),
+        num_unindexed=sum(not verdict.is_indexed for verdict in verdicts),
+        damages=tuple(damages),
+    )
+
+
+def _verify_tar(job: _LocalTar | _SetTar) -> TarVerdict:
+    if isinstance(job, _SetTar):
+        ends = job.shards.shard_ends
+        start = int(ends[job.number - 1]) if job.number else 0
+        positions = range(start, int(ends[job.number]))
+        return _read_all(job.shards, positions, str(job.shards.paths[job.number]), job.decode)
+    path = job.path
+    indexed = index_path(path).is_file()
+    try:
+        index = load_index(index_path(path), path) if indexed else build_index(path)
+    except ShardError as error:
+        damages = [Damage(str(path), None, str(error))]
+        if indexed:
+            try:  # the index is of no use; is the tar?
+                build_index(path)
+            except ShardError as other:
+                damages.append(Damage(str(path), None, str(other)))
+        return TarVerdict(str(path), 0, indexed, tuple(damages))
+    with closing(ShardSet(path.stem, [path], [index])) as shards:
+        verdict = _read_all(shards, range(len(shards)), str(path), job.decode)
+    return TarVerdict(verdict.shard, verdict.num_samples, indexed, verdict.damages)
+
+
+def _read_all(shards: ShardSet, positions: range, shard: str, decode: bool) -> TarVerdict:
+    good, damages = 0, list[Damage]()
+    for position in positions:
+        try:
+            entry = shards.read(position)
+            if decode and entry.image is not None:
+                decode_image(entry.image, entry.key)
+        except (ShardError, RecordError) as error:
+            damages.append(Damage(shard, shards.key(position), str(error)))
+        else:
+            good += 1
+    return TarVerdict(shard, good, True, tuple(damages))
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """An index that was made, or why not.
+
+    Attributes:
+        path: the tar.
+        num_samples: in it; 0 if it could not be indexed.
+        reason: what is wrong with it, or None.
+    """
+
+    path: Path
+    num_samples: int
+    reason: str | None = None
+
+
+def index_shards(paths: Iterable[Path], num_workers: int | None = None) -> Iterator[Indexed]:
+    """Read tars and write their indices; yields as they come, with what is wrong with a tar."""
+    tars = list(paths)
+    workers = default_num_workers() if num_workers is None else num_workers
+    yield from run_jobs(_index_tar, tars, min(workers, len(tars)))
+
+
+def _index_tar(path: Path) -> Indexed:
+    try:
+        return Indexed(path, len(index_shard(path)))
+    except ShardError as error:
+        return Indexed(path, 0, str(error))
+    except OSError as error:
+        return Indexed(path, 0, f"{index_path(path)} cannot be written: {error}")

@@ -1,0 +1,400 @@
+"""``data fetch``: the parts of a data set to where its manifest says they lie.
+
+Under the data root: ``downloads/SOURCE/`` holds archives while they are needed, and those that a
+person has put there; ``.vipllava/fetched/`` a receipt for every archive and list that is done, so
+that nothing is fetched twice though the archive is gone. Everything may be broken off at any time
+and run again; one process at a time works on a source.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, Literal, cast
+
+from vipllava.files.download import DiskError, DownloadError, disk_error, download, run_parallel
+from vipllava.files.retries import PATIENT, Patience
+from vipllava.ingest.fetch.hub import HubFile, fetch_hub_file, list_hub_files
+from vipllava.ingest.fetch.picture_lists import PictureOutcome, fetch_pictures, make_jpegs
+from vipllava.ingest.fetch.unpacking import DamagedArchiveError, unpack
+from vipllava.shards.manifest import Manifest, is_remote
+from vipllava.shards.sources import PictureList, Source, SourceFile
+from vipllava.types import ConfigError, VipLlavaError
+
+log = logging.getLogger(__name__)
+
+DOWNLOADS: Final = "downloads"
+_STATE: Final = Path(".vipllava")
+_RECEIPT_VERSION: Final = 1
+
+Status = Literal["present", "fetched", "missing", "failed"]
+Tell = Callable[[str, str, int, "int | None"], None]
+"""Told a task's name, its unit (``bytes`` or ``files``), how much is done, and of how much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one part.
+
+    Attributes:
+        source: the source's name.
+        part: the file, archive or list.
+        place: where it lies or belongs, relative to the data root.
+        status: ``present`` before, ``fetched`` now, ``missing``: a person has to get it, or
+            ``failed``.
+        detail: counts, or what to do.
+    """
+
+    source: str
+    part: str
+    place: str
+    status: Status
+    detail: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the part is there now."""
+        return self.status in ("present", "fetched")
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOptions:
+    """How to fetch.
+
+    Attributes:
+        keep_archives: leave downloaded archives in ``downloads/`` once they are unpacked.
+        again: fetch archives and lists anew that were fetched before or lie there.
+        num_workers: downloads at a time, for pictures that come one by one.
+        patience: bounds on each download.
+    """
+
+    keep_archives: bool = False
+    again: bool = False
+    num_workers: int = 8
+    patience: Patience = PATIENT
+
+
+def fetch_data(
+    manifest: Manifest,
+    data_root: str | Path,
+    options: FetchOptions = FetchOptions(),
+    *,
+    tell: Tell | None = None,
+) -> list[Outcome]:
+    """Fetch what is public of a data set, and say what has to be asked for.
+
+    One part that fails does not keep the others from being fetched.
+
+    Args:
+        manifest: names the sources.
+        data_root: local folder; made if missing.
+        options: how.
+        tell: hears about progress.
+
+    Returns:
+        One outcome per part, in the manifest's order.
+
+    Raises:
+        ConfigError: the data root is an address.
+        DiskError: the data root cannot be written, or is full: nothing else could work either.
+    """
+    if is_remote(str(data_root)):
+        raise ConfigError(
+            f"data_root={data_root} is an address; pictures are fetched into a folder"
+        )
+    root = Path(data_root)
+    outcomes: list[Outcome] = []
+    for source in manifest.sources:
+        job = _Job(source, root, options, tell or _tell_nobody)
+        try:
+            with _lock(root / _STATE / "locks" / f"{source.key}.lock", source.name):
+                outcomes += job.run()
+        except OSError as error:
+            raise disk_error(error, source.name, root) from error
+    return outcomes
+
+
+def _tell_nobody(task: str, unit: str, done: int, total: int | None) -> None:
+    pass
+
+
+@contextmanager
+def _lock(path: Path, name: str) -> Generator[None]:
+    """Let one process at a time work on a source; the system frees the lock of a killed one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("%s is being fetched by another process; waiting for it", name)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class _Job:
+    """The parts of one source."""
+
+    def __init__(self, source: Source, root: Path, options: FetchOptions, tell: Tell) -> None:
+        self.source = source
+        self.root = root
+        self.options = options
+        self.tell = tell
+        self.downloads = root / DOWNLOADS / source.key
+        self.receipts = _Receipts(root / _STATE / "fetched" / source.key)
+
+    def run(self) -> list[Outcome]:
+        source, pictures = self.source, self.source.picture_list
+        outcomes: list[Outcome] = []
+        for file in source.files:
+            place = self._place(file)
+            if pictures is not None and place == pictures.file and self._is_by_hand(file):
+                continue  # of use to the list only: `_fetch_list` asks for it if need be
+            if file.unpack is not None:
+                work, place = self._fetch_archive, file.into
+            elif self._is_by_hand(file):
+                work = self._await_file
+            elif file.is_pattern:
+                work, place = self._fetch_matching, file.into
+            else:
+                work = self._fetch_file
+            outcomes.append(self._attempt(file.name, place, partial(work, file)))
+        if pictures is not None:
+            work = partial(self._fetch_list, pictures)
+            outcomes.append(self._attempt("pictures one by one", pictures.into, work))
+        if not outcomes:
+            where = f" at {source.address}" if source.address else ""
+            detail = f"the manifest has no address of files; get it by hand{where}"
+            outcomes.append(Outcome(source.name, source.what, ".", "missing", detail))
+        return outcomes
+
+    def _attempt(self, part: str, place: str, work: Callable[[], tuple[Status, str]]) -> Outcome:
+        try:
+            status, detail = work()
+        except DiskError:
+            raise
+        except VipLlavaError as error:
+            status, detail = "failed", str(error)
+        return Outcome(self.source.name, part, place, status, detail)
+
+    def _place(self, file: SourceFile) -> str:
+        return (PurePosixPath(file.into) / file.name).as_posix()
+
+    def _is_by_hand(self, file: SourceFile) -> bool:
+        return file.url is None and self.source.hub is None
+
+    def _ask(self, place: Path, *, then: str = "") -> tuple[Status, str]:
+        ways = {"form": "ask for it by the form at", "by_hand": "get it with a browser from"}
+        way = ways.get(self.source.access, "get it from")
+        return "missing", f"{way} {self.source.address} and put it at {place}{then}"
+
+    def _await_file(self, file: SourceFile) -> tuple[Status, str]:
+        path = self.root / self._place(file)
+        return ("present", "") if path.is_file() else self._ask(path)
+
+    def _fetch_file(self, file: SourceFile) -> tuple[Status, str]:
+        """Fetch one file that is kept as it is."""
+        path = self.root / self._place(file)
+        if path.is_file() and not self.options.again:
+            size = path.stat().st_size
+            if file.size not in (None, size):
+                raise DownloadError(
+                    f"{path} has {size} bytes, the manifest says {file.size}: it is not whole, or "
+                    "another file. again=true fetches it anew"
+                )
+            return "present", f"{size} bytes"
+        self._get(file, path)
+        return "fetched", f"{path.stat().st_size} bytes"
+
+    def _fetch_matching(self, file: SourceFile) -> tuple[Status, str]:
+        """Fetch the files of a hub repository that match a pattern."""
+        into = self.root / file.into
+        done = self.receipts.read(file)
+        if done is not None and _has_any(into) and not self.options.again:
+            return "present", f"{done.num_files} files"
+        patience, task = self.options.patience, f"{self.source.name} {file.name}"
+        listed = self._list(file)
+
+        def fetch(item: HubFile) -> None:
+            fetch_hub_file(item, into / item.path, patience=patience)
+
+        fetched = run_parallel(fetch, listed, self.options.num_workers)
+        for number, _ in enumerate(fetched, start=1):
+            self.tell(task, "files", number, len(listed))
+        self.receipts.write(file, len(listed))
+        return "fetched", f"{len(listed)} files"
+
+    def _fetch_archive(self, file: SourceFile) -> tuple[Status, str]:
+        into = self.root / file.into
+        present = self._unpacked(file, into)
+        if present is not None and not self.options.again:
+            return "present", present
+        archive = self.downloads / file.name
+        if self._is_by_hand(file) and not archive.is_file():
+            then = f", then run this command again; or unpack it yourself into {into}"
+            return self._ask(archive, then=then)
+        if not self._is_by_hand(file) and (self.options.again or not archive.is_file()):
+            self._get(file, archive)
+        self.receipts.write(file, None)
+        try:
+            count = unpack(
+                archive,
+                into,
+                folder=file.unpack or ".",
+                overwrite=self.options.again,
+                on_progress=partial(self.tell, f"unpack {file.name}", "files"),
+            )
+        except DamagedArchiveError as error:
+            if self._is_by_hand(file):
+                raise
+            archive.unlink()
+            raise DamagedArchiveError(
+                f"{error}. It was deleted: run the same command again to download it anew"
+            ) from error
+        self.receipts.write(file, count)
+        if not self._is_by_hand(file) and not self.options.keep_archives:
+            archive.unlink()
+        expected = file.num_files
+        less = expected is not None and count < expected
+        return "fetched", f"{count} files" + (f"; {expected} were expected" if less else "")
+
+    def _unpacked(self, file: SourceFile, into: Path) -> str | None:
+        """Say what an archive has left already, or None if there is something to do."""
+        receipt = self.receipts.read(file)
+        if not _has_any(into) or (receipt is not None and receipt.num_files is None):
+            return None  # nothing, or broken off while unpacking
+        if receipt is not None:
+            return f"{receipt.num_files} files"
+        count = count_files(into)
+        if file.num_files is not None and count < file.num_files:
+            return None
+        return f"{count} files, put there by somebody else; again=true fetches them"
+
+    def _get(self, file: SourceFile, path: Path) -> None:
+        """Download one file, whatever it is."""
+        progress = partial(self.tell, file.name, "bytes")
+        if file.url is None:
+            item = self._list(file)[0]
+            fetch_hub_file(item, path, patience=self.options.patience, on_progress=progress)
+            return
+        download(
+            file.url,
+            path,
+            size=file.size,
+            md5=file.md5,
+            sha256=file.sha256,
+            patience=self.options.patience,
+            on_progress=progress,
+        )
+
+    def _list(self, file: SourceFile) -> list[HubFile]:
+        assert self.source.hub is not None
+        return list_hub_files(
+            self.source.hub,
+            file.name,
+            revision=self.source.revision,
+            patience=self.options.patience,
+        )
+
+    def _fetch_list(self, pictures: PictureList) -> tuple[Status, str]:
+        """Fetch pictures one by one; what is there already becomes real JPEG in any case."""
+        into, listed = self.root / pictures.into, self.root / pictures.file
+        receipt = self.receipts.read(pictures)
+        if receipt is not None and _has_any(into) and not self.options.again:
+            return "present", receipt.note
+        if not listed.is_file():
+            if not _has_any(into):
+                return self._ask(listed, then=", then run this command again")
+            converted, failures = make_jpegs(into)
+            return "present", (
+                f"{count_files(into)} files, {converted} of them made JPEG, {len(failures)} not "
+                f"readable; without {listed} nobody knows whether any are missing"
+            )
+        outcome = fetch_pictures(
+            pictures,
+            self.root,
+            num_workers=self.options.num_workers,
+            on_progress=partial(self.tell, f"pictures of {self.source.name}", "files"),
+        )
+        note = self._note(outcome)
+        self.receipts.write(pictures, outcome.num_listed - len(outcome.failures), note)
+        return "fetched", note
+
+    def _note(self, outcome: PictureOutcome) -> str:
+        note = (
+            f"{outcome.num_listed - len(outcome.failures)} of {outcome.num_listed} pictures, "
+            f"{outcome.num_converted} of them made JPEG"
+        )
+        path = self.downloads / "failures.jsonl"
+        if not outcome.failures:
+            path.unlink(missing_ok=True)
+            return note
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps(asdict(failure), ensure_ascii=False) for failure in outcome.failures)
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return f"{note}; {len(outcome.failures)} could not be had (see {path}; again=true retries)"
+
+
+@dataclass(frozen=True, slots=True)
+class _Receipt:
+    """What was unpacked or fetched: files in all, None while it is under way."""
+
+    num_files: int | None
+    note: str
+
+
+class _Receipts:
+    """The receipts of one source, one small JSON file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self, part: SourceFile | PictureList) -> _Receipt | None:
+        """Return the receipt of a part, or None: also where it is of another place or damaged."""
+        try:
+            raw: Any = json.loads(self._path(part).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        known = cast("dict[str, Any]", raw) if isinstance(raw, dict) else dict[str, Any]()
+        if (known.get("schema_version"), known.get("into")) != (_RECEIPT_VERSION, part.into):
+            return None
+        return _Receipt(known.get("num_files"), str(known.get("note", "")))
+
+    def write(self, part: SourceFile | PictureList, num_files: int | None, note: str = "") -> None:
+        path = self._path(part)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        receipt = {
+            "schema_version": _RECEIPT_VERSION,
+            "file": self._name(part),
+            "into": part.into,
+            "num_files": num_files,
+            "note": note,
+        }
+        partial_path = path.with_suffix(".part")
+        partial_path.write_text(json.dumps(receipt), encoding="utf-8")
+        partial_path.replace(path)
+
+    def _path(self, part: SourceFile | PictureList) -> Path:
+        return self._folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', self._name(part))}.json"
+
+    def _name(self, part: SourceFile | PictureList) -> str:
+        return part.file if isinstance(part, PictureList) else part.name
+
+
+def count_files(folder: Path) -> int:
+    """Count the files of a folder and of those in it, hidden ones apart."""
+    return sum(
+        sum(not name.startswith(".") for name in files)
+        for _, _, files in os.walk(folder, followlinks=True)
+    )
+
+
+def _has_any(folder: Path) -> bool:
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
