@@ -14,7 +14,7 @@ plain      the network's own forward over padded rows with an attention mask and
 ========== =====================================================================================
 
 Weights that train are float32, on CUDA computed with in bfloat16; frozen ones are bfloat16 there.
-``tflops`` is useful work a second by :mod:`vipllava.models.flops`, the median over the steps; the
+``tflops`` is useful work a second by :mod:`vipllava.forecast.flops`, the median over the steps; the
 samples per second follow from it by the mean work of a sample, so that a step with many or long
 samples counts as any other. ``spread`` are its quartiles over the median. ``ratio`` is to the plain
 loop with recomputation. ``gib`` is the peak that PyTorch allocated.
@@ -41,10 +41,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from benchmarks.train_cases import Case, can_train, random_case, tiny_case
 from vipllava.config import hardware
 from vipllava.config.attention import FALLBACK, attention_candidates, choose_attention
-from vipllava.models.architecture import architecture_of
+from vipllava.forecast.architecture import architecture_of
+from vipllava.forecast.flops import Workload, device_peak
 from vipllava.models.attention import attention_settings
 from vipllava.models.blocks import compile_blocks
-from vipllava.models.flops import Workload, device_peak
 from vipllava.models.freezing import modules_of
 from vipllava.models.image_features import normalise_pixels
 from vipllava.models.supervised_loss import supervised_loss_sum

@@ -23,19 +23,19 @@ from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder
+from vipllava.forecast.architecture import architecture_of
+from vipllava.forecast.flops import Workload
+from vipllava.forecast.memory import Setup, device_memory
+from vipllava.forecast.published import LANGUAGE_MODELS, TOWERS, published_config
 from vipllava.models.adapters import AdapterSettings, add_adapters
-from vipllava.models.architecture import architecture_of
 from vipllava.models.building import ModelSpec, image_seq_length, token_id
-from vipllava.models.flops import Workload
 from vipllava.models.freezing import set_trainable
-from vipllava.models.published import LANGUAGE_MODELS, TOWERS, published_config
 from vipllava.sample_world.build import ensure_sample_world
 from vipllava.sample_world.teach import BASE, load_tiny_policies
 from vipllava.shards.manifest import load_manifest
 from vipllava.stream.collate import EncodedSample
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
-from vipllava.training.memory import Setup, device_memory
 from vipllava.types import IGNORE_INDEX, Encoded
 
 ROOT: Final = Path(__file__).resolve().parent.parent

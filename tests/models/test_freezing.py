@@ -4,11 +4,11 @@ import pytest
 
 from tests.models.tiny_batches import batch_of, three_samples
 from vipllava.checkpoints.loading import build_model
-from vipllava.models.architecture import architecture_of
+from vipllava.forecast.architecture import architecture_of
+from vipllava.forecast.memory import Setup, parameter_rows
 from vipllava.models.building import ModelSpec
 from vipllava.models.freezing import ParameterRow, parameter_table, set_trainable
 from vipllava.models.supervised_loss import supervised_loss_sum
-from vipllava.training.memory import Setup, parameter_rows
 from vipllava.types import ConfigError
 
 

@@ -14,8 +14,8 @@ import torch
 from tests.models.tiny_batches import batch_of, encoded_sample, three_samples
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.checkpoints.loading import build_model
-from vipllava.models.architecture import architecture_of
-from vipllava.models.flops import useful_flops
+from vipllava.forecast.architecture import architecture_of
+from vipllava.forecast.flops import useful_flops
 from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.training.dataset_losses import DatasetLosses, sample_of_position
 from vipllava.training.metrics import (

@@ -23,8 +23,8 @@ from vipllava.config import hardware
 from vipllava.config.checks import check_plan_config
 from vipllava.config.composing import compose_job
 from vipllava.config.hardware import CudaDevice, Hardware
+from vipllava.forecast import host_memory as host_memory_module
 from vipllava.shards.tars import write_shards
-from vipllava.training import host_memory as host_memory_module
 from vipllava.training import preflight as preflight_module
 from vipllava.training.preflight import examine, look_ahead, preflight
 from vipllava.types import CheckpointError, ConfigError, VipLlavaError

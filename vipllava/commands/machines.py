@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
-    from vipllava.models.architecture import Architecture
-    from vipllava.models.flops import Workload
-    from vipllava.training.forecast import Corpus
+    from vipllava.forecast.architecture import Architecture
+    from vipllava.forecast.flops import Workload
+    from vipllava.forecast.job import Corpus
 
 MODELS: Final = ("7b", "13b", "llama3_8b", "phi3_mini")
 _SINGLE: Final = (("RTX 4090", 24), ("A100", 80), ("H200", 141))
@@ -132,8 +132,8 @@ def machine_rows(models: Sequence[str] = MODELS, *, mfu: float) -> list[MachineR
         mfu: share of the devices' peak.
     """
     from vipllava.config.composing import compose_job
-    from vipllava.models.flops import WORKLOADS
-    from vipllava.models.published import published_architecture
+    from vipllava.forecast.flops import WORKLOADS
+    from vipllava.forecast.published import published_architecture
 
     machines = {stage: list(_machines(stage)) for stage in _PARTS}
     rows: list[MachineRow] = []
@@ -248,9 +248,9 @@ def _row(
     limit: int | None,
 ) -> MachineRow:
     from vipllava.config.batch import largest_micro_batch as largest_dividing
-    from vipllava.training import forecast as forecasts
-    from vipllava.training.host_memory import host_memory
-    from vipllava.training.memory import Setup, device_memory
+    from vipllava.forecast import job as forecasts
+    from vipllava.forecast.host_memory import host_memory
+    from vipllava.forecast.memory import Setup, device_memory
     from vipllava.training.optim import uses_fused_adamw
 
     devices = int(cfg.trainer.devices) * int(cfg.trainer.num_nodes)

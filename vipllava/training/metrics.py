@@ -16,8 +16,8 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from vipllava.models.architecture import Architecture
-from vipllava.models.flops import Workload, useful_flops
+from vipllava.forecast.architecture import Architecture
+from vipllava.forecast.flops import Workload, useful_flops
 from vipllava.models.supervised_loss import supervised_positions
 from vipllava.stream.loader import REPEAT_SUFFIX, StepLoader
 from vipllava.training.dataset_losses import DatasetLosses
@@ -97,7 +97,7 @@ class BatchFlops:
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Return the FLOPs of a micro-batch, float64 and on its device: no step waits for it.
 
-        See :func:`vipllava.models.flops.useful_flops`.
+        See :func:`vipllava.forecast.flops.useful_flops`.
         """
         lengths = segment_lengths(batch).double()
         num_tokens: Any = lengths.sum()

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
-    from vipllava.models.architecture import Architecture
+    from vipllava.forecast.architecture import Architecture
+    from vipllava.forecast.job import Choice, Corpus, Forecast, Plan
+    from vipllava.forecast.memory import Setup
     from vipllava.models.building import ModelSpec
     from vipllava.stream.datamodule import VisualPromptDataModule
-    from vipllava.training.forecast import Choice, Corpus, Forecast, Plan
-    from vipllava.training.memory import Setup
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ def examine(cfg: DictConfig) -> PreflightReport:
         VipLlavaError: config or tokenizer of a model whose sizes do not ship cannot be had.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from vipllava.training.forecast import choose_strategy, fits, forecast
-    from vipllava.training.memory import device_memory
+    from vipllava.forecast.job import choose_strategy, fits, forecast
+    from vipllava.forecast.memory import device_memory
     from vipllava.training.preflight_data import assumed_corpus, lint_data, look_at_data
     from vipllava.training.run import build_datamodule
 
@@ -207,7 +207,7 @@ def look_ahead(
             the recipe's and sizes the manifests'.
         spec: the network as it will be built; by itself the configuration's.
     """
-    from vipllava.training.forecast import forecast
+    from vipllava.forecast.job import forecast
     from vipllava.training.preflight_data import assumed_corpus, measured_corpus
 
     spec = spec or _spec(cfg)
@@ -271,8 +271,8 @@ def _look_at_model(
 ) -> tuple[Any | None, Architecture]:
     """Return tokenizer and sizes; of published parts the sizes alone where no file can be had."""
     from vipllava.checkpoints.loading import load_tokenizer
+    from vipllava.forecast.published import is_published, sizes_of_published
     from vipllava.models.hub_models import UnreachableError
-    from vipllava.models.published import is_published, sizes_of_published
 
     try:
         tokenizer = load_tokenizer(spec)
@@ -290,7 +290,7 @@ def _look_at_model(
 
 def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
     """Return the sizes of the network that a spec describes; reads config files only."""
-    from vipllava.models.architecture import architecture_of
+    from vipllava.forecast.architecture import architecture_of
     from vipllava.models.building import network_config, num_patches, read_tower_config, token_id
     from vipllava.models.opening import load_config
 
@@ -307,8 +307,8 @@ def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
 
 
 def _setup(cfg: DictConfig, spec: ModelSpec, architecture: Architecture, corpus: Corpus) -> Setup:
-    from vipllava.training.forecast import fewest_recomputed
-    from vipllava.training.memory import Setup
+    from vipllava.forecast.job import fewest_recomputed
+    from vipllava.forecast.memory import Setup
     from vipllava.training.optim import uses_fused_adamw
 
     adapter, quantization = cfg.tuning.adapter, cfg.tuning.quantization
@@ -355,7 +355,7 @@ def _samples_per_row(cfg: DictConfig, corpus: Corpus) -> float:
 def _plan(cfg: DictConfig, corpus: Corpus) -> Plan:
     from omegaconf import OmegaConf
 
-    from vipllava.training.forecast import Plan
+    from vipllava.forecast.job import Plan
 
     device = cfg.machine.device
     if device is None and (present := _present_devices(cfg)):
@@ -388,7 +388,7 @@ def _present_devices(cfg: DictConfig) -> Sequence[Any]:
 
 
 def _capacity(cfg: DictConfig) -> float | None:
-    from vipllava.training.forecast import device_capacity
+    from vipllava.forecast.job import device_capacity
 
     if cfg.machine.memory_gb is not None:
         return device_capacity(float(cfg.machine.memory_gb))
@@ -405,7 +405,7 @@ def _is_here(cfg: DictConfig) -> bool:
 
 
 def _host_capacity(cfg: DictConfig) -> float | None:
-    from vipllava.training.host_memory import machine_memory
+    from vipllava.forecast.host_memory import machine_memory
 
     return machine_memory() if _is_here(cfg) else None
 
@@ -423,7 +423,7 @@ def _free_disk(folder: Path) -> float:
 def _largest(
     architecture: Architecture, setup: Setup, capacity: float, global_rows: int
 ) -> int | None:
-    from vipllava.training.forecast import largest_micro_batch, micro_batches
+    from vipllava.forecast.job import largest_micro_batch, micro_batches
 
     sizes = micro_batches(global_rows, setup.num_devices)
     return largest_micro_batch(architecture, setup, capacity, sizes)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from vipllava.forecast.job import Corpus
     from vipllava.stream.datamodule import VisualPromptDataModule
     from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
-    from vipllava.training.forecast import Corpus
 
 LINTED_SAMPLES: Final = 64
 """Samples of each data set that lint looks at."""
@@ -72,8 +72,8 @@ def measured_corpus(
     """
     import numpy as np
 
+    from vipllava.forecast.job import Corpus, DataSetShare
     from vipllava.stream.order import SampleOrder, plan_parts
-    from vipllava.training.forecast import Corpus, DataSetShare
 
     sizes = {source.name: source.shards.shard_sizes for source in dataset.sources}
     parts = plan_parts(sizes, datamodule.mix, datamodule.samples_per_epoch)
@@ -104,9 +104,9 @@ def assumed_corpus(cfg: DictConfig, image_tokens: int) -> Corpus:
         cfg: the job.
         image_tokens: placeholders of one picture.
     """
+    from vipllava.forecast.job import Corpus, DataSetShare
     from vipllava.shards.manifest import load_manifest
     from vipllava.stream.order import parse_mix, plan_parts
-    from vipllava.training.forecast import Corpus, DataSetShare
 
     mix: Any = parse_mix(cfg.data.mix) if cfg.data.mix else {cfg.data.manifest: None}
     manifests = {name: load_manifest(name, cfg.data.manifests_dir) for name in mix}

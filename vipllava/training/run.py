@@ -294,7 +294,7 @@ def _with_flops(callbacks: list[Any], cfg: DictConfig, spec: ModelSpec, tokenize
     """Tell the callback that measures speed what a batch's work is, for the MFU."""
     import torch
 
-    from vipllava.models.flops import device_peak
+    from vipllava.forecast.flops import device_peak
     from vipllava.training.metrics import BatchFlops, Throughput
     from vipllava.training.preflight import job_architecture
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from vipllava.models.published import published_architecture
-from vipllava.training.host_memory import HostMemory, host_memory, machine_memory
-from vipllava.training.memory import Setup, device_memory
+from vipllava.forecast.host_memory import HostMemory, host_memory, machine_memory
+from vipllava.forecast.memory import Setup, device_memory
+from vipllava.forecast.published import published_architecture
 
 EVERY = 7_080_214_528  # weights of a 7B with tower and projector
 TRAINED = 37_767_168 + 6_738_939_904

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from vipllava.models.architecture import Architecture
-from vipllava.models.flops import device_peak, useful_flops
+from vipllava.forecast.architecture import Architecture
+from vipllava.forecast.flops import device_peak, useful_flops
+from vipllava.forecast.host_memory import HostMemory, host_memory
+from vipllava.forecast.memory import DeviceMemory, Setup, device_memory, parameter_rows
 from vipllava.models.freezing import ParameterRow
-from vipllava.training.host_memory import HostMemory, host_memory
-from vipllava.training.memory import DeviceMemory, Setup, device_memory, parameter_rows
 
 MFU: Final = 0.4
 """Share of the peak that is expected unless told otherwise; see docs/machines.md."""
@@ -114,7 +114,7 @@ class Forecast:
         num_steps: optimizer steps; None where the size of the data is not known.
         samples_per_step: of a whole global batch.
         tokens_per_step: on average, padding left out.
-        flops_per_step: useful ones, see :mod:`vipllava.models.flops`.
+        flops_per_step: useful ones, see :mod:`vipllava.forecast.flops`.
         hours: of training at the plan's MFU; None where size or the device's peak is not known.
         times_seen: how often each data set's samples are seen in the whole run.
     """

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vipllava.models.architecture import Architecture
-from vipllava.training.memory import Setup, device_memory, parameter_rows
+from vipllava.forecast.architecture import Architecture
+from vipllava.forecast.memory import Setup, device_memory, parameter_rows
 
 COPIES: Final = {"fsdp2": (0.0, 1.0)}
 """Copies of all weights on the host while they are loaded, by strategy: of every process, and of

@@ -28,8 +28,8 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from vipllava.config.attention import keeps_no_mask
-from vipllava.models.architecture import Architecture, LanguageModel
-from vipllava.models.flops import Workload
+from vipllava.forecast.architecture import Architecture, LanguageModel
+from vipllava.forecast.flops import Workload
 from vipllava.models.freezing import ParameterRow
 from vipllava.types import ConfigError
 

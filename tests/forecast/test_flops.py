@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.training.measured_step import Module, Step, small_config
+from tests.forecast.measured_step import Module, Step, small_config
+from vipllava.forecast.architecture import architecture_of
+from vipllava.forecast.flops import DEVICE_PEAKS, device_peak, mfu, tower_flops, useful_flops
+from vipllava.forecast.published import LANGUAGE_MODELS, TOWERS, published_architecture
 from vipllava.models.adapters import AdapterSettings
-from vipllava.models.architecture import architecture_of
-from vipllava.models.flops import DEVICE_PEAKS, device_peak, mfu, tower_flops, useful_flops
-from vipllava.models.published import LANGUAGE_MODELS, TOWERS, published_architecture
 from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.types import ConfigError
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 import re
 from typing import Final, Literal
 
-from vipllava.models.architecture import Architecture, Tower
+from vipllava.forecast.architecture import Architecture, Tower
 from vipllava.types import ConfigError
 
 Workload = Literal["projector", "full", "lora", "qlora"]

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from vipllava.models.published import published_architecture
-from vipllava.training.forecast import (
+from vipllava.forecast.job import (
     Corpus,
     DataSetShare,
     Plan,
@@ -21,7 +20,8 @@ from vipllava.training.forecast import (
     largest_micro_batch,
     micro_batches,
 )
-from vipllava.training.memory import Setup, device_memory
+from vipllava.forecast.memory import Setup, device_memory
+from vipllava.forecast.published import published_architecture
 
 TOWER, LAYERS = "openai/clip-vit-large-patch14-336", (-2, -5, -8, -11, 6)
 SETUP = Setup(

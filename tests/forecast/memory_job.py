@@ -1,6 +1,6 @@
 """Two steps of the toy training on one of two processes; leaves what the process holds, in bytes.
 
-Started as ``python -m tests.training.memory_job JOB.json`` with the variables of torchrun.
+Started as ``python -m tests.forecast.memory_job JOB.json`` with the variables of torchrun.
 """
 
 from __future__ import annotations

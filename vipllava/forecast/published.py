@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from transformers import AutoConfig, CLIPVisionConfig, VipLlavaConfig
 
-from vipllava.models.architecture import Architecture, architecture_of
+from vipllava.forecast.architecture import Architecture, architecture_of
 from vipllava.models.building import (
     ModelSpec,
     check_tower_config,

@@ -17,13 +17,13 @@ pytest.importorskip("peft")
 from lightning.pytorch.callbacks import Callback
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from tests.training.measured_step import TRAINABLE, Step, train_steps
+from tests.forecast.measured_step import TRAINABLE, Step, train_steps
 from tests.training.toy_training import LIGHTNING_WARNINGS
+from vipllava.forecast.architecture import architecture_of
+from vipllava.forecast.memory import Setup, device_memory
 from vipllava.models.adapters import AdapterSettings
-from vipllava.models.architecture import architecture_of
 from vipllava.models.building import network_config
 from vipllava.models.quantization import QuantizationSettings
-from vipllava.training.memory import Setup, device_memory
 
 pytestmark = [
     pytest.mark.gpu,

@@ -22,7 +22,7 @@ from transformers import (
     VipLlavaForConditionalGeneration,
 )
 
-from tests.training.memory_meter import MemoryMeter
+from tests.forecast.memory_meter import MemoryMeter
 from vipllava.models.adapters import AdapterSettings
 from vipllava.models.blocks import decoder_blocks
 from vipllava.models.building import ModelSpec, network_config

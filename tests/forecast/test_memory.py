@@ -18,7 +18,7 @@ pytest.importorskip("peft")
 from lightning.pytorch.callbacks import Callback
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from tests.training.measured_step import (
+from tests.forecast.measured_step import (
     TRAINABLE,
     Step,
     held_bytes,
@@ -27,12 +27,12 @@ from tests.training.measured_step import (
     small_config,
 )
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
+from vipllava.forecast.architecture import architecture_of
+from vipllava.forecast.memory import DeviceMemory, Setup, device_memory, parameter_rows
+from vipllava.forecast.published import published_architecture
 from vipllava.models.adapters import AdapterSettings
-from vipllava.models.architecture import architecture_of
 from vipllava.models.building import ModelSpec, network_config
-from vipllava.models.published import published_architecture
 from vipllava.models.quantization import QuantizationSettings
-from vipllava.training.memory import DeviceMemory, Setup, device_memory, parameter_rows
 from vipllava.types import ConfigError
 
 pytestmark = LIGHTNING_WARNINGS
@@ -290,7 +290,7 @@ def _run_two(job: dict, folder: Path) -> None:
         port = free.getsockname()[1]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.training.memory_job", str(folder / "job.json")],
+            [sys.executable, "-m", "tests.forecast.memory_job", str(folder / "job.json")],
             cwd=ROOT,
             env={
                 **os.environ,

@@ -1,0 +1,1 @@
+"""What a job will need and take, from sizes alone: parameters, memory, work, hours."""
