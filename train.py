@@ -24,7 +24,7 @@ def train(cfg: DictConfig) -> None:
         return
     if cfg.preflight:
         check_plan_config(cfg)
-        from vipllava.training.preflight import preflight
+        from vipllava.commands.preflight import preflight
 
         preflight(cfg)
         return

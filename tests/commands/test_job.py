@@ -9,7 +9,6 @@ import pytest
 from vipllava.commands.job import (
     compose_data_job,
     flag,
-    forget_missing_checkpoint,
     split_arguments,
     whole,
 )
@@ -54,14 +53,3 @@ def test_what_does_not_fit_is_said_at_once():
 def test_hardware_that_is_not_here_does_not_matter():
     cfg = compose_data_job("sample_gpt4v", ["trainer=8xa100", "strategy=zero3"])
     assert cfg.trainer.devices == 8
-
-
-def test_a_stage_that_has_not_run_needs_no_checkpoint(tmp_path: Path):
-    cfg = compose_data_job("sample_finetune", [f"paths.runs={tmp_path}"])
-    assert cfg.stage.checkpoint == f"{tmp_path}/tiny-pretrain/export"
-    Path(cfg.stage.checkpoint).mkdir(parents=True)
-    forget_missing_checkpoint(cfg)
-    assert cfg.stage.checkpoint is not None
-    Path(cfg.stage.checkpoint).rmdir()
-    forget_missing_checkpoint(cfg)
-    assert cfg.stage.checkpoint is None

@@ -20,8 +20,9 @@ from vipllava.config.checks import check_config
 from vipllava.config.composing import compose_job
 from vipllava.models.building import ModelSpec
 from vipllava.models.placing import OnDevice
+from vipllava.training.job import partial
 from vipllava.training.lit_module import VipLlavaLitModule
-from vipllava.training.run import _partial, _plugins
+from vipllava.training.run import _plugins
 from vipllava.training.sharding import HandedOut, placement_for
 from vipllava.types import ConfigError
 
@@ -70,7 +71,7 @@ def _compose(trainer: str, strategy: str, tuning: str, *more: str) -> DictConfig
 
 
 def _trainer(cfg: DictConfig) -> lightning.Trainer:
-    return _partial(cfg.trainer)(logger=False, callbacks=[], plugins=_plugins(cfg))
+    return partial(cfg.trainer)(logger=False, callbacks=[], plugins=_plugins(cfg))
 
 
 @pytest.fixture
@@ -205,7 +206,7 @@ def _module(cfg: DictConfig, sources: Any) -> VipLlavaLitModule:
         image_size=28,
         dtype=cfg.machine.weights_dtype,
     )
-    return _partial(cfg.module)(seed=1, model=spec, gradient_checkpointing=True)
+    return partial(cfg.module)(seed=1, model=spec, gradient_checkpointing=True)
 
 
 def _norm(parameters: list[torch.nn.Parameter]) -> float:

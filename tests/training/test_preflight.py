@@ -19,6 +19,7 @@ from rich.console import Console
 from tests.conftest import byte_tokenizer
 from tests.models.test_real_sizes import CLIP, LANGUAGE_MODELS
 from tests.toy_data import toy_samples
+from vipllava.commands.preflight import preflight
 from vipllava.config import hardware
 from vipllava.config.checks import check_plan_config
 from vipllava.config.composing import compose_job
@@ -26,7 +27,8 @@ from vipllava.config.hardware import CudaDevice, Hardware
 from vipllava.forecast import host_memory as host_memory_module
 from vipllava.shards.tars import write_shards
 from vipllava.training import preflight as preflight_module
-from vipllava.training.preflight import examine, look_ahead, preflight
+from vipllava.training.job import build_datamodule, model_spec
+from vipllava.training.preflight import examine, look_ahead
 from vipllava.types import CheckpointError, ConfigError, VipLlavaError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +102,7 @@ def run(overrides: list[str]) -> str:
 def _tokenizer(cfg: DictConfig) -> Any:
     from vipllava.checkpoints.loading import load_tokenizer
 
-    return load_tokenizer(preflight_module._spec(cfg))
+    return load_tokenizer(model_spec(cfg))
 
 
 def test_a_tiny_job(tiny, tmp_path):
@@ -134,7 +136,6 @@ def test_what_is_printed(tiny):
 def test_the_lengths_are_those_of_the_jobs_own_tokenizer(tiny):
     report = examine(job([*tiny, "stage=finetune", "stage.max_length=4096"]))
     # One id per byte: the first samples' true lengths, not the index' estimate for words.
-    from vipllava.training.run import build_datamodule
 
     cfg = job([*tiny, "stage=finetune", "stage.checkpoint=null", "stage.max_length=4096"])
     datamodule = build_datamodule(cfg)
@@ -216,7 +217,7 @@ def test_what_may_just_fit_is_a_note(real):
 
 def test_the_network_is_forecast_as_it_will_be_built(real):
     cfg = job([*real, "stage=pretrain", "machine.attn_implementation=flash_attention_2"])
-    spec = replace(preflight_module._spec(cfg), attn_implementation="sdpa")
+    spec = replace(model_spec(cfg), attn_implementation="sdpa")
     assert look_ahead(cfg, _tokenizer(cfg), spec=spec).setup.attention == "sdpa"
 
 
@@ -385,7 +386,6 @@ def test_settings_are_checked_and_hardware_is_not(real):
 
 
 def test_the_short_form(real):
-    from vipllava.training.run import build_datamodule
 
     cfg = job([*real, "stage=pretrain"])
     tokenizer = _tokenizer(cfg)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 
 from vipllava.commands.job import (
     compose_data_job,
-    forget_missing_checkpoint,
     split_arguments,
     whole,
 )
@@ -70,7 +69,7 @@ def inspect_job(
         VipLlavaError: the data cannot be opened.
     """
     from vipllava.report.inspect_page import write_inspect_page
-    from vipllava.training.run import build_datamodule
+    from vipllava.training.job import build_datamodule, forget_missing_checkpoint
 
     if num_samples is None:
         asked = cfg.inspect

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vipllava.types import ConfigError
@@ -97,16 +96,6 @@ def compose_data_job(data: str | None, overrides: Sequence[str]) -> DictConfig:
         return cfg
     manifest = load_manifest(cfg.data.manifest, cfg.data.manifests_dir)
     return compose([*chosen, f"stage={_stage_of(manifest.stage)}"])
-
-
-def forget_missing_checkpoint(cfg: DictConfig) -> None:
-    """Let a job whose earlier stage has not run yet take its tokenizer from the base model.
-
-    Looking at data needs no weights, and a stage's export has the base's tokenizer.
-    """
-    folder, runs = cfg.stage.checkpoint, cfg.paths.runs
-    if folder is not None and Path(folder).is_relative_to(runs) and not Path(folder).is_dir():
-        cfg.stage.checkpoint = None
 
 
 def _stage_of(stage: str) -> str:

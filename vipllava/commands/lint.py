@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 from vipllava.commands.job import (
     compose_data_job,
     flag,
-    forget_missing_checkpoint,
     split_arguments,
     whole,
 )
 from vipllava.files.atomic import write_whole
+from vipllava.training.job import build_datamodule, forget_missing_checkpoint
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -58,7 +58,6 @@ def run(arguments: Sequence[str]) -> int:
     from rich.progress import Progress
 
     from vipllava.ingest.lint import LintLimits, lint_shards, print_report
-    from vipllava.training.run import build_datamodule
 
     values: Any = OmegaConf.to_container(cfg.lint, resolve=True)
     limits = LintLimits.from_mapping(values)

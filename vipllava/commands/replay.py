@@ -41,9 +41,9 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
     from vipllava.commands.inspect import look_at, summary_of
     from vipllava.report.inspect_page import write_inspect_page
     from vipllava.training.guard import StepRecord
+    from vipllava.training.job import build_datamodule
     from vipllava.training.lit_module import HALVES
     from vipllava.training.replay import load_weights, replay_losses, write_losses
-    from vipllava.training.run import build_datamodule
 
     path = Path(cfg.replay)
     record = StepRecord.read(path)

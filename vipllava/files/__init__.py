@@ -1,1 +1,1 @@
-"""Files that several processes share: written whole, downloaded, kept, retried. Knows no data set."""
+"""Files that processes share: written whole, downloaded, kept, tried again. Knows no data set."""

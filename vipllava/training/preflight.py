@@ -16,11 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vipllava.config.schema import AUTO, spell
+from vipllava.training.job import (
+    build_datamodule,
+    forget_missing_checkpoint,
+    job_architecture,
+    model_spec,
+)
 from vipllava.types import CheckpointError, VipLlavaError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-    from rich.console import Console
 
     from vipllava.forecast.architecture import Architecture
     from vipllava.forecast.job import Choice, Corpus, Forecast, Plan
@@ -77,33 +82,11 @@ class PreflightReport:
     problems: tuple[str, ...]
 
 
-def preflight(cfg: DictConfig, console: Console | None = None) -> PreflightReport:
-    """Look a job over, print what was found, and complain if it cannot run.
+def examine(cfg: DictConfig) -> PreflightReport:
+    """Look a job over; nothing is printed.
 
     Args:
         cfg: what Hydra composed from ``conf/train.yaml``, its plan checked.
-        console: where tables go; the standard output if not given.
-
-    Returns:
-        What was printed, if nothing stands in the way.
-
-    Raises:
-        VipLlavaError: config or tokenizer of a model whose sizes do not ship cannot be had; or,
-            when all has been printed, something would stop the job: each problem with its remedy.
-    """
-    from vipllava.training.preflight_tables import print_preflight
-
-    report = examine(cfg)
-    print_preflight(report, console)
-    if report.problems:
-        listed = "\n".join(f"  - {problem}" for problem in report.problems)
-        count = len(report.problems)
-        raise VipLlavaError(f"preflight found {count} problem{'s' if count > 1 else ''}:\n{listed}")
-    return report
-
-
-def examine(cfg: DictConfig) -> PreflightReport:
-    """Look a job over; see :func:`preflight`.
 
     Raises:
         VipLlavaError: config or tokenizer of a model whose sizes do not ship cannot be had.
@@ -112,10 +95,13 @@ def examine(cfg: DictConfig) -> PreflightReport:
     from vipllava.forecast.job import choose_strategy, fits, forecast
     from vipllava.forecast.memory import device_memory
     from vipllava.training.preflight_data import assumed_corpus, lint_data, look_at_data
-    from vipllava.training.run import build_datamodule
 
-    notes = _forget_missing_checkpoint(cfg)
-    spec, problems = _spec(cfg), list[str]()
+    missing, notes = forget_missing_checkpoint(cfg), list[str]()
+    if missing is not None:
+        notes.append(
+            f"it starts from {missing}, which is not there yet: run the stage before it first"
+        )
+    spec, problems = model_spec(cfg), list[str]()
     tokenizer, architecture = _look_at_model(spec, notes, problems)
     datamodule, found = None, None
     try:
@@ -210,7 +196,7 @@ def look_ahead(
     from vipllava.forecast.job import forecast
     from vipllava.training.preflight_data import assumed_corpus, measured_corpus
 
-    spec = spec or _spec(cfg)
+    spec = spec or model_spec(cfg)
     architecture = job_architecture(spec, tokenizer)
     if datamodule is None:
         corpus = assumed_corpus(cfg, architecture.tower.num_patches)
@@ -251,21 +237,6 @@ def look_ahead(
 # The job's values, from its configuration.
 
 
-def _spec(cfg: DictConfig) -> ModelSpec:
-    from hydra.utils import instantiate
-
-    return instantiate(cfg.module.model, _convert_="all")
-
-
-def _forget_missing_checkpoint(cfg: DictConfig) -> list[str]:
-    """Take config and tokenizer from the parts where the earlier stage has not run yet."""
-    folder = cfg.stage.checkpoint
-    if folder is None or not Path(folder).is_relative_to(cfg.paths.runs) or Path(folder).is_dir():
-        return []
-    cfg.stage.checkpoint = None
-    return [f"it starts from {folder}, which is not there yet: run the stage before it first"]
-
-
 def _look_at_model(
     spec: ModelSpec, notes: list[str], problems: list[str]
 ) -> tuple[Any | None, Architecture]:
@@ -286,24 +257,6 @@ def _look_at_model(
         "labels, lint, and whether the weights are there and whole"
     )
     return None, sizes_of_published(spec)
-
-
-def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
-    """Return the sizes of the network that a spec describes; reads config files only."""
-    from vipllava.forecast.architecture import architecture_of
-    from vipllava.models.building import network_config, num_patches, read_tower_config, token_id
-    from vipllava.models.opening import load_config
-
-    tower = read_tower_config(spec)
-    config = network_config(
-        tower,
-        load_config(spec.language_model, "language_model"),
-        feature_layers=spec.feature_layers,
-        num_tokens=len(tokenizer),
-        image_token_id=token_id(tokenizer, spec.image_token),
-        image_seq_length=num_patches(tower, spec.image_size),
-    )
-    return architecture_of(config)
 
 
 def _setup(cfg: DictConfig, spec: ModelSpec, architecture: Architecture, corpus: Corpus) -> Setup:

@@ -15,13 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vipllava.processes import is_first_process
+from vipllava.training.job import (
+    build_datamodule,
+    job_architecture,
+    manifest_names,
+    model_spec,
+    partial,
+)
 from vipllava.types import VipLlavaError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from vipllava.models.building import ModelSpec
-    from vipllava.stream.datamodule import VisualPromptDataModule
     from vipllava.training.restart import Goal, Restart
 
 logger = logging.getLogger(__name__)
@@ -64,7 +70,6 @@ def _train(cfg: DictConfig) -> Path:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import lightning
     import torch
-    from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     from vipllava.checkpoints.loading import load_tokenizer, open_spec
@@ -92,7 +97,7 @@ def _train(cfg: DictConfig) -> Path:
     if restart.finished:
         return export_dir
 
-    spec: ModelSpec = instantiate(cfg.module.model, _convert_="all")
+    spec = model_spec(cfg)
     spec = _with_proven_attention(cfg, spec)
     tokenizer = load_tokenizer(spec)
     datamodule = build_datamodule(cfg, tokenizer)
@@ -104,7 +109,7 @@ def _train(cfg: DictConfig) -> Path:
     # A download may take longer than processes wait for each other once they have a group.
     open_spec(spec, tokenizer)
     recomputed = outlook.setup.recomputed_blocks
-    module = _partial(cfg.module)(
+    module = partial(cfg.module)(
         seed=int(cfg.seed),
         model=spec,
         tokenizer=tokenizer,
@@ -113,7 +118,7 @@ def _train(cfg: DictConfig) -> Path:
     export = ExportCallback(
         export_dir, tokenizer, _export_meta(cfg, spec), base=spec.checkpoint or spec.language_model
     )
-    trainer = _partial(cfg.trainer)(
+    trainer = partial(cfg.trainer)(
         logger=_loggers(cfg, restart),
         callbacks=[
             StartLog(cfg.run_dir, job),
@@ -296,7 +301,6 @@ def _with_flops(callbacks: list[Any], cfg: DictConfig, spec: ModelSpec, tokenize
 
     from vipllava.forecast.flops import device_peak
     from vipllava.training.metrics import BatchFlops, Throughput
-    from vipllava.training.preflight import job_architecture
 
     peak = device_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if peak is None:
@@ -337,49 +341,6 @@ def _plugins(cfg: DictConfig) -> list[Any]:
     return plugins
 
 
-def _make_sample_data(cfg: DictConfig) -> None:
-    """Make the sample world if a manifest is of it; other data must be there already."""
-    from vipllava.shards.manifest import load_manifest
-
-    made_by = {load_manifest(n, cfg.data.manifests_dir).made_by for n in _manifest_names(cfg)}
-    if "sample_world" in made_by:
-        from vipllava.sample_world.build import ensure_sample_world
-
-        ensure_sample_world(cfg.data.data_root)
-
-
-def _manifest_names(cfg: DictConfig) -> list[str]:
-    return list(cfg.data.mix) if cfg.data.mix else [cfg.data.manifest]
-
-
-def build_datamodule(cfg: DictConfig, tokenizer: Any = None) -> VisualPromptDataModule:
-    """Build a job's data module; ids and pictures are made for its model.
-
-    Args:
-        cfg: what Hydra composed from ``conf/train.yaml``, checked.
-        tokenizer: the model's, if it is loaded already.
-    """
-    from hydra.utils import instantiate
-
-    from vipllava.checkpoints.loading import load_tokenizer
-    from vipllava.conversation import ConversationEncoder
-    from vipllava.models.building import image_seq_length, token_id
-    from vipllava.stream.image_transform import ImageTransform
-
-    _make_sample_data(cfg)
-    spec: ModelSpec = instantiate(cfg.module.model, _convert_="all")
-    tokenizer = tokenizer or load_tokenizer(spec)
-    encoder = ConversationEncoder(
-        tokenizer,
-        cfg.stage.chat_template,
-        image_token_id=token_id(tokenizer, spec.image_token),
-        image_seq_length=image_seq_length(spec),
-        max_length=cfg.stage.max_length,
-    )
-    transform = ImageTransform(spec.image_size, cfg.stage.image_aspect)
-    return _partial(cfg.data)(encoder=encoder, image_transform=transform)
-
-
 def _export_meta(cfg: DictConfig, spec: ModelSpec) -> Any:
     from omegaconf import OmegaConf
 
@@ -387,7 +348,7 @@ def _export_meta(cfg: DictConfig, spec: ModelSpec) -> Any:
     from vipllava.models.building import image_seq_length
     from vipllava.shards.manifest import load_manifest
 
-    manifests = [load_manifest(name, cfg.data.manifests_dir) for name in _manifest_names(cfg)]
+    manifests = [load_manifest(name, cfg.data.manifests_dir) for name in manifest_names(cfg)]
     policies: Any = OmegaConf.to_container(cfg.visual_prompts, resolve=True)
 
     return ExportMeta(
@@ -404,16 +365,6 @@ def _export_meta(cfg: DictConfig, spec: ModelSpec) -> Any:
         visual_prompts=policies,
         code=code_version(),
     )
-
-
-def _partial(node: DictConfig) -> Any:
-    """Return the node's constructor with its arguments bound.
-
-    Objects go to the bound constructor rather than to ``instantiate``, which would copy them.
-    """
-    from hydra.utils import instantiate
-
-    return instantiate(node, _convert_="all", _partial_=True)
 
 
 def _instantiate_all(group: DictConfig | None) -> list[Any]:

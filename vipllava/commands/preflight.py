@@ -1,13 +1,42 @@
-"""What a preflight found, as tables on a terminal."""
+"""``train.py preflight=true``: a job looked over, as tables; an error if it cannot run."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from vipllava.training.callbacks import render_parameter_table
-from vipllava.training.preflight import PreflightReport
+from vipllava.training.preflight import PreflightReport, examine
+from vipllava.types import VipLlavaError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def preflight(cfg: DictConfig, console: Console | None = None) -> PreflightReport:
+    """Look a job over, print what was found, and complain if it cannot run.
+
+    Args:
+        cfg: what Hydra composed from ``conf/train.yaml``, its plan checked.
+        console: where tables go; the standard output if not given.
+
+    Returns:
+        What was printed, if nothing stands in the way.
+
+    Raises:
+        VipLlavaError: config or tokenizer of a model whose sizes do not ship cannot be had; or,
+            when all has been printed, something would stop the job: each problem with its remedy.
+    """
+    report = examine(cfg)
+    print_preflight(report, console)
+    if report.problems:
+        listed = "\n".join(f"  - {problem}" for problem in report.problems)
+        count = len(report.problems)
+        raise VipLlavaError(f"preflight found {count} problem{'s' if count > 1 else ''}:\n{listed}")
+    return report
 
 
 def in_gib(size: float) -> str:

@@ -1,0 +1,109 @@
+"""The objects of a job, made from its composed configuration; whoever needs one makes it here.
+
+With :mod:`vipllava.training.run` and :mod:`vipllava.training.preflight` this is all of training
+that knows configuration objects; everything below takes plain arguments.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from vipllava.forecast.architecture import Architecture
+    from vipllava.models.building import ModelSpec
+    from vipllava.stream.datamodule import VisualPromptDataModule
+
+
+def partial(node: DictConfig) -> Any:
+    """Return the node's constructor with its arguments bound.
+
+    Objects go to the bound constructor rather than to ``instantiate``, which would copy them.
+    """
+    from hydra.utils import instantiate
+
+    return instantiate(node, _convert_="all", _partial_=True)
+
+
+def model_spec(cfg: DictConfig) -> ModelSpec:
+    """Return what a job's network is made of."""
+    from hydra.utils import instantiate
+
+    return instantiate(cfg.module.model, _convert_="all")
+
+
+def manifest_names(cfg: DictConfig) -> list[str]:
+    """Return the names or paths of a job's data sets."""
+    return list(cfg.data.mix) if cfg.data.mix else [cfg.data.manifest]
+
+
+def build_datamodule(cfg: DictConfig, tokenizer: Any = None) -> VisualPromptDataModule:
+    """Build a job's data module; ids and pictures are made for its model.
+
+    Args:
+        cfg: what Hydra composed from ``conf/train.yaml``, checked.
+        tokenizer: the model's, if it is loaded already.
+    """
+    from vipllava.checkpoints.loading import load_tokenizer
+    from vipllava.conversation import ConversationEncoder
+    from vipllava.models.building import image_seq_length, token_id
+    from vipllava.stream.image_transform import ImageTransform
+
+    _make_sample_data(cfg)
+    spec = model_spec(cfg)
+    tokenizer = tokenizer or load_tokenizer(spec)
+    encoder = ConversationEncoder(
+        tokenizer,
+        cfg.stage.chat_template,
+        image_token_id=token_id(tokenizer, spec.image_token),
+        image_seq_length=image_seq_length(spec),
+        max_length=cfg.stage.max_length,
+    )
+    transform = ImageTransform(spec.image_size, cfg.stage.image_aspect)
+    return partial(cfg.data)(encoder=encoder, image_transform=transform)
+
+
+def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
+    """Return the sizes of the network that a spec describes; reads config files only."""
+    from vipllava.forecast.architecture import architecture_of
+    from vipllava.models.building import network_config, num_patches, read_tower_config, token_id
+    from vipllava.models.opening import load_config
+
+    tower = read_tower_config(spec)
+    config = network_config(
+        tower,
+        load_config(spec.language_model, "language_model"),
+        feature_layers=spec.feature_layers,
+        num_tokens=len(tokenizer),
+        image_token_id=token_id(tokenizer, spec.image_token),
+        image_seq_length=num_patches(tower, spec.image_size),
+    )
+    return architecture_of(config)
+
+
+def forget_missing_checkpoint(cfg: DictConfig) -> Path | None:
+    """Let a job whose earlier stage has not run yet take config and tokenizer from the parts.
+
+    Looking at a job needs no weights, and a stage's export has the base's tokenizer.
+
+    Returns:
+        The export that is not there and was taken out of the configuration; None if it was not.
+    """
+    folder = cfg.stage.checkpoint
+    if folder is None or not Path(folder).is_relative_to(cfg.paths.runs) or Path(folder).is_dir():
+        return None
+    cfg.stage.checkpoint = None
+    return Path(folder)
+
+
+def _make_sample_data(cfg: DictConfig) -> None:
+    """Make the sample world if a manifest is of it; other data must be there already."""
+    from vipllava.shards.manifest import load_manifest
+
+    made_by = {load_manifest(n, cfg.data.manifests_dir).made_by for n in manifest_names(cfg)}
+    if "sample_world" in made_by:
+        from vipllava.sample_world.build import ensure_sample_world
+
+        ensure_sample_world(cfg.data.data_root)
