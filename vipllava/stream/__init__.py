@@ -1,1 +1,1 @@
-"""The stream that training reads: order, batches, finished samples, the loader, Lightning's door."""
+"""The stream that training reads: order, batches, finished samples, the loader, the DataModule."""
