@@ -27,8 +27,8 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
-from vipllava.ingest.build.annotations import plan_ranges
-from vipllava.ingest.build.shard_build import build_shards
+from vipllava.ingest.building.annotations import plan_ranges
+from vipllava.ingest.building.shard_build import build_shards
 from vipllava.shards.manifest import Manifest
 
 _NUM_PICTURES: Final = 1000

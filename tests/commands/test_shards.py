@@ -18,7 +18,7 @@ from rich.console import Console
 from tests.files.file_server import run_server
 from tests.toy_data import encode_picture, said
 from vipllava.commands import shards
-from vipllava.ingest.build.shard_build import BuildError
+from vipllava.ingest.building.shard_build import BuildError
 from vipllava.types import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from vipllava.commands.progress_bars import ProgressBars
     from vipllava.files.cache import ShardCache
-    from vipllava.ingest.build.build_report import BuildSummary
+    from vipllava.ingest.building.build_report import BuildSummary
     from vipllava.ingest.check.stats import ShardStats, Spread
     from vipllava.ingest.check.verify import Verdict
     from vipllava.shards.manifest import Manifest
@@ -90,7 +90,7 @@ def _help(only: str | None = None) -> str:
 
 
 def _build(values: dict[str, Any], console: Console) -> int:
-    from vipllava.ingest.build.shard_build import BuildProgress, build_shards, manifest_lines
+    from vipllava.ingest.building.shard_build import BuildProgress, build_shards, manifest_lines
 
     manifest = _load(values)
     rate: float = values["max_bad_rate"]
@@ -402,7 +402,7 @@ def _remote() -> list[Setting]:
 
 
 def _build_settings() -> list[Setting]:
-    from vipllava.ingest.build.shard_build import MAX_BAD_RATE, MAX_SAMPLES
+    from vipllava.ingest.building.shard_build import MAX_BAD_RATE, MAX_SAMPLES
 
     return [
         *_common(),

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from vipllava.ingest.build.build_report import BuildSummary
+from vipllava.ingest.building.build_report import BuildSummary
 from vipllava.ingest.check.stats import ShardStats, Spread, shard_stats
 from vipllava.shards.tars import Entry
 

@@ -18,8 +18,8 @@ from typing import Any, Final, Literal, cast
 import braceexpand
 
 from vipllava.files.download import run_parallel
-from vipllava.ingest.build.annotations import AnnotationError, iter_annotations
-from vipllava.ingest.build.incoming import metadata_paths, picture_paths
+from vipllava.ingest.building.annotations import AnnotationError, iter_annotations
+from vipllava.ingest.building.incoming import metadata_paths, picture_paths
 from vipllava.keyed_random import generator_for
 from vipllava.records import kind_of
 from vipllava.records.image_decode import decode_image

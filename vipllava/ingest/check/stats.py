@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from vipllava.ingest.build.build_report import BuildSummary
+from vipllava.ingest.building.build_report import BuildSummary
 from vipllava.records import AUTO, kind_of
 from vipllava.shards.tars import ShardSet
 

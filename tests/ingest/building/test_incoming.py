@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.toy_data import encode_picture, make_manifest, said
-from vipllava.ingest.build.annotations import Annotation
-from vipllava.ingest.build.incoming import (
+from vipllava.ingest.building.annotations import Annotation
+from vipllava.ingest.building.incoming import (
     Ingested,
     ingest,
     input_names,

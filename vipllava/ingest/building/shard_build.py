@@ -26,8 +26,9 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from vipllava.ingest.build.annotations import AnnotationRange, iter_range, plan_ranges
-from vipllava.ingest.build.build_report import (
+from vipllava.files.pools import default_num_workers, run_jobs
+from vipllava.ingest.building.annotations import AnnotationRange, iter_range, plan_ranges
+from vipllava.ingest.building.build_report import (
     FORMAT,
     REJECTED_FILE,
     SUMMARY_FILE,
@@ -36,7 +37,7 @@ from vipllava.ingest.build.build_report import (
     ShardReport,
     write_rejected,
 )
-from vipllava.ingest.build.incoming import (
+from vipllava.ingest.building.incoming import (
     UNREADABLE,
     Ingested,
     ingest,
@@ -44,7 +45,6 @@ from vipllava.ingest.build.incoming import (
     input_states,
     make_key,
 )
-from vipllava.files.pools import default_num_workers, run_jobs
 from vipllava.records.version import RECORD_VERSION
 from vipllava.shards.manifest import Manifest, is_remote
 from vipllava.shards.tar_index import index_path, load_index

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
-from vipllava.ingest.build.incoming import FileState
 from vipllava.files.atomic import write_whole
+from vipllava.ingest.building.incoming import FileState
 from vipllava.records.version import RECORD_VERSION
 
 SUMMARY_FILE: Final = "build.json"

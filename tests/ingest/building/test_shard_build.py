@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from tests.toy_data import encode_picture, make_manifest, said
-from vipllava.ingest.build import shard_build
-from vipllava.ingest.build.annotations import AnnotationError
-from vipllava.ingest.build.shard_build import (
+from vipllava.ingest.building import shard_build
+from vipllava.ingest.building.annotations import AnnotationError
+from vipllava.ingest.building.shard_build import (
     BuildError,
     BuildProgress,
     BuildSummary,
@@ -420,7 +420,7 @@ def test_a_finished_build_of_something_else_stays(data_root: Path):
 
 def test_killed_at_any_time_it_ends_the_same(data_root: Path, tmp_path: Path):
     """Real processes, SIGKILL to the parent; its workers must end by themselves."""
-    command = [sys.executable, "-m", "tests.ingest.build.build_job", str(data_root), "2"]
+    command = [sys.executable, "-m", "tests.ingest.building.build_job", str(data_root), "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def start() -> subprocess.Popen[str]:
@@ -460,7 +460,7 @@ def test_killed_again_and_again_it_ends_the_same(data_root: Path, tmp_path: Path
     """SIGKILL at random times, each build going on where the one before was killed."""
     write_list(data_root, [{**r, "id": n} for n, r in enumerate(toy_records() * 80)])
     build(data_root, output=tmp_path / "unbroken")
-    command = [sys.executable, "-m", "tests.ingest.build.build_job", str(data_root), "2"]
+    command = [sys.executable, "-m", "tests.ingest.building.build_job", str(data_root), "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     times_of_death = random.Random(0)
     work = data_root / "toy.building"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, cast
 
-from vipllava.ingest.build.annotations import Annotation
+from vipllava.ingest.building.annotations import Annotation
 from vipllava.keyed_random import generator_for
 from vipllava.records import AUTO, kind_of, parse_record
 from vipllava.records.image_decode import decode_image

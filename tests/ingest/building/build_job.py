@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from tests.toy_data import make_manifest
-from vipllava.ingest.build.shard_build import build_shards
+from vipllava.ingest.building.shard_build import build_shards
 
 if __name__ == "__main__":
     root, num_workers = sys.argv[1:]

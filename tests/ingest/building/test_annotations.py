@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vipllava.ingest.build import annotations
-from vipllava.ingest.build.annotations import (
+from vipllava.ingest.building import annotations
+from vipllava.ingest.building.annotations import (
     Annotation,
     AnnotationError,
     iter_annotations,

@@ -1,0 +1,1 @@
+"""Annotation lists and pictures into tars."""
