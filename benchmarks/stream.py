@@ -175,7 +175,7 @@ def _parse(key: str, record: dict[str, Any], picture: bytes) -> Sample:
 
 def _manifest() -> Manifest:
     raw = {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": _NAME,
         "stage": "finetune",
         "licence": "none",

@@ -28,7 +28,7 @@ def encode_picture(width: int = 64, height: int = 48, fmt: str = "JPEG", seed: i
 def make_manifest(name: str = "toy", **changes: Any) -> Manifest:
     """Return a valid manifest over ``NAME/*.tar``."""
     raw = {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": name,
         "stage": "finetune",
         "licence": "none",

@@ -50,6 +50,11 @@ class VipLlavaError(Exception):
         return placed
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; libraries add internals below it."""
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+
+
 class ConfigError(VipLlavaError):
     """The composed configuration cannot run; the message lists every problem."""
 

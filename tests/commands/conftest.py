@@ -43,6 +43,6 @@ def make_user_data(root: Path, more: list) -> UserData:
     write_shards([*toy_samples(10), *more], root / "mine")
     manifest = root / "mine.yaml"
     manifest.write_text(
-        "schema_version: 1\nname: mine\nstage: task\nlicence: none\nshards: mine/*.tar\n"
+        "schema_version: 2\nname: mine\nstage: task\nlicence: none\nshards: mine/*.tar\n"
     )
     return UserData(root, manifest)

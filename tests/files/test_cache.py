@@ -171,14 +171,6 @@ def test_another_size_than_before(server: FileServer, cache: ShardCache) -> None
     assert read(cache, url, SIZE) == body(2)
 
 
-def test_a_damaged_copy_is_discarded(server: FileServer, cache: ShardCache) -> None:
-    url = server.serve("a.tar", body(1))
-    cache.get(url).write_bytes(b"damaged")
-    cache.discard(url)
-    cache.discard(url)
-    assert read(cache, url) == body(1)
-
-
 def test_it_travels_to_workers(server: FileServer, cache: ShardCache) -> None:
     url = server.serve("a.tar", body(1))
     cache.prefetch([url])

@@ -9,10 +9,8 @@ import multiprocessing
 import os
 import tarfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from tests.files.cached_files import QUICK, ROOMY, SIZE, body, names, parts, rea
 from tests.files.file_server import FileServer, Reply, run_server
 from vipllava.files import cache as shard_cache
 from vipllava.files.cache import ShardCache, cache_name
+from vipllava.files.locks import locked
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -43,28 +42,6 @@ def cache(folder: Path) -> Iterator[ShardCache]:
     made = ShardCache(folder, ROOMY, QUICK)
     yield made
     made.close()
-
-
-def test_a_lock_that_was_removed_is_taken_anew(tmp_path: Path) -> None:
-    """Else two would work on one file: who waited for the old lock, and who found the new one."""
-    path = tmp_path / "lock"
-    taken = threading.Event()
-
-    def wait() -> None:
-        with shard_cache._locked(path):
-            taken.set()
-
-    waiting = threading.Thread(target=wait)
-    with ExitStack() as old, ExitStack() as new:
-        old.enter_context(shard_cache._locked(path))
-        waiting.start()
-        time.sleep(0.05)
-        path.unlink()
-        new.enter_context(shard_cache._locked(path))
-        old.close()
-        assert not taken.wait(0.1)
-    waiting.join(30)
-    assert taken.is_set()
 
 
 def _read_one(cache: ShardCache, url: str) -> None:
@@ -116,8 +93,8 @@ def test_two_jobs_in_a_small_cache(server: FileServer, folder: Path) -> None:
     def watch() -> None:
         nonlocal largest
         while not ended.wait(0.002):
-            with shard_cache._locked(folder / ".lock"):
-                largest = max(largest, sum(file.size for file in cache._whole()))
+            with locked(folder / ".lock"):
+                largest = max(largest, sum(file.size for file in shard_cache._held(folder)))
 
     watcher = threading.Thread(target=watch)
     watcher.start()

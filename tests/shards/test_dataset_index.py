@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
+import os
 import pickle
 import shutil
 import threading
@@ -13,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.shards.tar_files import write_tar, write_version_1
+from tests.shards.tar_files import write_tar
 from tests.toy_data import make_manifest, toy_samples
+from vipllava.files import atomic
 from vipllava.shards import dataset_index
 from vipllava.shards import tar_index as shard_index
 from vipllava.shards.dataset_index import DatasetIndex, open_dataset_index
@@ -100,10 +103,10 @@ def test_a_tar_that_was_cut_off_later_is_noticed(tmp_path: Path, tars: list[Path
         open_shards(make_manifest(), tmp_path)
 
 
-def test_missing_and_old_indices_are_made_first(tmp_path: Path, tars: list[Path]):
+def test_missing_indices_are_made_first(tmp_path: Path, tars: list[Path]):
     wanted = open_shards(make_manifest(), tmp_path)
     index_path(tars[0]).unlink()
-    write_version_1(tars[2])
+    index_path(tars[2]).unlink()
     shards = open_shards(make_manifest(), tmp_path)
     assert (shards.index.samples == wanted.index.samples).all()
     assert shards.fingerprint == wanted.fingerprint
@@ -172,15 +175,18 @@ def test_a_full_disk_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dataset_index.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert open_shards(make_manifest(), tmp_path).index.folder is None
     assert [path for path in tmp_path.rglob("*.npy")] == []
-    assert [path for path in tmp_path.rglob("*.part")] == []
+    assert [path for path in tmp_path.rglob("*.unfinished")] == []
 
 
 def test_what_a_killed_build_left_is_removed(tmp_path: Path, tars: list[Path]):
     home = tmp_path / ".vipllava"
-    left, other = home / f".toy-{'a' * 16}.1-x.part", home / f".toy-b-{'a' * 16}.1-x.part"
+    left, other = (
+        home / f".toy-{'a' * 16}.1-x.unfinished",
+        home / f".toy-b-{'a' * 16}.1-x.unfinished",
+    )
     for folder in (left, other):
         folder.mkdir(parents=True)
     open_shards(make_manifest(), tmp_path)
@@ -262,7 +268,7 @@ def test_processes_that_build_at_the_same_time(tmp_path: Path, tars: list[Path],
     barrier, answers = context.Barrier(2), context.Queue()
     with pytest.MonkeyPatch.context() as patch:
         if not locks:
-            patch.setattr(dataset_index.fcntl, "flock", no_locks)
+            patch.setattr(fcntl, "flock", no_locks)
         started = [
             context.Process(target=open_and_read, args=(tmp_path, barrier, answers))
             for _ in range(2)
@@ -284,19 +290,19 @@ def no_locks(*_: object) -> None:
 def test_the_loser_of_a_race_takes_the_winners(
     tmp_path: Path, tars: list[Path], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(dataset_index.fcntl, "flock", no_locks)
-    rename = Path.rename
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    move = atomic.move
 
-    def too_late(partial: Path, folder: Path) -> Path:
-        shutil.copytree(partial, folder)
+    def too_late(unfinished: Path, folder: Path) -> Path:
+        shutil.copytree(unfinished, folder)
         (folder / "winner").touch()
-        return rename(partial, folder)
+        return move(unfinished, folder)
 
-    monkeypatch.setattr(Path, "rename", too_late)
+    monkeypatch.setattr(atomic, "move", too_late)
     folder = open_shards(make_manifest(), tmp_path).index.folder
     assert folder is not None
     assert (folder / "winner").exists()
-    assert not list((tmp_path / ".vipllava").glob(".*.part"))
+    assert not list((tmp_path / ".vipllava").glob(".*.unfinished"))
 
 
 def test_threads_read_at_the_same_time(

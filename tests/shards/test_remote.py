@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from tests.files.file_server import FileServer, Reply, run_server
-from tests.shards.tar_files import write_version_1
 from tests.toy_data import make_manifest, toy_samples
 from vipllava.files.cache import CacheError, MissingError, ShardCache, cache_name
 from vipllava.files.retries import Patience
@@ -112,16 +111,6 @@ def test_storages_that_forbid_what_is_not_there(
 ):
     server.always["toy/shard-000001.index.npz"] = Reply(403)
     assert list(open_remote(server, cache).keys()) == KEYS
-
-
-def test_published_indices_of_version_1(server: FileServer, cache: ShardCache, tars: list[Path]):
-    wanted = open_remote(server, cache)
-    shutil.rmtree(cache.directory)
-    old = write_version_1(tars[1])
-    server.files[f"toy/{old.name}"] = old.read_bytes()
-    shards = open_remote(server, cache)
-    assert (shards.index.samples == wanted.index.samples).all()
-    assert shards.text_tokens(np.arange(20)).min() > 0
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ import pytest
 from tests.files.file_server import FileServer, Reply, run_server
 from tests.toy_data import SIDE, make_manifest, toy_samples
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.files import cache as shard_cache
 from vipllava.files.cache import ShardCache, cache_name
+from vipllava.files.locks import locked
 from vipllava.files.openers import CacheError
 from vipllava.files.retries import Patience
 from vipllava.shards import open_files
@@ -186,7 +186,7 @@ def test_waiting_for_another_process_is_bounded(server: FileServer, tmp_path: Pa
     url = server.url(TAR)
     (tmp_path / ".locks").mkdir()
     with (
-        shard_cache._locked(tmp_path / ".locks" / cache_name(url)),
+        locked(tmp_path / ".locks" / cache_name(url)),
         pytest.raises(CacheError, match=r"given up after 1 s of waiting for another process that"),
     ):
         cache.get(url)

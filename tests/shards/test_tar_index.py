@@ -1,9 +1,8 @@
-"""The index of one tar: its rows, what is refused, and the way up from version 1."""
+"""The index of one tar: its rows, and what is refused."""
 
 from __future__ import annotations
 
 import json
-import logging
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.shards.tar_files import write_tar, write_version_1
+from tests.shards.tar_files import write_tar
 from tests.toy_data import encode_picture, said, toy_samples
 from vipllava.shards.tar_index import (
     SAMPLE,
-    OldIndexError,
     SampleRow,
     ShardError,
     ShardIndex,
@@ -122,51 +120,17 @@ def test_names():
     assert index_path(Path("/data/x-000.tar")) == Path("/data/x-000.index.npz")
 
 
-# The way up.
-
-
-def test_version_1_is_raised_and_written(tar: Path, caplog: pytest.LogCaptureFixture):
-    before, path = index_path(tar).read_bytes(), write_version_1(tar)
-    assert path.read_bytes() != before
-    with pytest.raises(OldIndexError, match=r"index\.npz has version 1"):
-        read(path)
-    assert load_index(path, tar).samples["text_tokens"].tolist() == [
-        6, 4, 8, 5, 2, 4, 8, 5, 6, 3,
-    ]  # fmt: skip
-    assert path.read_bytes() != before  # loading writes nothing
-    with caplog.at_level(logging.INFO):
-        ensure_index(tar)
-    assert path.read_bytes() == before
-    assert "index.npz has version 1; reading its tar's records" in caplog.text
-
-
-def test_version_1_keeps_its_checksums(tar: Path):
-    """An index made from a tar that was damaged meanwhile would bless the damage."""
-    rows, path = load_index(index_path(tar), tar).samples, write_version_1(tar)
-    data = bytearray(tar.read_bytes())
-    data[512 * int(rows["image_block"][8]) + 100] ^= 1
-    tar.write_bytes(data)
-    assert (ensure_index(tar).samples == rows).all()
-    write_version_1(tar)
-    data[512 * int(rows["record_block"][8]) + 3] ^= 1
-    tar.write_bytes(data)
-    with pytest.raises(ShardError, match=r"record of sample `s008` .* not what .*000000\.index"):
-        ensure_index(tar)
-    assert path.exists()
-
-
-def test_version_1_in_a_folder_that_cannot_be_written(
+def test_an_index_in_a_folder_that_cannot_be_written(
     tar: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    path = write_version_1(tar)
-    before = path.read_bytes()
+    index_path(tar).unlink()
 
     def refuse(*_: object) -> None:
         raise PermissionError("read-only")
 
     monkeypatch.setattr("vipllava.shards.tar_index.save_index", refuse)
     assert ensure_index(tar).samples["text_tokens"].any()
-    assert path.read_bytes() == before
+    assert not index_path(tar).exists()
     assert "kept in memory" in caplog.text
 
 
@@ -176,7 +140,8 @@ def test_version_1_in_a_folder_that_cannot_be_written(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 3}, "has version 3, this release reads 1 and 2; update .* or delete"),
+        ({"version": 1}, "has version 1, this release reads 2"),
+        ({"version": 3}, "has version 3, this release reads 2; update .* or delete"),
         ({"version": "2"}, "has version '2'"),
         ({"tar_size": 1}, "is the index of another tar, .* indexed 1 bytes, found"),
         ({"head_crc": 1}, "is the index of another tar"),

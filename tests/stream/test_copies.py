@@ -143,7 +143,7 @@ def manifest(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / "toy.yaml"
     path.write_text(
-        "schema_version: 1\nname: toy\nstage: finetune\nlicence: none\n"
+        "schema_version: 2\nname: toy\nstage: finetune\nlicence: none\n"
         "shards: toy/shard-{000000..000003}.tar\n"
     )
     return path

@@ -59,7 +59,7 @@ def make_module(
     if not manifests.exists():
         manifests.mkdir()
         (manifests / "toy.yaml").write_text(
-            "schema_version: 1\nname: toy\nstage: finetune\nlicence: none\nshards: toy/*.tar\n"
+            "schema_version: 2\nname: toy\nstage: finetune\nlicence: none\nshards: toy/*.tar\n"
         )
     values: dict[str, Any] = {
         "manifest": "toy",

@@ -19,7 +19,7 @@ from vipllava.shards.tars import write_shards
 from vipllava.training.lit_module import VipLlavaLitModule
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-MANIFEST = {"schema_version": 1, "name": "toy", "stage": "finetune", "licence": "none"}
+MANIFEST = {"schema_version": 2, "name": "toy", "stage": "finetune", "licence": "none"}
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def write_data(root: Path) -> Path:
     """Write 24 samples and their manifest; three global batches of eight an epoch."""
     write_shards(toy_samples(24), root / "mine", max_samples=8)
     (root / "mine.yaml").write_text(
-        "schema_version: 1\nname: mine\nstage: pretrain\nlicence: none\nshards: mine/*.tar\n"
+        "schema_version: 2\nname: mine\nstage: pretrain\nlicence: none\nshards: mine/*.tar\n"
     )
     return root
 

@@ -27,7 +27,7 @@ def data_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     write_shards(toy_samples(24), root / "mine", max_samples=8)
     (root / "mine.yaml").write_text(
-        "schema_version: 1\nname: mine\nstage: pretrain\nlicence: none\nshards: mine/*.tar\n"
+        "schema_version: 2\nname: mine\nstage: pretrain\nlicence: none\nshards: mine/*.tar\n"
     )
     return root
 

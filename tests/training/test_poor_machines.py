@@ -40,7 +40,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     write_shards(toy_samples(16), root / "mine", max_samples=8)
     (root / "mine.yaml").write_text(
-        "schema_version: 1\nname: mine\nstage: pretrain\nlicence: für 名\nshards: mine/*.tar\n",
+        "schema_version: 2\nname: mine\nstage: pretrain\nlicence: für 名\nshards: mine/*.tar\n",
         encoding="utf-8",
     )
     return root

@@ -33,7 +33,7 @@ from vipllava.types import CheckpointError, ConfigError, VipLlavaError
 
 ROOT = Path(__file__).resolve().parents[2]
 A100 = CudaDevice("NVIDIA A100-SXM4-80GB", 79.2, (8, 0))
-MANIFEST = {"schema_version": 1, "name": "toy", "stage": "finetune", "licence": "none"}
+MANIFEST = {"schema_version": 2, "name": "toy", "stage": "finetune", "licence": "none"}
 MINE = MANIFEST | {"name": "mine", "shards": "*.tar", "policy": "regions", "num_samples": 10}
 
 

@@ -25,7 +25,7 @@ def ended(tiny_sources, tmp_path_factory) -> Path:
     write_shards(toy_samples(22), root / "toy", max_samples=8)
     (root / "manifests").mkdir()
     (root / "manifests" / "toy.yaml").write_text(
-        "schema_version: 1\nname: toy\nstage: finetune\nlicence: none\nshards: toy/*.tar\n"
+        "schema_version: 2\nname: toy\nstage: finetune\nlicence: none\nshards: toy/*.tar\n"
     )
     spec = {
         "vision_tower": tiny_sources.vision_tower,

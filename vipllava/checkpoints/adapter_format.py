@@ -8,9 +8,7 @@ The original's has the projector beside it, in ``non_lora_trainables.bin``.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, VipLlavaForConditionalGenerati
 from vipllava.checkpoints.export_meta import META_NAME, ExportMeta
 from vipllava.checkpoints.model_card import CARD_NAME, model_card
 from vipllava.checkpoints.names import hf_to_hf, hf_to_llava
-from vipllava.files.atomic import sync, sync_folder
+from vipllava.files.atomic import new_folder
 from vipllava.models.adapters import (
     AdapterSettings,
     adapter_parameters,
@@ -97,31 +95,22 @@ def save_adapter(
         base_model_name_or_path=base,
         inference_mode=True,
     )
-    unfinished = directory.with_name(f".{directory.name}.unfinished-{os.getpid()}")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        config.save_pretrained(str(unfinished))
-        save_tensors(unfinished / _FILES[0], tensors)
-        if tokenizer is not None:
-            saved: Any = tokenizer
-            saved.save_pretrained(unfinished)
-        text = json.dumps(asdict(meta), indent=2) + "\n"
-        (unfinished / META_NAME).write_text(text, encoding="utf-8")
-        card = model_card(meta, "lora", model.config, base=base)
-        (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
-        sync_folder(unfinished)
-        if directory.exists():
-            shutil.rmtree(directory)
-        unfinished.rename(directory)
-        sync(directory.parent)
+        with new_folder(directory, replace=True) as unfinished:
+            config.save_pretrained(str(unfinished))
+            save_tensors(unfinished / _FILES[0], tensors)
+            if tokenizer is not None:
+                saved: Any = tokenizer
+                saved.save_pretrained(unfinished)
+            text = json.dumps(asdict(meta), indent=2) + "\n"
+            (unfinished / META_NAME).write_text(text, encoding="utf-8")
+            card = model_card(meta, "lora", model.config, base=base)
+            (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(
             f"the adapter could not be written to {directory} ({error}): free some space or "
             "choose another folder"
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return directory
 
 

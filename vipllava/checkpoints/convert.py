@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from vipllava.checkpoints.model_card import CARD_NAME, model_card
 from vipllava.checkpoints.names import hf_to_hf
 from vipllava.checkpoints.source import KINDS, Source
 from vipllava.checkpoints.verify import Agreement, compare, insist, probe_logits
+from vipllava.files.atomic import new_folder
 from vipllava.models.adapters import merge_adapters
 from vipllava.models.building import EMBEDDINGS, projector_shapes
 from vipllava.models.tensor_files import dtype_of, shape_of
@@ -131,27 +131,23 @@ def convert(
     expected = probe_logits(model, num_rows)
     if opened.adapter is not None and format != "llava-lora":
         merge_adapters(model)
-    unfinished = destination.with_name(f".{destination.name}.unfinished-{os.getpid()}")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        on_step(f"writing {FORMATS[format]}")
-        _write(model, opened, unfinished, format)
-        del model
-        gc.collect()
-        on_step("opening the result and comparing its answers")
-        again = _reopen(unfinished, opened, format, options)
-        merge = format != "llava-lora"
-        found = probe_logits(_network(again, wanted, device, merge_adapter=merge), num_rows)
-        agreement = compare(expected, found, dtype=wanted, merged=opened.adapter is not None)
-        insist(agreement, f"the conversion of {source}")
-        _move(unfinished, destination)
+        with new_folder(destination, replace=True) as unfinished:
+            on_step(f"writing {FORMATS[format]}")
+            _write(model, opened, unfinished, format)
+            del model
+            gc.collect()
+            on_step("opening the result and comparing its answers")
+            again = _reopen(unfinished, opened, format, options)
+            merge = format != "llava-lora"
+            found = probe_logits(_network(again, wanted, device, merge_adapter=merge), num_rows)
+            agreement = compare(expected, found, dtype=wanted, merged=opened.adapter is not None)
+            insist(agreement, f"the conversion of {source}")
     except OSError as error:
         raise CheckpointError(
             f"{destination} could not be written ({error}): free some space or choose another "
             "folder; nothing there was changed"
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     name = str(wanted).removeprefix("torch.")
     return Conversion(source, opened.kind, destination, format, name, agreement)
 
@@ -169,7 +165,6 @@ def _write(
     if format in ("hf", "lora-merged"):
         save_export(model, opened.tokenizer, directory, opened.meta)
         return
-    directory.mkdir(parents=True)
     card = model_card(opened.meta, "lora" if format == "llava-lora" else format, opened.config)
     (directory / CARD_NAME).write_text(card, encoding="utf-8")
     if format == "llava-lora":
@@ -247,17 +242,3 @@ def _num_bytes(opened: Source, dtype: torch.dtype, *, projector_only: bool = Fal
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
-
-
-def _move(unfinished: Path, destination: Path) -> None:
-    """Put the finished folder in its place; an older conversion goes only then."""
-    replaced = destination.with_name(f".{destination.name}.replaced-{os.getpid()}")
-    if destination.exists():
-        destination.rename(replaced)
-    try:
-        unfinished.rename(destination)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(destination)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)

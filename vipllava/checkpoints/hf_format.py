@@ -8,8 +8,6 @@ template belongs to the checkpoint and is read from there, never guessed from a 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from vipllava.checkpoints.export_meta import META_NAME, ExportMeta, check_meta
 from vipllava.checkpoints.model_card import CARD_NAME, model_card
 from vipllava.checkpoints.names import hf_to_hf
 from vipllava.checkpoints.processor import build_processor
-from vipllava.files.atomic import sync, sync_folder
+from vipllava.files.atomic import new_folder
 from vipllava.models.tensor_files import write_tensors
 from vipllava.types import CheckpointError
 
@@ -55,37 +53,24 @@ def save_export(
             f"{directory} exists and is no export of a stage (it has no {META_NAME}): choose "
             "another folder, or move it away"
         )
-    unfinished = directory.with_name(f".{directory.name}.unfinished-{os.getpid()}")
-    replaced = directory.with_name(f".{directory.name}.replaced-{os.getpid()}")
     try:
-        _remove(unfinished)
-        unfinished.mkdir(parents=True)
-        _write_network(model, unfinished)
-        _name_feature_layers_twice(unfinished / "config.json", meta.feature_layers)
-        made, agreement = build_processor(tokenizer, model.config, meta)
-        processor: Any = made
-        processor.save_pretrained(unfinished)
-        # The processor's file holds the image processor, too; older readers look for its own.
-        processor.image_processor.save_pretrained(unfinished)
-        text = json.dumps(asdict(meta), indent=2) + "\n"
-        (unfinished / META_NAME).write_text(text, encoding="utf-8")
-        card = model_card(meta, "hf", model.config, agreement)
-        (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
-        sync_folder(unfinished)
-        if directory.exists():
-            directory.rename(replaced)
-        unfinished.rename(directory)
-        sync(directory.parent)
-        _remove(replaced)
+        with new_folder(directory, replace=True) as unfinished:
+            _write_network(model, unfinished)
+            _name_feature_layers_twice(unfinished / "config.json", meta.feature_layers)
+            made, agreement = build_processor(tokenizer, model.config, meta)
+            processor: Any = made
+            processor.save_pretrained(unfinished)
+            # The processor's file holds the image processor, too; older readers look for its own.
+            processor.image_processor.save_pretrained(unfinished)
+            text = json.dumps(asdict(meta), indent=2) + "\n"
+            (unfinished / META_NAME).write_text(text, encoding="utf-8")
+            card = model_card(meta, "hf", model.config, agreement)
+            (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
     except OSError as error:
-        if replaced.exists() and not directory.exists():
-            replaced.rename(directory)
         raise CheckpointError(
             f"the export to {directory} could not be written ({error}): free some space or choose "
             "another folder; nothing there was changed"
         ) from error
-    finally:
-        _remove(unfinished)
     return directory
 
 
@@ -120,8 +105,3 @@ def _name_feature_layers_twice(path: Path, feature_layers: tuple[int, ...]) -> N
 
 def _is_used(directory: Path) -> bool:
     return not directory.is_dir() or any(directory.iterdir())
-
-
-def _remove(directory: Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)

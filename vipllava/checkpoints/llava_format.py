@@ -8,8 +8,6 @@ given by whoever opens it. A stage-1 run leaves the projector alone in ``mm_proj
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +30,7 @@ from vipllava.checkpoints.names import (
     rename,
     without_prefixes,
 )
-from vipllava.files.atomic import sync, sync_folder
+from vipllava.files.atomic import new_folder
 from vipllava.models.building import EMBEDDINGS, HEAD, PROJECTOR, mean_row, projector_shapes
 from vipllava.models.tensor_files import (
     LazyTensor,
@@ -97,7 +95,7 @@ class LlavaFolder:
 def is_llava(folder: Path) -> bool:
     """Whether a folder's ``config.json`` is of the original format."""
     path = folder / "config.json"
-    return path.is_file() and _read_config(path).get("model_type") in MODEL_TYPES
+    return path.is_file() and read_config(path).get("model_type") in MODEL_TYPES
 
 
 def read_llava(folder: Path, *, vision_tower: Path) -> LlavaFolder:
@@ -114,7 +112,7 @@ def read_llava(folder: Path, *, vision_tower: Path) -> LlavaFolder:
         CheckpointError: it is another format, its config is of another network or contradicts
             its weights, or a weight has an unknown name.
     """
-    raw = _read_config(folder / "config.json")
+    raw = read_config(folder / "config.json")
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(
@@ -320,23 +318,14 @@ def save_projector(model: VipLlavaForConditionalGeneration, directory: Path) -> 
         )
     projector: Any = model.model.multi_modal_projector
     tensors = {f"{PROJECTOR}.{name}": p.detach() for name, p in projector.named_parameters()}
-    unfinished = directory.with_name(f".{directory.name}.unfinished-{os.getpid()}")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        write_projector(unfinished / PROJECTOR_FILES[1], tensors)
-        sync_folder(unfinished)
-        if directory.exists():
-            shutil.rmtree(directory)
-        unfinished.rename(directory)
-        sync(directory.parent)
+        with new_folder(directory, replace=True) as unfinished:
+            write_projector(unfinished / PROJECTOR_FILES[1], tensors)
     except OSError as error:
         raise CheckpointError(
             f"the projector could not be written to {directory} ({error}): free some space or "
             "choose another folder"
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return directory
 
 
@@ -359,7 +348,8 @@ def _rows_without_means(tensors: Mapping[str, LazyTensor], image_token_id: int) 
     return image_token_id
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a JSON object; what is none is a CheckpointError."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 from vipllava.checkpoints.export_meta import META_NAME, ExportMeta, check_meta, load_meta
-from vipllava.checkpoints.llava_format import is_llava, read_llava, read_projector
+from vipllava.checkpoints.llava_format import is_llava, read_config, read_llava, read_projector
 from vipllava.checkpoints.names import clip_to_hf, hf_to_hf, text_model_to_hf
 from vipllava.checkpoints.parts import INDEX as PARTS_INDEX
 from vipllava.checkpoints.source import KINDS, Kind, Source, infer_chat_template
@@ -423,7 +422,7 @@ def _named_base(path: Path) -> str | None:
     config = path / "adapter_config.json" if path.is_dir() else None
     if config is None or not config.is_file():
         return None
-    raw = _read_json(config)
+    raw = read_config(config)
     base = raw.get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
 
@@ -438,20 +437,8 @@ def _is_deepspeed(path: Path) -> bool:
 
 
 def _model_type(path: Path) -> str | None:
-    value = _read_json(path).get("model_type")
+    value = read_config(path).get("model_type")
     return value if isinstance(value, str) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}): write or download it again"
-        ) from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds no JSON object: write or download it again")
-    return cast("dict[str, Any]", raw)
 
 
 def _check_same_architecture(opened: Source, spec: ModelSpec) -> None:

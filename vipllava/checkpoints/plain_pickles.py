@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 
 import torch
 
-from vipllava.types import CheckpointError
+from vipllava.types import CheckpointError, first_line
 
 _DEEPSPEED_VALUES: Final = (
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
@@ -119,8 +119,3 @@ def _enum_member(kind: object, name: str) -> enum.Enum:
         members = cast("type[enum.Enum]", kind)
         return members[name]
     raise pickle.UnpicklingError(f"{name} of {kind} is no plain value")
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -23,13 +23,12 @@ import torch
 from vipllava.checkpoints.names import HF_TO_HF, map_name
 from vipllava.checkpoints.parts import INDEX, file_sizes, read_weights
 from vipllava.checkpoints.plain_pickles import (
-    first_line,
     load_plain,
     plain_values_only,
     read_metadata,
 )
 from vipllava.models.tensor_files import LazyTensor
-from vipllava.types import CheckpointError
+from vipllava.types import CheckpointError, first_line
 
 _WRAPPERS: Final = re.compile(r"^(?:_forward_module\.|module\.|state_dict\.)*")
 _ATTRIBUTE: Final = "model."

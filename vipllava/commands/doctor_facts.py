@@ -21,6 +21,7 @@ from vipllava.commands.network_probe import Probe
 from vipllava.config.hardware import SHM, Hardware
 from vipllava.config.launch_checks import left_over, misplaced_master
 from vipllava.config.machine_faults import find_home
+from vipllava.types import first_line
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -191,8 +192,7 @@ def look_at_packages() -> Packages:
         try:
             import_module(name)
         except Exception as error:  # noqa: BLE001  whatever it is, it is what is wrong here
-            lines = str(error).strip().splitlines()
-            errors[name] = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            errors[name] = f"{type(error).__name__}: {first_line(error)}"
     import vipllava
 
     code, torch_cuda = vipllava.__version__, None

@@ -23,9 +23,8 @@ from vipllava.config.checks import format_problems
 from vipllava.config.machine_faults import explain_fault, make_output_safe
 from vipllava.config.overrides import find_override_problems
 from vipllava.config.resolvers import register_resolvers
-from vipllava.config.schema import first_line
 from vipllava.processes import begin
-from vipllava.types import VipLlavaError
+from vipllava.types import VipLlavaError, first_line
 
 EXIT_USER_ERROR = 2
 

@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vipllava.config.checks import find_problems
 from vipllava.config.resolvers import register_resolvers
-from vipllava.config.schema import did_you_mean, first_line
+from vipllava.config.schema import did_you_mean
+from vipllava.types import first_line
 
 _ERRORS = (HydraException, OmegaConfBaseException)
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from vipllava.config.attention import KERNELS, TORCH_VARLEN
-from vipllava.types import ConfigError
+from vipllava.types import ConfigError, first_line
 
 CHAT_TEMPLATES = ("plain", "llava_v1", "llama_3", "phi_3", "llava_v0", "chatml")
 IMAGE_ASPECTS = ("square", "pad", "resize")
@@ -338,11 +338,6 @@ def spell(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return str(value)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message; libraries add internals below it."""
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
 
 
 def _opened(rules: Mapping[str, Rule]) -> set[str]:

@@ -15,29 +15,23 @@ import logging
 import os
 import re
 import shutil
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar, cast
+from typing import Any, Final, NoReturn, cast
 from urllib.parse import urlsplit
 
 from vipllava import __version__
-from vipllava.files.retries import PATIENT, Patience, Trial
+from vipllava.files.atomic import move
+from vipllava.files.retries import PATIENT, BrokenError, GivenUpError, Patience, Trial, retry
 from vipllava.types import StorageError
-
-log = logging.getLogger(__name__)
 
 Progress = Callable[[int, "int | None"], None]
 """Called with the bytes present and the bytes in all, None while unknown."""
 
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-_IN_FLIGHT: Final = 4  # items per worker: a list of 200 thousand is not queued at once
 _CHUNK: Final = 1 << 20
 _TEMPORARY: Final = (408, 425, 429, 500, 502, 503, 504)
 _RANGE: Final = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")
@@ -63,15 +57,7 @@ class DiskError(DownloadError):
     """The place a download was meant for cannot take it."""
 
 
-class _Broken(Exception):
-    """This attempt failed; the next one may not."""
-
-    def __init__(self, message: str, pause_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.pause_s = pause_s
-
-
-class _Stale(_Broken):
+class _StaleError(BrokenError):
     """The bytes so far are of another file than the server has now."""
 
 
@@ -162,48 +148,16 @@ def download(
         # One of thousands of pictures, or the one that somebody waits for.
         level = logging.INFO if trial is None else logging.WARNING
         trial = trial or Trial(patience, part.size())
-        while True:
-            try:
-                _transfer(part, size, trial, on_progress)
-                break
-            except _Broken as error:
-                # A long download over a shaky line may break often, as long as it moves.
-                pause_s = trial.pause_after_failure(part.size(), error.pause_s)
-                if isinstance(error, _Stale):
-                    part.drop()
-                if pause_s is None:
-                    raise DownloadError(
-                        f"{url}: given up after {trial}; the last one: {error}. {_kept(part)}"
-                    ) from error
-                log.log(level, "%s: %s; trying again in %.0f s", url, error, pause_s)
-                time.sleep(pause_s)
+        retry(partial(_attempt, part, size, trial, on_progress), trial, url, level=level)
         received = part.size()
         _check(part, received, size, {"md5": md5, "sha256": sha256})
-        part.path.replace(target)
+        move(part.path, target)
         part.note.unlink(missing_ok=True)
+    except GivenUpError as error:
+        raise DownloadError(f"{error}. {_kept(part)}") from error
     except OSError as error:
         raise disk_error(error, url, target) from error
     return received
-
-
-def run_parallel(
-    work: Callable[[_Item], _Result], items: Iterable[_Item], num_workers: int
-) -> Iterator[_Result]:
-    """Yield results as they come, in threads, with a bounded number of items under way.
-
-    The first error ends it; what has not begun by then is left.
-    """
-    waiting: set[Future[_Result]] = set()
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        try:
-            for item in items:
-                waiting.add(pool.submit(work, item))
-                if len(waiting) >= _IN_FLIGHT * num_workers:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            yield from (future.result() for future in as_completed(waiting))
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _kept(part: _Partial) -> str:
@@ -215,13 +169,23 @@ def _kept(part: _Partial) -> str:
     )
 
 
+def _attempt(part: _Partial, size: int | None, trial: Trial, on_progress: Progress | None) -> None:
+    try:
+        _transfer(part, size, trial, on_progress)
+    except BrokenError as error:
+        error.size = part.size()  # a long download over a shaky line may break often, if it moves
+        if isinstance(error, _StaleError):
+            part.drop()
+        raise
+
+
 def _transfer(part: _Partial, size: int | None, trial: Trial, on_progress: Progress | None) -> None:
     """Make one attempt; returns when every byte that the server announced is there."""
     start = part.size()
     if start and part.total is not None and start >= part.total:
         if start == part.total:
             return
-        raise _Stale(f"the partial file has {start} bytes, the server said {part.total}")
+        raise _StaleError(f"the partial file has {start} bytes, the server said {part.total}")
     headers = {"User-Agent": f"vipllava/{__version__}", "Accept-Encoding": "identity"}
     if start and part.immutable:
         headers["Range"] = f"bytes={start}-"
@@ -237,7 +201,7 @@ def _transfer(part: _Partial, size: int | None, trial: Trial, on_progress: Progr
         with error:
             _refused(part, error)
     except (OSError, http.client.HTTPException) as error:
-        raise _Broken(_reason(error)) from error
+        raise BrokenError(_reason(error)) from error
     with response:
         start = _begin(part, response, start, size)
         _receive(part, response, start, trial, on_progress)
@@ -251,10 +215,10 @@ def _begin(part: _Partial, response: http.client.HTTPResponse, start: int, size:
     if response.status == http.HTTPStatus.PARTIAL_CONTENT:
         match = _RANGE.match(headers.get("Content-Range", ""))
         if match is None or match.group(1) is None or int(match.group(1)) != start:
-            raise _Stale(f"asked for bytes from {start}, got {headers.get('Content-Range')!r}")
+            raise _StaleError(f"asked for bytes from {start}, got {headers.get('Content-Range')!r}")
         total = int(match.group(2)) if match.group(2) != "*" else None
         if total is not None and part.total not in (None, total):
-            raise _Stale(f"the file had {part.total} bytes and has {total} now")
+            raise _StaleError(f"the file had {part.total} bytes and has {total} now")
         part.total = part.total if total is None else total
     else:  # the whole file, whether it was asked for or has changed
         start, part.total = 0, rest
@@ -292,7 +256,7 @@ def _receive(
                 # read1 hands over what has come; read would lose it when the connection breaks.
                 chunk = response.read1(_CHUNK)
             except (OSError, http.client.HTTPException) as error:
-                raise _Broken(f"{_reason(error)} (after {received} bytes)") from error
+                raise BrokenError(f"{_reason(error)} (after {received} bytes)") from error
             if not chunk:
                 break
             file.write(chunk)
@@ -302,21 +266,23 @@ def _receive(
                 on_progress(received, part.total)
             trial.moved_to(received)
             if trial.overdue:
-                raise _Broken(f"too few bytes came in the time that it is tried ({received} now)")
+                raise BrokenError(
+                    f"too few bytes came in the time that it is tried ({received} now)"
+                )
         os.fsync(file.fileno())
     if part.total is not None and received < part.total:
-        raise _Broken(f"the connection ended after {received} of {part.total} bytes")
+        raise BrokenError(f"the connection ended after {received} of {part.total} bytes")
     if part.total is not None and received > part.total:
-        raise _Stale(f"{received} bytes came where {part.total} were announced")
+        raise _StaleError(f"{received} bytes came where {part.total} were announced")
 
 
 def _refused(part: _Partial, error: urllib.error.HTTPError) -> NoReturn:
     if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-        raise _Stale("the server no longer has a file of that length")
+        raise _StaleError("the server no longer has a file of that length")
     message = f"the server answered {error.code} {error.reason}"
     if error.code in _TEMPORARY:
         after = error.headers.get("Retry-After", "")
-        raise _Broken(message, float(after) if after.isdigit() else 0.0)
+        raise BrokenError(message, pause_s=float(after) if after.isdigit() else 0.0)
     remedy = {
         401: "it wants a login: get the file with a browser",
         403: "it denies access: get the file with a browser",

@@ -16,8 +16,9 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final
 
+from vipllava.files.atomic import move
 from vipllava.files.download import Progress, download
-from vipllava.files.retries import Trial
+from vipllava.files.retries import BrokenError, Trial
 from vipllava.types import StorageError
 
 _CHUNK: Final = 4 << 20
@@ -32,11 +33,7 @@ class MissingError(CacheError):
     """There is nothing under the address."""
 
 
-class BrokenError(Exception):
-    """This attempt failed; the next one may not."""
-
-
-class WrongError(BrokenError):
+class WrongError(Exception):
     """A whole answer came, and it is not the file that is expected; more attempts rarely help."""
 
 
@@ -53,7 +50,7 @@ def transfer(url: str, staged: Path, trial: Trial, on_progress: Progress) -> int
         The file's bytes.
 
     Raises:
-        BrokenError: this attempt failed.
+        BrokenError: this attempt failed; the next one may not.
         CacheError: there is no use in another one.
         DownloadError: every attempt failed, or the disk did.
         OSError: the local disk failed.
@@ -75,7 +72,7 @@ def transfer(url: str, staged: Path, trial: Trial, on_progress: Progress) -> int
                 raise BrokenError(f"only {received} bytes came in the time that it is tried")
         file.flush()
         os.fsync(file.fileno())
-    part.replace(staged)
+    move(part, staged)
     return received
 
 

@@ -1,19 +1,30 @@
-"""Jobs over processes: bounded in number, ended with the process that started them."""
+"""Jobs over processes or threads: bounded in number, and ended with whoever started them."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from vipllava.types import VipLlavaError
 
-_IN_FLIGHT: Final = 2  # jobs per worker that are handed out ahead
+_IN_FLIGHT: Final = (
+    4  # jobs per worker: none waits for one, and 200 thousand are not queued at once
+)
 _MOST: Final = 16
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
@@ -30,16 +41,21 @@ def default_num_workers() -> int:
 
 
 def run_jobs(
-    work: Callable[[_Job], _Result], jobs: Iterable[_Job], num_workers: int
+    work: Callable[[_Job], _Result],
+    jobs: Iterable[_Job],
+    num_workers: int,
+    *,
+    ordered: bool = False,
 ) -> Generator[_Result]:
-    """Yield results as they come.
+    """Yield results of jobs that run in processes.
 
     ``jobs`` is read as far as the workers get, so that it may be long.
 
     Args:
-        work: a function of a module, to be found by the workers.
+        work: a function of a module, or an object that can be pickled: each process gets it once.
         jobs: its arguments; they and the results travel between processes.
         num_workers: processes; 0 works in this one, in the jobs' order.
+        ordered: yield in the jobs' order instead of as they come.
 
     Raises:
         WorkerDied: a worker was killed, for want of memory most likely.
@@ -51,28 +67,63 @@ def run_jobs(
         return
     # Not forked: threads (torch's, a progress bar's) do not survive that.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker)
-    waiting: set[Future[_Result]] = set()
+    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (pickle.dumps(work),))
     try:
-        for job in jobs:
-            waiting.add(pool.submit(work, job))
-            if len(waiting) >= _IN_FLIGHT * num_workers:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
+        yield from _in_pool(pool, _call, jobs, num_workers, ordered)
     except BrokenProcessPool as error:
         raise WorkerDied(
             "a worker process was ended from outside, for want of memory most likely; run the "
             "same command again with fewer workers (num_workers=)"
         ) from error
+
+
+def run_threads(
+    work: Callable[[_Job], _Result],
+    jobs: Iterable[_Job],
+    num_threads: int,
+    *,
+    ordered: bool = False,
+) -> Generator[_Result]:
+    """Yield results of jobs that run in threads, as :func:`run_jobs`; at least one thread."""
+    num_threads = max(1, num_threads)
+    yield from _in_pool(ThreadPoolExecutor(num_threads), work, jobs, num_threads, ordered)
+
+
+def _in_pool(
+    pool: Executor,
+    work: Callable[[_Job], _Result],
+    jobs: Iterable[_Job],
+    num_workers: int,
+    ordered: bool,
+) -> Generator[_Result]:
+    """The first error ends it; what has not begun by then is left."""
+    pending: deque[Future[_Result]] = deque()
+
+    def take() -> _Result:
+        if ordered:
+            return pending.popleft().result()
+        done = wait(pending, return_when=FIRST_COMPLETED).done.pop()
+        pending.remove(done)
+        return done.result()
+
+    try:
+        for job in jobs:
+            pending.append(pool.submit(work, job))
+            if len(pending) >= _IN_FLIGHT * num_workers:
+                yield take()
+        while pending:
+            yield take()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
-def start_worker() -> None:
+_work: Callable[[Any], Any]
+"""What this process does, if :func:`run_jobs` started it."""
+
+
+def _start_worker(work: bytes) -> None:
     """Prepare a pool's process: Ctrl-C is its parent's, and it ends with that one."""
+    global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the jobs
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -83,3 +134,8 @@ def start_worker() -> None:
 
     # A killed parent cannot tell; without this its workers would wait for ever.
     threading.Thread(target=follow, daemon=True).start()
+    _work = pickle.loads(work)  # only now: its imports may take seconds
+
+
+def _call(job: Any) -> Any:
+    return _work(job)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
-from vipllava.types import ConfigError
+from vipllava.types import ConfigError, StorageError
+
+log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 FRUITFUL: Final = 1 << 20
 """Bytes by which a file has to grow for its time and its attempts to count anew."""
@@ -39,6 +46,35 @@ class Patience:
                 f"{self} cannot work; max_attempts is at least 1, timeout_s and total_s above 0, "
                 "backoff_s not negative"
             )
+
+
+class BrokenError(Exception):
+    """This attempt failed; the next one may not.
+
+    Args:
+        message: why.
+        size: bytes of the file that were there at the end of the attempt.
+        pause_s: seconds to wait that the other side has asked for.
+    """
+
+    def __init__(self, message: str, *, size: int = 0, pause_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.size = size
+        self.pause_s = pause_s
+
+
+class GivenUpError(StorageError):
+    """Every attempt failed.
+
+    Attributes:
+        reason: what the last one failed of, where that is known.
+    """
+
+    reason: BaseException | None = None
+
+
+class StoppedError(Exception):
+    """Whoever wanted the file has ended the attempts."""
 
 
 PATIENT: Final = Patience()
@@ -89,27 +125,59 @@ class Trial:
             self._moved = time.monotonic()
             self.num_failed = 0
 
-    def pause_after_failure(self, size: int = 0, asked_s: float = 0.0) -> float | None:
+    def pause_after_failure(self, error: BrokenError) -> float | None:
         """Count a failed attempt.
-
-        Args:
-            size: bytes that are there.
-            asked_s: seconds to wait that the other side has asked for.
 
         Returns:
             Seconds before the next attempt; None if there is to be none.
         """
-        self.moved_to(size)
-        self._best = max(self._best, size)
+        self.moved_to(error.size)
+        self._best = max(self._best, error.size)
         self.num_failed += 1
         left_s = self.left_s
         if left_s == 0 or self.num_failed == self.patience.max_attempts:
             return None
         doublings = min(self.num_failed - 1, _MOST_DOUBLINGS)
-        pause_s = max(self.patience.backoff_s * 2**doublings, asked_s)
+        pause_s = max(self.patience.backoff_s * 2**doublings, error.pause_s)
         return min(pause_s, _LONGEST_PAUSE_S, left_s)
 
     def __str__(self) -> str:
         seconds = time.monotonic() - self._moved
         lasted = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
         return f"{self.num_failed} attempt{'s'[: self.num_failed != 1]} in {lasted}"
+
+
+def retry(
+    attempt: Callable[[], _Result],
+    trial: Trial,
+    what: str,
+    *,
+    stop: threading.Event | None = None,
+    level: int = logging.WARNING,
+) -> _Result:
+    """Return the result of the first attempt that does not break.
+
+    Args:
+        attempt: raises :class:`BrokenError` where another one may help; other errors end it.
+        trial: the attempts so far.
+        what: the file, for messages.
+        stop: ends the pauses when it is set.
+        level: of the log's line about each failed attempt.
+
+    Raises:
+        GivenUpError: the patience is at its end.
+        StoppedError: ``stop`` was set.
+    """
+    stop = stop or threading.Event()
+    while True:
+        try:
+            return attempt()
+        except BrokenError as error:
+            pause_s = trial.pause_after_failure(error)
+            if pause_s is None:
+                given_up = GivenUpError(f"{what}: given up after {trial}; the last one: {error}")
+                given_up.reason = error.__cause__
+                raise given_up from error
+            log.log(level, "%s: %s; trying again in %.0f s", what, error, pause_s)
+        if stop.wait(pause_s):
+            raise StoppedError

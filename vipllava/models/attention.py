@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vipllava.config.attention import FALLBACK, TORCH_VARLEN
+from vipllava.types import first_line
 
 _TOLERANCE: Final = 0.05
 """Of the largest number: bf16 has three digits."""
@@ -147,7 +148,7 @@ def find_kernel_problem(
         places = torch.tensor(bounds, dtype=torch.int32, device=device)
         found = learn(partial(kernel, bounds=places, longest=bounds[-1], scale=None, window=None))
     except Exception as error:  # noqa: BLE001 - a kernel may fail in any way
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     for name, mine, wanted in zip(
         ("its values", "a query's gradient", "a key's gradient", "a value's gradient"),
         found,

@@ -45,7 +45,7 @@ from vipllava.models.tensor_files import (
     read_tensor,
     shape_of,
 )
-from vipllava.types import CheckpointError, ConfigError
+from vipllava.types import CheckpointError, ConfigError, first_line
 
 VOCABULARY_MULTIPLE = 64
 """Embedding rows are padded to a multiple of this, as in the Hugging Face format of VipLlava."""
@@ -125,7 +125,7 @@ def read_tokenizer(source: str, role: str) -> PreTrainedTokenizerFast:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=_unknown_config(folder))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"no tokenizer could be read from {role}={source!r} ({_first_line(error)}): the folder "
+            f"no tokenizer could be read from {role}={source!r} ({first_line(error)}): the folder "
             "needs tokenizer.json (or tokenizer.model) and tokenizer_config.json"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -485,7 +485,3 @@ def mean_row(weight: torch.Tensor, rows_at_once: int = 4096) -> torch.Tensor:
     for rows in weight.split(rows_at_once):
         total += rows.double().sum(dim=0)
     return (total / len(weight)).float()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

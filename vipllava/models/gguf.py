@@ -7,8 +7,6 @@ and a tokenizer in the Hugging Face format; transformers knows how to read both 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vipllava.files.atomic import new_folder
 from vipllava.models.hub_models import draw_bars_on_terminals_only
 from vipllava.models.tensor_files import disk_errors
 from vipllava.types import CheckpointError
@@ -41,18 +40,14 @@ def unpack_gguf(source: str | Path, directory: str | Path) -> Path:
     source, directory = Path(source).expanduser(), Path(directory).expanduser()
     if directory.exists():
         raise CheckpointError(f"{directory} exists already: remove it, or name another folder")
-    unfinished = directory.with_name(f".{directory.name}.unfinished-{os.getpid()}")
     try:
-        with _gguf_file(source) as path:
+        with _gguf_file(source) as path, new_folder(directory) as unfinished:
             _write(path, unfinished)
-        unfinished.rename(directory)
     except OSError as error:
         raise CheckpointError(
             f"{directory} could not be written from {source} ({error}): free some space or choose "
             "another folder"
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return directory
 
 

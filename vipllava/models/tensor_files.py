@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vipllava.config.machine_faults import disk_errno
-from vipllava.types import CheckpointError
+from vipllava.types import CheckpointError, first_line
 
 LazyTensor: TypeAlias = Any
 """A ``torch.Tensor`` (possibly mapped from a file), a slice of safetensors, read by ``[...]``, or a
@@ -210,12 +210,12 @@ def _open_file(path: Path, role: str) -> dict[str, LazyTensor]:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds more than tensors ({_first_line(error)}): it was not opened, since a "
+            f"{path} holds more than tensors ({first_line(error)}): it was not opened, since a "
             f"pickle may run code; convert it to safetensors where you trust it ({role})"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as torch weights ({_first_line(error)}): it is cut short or of "
+            f"{path} cannot be read as torch weights ({first_line(error)}): it is cut short or of "
             f"another kind; download or copy it again ({role})"
         ) from error
     if not isinstance(loaded, dict) or not all(
@@ -224,7 +224,3 @@ def _open_file(path: Path, role: str) -> dict[str, LazyTensor]:
     ):
         raise CheckpointError(f"{path} is no dictionary of named tensors ({role})")
     return cast("dict[str, LazyTensor]", loaded)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

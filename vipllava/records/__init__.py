@@ -23,7 +23,7 @@ from vipllava.records.kinds.v7w import parse_v7w
 from vipllava.records.kinds.vcr import parse_vcr
 from vipllava.records.kinds.vg_rel import parse_vg_rel
 from vipllava.records.kinds.vg_rel_gpt4v import parse_vg_rel_gpt4v
-from vipllava.records.version import upgrade_record
+from vipllava.records.version import check_version
 from vipllava.types import RecordError, Sample
 
 __all__ = ["AUTO", "KINDS", "NO_POLICY", "RecordKind", "kind_of", "parse_record"]
@@ -109,7 +109,7 @@ def parse_record(
     Raises:
         RecordError: naming data set, key, field, what was found and what is expected.
     """
-    record = upgrade_record(record, f"{dataset}/{key}")
+    check_version(record, f"{dataset}/{key}")
     name = kind
     if kind == AUTO:
         name = kind_of(record)

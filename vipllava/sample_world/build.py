@@ -6,10 +6,9 @@ final name is always whole: it is built beside it and renamed.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Final
 
 import numpy as np
 
+from vipllava.files.atomic import new_folder
 from vipllava.keyed_random import generator_for
 from vipllava.sample_world.records import (
     FINETUNE_MIX,
@@ -69,23 +69,15 @@ def ensure_sample_world(data_root: str | Path, *, scale: float = 1.0) -> Path:
     began = time.monotonic()
     _LOG.info("making the sample data in %s (once, about half a minute)", folder)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=root))
-        partial.chmod(0o755)  # shared data roots: mkdtemp makes it private
+        with new_folder(folder) as unfinished:
+            _build(unfinished, scale)
     except OSError as error:
-        raise VipLlavaError(
-            f"cannot write the sample data under {root}: {error.strerror}; "
-            "choose a writable folder with paths.data_root=..."
-        ) from error
-    try:
-        _build(partial, scale)
-        try:
-            partial.replace(folder)
-        except OSError:
-            # Another process was faster; both made the same bytes.
-            _check_contents(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise VipLlavaError(
+                f"cannot write the sample data under {root}: {error.strerror}; "
+                "choose a writable folder with paths.data_root=..."
+            ) from error
+        _check_contents(folder)  # another process was faster; both made the same bytes
     _LOG.info("sample data made in %.0f s", time.monotonic() - began)
     return folder
 

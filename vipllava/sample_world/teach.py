@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import yaml
 
+from vipllava.files.atomic import new_file
 from vipllava.types import VipLlavaError
 from vipllava.visual_prompts.policies import VisualPromptPolicy, build_policies
 
@@ -116,9 +117,8 @@ def store_half(folder: Path) -> None:
     }
     if bad := [name for name, tensor in halves.items() if not torch.isfinite(tensor).all()]:
         raise VipLlavaError(f"{weights}: {bad} do not fit float16")
-    partial = weights.with_suffix(".part")
-    save_file(halves, partial, metadata={"format": "pt"})
-    partial.replace(weights)
+    with new_file(weights) as unfinished:
+        save_file(halves, unfinished, metadata={"format": "pt"})
     config = folder / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
     settings["dtype"] = "float16"

@@ -10,16 +10,13 @@ changed file leads to a new folder. It can be deleted whenever nothing runs.
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +24,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from vipllava.files.atomic import UNFINISHED, new_folder
+from vipllava.files.locks import locked
 from vipllava.shards.tar_index import (
     SAMPLE,
     SampleRow,
@@ -115,13 +114,9 @@ class DatasetIndex:
         return cls(tars, samples, keys, folder)
 
     def save(self, folder: Path) -> None:
-        """Write the arrays into a folder that does not exist yet, down to the disk."""
-        folder.mkdir(parents=True)
+        """Write the arrays into a folder."""
         for name in _DTYPES:
-            with (folder / f"{name}.npy").open("wb") as file:
-                np.save(file, getattr(self, name))
-                file.flush()
-                os.fsync(file.fileno())
+            np.save(folder / f"{name}.npy", getattr(self, name))
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -223,7 +218,10 @@ def open_dataset_index(
     for home in homes:
         try:
             home.mkdir(parents=True, exist_ok=True)
-            with _lock(home / f".{name}.lock"):
+            with locked(home / f".{name}.lock", without="processes may build one index twice"):
+                # What builds that were killed left.
+                for stale in home.glob(f".{glob.escape(name)}-{_ANY}.*{UNFINISHED}"):
+                    shutil.rmtree(stale, ignore_errors=True)
                 if (index := _find(name, tars, root, homes)) is not None:
                     return index  # another process made it meanwhile
                 built = built or _build(tars, root, load or _load_all)
@@ -306,30 +304,10 @@ def _load_all(tars: Sequence[Path | str]) -> list[ShardIndex]:
 def _keep(index: DatasetIndex, home: Path, name: str) -> DatasetIndex:
     """Write an index under its name at once and map it; the first one there stays."""
     folder = home / name
-    partial = home / f".{name}.{os.getpid()}-{secrets.token_hex(4)}.part"
     try:
-        index.save(partial)
-        partial.rename(folder)
+        with new_folder(folder) as unfinished:
+            index.save(unfinished)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return DatasetIndex.open(folder)
-
-
-@contextmanager
-def _lock(path: Path) -> Generator[None]:
-    """Let one process at a time build; without locks they race, which is only more work."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # What builds that were killed left.
-            for stale in path.parent.glob(f"{glob.escape(path.stem)}-{_ANY}.*.part"):
-                shutil.rmtree(stale, ignore_errors=True)
-        except OSError as error:
-            log.info("%s cannot be locked: %s", path, error)
-        yield
-    finally:
-        os.close(descriptor)

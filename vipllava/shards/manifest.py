@@ -2,16 +2,13 @@
 
 A manifest names things; it holds no data. Its paths are relative to a data root, so the same
 manifest serves every machine. ``docs/manifests.md`` describes the fields for those who write one.
-
-Versions: 2 is what this release writes and means. 1 is read, too, and raised on the way in (see
-``_UPGRADES``); newer ones are refused.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, cast
@@ -51,7 +48,7 @@ class Manifest:
     """One data set or benchmark.
 
     Attributes:
-        schema_version: version of this file format; ``MANIFEST_VERSION`` once it is loaded.
+        schema_version: version of this file format, ``MANIFEST_VERSION``.
         name: equal to the file's stem; part of every random key, so renaming reseeds.
         stage: one of ``STAGES``.
         licence: terms of use, in words.
@@ -162,7 +159,6 @@ def parse_manifest(
         ManifestError: listing every problem.
     """
     problems: list[str] = []
-    raw = _upgrade(raw)
     known = {f.name: f for f in fields(Manifest)}
     if unknown := sorted(str(key) for key in raw if key not in known):
         problems.append(f"unknown fields {unknown}; known: {', '.join(known)}")
@@ -181,8 +177,7 @@ def parse_manifest(
     expect(
         "schema_version",
         values.get("schema_version") == MANIFEST_VERSION,
-        f"{MANIFEST_VERSION}, or an older one that this release can raise to it "
-        f"({', '.join(map(str, _UPGRADES))})",
+        f"{MANIFEST_VERSION}, which this release reads",
     )
     expect("name", isinstance(values.get("name"), str), "a text")
     if stem is not None:
@@ -240,36 +235,3 @@ def _freeze_texts(values: dict[str, Any], name: str, problems: list[str]) -> Non
     ):
         problems.append(f"{name} is {value!r}; expected a text or a list of texts")
     values[name] = texts
-
-
-def _upgrade(raw: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """Raise an older manifest to the present version, step by step."""
-    version = raw.get("schema_version")
-    while type(version) is int and version in _UPGRADES:
-        raw = _UPGRADES[version](raw)
-        version += 1
-    return raw
-
-
-def _upgrade_1(raw: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Version 2 separates the way to get a source (``access``) from its ``address``."""
-    new = {**raw, "schema_version": 2}
-    sources = raw.get("sources")
-    if isinstance(sources, list):
-        new["sources"] = [_upgrade_source_1(source) for source in cast("list[Any]", sources)]
-    return new
-
-
-def _upgrade_source_1(source: object) -> object:
-    if not isinstance(source, Mapping):
-        return source
-    values = cast("Mapping[Any, Any]", source)
-    access = values.get("access", "public")
-    if access == "public":
-        return values
-    return {**values, "access": "form" if access == "request form" else "by_hand"} | {
-        "address": str(access)
-    }
-
-
-_UPGRADES: Final[dict[int, Callable[[Mapping[Any, Any]], Mapping[Any, Any]]]] = {1: _upgrade_1}

@@ -6,23 +6,22 @@ import hashlib
 import logging
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 import braceexpand
 
-from vipllava.files.cache import CacheError, MissingError, ShardCache, cache_name
+from vipllava.files.cache import CacheError, MissingError, ShardCache
 from vipllava.files.download import RefusedError
+from vipllava.files.pools import run_threads
 from vipllava.shards.tar_index import (
-    OldIndexError,
     ShardError,
     ShardIndex,
     ensure_index,
+    index_name,
     index_tar,
-    match_index,
     read_index,
     save_index,
 )
@@ -58,9 +57,9 @@ def index_address(tar: str) -> str | None:
     if tar.startswith("pipe:"):
         head, found, tail = tar.rpartition(".tar")
         unique = found and ".tar" not in head and not re.match(r"\w", tail)
-        return f"{head}.index.npz{tail}" if unique else None
+        return f"{index_name(head)}{tail}" if unique else None
     path, mark, query = tar.partition("?")
-    return f"{path.removesuffix('.tar')}.index.npz{mark}{query}"
+    return f"{index_name(path)}{mark}{query}"
 
 
 class IndexLoader:
@@ -79,7 +78,7 @@ class IndexLoader:
         self.folder = folder
         # A command that fails does not tell why: no index there, most likely.
         once = replace(cache.patience, max_attempts=1)
-        self._hasty = ShardCache(cache.directory, cache.max_bytes, once)
+        self._cache_tried_once = ShardCache(cache.directory, cache.max_bytes, once)
 
     def __call__(self, tars: Sequence[Path | str]) -> list[ShardIndex]:
         """Return the tars' indices.
@@ -88,11 +87,7 @@ class IndexLoader:
             ShardError: a tar or an index cannot be used.
             CacheError: a tar cannot be had.
         """
-        pool = ThreadPoolExecutor(_THREADS)
-        try:
-            return list(pool.map(self._load, tars))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        return list(run_threads(self._load, tars, _THREADS, ordered=True))
 
     def _load(self, tar: Path | str) -> ShardIndex:
         if isinstance(tar, Path):
@@ -101,36 +96,25 @@ class IndexLoader:
         made = self.folder / f"{digest}.index.npz"
         with suppress(OSError, ShardError), made.open("rb") as file:
             return read_index(file, str(made), "delete it")
-        address = index_address(tar)
-        published = None if address is None else self._fetch_index(address)
-        if published is None or address is None:
+        index = self._published_index(tar)
+        if index is None:
             log.info("%s has no index; fetching it to make one", tar)
             with self.cache.open(tar) as content:
                 index = index_tar(content, tar)
-        else:
-            remake = "make it anew with `vipllava shards index` and put it beside the tar"
-            with published:
-                try:
-                    return read_index(published, address, remake)
-                except OldIndexError:
-                    published.seek(0)
-                    with self.cache.open(tar) as content:
-                        index, _ = match_index(published, content, address, tar, remake)
-                except ShardError:
-                    (self.cache.directory / cache_name(address)).unlink(missing_ok=True)
-                    raise
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             save_index(index, made)
         except OSError as error:
             log.warning("%s could not be written: %s", made, error)
         return index
 
-    def _fetch_index(self, address: str) -> BinaryIO | None:
-        """Open a published index; None if there is none."""
+    def _published_index(self, tar: str) -> ShardIndex | None:
+        """Read the index beside a tar; None if there is none."""
+        address = index_address(tar)
+        if address is None:
+            return None
         is_command = address.startswith("pipe:")
         try:
-            return (self._hasty if is_command else self.cache).open(address)
+            file = (self._cache_tried_once if is_command else self.cache).open(address)
         except MissingError:
             return None
         except CacheError as error:
@@ -141,3 +125,10 @@ class IndexLoader:
                 raise
             log.info("%s", error)
             return None
+        remake = "make it again with `vipllava shards index` and put it beside the tar"
+        with file:
+            try:
+                return read_index(file, address, remake)
+            except ShardError:
+                self.cache.path(address).unlink(missing_ok=True)
+                raise

@@ -3,9 +3,6 @@
 ``NAME.index.npz`` holds ``samples`` (one row per sample, see ``SAMPLE``), ``keys`` (all keys, one
 after the other) and ``meta``, a JSON text with the format version and what identifies the tar.
 35 bytes a sample and the key.
-
-Versions: 2 is what this release writes. 1 lacks the lengths of the texts; it is raised with the
-records of its tar and keeps its checksums, so that damage older than the upgrade is still noticed.
 """
 
 from __future__ import annotations
@@ -15,28 +12,26 @@ import logging
 import math
 import os
 import re
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from vipllava.files.atomic import new_file
 from vipllava.records.fields import IMAGE_PLACEHOLDER
 from vipllava.records.image_decode import image_size
+from vipllava.shards.tar_members import BLOCK, BrokenTarError, iter_members
 from vipllava.types import RecordError, VipLlavaError
 
 log = logging.getLogger(__name__)
 
 INDEX_VERSION: Final = 2
 IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp")
-BLOCK: Final = 512
-"""Members of a tar start at multiples of this, bytes."""
-
 BYTES_PER_TOKEN: Final = 3.6
 """UTF-8 bytes of English text per token of a Llama tokenizer, about."""
 
@@ -61,7 +56,6 @@ SAMPLE: Final = np.dtype(
 """A sample in an index: the fields of :class:`SampleRow`."""
 
 _HEAD_BYTES: Final = 4096
-_MEMBER: Final = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset: cut at the first dot
 _LARGEST: Final = (1 << 32) - 1
 _TEXT_FIELDS: Final = (
     "question", "general_question", "answer", "grounding", "answer_choices", "rationale_choices",
@@ -70,10 +64,6 @@ _TEXT_FIELDS: Final = (
 
 class ShardError(VipLlavaError):
     """A shard or its index is missing, damaged, or not what the manifest says."""
-
-
-class OldIndexError(ShardError):
-    """An index of version 1 was read without its tar, from which the lengths have to come."""
 
 
 class SampleRow(NamedTuple):
@@ -258,33 +248,19 @@ def _identify(file: BinaryIO) -> tuple[int, int]:
 
 
 def _walk(file: BinaryIO, where: str) -> Iterator[tuple[str, _Member]]:
-    """Yield key and member in order, checking what tarfile lets pass at the end."""
-    damaged = "restore it or build it again"
+    """Yield key and member in order; the first fault ends it."""
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                if info.isdir():
-                    continue
-                match = _MEMBER.fullmatch(info.name)
-                if not info.isfile() or match is None:
-                    raise ShardError(
-                        f"{where}: member `{info.name}` is not a file called KEY.EXTENSION; "
-                        "build the shard again without it"
-                    )
-                key, extension = match.group(1), match.group(2).lower()
-                file.seek(info.offset_data)
-                data = file.read(info.size)
-                if len(data) != info.size:
-                    raise ShardError(f"{where} is truncated within `{info.name}`; {damaged}")
-                yield key, _read_member(data, info.offset_data, extension, key, where)
-            end = tar.offset  # tarfile takes a broken header after the first one for the end
-    except tarfile.TarError as error:
-        raise ShardError(f"{where} is not a whole tar ({error}); {damaged}") from error
-    file.seek(end)
-    tail = file.read(BLOCK)
-    if len(tail) != BLOCK or any(tail):
-        what = "is truncated" if len(tail) < BLOCK else "has a broken header"
-        raise ShardError(f"{where} {what} at byte {end}; {damaged}")
+        for member in iter_members(file):
+            if member.key is None or member.extension is None:
+                raise ShardError(
+                    f"{where}: member `{member.name}` is not a file called KEY.EXTENSION; "
+                    "build the shard again without it"
+                )
+            file.seek(member.offset)
+            data = file.read(member.size)
+            yield member.key, _read_member(data, member.offset, member.extension, member.key, where)
+    except BrokenTarError as error:
+        raise ShardError(f"{where} {error}; restore it or build it again") from error
 
 
 def _read_member(data: bytes, offset: int, extension: str, key: str, where: str) -> _Member:
@@ -356,13 +332,8 @@ def save_index(index: ShardIndex, path: Path) -> None:
         "head_crc": index.head_crc,
         "content_crc": index.content_crc,
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, meta=np.array(json.dumps(meta)), keys=index.keys, samples=index.samples)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(path) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, meta=np.array(json.dumps(meta)), keys=index.keys, samples=index.samples)
 
 
 def read_index(file: BinaryIO, where: str, remake: str) -> ShardIndex:
@@ -371,159 +342,82 @@ def read_index(file: BinaryIO, where: str, remake: str) -> ShardIndex:
     Args:
         file: the index.
         where: its path or address, for messages.
-        remake: how it is made anew, for messages.
+        remake: how it is made again, for messages.
 
     Raises:
-        OldIndexError: it is of version 1.
-        ShardError: it is damaged, or newer than this release.
+        ShardError: it is damaged, or of another version than this release writes.
     """
-    index, version = _read(file, where, remake)
-    if version < INDEX_VERSION:
-        raise OldIndexError(f"{where} has version {version}, which takes its tar to read; {remake}")
-    return index
-
-
-def load_index(path: Path, tar: Path) -> ShardIndex:
-    """Read an index and check that it belongs to ``tar``; an older one is raised in memory.
-
-    Raises:
-        ShardError: the index is damaged, newer than this release, or made from another tar.
-    """
-    return _load(path, tar)[0]
-
-
-def ensure_index(tar: Path) -> ShardIndex:
-    """Read the index of a tar; make it where there is none, raise it where it is an older one.
-
-    Raises:
-        ShardError: tar or index cannot be used.
-    """
-    path = index_path(tar)
-    version = 0
-    if path.is_file():
-        index, version = _load(path, tar)
-    else:
-        log.info("%s has no index; reading it once to make one", tar)
-        index = build_index(tar)
-    if version < INDEX_VERSION:
-        try:
-            save_index(index, path)
-        except OSError as error:  # a read-only data folder still works, only slower next time
-            log.warning("%s could not be written (%s); the index is kept in memory", path, error)
-    return index
-
-
-def _load(path: Path, tar: Path) -> tuple[ShardIndex, int]:
-    remake = f"delete {path} to have it made anew"
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise ShardError(f"{path} is not a shard index ({error}); {remake}") from error
-    try:
-        with file, tar.open("rb") as content:
-            return match_index(file, content, str(path), str(tar), remake)
-    except OSError as error:
-        raise ShardError(f"{tar} cannot be read: {error}") from error
-
-
-def match_index(
-    file: BinaryIO, tar: BinaryIO, where: str, tar_where: str, remake: str
-) -> tuple[ShardIndex, int]:
-    """Read an index of any version and check that it belongs to a tar.
-
-    Args:
-        file: the index.
-        tar: the tar.
-        where: path or address of the index, for messages.
-        tar_where: the same of the tar.
-        remake: how the index is made anew, for messages.
-
-    Returns:
-        The index, raised to the present version, and the version it had.
-
-    Raises:
-        ShardError: it is damaged, newer than this release, or made from another tar.
-    """
-    index, version = _read(file, where, remake)
-    size, head_crc = _identify(tar)
-    if (size, head_crc) != (index.tar_size, index.head_crc):
-        raise ShardError(
-            f"{where} is the index of another tar, or {tar_name(tar_where)} was truncated: indexed "
-            f"{index.tar_size} bytes, found {size}. Restore the tar, or {remake}"
-        )
-    if version < INDEX_VERSION:
-        log.info("%s has version %d; reading its tar's records to raise it", where, version)
-        index = _add_tokens(index, tar, where, tar_where, remake)
-    return index, version
-
-
-def _read(file: BinaryIO, where: str, remake: str) -> tuple[ShardIndex, int]:
-    """Return an index and its version; the lengths of version 1 are 0."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             meta = cast("dict[str, Any]", json.loads(str(stored["meta"])))
-            version = meta["version"]
-            if version not in (1, INDEX_VERSION):
+            if meta["version"] != INDEX_VERSION:
                 raise ShardError(
-                    f"{where} has version {version!r}, this release reads 1 and {INDEX_VERSION}; "
+                    f"{where} has version {meta['version']!r}, this release reads {INDEX_VERSION}; "
                     f"update the package, or {remake}"
                 )
-            if version == 1:
-                keys, samples = stored["key_bytes"], _rows_1(stored)
-            else:
-                keys, samples = stored["keys"], stored["samples"]
-        index = ShardIndex(int(meta["tar_size"]), int(meta["head_crc"]), keys, samples)
-        _check(index, None if version == 1 else int(meta["content_crc"]))
+            index = ShardIndex(
+                int(meta["tar_size"]), int(meta["head_crc"]), stored["keys"], stored["samples"]
+            )
+        _check(index, int(meta["content_crc"]))
     except (
         OSError, ValueError, KeyError, IndexError, TypeError, EOFError, OverflowError,
         AttributeError, zipfile.BadZipFile,
     ) as error:  # fmt: skip
         raise ShardError(f"{where} is not a shard index ({error}); {remake}") from error
-    return index, version
+    return index
 
 
-def _check(index: ShardIndex, content_crc: int | None) -> None:
+def load_index(path: Path, tar: Path) -> ShardIndex:
+    """Read an index and check that it belongs to ``tar``.
+
+    Raises:
+        ShardError: it is damaged, of another version, or made from another tar.
+    """
+    remake = f"delete {path} to have it made again"
+    try:
+        with path.open("rb") as file:
+            index = read_index(file, str(path), remake)
+    except OSError as error:
+        raise ShardError(f"{path} is not a shard index ({error}); {remake}") from error
+    try:
+        with tar.open("rb") as content:
+            size, head_crc = _identify(content)
+    except OSError as error:
+        raise ShardError(f"{tar} cannot be read: {error}") from error
+    if (size, head_crc) != (index.tar_size, index.head_crc):
+        raise ShardError(
+            f"{path} is the index of another tar, or {tar.name} was truncated: indexed "
+            f"{index.tar_size} bytes, found {size}. Restore the tar, or {remake}"
+        )
+    return index
+
+
+def ensure_index(tar: Path) -> ShardIndex:
+    """Read the index of a tar; make it where there is none.
+
+    Raises:
+        ShardError: tar or index cannot be used.
+    """
+    path = index_path(tar)
+    if path.is_file():
+        return load_index(path, tar)
+    log.info("%s has no index; reading it once to make one", tar)
+    index = build_index(tar)
+    try:
+        save_index(index, path)
+    except OSError as error:  # a read-only data folder still works, only slower next time
+        log.warning("%s could not be written (%s); the index is kept in memory", path, error)
+    return index
+
+
+def _check(index: ShardIndex, content_crc: int) -> None:
     if index.samples.dtype != SAMPLE or index.keys.dtype != np.uint8 or not len(index):
         raise ValueError("its columns are of other types, or it is empty")
     ends = index.samples["key_end"].astype(np.int64)
     if ends[-1] != len(index.keys) or (np.diff(ends, prepend=0) <= 0).any():
         raise ValueError("its keys are cut off")
-    if content_crc not in (None, index.content_crc):
+    if content_crc != index.content_crc:
         raise ValueError("its rows do not match its checksum")
-
-
-def _rows_1(stored: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.void]:
-    """Turn the columns of version 1 into rows; a column of it held bytes, -1 for no picture."""
-    rows = np.zeros(len(stored["key_ends"]), dtype=SAMPLE)
-    rows["key_end"] = stored["key_ends"]
-    for kind in ("record", "image"):
-        rows[f"{kind}_block"] = np.maximum(stored[f"{kind}_offset"], 0) // BLOCK
-        for name in (f"{kind}_size", f"{kind}_crc"):
-            rows[name] = stored[name]
-    rows["extension"] = np.maximum(stored["image_extension"], 0)
-    sides = np.minimum(stored["picture_size"], MOST)
-    rows["width"], rows["height"] = sides[:, 0], sides[:, 1]
-    return rows
-
-
-def _add_tokens(
-    index: ShardIndex, tar: BinaryIO, where: str, tar_where: str, remake: str
-) -> ShardIndex:
-    """Read the records for their lengths; the checksums of version 1 stay as they are."""
-    samples = index.samples.copy()
-    for row, key in enumerate(index.iter_keys()):
-        offset, size = int(samples["record_block"][row]) * BLOCK, int(samples["record_size"][row])
-        tar.seek(offset)
-        data = tar.read(size)
-        if zlib.crc32(data) != samples["record_crc"][row]:
-            raise ShardError(
-                f"{tar_where}: record of sample `{key.decode()}` (bytes {offset}..{offset + size}) "
-                f"is not what {where} recorded: the tar was damaged or replaced. Restore the tar, "
-                f"or {remake}"
-            )
-        record = parse_object(data, f"{tar_where}: {key.decode()}.json")
-        samples["text_tokens"][row] = estimate_tokens(record)
-    return replace(index, samples=samples)
 
 
 def tar_name(tar: Path | str) -> str:

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-import re
-import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import braceexpand
 import numpy as np
 import numpy.typing as npt
 
-from vipllava.files.cache import ShardCache, cache_name
-from vipllava.files.retries import ONCE, Patience, Trial
+from vipllava.files.cache import ShardCache
+from vipllava.files.retries import ONCE, BrokenError, GivenUpError, Patience, Trial, retry
 from vipllava.shards.dataset_index import (
     INDEX_FOLDER,
     DatasetIndex,
@@ -35,9 +31,9 @@ from vipllava.shards.dataset_index import (
 )
 from vipllava.shards.manifest import Manifest, is_remote
 from vipllava.shards.open_files import OpenFile, OpenFiles
+from vipllava.shards.patterns import match_patterns
 from vipllava.shards.remote import CACHED_INDICES, IndexLoader, expand_address
 from vipllava.shards.tar_index import (
-    BLOCK,
     IMAGE_EXTENSIONS,
     MOST,
     ShardError,
@@ -48,10 +44,9 @@ from vipllava.shards.tar_index import (
     save_index,
     tar_name,
 )
+from vipllava.shards.tar_members import BLOCK
 from vipllava.shards.writing import write_shards
 from vipllava.types import RecordError, StorageError
-
-log = logging.getLogger(__name__)
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -264,23 +259,25 @@ class ShardSet:
 
     def _read(self, shard: int, places: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return what lies at some places of a tar: offset and size, bytes."""
+        path = self.paths[shard]
         trial = Trial(self.patience)
-        while True:
+
+        def attempt() -> list[bytes]:
             try:
                 file = self._open(shard)
                 return [file.read(offset, size) for offset, size in places]
             except OSError as error:
                 self._files.drop(shard)  # a file server that has forgotten a file knows a new one
-                path = self.paths[shard]
-                pause_s = trial.pause_after_failure()
-                if pause_s is None:
-                    raise UnreadableError(
-                        f"{path} cannot be read: {error} ({trial}). Check the disk or the mount "
-                        "that it lies on and its permissions, and restore the tar if it is gone; "
-                        "then start again"
-                    ) from error
-                log.warning("%s: %s; trying again in %.0f s", path, error, pause_s)
-            time.sleep(pause_s)
+                raise BrokenError(str(error)) from error
+
+        try:
+            return retry(attempt, trial, str(path))
+        except GivenUpError as error:
+            raise UnreadableError(
+                f"{path} cannot be read: {error.reason} ({trial}). Check the disk or the mount "
+                "that it lies on and its permissions, and restore the tar if it is gone; then "
+                "start again"
+            ) from error.reason
 
     def _open(self, shard: int) -> OpenFile:
         if self._files.process != os.getpid():
@@ -306,10 +303,9 @@ class ShardSet:
         else:
             name = f"the index in {self.index.folder}"
             assert self.cache is not None
-            copy = self.cache.directory / cache_name(path)
             remedy = (
-                f"Delete the copy {copy} to have it fetched again; if the tar was replaced at its "
-                "address, the index, too"
+                f"Delete the copy {self.cache.path(path)} to have it fetched again; if the tar was "
+                "replaced at its address, the index, too"
             )
         return DamagedError(
             f"{path}: {what} (bytes {offset}..{offset + size}) is not what {name} recorded: the "
@@ -365,7 +361,7 @@ def open_shards(
         elif is_remote(place):
             tars += expand_address(f"{place.rstrip('/')}/{pattern}", manifest.name)
         else:
-            tars += _expand(pattern, Path(data_root), manifest)
+            tars += _find(pattern, Path(data_root), manifest)
     if any(isinstance(tar, str) for tar in tars):
         if cache is None:
             raise ShardError(f"`{manifest.name}` has tars at an address and no cache; {_NO_CACHE}")
@@ -396,17 +392,16 @@ def _remedy(manifest: Manifest) -> str:
     return f"set paths.data_root, or run {' and '.join(ways)}" if ways else "set paths.data_root"
 
 
-def _expand(pattern: str, root: Path, manifest: Manifest) -> list[Path]:
+def _find(pattern: str, root: Path, manifest: Manifest) -> list[Path]:
     """Resolve one pattern; a brace names each tar, so each has to be there."""
     if not root.is_dir():
         raise ShardError(f"data root {root} does not exist; {_remedy(manifest)}")
     paths: list[Path] = []
-    for name in braceexpand.braceexpand(pattern):
-        found = sorted(root.glob(name)) if re.search(r"[*?\[]", name) else [root / name]
-        if not found or not all(path.is_file() for path in found):
+    for _, name, tars in match_patterns([pattern], root):
+        if not tars:
             raise ShardError(
                 f"`{manifest.name}`: {root / name} does not exist (pattern `{pattern}`); "
                 f"{_remedy(manifest)}"
             )
-        paths.extend(found)
+        paths += tars
     return paths

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Final
 
 from webdataset.writer import TarWriter
 
+from vipllava.files.atomic import new_file
 from vipllava.records.image_decode import image_size
 from vipllava.shards.tar_index import (
     IMAGE_EXTENSIONS,
@@ -68,10 +68,9 @@ def write_shards(
     item = next(stream, None)
     while item is not None:
         path = directory / f"{prefix}-{len(paths):06d}.tar"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with new_file(path) as unfinished:
             with (
-                partial.open("wb") as file,
+                unfinished.open("wb") as file,
                 TarWriter(file, encoder=False, mtime=0) as writer,
             ):
                 count = size = 0
@@ -80,10 +79,7 @@ def write_shards(
                     size += writer.write(members)
                     count += 1
                     item = next(stream, None)
-            index = build_index(partial, name=path.name)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+            index = build_index(unfinished, name=path.name)
         save_index(index, index_path(path))
         paths.append(path)
     if not paths:

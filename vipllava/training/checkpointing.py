@@ -9,11 +9,10 @@ written by all processes together.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -27,18 +26,16 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch.distributed.checkpoint.api import CheckpointException
 
 from vipllava.checkpoints.plain_pickles import load_plain
-from vipllava.files.atomic import sync as _sync
-from vipllava.files.atomic import sync_folder
+from vipllava.files.atomic import UNFINISHED, new_file, put_folder, remove
 from vipllava.training.first_alone import first_alone
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.training.restart import SUFFIX, list_checkpoints
 from vipllava.training.stopping import StopRequest
-from vipllava.types import CheckpointError, Interrupted
+from vipllava.types import CheckpointError, Interrupted, first_line
 
 logger = logging.getLogger(__name__)
 
 BEST: Final = "best.ckpt"
-_UNFINISHED: Final = ".unfinished"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -179,8 +176,8 @@ class CheckpointCallback(Checkpoint):
         if isinstance(plugin := trainer.strategy.checkpoint_io, AtomicCheckpointIO):
             plugin.on_written = self._remove_older
         if trainer.is_global_zero and self.folder.is_dir():
-            for path in self.folder.glob(f".*{_UNFINISHED}"):
-                _remove(path)
+            for path in self.folder.glob(f".*{UNFINISHED}"):
+                remove(path)
         self._stop.listen()
 
     def on_train_batch_end(
@@ -281,7 +278,7 @@ class CheckpointCallback(Checkpoint):
     def _remove_older(self) -> None:
         for old in list_checkpoints(self.folder)[: -self.keep_last]:
             try:
-                _remove(old)
+                remove(old)
             except OSError as error:
                 logger.warning("%s is not needed any more and cannot be removed: %s", old, error)
 
@@ -352,48 +349,31 @@ def _validation_follows(trainer: lightning.Trainer) -> bool:
 
 
 def _save_sharded(trainer: lightning.Trainer, path: Path) -> None:
-    unfinished = _beside(path)
+    unfinished = path.with_name(f".{path.name}{UNFINISHED}")  # the same for all processes
     if trainer.is_global_zero:
-        _remove(unfinished)
+        remove(unfinished)
     trainer.strategy.barrier("before saving")
     trainer.save_checkpoint(unfinished, weights_only=False)
     trainer.strategy.barrier("saved")
 
-    def give_name() -> None:
-        sync_folder(unfinished)
-        if path.exists():
-            _remove(path)
-        unfinished.rename(path)
-        _sync(path.parent)
-
     # Storage may take longer to have all of it than a collective waits.
+    give_name = partial(put_folder, unfinished, path, replace=True)
     first_alone(trainer.is_global_zero, f"{path.name} on the disk", give_name)
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    unfinished = _beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
+        with new_file(path, durable=True) as unfinished, unfinished.open("wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        _sync(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError on a full disk
-        _remove(unfinished)
         raise CheckpointError(_unwritten(path, error)) from error
 
 
 def _unwritten(path: Path, error: BaseException) -> str:
     return (
-        f"the checkpoint {path} could not be written ({_first_line(error)}): free some space; "
+        f"the checkpoint {path} could not be written ({first_line(error)}): free some space; "
         "those of before are whole, and the same command goes on from the newest"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]
 
 
 def _nothing() -> None:
@@ -408,20 +388,3 @@ def _wait(trainer: lightning.Trainer) -> None:
 
 def _to_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_UNFINISHED}")
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or folder; a folder loses its name first, so no half of one is found."""
-    if path.is_dir():
-        if not path.name.startswith("."):
-            # Not that of a new checkpoint: this may be the one that it takes the place of.
-            old = _beside(path.with_name(f"{path.name}.old"))
-            shutil.rmtree(old, ignore_errors=True)
-            path = path.rename(old)
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 
-from vipllava.types import VipLlavaError
+from vipllava.types import VipLlavaError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def first_alone(
         try:
             work()
         except BaseException as error:
-            answer = _first_line(error)
+            answer = first_line(error)
             raise
         finally:
             store.set(key, answer)
@@ -72,7 +72,7 @@ def first_alone(
         store.add(f"{key}/heard", 1)
     except torch.distributed.DistError as error:
         raise VipLlavaError(
-            f"waiting for the first process: {what}, and it is gone ({_first_line(error)}): its "
+            f"waiting for the first process: {what}, and it is gone ({first_line(error)}): its "
             "own log says why"
         ) from error
     if not in_time:
@@ -92,7 +92,3 @@ def _until(is_true: Callable[[], bool], limit: timedelta) -> bool:
             return False
         time.sleep(_POLL_SECONDS)
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -21,7 +21,7 @@ import torch
 from vipllava.files.atomic import write_whole
 from vipllava.stream.loader import REPEAT_SUFFIX, StepLoader
 from vipllava.training.restart import CHECKPOINTS, list_checkpoints
-from vipllava.types import CheckpointError, ConfigError
+from vipllava.types import CheckpointError, ConfigError, first_line
 
 OnNonfinite = Literal["stop", "skip"]
 OnSpike = Literal["stop", "skip", "ignore"]
@@ -81,7 +81,7 @@ class StepRecord:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
-                f"replay={path} is no record of a refused step ({str(error).splitlines()[0]}): "
+                f"replay={path} is no record of a refused step ({first_line(error)}): "
                 "name a file of RUN/guard"
             ) from error
 

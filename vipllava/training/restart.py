@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from vipllava.files.atomic import read_text, read_yaml, write_whole, write_yaml
+from vipllava.files.atomic import move, read_text, read_yaml, write_whole, write_yaml
 from vipllava.training.csv_log import FILE_NAME, count_rows
 from vipllava.training.run_lock import LOCK_FILE
 from vipllava.types import CheckpointError, ConfigError, VipLlavaError
@@ -153,7 +153,7 @@ def prepare_run(
     restart, damaged = _decide(run_dir, goal or Goal(), resume)
     for path, damage in damaged.items():
         aside = _free_name(path.with_name(path.name + _DAMAGED))
-        path.rename(aside)
+        move(path, aside)
         logger.warning("%s is damaged: %s; it is now %s", path, damage, aside.name)
     # What has ended was that job, too, though its checkpoints may have been deleted since.
     if restart.checkpoint is not None or restart.finished:
@@ -302,7 +302,7 @@ def _leave_later_steps(run_dir: Path, restart: Restart) -> None:
     aside = _free_name(run_dir / "before", numbered=True)
     (aside / CHECKPOINTS).mkdir(parents=True)
     for path in later:
-        path.rename(aside / CHECKPOINTS / path.name)
+        move(path, aside / CHECKPOINTS / path.name)
     if (log := run_dir / CSV / FILE_NAME).is_file():
         (aside / CSV).mkdir()
         shutil.copy2(log, aside / CSV / FILE_NAME)
@@ -434,7 +434,7 @@ def _move_aside(run_dir: Path) -> Path | None:
     aside = _free_name(run_dir / "before", numbered=True)
     aside.mkdir()
     for path in kept:
-        path.rename(aside / path.name)
+        move(path, aside / path.name)
     return aside
 
 

@@ -19,14 +19,14 @@ from torch import nn
 from transformers import VipLlavaForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vipllava.checkpoints.plain_pickles import first_line, load_plain, plain_values_only
+from vipllava.checkpoints.plain_pickles import load_plain, plain_values_only
 from vipllava.checkpoints.training_state import check_whole
 from vipllava.models.adapters import BLOCKS, AdapterSettings, add_adapters
 from vipllava.models.building import empty_network
 from vipllava.models.placing import OnDevice, Placement
 from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.training.first_alone import first_alone
-from vipllava.types import CheckpointError, VipLlavaError
+from vipllava.types import CheckpointError, VipLlavaError, first_line
 
 _METADATA = "meta.pt"
 """Beside the shards of a checkpoint: what Lightning keeps of a run."""

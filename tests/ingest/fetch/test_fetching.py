@@ -218,12 +218,14 @@ def test_files_to_place_by_hand(tmp_path: Path) -> None:
 
 def test_sources_without_files(tmp_path: Path) -> None:
     raw = {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": "toy",
         "stage": "finetune",
         "licence": "none",
         "shards": "toy/*.tar",
-        "sources": [{"name": "VCR", "what": "pictures", "access": "request form"}],
+        "sources": [
+            {"name": "VCR", "what": "pictures", "access": "form", "address": "request form"}
+        ],
     }
     outcome = fetch_data(parse_manifest(raw, where="test"), tmp_path, OPTIONS)[0]
     assert (outcome.source, outcome.part, outcome.status) == ("VCR", "pictures", "missing")

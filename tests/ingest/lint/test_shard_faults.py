@@ -59,7 +59,7 @@ def test_a_truncated_tar_among_whole_ones(tmp_path: Path, encoder: ConversationE
         "shard-broken",
         "toy/1.tar",
         "",
-        "truncated within `d.jpg`; restore it or build it again",
+        "is truncated within `d.jpg`; restore it or build it again",
     )
     assert found(report) == {("", "shard-broken"), ("g", "box-reversed")}
     assert (report.num_samples, report.num_checked) == (5, 5)
@@ -100,10 +100,10 @@ def other_index(path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "expected", "num_samples"),
     [
-        (no_tar, ("", "not a whole tar"), 2),
-        (no_bytes, ("", "not a whole tar"), 2),
-        (broken_header, ("", "a broken header at byte 1024"), 2),
-        (without_end, ("", "truncated at byte 2048"), 3),
+        (no_tar, ("", "is not a whole tar"), 2),
+        (no_bytes, ("", "is not a whole tar"), 2),
+        (broken_header, ("", "has a broken header at byte 1024"), 2),
+        (without_end, ("", "is truncated at byte 2048"), 3),
         (bad_index, ("", "toy/0.index.npz is not a shard index"), 4),
         (other_index, ("", "toy/0.index.npz is the index of another tar"), 3),
     ],
@@ -368,5 +368,5 @@ def test_a_process_that_is_killed(tmp_path: Path, encoder: ConversationEncoder) 
     mixed(tmp_path)
     samples = sample_encoder(encoder)
     samples.transform = Deadly()  # type: ignore[assignment]
-    with pytest.raises(VipLlavaError, match=r"a lint process was killed.*smaller num_workers"):
+    with pytest.raises(VipLlavaError, match=r"worker process was ended .* fewer workers"):
         lint(tmp_path, samples, num_workers=1)

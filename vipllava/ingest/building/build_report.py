@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
-from vipllava.files.atomic import write_whole
+from vipllava.files.atomic import new_file, write_json
 from vipllava.ingest.building.incoming import FileState
 from vipllava.records.version import RECORD_VERSION
 
@@ -69,7 +68,7 @@ class ShardReport:
 
     def save(self, path: Path) -> None:
         """Write the report; it appears under its name only when it is whole."""
-        write_whole(path, json.dumps(asdict(self), ensure_ascii=False))
+        write_json(path, asdict(self), indent=None)
 
     @classmethod
     def load(cls, path: Path) -> ShardReport | None:
@@ -153,11 +152,11 @@ class BuildSummary:
             counts.clear()
             counts.update(ordered)
         head = {"format": "vipllava-build", "version": FORMAT, "record_version": RECORD_VERSION}
-        write_whole(folder / SUMMARY_FILE, json.dumps({**head, **asdict(self)}, indent=1) + "\n")
+        write_json(folder / SUMMARY_FILE, {**head, **asdict(self)}, indent=1)
 
     @classmethod
     def load(cls, folder: Path) -> BuildSummary | None:
-        """Read ``build.json``; None if there is none or it is none."""
+        """Read ``build.json``; None if it does not exist or is damaged."""
         try:
             raw = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
             values = cast("dict[str, Any]", raw)
@@ -184,10 +183,8 @@ def write_rejected(path: Path, reports: Iterable[ShardReport]) -> None:
                 del values["inputs"]
                 yield json.dumps(values, ensure_ascii=False) + "\n"
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(lines())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        new_file(path) as unfinished,
+        unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        file.writelines(lines())

@@ -20,7 +20,7 @@ from vipllava.ingest.building.annotations import Annotation
 from vipllava.keyed_random import generator_for
 from vipllava.records import AUTO, kind_of, parse_record
 from vipllava.records.image_decode import decode_image
-from vipllava.records.version import RECORD_VERSION, VERSION_FIELD, upgrade_record
+from vipllava.records.version import RECORD_VERSION, VERSION_FIELD, check_version
 from vipllava.shards.manifest import Manifest
 from vipllava.shards.sources import is_inside
 from vipllava.types import RecordError
@@ -159,7 +159,8 @@ def ingest(item: Annotation, manifest: Manifest, data_root: Path) -> Ingested:
     where = f"{manifest.name}/{key}"
     if item.record is None:
         raise RecordError(f"{where}: item {item.position} of the list {item.problem}")
-    record = dict(upgrade_record(item.record, where))
+    check_version(item.record, where)
+    record = dict(item.record)
     try:
         image, extension, change = _read_picture(record, manifest, data_root, key)
         _add_metadata(record, manifest, data_root)

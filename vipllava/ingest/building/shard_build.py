@@ -11,7 +11,6 @@ changed.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,12 +19,14 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from vipllava.files.atomic import move
+from vipllava.files.locks import locked
 from vipllava.files.pools import default_num_workers, run_jobs
 from vipllava.ingest.building.annotations import AnnotationRange, iter_range, plan_ranges
 from vipllava.ingest.building.build_report import (
@@ -198,7 +199,7 @@ def build_shards(
                 write_rejected(work / REJECTED_FILE, _reports(jobs))
         with _disk_errors(folder):
             summary.save(work)
-            work.rename(folder)
+            move(work, folder)
             _drop_traces(folder)
     return summary
 
@@ -323,7 +324,7 @@ def _write_shard(job: ShardJob, scratch: Path) -> ShardReport:
         with paths[0].open("rb") as file:
             os.fsync(file.fileno())
         for path in scratch.iterdir():  # the tar and what belongs to it
-            path.rename(job.work / path.name.replace(paths[0].stem, job.name, 1))
+            move(path, job.work / path.name.replace(paths[0].stem, job.name, 1))
         size = tar.stat().st_size
     return ShardReport(
         name=job.name,
@@ -425,18 +426,15 @@ def _finished(folder: Path, summary: BuildSummary) -> BuildSummary | None:
 def _work_folder(folder: Path) -> Generator[Path]:
     """Make or find the folder of the unfinished build and keep others out of it."""
     work = folder.with_name(f"{folder.name}{_WORK}")
-    with _disk_errors(work):
-        (work / _REPORTS).mkdir(parents=True, exist_ok=True)
-        lock = (work / _LOCK).open("ab")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with ExitStack() as stack:
+        with _disk_errors(work):
+            (work / _REPORTS).mkdir(parents=True, exist_ok=True)
+            lock = locked(work / _LOCK, 0, without="do not run two builds there")
+            free = stack.enter_context(lock)
+        if not free:
             raise BuildError(
                 f"another build is at work in {work}; wait for it, or pass another output=FOLDER"
-            ) from error
-        except OSError as error:  # some network file systems have no locks
-            log.warning("%s cannot be locked (%s); do not run two builds there", work, error)
+            )
         yield work
 
 

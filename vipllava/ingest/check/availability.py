@@ -15,15 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, cast
 
-import braceexpand
-
-from vipllava.files.download import run_parallel
+from vipllava.files.pools import run_threads
 from vipllava.ingest.building.annotations import AnnotationError, iter_annotations
 from vipllava.ingest.building.incoming import metadata_paths, picture_paths
 from vipllava.keyed_random import generator_for
 from vipllava.records import kind_of
 from vipllava.records.image_decode import decode_image
 from vipllava.shards.manifest import Manifest, is_remote
+from vipllava.shards.patterns import match_patterns
 from vipllava.shards.tar_index import ShardError
 from vipllava.shards.tars import open_shards
 from vipllava.types import ConfigError, RecordError
@@ -137,16 +136,10 @@ def find_tars(manifest: Manifest, data_root: Path) -> tuple[list[str], list[str]
     """
     present: list[str] = []
     absent: list[str] = []
-    for pattern in manifest.shards:
-        if is_remote(pattern):
-            continue
-        for name in braceexpand.braceexpand(pattern):
-            if any(letter in name for letter in "*?["):
-                found = sorted(data_root.glob(name))
-            else:
-                found = [data_root / name] if (data_root / name).is_file() else []
-            present += [path.relative_to(data_root).as_posix() for path in found]
-            absent += [] if found else [name]
+    local = [pattern for pattern in manifest.shards if not is_remote(pattern)]
+    for _, name, tars in match_patterns(local, data_root):
+        present += [path.relative_to(data_root).as_posix() for path in tars]
+        absent += [] if tars else [name]
     return present, absent
 
 
@@ -324,7 +317,7 @@ class _Check:
         total: int | None,
         tallies: dict[tuple[str, str], _Tally],
     ) -> None:
-        looked = run_parallel(self._look_at, files, self.num_workers)
+        looked = run_threads(self._look_at, files, self.num_workers)
         for number, (wanted, folder, fault, reason) in enumerate(looked, start=1):
             tally = tallies["metadata" if wanted.is_meta else "pictures", folder]
             tally.looked_at += 1

@@ -8,19 +8,19 @@ and run again; one process at a time works on a source.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
 import os
 import re
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, cast
 
-from vipllava.files.download import DiskError, DownloadError, disk_error, download, run_parallel
+from vipllava.files.atomic import write_json
+from vipllava.files.download import DiskError, DownloadError, disk_error, download
+from vipllava.files.locks import locked
+from vipllava.files.pools import run_threads
 from vipllava.files.retries import PATIENT, Patience
 from vipllava.ingest.fetch.hub import HubFile, fetch_hub_file, list_hub_files
 from vipllava.ingest.fetch.picture_lists import PictureOutcome, fetch_pictures, make_jpegs
@@ -28,8 +28,6 @@ from vipllava.ingest.fetch.unpacking import DamagedArchiveError, unpack
 from vipllava.shards.manifest import Manifest, is_remote
 from vipllava.shards.sources import PictureList, Source, SourceFile
 from vipllava.types import ConfigError, VipLlavaError
-
-log = logging.getLogger(__name__)
 
 DOWNLOADS: Final = "downloads"
 _STATE: Final = Path(".vipllava")
@@ -115,7 +113,9 @@ def fetch_data(
     for source in manifest.sources:
         job = _Job(source, root, options, tell or _tell_nobody)
         try:
-            with _lock(root / _STATE / "locks" / f"{source.key}.lock", source.name):
+            lock = root / _STATE / "locks" / f"{source.key}.lock"
+            waiting = f"{source.name} is being fetched by another process; waiting for it"
+            with locked(lock, waiting=waiting):
                 outcomes += job.run()
         except OSError as error:
             raise disk_error(error, source.name, root) from error
@@ -124,19 +124,6 @@ def fetch_data(
 
 def _tell_nobody(task: str, unit: str, done: int, total: int | None) -> None:
     pass
-
-
-@contextmanager
-def _lock(path: Path, name: str) -> Generator[None]:
-    """Let one process at a time work on a source; the system frees the lock of a killed one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("%s is being fetched by another process; waiting for it", name)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 class _Job:
@@ -225,7 +212,7 @@ class _Job:
         def fetch(item: HubFile) -> None:
             fetch_hub_file(item, into / item.path, patience=patience)
 
-        fetched = run_parallel(fetch, listed, self.options.num_workers)
+        fetched = run_threads(fetch, listed, self.options.num_workers)
         for number, _ in enumerate(fetched, start=1):
             self.tell(task, "files", number, len(listed))
         self.receipts.write(file, len(listed))
@@ -368,8 +355,6 @@ class _Receipts:
         return _Receipt(known.get("num_files"), str(known.get("note", "")))
 
     def write(self, part: SourceFile | PictureList, num_files: int | None, note: str = "") -> None:
-        path = self._path(part)
-        path.parent.mkdir(parents=True, exist_ok=True)
         receipt = {
             "schema_version": _RECEIPT_VERSION,
             "file": self._name(part),
@@ -377,9 +362,7 @@ class _Receipts:
             "num_files": num_files,
             "note": note,
         }
-        partial_path = path.with_suffix(".part")
-        partial_path.write_text(json.dumps(receipt), encoding="utf-8")
-        partial_path.replace(path)
+        write_json(self._path(part), receipt)
 
     def _path(self, part: SourceFile | PictureList) -> Path:
         return self._folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', self._name(part))}.json"

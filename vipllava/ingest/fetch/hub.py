@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any, Final, TypeVar
 
 from vipllava import __version__
 from vipllava.files.download import DownloadError, Progress, RefusedError, download
-from vipllava.files.retries import PATIENT, Patience, Trial
+from vipllava.files.retries import PATIENT, BrokenError, GivenUpError, Patience, Trial, retry
+from vipllava.types import first_line
 
 _Result = TypeVar("_Result")
 _TYPE: Final = "dataset"
@@ -138,8 +138,8 @@ def _try(attempt: Callable[[], _Result], what: str, patience: Patience) -> _Resu
     from huggingface_hub import errors
 
     web_error: Any = vars(errors)["HTTPError"]  # of the HTTP client that this release uses
-    trial = Trial(patience)
-    while True:
+
+    def attempt_once() -> _Result:
         try:
             return attempt()
         except errors.OfflineModeIsEnabled as error:
@@ -150,13 +150,12 @@ def _try(attempt: Callable[[], _Result], what: str, patience: Patience) -> _Resu
             status = getattr(getattr(error, "response", None), "status_code", None)
             if status in _LASTING:
                 raise DownloadError(f"{what}: {_refusal(error, status)}") from error
-            pause_s = trial.pause_after_failure()
-            if pause_s is None:
-                raise DownloadError(
-                    f"{what}: given up after {trial}; the last one: {_first_line(error)}. Run the "
-                    "same command again to go on"
-                ) from error
-        time.sleep(pause_s)
+            raise BrokenError(first_line(error)) from error
+
+    try:
+        return retry(attempt_once, Trial(patience), what)
+    except GivenUpError as error:
+        raise DownloadError(f"{error}. Run the same command again to go on") from error.reason
 
 
 def _refusal(error: BaseException, status: int | None) -> str:
@@ -165,12 +164,7 @@ def _refusal(error: BaseException, status: int | None) -> str:
             "the hub denies access; accept the data set's terms on its page and log in with "
             "`hf auth login`"
         )
-    return f"{_first_line(error)}; correct `hub` or `revision` in the manifest's sources"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return f"{first_line(error)}; correct `hub` or `revision` in the manifest's sources"
 
 
 def _page(repo: str) -> str:

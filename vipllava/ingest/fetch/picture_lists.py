@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
-from vipllava.files.download import DiskError, DownloadError, disk_error, download, run_parallel
+from vipllava.files.atomic import new_file
+from vipllava.files.download import DiskError, DownloadError, disk_error, download
+from vipllava.files.pools import run_threads
 from vipllava.files.retries import Patience
 from vipllava.records.image_decode import decode_image
 from vipllava.shards.sources import PictureList
@@ -107,7 +108,7 @@ def fetch_pictures(
             def fetch(item: tuple[str, str]) -> bool | Failure:
                 return _fetch_one(*item, Path(scratch), into, patience)
 
-            for result in run_parallel(fetch, wanted.items(), num_workers):
+            for result in run_threads(fetch, wanted.items(), num_workers):
                 done += 1
                 if isinstance(result, Failure):
                     failures.append(result)
@@ -199,10 +200,6 @@ def _store(data: bytes, target: Path, name: str) -> bool:
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
         data = buffer.getvalue()
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(data)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(target) as unfinished:
+        unfinished.write_bytes(data)
     return converted

@@ -5,7 +5,6 @@ A run that was broken off is simply done again: files that are there with the ri
 
 from __future__ import annotations
 
-import os
 import shutil
 import tarfile
 import zipfile
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Final, cast
 
+from vipllava.files.atomic import new_file
 from vipllava.files.download import disk_error
 from vipllava.shards.sources import is_inside
 from vipllava.types import VipLlavaError
@@ -110,16 +110,11 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _write(member: _Member, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with member.open() as source, partial.open("wb") as file:
+    with new_file(target) as unfinished:
+        with member.open() as source, unfinished.open("wb") as file:
             shutil.copyfileobj(source, file, _CHUNK)  # zipfile compares the CRC at the end
-        if partial.stat().st_size != member.size:
+        if unfinished.stat().st_size != member.size:
             raise EOFError(f"`{member.name}` is truncated")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _is_litter(path: PurePosixPath) -> bool:

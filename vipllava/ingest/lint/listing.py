@@ -6,33 +6,24 @@ without an index, is looked at like everything else.
 
 from __future__ import annotations
 
-import json
-import re
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final, cast
+from typing import BinaryIO
 
 from vipllava.shards.tar_index import (
     IMAGE_EXTENSIONS,
     ShardError,
     index_path,
     load_index,
+    parse_object,
 )
+from vipllava.shards.tar_members import BrokenTarError, iter_members
 from vipllava.shards.tars import Entry, ShardSet
 from vipllava.types import RecordError
 
-_MEMBER: Final = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset: cut at the first dot
-_BLOCK: Final = 512
-_REMEDY: Final = "restore it or build it again"
-
 Fault = tuple[str, str, str]
 """Code, key (may be empty) and message."""
-
-
-class _Cut(Exception):
-    """A tar cannot be read beyond this place."""
 
 
 @dataclass(slots=True)
@@ -80,7 +71,10 @@ class Listing:
         found = self.rows[row]
         assert found.record is not None
         image = None if found.image is None else _bytes(file, *found.image)
-        record = _parse_json(_bytes(file, *found.record), found.key)
+        try:
+            record = parse_object(_bytes(file, *found.record), f"{found.key}.json")
+        except ShardError as error:
+            raise RecordError(str(error)) from error
         return Entry(found.key, record, image, found.extension, shard)
 
 
@@ -137,8 +131,8 @@ def _walk(path: Path) -> tuple[list[_Row], list[Fault]]:
                 last = row
     except OSError as error:
         faults.append(("shard-broken", "", f"cannot be read: {error}"))
-    except _Cut as error:
-        faults.append(("shard-broken", "", f"{error}; {_REMEDY}"))
+    except BrokenTarError as error:
+        faults.append(("shard-broken", "", f"{error}; restore it or build it again"))
         del rows[-1:]  # its picture may have been behind the break
     return list(_whole(rows, faults)), faults
 
@@ -159,44 +153,15 @@ def _whole(rows: list[_Row], faults: list[Fault]) -> Iterator[_Row]:
 
 
 def _members(file: BinaryIO, faults: list[Fault]) -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """Yield key, extension and place of the members that are read; raise _Cut where it breaks."""
-    size = file.seek(0, 2)
-    file.seek(0)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                if info.isdir():
-                    continue
-                match = _MEMBER.fullmatch(info.name)
-                if not info.isfile() or match is None:
-                    message = f"member `{info.name}` is not a file called KEY.EXTENSION; remove it"
-                    faults.append(("shard-broken", "", message))
-                    continue
-                if info.offset_data + info.size > size:
-                    raise _Cut(f"truncated within `{info.name}`")
-                if (extension := match.group(2).lower()) in ("json", *IMAGE_EXTENSIONS):
-                    yield match.group(1), extension, (info.offset_data, info.size)
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise _Cut(f"not a whole tar ({error})") from error
-    file.seek(end)  # tarfile takes a broken header after the first one for the end
-    tail = file.read(_BLOCK)
-    if len(tail) != _BLOCK or any(tail):
-        raise _Cut(f"{'truncated' if len(tail) < _BLOCK else 'a broken header'} at byte {end}")
+    """Yield key, extension and place of the members that are read."""
+    for member in iter_members(file):
+        if member.key is None or member.extension is None:
+            message = f"member `{member.name}` is not a file called KEY.EXTENSION; remove it"
+            faults.append(("shard-broken", "", message))
+        elif member.extension in ("json", *IMAGE_EXTENSIONS):
+            yield member.key, member.extension, (member.offset, member.size)
 
 
 def _bytes(file: BinaryIO, offset: int, size: int) -> bytes:
     file.seek(offset)
     return file.read(size)
-
-
-def _parse_json(text: bytes, key: str) -> dict[str, Any]:
-    try:
-        record: Any = json.loads(text)
-    except ValueError as error:
-        raise RecordError(f"{key}.json is not JSON ({error}); correct the record") from error
-    if not isinstance(record, dict):
-        raise RecordError(
-            f"{key}.json holds {type(record).__name__}; a record is a JSON object: correct it"
-        )
-    return cast("dict[str, Any]", record)

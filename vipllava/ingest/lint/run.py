@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from multiprocessing import get_context
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
-import braceexpand
 import torch
 
-from vipllava.files.pools import start_worker
+from vipllava.files.pools import run_jobs
 from vipllava.ingest.lint.entries import entry_digest, lint_entry
 from vipllava.ingest.lint.findings import Finding, LintLimits
 from vipllava.ingest.lint.listing import Listing, list_tar
 from vipllava.ingest.lint.report import LintReport
 from vipllava.shards.manifest import Manifest
+from vipllava.shards.patterns import match_patterns
 from vipllava.shards.tars import ShardError, ShardSet
 from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
-from vipllava.types import ConfigError, RecordError, VipLlavaError
+from vipllava.types import ConfigError, RecordError
 
 _CHUNK: Final = 32
-_CHUNKS_AHEAD: Final = 4  # per process: none waits for work, and few results wait to be read
 _Place = tuple[int, int]
 """Number of the tar, row in it."""
 _Tar = tuple[Path, str]
@@ -122,13 +116,11 @@ def _find_tars(manifest: Manifest, root: Path) -> tuple[list[_Tar], list[Finding
         raise ShardError(f"data root {root} does not exist; set paths.data_root")
     tars: list[_Tar] = []
     missing: list[Finding] = []
-    for pattern in manifest.shards:
-        for name in braceexpand.braceexpand(pattern):
-            found = sorted(root.glob(name)) if re.search(r"[*?\[]", name) else [root / name]
-            tars += [(p, p.relative_to(root).as_posix()) for p in found if p.is_file()]
-            if not found or not all(path.is_file() for path in found):
-                message = f"does not exist (pattern `{pattern}`); get it, or correct the manifest"
-                missing.append(Finding("shard-broken", manifest.name, name, "", message))
+    for pattern, name, found in match_patterns(manifest.shards, root):
+        tars += [(path, path.relative_to(root).as_posix()) for path in found]
+        if not found:
+            message = f"does not exist (pattern `{pattern}`); get it, or correct the manifest"
+            missing.append(Finding("shard-broken", manifest.name, name, "", message))
     return tars, missing
 
 
@@ -208,9 +200,13 @@ class _Checker:
         self.source = SampleSource(ShardSet(name, (), ()), kind, policy, job.seed)
         self._opened: tuple[int, Listing, BinaryIO] | None = None
 
-    def check(self, places: Sequence[_Place]) -> list[_Checked]:
+    def __call__(self, places: Sequence[_Place]) -> list[_Checked]:
         """Look at the records at ``places``."""
         return [self._check(place) for place in places]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Begin anew in another process."""
+        return _begin_in_process, (self.job,)
 
     def close(self) -> None:
         """Close the tar."""
@@ -249,55 +245,19 @@ def _check_all(
 ) -> Iterator[_Checked]:
     """Yield what came of each chosen record, in order."""
     chunks = [chosen[n : n + _CHUNK] for n in range(0, len(chosen), _CHUNK)]
-    work = _in_processes if num_workers else _in_this_process
+    num_workers = min(num_workers, len(chunks))
     done = 0
-    for results in work(job, chunks, num_workers):
-        yield from results
-        done += len(results)
-        if on_progress is not None:
-            on_progress(done, len(chosen))
+    with (
+        closing(_Checker(job)) as check,
+        closing(run_jobs(check, chunks, num_workers, ordered=True)) as several,
+    ):
+        for results in several:
+            yield from results
+            done += len(results)
+            if on_progress is not None:
+                on_progress(done, len(chosen))
 
 
-def _in_this_process(
-    job: _Job, chunks: Sequence[Sequence[_Place]], num_workers: int
-) -> Iterator[list[_Checked]]:
-    with closing(_Checker(job)) as checker:
-        yield from map(checker.check, chunks)
-
-
-def _in_processes(
-    job: _Job, chunks: Sequence[Sequence[_Place]], num_workers: int
-) -> Iterator[list[_Checked]]:
-    # spawn: a forked copy of a process that has used torch's threads may hang.
-    executor = ProcessPoolExecutor(
-        min(num_workers, max(1, len(chunks))), get_context("spawn"), _start_process, (job,)
-    )
-    pending: deque[Future[list[_Checked]]] = deque()
-    try:
-        for chunk in chunks:
-            pending.append(executor.submit(_check_in_process, chunk))
-            if len(pending) >= _CHUNKS_AHEAD * num_workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise VipLlavaError(
-            "a lint process was killed, or could not start; the memory may not suffice: use a "
-            f"smaller num_workers than {num_workers}"
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-_own: list[_Checker] = []
-"""This process's checker, if it is one that :func:`_in_processes` started."""
-
-
-def _start_process(job: _Job) -> None:
-    start_worker()
+def _begin_in_process(job: _Job) -> _Checker:
     torch.set_num_threads(1)  # the processes are the parallelism
-    _own.append(_Checker(job))
-
-
-def _check_in_process(places: Sequence[_Place]) -> list[_Checked]:
-    return _own[0].check(places)
+    return _Checker(job)
