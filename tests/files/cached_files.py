@@ -29,6 +29,11 @@ def parts(folder: Path) -> list[Path]:
     return list((folder / ".incoming").iterdir())
 
 
+def fetch(cache: ShardCache, url: str, size: int | None = None) -> Path:
+    cache.open(url, size=size).close()
+    return cache.path(url)
+
+
 def read(cache: ShardCache, url: str, size: int | None = None) -> bytes:
     with cache.open(url, size=size) as file:
         return file.read()

@@ -18,7 +18,17 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.files.cached_files import QUICK, ROOMY, SIZE, body, names, parts, read, until
+from tests.files.cached_files import (
+    QUICK,
+    ROOMY,
+    SIZE,
+    body,
+    fetch,
+    names,
+    parts,
+    read,
+    until,
+)
 from tests.files.file_server import FileServer, Reply, run_server
 from vipllava.files import cache as shard_cache
 from vipllava.files.cache import CacheError, MissingError, ShardCache, cache_name
@@ -49,7 +59,7 @@ def cache(folder: Path) -> Iterator[ShardCache]:
 
 def test_a_file_is_fetched_once(server: FileServer, cache: ShardCache, folder: Path) -> None:
     url = server.serve("set/0001.tar", body(1))
-    path = cache.get(url, size=SIZE)
+    path = fetch(cache, url, size=SIZE)
     assert path == folder / cache_name(url)
     assert path.read_bytes() == body(1)
     assert read(cache, url) == read(cache, url, SIZE) == body(1)
@@ -95,7 +105,7 @@ def test_nothing_under_the_address(server: FileServer, cache: ShardCache, folder
 def test_access_denied_is_not_missing(server: FileServer, cache: ShardCache) -> None:
     url = server.serve("a.tar", body(1), always=Reply(status=403))
     with pytest.raises(CacheError, match=r"answered 403 .*wants a login") as caught:
-        cache.get(url)
+        fetch(cache, url)
     assert not isinstance(caught.value, MissingError)
 
 
@@ -108,7 +118,7 @@ def test_a_failing_server_that_recovers(server: FileServer, cache: ShardCache) -
 def test_a_server_that_keeps_failing(server: FileServer, cache: ShardCache, folder: Path) -> None:
     url = server.serve("a.tar", body(1), always=Reply(status=500))
     with pytest.raises(CacheError) as caught:
-        cache.get(url)
+        fetch(cache, url)
     assert re.match(
         rf"{url}: given up after 3 attempts in \d+ s; the last one: the server answered 500",
         str(caught.value),
@@ -128,7 +138,7 @@ def test_a_silent_server_is_not(server: FileServer, folder: Path) -> None:
     server.ranges = False
     cache = ShardCache(folder, ROOMY, Patience(max_attempts=2, timeout_s=0.2, backoff_s=0))
     with pytest.raises(CacheError, match=r"after 2 attempts.*no byte came within the time limit"):
-        cache.get(url)
+        fetch(cache, url)
     assert names(folder) == []
 
 
@@ -148,7 +158,7 @@ def test_cut_off_with_a_wrong_length(
     server.always["b.tar"] = Reply(send=1000, claim=claim)
     url = server.serve("b.tar", body(2))
     with pytest.raises(CacheError) as caught:
-        cache.get(url, size=SIZE)
+        fetch(cache, url, size=SIZE)
     assert re.match(
         rf"{url}: given up after 3 attempts in \d+ s; the last one: 1000 bytes {verb} where {SIZE} "
         r"were expected\. Check address and network",
@@ -160,13 +170,13 @@ def test_cut_off_with_a_wrong_length(
 
 def test_an_empty_answer_is_not_kept(server: FileServer, cache: ShardCache, folder: Path) -> None:
     with pytest.raises(CacheError, match=r"after 3 attempts .* the last one: nothing came"):
-        cache.get(server.serve("a.tar", b""))
+        fetch(cache, server.serve("a.tar", b""))
     assert names(folder) == []
 
 
 def test_another_size_than_before(server: FileServer, cache: ShardCache) -> None:
     url = server.serve("a.tar", body(1)[:100])
-    cache.get(url)
+    fetch(cache, url)
     server.serve("a.tar", body(2))
     assert read(cache, url, SIZE) == body(2)
 
@@ -204,7 +214,7 @@ def test_a_command_that_fails(
     log_file = tmp_path / "runs"
     url = f"pipe:echo run >> {log_file}; cat {tmp_path}/0001.tar{ending}"
     with pytest.raises(CacheError) as caught:
-        cache.get(url)
+        fetch(cache, url)
     assert re.match(
         rf"{re.escape(url)}: given up after 3 attempts in \d+ s; the last one: the command "
         rf"ended with {cause}",
@@ -217,13 +227,13 @@ def test_a_command_that_fails(
 def test_a_command_that_says_nothing(folder: Path) -> None:
     cache = ShardCache(folder, ROOMY, Patience(max_attempts=1, timeout_s=0.1))
     with pytest.raises(CacheError, match=r"printed nothing for 0\.1 seconds"):
-        cache.get("pipe:echo 1; exec sleep 30")
+        fetch(cache, "pipe:echo 1; exec sleep 30")
 
 
 def test_a_command_that_does_not_end(folder: Path) -> None:
     cache = ShardCache(folder, ROOMY, Patience(max_attempts=1, timeout_s=0.1))
     with pytest.raises(CacheError, match=r"does not end 0\.1 seconds after"):
-        cache.get("pipe:echo 1; exec sleep 30 >&-")
+        fetch(cache, "pipe:echo 1; exec sleep 30 >&-")
 
 
 class FlakyStorage(fsspec.AbstractFileSystem):
@@ -267,9 +277,9 @@ def test_other_storages(cache: ShardCache, storage: type[FlakyStorage], folder: 
     with pytest.raises(
         CacheError, match=r"^flaky://b/2.tar: given up after 3 .*the storage is silent"
     ):
-        cache.get("flaky://b/2.tar")
+        fetch(cache, "flaky://b/2.tar")
     with pytest.raises(MissingError, match=r"^flaky://b/absent.tar: there is nothing"):
-        cache.get("flaky://b/absent.tar")
+        fetch(cache, "flaky://b/absent.tar")
     assert (names(folder), parts(folder)) == (["0001.tar"], [])
 
 
@@ -278,9 +288,9 @@ def test_a_storage_that_is_not_installed(
 ) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(CacheError, match=r"^s3://b/1.tar: .*pip install 'vipllava-lightning\[s3\]"):
-        cache.get("s3://b/1.tar")
+        fetch(cache, "s3://b/1.tar")
     with pytest.raises(CacheError, match=r"^nosuch://b/1.tar: Protocol not known: nosuch"):
-        cache.get("nosuch://b/1.tar")
+        fetch(cache, "nosuch://b/1.tar")
 
 
 # Room.
@@ -292,11 +302,11 @@ def test_what_was_used_longest_ago_goes(server: FileServer, folder: Path) -> Non
     (folder / "sub").mkdir(parents=True)
     (folder / "somebody's").write_bytes(bytes(10 * SIZE))
     for url in urls[:3]:
-        cache.get(url)
+        fetch(cache, url)
     read(cache, urls[0])
-    cache.get(urls[3])
+    fetch(cache, urls[3])
     assert names(folder) == ["0.tar", "2.tar", "3.tar"]
-    cache.get(urls[4])
+    fetch(cache, urls[4])
     assert names(folder) == ["0.tar", "3.tar", "4.tar"]
     assert (folder / "somebody's").exists()
     assert {path.name[17:] for path in (folder / ".locks").iterdir()} == {"0.tar", "3.tar", "4.tar"}
@@ -306,7 +316,7 @@ def test_a_reader_keeps_its_file(server: FileServer, folder: Path) -> None:
     cache = ShardCache(folder, SIZE, QUICK)
     with cache.open(server.serve("1.tar", body(1))) as file:
         half = file.read(SIZE // 2)
-        cache.get(server.serve("2.tar", body(2)))
+        fetch(cache, server.serve("2.tar", body(2)))
         assert names(folder) == ["2.tar"]
         assert half + file.read() == body(1)
 
@@ -316,7 +326,7 @@ def test_a_file_larger_than_the_cache(server: FileServer, folder: Path, size: in
     cache = ShardCache(folder, SIZE - 1, QUICK)
     url = server.serve("1.tar", body(1))
     with pytest.raises(CacheError, match=f"^{url} has {SIZE} bytes or more, the shard cache .* ma"):
-        cache.get(url, size=size)
+        fetch(cache, url, size=size)
     assert len(server.requests) == (0 if size else 1)
     assert names(folder) == []
     assert size or parts(folder) == []
@@ -325,13 +335,13 @@ def test_a_file_larger_than_the_cache(server: FileServer, folder: Path, size: in
 def test_a_full_disk(
     server: FileServer, cache: ShardCache, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache.get(server.serve("0.tar", body(0)))
+    fetch(cache, server.serve("0.tar", body(0)))
     url = server.serve("1.tar", body(1))
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(folder)._replace(free=1234)
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(CacheError) as caught:
-            cache.get(url)
+            fetch(cache, url)
     assert re.fullmatch(
         rf"{url}: no space left for it in the shard cache {folder} \(3 attempts in \d+ s\): 1234 "
         rf"bytes are free, the cache holds {SIZE} of at most {ROOMY}\. Free some space there, "
@@ -350,14 +360,14 @@ def test_a_disk_that_fills_up(
 
     monkeypatch.setattr(shard_cache.os, "fsync", full)
     with pytest.raises(CacheError, match=r"^flaky://b/1.tar: no space left for it"):
-        cache.get("flaky://b/1.tar")
+        fetch(cache, "flaky://b/1.tar")
     assert (names(folder), parts(folder)) == ([], [])
 
 
 def test_a_folder_that_cannot_be(cache: ShardCache, folder: Path) -> None:
     folder.write_text("a file")
     with pytest.raises(CacheError, match=f"^https://h/1.tar: the shard cache {folder} cannot be u"):
-        cache.get("https://h/1.tar")
+        fetch(cache, "https://h/1.tar")
 
 
 # Ahead.

@@ -17,7 +17,17 @@ from typing import Any
 
 import pytest
 
-from tests.files.cached_files import QUICK, ROOMY, SIZE, body, names, parts, read, until
+from tests.files.cached_files import (
+    QUICK,
+    ROOMY,
+    SIZE,
+    body,
+    fetch,
+    names,
+    parts,
+    read,
+    until,
+)
 from tests.files.file_server import FileServer, Reply, run_server
 from vipllava.files import cache as shard_cache
 from vipllava.files.cache import ShardCache, cache_name
@@ -86,7 +96,7 @@ def test_two_jobs_in_a_small_cache(server: FileServer, folder: Path) -> None:
     """They drive each other's files out all the time; none is lost, and the bound holds."""
     cache = ShardCache(folder, SIZE, QUICK)
     urls = [server.serve(f"{n}.tar", body(n), Reply(status=503)) for n in range(6)]
-    cache.get(urls[0])
+    fetch(cache, urls[0])
     ended = threading.Event()
     largest = 0
 
@@ -136,11 +146,11 @@ def test_what_a_killed_download_left_is_removed(
     server: FileServer, cache: ShardCache, folder: Path, killed: str
 ) -> None:
     left = parts(folder)
-    cache.get(server.serve("2.tar", body(2)))
+    fetch(cache, server.serve("2.tar", body(2)))
     assert parts(folder) == left  # it may still go on
     for part in left:
         os.utime(part, (1, 1))
-    cache.get(server.serve("3.tar", body(3)))
+    fetch(cache, server.serve("3.tar", body(3)))
     assert parts(folder) == []
     assert read(cache, killed) == body(1)
 
@@ -149,7 +159,7 @@ def test_what_a_killed_download_left_makes_room(
     server: FileServer, folder: Path, killed: str
 ) -> None:
     cache = ShardCache(folder, SIZE, QUICK)
-    cache.get(server.serve("2.tar", body(2)))
+    fetch(cache, server.serve("2.tar", body(2)))
     assert (names(folder), parts(folder)) == (["2.tar"], [])
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from tests.files.cached_files import fetch
 from tests.files.file_server import FileServer, Reply, run_server
 from tests.toy_data import SIDE, make_manifest, toy_samples
 from vipllava.conversation.encode import ConversationEncoder
@@ -177,7 +178,7 @@ def test_a_storage_that_is_silent_is_given_up(tmp_path: Path) -> None:
     fsspec.register_implementation("silent", SilentStorage, clobber=True)
     cache = ShardCache(tmp_path, 10**9, BRIEF)
     with pytest.raises(CacheError, match=r"^silent://b/1\.tar: given up .* sent nothing for"):
-        cache.get("silent://b/1.tar")
+        fetch(cache, "silent://b/1.tar")
 
 
 def test_waiting_for_another_process_is_bounded(server: FileServer, tmp_path: Path) -> None:
@@ -189,8 +190,8 @@ def test_waiting_for_another_process_is_bounded(server: FileServer, tmp_path: Pa
         locked(tmp_path / ".locks" / cache_name(url)),
         pytest.raises(CacheError, match=r"given up after 1 s of waiting for another process that"),
     ):
-        cache.get(url)
-    assert cache.get(url).read_bytes() == server.files[TAR]
+        fetch(cache, url)
+    assert fetch(cache, url).read_bytes() == server.files[TAR]
 
 
 def test_a_full_cache_disk_ends_the_run(

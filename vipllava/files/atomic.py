@@ -77,7 +77,8 @@ def new_folder(folder: Path, *, replace: bool = False) -> Generator[Path]:
 
 def put_folder(unfinished: Path, folder: Path, *, replace: bool = False) -> None:
     """Give a folder its name as :func:`new_folder` does; what was there is back if that fails."""
-    sync_folder(unfinished)
+    for path in [*unfinished.rglob("*"), unfinished]:
+        sync(path)
     before = _beside(folder)
     if replace and folder.exists():
         move(folder, before)
@@ -181,12 +182,6 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder with all that is in it to the disk, as before it gets its name."""
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
 
 
 def _absent(path: Path, reason: object) -> None:

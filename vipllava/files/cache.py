@@ -98,26 +98,23 @@ class ShardCache:
         return type(self), (self.directory, self.max_bytes, self.patience)
 
     def path(self, url: str) -> Path:
-        """Return where the local copy of an address lies while there is one."""
+        """Return where the local copy of an address lies, if there is one; readers open it."""
         return self.directory / cache_name(url)
 
-    def get(self, url: str, *, size: int | None = None) -> Path:
-        """Return the path of a whole local copy; fetches it if there is none.
-
-        As :meth:`open`; but another process may make room before the path is opened, so that
-        readers use that one.
-        """
-        self.open(url, size=size).close()
-        return self.path(url)
-
     def open(
-        self, url: str, *, size: int | None = None, stop: threading.Event | None = None
+        self,
+        url: str,
+        *,
+        size: int | None = None,
+        patience: Patience | None = None,
+        stop: threading.Event | None = None,
     ) -> BinaryIO:
         """Return a whole local copy, open for reading; it stays readable whatever is removed.
 
         Args:
             url: address.
             size: bytes the file must have, where known.
+            patience: instead of the cache's own.
             stop: ends the waiting when it is set.
 
         Raises:
@@ -126,7 +123,7 @@ class ShardCache:
             StoppedError: ``stop`` was set.
         """
         stop = stop or threading.Event()
-        trial = Trial(self.patience)
+        trial = Trial(patience or self.patience)
 
         def attempt() -> BinaryIO:
             try:
@@ -183,7 +180,7 @@ class ShardCache:
                     trial.moved_to((self._incoming / part).stat().st_size)
             if trial.left_s == 0:
                 raise CacheError(
-                    f"{url}: given up after {self.patience.total_s:.0f} s of waiting for another "
+                    f"{url}: given up after {trial.patience.total_s:.0f} s of waiting for another "
                     f"process that holds {self._lock_of(name)} and does not get on with it: see "
                     "what that one does, end it, and start again"
                 )

@@ -76,9 +76,6 @@ class IndexLoader:
     def __init__(self, cache: ShardCache, folder: Path) -> None:
         self.cache = cache
         self.folder = folder
-        # A command that fails does not tell why: no index there, most likely.
-        once = replace(cache.patience, max_attempts=1)
-        self._cache_tried_once = ShardCache(cache.directory, cache.max_bytes, once)
 
     def __call__(self, tars: Sequence[Path | str]) -> list[ShardIndex]:
         """Return the tars' indices.
@@ -112,9 +109,12 @@ class IndexLoader:
         address = index_address(tar)
         if address is None:
             return None
-        is_command = address.startswith("pipe:")
+        patience = self.cache.patience
+        if is_command := address.startswith("pipe:"):
+            # One that fails does not tell why: no index there, most likely.
+            patience = replace(patience, max_attempts=1)
         try:
-            file = (self._cache_tried_once if is_command else self.cache).open(address)
+            file = self.cache.open(address, patience=patience)
         except MissingError:
             return None
         except CacheError as error:

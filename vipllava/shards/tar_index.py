@@ -119,10 +119,6 @@ class ShardIndex:
             crc = zlib.crc32(self.samples[name].tobytes(), crc)
         return crc
 
-    def iter_keys(self) -> Iterator[bytes]:
-        """Yield the keys in the tar's order, UTF-8."""
-        yield from split_keys(self.keys.tobytes(), self.samples["key_end"])
-
 
 def split_keys(keys: bytes, ends: npt.NDArray[Any]) -> Iterator[bytes]:
     """Cut keys that lie one after the other."""
