@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.toy_stream import picture
+from tests.toy_stream import encoder, picture
 
-__all__ = ["picture"]
+__all__ = ["encoder", "picture"]

@@ -44,8 +44,8 @@ def test_a_field_of_another_type(kind: str, name: str, value: object) -> None:
         ([30, 5, 5, 40], "`bboxes[0]` is [30, 5, 5, 40]; expected x1 <= x2 .* reversed"),
         ([5, 40, 30, 5], "reversed"),
         ([5, 5, 5, 40], "this one is empty"),
-        ([64, 5, 90, 40], "expected a box inside the 64 x 48 picture"),
-        ([-9, -9, 0, 40], "expected a box inside the 64 x 48 picture"),
+        ([64, 5, 90, 40], "expected a box inside the 64 x 48 image"),
+        ([-9, -9, 0, 40], "expected a box inside the 64 x 48 image"),
         ([5, 5, NAN, 40], "a box [x1, y1, x2, y2] in pixels"),
         ([5, 5, float("inf"), 40], "a box [x1, y1, x2, y2] in pixels"),
         ([5, 5, "30", 40], "a box [x1, y1, x2, y2] in pixels"),
@@ -71,7 +71,7 @@ def test_a_box_partly_outside_is_clipped() -> None:
         ([1, 1, 9, 9, 5], "an even count of coordinates, not 5"),
         ([1, 1, 9, 9, 5, NAN], "finite x, y coordinates"),
         ([1, 1, 9, "9", 5, 5], "finite x, y coordinates"),
-        ([70, 1, 90, 1, 90, 9], "a polygon inside the 64 x 48 picture"),
+        ([70, 1, 90, 1, 90, 9], "a polygon inside the 64 x 48 image"),
         ({"counts": "abc"}, "each a flat list x, y, x, y"),
     ],
 )
@@ -155,14 +155,14 @@ def test_vcr_without_its_metadata_says_where_it_belongs() -> None:
 @pytest.mark.parametrize("kind", [kind for kind in RECORDS if kind != "text_only"])
 def test_a_missing_picture(kind: str) -> None:
     rng = generator_for("test")
-    with pytest.raises(RecordError, match=r"^d/k: no picture beside the record"):
+    with pytest.raises(RecordError, match=r"^d/k: no image beside the record"):
         parse_record(RECORDS[kind], key="k", dataset="d", image=None, kind=kind, rng=rng)
 
 
 def test_a_picture_beside_a_text_only_record() -> None:
     record = copy.deepcopy(RECORDS["text_only"])
     rng = generator_for("test")
-    with pytest.raises(RecordError, match="a picture lies beside a text-only record"):
+    with pytest.raises(RecordError, match="an image lies beside a text-only record"):
         parse_record(record, key="k", dataset="d", image=IMAGE, kind="text_only", rng=rng)
 
 
@@ -173,7 +173,7 @@ def test_an_unknown_kind_lists_the_known() -> None:
 
 def test_an_unreadable_picture_under_a_region_record() -> None:
     rng = generator_for("test")
-    with pytest.raises(RecordError, match=r"^d/k: 4 bytes .* are no picture"):
+    with pytest.raises(RecordError, match=r"^d/k: 4 bytes .* are no image"):
         parse_record(RECORDS["refcocog"], key="k", dataset="d", image=b"oops", rng=rng)
 
 

@@ -1,4 +1,4 @@
-"""The sample data: real shards in the real schemas, made once, and an official ViP-Bench."""
+"""The sample data: real shards of the real record kinds, made once, and an official ViP-Bench."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_no_partial_file_stays_when_writing_fails(tmp_path: Path) -> None:
         (("k", {"x": float("nan")}, None, None), "`k` is not JSON"),
         (("k", {"x": {1, 2}}, None, None), "`k` is not JSON"),
         (("k", {}, b"\xff", "tiff"), "extension 'tiff'"),
-        (("k", {}, b"not a picture", "jpg"), "k: .*are no picture"),
+        (("k", {}, b"not a picture", "jpg"), "k: .*are no image"),
     ],
 )
 def test_what_cannot_be_stored(tmp_path: Path, sample: tuple, message: str) -> None:
@@ -261,7 +261,7 @@ def test_a_picture_that_is_missing(tmp_path: Path) -> None:
     write_tar(tmp_path / "toy" / "x.tar", {f"{key}.json": json.dumps(record).encode()})
     shards = open_shards(make_manifest(), tmp_path)
     source = SampleSource(shards, "auto", "auto", 0)
-    with pytest.raises(RecordError, match=r"x\.tar: toy/s000: .*picture"):
+    with pytest.raises(RecordError, match=r"x\.tar: toy/s000: .*image"):
         source.sample(0)
 
 

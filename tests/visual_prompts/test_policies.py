@@ -16,6 +16,7 @@ from vipllava.visual_prompts.policies import (
     build_policies,
     get_policy,
 )
+from vipllava.visual_prompts.published import POLICIES
 from vipllava.visual_prompts.shapes import SHAPES
 
 PUBLISHED_SHAPES: dict[str, tuple[Shape, ...]] = {
@@ -28,6 +29,12 @@ PUBLISHED_SHAPES: dict[str, tuple[Shape, ...]] = {
     "pointQA_twice": ("rectangle",),
     "regions": SHAPES,
 }
+
+
+@pytest.mark.parametrize("name", ["published", "evaluation"])
+def test_the_policies_in_code_are_those_of_the_configuration(name: str) -> None:
+    assert POLICIES[name] == load_policies(name)
+    assert list(POLICIES) == ["published", "evaluation"]
 
 
 def test_the_palette_is_the_published_one() -> None:

@@ -137,8 +137,8 @@ def test_3_short_phrases_and_relations_keep_wording_and_picture() -> None:
     [
         ({"bboxes": [[9, 9, 5, 5]]}, IMAGE, "d/k: field `bboxes[0]` is [9, 9, 5, 5]; expected"),
         ({"segmentations": [[[1, 2, 3, 4]]]}, IMAGE, "d/k: field `segmentations[0][0]` is"),
-        ({}, None, "d/k: no picture beside the record"),
-        ({}, IMAGE[: len(IMAGE) // 2], "d/k: the picture cannot be decoded"),
+        ({}, None, "d/k: no image beside the record"),
+        ({}, IMAGE[: len(IMAGE) // 2], "d/k: the image cannot be decoded"),
     ],
 )
 def test_4_a_bad_sample_is_an_error_of_its_own_name_never_another_sample(

@@ -1,87 +1,160 @@
 """Record kinds: foreign records to :class:`vipllava.types.Sample`.
 
-Adding a kind is one file with a ``parse_`` function and one line in ``KINDS``.
+A kind is one :class:`RecordKind` value in a file of its own. Those of the package are imported and
+listed here; a program adds its own with :func:`register_kind`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 
-from vipllava.records.fields import Fields, Parsed
-from vipllava.records.kinds.flickr30k import parse_flickr30k
-from vipllava.records.kinds.image_level import parse_image_level
-from vipllava.records.kinds.pointqa_twice import parse_pointqa_twice
-from vipllava.records.kinds.refcocog import parse_refcocog
-from vipllava.records.kinds.refcocog_gpt4v import parse_refcocog_gpt4v
-from vipllava.records.kinds.regions import parse_regions
-from vipllava.records.kinds.text_only import parse_text_only
-from vipllava.records.kinds.v7w import parse_v7w
-from vipllava.records.kinds.vcr import parse_vcr
-from vipllava.records.kinds.vg_rel import parse_vg_rel
-from vipllava.records.kinds.vg_rel_gpt4v import parse_vg_rel_gpt4v
+from vipllava.records.fields import Fields
+from vipllava.records.kind import CONVERSATIONS, NO_POLICY, RecordKind, list_or_empty
+from vipllava.records.kinds.flickr30k import FLICKR30K
+from vipllava.records.kinds.image_level import IMAGE_LEVEL
+from vipllava.records.kinds.pointqa_twice import POINTQA_TWICE
+from vipllava.records.kinds.refcocog import REFCOCOG
+from vipllava.records.kinds.refcocog_gpt4v import REFCOCOG_GPT4V
+from vipllava.records.kinds.regions import REGIONS
+from vipllava.records.kinds.text_only import TEXT_ONLY
+from vipllava.records.kinds.v7w import V7W
+from vipllava.records.kinds.vcr import VCR
+from vipllava.records.kinds.vg_rel import VG_REL
+from vipllava.records.kinds.vg_rel_gpt4v import VG_REL_GPT4V
 from vipllava.records.version import check_version
-from vipllava.types import RecordError, Sample
+from vipllava.types import RecordError, Sample, VipLlavaError
 
-__all__ = ["AUTO", "KINDS", "NO_POLICY", "RecordKind", "kind_of", "parse_record"]
+__all__ = [
+    "AUTO",
+    "KINDS",
+    "NO_POLICY",
+    "Kinds",
+    "RecordKind",
+    "find_kind",
+    "kind_of",
+    "parse_record",
+    "record_texts",
+    "register_kind",
+    "with_kinds",
+]
 
 AUTO: Final = "auto"
-NO_POLICY: Final = "none"
-"""Policy name of kinds whose pictures get no marks; it is never looked up."""
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
 
-_GPT4V: Final = "gpt4v"
+_OWN: Final = (
+    IMAGE_LEVEL,
+    TEXT_ONLY,
+    REFCOCOG,
+    REFCOCOG_GPT4V,
+    VG_REL,
+    VG_REL_GPT4V,
+    FLICKR30K,
+    VCR,
+    V7W,
+    POINTQA_TWICE,
+    REGIONS,
+)
 
 
-@dataclass(frozen=True, slots=True)
-class RecordKind:
-    """One schema.
+class Kinds(dict[str, RecordKind]):
+    """The known kinds by name, in the order in which messages list them.
 
-    Attributes:
-        parse: reads the record; the generator chooses wordings.
-        policy: the visual-prompt policy that marks its regions.
-        prefix: first dash-separated part of the ids of the released data, or None.
+    What is sent to another process holds them if it needs them there: pickled, they carry what was
+    registered, and unpickled they add that to the kinds of the process they arrive in. So a spawned
+    worker knows what a forked one inherits. Like all that is pickled, the functions of a registered
+    kind are found by their module's name.
     """
 
-    parse: Callable[[Fields, np.random.Generator], Parsed]
-    policy: str
-    prefix: str | None = None
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how the other process makes its kinds complete."""
+        return _arrive, (tuple(self.values())[len(_OWN) :],)
 
 
-KINDS: Final[dict[str, RecordKind]] = {
-    "image_level": RecordKind(parse_image_level, NO_POLICY),
-    "text_only": RecordKind(parse_text_only, NO_POLICY),
-    "refcocog": RecordKind(parse_refcocog, "refcocog", "refcocog"),
-    "refcocog-gpt4v": RecordKind(parse_refcocog_gpt4v, "refcocog", "refcocog"),
-    "vg_rel": RecordKind(parse_vg_rel, "vg_rel", "vg_rel"),
-    "vg_rel-gpt4v": RecordKind(parse_vg_rel_gpt4v, "vg_rel-gpt4v", "vg_rel"),
-    "flickr30k": RecordKind(parse_flickr30k, "flickr30k", "flickr30k"),
-    "vcr": RecordKind(parse_vcr, "vcr", "vcr"),
-    "v7w": RecordKind(parse_v7w, "v7w", "v7w"),
-    "pointQA_twice": RecordKind(parse_pointqa_twice, "pointQA_twice", "pointQA_twice"),
-    "regions": RecordKind(parse_regions, "regions"),
-}
-
-_PREFIXES: Final = frozenset(kind.prefix for kind in KINDS.values() if kind.prefix)
+KINDS: Final = Kinds((kind.name, kind) for kind in _OWN)
 
 
-def kind_of(record: Mapping[str, Any]) -> str:
+def _arrive(registered: tuple[RecordKind, ...]) -> Kinds:
+    for kind in registered:
+        KINDS.setdefault(kind.name, kind)  # unpickling its functions may have registered it
+    return KINDS
+
+
+def with_kinds(work: Callable[[_Job], _Result]) -> Callable[[_Job], _Result]:
+    """Return ``work`` for other processes, where it finds the kinds of this one."""
+    return partial(_call, KINDS, work)
+
+
+def _call(kinds: Kinds, work: Callable[[_Job], _Result], job: _Job) -> _Result:
+    return work(job)
+
+
+def register_kind(kind: RecordKind) -> None:
+    """Add a record kind to those of this process and of the workers it starts.
+
+    Jobs import the module that a manifest names as ``kind_module``: there the call belongs.
+
+    Raises:
+        VipLlavaError: another kind has its name or its prefix.
+    """
+    taken = kind.name in (AUTO, *KINDS)
+    if taken or (kind.prefix and kind.prefix in {other.prefix for other in KINDS.values()}):
+        what, value = ("name", kind.name) if taken else ("prefix", kind.prefix)
+        raise VipLlavaError(
+            f"record kind `{kind.name}`: a kind of {what} `{value}` exists; choose another {what} "
+            f"(known kinds: {AUTO}, {', '.join(KINDS)})"
+        )
+    KINDS[kind.name] = kind
+
+
+def kind_of(record: Mapping[str, Any], has_image: bool = False) -> str:
     """Return the kind of a record of a mix.
 
-    The first dash-separated part of a text ``id`` names the data set, the second matters only
-    where it is ``gpt4v``. Other ids: with ``bboxes`` a user's region record, with ``image`` an
-    image-level one, else text only.
+    A text ``id`` that starts with the prefix of a kind decides. Other ids: with ``bboxes`` a user's
+    region record, with ``image`` (or an image beside it) an image-level one, else text only.
     """
     identifier = record.get("id")
-    parts = identifier.split("-") if isinstance(identifier, str) else [""]
-    if parts[0] in _PREFIXES:
-        variant = f"{parts[0]}-{_GPT4V}"
-        return variant if parts[1:2] == [_GPT4V] and variant in KINDS else parts[0]
+    if isinstance(identifier, str):
+        prefixes = {kind.prefix: kind for kind in KINDS.values() if kind.prefix}
+        fitting = [prefix for prefix in prefixes if f"{identifier}-".startswith(f"{prefix}-")]
+        if fitting:
+            return prefixes[max(fitting, key=len)].name
     if "bboxes" in record:
-        return "regions"
-    return "image_level" if "image" in record else "text_only"
+        return REGIONS.name
+    return (IMAGE_LEVEL if has_image or "image" in record else TEXT_ONLY).name
+
+
+def find_kind(record: Mapping[str, Any], kind: str, has_image: bool) -> RecordKind:
+    """Return the kind of a stored record.
+
+    Args:
+        record: the JSON object.
+        kind: one of ``KINDS``, or ``auto``.
+        has_image: whether an image lies beside the record.
+
+    Raises:
+        RecordError: the kind is unknown; lists the known ones.
+    """
+    name = kind_of(record, has_image) if kind == AUTO else kind
+    if name not in KINDS:
+        raise RecordError(f"unknown record kind `{name}`; known: {AUTO}, {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def record_texts(record: Mapping[str, Any]) -> list[Any]:
+    """Return what holds the texts of a record of any kind, valid or not.
+
+    The values of its conversation, or without one all fields that a known kind reads texts from.
+    """
+    if isinstance(record.get(CONVERSATIONS), list):
+        turns = list_or_empty(record[CONVERSATIONS])
+        return [cast("Any", turn).get("value") for turn in turns if isinstance(turn, dict)]
+    names = dict.fromkeys(name for kind in KINDS.values() for name in kind.texts)
+    return [record.get(name) for name in names if name != CONVERSATIONS]
 
 
 def parse_record(
@@ -100,26 +173,20 @@ def parse_record(
         record: the JSON object; never changed.
         key: its key in the data set.
         dataset: the manifest's name.
-        image: the encoded picture beside the record, or None.
+        image: the encoded image beside the record, or None.
         kind: one of ``KINDS``, or ``auto``.
         rng: chooses wordings; see :func:`vipllava.keyed_random.generator_for`.
-        size: width and height of the upright picture, pixels, if they are known already; read
+        size: width and height of the upright image, pixels, if they are known already; read
             from its header otherwise.
 
     Raises:
         RecordError: naming data set, key, field, what was found and what is expected.
     """
-    check_version(record, f"{dataset}/{key}")
-    name = kind
-    if kind == AUTO:
-        name = kind_of(record)
-        if name == "text_only" and image is not None:
-            name = "image_level"  # the picture in the shard says so, too
+    where = f"{dataset}/{key}"
+    check_version(record, where)
     try:
-        schema = KINDS[name]
-    except KeyError:
-        raise RecordError(
-            f"{dataset}/{key}: unknown record kind `{kind}`; known: {AUTO}, {', '.join(KINDS)}"
-        ) from None
-    parsed = schema.parse(Fields(record, key, dataset, image, size), rng)
-    return Sample(key, dataset, image, parsed.regions, parsed.turns, schema.policy, parsed.fixed)
+        found = find_kind(record, kind, image is not None)
+    except RecordError as error:
+        raise error.at(where) from None
+    parsed = found.parse(Fields(record, key, dataset, image, size), rng)
+    return Sample(key, dataset, image, parsed.regions, parsed.turns, found.policy, parsed.fixed)

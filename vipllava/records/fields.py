@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, NoReturn, TypeVar, cast
 
 from vipllava.records.image_decode import image_size
 from vipllava.types import (
@@ -21,8 +21,9 @@ from vipllava.types import (
 )
 
 _SHOWN: Final = 80
+_POLYGONS: Final = "a list of polygons, each a flat list x, y, x, y of at least 3 points"
 IMAGE_PLACEHOLDER: Final = "<image>"
-_REGION_PLACEHOLDER: Final = re.compile(r"<bbox(\d{0,9})>")
+REGION_PLACEHOLDER: Final = re.compile(r"<bbox(\d{0,9})>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +35,6 @@ class Parsed:
     fixed: tuple[FixedVisualPrompt, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Said:
-    """One entry of ``conversations``, checked; ``where`` names it in messages."""
-
-    where: str
-    speaker: str
-    value: str
-
-
 @dataclass(slots=True)
 class Fields:
     """A record under reading.
@@ -51,7 +43,7 @@ class Fields:
         record: the foreign object; never changed.
         key: the sample's key.
         dataset: the manifest's name.
-        image: the encoded picture, or None.
+        image: the encoded image, or None.
         known_size: its upright width and height, pixels, once they are known.
     """
 
@@ -63,7 +55,7 @@ class Fields:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the stored, upright picture, pixels."""
+        """Width and height of the stored, upright image, pixels."""
         if self.known_size is None:
             self.require_image()
             assert self.image is not None
@@ -82,11 +74,11 @@ class Fields:
         )
 
     def require_image(self) -> None:
-        """Refuse a record of a picture whose shard holds none."""
+        """Refuse a record of an image whose shard holds none."""
         if self.image is None:
             named = self.record.get("image")
             raise RecordError(
-                f"{self.dataset}/{self.key}: no picture beside the record (it names {named!r}); "
+                f"{self.dataset}/{self.key}: no image beside the record (it names {named!r}); "
                 "expected KEY.jpg, .jpeg, .png or .webp in the same shard",
                 "image-missing",
             )
@@ -146,7 +138,7 @@ class Fields:
     # Geometry.
 
     def bbox(self, value: object, name: str, extra: int = 0) -> BBox:
-        """Check one box and clip it to the picture.
+        """Check one box and clip it to the image.
 
         A box partly outside is clipped; one that is wholly outside, empty, reversed or not
         finite is refused.
@@ -168,31 +160,35 @@ class Fields:
         width, height = self.size
         clipped = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
         if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
-            expected = f"a box inside the {width} x {height} picture"
+            expected = f"a box inside the {width} x {height} image"
             self.fail(name, numbers, expected, "box-outside")
         return clipped
 
     def polygons(self, value: object, name: str) -> tuple[Polygon, ...]:
         """Check one region's segmentation: a list of flat ``x, y, x, y`` lists, maybe empty.
 
-        Each polygon needs three points. Points outside are moved to the picture's edge; a
+        Each polygon needs three points. Points outside are moved to the image's edge; a
         polygon wholly outside is refused.
         """
-        expected = "a list of polygons, each a flat list x, y, x, y of at least 3 points"
-        polygons: list[Polygon] = []
-        fault = "polygon-invalid"
-        for number, flat in enumerate(self.as_list(value, name, expected, fault=fault)):
-            where = f"{name}[{number}]"
-            numbers = self.as_list(flat, where, expected, fault=fault)
-            if len(numbers) % 2:
-                even = f"an even count of coordinates, not {len(numbers)}"
-                self.fail(where, numbers, even, fault)
-            pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
-            polygons.append(self.polygon(pairs, where))
-        return tuple(polygons)
+        return tuple(
+            self.polygon(self.points(flat, where), where) for where, flat in self.flats(value, name)
+        )
+
+    def flats(self, value: object, name: str) -> list[tuple[str, object]]:
+        """Return name and value of each flat list of a segmentation."""
+        flats = self.as_list(value, name, _POLYGONS, fault="polygon-invalid")
+        return [(f"{name}[{number}]", flat) for number, flat in enumerate(flats)]
+
+    def points(self, flat: object, name: str) -> list[tuple[Any, Any]]:
+        """Return the points of one flat list."""
+        numbers = self.as_list(flat, name, _POLYGONS, fault="polygon-invalid")
+        if len(numbers) % 2:
+            even = f"an even count of coordinates, not {len(numbers)}"
+            self.fail(name, numbers, even, "polygon-invalid")
+        return list(zip(numbers[::2], numbers[1::2], strict=True))
 
     def polygon(self, points: Sequence[Any], name: str) -> Polygon:
-        """Check one ring of ``(x, y)`` pairs and move points outside to the picture's edge."""
+        """Check one ring of ``(x, y)`` pairs and move points outside to the image's edge."""
         width, height = self.size
         checked: list[Point] = []
         for point in points:
@@ -210,7 +206,7 @@ class Fields:
             self.fail(name, list(points), expected, "polygon-invalid")
         xs, ys = zip(*checked, strict=True)
         if max(xs) <= 0 or max(ys) <= 0 or min(xs) >= width or min(ys) >= height:
-            expected = f"a polygon inside the {width} x {height} picture"
+            expected = f"a polygon inside the {width} x {height} image"
             self.fail(name, list(points), expected, "polygon-outside")
         right, bottom = float(width), float(height)
         return tuple((min(max(x, 0.0), right), min(max(y, 0.0), bottom)) for x, y in checked)
@@ -244,9 +240,8 @@ class Fields:
     def conversation(self, num_regions: int | None = None) -> tuple[DraftTurn, ...]:
         """Read ``conversations`` of ``human`` and ``gpt``.
 
-        ``<image>`` in a human text moves to that turn's front; a record with a picture and no
-        ``<image>`` gets it in the first turn. As in the released data, answers before the first
-        question and a last question without an answer carry nothing to learn and are left out.
+        ``<image>`` in a human text moves to that turn's front; a record with an image and no
+        ``<image>`` gets it in the first turn. See :func:`kept_turns` for what is left out.
 
         Args:
             num_regions: region placeholders are replaced by mentions of so many regions; None
@@ -254,49 +249,43 @@ class Fields:
         """
         expected = "a list of {from: human|gpt, value: text}, taking turns"
         items = self.items("conversations", expected)
-        said: list[_Said] = []
-        for number, item in enumerate(items):
-            where = f"conversations[{number}]"
-            if not isinstance(item, Mapping):
-                self.fail(where, item, "an object {from, value}")
-            turn = cast("Mapping[str, Any]", item)
-            speaker, value = turn.get("from"), turn.get("value")
-            if speaker not in ("human", "gpt"):
-                self.fail(f"{where}.from", speaker, "human or gpt")
-            if not isinstance(value, str):
-                self.fail(f"{where}.value", value, "a text")
-            said.append(_Said(where, speaker, value))
-        while said and said[0].speaker == "gpt":
-            said.pop(0)
-        if said and said[-1].speaker == "human":
-            said.pop()
+        said = kept_turns([self._said(item, f"conversations[{n}]") for n, item in enumerate(items)])
         if not said:
             self.fail("conversations", items, "at least one question and its answer")
-        speakers = [turn.speaker for turn in said]
+        speakers = [speaker for _, speaker, _ in said]
         if speakers != ["human", "gpt"] * (len(said) // 2):
             self.fail("conversations", speakers, "human and gpt taking turns")
         return self._draft(said, num_regions)
 
-    def _draft(self, said: Sequence[_Said], num_regions: int | None) -> tuple[DraftTurn, ...]:
-        image_at = 0
-        if self.image is not None:
-            asked = [(n, t.value) for n, t in enumerate(said) if t.speaker == "human"]
-            named = [number for number, value in asked if IMAGE_PLACEHOLDER in value]
-            if len(named) > 1:
-                self.fail(
-                    "conversations", f"{IMAGE_PLACEHOLDER} in turns {named}", "one picture a record"
-                )
-            image_at = named[0] if named else 0
+    def _said(self, item: object, where: str) -> tuple[str, str, str]:
+        """Return place, speaker and text of one entry of ``conversations``."""
+        if not isinstance(item, Mapping):
+            self.fail(where, item, "an object {from, value}")
+        turn = cast("Mapping[str, Any]", item)
+        speaker, value = turn.get("from"), turn.get("value")
+        if speaker not in ("human", "gpt"):
+            self.fail(f"{where}.from", speaker, "human or gpt")
+        if not isinstance(value, str):
+            self.fail(f"{where}.value", value, "a text")
+        return where, speaker, value
+
+    def _draft(
+        self, said: Sequence[tuple[str, str, str]], num_regions: int | None
+    ) -> tuple[DraftTurn, ...]:
+        named = [n for n, (_, speaker, value) in enumerate(said)
+                 if speaker == "human" and IMAGE_PLACEHOLDER in value]  # fmt: skip
+        if self.image is not None and len(named) > 1:
+            found = f"{IMAGE_PLACEHOLDER} in turns {named}"
+            self.fail("conversations", found, "one image a record")
         turns: list[DraftTurn] = []
-        for number, turn in enumerate(said):
-            value = turn.value
-            has_image = self.image is not None and number == image_at
+        for number, (where, speaker, value) in enumerate(said):
+            has_image = self.image is not None and number == (named[0] if named else 0)
             if has_image:
                 value = value.replace(IMAGE_PLACEHOLDER, "").strip()
             parts: tuple[str | Mention, ...] = (value,)
             if num_regions is not None:
-                parts = self.mentions(value, num_regions, f"{turn.where}.value")
-            role = "user" if turn.speaker == "human" else "assistant"
+                parts = self.mentions(value, num_regions, f"{where}.value")
+            role = "user" if speaker == "human" else "assistant"
             turns.append(DraftTurn(role, parts, has_image))
         return tuple(turns)
 
@@ -304,7 +293,7 @@ class Fields:
         """Split a text at ``<bboxN>``; a bare ``<bbox>`` means the only region."""
         parts: list[str | Mention] = []
         start = 0
-        for match in _REGION_PLACEHOLDER.finditer(text):
+        for match in REGION_PLACEHOLDER.finditer(text):
             if not match.group(1) and num_regions != 1:
                 expected = f"<bbox0> to <bbox{num_regions - 1}>: bare is unclear"
                 self.fail(name, match.group(), expected, "placeholder-without-region")
@@ -316,6 +305,21 @@ class Fields:
             start = match.end()
         parts.append(text[start:])
         return tuple(part for part in parts if part != "")
+
+
+_Turns = TypeVar("_Turns", bound=list[tuple[Any, Any, str]])
+
+
+def kept_turns(turns: _Turns) -> _Turns:
+    """Remove (place, speaker, text) of answers before the first question, and of a last question.
+
+    As in the released data: they carry nothing to learn.
+    """
+    while turns and turns[0][1] == "gpt":
+        turns.pop(0)
+    if turns and turns[-1][1] == "human":
+        turns.pop()
+    return turns
 
 
 def _is_number(value: object) -> bool:

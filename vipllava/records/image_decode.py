@@ -1,6 +1,6 @@
-"""Encoded pictures to upright 8-bit RGB. No torch here: schemas and shards need only sizes.
+"""Encoded images to upright 8-bit RGB. No torch here: records and shards need only sizes.
 
-What "the stored image" means everywhere in this package: the picture after its EXIF rotation, as
+What "the stored image" means everywhere in this package: the image after its EXIF rotation, as
 browsers and annotation tools show it. Boxes and polygons are in those pixels.
 
 * CMYK, palette, grey, 1-bit: converted to RGB.
@@ -55,10 +55,10 @@ _BROKEN: Final = (OSError, ValueError, SyntaxError, EOFError, struct.error, KeyE
 
 
 def image_size(data: bytes, *, key: str) -> tuple[int, int]:
-    """Return width and height of the upright picture, from the header alone.
+    """Return width and height of the upright image, from the header alone.
 
     Raises:
-        RecordError: not a picture, or more than 100 megapixels.
+        RecordError: not an image, or more than 100 megapixels.
     """
     image = _open(data, key)
     width, height = image.size
@@ -66,17 +66,17 @@ def image_size(data: bytes, *, key: str) -> tuple[int, int]:
 
 
 def decode_image(data: bytes, key: str) -> Image.Image:
-    """Decode a picture.
+    """Decode an image.
 
     Args:
         data: JPEG, PNG, WebP, GIF or BMP bytes; the content decides, not the extension.
         key: the sample's key, for messages.
 
     Returns:
-        The upright picture, mode RGB.
+        The upright image, mode RGB.
 
     Raises:
-        RecordError: the bytes are no picture, are truncated, hold more than 100 megapixels, or
+        RecordError: the bytes are no image, are truncated, hold more than 100 megapixels, or
             are of a mode without a defined conversion.
     """
     image = _open(data, key)
@@ -88,7 +88,7 @@ def decode_image(data: bytes, key: str) -> Image.Image:
             fast = _to_rgb(image, key)
         except (*_BROKEN, Image.DecompressionBombError) as error:
             raise RecordError(
-                f"{key}: the picture cannot be decoded ({error}); {_FIX}", "image-corrupt"
+                f"{key}: the image cannot be decoded ({error}); {_FIX}", "image-corrupt"
             ) from error
     return fast.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else fast
 
@@ -106,17 +106,17 @@ def _open(data: bytes, key: str) -> Image.Image:
     except UnidentifiedImageError as error:
         start = bytes(data[:8])
         raise RecordError(
-            f"{key}: {len(data)} bytes starting with {start!r} are no picture; expected "
+            f"{key}: {len(data)} bytes starting with {start!r} are no image; expected "
             f"{', '.join(_FORMATS)}; {_FIX}",
             "image-corrupt",
         ) from error
     except _BROKEN as error:
         raise RecordError(
-            f"{key}: the picture's header is broken ({error}); {_FIX}", "image-corrupt"
+            f"{key}: the image's header is broken ({error}); {_FIX}", "image-corrupt"
         ) from error
     if width * height > MAX_PIXELS:
         raise RecordError(
-            f"{key}: the picture has {width} x {height} pixels; the limit is {MAX_PIXELS}; {_FIX}",
+            f"{key}: the image has {width} x {height} pixels; the limit is {MAX_PIXELS}; {_FIX}",
             "image-too-large",
         )
     return image
@@ -124,7 +124,7 @@ def _open(data: bytes, key: str) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     if image.format == "PNG" and "exif" not in image.info:
-        return 1  # Pillow would decode the whole picture to look for a block behind the pixels
+        return 1  # Pillow would decode the whole image to look for a block behind the pixels
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except _BROKEN:  # a broken EXIF block leaves the pixels as stored, like every viewer does
@@ -153,7 +153,7 @@ def _to_rgb(image: Image.Image, key: str) -> Image.Image:
         return Image.fromarray(high.clip(0, 255).astype(np.uint8)).convert("RGB")
     if mode == "F":
         raise RecordError(
-            f"{key}: the picture has floating-point pixels (mode F), whose range is unknown; "
+            f"{key}: the image has floating-point pixels (mode F), whose range is unknown; "
             "store it as 8-bit JPEG or PNG",
             "image-corrupt",
         )

@@ -1,4 +1,4 @@
-"""Scenes to records in the schemas of the real data, one kind per stage of the recipe.
+"""Scenes to records in the kinds of the real data, one kind per stage of the recipe.
 
 Images are referenced as they would be in the published annotation files; boxes and segmentations
 are in pixels of the stored picture.

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -54,6 +55,8 @@ class Manifest:
         licence: terms of use, in words.
         format: ``shards`` (WebDataset tars) or ``vip_bench`` (the official folder layout).
         record_kind: a kind of :mod:`vipllava.records`, or ``auto``: per record, by its id.
+        kind_module: a Python module that is imported first because it registers record kinds of
+            one's own; None without.
         shards: patterns relative to the data root: globs and braces (``x-{000000..000009}.tar``);
             or addresses (``https://``, ``s3://``, ``gs://``, ``pipe:COMMAND``), with braces only.
         folder: the folder of a ``vip_bench`` layout, relative to the data root.
@@ -77,6 +80,7 @@ class Manifest:
     licence: str
     format: str = "shards"
     record_kind: str = AUTO
+    kind_module: str | None = None
     shards: tuple[str, ...] = ()
     folder: str | None = None
     policy: str = AUTO_POLICY
@@ -184,6 +188,12 @@ def parse_manifest(
         expect("name", values.get("name") == stem, f"`{stem}`, the file's own name")
     one_of("stage", STAGES)
     one_of("format", FORMATS)
+    if (module := values.get("kind_module")) is not None:
+        try:
+            import_module(module)
+        except (ImportError, TypeError, ValueError, AttributeError) as error:
+            importable = f"the name of a module that Python can import ({error}): install it, or "
+            expect("kind_module", False, f"{importable}put its folder on PYTHONPATH")
     one_of("record_kind", (AUTO, *KINDS))
     for name in ("licence", "policy", "notes"):
         expect(name, isinstance(values.get(name), str), "a text")

@@ -14,7 +14,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, cast
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vipllava.files.atomic import new_file
+from vipllava.records import record_texts
 from vipllava.records.fields import IMAGE_PLACEHOLDER
 from vipllava.records.image_decode import image_size
 from vipllava.shards.tar_members import BLOCK, BrokenTarError, iter_members
@@ -57,9 +58,6 @@ SAMPLE: Final = np.dtype(
 
 _HEAD_BYTES: Final = 4096
 _LARGEST: Final = (1 << 32) - 1
-_TEXT_FIELDS: Final = (
-    "question", "general_question", "answer", "grounding", "answer_choices", "rationale_choices",
-)  # fmt: skip
 
 
 class ShardError(VipLlavaError):
@@ -141,19 +139,12 @@ def index_path(tar: Path) -> Path:
 def estimate_tokens(record: Mapping[str, Any]) -> int:
     """Estimate how many tokens the texts of a record make.
 
-    The UTF-8 bytes of the conversation, or for records without one of question, answer, caption
-    and choices, divided by ``BYTES_PER_TOKEN``, rounded up, at most ``MOST``. Not counted are the
-    picture, the system prompt and the wording of instructions. The record need not be valid.
+    The UTF-8 bytes of its texts (see :func:`vipllava.records.record_texts`) divided by
+    ``BYTES_PER_TOKEN``, rounded up, at most ``MOST``. Not counted are the image, the system prompt
+    and the wording of instructions. The record need not be valid.
     """
-    if isinstance(record.get("conversations"), list):
-        fields: Iterable[Any] = [
-            cast("dict[Any, Any]", turn).get("value")
-            for turn in cast("list[Any]", record["conversations"])
-            if isinstance(turn, dict)
-        ]
-    else:
-        fields = [record.get(name) for name in _TEXT_FIELDS]
-    return min(MOST, math.ceil(sum(map(_text_bytes, fields)) / BYTES_PER_TOKEN))
+    num_bytes = sum(map(_text_bytes, record_texts(record)))
+    return min(MOST, math.ceil(num_bytes / BYTES_PER_TOKEN))
 
 
 def _text_bytes(value: object) -> int:
@@ -234,7 +225,15 @@ def index_tar(file: BinaryIO, where: str) -> ShardIndex:
             raise ShardError(
                 f"{where}: sample `{key}` has a picture and no `{key}.json`; add the record"
             )
-    return _to_index(samples, *_identify(file), where)
+    index = _to_index(samples, *_identify(file), where)
+    if num_blank := int((index.samples["text_tokens"] == 0).sum()):
+        log.warning(
+            "%s: %d of %d records have no text in a field that a known record kind reads; their "
+            "lengths are estimated as 0. For a kind of your own: name its module as kind_module in "
+            "the manifest, delete the index, and open the data set by that manifest",
+            where, num_blank, len(index),
+        )  # fmt: skip
+    return index
 
 
 def _identify(file: BinaryIO) -> tuple[int, int]:

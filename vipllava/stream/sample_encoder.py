@@ -26,7 +26,7 @@ from vipllava.conversation.encode import ConversationEncoder
 from vipllava.files.cache import ShardCache
 from vipllava.files.retries import ONCE, Patience
 from vipllava.keyed_random import generator_for
-from vipllava.records import parse_record
+from vipllava.records import KINDS, parse_record
 from vipllava.records.image_decode import decode_image, image_size
 from vipllava.shards.manifest import AUTO_POLICY, Manifest, load_manifest
 from vipllava.shards.tars import Entry, ShardSet, open_shards
@@ -62,6 +62,7 @@ class SampleSource:
     def __init__(self, shards: ShardSet, record_kind: str, policy: str, seed: int) -> None:
         self.shards = shards
         self.record_kind = record_kind
+        self.kinds = KINDS  # a spawned worker knows them, because they travel with its sources
         self.policy = policy
         self.seed = seed
 

@@ -1,6 +1,7 @@
 """How marks are sampled for one data set: shapes, ranges, colours, wording.
 
-The values come from ``conf/visual_prompts``; the defaults here are the published ones.
+A job's values come from ``conf/visual_prompts``; the published ones are :data:`POLICIES` of
+:mod:`vipllava.visual_prompts.published`, too. The defaults here are of them.
 """
 
 from __future__ import annotations

@@ -272,6 +272,6 @@ def test_an_item_that_is_no_record(tmp_path: Path):
 def test_a_region_outside_its_picture_is_found(tmp_path: Path):
     put(tmp_path, "coco/train2017/1.jpg", encode_picture())
     record = {**image_level("coco/train2017/1.jpg"), "bboxes": [[100, 100, 120, 120]]}
-    with pytest.raises(RecordError, match="inside the 64 x 48 picture") as caught:
+    with pytest.raises(RecordError, match="inside the 64 x 48 image") as caught:
         take(record, tmp_path)
     assert caught.value.fault == "box-outside"

@@ -96,7 +96,7 @@ def test_missing_and_unreadable_pictures_are_counted_and_named(tmp_path: Path) -
         "6 of 8 that were looked at are good, 2 unreadable",
     )
     assert "vg/3.jpg" in vg.examples[0]
-    assert "are no picture" in vg.examples[0]
+    assert "are no image" in vg.examples[0]
     assert "vg/7.jpg" in vg.examples[1]
 
 

@@ -89,7 +89,7 @@ def test_failures_are_listed_and_tried_again(server: FileServer, tmp_path: Path)
     assert [failure.name for failure in outcome.failures] == ["2", "3", "4", "5"]
     assert [failure.address for failure in outcome.failures] == [urls[k] for k in "2345"]
     for failure, words in zip(
-        outcome.failures, ["no picture", "404", "500", "connection ended"], strict=True
+        outcome.failures, ["no image", "404", "500", "connection ended"], strict=True
     ):
         assert words in failure.reason
     assert names(tmp_path) == {"1.jpg"}

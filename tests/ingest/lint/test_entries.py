@@ -104,7 +104,7 @@ def test_the_level_of_contrast(encoder: ConversationEncoder) -> None:
 
     assert look(12) == []
     assert look(12.1) == [
-        "region 0, marked `with the mask`: rgb (112, 140, 205) at opacity 255 changes the picture "
+        "region 0, marked `with the mask`: rgb (112, 140, 205) at opacity 255 changes the image "
         "by 12 levels (lint.min_contrast=12.1); use another colour or more opacity"
     ]
 

@@ -111,11 +111,11 @@ def test_box_by_box_and_polygon_by_polygon(encoder: ConversationEncoder) -> None
         ("box-reversed", "field `bboxes[0]` is [120, 20, 20, 110]; expected x1 <= x2 and y1 <= y2: "
          "this box is reversed"),
         ("box-outside", "field `bboxes[1]` is [5000, 0, 5001, 9]; expected a box inside the "
-         "336 x 252 picture"),
+         "336 x 252 image"),
         ("box-invalid", "field `bboxes[2]` is [1, 2, 3]; expected a box [x1, y1, x2, y2] in "
          "pixels"),
         ("box-clipped", "field `bboxes[3]` is [300, 20, 380, 110]; it reaches 44 pixels out of the "
-         "336 x 252 picture and is cut there: check whether box and picture belong together"),
+         "336 x 252 image and is cut there: check whether box and image belong together"),
         ("polygon-invalid", "field `segmentations[0][0]` is [(1, 1), (9, 9)]; expected at least 3 "
          "points, not 2"),
         ("polygon-invalid", "field `segmentations[0][1]` is [1, 1, 9]; expected an even count of "

@@ -70,7 +70,7 @@ def test_json(tmp_path: Path, encoder: ConversationEncoder) -> None:
                 "shard": "toy/0.tar",
                 "key": "a",
                 "message": "field `bboxes[1]` is [20, 20, 400, 110]; it reaches 64 pixels out of "
-                "the 336 x 252 picture and is cut there: check whether box and picture belong "
+                "the 336 x 252 image and is cut there: check whether box and image belong "
                 "together",
             },
         ],

@@ -279,7 +279,7 @@ def test_samples_that_occur_twice(tmp_path: Path, encoder: ConversationEncoder) 
     write_tar(tmp_path / "toy" / "0.tar", first)
     write_tar(tmp_path / "toy" / "1.tar", second)
     report = lint(tmp_path, sample_encoder(encoder))
-    same = "picture and record are those of toy/0.tar: {}; remove one, unless it is meant"
+    same = "image and record are those of toy/0.tar: {}; remove one, unless it is meant"
     assert messages(report) == [
         ("duplicate-sample", "toy/0.tar", "c", same.format("a")),
         ("duplicate-sample", "toy/1.tar", "d", same.format("b")),

@@ -46,6 +46,7 @@ from vipllava.ingest.building.incoming import (
     input_states,
     make_key,
 )
+from vipllava.records import with_kinds
 from vipllava.records.version import RECORD_VERSION
 from vipllava.shards.manifest import Manifest, is_remote
 from vipllava.shards.tar_index import index_path, load_index
@@ -250,7 +251,7 @@ def _build(
     """Make all tars and count; stops as soon as it is certain that too many records are bad."""
     workers = default_num_workers() if num_workers is None else num_workers
     done, total = 0, summary.num_selected
-    with closing(run_jobs(build_shard, jobs, min(workers, len(jobs)))) as reports:
+    with closing(run_jobs(with_kinds(build_shard), jobs, min(workers, len(jobs)))) as reports:
         for report in reports:
             summary.add(report)
             done += report.num_samples + len(report.rejected)

@@ -170,8 +170,7 @@ def _kinds(
     seen: Counter[str] = Counter()
     for done, position in enumerate(chosen, start=1):
         entry = shards.read(position)
-        kind = kind_of(entry.record)
-        seen["image_level" if kind == "text_only" and entry.image is not None else kind] += 1
+        seen[kind_of(entry.record, entry.image is not None)] += 1
         if on_progress is not None and (done % 100 == 0 or done == number):
             on_progress(done, number)
     if number == count:

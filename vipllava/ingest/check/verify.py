@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vipllava.files.pools import default_num_workers, run_jobs
 from vipllava.ingest.check.availability import find_tars
+from vipllava.records import with_kinds
 from vipllava.records.image_decode import decode_image
 from vipllava.shards.manifest import Manifest, is_remote
 from vipllava.shards.tar_index import build_index, index_path, load_index
@@ -210,7 +211,7 @@ def index_shards(paths: Iterable[Path], num_workers: int | None = None) -> Itera
     """Read tars and write their indices; yields as they come, with what is wrong with a tar."""
     tars = list(paths)
     workers = default_num_workers() if num_workers is None else num_workers
-    yield from run_jobs(_index_tar, tars, min(workers, len(tars)))
+    yield from run_jobs(with_kinds(_index_tar), tars, min(workers, len(tars)))
 
 
 def _index_tar(path: Path) -> Indexed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from vipllava.types import ConfigError
 
@@ -15,42 +15,49 @@ CODES: Final[Mapping[str, tuple[Severity, str]]] = {
     "shard-broken": ("error", "a tar or its index is missing, damaged or not what it should be"),
     "index-missing": ("warning", "a tar without an index, which the next job has to make"),
     "duplicate-key": ("error", "a key that occurs more than once in the data set"),
-    "image-missing": ("error", "a record of a picture without one beside it"),
-    "image-corrupt": ("error", "bytes that are no picture, or that do not decode to their end"),
-    "image-too-large": ("error", "a picture of more than 100 megapixels"),
-    "image-extension": ("warning", "a picture of another format than its extension says"),
+    "image-missing": ("error", "a record of an image without one beside it"),
+    "image-corrupt": ("error", "bytes that are no image, or that do not decode to their end"),
+    "image-too-large": ("error", "an image of more than 100 megapixels"),
+    "image-extension": ("warning", "an image of another format than its extension says"),
     "box-invalid": ("error", "a box that is not four finite numbers"),
     "box-reversed": ("error", "a box whose x2 < x1 or y2 < y1"),
     "box-empty": ("error", "a box without an area"),
-    "box-outside": ("error", "a box wholly outside its picture"),
-    "box-clipped": ("warning", "a box partly outside its picture"),
+    "box-outside": ("error", "a box wholly outside its image"),
+    "box-clipped": ("warning", "a box partly outside its image"),
     "polygon-invalid": ("error", "a polygon of odd count, with no number, or under three points"),
-    "polygon-outside": ("error", "a polygon wholly outside its picture"),
-    "polygon-degenerate": ("warning", "a polygon with hardly any area inside its picture"),
+    "polygon-outside": ("error", "a polygon wholly outside its image"),
+    "polygon-degenerate": ("warning", "a polygon with hardly any area inside its image"),
     "polygon-self-crossing": ("warning", "a polygon whose outline crosses itself"),
     "record-invalid": ("error", "a record that breaks its schema in another way"),
     "placeholder-without-region": ("error", "<bboxN> in a text, and no such region"),
     "region-unmentioned": ("warning", "a region that the dialogue never mentions"),
-    "same-words": ("error", "regions of one picture whose marks have the same words"),
+    "same-words": ("error", "regions of one image whose marks have the same words"),
     "mark-small": ("warning", "a mark of too few pixels in the network's input"),
     "mark-contrast": ("warning", "a mark that hardly differs from what it is drawn on"),
     "answer-names-colour": ("warning", "an answer names a mark's colour that no question named"),
-    "too-long": ("error", "a picture and first exchange over the length limit"),
+    "too-long": ("error", "an image and first exchange over the length limit"),
     "truncated": ("warning", "trailing turns dropped to respect the length limit"),
     "unsupervised": ("error", "nothing to learn: no supervised token, or a blank answer"),
     "label-proof": ("error", "labels that are not exactly the answers and their ends"),
-    "duplicate-sample": ("warning", "the same picture and record as an earlier sample"),
+    "duplicate-sample": ("warning", "the same image and record as an earlier sample"),
 }
 """By code: severity and one line of description. ``error``: training stops at it, or learns
 nonsense from it; ``warning``: worth a look."""
 
 
+class Problem(NamedTuple):
+    """What one check says of the record before it: a code and what a :class:`Finding` says."""
+
+    code: str
+    message: str
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault of one record or shard.
+    """One problem and its place.
 
     Attributes:
-        code: the class of the fault, one of ``CODES``.
+        code: the class of the problem, one of ``CODES``.
         dataset: the manifest's name.
         shard: the tar; relative to the data root in a report. Empty for the data set as a whole.
         key: the record's key; empty for the shard as a whole.
@@ -77,9 +84,9 @@ class LintLimits:
         min_mark_pixels: longer side of what a mark paints, in pixels of the network's input.
         min_contrast: what a mark changes, in levels of 0..255: the median over its painted pixels
             of the largest change among the three channels.
-        max_outside_pixels: how far a box may reach out of its picture, in pixels of the stored
-            picture; annotations count the last pixel in one way or the other.
-        min_polygon_area: area of a polygon, in square pixels of the stored picture.
+        max_outside_pixels: how far a box may reach out of its image, in pixels of the stored
+            image; annotations count the last pixel in one way or the other.
+        min_polygon_area: area of a polygon, in square pixels of the stored image.
 
     Raises:
         ConfigError: listing every value that cannot be.

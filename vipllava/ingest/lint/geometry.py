@@ -6,30 +6,18 @@ all of them are asked, and what a parser lets pass is looked at as well.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import Any, Final, cast
+from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from vipllava.ingest.lint.findings import LintLimits
+from vipllava.ingest.lint.findings import LintLimits, Problem
+from vipllava.records import RecordKind
 from vipllava.records.fields import Fields
-from vipllava.types import BBox, RecordError
+from vipllava.records.kind import Outline
+from vipllava.types import RecordError
 
-Fault = tuple[str, str]
-"""Code and message."""
-
-_BOXES: Final = frozenset(
-    ("refcocog", "refcocog-gpt4v", "vg_rel", "vg_rel-gpt4v", "v7w", "pointQA_twice", "regions")
-)
-_MASKS: Final = frozenset(("refcocog", "refcocog-gpt4v", "regions"))
-_PHRASE: Final = re.compile(r"<bbox(\d{1,9})>")
-_VCR_TEXTS: Final = ("question", "answer_choices", "rationale_choices")
-_VCR_SHORTEST_RING: Final = 4  # shorter ones are left out by the parser, too
-_INVALID: Final = "polygon-invalid"
-_POLYGONS: Final = "a list of polygons, each a flat list x, y, x, y of at least 3 points"
 _TOUCH: Final = 1e-3
 """Pixels within which a vertex lies on an edge: coordinates have two decimals at best."""
 _FAR: Final = 1e9
@@ -38,136 +26,66 @@ _EDGES_AT_ONCE: Final = 512
 _Vertices = npt.NDArray[np.float64]
 
 
-def geometry_faults(fields: Fields, kind: str, limits: LintLimits) -> Iterator[Fault]:
-    """Yield the faults of all boxes and polygons that a record of ``kind`` uses.
+def geometry_problems(fields: Fields, kind: RecordKind, limits: LintLimits) -> Iterator[Problem]:
+    """Yield the problems of all boxes and polygons that a record of ``kind`` uses.
 
-    Without a readable picture only what needs no picture size is found.
+    Without a readable image only what needs no image size is found.
     """
-    if kind in _BOXES:
-        for number, box in enumerate(_list(fields.record.get("bboxes"))):
-            yield from _box(fields, box, f"bboxes[{number}]", limits)
-    if kind in _MASKS:
-        for number, mask in enumerate(_list(fields.record.get("segmentations"))):
-            if mask is not None or kind != "regions":
-                yield from _mask(fields, mask, f"segmentations[{number}]", limits)
-    if kind == "flickr30k":
-        phrases = _list(fields.record.get("bbox"))
-        for phrase in caption_phrases(fields.record):
-            if phrase < len(phrases):
-                for number, box in enumerate(_list(phrases[phrase])):
-                    yield from _box(fields, box, f"bbox[{phrase}][{number}]", limits)
-    if kind == "vcr":
-        yield from _clip(fields, limits)
+    for outline in kind.outlines(fields.record):
+        yield from _asked(_CHECKS[outline.form](fields, outline, limits))
 
 
-def caption_phrases(record: Mapping[str, Any]) -> list[int]:
-    """Return the numbers of the phrases that a Flickr30k caption marks, each once."""
-    caption = record.get("grounding")
-    found = _PHRASE.findall(caption) if isinstance(caption, str) else []
-    return list(dict.fromkeys(int(number) for number in found))
+def _asked(problems: Iterator[Problem]) -> Iterator[Problem]:
+    """Yield the problems of one shape, or the parser's complaint about it."""
+    try:
+        yield from problems
+    except RecordError as error:
+        # An image that is missing or broken has a check of its own.
+        if error.fault.startswith(("box-", "polygon-")):
+            yield Problem(error.fault, str(error))
 
 
-def _clip(fields: Fields, limits: LintLimits) -> Iterator[Fault]:
-    """Yield the faults of the objects of a VCR clip that any of the record's texts mentions."""
-    holder: Any = fields.record.get("meta", fields.record)
-    if not isinstance(holder, Mapping):
-        return
-    clip = cast("Mapping[str, Any]", holder)
-    boxes, masks = _list(clip.get("boxes")), _list(clip.get("segms"))
-    for index in sorted(set(_integers([fields.record.get(name) for name in _VCR_TEXTS]))):
-        if 0 <= index < len(boxes):
-            yield from _box(fields, boxes[index], f"boxes[{index}]", limits, extra=1)
-        if 0 <= index < len(masks):
-            for number, ring in enumerate(_list(masks[index])):
-                if len(points := _list(ring)) >= _VCR_SHORTEST_RING:
-                    yield from _ring(fields, points, f"segms[{index}][{number}]", limits)
-
-
-def _integers(value: object) -> Iterator[int]:
-    for item in _list(value):
-        if type(item) is int:
-            yield item
-        else:
-            yield from _integers(item)
-
-
-def _list(value: object) -> list[Any]:
-    """Return a list as it is, nothing for anything else: that is the parser's to refuse."""
-    return cast("list[Any]", value) if isinstance(value, list) else []
-
-
-# One box or polygon.
-
-
-def _box(
-    fields: Fields, value: object, name: str, limits: LintLimits, extra: int = 0
-) -> Iterator[Fault]:
-    fault, _ = _asked(lambda: fields.bbox(value, name, extra))
-    if fault is not None:
-        yield from fault
-        return
-    x1, y1, x2, y2 = cast("BBox", tuple(float(number) for number in _list(value)[:4]))
+def _box(fields: Fields, box: Outline, limits: LintLimits) -> Iterator[Problem]:
+    fields.bbox(box.value, box.name, box.extra)
+    x1, y1, x2, y2 = (float(number) for number in box.value[:4])
     width, height = fields.size
     outside = max(-x1, -y1, x2 - width, y2 - height)
     if outside > limits.max_outside_pixels:
-        yield (
+        yield Problem(
             "box-clipped",
-            f"field `{name}` is {value}; it reaches {outside:g} pixels out of the {width} x "
-            f"{height} picture and is cut there: check whether box and picture belong together",
+            f"field `{box.name}` is {box.value}; it reaches {outside:g} pixels out of the {width} "
+            f"x {height} image and is cut there: check whether box and image belong together",
         )
 
 
-def _mask(fields: Fields, value: object, name: str, limits: LintLimits) -> Iterator[Fault]:
-    """Yield the faults of one region's flat polygons."""
-    fault, flats = _asked(lambda: fields.as_list(value, name, _POLYGONS, fault=_INVALID))
-    yield from fault or ()
-    for number, flat in enumerate(_list(flats)):
-        where = f"{name}[{number}]"
-        fault, points = _asked(partial(_points, fields, flat, where))
-        if fault is not None:
-            yield from fault
-        else:
-            yield from _ring(fields, points, where, limits)
+def _mask(fields: Fields, mask: Outline, limits: LintLimits) -> Iterator[Problem]:
+    for name, flat in fields.flats(mask.value, mask.name):
+        yield from _asked(_flat(fields, flat, name, limits))
 
 
-def _points(fields: Fields, flat: object, name: str) -> list[tuple[Any, Any]]:
-    """Return the points of one flat list."""
-    numbers = fields.as_list(flat, name, _POLYGONS, fault=_INVALID)
-    if len(numbers) % 2:
-        fields.fail(name, numbers, f"an even count of coordinates, not {len(numbers)}", _INVALID)
-    return list(zip(numbers[::2], numbers[1::2], strict=True))
+def _flat(fields: Fields, flat: object, name: str, limits: LintLimits) -> Iterator[Problem]:
+    yield from _ring(fields, Outline("ring", fields.points(flat, name), name), limits)
 
 
-def _ring(fields: Fields, points: list[Any], name: str, limits: LintLimits) -> Iterator[Fault]:
-    fault, polygon = _asked(lambda: fields.polygon(points, name))
-    if fault is not None:
-        yield from fault
-        return
-    assert polygon is not None
-    inside = np.array(polygon)
-    shown = f"field `{name}`, {len(points)} points,"
+def _ring(fields: Fields, ring: Outline, limits: LintLimits) -> Iterator[Problem]:
+    points = ring.value
+    inside = np.array(fields.polygon(points, ring.name))
+    shown = f"field `{ring.name}`, {len(points)} points,"
     thin = bounding_area(inside) < limits.min_polygon_area
     if not thin and crosses_itself(np.array(points, dtype=np.float64)):
-        yield (
+        yield Problem(
             "polygon-self-crossing",
             f"{shown} has an outline that crosses itself; put its points in order, or split it",
         )
     elif thin or ring_area(inside) < limits.min_polygon_area:
-        yield (
+        yield Problem(
             "polygon-degenerate",
-            f"{shown} has an area of {ring_area(inside):.3g} square pixels inside the picture; "
+            f"{shown} has an area of {ring_area(inside):.3g} square pixels inside the image; "
             "leave it out or correct it",
         )
 
 
-def _asked(ask: Callable[[], Any]) -> tuple[list[Fault] | None, Any]:
-    """Return the parser's complaint about one box or polygon, or what it read."""
-    try:
-        return None, ask()
-    except RecordError as error:
-        # Of a picture that is missing or broken its own check tells.
-        mine = error.fault.startswith(("box-", "polygon-"))
-        return ([(error.fault, str(error))] if mine else []), None
+_CHECKS: Final = {"box": _box, "mask": _mask, "ring": _ring}
 
 
 # Rings.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from vipllava.ingest.lint.findings import CODES, Finding, Severity
@@ -53,14 +53,7 @@ class LintReport:
             "num_warnings": self.num_of("warning"),
             "counts": self.counts,
             "findings": [
-                {
-                    "code": finding.code,
-                    "severity": finding.severity,
-                    "dataset": finding.dataset,
-                    "shard": finding.shard,
-                    "key": finding.key,
-                    "message": finding.message,
-                }
+                {"code": finding.code, "severity": finding.severity, **asdict(finding)}
                 for finding in self.findings
             ],
         }

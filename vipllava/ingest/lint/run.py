@@ -5,10 +5,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
+from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
 import torch
 
@@ -57,7 +58,7 @@ def lint_shards(
     Args:
         manifest: the data set; only shards are looked at.
         data_root: where its patterns start.
-        samples: the job's; says how texts, marks and pictures are made.
+        samples: the job's; says how texts, marks and images are made.
         limits: the thresholds.
         seed: of the wordings, as in the job.
         num_samples: how many samples, spread evenly; None for all. Keys are compared for all.
@@ -68,7 +69,7 @@ def lint_shards(
     Raises:
         ShardError: the data root does not exist, or the manifest is not about shards.
         ConfigError: a negative number of processes or samples.
-        VipLlavaError: a process was killed.
+        WorkerDied: a process was killed.
     """
     if num_workers < 0 or (num_samples is not None and num_samples < 1):
         raise ConfigError(
@@ -76,11 +77,11 @@ def lint_shards(
             "processes and 1 or more samples"
         )
     tars, findings = _find_tars(manifest, Path(data_root))
-    contents = [_Contents.of(manifest.name, list_tar(*tar)) for tar in tars]
+    contents = [replace(list_tar(*tar), rows=()) for tar in tars]  # of a large data set, only keys
     repeated = _repeated_keys(manifest.name, contents)
-    ends = list(accumulate(tar.num_samples for tar in contents))
+    ends = list(accumulate(map(len, contents)))
     total = ends[-1] if ends else 0
-    whole = not any(f.code == "shard-broken" for tar in contents for f in tar.findings)
+    whole = not any(code == "shard-broken" for tar in contents for code, _, _ in tar.faults)
     if whole and not findings and manifest.num_samples not in (None, total):
         message = (
             f"{total} samples in {len(tars)} tars, the manifest says {manifest.num_samples}; "
@@ -90,11 +91,13 @@ def lint_shards(
 
     count = total if num_samples is None else min(num_samples, total)
     chosen = [_locate((2 * n + 1) * total // (2 * count), ends) for n in range(count)]
-    job = _Job(manifest, tars, samples, limits, seed, epoch)
-    results = _check_all(job, chosen, num_workers, on_progress)
+    # Records are read by the checker; the source only parses them.
+    shards = ShardSet(manifest.name, (), ())
+    source = SampleSource(shards, manifest.record_kind, manifest.policy, seed)
+    checker = _Checker(tars, source, samples, limits, epoch)
     told = {place: [finding] for place, finding in repeated.items()}
     first: dict[bytes, _Checked] = {}
-    for checked in results:
+    for checked in _check_all(checker, chosen, num_workers, on_progress):
         found = [*told.get(checked.place, ()), *checked.findings]
         if checked.digest is not None and checked.place not in repeated:
             earlier = first.setdefault(checked.digest, checked)
@@ -102,7 +105,10 @@ def lint_shards(
                 found.append(_same_sample(manifest.name, tars, checked, earlier))
         if found:
             told[checked.place] = found
-    by_tar: list[list[Finding]] = [list(tar.findings) for tar in contents]
+    by_tar = [
+        [Finding(code, manifest.name, tar.name, key, text) for code, key, text in tar.faults]
+        for tar in contents
+    ]
     for (number, _), found in sorted(told.items(), key=lambda item: item[0]):
         by_tar[number] += found
     return LintReport(manifest.name, total, count, (*findings, *chain.from_iterable(by_tar)))
@@ -124,28 +130,7 @@ def _find_tars(manifest: Manifest, root: Path) -> tuple[list[_Tar], list[Finding
     return tars, missing
 
 
-@dataclass(frozen=True, slots=True)
-class _Contents:
-    """What a tar holds, without its samples."""
-
-    name: str
-    keys: tuple[str, ...]
-    findings: tuple[Finding, ...]
-
-    @classmethod
-    def of(cls, dataset: str, listing: Listing) -> _Contents:
-        """Keep what is needed of a listing."""
-        name = listing.name
-        findings = tuple(Finding(c, dataset, name, key, text) for c, key, text in listing.faults)
-        return cls(name, listing.keys, findings)
-
-    @property
-    def num_samples(self) -> int:
-        """Samples that can be read."""
-        return len(self.keys)
-
-
-def _repeated_keys(dataset: str, contents: Sequence[_Contents]) -> dict[_Place, Finding]:
+def _repeated_keys(dataset: str, contents: Sequence[Listing]) -> dict[_Place, Finding]:
     """Return a finding for each occurrence of a key but the first."""
     first: dict[str, int] = {}
     repeated: dict[_Place, Finding] = {}
@@ -164,7 +149,7 @@ def _repeated_keys(dataset: str, contents: Sequence[_Contents]) -> dict[_Place, 
 
 def _same_sample(dataset: str, tars: Sequence[_Tar], later: _Checked, earlier: _Checked) -> Finding:
     where = f"{tars[earlier.place[0]][1]}: {earlier.key}"
-    message = f"picture and record are those of {where}; remove one, unless it is meant"
+    message = f"image and record are those of {where}; remove one, unless it is meant"
     shard = tars[later.place[0]][1]
     return Finding("duplicate-sample", dataset, shard, later.key, message)
 
@@ -177,36 +162,22 @@ def _locate(position: int, ends: Sequence[int]) -> _Place:
 # The records, in this process or in several.
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """All that a process needs."""
-
-    manifest: Manifest
-    tars: list[_Tar]
-    samples: SampleEncoder
-    limits: LintLimits
-    seed: int
-    epoch: int
-
-
+@dataclass
 class _Checker:
     """Looks at records; keeps the tar of the last one open."""
 
-    def __init__(self, job: _Job) -> None:
-        self.job = job
-        name = job.manifest.name
-        kind, policy = job.manifest.record_kind, job.manifest.policy
-        # Entries are read here; the source only parses them.
-        self.source = SampleSource(ShardSet(name, (), ()), kind, policy, job.seed)
-        self._opened: tuple[int, Listing, BinaryIO] | None = None
+    tars: list[_Tar]
+    source: SampleSource
+    samples: SampleEncoder
+    limits: LintLimits
+    epoch: int
+    _opened: tuple[int, Listing, BinaryIO] | None = field(default=None, init=False)
 
     def __call__(self, places: Sequence[_Place]) -> list[_Checked]:
         """Look at the records at ``places``."""
+        if parent_process() is not None:
+            torch.set_num_threads(1)  # the processes are the parallelism
         return [self._check(place) for place in places]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Begin anew in another process."""
-        return _begin_in_process, (self.job,)
 
     def close(self) -> None:
         """Close the tar."""
@@ -217,12 +188,11 @@ class _Checker:
     def _open(self, number: int) -> tuple[Listing, BinaryIO]:
         if self._opened is None or self._opened[0] != number:
             self.close()
-            path, name = self.job.tars[number]
+            path, name = self.tars[number]
             self._opened = (number, list_tar(path, name), path.open("rb"))
         return self._opened[1], self._opened[2]
 
     def _check(self, place: _Place) -> _Checked:
-        job = self.job
         listing, file = self._open(place[0])
         key = listing.keys[place[1]]
         try:
@@ -230,34 +200,25 @@ class _Checker:
         except (ShardError, RecordError) as error:
             code = error.fault if isinstance(error, RecordError) else "shard-broken"
             message = str(error).removeprefix(f"{listing.path}: ").removeprefix(f"{listing.name}: ")
-            return _Checked(
-                place, key, [Finding(code, self.source.name, listing.name, key, message)]
-            )
-        findings = lint_entry(entry, self.source, job.samples, job.limits, job.epoch)
+            finding = Finding(code, self.source.name, listing.name, key, message)
+            return _Checked(place, key, [finding])
+        findings = lint_entry(entry, self.source, self.samples, self.limits, self.epoch)
         return _Checked(place, key, findings, entry_digest(entry))
 
 
 def _check_all(
-    job: _Job,
+    checker: _Checker,
     chosen: Sequence[_Place],
     num_workers: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> Iterator[_Checked]:
     """Yield what came of each chosen record, in order."""
     chunks = [chosen[n : n + _CHUNK] for n in range(0, len(chosen), _CHUNK)]
-    num_workers = min(num_workers, len(chunks))
+    results = run_jobs(checker, chunks, min(num_workers, len(chunks)), ordered=True)
     done = 0
-    with (
-        closing(_Checker(job)) as check,
-        closing(run_jobs(check, chunks, num_workers, ordered=True)) as several,
-    ):
-        for results in several:
-            yield from results
-            done += len(results)
+    with closing(checker), closing(results):
+        for checked in results:
+            yield from checked
+            done += len(checked)
             if on_progress is not None:
                 on_progress(done, len(chosen))
-
-
-def _begin_in_process(job: _Job) -> _Checker:
-    torch.set_num_threads(1)  # the processes are the parallelism
-    return _Checker(job)

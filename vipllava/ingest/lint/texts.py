@@ -7,113 +7,84 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, cast
 
-from vipllava.ingest.lint.geometry import caption_phrases
+from vipllava.ingest.lint.findings import Problem
+from vipllava.records import RecordKind
+from vipllava.records.fields import REGION_PLACEHOLDER, kept_turns
+from vipllava.records.kind import list_or_empty
 from vipllava.types import Mention, Sample, Turn, VisualPromptPlan
 from vipllava.visual_prompts.palette import PALETTE
 from vipllava.visual_prompts.shapes import shape_words
 
-Fault = tuple[str, str]
-"""Code and message."""
-
-DIALOGUES: Final = frozenset(("regions", "refcocog-gpt4v", "vg_rel-gpt4v"))
-"""Kinds whose texts come with the record and mention its regions by placeholders."""
-_WITHOUT_REGIONS: Final = frozenset(("image_level", "text_only"))
-_PLACEHOLDER: Final = re.compile(r"<bbox(\d{0,9})>")
 _COLOUR_NAMES: Final = {rgb: name for name, rgb in PALETTE.items()}
 
 
-def placeholder_faults(record: Mapping[str, Any], kind: str) -> Iterator[Fault]:
-    """Yield placeholders without a region, and regions without a placeholder.
+def placeholder_problems(record: Mapping[str, Any], kind: RecordKind) -> Iterator[Problem]:
+    """Yield placeholders without a region, and regions that a dialogue never mentions.
 
-    Of records whose texts are made by their kind, :func:`leftover_faults` tells.
+    What a kind leaves as text where it reads no placeholders, :func:`leftover_problems` tells.
     """
-    if kind == "flickr30k":
-        yield from _caption_faults(record)
-    if kind not in DIALOGUES | _WITHOUT_REGIONS:
+    if kind.mentions is None:
         return
-    boxes: Any = record.get("bboxes") if kind in DIALOGUES else []
-    if not isinstance(boxes, list) or (kind in DIALOGUES and not boxes):
+    field, listed = kind.mentions
+    count = len(list_or_empty(record.get(listed))) if listed else 0
+    if listed and not count:
         return  # the parser's to refuse
-    count = len(cast("list[Any]", boxes))
+    texts, complete = _texts(record, field)
     mentioned: set[int] = set()
-    turns, whole = _dialogue(record)
-    for number, value in turns:
-        for match in _PLACEHOLDER.finditer(value):
-            region = 0 if count == 1 and not match.group(1) else _number(match.group(1))
-            if region is not None and region < count:
+    for where, text in texts:
+        for match in REGION_PLACEHOLDER.finditer(text):
+            bare = not match.group(1)
+            region = int(match.group(1) or 0)
+            if region < count and (count == 1 or not bare):
                 mentioned.add(region)
                 continue
-            whole = False  # a wrong number explains why another region is never mentioned
+            complete = False  # a wrong number explains why another region is never mentioned
             known = {0: "no regions", 1: "one region, <bbox0>"}.get(
                 count, f"{count} regions, <bbox0> to <bbox{count - 1}>"
             )
-            yield (
+            remedy = f"correct the number, or add the box to `{listed}`" if listed else "remove it"
+            yield Problem(
                 "placeholder-without-region",
-                f"conversations[{number}] has {match.group()}; this record has {known}: correct "
-                "the number, or add the box to `bboxes`",
+                f"{where} has {match.group()}; this record has {known}: {remedy}",
             )
-    if whole and (silent := sorted(set(range(count)) - mentioned)):
+    if complete and (silent := sorted(set(range(count)) - mentioned)):
         named = ", ".join(f"<bbox{region}>" for region in silent)
-        yield (
+        yield Problem(
             "region-unmentioned",
             f"no text that is learnt mentions {named}; the mark is drawn all the same: mention "
             "it, or remove the box",
         )
 
 
-def _number(digits: str) -> int | None:
-    return int(digits) if digits else None
-
-
-def _dialogue(record: Mapping[str, Any]) -> tuple[list[tuple[int, str]], bool]:
-    """Return number and text of the turns that are kept, and whether all could be read.
-
-    As in the parser: answers before the first question and a last question without an answer
-    are left out.
-    """
-    items = record.get("conversations")
-    given = cast("list[Any]", items) if isinstance(items, list) else []
-    turns: list[tuple[int, Any, str]] = []
+def _texts(record: Mapping[str, Any], field: str) -> tuple[list[tuple[str, str]], bool]:
+    """Return place and text of what is kept, and whether it is a dialogue that could be read."""
+    value = record.get(field)
+    if isinstance(value, str):
+        return [(f"field `{field}`", value)], False
+    given = list_or_empty(value)
+    turns: list[tuple[str, Any, str]] = []
     for number, item in enumerate(given):
         if isinstance(item, Mapping):
             turn = cast("Mapping[str, Any]", item)
-            if isinstance(value := turn.get("value"), str):
-                turns.append((number, turn.get("from"), value))
-    whole = 0 < len(given) == len(turns)
-    while turns and turns[0][1] == "gpt":
-        turns.pop(0)
-    if turns and turns[-1][1] == "human":
-        turns.pop()
-    return [(number, value) for number, _, value in turns], whole
+            if isinstance(text := turn.get("value"), str):
+                turns.append((f"{field}[{number}]", turn.get("from"), text))
+    complete = 0 < len(given) == len(turns)
+    return [(where, text) for where, _, text in kept_turns(turns)], complete
 
 
-def _caption_faults(record: Mapping[str, Any]) -> Iterator[Fault]:
-    phrases = record.get("bbox")
-    if not isinstance(phrases, list):
-        return
-    count = len(cast("list[Any]", phrases))
-    for phrase in caption_phrases(record):
-        if phrase >= count:
-            yield (
-                "placeholder-without-region",
-                f"field `grounding` has <bbox{phrase}>; `bbox` has {count} phrases: correct the "
-                "number, or add the phrase's boxes",
-            )
-
-
-def leftover_faults(sample: Sample) -> Iterator[Fault]:
+def leftover_problems(sample: Sample) -> Iterator[Problem]:
     """Yield placeholders that the record's kind did not read: they would be learnt as text."""
     for number, turn in enumerate(sample.turns):
         for part in turn.parts:
-            for match in _PLACEHOLDER.finditer(part) if isinstance(part, str) else ():
-                yield (
+            for match in REGION_PLACEHOLDER.finditer(part) if isinstance(part, str) else ():
+                yield Problem(
                     "placeholder-without-region",
                     f"turn {number + 1} ({turn.role}) keeps {match.group()} as text: this kind of "
                     "record has no placeholder there; remove it",
                 )
 
 
-def same_words_faults(sample: Sample, plan: VisualPromptPlan) -> Iterator[Fault]:
+def same_words_problems(sample: Sample, plan: VisualPromptPlan) -> Iterator[Problem]:
     """Yield groups of marks that nobody can tell apart by their words.
 
     The article makes no difference, and marks that share a style on purpose count once.
@@ -124,14 +95,16 @@ def same_words_faults(sample: Sample, plan: VisualPromptPlan) -> Iterator[Fault]
             groups[shape_words(prompt.shape, prompt.colour_name)].append(prompt.region)
     for words, regions in groups.items():
         if len(regions) > 1:
-            yield (
+            yield Problem(
                 "same-words",
                 f"regions {', '.join(map(str, regions))} are all marked `{words}`; give them "
                 "different shapes or palette colours, or use fewer regions",
             )
 
 
-def colour_faults(sample: Sample, plan: VisualPromptPlan, turns: Sequence[Turn]) -> Iterator[Fault]:
+def colour_problems(
+    sample: Sample, plan: VisualPromptPlan, turns: Sequence[Turn]
+) -> Iterator[Problem]:
     """Yield answers whose own words name a mark's colour before any question does.
 
     Args:
@@ -151,7 +124,7 @@ def colour_faults(sample: Sample, plan: VisualPromptPlan, turns: Sequence[Turn])
         for colour in dict.fromkeys(name for name in colours if name):
             if colour not in named and _says(answer, colour) and not _says(asked, colour):
                 named.add(colour)
-                yield (
+                yield Problem(
                     "answer-names-colour",
                     f"turn {number + 1} (assistant) says `{colour}`, the colour of a mark that no "
                     "question named so far; if it means the mark, write its placeholder",

@@ -1,4 +1,4 @@
-"""Flickr30k entities: a caption whose phrases are marked in the picture.
+"""Flickr30k entities: a caption whose phrases are marked in the image.
 
 ``{"bbox": [[box, ...] per phrase], "grounding": "A man <bbox0> throws a ball <bbox1> ."}``
 """
@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 import numpy as np
 
 from vipllava.records.fields import Fields, Parsed
+from vipllava.records.kind import Outline, RecordKind, list_or_empty
 from vipllava.records.wording import choose, exchange, join
 from vipllava.types import Mention, Region
 
@@ -43,7 +45,7 @@ def parse_flickr30k(fields: Fields, rng: np.random.Generator) -> Parsed:
     """Ask for the caption; all boxes of a phrase share one mark style."""
     caption = fields.text("grounding")
     phrases = fields.items("bbox", "a list of boxes per phrase")
-    order = list(dict.fromkeys(int(n) for n in _PHRASE_END.findall(caption)))
+    order = _marked_phrases(caption)
     if not order:
         fields.fail("grounding", caption, "a caption with <bboxN> after its phrases")
     regions: list[Region] = []
@@ -89,3 +91,28 @@ def _answer(caption: str, first: dict[int, int] | None) -> tuple[str | Mention, 
     if not isinstance(parts[-1], str) or not parts[-1].rstrip().endswith((".", "!", "?")):
         parts.append(".")
     return join(parts)
+
+
+def _marked_phrases(caption: str) -> list[int]:
+    return list(dict.fromkeys(int(number) for number in _PHRASE_END.findall(caption)))
+
+
+def _outlines(record: Mapping[str, Any]) -> Iterator[Outline]:
+    """Yield the boxes of the phrases that the caption marks."""
+    caption, phrases = record.get("grounding"), list_or_empty(record.get("bbox"))
+    for phrase in _marked_phrases(caption) if isinstance(caption, str) else ():
+        for number, box in enumerate(
+            list_or_empty(phrases[phrase]) if phrase < len(phrases) else ()
+        ):
+            yield Outline("box", box, f"bbox[{phrase}][{number}]")
+
+
+FLICKR30K = RecordKind(
+    "flickr30k",
+    parse_flickr30k,
+    texts=("grounding",),
+    policy="flickr30k",
+    prefix="flickr30k",
+    outlines=_outlines,
+    mentions=("grounding", "bbox"),
+)

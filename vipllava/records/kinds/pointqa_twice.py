@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from vipllava.records.fields import Fields, Parsed
+from vipllava.records.kind import RecordKind, boxes
 from vipllava.records.wording import SHORT_ANSWER, exchange, fill
 from vipllava.types import Mention
 
@@ -19,3 +20,13 @@ def parse_pointqa_twice(fields: Fields, rng: np.random.Generator) -> Parsed:
     regions = fields.regions(count=1, masks=False)
     text = fill(f"{{}} The exemplary object is {{}}.\n{SHORT_ANSWER}", question, Mention(0))
     return Parsed(tuple(exchange(text, fields.answer())), tuple(regions))
+
+
+POINTQA_TWICE = RecordKind(
+    "pointQA_twice",
+    parse_pointqa_twice,
+    texts=("general_question", "answer"),
+    policy="pointQA_twice",
+    prefix="pointQA_twice",
+    outlines=boxes,
+)

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Final
 
 import numpy as np
 
 from vipllava.records.fields import Fields, Parsed
+from vipllava.records.kind import RecordKind, boxes_and_masks
 from vipllava.records.wording import choose, exchange, fill
 from vipllava.types import Mention
 
@@ -39,3 +41,13 @@ def parse_refcocog(fields: Fields, rng: np.random.Generator) -> Parsed:
     generic = rng.random() < _GENERIC_RATE
     question = (choose(_GENERIC, rng),) if generic else fill(choose(_MARKED, rng), Mention(0))
     return Parsed(tuple(exchange(question, answer)), tuple(regions))
+
+
+REFCOCOG = RecordKind(
+    "refcocog",
+    parse_refcocog,
+    texts=("answer",),
+    policy="refcocog",
+    prefix="refcocog",
+    outlines=partial(boxes_and_masks, all_masks=True),
+)

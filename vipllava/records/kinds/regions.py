@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 import numpy as np
 
 from vipllava.records.fields import Fields, Parsed
+from vipllava.records.kind import RecordKind, boxes_and_masks
 from vipllava.types import RGB, FixedVisualPrompt, RecordError, Shape, VipLlavaError
 from vipllava.visual_prompts.palette import named_colour
 from vipllava.visual_prompts.shapes import check_shape
@@ -78,3 +79,13 @@ def _colour(fields: Fields, value: object, name: str) -> str | RGB | None:
     if not all(type(channel) is int and 0 <= channel <= 255 for channel in channels):
         fields.fail(f"{name}.colour", channels, expected)
     return cast("RGB", tuple(channels))
+
+
+REGIONS = RecordKind(
+    "regions",
+    parse_regions,
+    texts=("conversations",),
+    policy="regions",
+    outlines=boxes_and_masks,
+    mentions=("conversations", "bboxes"),
+)

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from vipllava.records.fields import Fields, Parsed
+from vipllava.records.kind import RecordKind, boxes
 from vipllava.records.wording import LETTERS, exchange, multiple_choice
 from vipllava.types import Mention
 
@@ -29,3 +30,6 @@ def parse_v7w(fields: Fields, rng: np.random.Generator) -> Parsed:
     options = [("The object ", Mention(number)) for number in range(_CHOICES)]
     text = multiple_choice((question,), options)
     return Parsed(tuple(exchange(text, LETTERS[right[0]])), tuple(regions))
+
+
+V7W = RecordKind("v7w", parse_v7w, texts=("question",), policy="v7w", prefix="v7w", outlines=boxes)

@@ -9,18 +9,20 @@ that mix words and lists of object indices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, cast
 
 import numpy as np
 
 from vipllava.records.fields import Fields, Parsed
+from vipllava.records.kind import Outline, RecordKind, list_or_empty
 from vipllava.records.wording import LETTERS, Parts, choose, exchange, fill, join
 from vipllava.types import Mention, RecordError, Region
 
 _CHOICE_RATE: Final = 0.5
 _CLASS_NAME_RATE: Final = 0.5
 _SHORTEST_RING: Final = 4
+_TEXTS: Final = ("question", "answer_choices", "rationale_choices")
 _Tokens = list["str | list[int]"]
 _CLOSE: Final = frozenset(".,?!:;")
 
@@ -155,12 +157,12 @@ def _ask(speaker: _Speaker, question: Parts | None, what: str) -> list[Any]:
 
 def _geometry(fields: Fields, num_objects: int) -> tuple[list[Any], list[Any]]:
     """Return boxes and rings per object, from ``meta`` or from the record itself."""
-    holder: Any = fields.record.get("meta", fields.record)
-    if not isinstance(holder, Mapping):
-        fields.fail("meta", holder, "an object with `boxes` and `segms`")
+    clip = _clip(fields.record)
+    if clip is None:
+        fields.fail("meta", fields.record["meta"], "an object with `boxes` and `segms`")
     found: list[list[Any]] = []
     for name in ("boxes", "segms"):
-        value = cast("Mapping[str, Any]", holder).get(name)
+        value = clip.get(name)
         if value is None:
             raise RecordError(
                 f"{fields.dataset}/{fields.key}: `{name}` of the clip is missing; expected it "
@@ -170,3 +172,32 @@ def _geometry(fields: Fields, num_objects: int) -> tuple[list[Any], list[Any]]:
         expected = f"one entry per object of class_names ({num_objects})"
         found.append(fields.as_list(value, name, expected, num_objects))
     return found[0], found[1]
+
+
+def _clip(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    holder: Any = record.get("meta", record)
+    return cast("Mapping[str, Any]", holder) if isinstance(holder, Mapping) else None
+
+
+def _outlines(record: Mapping[str, Any]) -> Iterator[Outline]:
+    """Yield the boxes and rings of the objects that any text mentions, said or not."""
+    clip = _clip(record) or {}
+    given = {name: list_or_empty(clip.get(name)) for name in ("boxes", "segms")}
+    for index in sorted(set(_integers([record.get(name) for name in _TEXTS]))):
+        if 0 <= index < len(given["boxes"]):
+            yield Outline("box", given["boxes"][index], f"boxes[{index}]", extra=1)
+        if 0 <= index < len(given["segms"]):
+            for number, ring in enumerate(list_or_empty(given["segms"][index])):
+                if len(list_or_empty(ring)) >= _SHORTEST_RING:
+                    yield Outline("ring", ring, f"segms[{index}][{number}]")
+
+
+def _integers(value: object) -> Iterator[int]:
+    for item in list_or_empty(value):
+        if type(item) is int:
+            yield item
+        else:
+            yield from _integers(item)
+
+
+VCR = RecordKind("vcr", parse_vcr, texts=_TEXTS, policy="vcr", prefix="vcr", outlines=_outlines)

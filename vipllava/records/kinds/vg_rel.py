@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 
 from vipllava.records.fields import Fields, Parsed
+from vipllava.records.kind import RecordKind, boxes
 from vipllava.records.wording import choose, exchange, fill
 from vipllava.types import Mention
 
@@ -32,3 +33,8 @@ def parse_vg_rel(fields: Fields, rng: np.random.Generator) -> Parsed:
     answer = fields.text("answer")
     question = fill(choose(_QUESTIONS, rng), Mention(0), Mention(1))
     return Parsed(tuple(exchange(question, answer)), tuple(regions))
+
+
+VG_REL = RecordKind(
+    "vg_rel", parse_vg_rel, texts=("answer",), policy="vg_rel", prefix="vg_rel", outlines=boxes
+)

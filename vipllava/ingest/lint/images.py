@@ -1,4 +1,4 @@
-"""The picture beside a record: there, whole, and of the format that its extension says."""
+"""The image beside a record: there, whole, and of the format that its extension says."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Final
 
 from PIL import Image
 
+from vipllava.ingest.lint.findings import Problem
+from vipllava.records import RecordKind
 from vipllava.records.fields import Fields
 from vipllava.records.image_decode import decode_image
 from vipllava.types import RecordError
@@ -21,16 +23,16 @@ _SAME: Final = {"jpeg": "jpg"}
 
 
 def format_of(data: bytes) -> str | None:
-    """Return the extension that belongs to encoded bytes, or None if they are no picture."""
+    """Return the extension that belongs to encoded bytes, or None if they are no image."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((name for start, name in _STARTS if data.startswith(start)), None)
 
 
-def read_picture(fields: Fields, kind: str) -> tuple[Image.Image | None, RecordError | None]:
-    """Decode the whole picture; return it, or what is wrong with it (None twice: text only)."""
+def read_image(fields: Fields, kind: RecordKind) -> tuple[Image.Image | None, RecordError | None]:
+    """Decode the whole image; return it, or what is wrong with it (None twice: text only)."""
     try:
-        if kind != "text_only":
+        if kind.has_image:
             fields.require_image()
         if fields.image is None:
             return None, None
@@ -39,13 +41,13 @@ def read_picture(fields: Fields, kind: str) -> tuple[Image.Image | None, RecordE
         return None, error
 
 
-def extension_faults(data: bytes, extension: str | None) -> Iterator[tuple[str, str]]:
-    """Yield a fault if a picture's extension is not the one of its bytes."""
+def extension_problems(data: bytes, extension: str | None) -> Iterator[Problem]:
+    """Yield a fault if an image's extension is not the one of its bytes."""
     found = format_of(data)
     if extension is None or found is None or _SAME.get(extension, extension) == found:
         return
-    yield (
+    yield Problem(
         "image-extension",
-        f"the picture is called .{extension} and is a .{found}; it is read as what it is, other "
+        f"the image is called .{extension} and is a .{found}; it is read as what it is, other "
         f"programs may not: rename it, or store it as .{extension}",
     )

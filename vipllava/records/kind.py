@@ -1,0 +1,98 @@
+"""All that the package knows of one kind of record, in one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Final, Literal, NamedTuple, cast
+
+import numpy as np
+
+from vipllava.records.fields import Fields, Parsed
+from vipllava.types import VipLlavaError
+
+NO_POLICY: Final = "none"
+"""Policy name of kinds whose images get no marks; it is never looked up."""
+CONVERSATIONS: Final = "conversations"
+"""The field of a dialogue of ``human`` and ``gpt``; see :meth:`Fields.conversation`."""
+
+
+class Outline(NamedTuple):
+    """A box or polygon as it stands in a record, not checked.
+
+    Attributes:
+        form: ``box`` is ``[x1, y1, x2, y2]``, ``mask`` a list of flat ``x, y, x, y`` lists,
+            ``ring`` a list of ``[x, y]`` points.
+        value: what the record has.
+        name: the field, for messages.
+        extra: how many numbers may follow the four of a box.
+    """
+
+    form: Literal["box", "mask", "ring"]
+    value: Any
+    name: str
+    extra: int = 0
+
+
+def no_outlines(record: Mapping[str, Any]) -> Iterable[Outline]:
+    """Return nothing: the kind has no regions."""
+    return ()
+
+
+def boxes(record: Mapping[str, Any]) -> Iterator[Outline]:
+    """Yield ``bboxes``."""
+    for number, box in enumerate(list_or_empty(record.get("bboxes"))):
+        yield Outline("box", box, f"bboxes[{number}]")
+
+
+def boxes_and_masks(record: Mapping[str, Any], *, all_masks: bool = False) -> Iterator[Outline]:
+    """Yield ``bboxes`` and ``segmentations``; with ``all_masks`` null is a fault, not a gap."""
+    yield from boxes(record)
+    for number, mask in enumerate(list_or_empty(record.get("segmentations"))):
+        if mask is not None or all_masks:
+            yield Outline("mask", mask, f"segmentations[{number}]")
+
+
+def list_or_empty(value: object) -> list[Any]:
+    """Return a list as it is, nothing for anything else: that is the parser's to refuse."""
+    return cast("list[Any]", value) if isinstance(value, list) else []
+
+
+@dataclass(frozen=True, slots=True)
+class RecordKind:
+    """One kind of record.
+
+    Attributes:
+        name: what a manifest's ``record_kind`` says.
+        parse: reads a record; the generator chooses wordings.
+        texts: the fields that hold texts of the conversation (texts, or lists of them). From these
+            the length of a sample is estimated.
+        policy: the visual-prompt policy that marks the regions.
+        prefix: dash-separated start of the ids by which ``record_kind: auto`` recognises the kind;
+            the longest that fits counts.
+        has_image: whether its records have an image.
+        outlines: all boxes and polygons that a parser may use, for lint: a parser stops at the
+            first fault and may use only some.
+        mentions: the field whose texts mention regions as ``<bboxN>``, and the field that lists
+            what N counts (None: the kind has no regions); None if texts hold no placeholders.
+
+    Raises:
+        VipLlavaError: it names no text, so that its length could only be estimated as 0.
+    """
+
+    name: str
+    parse: Callable[[Fields, np.random.Generator], Parsed]
+    _: KW_ONLY
+    texts: tuple[str, ...]
+    policy: str = NO_POLICY
+    prefix: str | None = None
+    has_image: bool = True
+    outlines: Callable[[Mapping[str, Any]], Iterable[Outline]] = no_outlines
+    mentions: tuple[str, str | None] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.texts or isinstance(self.texts, str):
+            raise VipLlavaError(
+                f"record kind `{self.name}`: texts is {self.texts!r}; expected a tuple of the "
+                "fields that hold the texts of its conversation"
+            )
