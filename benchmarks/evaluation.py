@@ -14,7 +14,7 @@ from vipllava.evaluation.benches.regions import read_questions
 from vipllava.inference.engine import Engine, Request
 from vipllava.models.building import image_seq_length, token_id
 from vipllava.sample_world.build import ensure_sample_world
-from vipllava.sample_world.teach import load_tiny_policies
+from vipllava.sample_world.tiny import load_tiny_policies
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.sample_encoder import iter_samples
 

@@ -56,7 +56,7 @@ from vipllava.visual_prompts.refer import refer_turns
 from vipllava.visual_prompts.render import render_plan
 from vipllava.visual_prompts.sampling import sample_plan
 
-_HISTOGRAM = Path(__file__).resolve().parent.parent / "tests" / "data" / "length_histogram.json"
+_HISTOGRAM = Path(__file__).resolve().parent.parent / "tests" / "stream" / "length_histogram.json"
 _NAME, _SEED, _INPUT = "bench", 42, 336
 _NUM_SAMPLES, _PER_TAR, _BATCH, _ROUNDS = 576, 48, 16, 9
 _SIZE = (640, 480)

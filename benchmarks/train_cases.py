@@ -31,7 +31,7 @@ from vipllava.models.adapters import AdapterSettings, add_adapters
 from vipllava.models.building import ModelSpec, image_seq_length, token_id
 from vipllava.models.freezing import set_trainable
 from vipllava.sample_world.build import ensure_sample_world
-from vipllava.sample_world.teach import BASE, load_tiny_policies
+from vipllava.sample_world.tiny import BASE, load_tiny_policies
 from vipllava.shards.manifest import load_manifest
 from vipllava.stream.collate import EncodedSample
 from vipllava.stream.image_transform import ImageTransform
@@ -46,7 +46,7 @@ TRAINABLE: Final[dict[Workload, tuple[str, ...]]] = {
 }
 NUM_STEPS: Final = 12  # micro-batches of padded rows
 
-_HISTOGRAM: Final = ROOT / "tests" / "data" / "length_histogram.json"
+_HISTOGRAM: Final = ROOT / "tests" / "stream" / "length_histogram.json"
 _CAPTION: Final = (12, 39)  # tokens of a caption: 25 on average
 _FEATURE_LAYERS: Final = (-2, -5, -8, -11, 6)
 _MICRO_BATCHES: Final[dict[Workload, int]] = {"projector": 16, "lora": 8, "full": 8}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vipllava.commands.inspect import inspect_job
 from vipllava.commands.job import compose_data_job
-from vipllava.report.shapes_picture import draw_shapes_picture
+from vipllava.report.shapes_image import draw_shapes_image
 
 FOLDER = Path(__file__).resolve().parent / "pictures"
 
@@ -19,7 +19,7 @@ def main() -> None:
     """Write the picture of the eight shapes and one page of `vipllava inspect`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     FOLDER.mkdir(exist_ok=True)
-    draw_shapes_picture().save(FOLDER / "shapes.jpg", quality=88)
+    draw_shapes_image().save(FOLDER / "shapes.jpg", quality=88)
     inspect_job(
         compose_data_job("sample_gpt4v", []),
         num_samples=8,

@@ -71,7 +71,6 @@ def _parser() -> argparse.ArgumentParser:
         _add_dashboard,
         _add_unpack_gguf,
         _add_sample_data,
-        _add_teach_base,
     ):
         add(commands)
     return parser
@@ -203,15 +202,6 @@ def _add_sample_data(commands: argparse._SubParsersAction[argparse.ArgumentParse
     command.set_defaults(run=_sample_data)
 
 
-def _add_teach_base(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "teach-base",
-        help="teach the tiny model's vision tower and language model from nothing (long)",
-        add_help=False,  # --help is the command's own
-    )
-    command.set_defaults(run=_teach_base, rest=[])
-
-
 def _add_data_root(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data-root",
@@ -294,12 +284,6 @@ def _sample_data(options: argparse.Namespace) -> int | None:
 
     logging.getLogger(__name__).info("sample data: %s", ensure_sample_world(options.data_root))
     return None
-
-
-def _teach_base(options: argparse.Namespace) -> int | None:
-    from vipllava.sample_world.teach import main as teach
-
-    return teach(options.rest)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 import pytest
 from PIL import Image
 
-from vipllava.report.html import Html, element, join, page, picture, table
+from vipllava.report.html import Html, element, embed_image, join, page, table
 
 
 def test_text_is_escaped_and_markup_is_not():
@@ -34,8 +34,8 @@ def test_table_sets_totals_apart():
 
 
 @pytest.mark.parametrize(("lossless", "kind"), [(True, "png"), (False, "jpeg")])
-def test_picture_travels_inside(lossless: bool, kind: str):
-    built = picture(Image.new("RGB", (6, 4), (10, 200, 30)), "a <b>", lossless=lossless)
+def test_an_image_travels_inside(lossless: bool, kind: str):
+    built = embed_image(Image.new("RGB", (6, 4), (10, 200, 30)), "a <b>", lossless=lossless)
     match = re.fullmatch(
         rf'<img src="data:image/{kind};base64,([^"]+)" alt="a &lt;b&gt;" width="6" height="4"/>',
         built,
@@ -49,7 +49,7 @@ def test_picture_travels_inside(lossless: bool, kind: str):
 def test_high_quality_keeps_thin_lines_coloured(quality: int, thin_line_stays_red: bool):
     image = Image.new("RGB", (16, 16), (40, 90, 60))
     image.paste((255, 0, 0), (8, 0, 9, 16))
-    code = picture(image, "", quality=quality).split("base64,")[1].split('"')[0]
+    code = embed_image(image, "", quality=quality).split("base64,")[1].split('"')[0]
     shown = Image.open(io.BytesIO(base64.b64decode(code)))
     red, green, blue = shown.getpixel((8, 8))
     assert (red > 225 and green < 30 and blue < 30) == thin_line_stays_red

@@ -179,6 +179,22 @@ def test_the_plan_in_words(reader: Reader):
     assert "--rgb: 255 0 0; --alpha: 0.60" in reader.styles
 
 
+def test_filled_areas_and_masks_in_words(inspect: Inspect):
+    ring = ((20.0, 10.0), (60.0, 10.0), (40.0, 40.0))
+    boxes = [(20, 10, 60, 40)]
+    filled = inspect(make_sample(ASKED, "a dog.", boxes=boxes, polygons=[ring, ring], shape="mask"))
+    lined = inspect(make_sample(ASKED, "a dog.", boxes=boxes, polygons=[ring]))
+    (mark,) = lined.marks
+    strokes = (*mark.prompt.strokes, replace(mark.prompt.strokes[0], width=0))
+    mark = replace(mark, prompt=replace(mark.prompt, strokes=strokes))
+    page = build_inspect_page(JOB, [filled, replace(lined, marks=(mark,))])
+    first, second = read(page).texts["marks"]
+    assert "shapemask, filled" in first
+    assert "stored px; mask of 2 rings" in first
+    assert "shaperectangle, line 4 stored px, filled head" in second
+    assert "stored px; mask of 1 ring" in second
+
+
 def test_counts_and_places(reader: Reader, samples: list[InspectedSample | RefusedSample]):
     first, second, _ = samples
     assert isinstance(first, InspectedSample)
@@ -227,8 +243,8 @@ def test_the_picture_is_not_changed(source: str, samples: list[InspectedSample |
     (code,) = re.findall(r'src="data:image/png;base64,([^"]+)"', source)
     image = Image.open(io.BytesIO(base64.b64decode(code)))
     assert isinstance(samples[0], InspectedSample)
-    assert samples[0].picture is not None
-    assert image.tobytes() == samples[0].picture.tobytes()
+    assert samples[0].image is not None
+    assert image.tobytes() == samples[0].image.tobytes()
     assert "stored 100 \u00d7 80 \u2192 input 56 \u00d7 56 px, pad" in source
     assert "--shown: 336px; --large: 1008px" in source
 

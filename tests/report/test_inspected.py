@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from tests.report.conftest import SIDE, Inspect, make_sample
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.report.inspected import DroppedTurn, InspectedSample, ShownToken, inspect_trace
+from vipllava.report.inspected import InspectedSample, ShownToken, inspect_trace
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.sample_encoder import SampleTrace
-from vipllava.types import IGNORE_INDEX, Mention, Turn, VisualPromptPlan
+from vipllava.types import IGNORE_INDEX, Mention, Region, Turn, VisualPromptPlan
+from vipllava.visual_prompts.shapes import prompt_words
 
 TEMPLATES = [
     "plain",
@@ -81,7 +82,7 @@ def test_it_holds_every_id_once_and_supervised_is_what_the_assistant_says(
     lead, end = ends_of(encoder)
     said = "".join(stretch.text for stretch in sample.stretches if stretch.supervised)
     assert said == "".join(lead + turn.text + end for turn in turns[1::2])
-    assert sample.num_picture == 3 * encoded.num_images
+    assert sample.num_image_ids == 3 * encoded.num_images
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -113,7 +114,7 @@ def test_tokens_of_a_short_conversation(encoders: dict[str, ConversationEncoder]
 
     opening, *rest = given.tokens
     assert opening == ShownToken("special", "<s>", (1,), from_template=True)
-    at = next(i for i, token in enumerate(rest) if token.kind == "picture")
+    at = next(i for i, token in enumerate(rest) if token.kind == "image")
     assert rest[at].ids == (5000, 5000, 5000)
     assert "".join(token.text for token in rest[:at]).endswith("human's questions. USER: ")
     shown = [(token.text, len(token.ids), token.from_template) for token in rest[at + 1 :]]
@@ -178,10 +179,10 @@ def test_turns_beyond_the_limit_are_the_records(inspect: Inspect):
     sample = inspect(make_sample(*texts), max_length=four - 1)
     assert sample.num_turns == 2
     assert sample.dropped == (
-        DroppedTurn("user", "Sure?"),
-        DroppedTurn("assistant", "Yes."),
-        DroppedTurn("user", "Is it red?"),
-        DroppedTurn("assistant", "No."),
+        Turn("user", "Sure?"),
+        Turn("assistant", "Yes."),
+        Turn("user", "Is it red?"),
+        Turn("assistant", "No."),
     )
     assert [s.text for s in sample.stretches if s.supervised] == [" a dog.</s>"]
     assert sample.max_length == four - 1
@@ -189,16 +190,16 @@ def test_turns_beyond_the_limit_are_the_records(inspect: Inspect):
 
 def test_the_picture_is_what_the_network_gets(inspect: Inspect):
     sample = inspect(make_sample("What is it?", "a dog."))
-    assert sample.picture is not None
-    assert sample.picture.size == (SIDE, SIDE)
+    assert sample.image is not None
+    assert sample.image.size == (SIDE, SIDE)
     assert sample.stored_size == (100, 80)
-    assert sample.picture.getpixel((0, 0)) == (122, 116, 104)  # padded in CLIP's mean colour
-    assert (sample.num_picture, sample.marks, sample.policy) == (3, (), "none")
+    assert sample.image.getpixel((0, 0)) == (122, 116, 104)  # padded in CLIP's mean colour
+    assert (sample.num_image_ids, sample.marks, sample.policy) == (3, (), "none")
 
 
 def test_text_only(inspect: Inspect):
     sample = inspect(make_sample("Sure?", "Yes.", size=None))
-    assert (sample.picture, sample.stored_size, sample.num_picture) == (None, None, 0)
+    assert (sample.image, sample.stored_size, sample.num_image_ids) == (None, None, 0)
     assert (sample.key, sample.dataset, sample.shard) == ("set/7", "toys", "a.tar")
 
 
@@ -208,26 +209,15 @@ def test_a_mark(inspect: Inspect):
         make_sample(asked, "a dog.", "Sure?", "Yes.", asked, "Yes.", boxes=[(20, 10, 60, 40)])
     )
     (mark,) = sample.marks
-    assert mark.words == "within the red rectangle"
+    assert prompt_words(mark.prompt) == "within the red rectangle"
     assert "What is within the red rectangle?" in sample.stretches[0].text
-    assert (mark.shape, mark.rgb, mark.alpha) == ("rectangle", (255, 0, 0), 153)
-    assert (mark.line_width, mark.filled) == (4, False)
-    assert (mark.region, mark.region_box, mark.num_rings) == (0, (20, 10, 60, 40), 0)
+    assert (mark.prompt.region, mark.prompt.shape) == (0, "rectangle")
+    assert (mark.prompt.rgb, mark.prompt.alpha) == ((255, 0, 0), 153)
+    assert mark.region == Region((20, 10, 60, 40))
     assert mark.named_in == (1, 5)
     assert mark.fixed == ("shape", "colour", "width", "alpha")
     # 41 by 31 stored pixels; the padded picture of 100 pixels becomes one of 56.
     assert mark.input_size == pytest.approx((41 * 0.56, 31 * 0.56))
-
-
-def test_a_filled_mark_counts_its_rings(inspect: Inspect):
-    ring = ((20.0, 10.0), (60.0, 10.0), (40.0, 40.0))
-    (mark,) = inspect(
-        make_sample(
-            ("What is ", Mention(0), "?"), "a dog.",
-            boxes=[(20, 10, 60, 40)], polygons=[ring, ring], shape="mask",
-        )
-    ).marks  # fmt: skip
-    assert (mark.line_width, mark.filled, mark.num_rings) == (0, True, 2)
 
 
 def test_a_mark_that_the_crop_takes_away(inspect: Inspect):

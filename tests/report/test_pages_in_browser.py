@@ -137,7 +137,7 @@ def quickstart_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     question = "What is within the red rectangle?\nAnswer the question using a single word."
     accuracy = Accuracy("all", 90, 100, 0.826, 0.945)
     content = QuickstartPage(
-        shapes_picture=stripes.resize((1700, 790)),
+        shapes_image=stripes.resize((1700, 790)),
         loss_curves={stage: [(0, 5.0), (1, 2.5)] for stage in ("pretrain", "finetune", "gpt4v")},
         marked=accuracy,
         unmarked=Accuracy("all", 20, 100, 0.13, 0.29),

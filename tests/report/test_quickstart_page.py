@@ -53,7 +53,7 @@ def example(answer: str, marked: str | None, unmarked: str | None) -> Example:
 @pytest.fixture(scope="module")
 def content() -> QuickstartPage:
     return QuickstartPage(
-        shapes_picture=Image.new("RGB", (40, 20)),
+        shapes_image=Image.new("RGB", (40, 20)),
         loss_curves={
             "pretrain": [(0, 5.0), (1, 2.5)],
             "finetune": [(0, 1.5)],

@@ -93,7 +93,7 @@ def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) ->
     """
     from vipllava.report.loss_curves import read_loss_curve
     from vipllava.report.quickstart_page import QuickstartPage, write_quickstart_page
-    from vipllava.report.shapes_picture import draw_shapes_picture
+    from vipllava.report.shapes_image import draw_shapes_image
 
     curves = {stage: read_loss_curve(_find_metrics(output / f"tiny-{stage}")) for stage in STAGES}
     regions = _read_json(output / "eval" / "regions" / "results.json")
@@ -112,10 +112,10 @@ def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) ->
         "loss_last": {stage: _mean(curve[-10:]) for stage, curve in curves.items()},
         "seconds": {part: round(value, 1) for part, value in seconds.items()},
     }
-    picture = draw_shapes_picture()
+    picture = draw_shapes_image()
     picture.save(output / "shapes.png")
     page = QuickstartPage(
-        shapes_picture=picture,
+        shapes_image=picture,
         loss_curves=curves,
         marked=marked,
         unmarked=unmarked,
@@ -163,7 +163,7 @@ def _examples(output: Path, data_root: Path, seed: int) -> list[Example]:
     """Return a dozen held-out questions, as many shapes as there are, with their pictures."""
     from vipllava.evaluation.benches.regions import read_questions
     from vipllava.report.quickstart_page import Example
-    from vipllava.sample_world.teach import load_tiny_policies
+    from vipllava.sample_world.tiny import load_tiny_policies
     from vipllava.stream.sample_encoder import iter_samples
 
     path = output / "eval" / "regions" / "predictions.jsonl"

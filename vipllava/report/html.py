@@ -1,4 +1,4 @@
-"""A self-contained page: escaped text, pictures as data URIs, styles inline, no script.
+"""A self-contained page: escaped text, images as data URIs, styles inline, no script.
 
 Markup is built from :class:`Html` values. Any other value given to :func:`element` is text and is
 escaped, so what a model answered can never become markup.
@@ -7,9 +7,11 @@ escaped, so what a model answered can never become markup.
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from PIL import Image
@@ -62,6 +64,28 @@ def join(children: Iterable[Child | Iterable[Child]]) -> Html:
     return Html("".join(parts))
 
 
+def soft(*children: Child | Iterable[Child], tag: str = "p") -> Html:
+    """Build a paragraph, or another element, of secondary text."""
+    return element(tag, *children, class_="soft")
+
+
+def section(title: str, introduction: str, *content: Child) -> Html:
+    """Build a section of the page under its heading."""
+    return element("section", element("h2", title), soft(introduction), *content)
+
+
+def items(
+    entries: Iterable[Child | Sequence[Child]], tag: str = "ul", **attributes: object
+) -> Html:
+    """Build a list; each entry is what its item holds."""
+    return element(tag, [element("li", entry) for entry in entries], **attributes)
+
+
+def terms(entries: Mapping[str, Child]) -> list[Html]:
+    """Build the content of a ``dl``: each name and what it stands for."""
+    return [join([element("dt", name), element("dd", text)]) for name, text in entries.items()]
+
+
 def table(
     head: Sequence[Child], rows: Sequence[Sequence[Child]], *, num_total_rows: int = 0
 ) -> Html:
@@ -93,7 +117,7 @@ def table(
     )
 
 
-def picture(
+def embed_image(
     image: Image.Image,
     alt: str,
     *,
@@ -101,7 +125,7 @@ def picture(
     quality: int = 88,
     **attributes: object,
 ) -> Html:
-    """Embed a picture as JPEG, or as PNG if ``lossless``.
+    """Embed an image as JPEG, or as PNG if ``lossless``.
 
     From quality 90 on colours keep the full resolution: a thin red line stays thin and red.
     """
@@ -115,6 +139,12 @@ def picture(
     code = base64.b64encode(buffer.getvalue()).decode()
     source = f"data:image/{'png' if lossless else 'jpeg'};base64,{code}"
     return element("img", src=source, alt=alt, width=image.width, height=image.height, **attributes)
+
+
+@functools.cache
+def load_style(name: str) -> str:
+    """Return a style sheet of this folder."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def page(title: str, style: str, *body: Child | Iterable[Child]) -> str:

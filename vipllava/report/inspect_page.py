@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from PIL import Image
-
 from vipllava.files.atomic import write_whole
-from vipllava.report.html import Child, Html, element, join, page, picture
-from vipllava.report.inspect_style import INSPECT_STYLE
+from vipllava.report.html import (
+    Child,
+    Html,
+    element,
+    embed_image,
+    items,
+    join,
+    load_style,
+    page,
+    soft,
+    terms,
+)
 from vipllava.report.inspected import (
-    DroppedTurn,
     InspectedSample,
     RefusedSample,
     ShownMark,
     ShownToken,
     Stretch,
 )
-from vipllava.report.style import STYLE
+from vipllava.types import Turn
+from vipllava.visual_prompts.shapes import prompt_words
 
 _WIDTH_SHOWN: Final = 336
 _WIDTH_LARGE: Final = 1008
 _LOSSLESS_UP_TO: Final = 160
-"""Side in pixels up to which PNG costs little; a small picture is enlarged, and would show JPEG's
+"""Side in pixels up to which PNG costs little; a small image is enlarged, and would show JPEG's
 blocks."""
 _CONTENTS_FROM: Final = 13
 _ASPECTS: Final[Mapping[str, str]] = {
@@ -87,9 +95,9 @@ def build_inspect_page(job: JobSummary, samples: Sequence[Shown]) -> str:
     encoded = [sample for sample in samples if isinstance(sample, InspectedSample)]
     return page(
         f"Inspect: {job.dataset}",
-        STYLE + INSPECT_STYLE,
+        load_style("style.css") + load_style("inspect.css"),
         element("h1", "What the model will see"),
-        element("p", _introduction(job), class_="soft"),
+        soft(_introduction(job)),
         _job(job, samples, encoded),
         _legend(job),
         _contents(samples) if len(samples) >= _CONTENTS_FROM else None,
@@ -107,7 +115,7 @@ def _introduction(job: JobSummary) -> str:
 
 
 def _job(job: JobSummary, samples: Sequence[Shown], encoded: Sequence[InspectedSample]) -> Html:
-    shapes = Counter(mark.shape for sample in encoded for mark in sample.marks)
+    shapes = Counter(mark.prompt.shape for sample in encoded for mark in sample.marks)
     unit = "mark drawn" if shapes.total() == 1 else "marks drawn"
     tile = _tile(_grouped(shapes.total()), unit, _shape_bars(shapes)) if shapes else None
     left = element("div", _tiles(job, samples, encoded), _facts(job), class_="left")
@@ -116,63 +124,45 @@ def _job(job: JobSummary, samples: Sequence[Shown], encoded: Sequence[InspectedS
 
 def _tiles(job: JobSummary, samples: Sequence[Shown], encoded: Sequence[InspectedSample]) -> Html:
     num_refused = len(samples) - len(encoded)
-    num_text_only = sum(sample.picture is None for sample in encoded)
+    num_text_only = sum(sample.image is None for sample in encoded)
     num_faults = sum(bool(sample.fault) for sample in encoded)
     proved = f"labels of {len(encoded) - num_faults} proved to be the answers"
-    remarks = [
-        element("p", f"{proved}; {num_text_only} text only", class_="soft"),
-        element("p", _faults(num_faults, num_refused)) if num_faults or num_refused else None,
-    ]
-    tiles = [_tile(len(samples), f"of {_grouped(job.num_samples)} samples", remarks)]
+    remarks = [soft(f"{proved}; {num_text_only} text only")]
+    if num_faults or num_refused:
+        bad = {"refused": num_refused, "with wrong labels": num_faults}
+        text = ", ".join(f"{count} {what}" for what, count in bad.items() if count)
+        remarks.append(element("p", element("span", text, class_="badge wrong")))
+    tiles = [_tile(len(samples), f"of {_grouped(job.num_samples)} samples", *remarks)]
     if encoded:
         lengths = [sample.num_ids for sample in encoded]
         total, learned = sum(lengths), sum(sample.num_supervised for sample in encoded)
         num_dropped = sum(len(sample.dropped) for sample in encoded)
         longest = f"longest {_grouped(max(lengths))} of {_grouped(job.max_length)}"
+        dropped = soft(f"{longest}; {_count(num_dropped, 'turn')} dropped")
+        share = soft(f"{_grouped(learned)} of {_grouped(total)} tokens carry loss")
         tiles += [
-            _tile(
-                _grouped(round(total / len(lengths))),
-                "tokens on average",
-                element("p", f"{longest}; {_count(num_dropped, 'turn')} dropped", class_="soft"),
-            ),
-            _tile(
-                _percent(learned / total),
-                "supervised",
-                element(
-                    "p",
-                    f"{_grouped(learned)} of {_grouped(total)} tokens carry loss",
-                    class_="soft",
-                ),
-            ),
+            _tile(_grouped(round(total / len(lengths))), "tokens on average", dropped),
+            _tile(_percent(learned / total), "supervised", share),
         ]
     return element("div", tiles, class_="tiles")
 
 
-def _tile(number: Child, unit: str, *more: Child | Sequence[Child]) -> Html:
+def _tile(number: Child, unit: str, *more: Child) -> Html:
     head = element("div", number, " ", element("small", unit), class_="number")
     return element("div", head, *more, class_="tile")
-
-
-def _faults(num_faults: int, num_refused: int) -> Html:
-    parts = [
-        f"{num_refused} refused" if num_refused else "",
-        f"{num_faults} with wrong labels" if num_faults else "",
-    ]
-    return element("span", ", ".join(filter(None, parts)), class_="badge wrong")
 
 
 def _shape_bars(shapes: Counter[str]) -> Html:
     most = max(shapes.values())
     rows = [
-        element(
-            "li",
+        [
             element("span", shape),
             element("i", style=f"width: {100 * count / most:.0f}%"),
             element("b", count),
-        )
+        ]
         for shape, count in shapes.most_common()
     ]
-    return element("ul", rows, class_="shapes")
+    return items(rows, class_="shapes")
 
 
 def _facts(job: JobSummary) -> Html:
@@ -188,12 +178,10 @@ def _facts(job: JobSummary) -> Html:
         "length limit": f"{_grouped(job.max_length)} tokens",
         "seed, epoch": f"{job.seed}, {job.epoch}",
     }
-    entries = [
-        element("div", element("dt", name), element("dd", text)) for name, text in facts.items()
-    ]
+    entries = [element("div", term) for term in terms(facts)]
     if job.command:
-        command = element("dd", element("code", job.command))
-        entries.append(element("div", element("dt", "made by"), command, class_="wide"))
+        command = terms({"made by": element("code", job.command)})
+        entries.append(element("div", command, class_="wide"))
     return element("dl", entries, class_="facts")
 
 
@@ -202,67 +190,58 @@ def _legend(job: JobSummary) -> Html:
         shown = element("span", text, class_=f"t {kind}".strip())
         return element("span", shown, class_="learned") if learned else shown
 
-    entries: list[list[Child]] = [
+    entries: list[Sequence[Child]] = [
         [token("supervised", learned=True), " the model learns to say it"],
         [token("a question", kind="typed"), " given, from the record"],
         [token("a role string", kind="fixed"), " given, from the chat template"],
         [token("</s>", kind="special"), " special token"],
-        [_picture_chip(job.image_seq_length), " the picture's tokens"],
+        [_image_chip(job.image_seq_length), " the picture's tokens"],
         ["a", element("span", "b", class_="t"), "c a line ends each token"],
         [element("span", class_="nl"), " a newline in the text"],
         [element("span", " ", class_="t blank"), " a token of spaces"],
         [element("span", class_="t silent"), " a token that writes nothing"],
     ]
-    return element("ul", [element("li", *entry) for entry in entries], class_="legend")
+    return items(entries, class_="legend")
 
 
 def _contents(samples: Sequence[Shown]) -> Html:
     entries = [
         element(
-            "li",
-            element(
-                "a",
-                element("span", number, class_="at"),
-                element("span", sample.key, class_="key"),
-                element("span", sample.record_kind, ", ", sample.num_ids, class_="soft")
-                if isinstance(sample, InspectedSample)
-                else element("span", "refused", class_="wrong"),
-                href=f"#sample-{number}",
-            ),
+            "a",
+            element("span", number, class_="at"),
+            element("span", sample.key, class_="key"),
+            soft(sample.record_kind, ", ", sample.num_ids, tag="span")
+            if isinstance(sample, InspectedSample)
+            else element("span", "refused", class_="wrong"),
+            href=f"#sample-{number}",
         )
         for number, sample in enumerate(samples, start=1)
     ]
     return element(
         "nav",
         element("h2", "Samples"),
-        element("p", "Key, record kind, number of tokens.", class_="soft"),
-        element("ol", entries, class_="contents"),
+        soft("Key, record kind, number of tokens."),
+        items(entries, "ol", class_="contents"),
         aria_label="Samples",
     )
 
 
 def _article(number: int, sample: Shown, job: JobSummary) -> Html:
-    badges: list[Child] = []
     where = f"{sample.dataset}, {sample.shard}"
     if isinstance(sample, InspectedSample):
-        badges.append(element("span", sample.record_kind, class_="badge"))
+        badge = element("span", sample.record_kind, class_="badge")
         body = _body(sample, job)
         where += f", policy {sample.policy}"
     else:
-        badges.append(element("span", "refused", class_="badge wrong"))
+        badge = element("span", "refused", class_="badge wrong")
         body = element("p", sample.reason, class_="fault")
     title = element(
         "h2",
         element("a", number, href=f"#sample-{number}", class_="at"),
         element("span", sample.key, class_="key"),
     )
-    return element(
-        "article",
-        element("header", title, badges, element("span", where, class_="where")),
-        body,
-        id=f"sample-{number}",
-        class_="sample",
-    )
+    header = element("header", title, badge, element("span", where, class_="where"))
+    return element("article", header, body, id=f"sample-{number}", class_="sample")
 
 
 def _body(sample: InspectedSample, job: JobSummary) -> Html:
@@ -276,22 +255,24 @@ def _body(sample: InspectedSample, job: JobSummary) -> Html:
 
 
 def _view(sample: InspectedSample, job: JobSummary) -> Html:
-    if sample.picture is None or sample.stored_size is None:
+    if sample.image is None or sample.stored_size is None:
         text = "Text only: the record has no picture, and the model gets none."
         return element("div", text, class_="none")
-    shown = _multiple(sample.picture, _WIDTH_SHOWN)
-    large = _multiple(sample.picture, _WIDTH_LARGE)
-    image = picture(
-        sample.picture,
+    width = sample.image.width
+    image = embed_image(
+        sample.image,
         f"Input of the network for {sample.key}",
-        lossless=sample.picture.width <= _LOSSLESS_UP_TO,
+        lossless=width <= _LOSSLESS_UP_TO,
         quality=92,
         decoding="async",
     )
-    # A check box makes the picture large without a script.
+    # Multiples of the image's width: whole pixels stay crisp.
+    shown, large = (width * max(1, round(w / width)) for w in (_WIDTH_SHOWN, _WIDTH_LARGE))
+    # A check box makes the image large without a script.
     zoom = element("input", type="checkbox", class_="zoom", aria_label="Enlarge the picture")
-    stored = " \u00d7 ".join(map(str, sample.stored_size))
-    given = " \u00d7 ".join(map(str, sample.picture.size))
+    stored, given = (
+        " \u00d7 ".join(map(str, size)) for size in (sample.stored_size, sample.image.size)
+    )
     return element(
         "figure",
         element("label", zoom, image, style=f"--shown: {shown}px; --large: {large}px"),
@@ -300,15 +281,10 @@ def _view(sample: InspectedSample, job: JobSummary) -> Html:
     )
 
 
-def _multiple(image: Image.Image, width: int) -> int:
-    """Return the multiple of the picture's width nearest to ``width``: whole pixels stay crisp."""
-    return image.width * max(1, round(width / image.width))
-
-
 def _budget(sample: InspectedSample) -> Html:
-    num_given = sample.num_ids - sample.num_picture - sample.num_supervised
+    num_given = sample.num_ids - sample.num_image_ids - sample.num_supervised
     parts = [
-        ("of-picture", sample.num_picture, "picture"),
+        ("of-picture", sample.num_image_ids, "picture"),
         ("of-text", num_given, "given text"),
         ("of-answer", sample.num_supervised, "supervised"),
     ]
@@ -318,19 +294,15 @@ def _budget(sample: InspectedSample) -> Html:
         for name, count, _ in parts
         if count
     ]
-    counts = [
-        element("li", element("b", sample.num_ids), f" of {sample.max_length} tokens"),
+    counts: list[Sequence[Child]] = [
+        [element("b", sample.num_ids), f" of {sample.max_length} tokens"],
         *(
-            element("li", element("i", class_=f"dot {name}"), element("b", count), f" {what}")
+            [element("i", class_=f"dot {name}"), element("b", count), f" {what}"]
             for name, count, what in parts
         ),
-        element("li", element("b", len(sample.dropped)), " turns dropped"),
+        [element("b", len(sample.dropped)), " turns dropped"],
     ]
-    return element(
-        "div",
-        element("div", bar, class_="budget"),
-        element("ul", counts, class_="counts"),
-    )
+    return element("div", element("div", bar, class_="budget"), items(counts, class_="counts"))
 
 
 def _conversation(sample: InspectedSample) -> Html:
@@ -355,28 +327,26 @@ def _stretch(stretch: Stretch) -> Html:
     return join([side, element("p", tokens, class_=f"said {kind}")])
 
 
-def _dropped(turn: DroppedTurn) -> Html:
+def _dropped(turn: Turn) -> Html:
     side = element("div", element("b", "dropped"), " ", turn.role, class_="side")
     return join([side, element("p", element("s", visible(turn.text)), class_="said dropped")])
 
 
 def _token(token: ShownToken) -> Html:
-    if token.kind == "picture":
-        return _picture_chip(len(token.ids))
-    classes = ["t"]
-    if token.kind == "special":
-        classes.append("special")
-    else:
-        classes.append("fixed" if token.from_template else "typed")
+    if token.kind == "image":
+        return _image_chip(len(token.ids))
+    classes = "t special"
+    if token.kind == "text":
+        classes = "t fixed" if token.from_template else "t typed"
     if not token.text:
-        classes.append("silent")
+        classes += " silent"
     elif not token.text.strip(" "):
-        classes.append("blank")
+        classes += " blank"
     ids = " ".join(map(str, token.ids))
-    return element("span", visible(token.text), class_=" ".join(classes), title=f"id {ids}")
+    return element("span", visible(token.text), class_=classes, title=f"id {ids}")
 
 
-def _picture_chip(count: int) -> Html:
+def _image_chip(count: int) -> Html:
     return element("span", f"picture \u00d7 {count}", class_="t image")
 
 
@@ -386,22 +356,15 @@ def visible(text: str) -> Html:
     Newlines and tabs stay themselves behind a sign that the style sheet draws. Other characters
     that show nothing, or that turn the direction of what follows, are spelt by their code point.
     """
-    return join(_visible_parts(text))
+    return join(_visible(character) for character in text)
 
 
-def _visible_parts(text: str) -> Iterator[Child]:
-    plain = ""
-    for character in text:
-        if not _is_hidden(character):
-            plain += character
-            continue
-        yield plain
-        plain = ""
-        if character in "\n\t":
-            yield element("span", character, class_="nl" if character == "\n" else "tab")
-        else:
-            yield element("span", f"U+{ord(character):04X}", class_="code-point")
-    yield plain
+def _visible(character: str) -> Child:
+    if not _is_hidden(character):
+        return character
+    if character in "\n\t":
+        return element("span", character, class_="nl" if character == "\n" else "tab")
+    return element("span", f"U+{ord(character):04X}", class_="code-point")
 
 
 def _is_hidden(character: str) -> bool:
@@ -414,18 +377,19 @@ def _is_hidden(character: str) -> bool:
 
 
 def _plan(sample: InspectedSample) -> Html | None:
+    if sample.image is None:
+        return None
     if not sample.marks:
-        if sample.picture is None:
-            return None
-        return join([element("h3", "Marks"), element("p", "None are drawn.", class_="soft")])
+        return join([element("h3", "Marks"), soft("None are drawn.")])
     marks = [_mark(mark, sample.num_turns) for mark in sample.marks]
     title = f"{_count(len(marks), 'mark')}, in drawing order"
-    return join([element("h3", title), element("ol", marks, class_="marks")])
+    return join([element("h3", title), items(marks, "ol", class_="marks")])
 
 
-def _mark(mark: ShownMark, num_turns: int) -> Html:
-    red, green, blue = mark.rgb
-    share = mark.alpha / 255
+def _mark(mark: ShownMark, num_turns: int) -> Sequence[Child]:
+    prompt = mark.prompt
+    red, green, blue = prompt.rgb
+    share = prompt.alpha / 255
     if mark.input_size is None:
         size: Child = element("span", "none of it is in the input", class_="wrong")
     else:
@@ -434,31 +398,32 @@ def _mark(mark: ShownMark, num_turns: int) -> Html:
     facts: dict[str, Child] = {
         "colour": f"rgb {red}, {green}, {blue}",
         "opacity": _percent(share),
-        "shape": f"{mark.shape}, {_stroke(mark)}",
-        f"region {mark.region + 1}": _region(mark),
+        "shape": f"{prompt.shape}, {_stroke(mark)}",
+        f"region {prompt.region + 1}": _region(mark),
         "size": size,
         "named in": _named_in(mark, num_turns),
     }
     if mark.fixed:
         facts["fixed"] = f"{', '.join(mark.fixed)}, by the record"
-    entries = [join([element("dt", name), element("dd", text)]) for name, text in facts.items()]
     swatch = element(
         "span", class_="swatch", style=f"--rgb: {red} {green} {blue}; --alpha: {share:.2f}"
     )
-    words = element("span", f"\u201c{mark.words}\u201d", class_="words")
-    return element("li", swatch, words, element("dl", entries))
+    words = element("span", f"\u201c{prompt_words(prompt)}\u201d", class_="words")
+    return [swatch, words, element("dl", terms(facts))]
 
 
 def _stroke(mark: ShownMark) -> str:
-    if not mark.line_width:
+    """Name the widest line; a stroke of width 0 is a filled area (a mask, an arrow's head)."""
+    widths = [stroke.width for stroke in mark.prompt.strokes]
+    if not any(widths):
         return "filled"
-    head = ", filled head" if mark.filled else ""
-    return f"line {mark.line_width} stored px{head}"
+    return f"line {max(widths)} stored px{'' if all(widths) else ', filled head'}"
 
 
 def _region(mark: ShownMark) -> str:
-    x1, y1, x2, y2 = (f"{value:.0f}" for value in mark.region_box)
-    mask = f"mask of {_count(mark.num_rings, 'ring')}" if mark.num_rings else "no mask"
+    x1, y1, x2, y2 = (f"{value:.0f}" for value in mark.region.bbox_xyxy)
+    num_rings = len(mark.region.polygons)
+    mask = f"mask of {_count(num_rings, 'ring')}" if num_rings else "no mask"
     return f"{x1}, {y1} to {x2}, {y2} stored px; {mask}"
 
 

@@ -1,4 +1,4 @@
-"""One traced sample as values to show: the picture, the marks and the conversation from its ids.
+"""One traced sample as values to show: the image, the marks and the conversation from its ids.
 
 Texts that a model learns from are decoded from ids and never copied from the record, so whoever
 reads them has seen what is trained. Only turns that were dropped, which no id holds, come from
@@ -14,7 +14,6 @@ from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 
 from vipllava.conversation.encode import ConversationEncoder
@@ -24,23 +23,20 @@ from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.sample_encoder import SampleTrace
 from vipllava.types import (
     IGNORE_INDEX,
-    RGB,
-    BBox,
     FixedVisualPrompt,
     Mention,
-    Role,
-    Shape,
+    Region,
     Turn,
     VipLlavaError,
     VisualPrompt,
 )
 from vipllava.visual_prompts.render import mark_opacity
-from vipllava.visual_prompts.shapes import prompt_words
 
 _UNREADABLE: Final = "\ufffd"
 _PROBES: Final = ("a", "b")
 
 Ids = npt.NDArray[np.int64]
+Kind = Literal["text", "special", "image"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +44,15 @@ class ShownToken:
     """The least stretch of ids that writes whole characters; mostly one id.
 
     Attributes:
-        kind: ``text``, ``special`` (a token of the tokenizer's own, e.g. ``</s>``), or
-            ``picture``: all positions of one picture.
-        text: what the ids write. Empty for a picture, and for a token that writes nothing (the
+        kind: ``text``, ``special`` (a token of the tokenizer's own, e.g. ``</s>``), or ``image``:
+            all positions of one image.
+        text: what the ids write. Empty for an image, and for a token that writes nothing (the
             tokenizer's dummy prefix).
         ids: in order.
         from_template: written by the chat template rather than by the record.
     """
 
-    kind: Literal["text", "special", "picture"]
+    kind: Kind
     text: str
     ids: tuple[int, ...]
     from_template: bool = False
@@ -76,16 +72,8 @@ class Stretch:
 
     @property
     def text(self) -> str:
-        """What the run writes, special tokens spelt out, without the picture."""
+        """What the run writes, special tokens spelt out, without the image."""
         return "".join(token.text for token in self.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class DroppedTurn:
-    """A trailing turn that the length limit left out; its text is the record's."""
-
-    role: Role
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,34 +81,19 @@ class ShownMark:
     """One mark of the plan.
 
     Attributes:
-        words: by which the text names it.
-        shape: one of the eight.
-        rgb: its colour.
-        alpha: opacity, 0..255.
-        line_width: widest line, pixels of the stored picture; 0 if nothing but filled areas.
-        filled: whether an area is filled (a mask, a point, an arrow's head).
-        region: index among the sample's regions.
-        region_box: the region's box, pixels of the stored picture.
-        num_rings: rings of the region's mask; 0 if only the box is known.
+        prompt: how it is drawn; widths in pixels of the stored image.
+        region: what it marks, pixels of the stored image.
         input_size: width and height of what is painted, pixels of the network's input; None if
             nothing of it is left there.
         named_in: turns that name it, counted from 1, dropped ones included.
-        fixed: what the record itself fixes about it (``shape``, ``colour``, ``width``,
-            ``alpha``).
+        fixed: what the record itself fixes about it (``shape``, ``colour``, ``width``, ``alpha``).
     """
 
-    words: str
-    shape: Shape
-    rgb: RGB
-    alpha: int
-    line_width: int
-    filled: bool
-    region: int
-    region_box: BBox
-    num_rings: int
+    prompt: VisualPrompt
+    region: Region
     input_size: tuple[float, float] | None
     named_in: tuple[int, ...]
-    fixed: tuple[str, ...] = ()
+    fixed: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +106,12 @@ class InspectedSample:
         shard: the tar it lies in, as it is to be shown.
         record_kind: its schema.
         policy: the visual-prompt policy that sampled its marks.
-        stored_size: width and height of the stored picture, pixels; None for text only.
-        picture: the network's input, RGB; None for text only.
+        stored_size: width and height of the stored image, pixels; None for text only.
+        image: the network's input, RGB; None for text only.
         marks: in drawing order.
         stretches: the whole conversation, in order.
         num_turns: turns that it holds.
-        dropped: turns beyond the length limit.
+        dropped: turns beyond the length limit, from the record.
         max_length: that limit, ids.
         fault: why the labels could not be proved to be the answers; empty if they were.
     """
@@ -149,11 +122,11 @@ class InspectedSample:
     record_kind: str
     policy: str
     stored_size: tuple[int, int] | None
-    picture: Image.Image | None
+    image: Image.Image | None
     marks: tuple[ShownMark, ...]
     stretches: tuple[Stretch, ...]
     num_turns: int
-    dropped: tuple[DroppedTurn, ...]
+    dropped: tuple[Turn, ...]
     max_length: int
     fault: str = ""
 
@@ -168,10 +141,10 @@ class InspectedSample:
         return sum(stretch.num_ids for stretch in self.stretches if stretch.supervised)
 
     @property
-    def num_picture(self) -> int:
-        """Positions that the picture takes."""
+    def num_image_ids(self) -> int:
+        """Positions that the image takes."""
         tokens = (token for stretch in self.stretches for token in stretch.tokens)
-        return sum(len(token.ids) for token in tokens if token.kind == "picture")
+        return sum(len(token.ids) for token in tokens if token.kind == "image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +181,7 @@ def inspect_trace(
         shard: where the record lies, as it is to be shown.
         record_kind: the record's schema.
     """
-    sample, encoded = trace.sample, trace.encoded
+    sample, encoded, pixels = trace.sample, trace.encoded, trace.pixel_values
     num_kept = len(trace.turns) - encoded.num_dropped_turns
     fault = ""
     try:
@@ -222,42 +195,27 @@ def inspect_trace(
         record_kind=record_kind,
         policy=sample.policy,
         stored_size=None if trace.picture is None else trace.picture.size,
-        picture=None if trace.pixel_values is None else _picture(trace.pixel_values),
+        image=None if pixels is None else Image.fromarray(pixels.permute(1, 2, 0).numpy()),
         marks=tuple(_mark(trace, transform, prompt) for prompt in trace.plan.prompts),
         stretches=_stretches(trace, encoder, trace.turns[:num_kept]),
         num_turns=num_kept,
-        dropped=tuple(DroppedTurn(turn.role, turn.text) for turn in trace.turns[num_kept:]),
+        dropped=trace.turns[num_kept:],
         max_length=encoder.max_length,
         fault=fault,
     )
 
 
-def _picture(pixel_values: torch.Tensor) -> Image.Image:
-    return Image.fromarray(pixel_values.permute(1, 2, 0).contiguous().numpy())
-
-
 def _mark(trace: SampleTrace, transform: ImageTransform, prompt: VisualPrompt) -> ShownMark:
     sample = trace.sample
-    region = sample.regions[prompt.region]
     fixed = sample.fixed[prompt.region] if sample.fixed else FixedVisualPrompt()
     parts = ("shape", "colour", "width", "alpha")
+    mention = Mention(prompt.region)
     return ShownMark(
-        words=prompt_words(prompt),
-        shape=prompt.shape,
-        rgb=prompt.rgb,
-        alpha=prompt.alpha,
-        line_width=max(stroke.width for stroke in prompt.strokes),
-        filled=any(stroke.width == 0 for stroke in prompt.strokes),
-        region=prompt.region,
-        region_box=region.bbox_xyxy,
-        num_rings=len(region.polygons),
-        input_size=_size_in_input(prompt, trace.plan.size, transform),
-        named_in=tuple(
-            number
-            for number, turn in enumerate(sample.turns, start=1)
-            if Mention(prompt.region) in turn.parts
-        ),
-        fixed=tuple(part for part in parts if getattr(fixed, part) is not None),
+        prompt,
+        sample.regions[prompt.region],
+        _size_in_input(prompt, trace.plan.size, transform),
+        tuple(n for n, turn in enumerate(sample.turns, start=1) if mention in turn.parts),
+        tuple(part for part in parts if getattr(fixed, part) is not None),
     )
 
 
@@ -266,11 +224,9 @@ def _size_in_input(
 ) -> tuple[float, float] | None:
     """Return width and height of what a mark paints and the transform keeps, input pixels."""
     painted = mark_opacity(prompt, size)
-    bounds = None if painted is None else painted[0].getbbox()
-    if painted is None or bounds is None:
+    if painted is None or (bounds := painted[0].getbbox()) is None:
         return None
-    left, top = painted[1]
-    x1, y1, x2, y2 = bounds
+    (left, top), (x1, y1, x2, y2) = painted[1], bounds
     box = transform.map_box((x1 + left, y1 + top, x2 + left, y2 + top), size)
     x1, y1, x2, y2 = (min(max(value, 0.0), float(transform.size)) for value in box)
     return None if x1 >= x2 or y1 >= y2 else (x2 - x1, y2 - y1)
@@ -299,10 +255,10 @@ def _tokens(
     backend = encoder.tokenizer.backend_tokenizer
     specials = backend.get_added_tokens_decoder()
 
-    def kind_at(position: int) -> Literal["text", "special", "picture"]:
+    def kind_at(position: int) -> Kind:
         token_id = int(ids[position])
         if token_id == encoder.image_token_id:
-            return "picture"
+            return "image"
         return "special" if token_id in specials else "text"
 
     tokens: list[ShownToken] = []

@@ -12,9 +12,20 @@ from PIL import Image
 
 from vipllava.files.atomic import write_whole
 from vipllava.report.charts import Bar, bar_chart, loss_chart
-from vipllava.report.html import Html, element, join, page, picture, table
+from vipllava.report.html import (
+    Child,
+    Html,
+    element,
+    embed_image,
+    join,
+    load_style,
+    page,
+    section,
+    soft,
+    table,
+    terms,
+)
 from vipllava.report.loss_curves import smooth
-from vipllava.report.style import STYLE
 
 _STAGES: Final[Mapping[str, str]] = {
     "pretrain": "projector only, on captions",
@@ -52,11 +63,11 @@ class Example:
     """One held-out question with the model's answers.
 
     Attributes:
-        image: the picture with the mark drawn.
+        image: with the mark drawn.
         question: the user's text.
         answer: the right answer.
         marked: the model's answer, or None if it was not asked.
-        unmarked: the same for the picture without the mark.
+        unmarked: the same for the image without the mark.
         shape: the mark's shape.
     """
 
@@ -78,7 +89,7 @@ class QuickstartPage:
     """Everything the page shows.
 
     Attributes:
-        shapes_picture: the eight shapes, see :mod:`vipllava.report.shapes_picture`.
+        shapes_image: the eight shapes, see :mod:`vipllava.report.shapes_image`.
         loss_curves: per stage (optimizer step, loss).
         marked: accuracy with the marks drawn.
         unmarked: the control, marks not drawn.
@@ -93,7 +104,7 @@ class QuickstartPage:
         notes: further lines of the footer, title to text.
     """
 
-    shapes_picture: Image.Image
+    shapes_image: Image.Image
     loss_curves: Mapping[str, Sequence[tuple[int, float]]]
     marked: Accuracy
     unmarked: Accuracy
@@ -117,45 +128,42 @@ def build_quickstart_page(content: QuickstartPage) -> str:
     """Return the page's HTML."""
     return page(
         "ViP-LLaVA quick start",
-        STYLE,
+        load_style("style.css"),
         element("h1", "Does the model answer about the marked region?"),
-        element(
-            "p",
+        soft(
             "A tiny ViP-LLaVA, trained in three stages on the sample world, answers short "
             "questions about a mark drawn on a picture it has never seen. The control asks the "
             "same questions, in the same words, with the mark left out of the picture: what then "
-            "remains is at best guessing among the objects of the scene.",
-            class_="soft",
+            "remains is at best guessing among the objects of the scene."
         ),
         _headline(content),
-        _shapes(content.shapes_picture),
+        _shapes(content.shapes_image),
         _losses(content.loss_curves),
         element("div", _by_shape(content), _vip_bench(content), class_="two"),
-        _examples(content.examples),
+        section(
+            "Held-out questions",
+            "Chosen by the shape of their mark, not by the answer. Green: right; red: wrong.",
+            element("div", [_card(example) for example in content.examples], class_="cards"),
+        ),
         _footer(content),
     )
 
 
 def _headline(content: QuickstartPage) -> Html:
-    marked, unmarked, (gap, low, high) = content.marked, content.unmarked, content.gap
+    marked, (gap, low, high) = content.marked, content.gap
     bars = [
-        Bar(_bar_label("mark drawn", marked), marked.share, marked.low, marked.high, "marked"),
-        Bar(
-            _bar_label("mark not drawn", unmarked), unmarked.share, unmarked.low, unmarked.high,
-            "unmarked",
-        ),
-    ]  # fmt: skip
+        _bar("mark drawn", marked, "marked"),
+        _bar("mark not drawn", content.unmarked, "unmarked"),
+    ]
     return element(
         "section",
         element(
             "div",
             element("div", _percent(marked.share), class_="number"),
             element("p", f"of {marked.total} held-out questions answered right with the mark"),
-            element(
-                "p",
+            soft(
                 f"{100 * gap:+.1f} points over the control (95 %: {100 * low:+.1f} to "
-                f"{100 * high:+.1f}, paired)",
-                class_="soft",
+                f"{100 * high:+.1f}, paired)"
             ),
         ),
         element("div", bar_chart(bars)),
@@ -163,18 +171,21 @@ def _headline(content: QuickstartPage) -> Html:
     )
 
 
+def _bar(name: str, accuracy: Accuracy, kind: str) -> Bar:
+    label = (
+        f"{name}: {_percent(accuracy.share)} ({100 * accuracy.low:.1f} to "
+        f"{100 * accuracy.high:.1f}), {accuracy.correct} of {accuracy.total}"
+    )
+    return Bar(label, accuracy.share, accuracy.low, accuracy.high, kind)
+
+
 def _shapes(sheet: Image.Image) -> Html:
     alt = "Eight photographs, each with a region marked by another shape and its wording below"
-    return element(
-        "section",
-        element("h2", "Eight ways to mark a region"),
-        element(
-            "p",
-            "Drawn from the same plan that words the question: the text never names a colour or "
-            "shape that the picture does not show.",
-            class_="soft",
-        ),
-        element("div", picture(sheet, alt, class_="sheet"), class_="scroll"),
+    return section(
+        "Eight ways to mark a region",
+        "Drawn from the same plan that words the question: the text never names a colour or "
+        "shape that the picture does not show.",
+        element("div", embed_image(sheet, alt, class_="sheet"), class_="scroll"),
     )
 
 
@@ -189,14 +200,9 @@ def _losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Html:
         )
         for number, (stage, curve) in enumerate(curves.items(), start=1)
     ]
-    return element(
-        "section",
-        element("h2", "Loss of the three stages"),
-        element(
-            "p",
-            "Per supervised token of the global batch; thin: every step, thick: moving average.",
-            class_="soft",
-        ),
+    return section(
+        "Loss of the three stages",
+        "Per supervised token of the global batch; thin: every step, thick: moving average.",
         element("div", panels, class_="three"),
     )
 
@@ -209,88 +215,55 @@ def _ends(curve: Sequence[tuple[int, float]]) -> str:
 def _by_shape(content: QuickstartPage) -> Html:
     rows = [
         [shape, marked.total, _share_cell(marked), _share_cell(unmarked)]
-        for shape, marked, unmarked in content.by_shape
+        for shape, marked, unmarked in [
+            *content.by_shape,
+            ("all", content.marked, content.unmarked),
+        ]
     ]
-    rows.append(
-        ["all", content.marked.total, _share_cell(content.marked), _share_cell(content.unmarked)]
-    )
-    return element(
-        "section",
-        element("h2", "Accuracy by shape"),
-        element("p", "In %, with 95 % Wilson intervals.", class_="soft"),
+    return section(
+        "Accuracy by shape",
+        "In %, with 95 % Wilson intervals.",
         table(["shape", "questions", "mark drawn", "not drawn"], rows, num_total_rows=1),
     )
 
 
 def _vip_bench(content: QuickstartPage) -> Html:
-    splits = content.vip_bench
+    splits, intervals = content.vip_bench, content.vip_bench_intervals
     names = dict.fromkeys(name for scores in splits.values() for name in scores)
     names.pop("total", None)
-    rows = [
-        [
-            _CAPABILITIES.get(name, name),
-            *(_score_cell(scores.get(name)) for scores in splits.values()),
-        ]
+    rows: list[list[Child]] = [
+        [_CAPABILITIES.get(name, name), *(_score_cell(s.get(name)) for s in splits.values())]
         for name in names
     ]
-    rows.append(
-        [
-            "total",
-            *(
-                _score_cell(scores.get("total"), content.vip_bench_intervals.get(split))
-                for split, scores in splits.items()
-            ),
-        ]
-    )
-    return element(
-        "section",
-        element("h2", "Sample ViP-Bench"),
-        element(
-            "p",
-            f"0 to 100, {content.vip_bench_items} items a split, graded offline by whole words. "
-            "Made by this project: not comparable with published figures.",
-            class_="soft",
-        ),
-        table(["capability", *splits], rows, num_total_rows=1),
-    )
-
-
-def _examples(examples: Sequence[Example]) -> Html:
-    return element(
-        "section",
-        element("h2", "Held-out questions"),
-        element(
-            "p",
-            "Chosen by the shape of their mark, not by the answer. Green: right; red: wrong.",
-            class_="soft",
-        ),
-        element("div", [_card(example) for example in examples], class_="cards"),
+    total = [_score_cell(s.get("total"), intervals.get(split)) for split, s in splits.items()]
+    return section(
+        "Sample ViP-Bench",
+        f"0 to 100, {content.vip_bench_items} items a split, graded offline by whole words. "
+        "Made by this project: not comparable with published figures.",
+        table(["capability", *splits], [*rows, ["total", *total]], num_total_rows=1),
     )
 
 
 def _card(example: Example) -> Html:
     question, _, suffix = example.question.partition("\n")
+    answers: dict[str, Child] = {
+        "right answer": example.answer,
+        "mark drawn": _verdict(example, example.marked),
+        "mark not drawn": _verdict(example, example.unmarked),
+    }
     return element(
         "article",
-        picture(example.image, f"Scene with a {example.shape}", lossless=True, loading="lazy"),
+        embed_image(example.image, f"Scene with a {example.shape}", lossless=True, loading="lazy"),
         element("p", question, class_="question"),
         element("p", suffix, class_="suffix soft") if suffix else None,
-        element(
-            "dl",
-            element("dt", "right answer"),
-            element("dd", example.answer),
-            element("dt", "mark drawn"),
-            element("dd", _verdict(example, example.marked)),
-            element("dt", "mark not drawn"),
-            element("dd", _verdict(example, example.unmarked)),
-        ),
+        element("dl", terms(answers)),
         class_="card",
     )
 
 
 def _verdict(example: Example, prediction: str | None) -> Html:
     if prediction is None:
-        return element("span", "not asked", class_="soft")
+        return soft("not asked", tag="span")
     right = example.is_right(prediction)
     # The sign says it to those who do not see red and green apart.
     return element(
@@ -306,27 +279,18 @@ def _footer(content: QuickstartPage) -> Html:
     versions = ", ".join(f"{name} {version}" for name, version in content.versions.items())
     lines = {"time": seconds, "versions": versions, **content.notes}
     lines["photographs"] = "astronaut, chelsea, coffee, rocket and motorcycle of scikit-image"
-    entries = [join([element("dt", name), element("dd", text)]) for name, text in lines.items()]
-    return element("footer", element("dl", entries))
-
-
-def _bar_label(name: str, accuracy: Accuracy) -> str:
-    return (
-        f"{name}: {_percent(accuracy.share)} ({100 * accuracy.low:.1f} to "
-        f"{100 * accuracy.high:.1f}), {accuracy.correct} of {accuracy.total}"
-    )
+    return element("footer", element("dl", terms(lines)))
 
 
 def _share_cell(accuracy: Accuracy) -> Html:
-    bounds = f" {100 * accuracy.low:.0f}\u2013{100 * accuracy.high:.0f}"
-    return join([f"{100 * accuracy.share:.1f}", element("span", bounds, class_="soft")])
+    return _score_cell(100 * accuracy.share, (100 * accuracy.low, 100 * accuracy.high))
 
 
 def _score_cell(score: float | None, interval: tuple[float, float] | None = None) -> Html:
     if score is None:
         return Html("\u2013")
     bounds = f" {interval[0]:.0f}\u2013{interval[1]:.0f}" if interval else None
-    return join([f"{score:.1f}", element("span", bounds, class_="soft") if bounds else None])
+    return join([f"{score:.1f}", soft(bounds, tag="span") if bounds else None])
 
 
 def _percent(share: float) -> str:

@@ -117,7 +117,7 @@ def _mixed(
     scenes: list[tuple[Scene, bytes]],
     count: int,
 ) -> Iterator[Stored]:
-    """Yield ``count`` samples; scenes are reused in turn, as COCO pictures are in the real data."""
+    """Yield ``count`` samples; scenes are reused in turn, as COCO images are in the real data."""
     for number in range(count):
         scene, jpeg = scenes[number % len(scenes)]
         rng = generator_for("sample_world", name, number)
@@ -128,7 +128,7 @@ def _mixed(
 def make_record(
     mix: Mapping[RegionRecord, float], scene: Scene, number: int, rng: np.random.Generator
 ) -> tuple[Record, bool]:
-    """Draw a record kind of ``mix`` and make it; tell whether it has a picture.
+    """Draw a record kind of ``mix`` and make it; tell whether it has an image.
 
     The record is text only for what the shares leave of 1.
     """

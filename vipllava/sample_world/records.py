@@ -1,7 +1,7 @@
 """Scenes to records in the kinds of the real data, one kind per stage of the recipe.
 
 Images are referenced as they would be in the published annotation files; boxes and segmentations
-are in pixels of the stored picture.
+are in pixels of the stored image.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LIST_REQUESTS: Final = (
 
 def caption_record(scene: Scene, number: int, rng: np.random.Generator) -> Record:
     """Stage 1: a caption that names the objects from left to right."""
-    return _image_record(scene, f"caption{number}", _choose(_CAPTION_REQUESTS, rng), caption(scene))
+    return _image_record(f"caption{number}", _choose(_CAPTION_REQUESTS, rng), caption(scene))
 
 
 def caption(scene: Scene) -> str:
@@ -54,7 +54,7 @@ def relation(first: SceneObject, second: SceneObject) -> str:
 def list_record(scene: Scene, number: int, rng: np.random.Generator) -> Record:
     """An image-level question about the whole scene."""
     answer = ", ".join(item.kind for item in scene.objects)
-    return _image_record(scene, f"list{number}", _choose(_LIST_REQUESTS, rng), answer)
+    return _image_record(f"list{number}", _choose(_LIST_REQUESTS, rng), answer)
 
 
 def phrase_record(scene: Scene, number: int, rng: np.random.Generator) -> Record:
@@ -168,8 +168,7 @@ GPT4V_MIX: Final[Mapping[RegionRecord, float]] = {
 """Shares of the stage-3 kinds: dialogues and a replay of stage 2; the rest is text only."""
 
 
-def _image_record(scene: Scene, name: str, request: str, answer: str) -> Record:
-    del scene  # the record only names its picture
+def _image_record(name: str, request: str, answer: str) -> Record:
     return {"id": name, "image": f"{name}.jpg", "conversations": _dialogue((request, answer))}
 
 

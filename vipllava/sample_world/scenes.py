@@ -1,6 +1,6 @@
 """Scenes: a crop of a real photograph with three or four objects of known box and mask.
 
-Training and held-out scenes never share a picture: they have random keys of their own, so crops,
+Training and held-out scenes never share an image: they have random keys of their own, so crops,
 light and layouts differ, and their handwritten digits are other samples. The dozen
 photographs that backgrounds are cropped from serve both.
 """
@@ -72,13 +72,13 @@ class SceneObject:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A composed picture and what stands in it, ordered from left to right."""
+    """A composed image and what stands in it, ordered from left to right."""
 
     image: Image.Image
     objects: tuple[SceneObject, ...]
 
     def jpeg(self) -> bytes:
-        """Encode the picture as it is stored."""
+        """Encode the image as it is stored."""
         buffer = io.BytesIO()
         self.image.save(buffer, format="JPEG", quality=88)
         return buffer.getvalue()
@@ -227,11 +227,11 @@ def _background(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
 
 @functools.cache
 def _photographs() -> Sequence[Image.Image]:
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for package, name in _PHOTOGRAPHS:
         data = importlib.resources.files(package).joinpath(name).read_bytes()
-        pictures.append(Image.open(io.BytesIO(data)).convert("RGB"))
-    return pictures
+        images.append(Image.open(io.BytesIO(data)).convert("RGB"))
+    return images
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """A sample ViP-Bench in the official folder layout, from held-out scenes.
 
-``{bbox,human}/{questions.jsonl,images/}`` hold the marked pictures and the questions worded for
-them, ``source_image/`` the clean pictures with the annotation of their regions, and
+``{bbox,human}/{questions.jsonl,images/}`` hold the marked images and the questions worded for
+them, ``source_image/`` the clean images with the annotation of their regions, and
 ``vip-bench-meta-data.json`` question, answer and capabilities per item. The ``bbox`` split marks
 with rectangles; the ``human`` split with any of the eight shapes, as an annotator would.
 """

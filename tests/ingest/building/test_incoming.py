@@ -14,12 +14,12 @@ from tests.toy_data import encode_picture, make_manifest, said
 from vipllava.ingest.building.annotations import Annotation
 from vipllava.ingest.building.incoming import (
     Ingested,
+    image_paths,
     ingest,
     input_names,
     input_states,
     make_key,
     metadata_paths,
-    picture_paths,
 )
 from vipllava.shards.manifest import Manifest
 from vipllava.types import RecordError
@@ -72,21 +72,21 @@ def test_keys_are_safe_and_bear_the_position(record: Any, key: str):
 
 
 def test_a_picture_is_named_with_its_root_or_within_one(tmp_path: Path):
-    places = picture_paths("coco/train2017/1.jpg", tmp_path, ROOTS)
+    places = image_paths("coco/train2017/1.jpg", tmp_path, ROOTS)
     assert places[0] == tmp_path / "coco/train2017/1.jpg"
-    places = picture_paths("00453/1.jpg", tmp_path, ROOTS)
+    places = image_paths("00453/1.jpg", tmp_path, ROOTS)
     assert places == [
         tmp_path / "coco/train2017/00453/1.jpg",
         tmp_path / "LLaVA-Pretrain/images/00453/1.jpg",
         tmp_path / "00453/1.jpg",
     ]
-    assert picture_paths("a.jpg", tmp_path, ()) == [tmp_path / "a.jpg"]
+    assert image_paths("a.jpg", tmp_path, ()) == [tmp_path / "a.jpg"]
 
 
 @pytest.mark.parametrize("name", ["", "/etc/x.jpg", "../x.jpg", "coco/../../x.jpg", "a\0b"])
 def test_a_picture_outside_the_data_root_is_refused(tmp_path: Path, name: str):
     with pytest.raises(RecordError, match="expected a path inside the data root"):
-        picture_paths(name, tmp_path, ROOTS)
+        image_paths(name, tmp_path, ROOTS)
     with pytest.raises(RecordError, match="toy/000000033471-7: field `image`"):
         take(image_level(name), tmp_path)
 

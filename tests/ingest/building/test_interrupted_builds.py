@@ -163,7 +163,7 @@ def test_mended_records_of_a_finished_build(data_root: Path, caplog: pytest.LogC
     build(data_root, max_bad_rate=1)
     picture.write_bytes(data)
     assert build(data_root, max_bad_rate=1).num_rejected == 1
-    assert "1 records were rejected; if they are mended, remove the folder" in caplog.text
+    assert "1 records were rejected; if they are corrected, remove the folder" in caplog.text
 
 
 def test_a_finished_build_is_not_repeated(data_root: Path):

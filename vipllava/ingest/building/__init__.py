@@ -1,1 +1,1 @@
-"""Annotation lists and pictures into tars."""
+"""Annotation lists and images into tars."""

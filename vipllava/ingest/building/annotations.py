@@ -11,11 +11,12 @@ bytes, so that processes read their own part without reading what stands before 
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
@@ -24,11 +25,11 @@ from vipllava.types import VipLlavaError
 LONGEST_RECORD: Final = 64 << 20
 """Bytes; what is longer is taken for damage."""
 _PIECE: Final = 1 << 20
-_SPACE: Final = " \t\n\r"
+_SPACE: Final = re.compile(r"[ \t\n\r]*")
 _BOM: Final = b"\xef\xbb\xbf"
 _LOOKAHEAD: Final = 16  # a cut-off literal or escape is reported at most this far before the cut
 _DECODER: Final = json.JSONDecoder()
-_AGAIN: Final = "get the file again (`vipllava data fetch` checks what it gets), or mend it"
+_AGAIN: Final = "get the file again (`vipllava data fetch` checks what it gets), or correct it"
 
 
 class AnnotationError(VipLlavaError):
@@ -43,7 +44,7 @@ class Annotation:
         position: in the list, from 0.
         start: its first byte in the file.
         text: its bytes.
-        record: the JSON object; None if the item is none.
+        record: the JSON object; None if the item is something else.
         problem: why it is no record; None for a record.
     """
 
@@ -80,24 +81,26 @@ class AnnotationPlan:
 
     Attributes:
         ranges: in the list's order.
-        num_records: items of the list.
-        num_selected: those that belong to the data set.
+        num_records: items of the list, those of other data sets included.
     """
 
     ranges: tuple[AnnotationRange, ...]
     num_records: int
-    num_selected: int
+
+    @property
+    def num_selected(self) -> int:
+        """Items that belong to the data set."""
+        return sum(part.num_samples for part in self.ranges)
 
     @property
     def digest(self) -> str:
         """Fingerprint of the selected items, hex."""
-        whole = hashlib.blake2b(digest_size=16)
-        for part in self.ranges:
-            whole.update(part.digest.encode())
-        return whole.hexdigest()
+        text = "".join(part.digest for part in self.ranges)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 Select = Callable[[Mapping[str, Any]], bool]
+"""Whether a record belongs to the data set."""
 
 
 def iter_annotations(
@@ -119,37 +122,17 @@ def iter_annotations(
     """
     try:
         with path.open("rb") as file:
+            if start == 0 and file.read(len(_BOM)) == _BOM:
+                start = len(_BOM)
             file.seek(start)
             if path.suffix == ".jsonl":
                 yield from _iter_lines(file, path, start, stop, first)
             else:
-                window = _Window(file, path, start, stop)
-                yield from _iter_list(window, first, whole=stop is None)
+                yield from _iter_list(_Window(file, path, start, stop), first, stop is None)
     except OSError as error:
         raise AnnotationError(
             f"annotation list {path} cannot be read: {error.strerror or error}"
         ) from error
-
-
-class RangeDigest:
-    """Fingerprint of items, by position and bytes."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.blake2b(digest_size=16)
-
-    def add(self, item: Annotation) -> None:
-        """Take one more item in."""
-        self._hash.update(b"%d:%d:" % (item.position, len(item.text)))
-        self._hash.update(item.text)
-
-    def hex(self) -> str:
-        """Return what identifies the items so far."""
-        return self._hash.hexdigest()
-
-
-def is_selected(item: Annotation, select: Select | None) -> bool:
-    """Whether an item belongs to the data set; broken ones do, so that they are counted."""
-    return item.record is None or select is None or select(item.record)
 
 
 def plan_ranges(
@@ -172,38 +155,26 @@ def plan_ranges(
     """
     if max_samples < 1:
         raise AnnotationError(f"max_samples is {max_samples}; a shard holds at least 1 sample")
-    ranges: list[AnnotationRange] = []
     size = path.stat().st_size if path.is_file() else 0
-    num_records = num_selected = count = start = stop = first = 0
-    digest = RangeDigest()
+    num_records = 0
 
-    def close() -> None:
-        nonlocal digest, count
-        ranges.append(AnnotationRange(len(ranges), first, count, start, stop, digest.hex()))
-        digest, count = RangeDigest(), 0
+    def selected() -> Iterator[Annotation]:
+        nonlocal num_records
+        for item in iter_annotations(path):
+            num_records += 1
+            if on_progress is not None and num_records % 1000 == 0:
+                on_progress(item.start, size)
+            if _is_selected(item, select):
+                yield item
 
-    for item in iter_annotations(path):
-        num_records += 1
-        if on_progress is not None and num_records % 1000 == 0:
-            on_progress(item.start, size)
-        if not is_selected(item, select):
-            continue
-        if count == 0:
-            first, start = item.position, item.start
-        digest.add(item)
-        stop = item.start + len(item.text)
-        count += 1
-        num_selected += 1
-        if count == max_samples:
-            close()
-    if count:
-        close()
+    numbered = groupby(enumerate(selected()), lambda pair: pair[0] // max_samples)
+    ranges = tuple(_range_of(number, (item for _, item in group)) for number, group in numbered)
     if not ranges:
         what = "is an empty list" if num_records == 0 else "has no record of the data set's kinds"
         raise AnnotationError(f"annotation list {path} {what}; {_AGAIN}")
     if on_progress is not None:
         on_progress(size, size)
-    return AnnotationPlan(tuple(ranges), num_records, num_selected)
+    return AnnotationPlan(ranges, num_records)
 
 
 def iter_range(
@@ -214,122 +185,121 @@ def iter_range(
     Raises:
         AnnotationError: they are not those that the plan was made from.
     """
-    digest = RangeDigest()
+    digest = hashlib.blake2b(digest_size=16)
     for item in iter_annotations(path, start=part.start, stop=part.stop, first=part.first):
-        if is_selected(item, select):
-            digest.add(item)
+        if _is_selected(item, select):
+            _add_to(digest, item)
             yield item
-    if digest.hex() != part.digest:
+    if digest.hexdigest() != part.digest:
         raise AnnotationError(
             f"annotation list {path} was changed while it was being read (records from "
             f"{part.first} on); run the same command again when it is finished"
         )
 
 
-class _Window:
-    """The piece of the file that is being read, as text.
+def _is_selected(item: Annotation, select: Select | None) -> bool:
+    """Whether an item belongs to the data set; broken ones do, so that they are counted."""
+    return item.record is None or select is None or select(item.record)
 
-    Attributes:
-        text: the piece; what stands before ``at`` is done with.
-        at: character that is read next.
-        offset: its byte in the file.
+
+def _range_of(number: int, items: Iterator[Annotation]) -> AnnotationRange:
+    digest, count = hashlib.blake2b(digest_size=16), 0
+    first = last = next(items)
+    for last in chain([first], items):
+        _add_to(digest, last)
+        count += 1
+    stop = last.start + len(last.text)
+    return AnnotationRange(number, first.position, count, first.start, stop, digest.hexdigest())
+
+
+def _add_to(digest: hashlib.blake2b, item: Annotation) -> None:
+    digest.update(b"%d:%d:" % (item.position, len(item.text)))
+    digest.update(item.text)
+
+
+class _Window:
+    """The piece of the file that is being read.
+
+    It is held as Latin-1, in which a character is a byte: the JSON scanner then says at which
+    byte a value ends. Values that are not ASCII are read once more as the UTF-8 that they are.
     """
 
     def __init__(self, file: BinaryIO, path: Path, start: int, stop: int | None) -> None:
         self.path = path
-        self.text = ""
-        self.at = 0
-        self.offset = start
-        self._file = file
-        self._left = stop - start if stop is not None else None
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._read = start
-        self._ended = False
+        self._file, self._stop = file, stop
+        self._text, self._at = "", 0
+        self._start = start  # byte of the text's first character
 
     def peek(self) -> str:
         """Return the next character that is no space without passing it; empty at the end."""
         while True:
-            start = self.at
-            while self.at < len(self.text) and self.text[self.at] in _SPACE:
-                self.at += 1
-            self.offset += self.at - start
-            if self.at < len(self.text):
-                return self.text[self.at]
+            space = _SPACE.match(self._text, self._at)
+            assert space is not None
+            self._at = space.end()
+            if self._at < len(self._text):
+                return self._text[self._at]
             if not self._refill():
                 return ""
 
     def skip(self) -> None:
-        """Pass the character that ``peek`` returned, one of ``[ ] ,``."""
-        self.at += 1
-        self.offset += 1
+        """Pass the character that ``peek`` returned."""
+        self._at += 1
 
-    def value(self, position: int) -> tuple[Any, int, bytes]:
-        """Return the JSON value that starts here, its byte, and its bytes."""
+    def item(self, position: int) -> Annotation:
+        """Return the JSON value that starts here as the list's item at ``position``."""
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.text, self.at)
+                value, end = _DECODER.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                if self._cut(error) and self._refill():
+                # It may only lack what follows the piece.
+                near_end = error.pos >= len(self._text) - _LOOKAHEAD
+                if (near_end or error.msg.startswith("Unterminated")) and self._refill():
                     continue
                 raise self.error(position, f"is not JSON ({error.msg})") from error
             except (RecursionError, ValueError) as error:  # ValueError: a number of 5000 digits
                 raise self.error(position, f"cannot be read ({error})") from error
             # A number may go on behind the piece; an object has its brace.
-            if end < len(self.text) or self.text[end - 1] == "}" or not self._refill():
+            if end < len(self._text) or self._text[end - 1] == "}" or not self._refill():
                 break
-        try:
-            text = self.text[self.at : end].encode()
-        except UnicodeEncodeError as error:  # cannot come from UTF-8; kept for a clear message
-            raise self.error(position, f"is not UTF-8 ({error})") from error
-        start = self.offset
-        self.at, self.offset = end, start + len(text)
-        return value, start, text
+        text = self._text[self._at : end].encode("latin-1")
+        start = self._start + self._at
+        if not text.isascii():
+            try:
+                value = json.loads(text.decode())
+            except UnicodeDecodeError as error:
+                raise AnnotationError(
+                    f"annotation list {self.path} is not UTF-8 at byte {start + error.start}; "
+                    f"{_AGAIN}"
+                ) from error
+        self._at = end
+        return _annotation(position, start, text, value)
 
     def error(self, position: int, what: str) -> AnnotationError:
         """Describe what is wrong at the present place."""
+        at = self._start + self._at
         return AnnotationError(
-            f"annotation list {self.path}: record {position} (byte {self.offset}) {what}; {_AGAIN}"
+            f"annotation list {self.path}: record {position} (byte {at}) {what}; {_AGAIN}"
         )
-
-    def _cut(self, error: json.JSONDecodeError) -> bool:
-        """Whether the value may only lack what follows the piece."""
-        return error.msg.startswith("Unterminated") or error.pos >= len(self.text) - _LOOKAHEAD
 
     def _refill(self) -> bool:
         """Read on, dropping what is done; False at the end."""
-        if self._ended:
-            return False
-        rest = self.text[self.at :]
+        rest = self._text[self._at :]
+        self._start += self._at
         if len(rest) > LONGEST_RECORD:
             raise AnnotationError(
                 f"annotation list {self.path}: no record ends within {LONGEST_RECORD} bytes from "
-                f"byte {self.offset} on; it is no list of records, or it is damaged. {_AGAIN}"
+                f"byte {self._start} on; it is no list of records, or it is damaged. {_AGAIN}"
             )
         # Twice as much each time: a long record is not parsed again for every piece of it.
         wanted = max(_PIECE, len(rest))
-        wanted = wanted if self._left is None else min(wanted, self._left)
+        if self._stop is not None:
+            wanted = min(wanted, self._stop - self._start - len(rest))
         data = self._file.read(wanted)
-        if self._left is not None:
-            self._left -= len(data)
-        self._ended = len(data) < wanted or self._left == 0
-        begins = self._read == 0
-        if begins and data.startswith(_BOM):
-            data = data[len(_BOM) :]
-            self._read = self.offset = len(_BOM)
-        pending = len(self._decoder.getstate()[0])
-        try:
-            text = self._decoder.decode(data, self._ended)
-        except UnicodeDecodeError as error:
-            raise AnnotationError(
-                f"annotation list {self.path} is not UTF-8 at byte "
-                f"{self._read - pending + error.start}; {_AGAIN}"
-            ) from error
-        self._read += len(data)
-        self.text, self.at = rest + text, 0
+        self._text, self._at = rest + data.decode("latin-1"), 0
         return bool(data)
 
 
-def _iter_list(window: _Window, first: int, *, whole: bool) -> Iterator[Annotation]:
+def _iter_list(window: _Window, first: int, whole: bool) -> Iterator[Annotation]:
     if whole:
         found = window.peek()
         if found != "[":
@@ -340,10 +310,7 @@ def _iter_list(window: _Window, first: int, *, whole: bool) -> Iterator[Annotati
             )
         window.skip()
     position = first
-    while True:
-        char = window.peek()
-        if not char and not whole:
-            return
+    while (char := window.peek()) or whole:
         if char == "]" and whole:
             window.skip()
             if window.peek():
@@ -351,13 +318,12 @@ def _iter_list(window: _Window, first: int, *, whole: bool) -> Iterator[Annotati
             return
         if position > first:
             if char != ",":
-                cut = "is missing: the file breaks off" if not char else f"starts with `{char}`"
+                cut = f"starts with `{char}`" if char else "is missing: the file breaks off"
                 raise window.error(position, cut)
             window.skip()
         if not window.peek():
             raise window.error(position, "is missing: the file breaks off")
-        value, start, text = window.value(position)
-        yield _annotation(position, start, text, value)
+        yield window.item(position)
         position += 1
 
 
@@ -365,28 +331,21 @@ def _iter_lines(
     file: BinaryIO, path: Path, start: int, stop: int | None, first: int
 ) -> Iterator[Annotation]:
     position, offset = first, start
-    while stop is None or offset < stop:
-        line = file.readline(LONGEST_RECORD if stop is None else stop - offset)
-        if not line:
-            return
+    while line := file.readline(LONGEST_RECORD if stop is None else stop - offset):
         if len(line) >= LONGEST_RECORD:
             raise AnnotationError(
                 f"annotation list {path}: line at byte {offset} is longer than {LONGEST_RECORD} "
                 f"bytes; {_AGAIN}"
             )
         at, offset = offset, offset + len(line)
-        if at == 0 and line.startswith(_BOM):
-            line, at = line[len(_BOM) :], len(_BOM)
-        text = line.strip()
-        if not text:
+        if not (text := line.strip()):
             continue
         at += line.index(text)
         try:
-            value: Any = json.loads(text.decode())
+            item = _annotation(position, at, text, json.loads(text.decode()))
         except (ValueError, RecursionError) as error:
-            yield Annotation(position, at, text, None, f"is not JSON ({error})")
-        else:
-            yield _annotation(position, at, text, value)
+            item = Annotation(position, at, text, None, f"is not JSON ({error})")
+        yield item
         position += 1
 
 

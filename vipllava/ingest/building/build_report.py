@@ -16,7 +16,7 @@ from vipllava.records.version import RECORD_VERSION
 SUMMARY_FILE: Final = "build.json"
 REJECTED_FILE: Final = "rejected.jsonl"
 FORMAT: Final = 1
-"""Raised with any change of what a build writes from the same inputs; older parts are redone."""
+"""Goes up with any change of what a build writes from the same inputs; older parts are redone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Rejected:
     Attributes:
         position: in the annotation list.
         key: that it would have had.
-        image: the picture that it names, or None.
+        image: the image that it names, or None.
         fault: class of the fault.
         reason: what is wrong.
         inputs: the states of the files that it may mean, by path under the data root.
@@ -49,10 +49,10 @@ class ShardReport:
         inputs: fingerprint of the stretch and of the settings that matter.
         first: position of its first record.
         num_samples: stored samples.
-        num_text_only: of them, without a picture.
+        num_text_only: of them, without an image.
         tar_size: bytes of the tar; 0 where no record was good and there is no tar.
         kinds: stored samples by record kind.
-        changes: pictures by what was changed about them.
+        changes: images by what was changed about them.
         rejected: the rest.
     """
 
@@ -72,21 +72,13 @@ class ShardReport:
 
     @classmethod
     def load(cls, path: Path) -> ShardReport | None:
-        """Read a report; None if there is none or it is not one of this release's."""
+        """Read a report; None if the file does not exist or is not one of this release's."""
         try:
             raw = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
             rows = cast("list[dict[str, Any]]", raw.pop("rejected"))
-            return cls(**raw, rejected=tuple(_rejected(row) for row in rows))
+            return cls(**raw, rejected=tuple(Rejected(**row) for row in rows))
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
-
-
-def _rejected(row: dict[str, Any]) -> Rejected:
-    states = cast("dict[str, list[int] | None]", row.pop("inputs"))
-    inputs: dict[str, FileState] = {
-        name: None if state is None else (state[0], state[1]) for name, state in states.items()
-    }
-    return Rejected(**row, inputs=inputs)
 
 
 @dataclass(slots=True)
@@ -100,11 +92,11 @@ class BuildSummary:
         num_records: items of the annotation list.
         num_selected: those that belong to the data set: stored and rejected.
         num_samples: stored samples.
-        num_text_only: of them, without a picture.
+        num_text_only: of them, without an image.
         num_rejected: see ``rejected.jsonl``.
         rejected_by_fault: the same by class of fault.
         kinds: stored samples by record kind.
-        changes: pictures by what was changed about them.
+        changes: images by what was changed about them.
         num_bytes: of all tars.
         max_samples: records per tar.
         shards: per tar its name, first position, samples, rejected records and bytes.
@@ -131,9 +123,10 @@ class BuildSummary:
         self.num_text_only += report.num_text_only
         self.num_rejected += len(report.rejected)
         self.num_bytes += report.tar_size
-        _count(self.rejected_by_fault, Counter(row.fault for row in report.rejected))
-        _count(self.kinds, report.kinds)
-        _count(self.changes, report.changes)
+        faults = Counter(row.fault for row in report.rejected)
+        self.rejected_by_fault = _sum(self.rejected_by_fault, faults)
+        self.kinds = _sum(self.kinds, report.kinds)
+        self.changes = _sum(self.changes, report.changes)
         self.shards.append(
             {
                 "name": report.name,
@@ -147,16 +140,12 @@ class BuildSummary:
     def save(self, folder: Path) -> None:
         """Write ``build.json``, tars in order."""
         self.shards.sort(key=lambda row: row["first"])
-        for counts in (self.rejected_by_fault, self.kinds, self.changes):
-            ordered = sorted(counts.items())
-            counts.clear()
-            counts.update(ordered)
         head = {"format": "vipllava-build", "version": FORMAT, "record_version": RECORD_VERSION}
         write_json(folder / SUMMARY_FILE, {**head, **asdict(self)}, indent=1)
 
     @classmethod
     def load(cls, folder: Path) -> BuildSummary | None:
-        """Read ``build.json``; None if it does not exist or is damaged."""
+        """Read ``build.json``; None if it does not exist or is not one of this release's."""
         try:
             raw = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
             values = cast("dict[str, Any]", raw)
@@ -168,9 +157,8 @@ class BuildSummary:
             return None
 
 
-def _count(total: dict[str, int], more: Mapping[str, int]) -> None:
-    for name, number in more.items():
-        total[name] = total.get(name, 0) + number
+def _sum(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted((Counter(counts) + Counter(more)).items()))
 
 
 def write_rejected(path: Path, reports: Iterable[ShardReport]) -> None:

@@ -1,6 +1,6 @@
 """One published record and the files that it names, made into what a shard stores.
 
-Everything that training would stumble over is looked at here, once: the picture is decoded whole,
+Everything that training would stumble over is looked at here, once: the image is decoded whole,
 the record is read by its schema. What the sample needs from other files (VCR's metadata) goes into
 the record, so that a shard needs nothing beside it.
 """
@@ -50,10 +50,10 @@ class Ingested:
     Attributes:
         key: unique within the data set.
         record: the JSON object.
-        image: the encoded picture, or None for a text-only record.
-        extension: of the picture's real format, or None.
+        image: the encoded bytes, or None for a text-only record.
+        extension: of the image's real format, or None.
         kind: the record's kind.
-        change: what was done to the picture (``jpg is png``, ``gif stored as png``), or None.
+        change: what was done to the image (``jpg is png``, ``gif stored as png``), or None.
     """
 
     key: str
@@ -71,10 +71,10 @@ def make_key(record: Mapping[str, Any] | None, position: int) -> str:
     return f"{text[:_LONGEST_ID].strip('_-') or 'record'}-{position}"
 
 
-def picture_paths(image: str, data_root: Path, image_roots: tuple[str, ...]) -> list[Path]:
-    """Return where a record's picture may lie, the likeliest place first.
+def image_paths(image: str, data_root: Path, image_roots: tuple[str, ...]) -> list[Path]:
+    """Return where a record's image may lie, the likeliest place first.
 
-    A record names its picture with the image root (``coco/train2017/x.jpg``) or within one
+    A record names its image with the image root (``coco/train2017/x.jpg``) or within one
     (``00453/x.jpg``).
 
     Raises:
@@ -99,7 +99,7 @@ def metadata_paths(meta: str, data_root: Path, image_roots: tuple[str, ...]) -> 
     match = _WRITTEN_FROM.match(meta)
     name = meta[match.end() :] if match else meta
     try:
-        return picture_paths(name, data_root, image_roots)
+        return image_paths(name, data_root, image_roots)
     except RecordError:
         raise RecordError(
             f"field `{_META}` is {meta!r}; expected a path written from ./dataset, inside the "
@@ -107,8 +107,8 @@ def metadata_paths(meta: str, data_root: Path, image_roots: tuple[str, ...]) -> 
         ) from None
 
 
-FileState = tuple[int, int] | None
-"""Bytes and nanoseconds of the last change of a file; None if there is none."""
+FileState = list[int] | None
+"""Bytes and nanoseconds of the last change of a file; None if it does not exist."""
 
 
 def input_names(
@@ -120,7 +120,7 @@ def input_names(
 
 
 def input_states(names: Iterable[str], data_root: Path) -> dict[str, FileState]:
-    """Return the states of files: they change when somebody mends them."""
+    """Return the states of files: they change when somebody repairs them."""
     states: dict[str, FileState] = {}
     for name in names:
         try:
@@ -128,14 +128,14 @@ def input_states(names: Iterable[str], data_root: Path) -> dict[str, FileState]:
         except (OSError, ValueError):
             states[name] = None
         else:
-            states[name] = stat.st_size, stat.st_mtime_ns
+            states[name] = [stat.st_size, stat.st_mtime_ns]
     return states
 
 
 def _input_paths(
     record: Mapping[str, Any], data_root: Path, image_roots: tuple[str, ...]
 ) -> Iterator[Path]:
-    for field, find in (("image", picture_paths), (_META, metadata_paths)):
+    for field, find in (("image", image_paths), (_META, metadata_paths)):
         name = record.get(field)
         if isinstance(name, str):
             try:
@@ -162,7 +162,7 @@ def ingest(item: Annotation, manifest: Manifest, data_root: Path) -> Ingested:
     check_version(item.record, where)
     record = dict(item.record)
     try:
-        image, extension, change = _read_picture(record, manifest, data_root, key)
+        image, extension, change = _read_image(record, manifest, data_root, key)
         _add_metadata(record, manifest, data_root)
     except RecordError as error:
         raise error if str(error).startswith(where) else error.at(where) from error
@@ -183,22 +183,22 @@ def ingest(item: Annotation, manifest: Manifest, data_root: Path) -> Ingested:
     return Ingested(sample.key, record, image, extension, kind, change)
 
 
-def _read_picture(
+def _read_image(
     record: Mapping[str, Any], manifest: Manifest, data_root: Path, key: str
 ) -> tuple[bytes | None, str | None, str | None]:
-    """Return the picture's bytes, real extension, and what was changed."""
+    """Return the image's bytes, real extension, and what was changed."""
     if "image" not in record:
         return None, None, None
     name = record["image"]
     if not isinstance(name, str):
         raise RecordError(f"field `image` is {name!r}; expected one path, a text")
-    places = picture_paths(name, data_root, manifest.image_roots)
+    places = image_paths(name, data_root, manifest.image_roots)
     data = _read_first(places, f"picture {name}", "image-missing", data_root)
-    picture = decode_image(data, f"{manifest.name}/{key}")
+    decoded = decode_image(data, f"{manifest.name}/{key}")
     real = next((e for signature, e in _SIGNATURES if signature.match(data)), None)
     if real not in _STORED:
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
+        decoded.save(buffer, "PNG")
         return buffer.getvalue(), "png", f"{real or 'other format'} stored as png"
     named = PurePosixPath(name).suffix.lower().removeprefix(".")
     same = real == ("jpg" if named == "jpeg" else named)

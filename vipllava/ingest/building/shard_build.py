@@ -1,4 +1,4 @@
-"""Building the shards of a data set from its annotation list and pictures.
+"""Building the shards of a data set from its annotation list and images.
 
 The list is cut by position into stretches of a fixed number of records, one tar each; worker
 processes make one tar at a time. Everything is put into ``OUTPUT.building``, and the folder gets
@@ -417,7 +417,7 @@ def _finished(folder: Path, summary: BuildSummary) -> BuildSummary | None:
     log.info("%s is built already", folder)
     if present.num_rejected:
         log.info(
-            "%d records were rejected; if they are mended, remove the folder to build it anew",
+            "%d records were rejected; if they are corrected, remove the folder to build it anew",
             present.num_rejected,
         )
     return present
@@ -476,7 +476,7 @@ def _too_many(summary: BuildSummary, done: int, max_bad_rate: float, work: Path)
         verdict = f"more than max_bad_rate={max_bad_rate:g} of {summary.num_selected} allows"
     return BuildError(
         f"`{summary.dataset}`: {summary.num_rejected} of {done} records read cannot be used "
-        f"({faults}), {verdict}. They are listed in {work / REJECTED_FILE}. Get or mend the files "
+        f"({faults}), {verdict}. They are listed in {work / REJECTED_FILE}. Get or fix the files "
         "and run the same command again (finished tars are kept), or pass max_bad_rate=RATE or "
         "allow=all to build without these records"
     )

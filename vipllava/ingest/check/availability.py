@@ -1,6 +1,6 @@
 """``data check``: which parts of a data set are there, which are missing, which cannot be used.
 
-Nothing is downloaded or mended. The annotation list is read from start to end; of its pictures a
+Nothing is downloaded or repaired. The annotation list is read from start to end; of its images a
 sample is looked at (or all), each decoded whole; shards are opened as training opens them, which
 makes an index where none is.
 """
@@ -11,13 +11,13 @@ import json
 from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, cast
 
 from vipllava.files.pools import run_threads
 from vipllava.ingest.building.annotations import AnnotationError, iter_annotations
-from vipllava.ingest.building.incoming import metadata_paths, picture_paths
+from vipllava.ingest.building.incoming import image_paths, metadata_paths
 from vipllava.keyed_random import generator_for
 from vipllava.records import kind_of
 from vipllava.records.image_decode import decode_image
@@ -100,9 +100,9 @@ def check_data(
         manifest: the data set.
         data_root: folder that its paths are relative to, or an address.
         parts: some of ``PARTS``; a benchmark's folder counts as its shards.
-        num_pictures: pictures to look at, drawn from the whole list and the same ones each time;
+        num_pictures: images to look at, drawn from the whole list and the same ones each time;
             None for all.
-        num_workers: threads that decode pictures.
+        num_workers: threads that decode images.
         tell: hears about progress: task, unit, done, total.
 
     Raises:
@@ -114,7 +114,7 @@ def check_data(
     if num_pictures is not None and num_pictures < 0:
         raise ConfigError(f"num_pictures is {num_pictures}; expected 0 or more, or all of them")
     root = Path(data_root)
-    check = _Check(manifest, root, num_pictures, num_workers, tell or _tell_nobody)
+    check = _Check(manifest, root, num_workers, tell or (lambda task, unit, done, total: None))
     if is_remote(str(data_root)):
         remedy = f"vipllava shards verify manifest={manifest.name} data_root={data_root}"
         place = Finding("data root", str(data_root), "unchecked", "an address", remedy)
@@ -124,7 +124,7 @@ def check_data(
     elif manifest.format == "vip_bench":
         found = check.layout() if "shards" in parts else []
     else:
-        found = check.list_and_pictures(parts) if manifest.annotation_file else []
+        found = check.list_and_images(parts, num_pictures) if manifest.annotation_file else []
         found += check.shards() if "shards" in parts else []
     return Availability(manifest.name, str(root), tuple(found))
 
@@ -143,68 +143,39 @@ def find_tars(manifest: Manifest, data_root: Path) -> tuple[list[str], list[str]
     return present, absent
 
 
-def _tell_nobody(task: str, unit: str, done: int, total: int | None) -> None:
-    pass
-
-
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """A file that a record names."""
+    """A file that a record names, and where that counts; the image root that it is in if empty."""
 
     position: int
     name: str
-    is_meta: bool = False
+    part: str = "pictures"
+    folder: str = ""
 
 
+@dataclass(slots=True)
 class _Faults:
     """How many files have a fault, and the first few of them by position in the list."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._first: list[tuple[int, str]] = []
+    count: int = 0
+    first: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
 
     def add(self, position: int, text: str) -> None:
         self.count += 1
-        insort(self._first, (position, text))  # files come in any order
-        del self._first[_MOST_EXAMPLES:]
+        insort(self.first, (position, text))  # files come in any order
+        del self.first[_MOST_EXAMPLES:]
 
-    def merge(self, other: _Faults) -> None:
-        count = self.count + other.count
-        for position, text in other._first:
-            self.add(position, text)
-        self.count = count
-
-    def examples(self) -> list[str]:
-        return [text for _, text in self._first]
+    def examples(self) -> tuple[str, ...]:
+        return tuple(text for _, text in self.first)
 
 
+@dataclass(slots=True)
 class _Tally:
     """Files of one folder that were looked at."""
 
-    def __init__(self) -> None:
-        self.looked_at = 0
-        self.missing, self.damaged = _Faults(), _Faults()
-
-    def merge(self, other: _Tally) -> None:
-        self.looked_at += other.looked_at
-        self.missing.merge(other.missing)
-        self.damaged.merge(other.damaged)
-
-    def finding(self, part: str, folder: str, data_root: Path, remedy: str) -> Finding:
-        missing, damaged = self.missing.count, self.damaged.count
-        status: Status = "missing" if missing else "damaged" if damaged else "ok"
-        if not (data_root / folder).is_dir():
-            status, detail = "missing", "no such folder"
-        elif not self.looked_at:
-            detail = "there; no record that was looked at names a file in it"
-        else:
-            good = self.looked_at - missing - damaged
-            detail = f"{good} of {self.looked_at} that were looked at are good"
-            detail += f", {missing} missing" if missing else ""
-            detail += f", {damaged} unreadable" if damaged else ""
-        examples = self.damaged.examples() + self.missing.examples()
-        said = "" if status == "ok" else remedy
-        return Finding(part, folder, status, detail, said, tuple(examples[:_MOST_EXAMPLES]))
+    looked_at: int = 0
+    missing: _Faults = field(default_factory=_Faults)
+    damaged: _Faults = field(default_factory=_Faults)
 
 
 class _List:
@@ -250,25 +221,18 @@ class _List:
         if self.bad.count:
             status = "damaged"
             detail += f"; {self.bad.count} items are no records"
-            remedy = f"mend {self.path.name}, or get it again"
+            remedy = f"correct {self.path.name}, or get it again"
         name = self.manifest.annotation_file or ""
-        return Finding("annotations", name, status, detail, remedy, tuple(self.bad.examples()))
+        return Finding("annotations", name, status, detail, remedy, self.bad.examples())
 
 
 class _Check:
-    def __init__(
-        self,
-        manifest: Manifest,
-        data_root: Path,
-        num_pictures: int | None,
-        num_workers: int,
-        tell: Tell,
-    ) -> None:
+    def __init__(self, manifest: Manifest, data_root: Path, num_workers: int, tell: Tell) -> None:
         self.manifest = manifest
         self.root = data_root
-        self.num_pictures = num_pictures
         self.num_workers = num_workers
         self.tell = tell
+        self.tallies: dict[tuple[str, str], _Tally] = defaultdict(_Tally)  # by part and folder
         self.remedy = (
             "vipllava sample-data makes it"
             if manifest.made_by == "sample_world"
@@ -277,19 +241,19 @@ class _Check:
             else "put it there"
         )
 
-    def list_and_pictures(self, parts: tuple[str, ...]) -> list[Finding]:
+    def list_and_images(self, parts: tuple[str, ...], num_images: int | None) -> list[Finding]:
         """Check the annotation list and the files that it names."""
         if not {"annotations", "pictures"} & set(parts):
             return []
         listed = _List(self.manifest, self.root, self.tell)
-        num_pictures = self.num_pictures if "pictures" in parts else 0
-        tallies: dict[tuple[str, str], _Tally] = defaultdict(_Tally)
+        if "pictures" not in parts:
+            num_images = 0
         try:
-            if num_pictures is None:
-                self._look(listed.files(), None, tallies)
+            if num_images is None:
+                self._look(listed.files(), None)
             else:
-                drawn = self._draw(listed.files(), num_pictures)
-                self._look(drawn, len(drawn), tallies)
+                drawn = self._draw(listed.files(), num_images)
+                self._look(drawn, len(drawn))
             found = listed.finding()
         except AnnotationError as error:
             name = self.manifest.annotation_file or ""
@@ -298,7 +262,7 @@ class _Check:
             detail = str(error) if there else "no such file"
             found = Finding("annotations", name, status, detail, self.remedy)
         findings = [found] if "annotations" in parts else []
-        return findings + (self._roots(tallies) if "pictures" in parts else [])
+        return findings + (self._roots() if "pictures" in parts else [])
 
     def _draw(self, files: Iterable[_Wanted], count: int) -> list[_Wanted]:
         """Draw evenly from a list of unknown length, the same ones each time."""
@@ -311,44 +275,38 @@ class _Check:
                 drawn[place] = wanted
         return sorted(drawn, key=lambda wanted: wanted.position)
 
-    def _look(
-        self,
-        files: Iterable[_Wanted],
-        total: int | None,
-        tallies: dict[tuple[str, str], _Tally],
-    ) -> None:
+    def _look(self, files: Iterable[_Wanted], total: int | None) -> None:
         looked = run_threads(self._look_at, files, self.num_workers)
         for number, (wanted, folder, fault, reason) in enumerate(looked, start=1):
-            tally = tallies["metadata" if wanted.is_meta else "pictures", folder]
+            tally = self.tallies[wanted.part, wanted.folder or folder]
             tally.looked_at += 1
-            if fault == "missing":
-                tally.missing.add(wanted.position, f"{wanted.name}: missing")
-            elif fault == "damaged":
-                tally.damaged.add(wanted.position, reason)
+            if fault != "ok":
+                faults = tally.missing if fault == "missing" else tally.damaged
+                faults.add(wanted.position, reason)
             if number % 50 == 0 or number == total:
                 self.tell("looking at pictures", "files", number, total)
 
     def _look_at(self, wanted: _Wanted) -> tuple[_Wanted, str, Status, str]:
-        """Return the folder a file belongs to, and what is wrong with it."""
-        roots = self.manifest.image_roots
-        find = metadata_paths if wanted.is_meta else picture_paths
+        """Return the image root a file belongs to, and what is wrong with it."""
+        name, roots = wanted.name, self.manifest.image_roots
+        is_meta = wanted.part == "metadata"
         try:
-            places = find(wanted.name, self.root, roots)
+            places = (metadata_paths if is_meta else image_paths)(name, self.root, roots)
         except RecordError as error:
             return wanted, roots[0] if roots else ".", "damaged", str(error)
         path = next((place for place in places if place.is_file()), None)
         folder = self._folder_of(path or places[0])
         if path is None:
-            return wanted, folder, "missing", ""
+            return wanted, folder, "missing", f"{name}: missing"
         try:
             data = path.read_bytes()
-            if wanted.is_meta:
+            if is_meta:
                 json.loads(data)
             else:
-                decode_image(data, wanted.name)
+                decode_image(data, name)
         except (OSError, ValueError, RecordError) as error:
             reason = str(error)
-            named = reason if reason.startswith(wanted.name) else f"{wanted.name}: {reason}"
+            named = reason if reason.startswith(name) else f"{name}: {reason}"
             return wanted, folder, "damaged", named
         return wanted, folder, "ok", ""
 
@@ -359,18 +317,35 @@ class _Check:
                 return root
         return relative.parent.as_posix()
 
-    def _roots(self, tallies: Mapping[tuple[str, str], _Tally]) -> list[Finding]:
-        wanted = {("pictures", root) for root in self.manifest.image_roots} | set(tallies)
-        order = {root: number for number, root in enumerate(self.manifest.image_roots)}
+    def _roots(self) -> list[Finding]:
+        """Return a finding for every image root, in the manifest's order, and other folders."""
+        roots = self.manifest.image_roots
+        wanted = {("pictures", root) for root in roots} | set(self.tallies)
 
         def place(item: tuple[str, str]) -> tuple[int, str, bool]:
             part, folder = item
-            return order.get(folder, len(order)), folder, part != "pictures"
+            order = roots.index(folder) if folder in roots else len(roots)
+            return order, folder, part != "pictures"
 
-        return [
-            tallies.get((part, folder), _Tally()).finding(part, folder, self.root, self.remedy)
-            for part, folder in sorted(wanted, key=place)
-        ]
+        return [self._looked(part, folder) for part, folder in sorted(wanted, key=place)]
+
+    def _looked(self, part: str, folder: str) -> Finding:
+        """Return what was found of the files of one folder."""
+        tally = self.tallies[part, folder]
+        missing, damaged = tally.missing.count, tally.damaged.count
+        status: Status = "missing" if missing else "damaged" if damaged else "ok"
+        if not (self.root / folder).is_dir():
+            status, detail = "missing", "no such folder"
+        elif not tally.looked_at:
+            detail = "there; no record that was looked at names a file in it"
+        else:
+            good = tally.looked_at - missing - damaged
+            detail = f"{good} of {tally.looked_at} that were looked at are good"
+            detail += f", {missing} missing" if missing else ""
+            detail += f", {damaged} unreadable" if damaged else ""
+        examples = tally.damaged.examples() + tally.missing.examples()
+        remedy = "" if status == "ok" else self.remedy
+        return Finding(part, folder, status, detail, remedy, examples[:_MOST_EXAMPLES])
 
     def shards(self) -> list[Finding]:
         """Check the tars: named ones are there, indices fit, the count is right."""
@@ -397,12 +372,12 @@ class _Check:
         detail = f"{count} samples in {len(present)} tars"
         if manifest.num_samples not in (None, count):
             detail += f"; the manifest says {manifest.num_samples}"
-            mend = "complete the tars, or correct `num_samples` in the manifest"
-            return [Finding("shards", name, "differs", detail, mend)]
+            remedy = "complete the tars, or correct `num_samples` in the manifest"
+            return [Finding("shards", name, "differs", detail, remedy)]
         return [Finding("shards", name, "ok", detail)]
 
     def layout(self) -> list[Finding]:
-        """Check the folder of ViP-Bench: both splits, their pictures, the metadata."""
+        """Check the folder of ViP-Bench: both splits, their images, the metadata."""
         folder = PurePosixPath(self.manifest.folder or ".")
         if not (self.root / folder).is_dir():
             return [Finding("layout", folder.as_posix(), "missing", "no such folder", self.remedy)]
@@ -424,29 +399,20 @@ class _Check:
         return self._counted(path, len(cast("dict[str, Any]", raw)))
 
     def _split(self, folder: PurePosixPath) -> list[Finding]:
-        path = folder / "questions.jsonl"
+        path, images = folder / "questions.jsonl", (folder / "images").as_posix()
         content = self._read(path)
         if isinstance(content, Finding):
             return [content]
-        pictures: list[_Wanted] = []
+        wanted: list[_Wanted] = []
         try:
-            lines = [line for line in content.splitlines() if line.strip()]
-            for number, line in enumerate(lines):
-                name = str((folder / "images" / json.loads(line)["image"]).as_posix())
-                pictures.append(_Wanted(number, name))
+            for line in filter(str.strip, content.splitlines()):
+                name = (PurePosixPath(images) / json.loads(line)["image"]).as_posix()
+                wanted.append(_Wanted(len(wanted), name, folder=images))
         except (ValueError, KeyError, TypeError) as error:
-            detail = f"line {len(pictures) + 1} is no question ({error!r})"
+            detail = f"line {len(wanted) + 1} is no question ({error!r})"
             return [Finding("layout", str(path), "damaged", detail, self.remedy)]
-        tallies: dict[tuple[str, str], _Tally] = defaultdict(_Tally)
-        self._look(pictures, len(pictures), tallies)
-        images = _Tally()
-        for tally in tallies.values():
-            images.merge(tally)
-        name = (folder / "images").as_posix()
-        return [
-            self._counted(path, len(pictures)),
-            images.finding("pictures", name, self.root, self.remedy),
-        ]
+        self._look(wanted, len(wanted))
+        return [self._counted(path, len(wanted)), self._looked("pictures", images)]
 
     def _read(self, path: PurePosixPath) -> str | Finding:
         try:
@@ -465,7 +431,7 @@ class _Check:
 
 
 def _files_of(position: int, record: Mapping[str, Any]) -> Iterator[_Wanted]:
-    for name, is_meta in (("image", False), ("meta_dir", True)):
+    for name, part in (("image", "pictures"), ("meta_dir", "metadata")):
         value = record.get(name)
         if isinstance(value, str):
-            yield _Wanted(position, value, is_meta)
+            yield _Wanted(position, value, part)

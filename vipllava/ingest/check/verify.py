@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vipllava.files.pools import default_num_workers, run_jobs
 from vipllava.ingest.check.availability import find_tars
+from vipllava.ingest.tar_listing import list_tar
 from vipllava.records import with_kinds
 from vipllava.records.image_decode import decode_image
 from vipllava.shards.manifest import Manifest, is_remote
-from vipllava.shards.tar_index import build_index, index_path, load_index
-from vipllava.shards.tars import ShardError, ShardSet, index_shard, open_shards
+from vipllava.shards.tar_index import index_path
+from vipllava.shards.tars import Entry, ShardError, ShardSet, index_shard, open_shards
 from vipllava.types import RecordError
 
 if TYPE_CHECKING:
@@ -38,23 +40,6 @@ class Damage:
     shard: str
     key: str | None
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class TarVerdict:
-    """What was found in one tar.
-
-    Attributes:
-        shard: the tar.
-        num_samples: samples that were read and are whole.
-        is_indexed: whether an index lies beside it; without one there are no checksums.
-        damages: the rest.
-    """
-
-    shard: str
-    num_samples: int
-    is_indexed: bool
-    damages: tuple[Damage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +71,13 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class _LocalTar:
-    path: Path
-    decode: bool
+class _TarVerdict:
+    """What was found in one tar; without an index there are no checksums."""
 
-
-@dataclass(frozen=True, slots=True)
-class _SetTar:
-    shards: ShardSet
-    number: int
-    decode: bool
+    shard: str
+    num_samples: int
+    is_indexed: bool
+    damages: tuple[Damage, ...]
 
 
 def verify_shards(
@@ -121,20 +103,21 @@ def verify_shards(
         ShardError: tars from an address cannot be opened; with a local data root everything that
             is wrong is in the verdict.
     """
-    jobs: list[_LocalTar | _SetTar] = []
+    jobs: list[Path | tuple[ShardSet, int]] = []
     damages: list[Damage] = []
     remote = is_remote(str(data_root)) or any(map(is_remote, manifest.shards))
     if remote:
         shards = open_shards(manifest, data_root, cache=cache)
-        jobs += [_SetTar(shards, number, decode) for number in range(len(shards.paths))]
+        jobs += [(shards, number) for number in range(len(shards.paths))]
     else:
         present, absent = find_tars(manifest, Path(data_root))
-        jobs += [_LocalTar(Path(data_root) / name, decode) for name in present]
+        jobs += [Path(data_root) / name for name in present]
         lost = "does not exist; build it, or get it again"
         damages += [Damage(str(Path(data_root) / name), None, lost) for name in absent]
     workers = default_num_workers() if num_workers is None else num_workers
-    verdicts: list[TarVerdict] = []
-    with closing(run_jobs(_verify_tar, jobs, min(workers, len(jobs)))) as results:
+    verdicts: list[_TarVerdict] = []
+    work = partial(_verify_tar, decode=decode)
+    with closing(run_jobs(work, jobs, min(workers, len(jobs)))) as results:
         for verdict in results:
             verdicts.append(verdict)
             if on_progress is not None:
@@ -155,41 +138,46 @@ def verify_shards(
     )
 
 
-def _verify_tar(job: _LocalTar | _SetTar) -> TarVerdict:
-    if isinstance(job, _SetTar):
-        ends = job.shards.shard_ends
-        start = int(ends[job.number - 1]) if job.number else 0
-        positions = range(start, int(ends[job.number]))
-        return _read_all(job.shards, positions, str(job.shards.paths[job.number]), job.decode)
-    path = job.path
-    indexed = index_path(path).is_file()
-    try:
-        index = load_index(index_path(path), path) if indexed else build_index(path)
-    except ShardError as error:
-        damages = [Damage(str(path), None, str(error))]
-        if indexed:
-            try:  # the index is of no use; is the tar?
-                build_index(path)
-            except ShardError as other:
-                damages.append(Damage(str(path), None, str(other)))
-        return TarVerdict(str(path), 0, indexed, tuple(damages))
-    with closing(ShardSet(path.stem, [path], [index])) as shards:
-        verdict = _read_all(shards, range(len(shards)), str(path), job.decode)
-    return TarVerdict(verdict.shard, verdict.num_samples, indexed, verdict.damages)
+def _verify_tar(job: Path | tuple[ShardSet, int], *, decode: bool) -> _TarVerdict:
+    """Read all of a local tar, or of a tar of a data set at an address."""
+    if isinstance(job, tuple):
+        shards, number = job
+        ends = [0, *shards.shard_ends.tolist()]
+        positions = range(ends[number], ends[number + 1])
+        reads = ((shards.key(place), partial(shards.read, place)) for place in positions)
+        return _read_all(str(shards.paths[number]), True, [], reads, decode)
+    listing = list_tar(job, str(job))
+    damages = [
+        Damage(listing.name, key or None, text)
+        for code, key, text in listing.faults
+        if code != "index-missing"
+    ]
+    indexed = index_path(job).is_file()
+    if not listing.keys:
+        return _TarVerdict(listing.name, 0, indexed, tuple(damages))
+    with job.open("rb") as file:
+        reads = ((key, partial(listing.read, file, row)) for row, key in enumerate(listing.keys))
+        return _read_all(listing.name, indexed, damages, reads, decode)
 
 
-def _read_all(shards: ShardSet, positions: range, shard: str, decode: bool) -> TarVerdict:
-    good, damages = 0, list[Damage]()
-    for position in positions:
+def _read_all(
+    shard: str,
+    indexed: bool,
+    damages: list[Damage],
+    reads: Iterable[tuple[str, Callable[[], Entry]]],
+    decode: bool,
+) -> _TarVerdict:
+    good = 0
+    for key, read in reads:
         try:
-            entry = shards.read(position)
+            entry = read()
             if decode and entry.image is not None:
                 decode_image(entry.image, entry.key)
         except (ShardError, RecordError) as error:
-            damages.append(Damage(shard, shards.key(position), str(error)))
+            damages.append(Damage(shard, key, str(error)))
         else:
             good += 1
-    return TarVerdict(shard, good, True, tuple(damages))
+    return _TarVerdict(shard, good, indexed, tuple(damages))
 
 
 @dataclass(frozen=True, slots=True)

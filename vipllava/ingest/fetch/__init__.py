@@ -1,1 +1,1 @@
-"""The parts of a data set onto this machine: archives, single pictures, hub files."""
+"""The parts of a data set onto this machine: archives, single images, hub files."""

@@ -23,7 +23,7 @@ from vipllava.files.locks import locked
 from vipllava.files.pools import run_threads
 from vipllava.files.retries import PATIENT, Patience
 from vipllava.ingest.fetch.hub import HubFile, fetch_hub_file, list_hub_files
-from vipllava.ingest.fetch.picture_lists import PictureOutcome, fetch_pictures, make_jpegs
+from vipllava.ingest.fetch.image_lists import ImageListOutcome, fetch_images, make_jpegs
 from vipllava.ingest.fetch.unpacking import DamagedArchiveError, unpack
 from vipllava.shards.manifest import Manifest, is_remote
 from vipllava.shards.sources import PictureList, Source, SourceFile
@@ -70,7 +70,7 @@ class FetchOptions:
     Attributes:
         keep_archives: leave downloaded archives in ``downloads/`` once they are unpacked.
         again: fetch archives and lists anew that were fetched before or lie there.
-        num_workers: downloads at a time, for pictures that come one by one.
+        num_workers: downloads at a time, for images that come one by one.
         patience: bounds on each download.
     """
 
@@ -105,13 +105,11 @@ def fetch_data(
         DiskError: the data root cannot be written, or is full: nothing else could work either.
     """
     if is_remote(str(data_root)):
-        raise ConfigError(
-            f"data_root={data_root} is an address; pictures are fetched into a folder"
-        )
+        raise ConfigError(f"data_root={data_root} is an address; images are fetched into a folder")
     root = Path(data_root)
     outcomes: list[Outcome] = []
     for source in manifest.sources:
-        job = _Job(source, root, options, tell or _tell_nobody)
+        job = _SourceJob(source, root, options, tell or (lambda task, unit, done, total: None))
         try:
             lock = root / _STATE / "locks" / f"{source.key}.lock"
             waiting = f"{source.name} is being fetched by another process; waiting for it"
@@ -122,11 +120,7 @@ def fetch_data(
     return outcomes
 
 
-def _tell_nobody(task: str, unit: str, done: int, total: int | None) -> None:
-    pass
-
-
-class _Job:
+class _SourceJob:
     """The parts of one source."""
 
     def __init__(self, source: Source, root: Path, options: FetchOptions, tell: Tell) -> None:
@@ -138,11 +132,11 @@ class _Job:
         self.receipts = _Receipts(root / _STATE / "fetched" / source.key)
 
     def run(self) -> list[Outcome]:
-        source, pictures = self.source, self.source.picture_list
+        source, images = self.source, self.source.picture_list
         outcomes: list[Outcome] = []
         for file in source.files:
             place = self._place(file)
-            if pictures is not None and place == pictures.file and self._is_by_hand(file):
+            if images is not None and place == images.file and self._is_by_hand(file):
                 continue  # of use to the list only: `_fetch_list` asks for it if need be
             if file.unpack is not None:
                 work, place = self._fetch_archive, file.into
@@ -153,9 +147,9 @@ class _Job:
             else:
                 work = self._fetch_file
             outcomes.append(self._attempt(file.name, place, partial(work, file)))
-        if pictures is not None:
-            work = partial(self._fetch_list, pictures)
-            outcomes.append(self._attempt("pictures one by one", pictures.into, work))
+        if images is not None:
+            work = partial(self._fetch_list, images)
+            outcomes.append(self._attempt("pictures one by one", images.into, work))
         if not outcomes:
             where = f" at {source.address}" if source.address else ""
             detail = f"the manifest has no address of files; get it by hand{where}"
@@ -219,15 +213,14 @@ class _Job:
         return "fetched", f"{len(listed)} files"
 
     def _fetch_archive(self, file: SourceFile) -> tuple[Status, str]:
-        into = self.root / file.into
-        present = self._unpacked(file, into)
-        if present is not None and not self.options.again:
+        into, archive = self.root / file.into, self.downloads / file.name
+        by_hand, again = self._is_by_hand(file), self.options.again
+        if not again and (present := self._unpacked(file, into)) is not None:
             return "present", present
-        archive = self.downloads / file.name
-        if self._is_by_hand(file) and not archive.is_file():
+        if by_hand and not archive.is_file():
             then = f", then run this command again; or unpack it yourself into {into}"
             return self._ask(archive, then=then)
-        if not self._is_by_hand(file) and (self.options.again or not archive.is_file()):
+        if not by_hand and (again or not archive.is_file()):
             self._get(file, archive)
         self.receipts.write(file, None)
         try:
@@ -235,22 +228,21 @@ class _Job:
                 archive,
                 into,
                 folder=file.unpack or ".",
-                overwrite=self.options.again,
+                overwrite=again,
                 on_progress=partial(self.tell, f"unpack {file.name}", "files"),
             )
         except DamagedArchiveError as error:
-            if self._is_by_hand(file):
+            if by_hand:
                 raise
             archive.unlink()
             raise DamagedArchiveError(
                 f"{error}. It was deleted: run the same command again to download it anew"
             ) from error
         self.receipts.write(file, count)
-        if not self._is_by_hand(file) and not self.options.keep_archives:
+        if not by_hand and not self.options.keep_archives:
             archive.unlink()
-        expected = file.num_files
-        less = expected is not None and count < expected
-        return "fetched", f"{count} files" + (f"; {expected} were expected" if less else "")
+        less = file.num_files is not None and count < file.num_files
+        return "fetched", f"{count} files" + (f"; {file.num_files} were expected" if less else "")
 
     def _unpacked(self, file: SourceFile, into: Path) -> str | None:
         """Say what an archive has left already, or None if there is something to do."""
@@ -266,34 +258,26 @@ class _Job:
 
     def _get(self, file: SourceFile, path: Path) -> None:
         """Download one file, whatever it is."""
-        progress = partial(self.tell, file.name, "bytes")
+        how: Any = {
+            "patience": self.options.patience,
+            "on_progress": partial(self.tell, file.name, "bytes"),
+        }
         if file.url is None:
-            item = self._list(file)[0]
-            fetch_hub_file(item, path, patience=self.options.patience, on_progress=progress)
-            return
-        download(
-            file.url,
-            path,
-            size=file.size,
-            md5=file.md5,
-            sha256=file.sha256,
-            patience=self.options.patience,
-            on_progress=progress,
-        )
+            fetch_hub_file(self._list(file)[0], path, **how)
+        else:
+            download(file.url, path, size=file.size, md5=file.md5, sha256=file.sha256, **how)
 
     def _list(self, file: SourceFile) -> list[HubFile]:
-        assert self.source.hub is not None
+        source = self.source
+        assert source.hub is not None
         return list_hub_files(
-            self.source.hub,
-            file.name,
-            revision=self.source.revision,
-            patience=self.options.patience,
+            source.hub, file.name, revision=source.revision, patience=self.options.patience
         )
 
-    def _fetch_list(self, pictures: PictureList) -> tuple[Status, str]:
-        """Fetch pictures one by one; what is there already becomes real JPEG in any case."""
-        into, listed = self.root / pictures.into, self.root / pictures.file
-        receipt = self.receipts.read(pictures)
+    def _fetch_list(self, images: PictureList) -> tuple[Status, str]:
+        """Fetch images one by one; what is there already becomes real JPEG in any case."""
+        into, listed = self.root / images.into, self.root / images.file
+        receipt = self.receipts.read(images)
         if receipt is not None and _has_any(into) and not self.options.again:
             return "present", receipt.note
         if not listed.is_file():
@@ -304,17 +288,17 @@ class _Job:
                 f"{count_files(into)} files, {converted} of them made JPEG, {len(failures)} not "
                 f"readable; without {listed} nobody knows whether any are missing"
             )
-        outcome = fetch_pictures(
-            pictures,
+        outcome = fetch_images(
+            images,
             self.root,
             num_workers=self.options.num_workers,
             on_progress=partial(self.tell, f"pictures of {self.source.name}", "files"),
         )
         note = self._note(outcome)
-        self.receipts.write(pictures, outcome.num_listed - len(outcome.failures), note)
+        self.receipts.write(images, outcome.num_listed - len(outcome.failures), note)
         return "fetched", note
 
-    def _note(self, outcome: PictureOutcome) -> str:
+    def _note(self, outcome: ImageListOutcome) -> str:
         note = (
             f"{outcome.num_listed - len(outcome.failures)} of {outcome.num_listed} pictures, "
             f"{outcome.num_converted} of them made JPEG"
@@ -346,18 +330,17 @@ class _Receipts:
     def read(self, part: SourceFile | PictureList) -> _Receipt | None:
         """Return the receipt of a part, or None: also where it is of another place or damaged."""
         try:
-            raw: Any = json.loads(self._path(part).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            known = cast("dict[str, Any]", json.loads(self._path(part).read_text(encoding="utf-8")))
+            if (known["schema_version"], known["into"]) != (_RECEIPT_VERSION, part.into):
+                return None
+            return _Receipt(known["num_files"], known["note"])
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        known = cast("dict[str, Any]", raw) if isinstance(raw, dict) else dict[str, Any]()
-        if (known.get("schema_version"), known.get("into")) != (_RECEIPT_VERSION, part.into):
-            return None
-        return _Receipt(known.get("num_files"), str(known.get("note", "")))
 
     def write(self, part: SourceFile | PictureList, num_files: int | None, note: str = "") -> None:
         receipt = {
             "schema_version": _RECEIPT_VERSION,
-            "file": self._name(part),
+            "file": _name(part),
             "into": part.into,
             "num_files": num_files,
             "note": note,
@@ -365,10 +348,11 @@ class _Receipts:
         write_json(self._path(part), receipt)
 
     def _path(self, part: SourceFile | PictureList) -> Path:
-        return self._folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', self._name(part))}.json"
+        return self._folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', _name(part))}.json"
 
-    def _name(self, part: SourceFile | PictureList) -> str:
-        return part.file if isinstance(part, PictureList) else part.name
+
+def _name(part: SourceFile | PictureList) -> str:
+    return part.file if isinstance(part, PictureList) else part.name
 
 
 def count_files(folder: Path) -> int:

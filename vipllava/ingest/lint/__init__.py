@@ -1,8 +1,8 @@
 """Faults of a data set, found before training meets them.
 
 ``findings`` says what can be found, ``entries`` looks at one record (with ``images``,
-``geometry``, ``texts`` and ``marks``), ``listing`` at one tar, ``run`` at a whole data set,
-``report`` holds what was found and ``table`` shows it. Nothing is written and nothing is changed.
+``geometry``, ``texts`` and ``marks``), ``run`` at a whole data set, ``report`` holds what was found
+and ``table`` shows it. Nothing is written and nothing is changed.
 """
 
 from vipllava.ingest.lint.entries import lint_entry

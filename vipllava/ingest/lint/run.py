@@ -16,8 +16,8 @@ import torch
 from vipllava.files.pools import run_jobs
 from vipllava.ingest.lint.entries import entry_digest, lint_entry
 from vipllava.ingest.lint.findings import Finding, LintLimits
-from vipllava.ingest.lint.listing import Listing, list_tar
 from vipllava.ingest.lint.report import LintReport
+from vipllava.ingest.tar_listing import Listing, list_tar
 from vipllava.shards.manifest import Manifest
 from vipllava.shards.patterns import match_patterns
 from vipllava.shards.tars import ShardError, ShardSet

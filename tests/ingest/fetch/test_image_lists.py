@@ -12,17 +12,17 @@ from PIL import Image
 from tests.files.file_server import FileServer, Reply, run_server
 from vipllava.files.download import DiskError
 from vipllava.files.retries import Patience
-from vipllava.ingest.fetch import picture_lists
-from vipllava.ingest.fetch.picture_lists import (
-    PictureListError,
-    PictureOutcome,
-    fetch_pictures,
+from vipllava.ingest.fetch import image_lists
+from vipllava.ingest.fetch.image_lists import (
+    ImageListError,
+    ImageListOutcome,
+    fetch_images,
     make_jpegs,
-    read_picture_list,
+    read_image_list,
 )
 from vipllava.shards.sources import PictureList
 
-PICTURES = PictureList("ocr/dataset.json", "imageURL", "ocr/images")
+IMAGES = PictureList("ocr/dataset.json", "imageURL", "ocr/images")
 QUICK = Patience(max_attempts=2, timeout_s=5, backoff_s=0)
 
 
@@ -32,7 +32,7 @@ def server() -> Iterator[FileServer]:
         yield running
 
 
-def picture(fmt: str, colour: tuple[int, int, int] = (200, 30, 40)) -> bytes:
+def image(fmt: str, colour: tuple[int, int, int] = (200, 30, 40)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (32, 24), colour).save(buffer, fmt)
     return buffer.getvalue()
@@ -48,34 +48,34 @@ def names(root: Path) -> set[str]:
     return {path.name for path in (root / "ocr" / "images").iterdir()}
 
 
-def fetch(root: Path) -> PictureOutcome:
-    return fetch_pictures(PICTURES, root, num_workers=2, patience=QUICK)
+def fetch(root: Path) -> ImageListOutcome:
+    return fetch_images(IMAGES, root, num_workers=2, patience=QUICK)
 
 
 def test_everything_ends_as_a_real_jpeg(server: FileServer, tmp_path: Path) -> None:
-    jpeg = picture("JPEG")
+    jpeg = image("JPEG")
     urls = {
         "001": server.serve("a.jpg", jpeg),
-        "002": server.serve("b.gif", picture("GIF")),
-        "003": server.serve("c.jpg", picture("PNG")),  # a lie, as some of them are
-        "004": server.serve("d", picture("WEBP")),
+        "002": server.serve("b.gif", image("GIF")),
+        "003": server.serve("c.jpg", image("PNG")),  # a lie, as some of them are
+        "004": server.serve("d", image("WEBP")),
     }
     write_list(tmp_path, urls)
     outcome = fetch(tmp_path)
-    assert outcome == PictureOutcome(4, 0, 4, 3, ())
+    assert outcome == ImageListOutcome(4, 0, 4, 3, ())
     assert names(tmp_path) == {"001.jpg", "002.jpg", "003.jpg", "004.jpg"}
     assert (tmp_path / "ocr/images/001.jpg").read_bytes() == jpeg
     for name in names(tmp_path):
-        with Image.open(tmp_path / "ocr/images" / name) as image:
-            assert image.format == "JPEG"
-            red, green, blue = image.convert("RGB").getpixel((5, 5))  # type: ignore[misc]
+        with Image.open(tmp_path / "ocr/images" / name) as stored:
+            assert stored.format == "JPEG"
+            red, green, blue = stored.convert("RGB").getpixel((5, 5))  # type: ignore[misc]
             assert abs(red - 200) < 12
             assert abs(green - 30) < 12
             assert abs(blue - 40) < 12
 
 
 def test_failures_are_listed_and_tried_again(server: FileServer, tmp_path: Path) -> None:
-    good = picture("JPEG")
+    good = image("JPEG")
     urls = {
         "1": server.serve("1.jpg", good),
         "2": server.serve("2.jpg", b"<html>gone"),
@@ -97,7 +97,7 @@ def test_failures_are_listed_and_tried_again(server: FileServer, tmp_path: Path)
         server.always.pop(path, None)
         server.serve(path, good)
     server.requests.clear()
-    assert fetch(tmp_path) == PictureOutcome(5, 1, 4, 0, ())
+    assert fetch(tmp_path) == ImageListOutcome(5, 1, 4, 0, ())
     assert server.asked("1.jpg") == []
 
 
@@ -105,15 +105,15 @@ def test_the_published_scripts_result_is_put_right(server: FileServer, tmp_path:
     """Files as that script leaves them: other extensions, and .jpg that are none."""
     folder = tmp_path / "ocr" / "images"
     folder.mkdir(parents=True)
-    (folder / "1.gif").write_bytes(picture("GIF"))
-    (folder / "2.jpg").write_bytes(picture("PNG"))
+    (folder / "1.gif").write_bytes(image("GIF"))
+    (folder / "2.jpg").write_bytes(image("PNG"))
     (folder / "3.jpg").write_bytes(b"<html>")
-    (folder / "4.jpeg").write_bytes(picture("JPEG"))
-    (folder / "5.jpg").write_bytes(picture("JPEG"))
+    (folder / "4.jpeg").write_bytes(image("JPEG"))
+    (folder / "5.jpg").write_bytes(image("JPEG"))
     (folder / "notes.txt").write_text("mine")
     write_list(tmp_path, {key: server.url(f"{key}.jpg") for key in "12345"})
-    server.serve("3.jpg", picture("JPEG"))
-    assert fetch(tmp_path) == PictureOutcome(5, 4, 1, 2, ())
+    server.serve("3.jpg", image("JPEG"))
+    assert fetch(tmp_path) == ImageListOutcome(5, 4, 1, 2, ())
     assert server.asked("3.jpg") == [None]
     assert len(server.requests) == 1
     assert names(tmp_path) == {*(f"{key}.jpg" for key in "12345"), "notes.txt"}
@@ -130,10 +130,10 @@ def test_what_cannot_be_decoded_stays_and_is_named(tmp_path: Path) -> None:
 
 
 def test_progress(server: FileServer, tmp_path: Path) -> None:
-    url = server.serve("a.jpg", picture("JPEG"))
+    url = server.serve("a.jpg", image("JPEG"))
     write_list(tmp_path, {str(key): url for key in range(30)})
     told: list[tuple[int, int | None]] = []
-    fetch_pictures(PICTURES, tmp_path, num_workers=2, on_progress=lambda *now: told.append(now))
+    fetch_images(IMAGES, tmp_path, num_workers=2, on_progress=lambda *now: told.append(now))
     assert told == [(done, 30) for done in range(1, 31)]
 
 
@@ -150,19 +150,19 @@ def test_progress(server: FileServer, tmp_path: Path) -> None:
 def test_lists_that_are_none(tmp_path: Path, text: str | None, words: str) -> None:
     if text is not None:
         (tmp_path / "list.json").write_text(text)
-    with pytest.raises(PictureListError, match=words):
-        read_picture_list(tmp_path / "list.json", "imageURL")
+    with pytest.raises(ImageListError, match=words):
+        read_image_list(tmp_path / "list.json", "imageURL")
 
 
 def test_a_full_disk_stops_all(
     server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_list(tmp_path, {"1": server.serve("1.jpg", picture("JPEG"))})
+    write_list(tmp_path, {"1": server.serve("1.jpg", image("JPEG"))})
 
     def full(*_: object) -> bool:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(picture_lists, "_store", full)
+    monkeypatch.setattr(image_lists, "_store", full)
     with pytest.raises(DiskError, match="no space left"):
         fetch(tmp_path)
     assert names(tmp_path) == set()

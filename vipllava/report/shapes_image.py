@@ -89,7 +89,7 @@ _SUBJECTS: Final = (
 )  # fmt: skip
 
 
-def draw_shapes_picture() -> Image.Image:
+def draw_shapes_image() -> Image.Image:
     """Draw two rows of four tiles, each with the shape's name and its words in a question."""
     rows = math.ceil(len(_SUBJECTS) / _COLUMNS)
     width = _MARGIN + _COLUMNS * (TILE[0] + _MARGIN)

@@ -1,8 +1,8 @@
-"""Pictures that are published one by one (OCR-VQA), ending as real JPEG files.
+"""Images that are published one by one (OCR-VQA), ending as real JPEG files.
 
-The published way saves each picture under the extension of its address and then renames all to
+The published way saves each image under the extension of its address and then renames all to
 ``.jpg``; some of those are GIF or PNG inside, some are error pages. Here the content decides: what
-is no JPEG is decoded and encoded anew, what cannot be decoded is no picture.
+is no JPEG is decoded and encoded anew, what cannot be decoded is no image.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _BRIEF: Final = Patience(max_attempts=3, timeout_s=30)
 _SAFE: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
-class PictureListError(VipLlavaError):
-    """The list of pictures is missing or is none."""
+class ImageListError(VipLlavaError):
+    """The list of images is missing, or is not such a list."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A picture that could not be had.
+    """An image that could not be had.
 
     Attributes:
         name: its id, or its file name where it was present already.
@@ -51,15 +51,15 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureOutcome:
+class ImageListOutcome:
     """What became of a list.
 
     Attributes:
         num_listed: entries of the list.
-        num_present: pictures that were there before.
-        num_fetched: pictures downloaded now.
+        num_present: images that were there before.
+        num_fetched: images downloaded now.
         num_converted: of both, those that were no JPEG and are now.
-        failures: the rest.
+        failures: the rest, by name.
     """
 
     num_listed: int
@@ -69,47 +69,47 @@ class PictureOutcome:
     failures: tuple[Failure, ...]
 
 
-def fetch_pictures(
-    pictures: PictureList,
+def fetch_images(
+    images: PictureList,
     data_root: Path,
     *,
     num_workers: int = 8,
     patience: Patience = _BRIEF,
     on_progress: Callable[[int, int | None], None] | None = None,
-) -> PictureOutcome:
+) -> ImageListOutcome:
     """Download what is not there, and make a real ``ID.jpg`` of everything.
 
-    Pictures of an earlier run stay; pictures that somebody else's script left as ``ID.gif`` and the
+    Images of an earlier run stay; images that somebody else's script left as ``ID.gif`` and the
     like, or as a ``.jpg`` that is none, are converted.
 
     Args:
-        pictures: the list and where its pictures go.
+        images: the list and where its images go.
         data_root: folder that its paths are relative to.
         num_workers: downloads at a time.
         patience: bounds on each.
-        on_progress: told the number of pictures done and in all.
+        on_progress: told the number of images done and in all.
 
     Raises:
-        PictureListError: the list is missing or has no addresses.
+        ImageListError: the list is missing or has no addresses.
         DiskError: the folder cannot be written; other faults are in the outcome.
     """
-    listed = read_picture_list(data_root / pictures.file, pictures.url_field)
-    into = data_root / pictures.into
+    listed = read_image_list(data_root / images.file, images.url_field)
+    into = data_root / images.into
     try:
         into.mkdir(parents=True, exist_ok=True)
         converted, unreadable = make_jpegs(into)
         present = {path.stem for path in into.glob("*.jpg")}
         present -= {Path(failure.name).stem for failure in unreadable}
-        wanted = {key: url for key, url in listed if key not in present}
+        wanted = {key: url for key, url in listed.items() if key not in present}
         failures = [bad for bad in unreadable if Path(bad.name).stem not in wanted]
-        done, fetched = len(listed) - len(wanted), 0
+        num_present, fetched = len(listed) - len(wanted), 0
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=into) as scratch:
 
             def fetch(item: tuple[str, str]) -> bool | Failure:
                 return _fetch_one(*item, Path(scratch), into, patience)
 
-            for result in run_threads(fetch, wanted.items(), num_workers):
-                done += 1
+            results = run_threads(fetch, wanted.items(), num_workers)
+            for done, result in enumerate(results, start=num_present + 1):
                 if isinstance(result, Failure):
                     failures.append(result)
                 else:
@@ -118,50 +118,47 @@ def fetch_pictures(
                 if on_progress is not None:
                     on_progress(done, len(listed))
     except OSError as error:
-        raise disk_error(error, pictures.file, into) from error
+        raise disk_error(error, images.file, into) from error
     failures.sort(key=lambda failure: failure.name)
-    return PictureOutcome(
-        len(listed), len(listed) - len(wanted), fetched, converted, tuple(failures)
-    )
+    return ImageListOutcome(len(listed), num_present, fetched, converted, tuple(failures))
 
 
-def read_picture_list(path: Path, url_field: str) -> list[tuple[str, str]]:
+def read_image_list(path: Path, url_field: str) -> dict[str, str]:
     """Read ids and addresses, in the list's order.
 
     Raises:
-        PictureListError: the file is missing, no JSON object, or an entry is not usable.
+        ImageListError: the file is missing, no JSON object, or an entry is not usable.
     """
     try:
         raw: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise PictureListError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise ImageListError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise PictureListError(f"{path} is not JSON ({error}); get it again") from error
+        raise ImageListError(f"{path} is not JSON ({error}); get it again") from error
     if not isinstance(raw, dict):
-        raise PictureListError(f"{path} holds {type(raw).__name__}; expected an object of pictures")
-    items: list[tuple[str, str]] = []
+        raise ImageListError(f"{path} holds {type(raw).__name__}; expected an object of images")
+    urls: dict[str, str] = {}
     for key, entry in cast("dict[str, Any]", raw).items():
         url = cast("Mapping[str, Any]", entry).get(url_field) if isinstance(entry, dict) else None
         if not isinstance(url, str) or not _SAFE.fullmatch(key):
-            raise PictureListError(
+            raise ImageListError(
                 f"{path}: entry `{key}` has {url_field} {url!r}; expected an address, and an id of "
                 "letters, digits, `.`, `_` and `-`"
             )
-        items.append((key, url))
-    return items
+        urls[key] = url
+    return urls
 
 
 def make_jpegs(folder: Path) -> tuple[int, list[Failure]]:
-    """Convert every picture of a folder that is not a JPEG called ``.jpg``.
+    """Convert every image of a folder that is not a JPEG called ``.jpg``.
 
     Returns:
-        The number of converted pictures, and those that cannot be decoded; these stay as they are.
+        The number of converted images, and those that cannot be decoded; these stay as they are.
     """
     converted, failures = 0, list[Failure]()
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.suffix.lower() not in _EXTENSIONS:
-            continue
-        if not path.is_file():
+        hidden = path.name.startswith(".")
+        if hidden or path.suffix.lower() not in _EXTENSIONS or not path.is_file():
             continue
         with path.open("rb") as file:
             real = file.read(len(_JPEG_START)) == _JPEG_START
@@ -193,12 +190,12 @@ def _fetch_one(key: str, url: str, scratch: Path, into: Path, patience: Patience
 
 
 def _store(data: bytes, target: Path, name: str) -> bool:
-    """Write a picture as JPEG; returns whether it had to be encoded anew."""
-    picture = decode_image(data, name)
+    """Write an image as JPEG; returns whether it had to be encoded anew."""
+    image = decode_image(data, name)
     converted = not data.startswith(_JPEG_START)
     if converted:
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
+        image.save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
         data = buffer.getvalue()
     with new_file(target) as unfinished:
         unfinished.write_bytes(data)

@@ -1,7 +1,7 @@
 """What lies in one tar, as far as it can be read.
 
-Training takes a tar whole or not at all. Lint reads on: what is whole in a broken tar, or in one
-without an index, is looked at like everything else.
+Training takes a tar whole or not at all. Lint and verify read on: what is whole in a broken tar, or
+in one without an index, is looked at like everything else.
 """
 
 from __future__ import annotations

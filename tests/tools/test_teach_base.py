@@ -8,17 +8,12 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
+from tools.teach_base.__main__ import LANGUAGE_MODEL, VISION_TOWER, main, store_half
+from tools.teach_base.language_model import SpeltScenes
+from tools.teach_base.vision_tower import label_patches
 from vipllava.sample_world.objects import KINDS
 from vipllava.sample_world.scenes import Scene, SceneObject
-from vipllava.sample_world.teach import (
-    LANGUAGE_MODEL,
-    VISION_TOWER,
-    load_tiny_policies,
-    main,
-    store_half,
-)
-from vipllava.sample_world.teach_language_model import SpeltScenes
-from vipllava.sample_world.teach_vision_tower import label_patches
+from vipllava.sample_world.tiny import load_tiny_policies
 from vipllava.types import Stroke, VipLlavaError, VisualPrompt, VisualPromptPlan
 
 
@@ -68,8 +63,3 @@ def test_weights_that_do_not_fit_half_precision_are_refused(tmp_path):
     save_file({"w": torch.tensor([1e6])}, tmp_path / "model.safetensors")
     with pytest.raises(VipLlavaError, match=r"\['w'\] do not fit float16"):
         store_half(tmp_path)
-
-
-def test_policies_elsewhere_are_an_error_that_names_the_option(tmp_path):
-    with pytest.raises(VipLlavaError, match="--visual-prompts"):
-        load_tiny_policies(tmp_path)

@@ -1,0 +1,1 @@
+"""What maintainers run by hand, from a checkout: `python -m tools.NAME`."""
