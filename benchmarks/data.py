@@ -20,9 +20,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from vipllava.keyed_random import generator_for
+from vipllava.models.towers import CLIP
 from vipllava.stream.image_transform import (
-    CLIP_MEAN,
-    CLIP_STD,
     ImageTransform,
     decode_image,
     reference_transform,
@@ -145,15 +144,20 @@ def _measure(size: tuple[int, int], shape: Any) -> dict[str, Any]:
     region = Region((0.3 * w, 0.25 * h, 0.75 * w, 0.75 * h), (polygon,))
     policy = VisualPromptPolicy(shapes=(shape,))
     plan = sample_plan([region], size, policy, generator_for("bench", shape))
-    transform = ImageTransform(_INPUT, "pad")
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (CLIP_MEAN, CLIP_STD))
+    transform = ImageTransform(_INPUT, "pad", CLIP.preprocessing)
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) * 255
+        for v in (CLIP.preprocessing.mean, CLIP.preprocessing.std)
+    )
 
     def ours() -> torch.Tensor:
         return transform(render_plan(decode_image(jpeg, "bench"), plan))
 
     def plain() -> torch.Tensor:
         decoded = Image.open(io.BytesIO(jpeg)).convert("RGB")
-        padded = reference_transform(_draw_plainly(decoded, plan), _INPUT, "pad")
+        padded = reference_transform(
+            _draw_plainly(decoded, plan), _INPUT, "pad", CLIP.preprocessing
+        )
         return (padded.float() - mean) / std
 
     plain_levels = ((plain() * std) + mean).numpy()

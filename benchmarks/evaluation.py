@@ -13,6 +13,7 @@ from vipllava.conversation import ConversationEncoder
 from vipllava.evaluation.benches.regions import read_questions
 from vipllava.inference.engine import Engine, Request
 from vipllava.models.building import image_seq_length, token_id
+from vipllava.models.towers import CLIP
 from vipllava.sample_world.build import ensure_sample_world
 from vipllava.sample_world.tiny import load_tiny_policies
 from vipllava.stream.image_transform import ImageTransform
@@ -34,7 +35,11 @@ def run(data_root: Path = Path("data")) -> dict[str, Any]:
         max_length=512,
     )
     engine = Engine(
-        build_model(spec), tokenizer, encoder, ImageTransform(spec.image_size, "pad"), "cpu"
+        build_model(spec),
+        tokenizer,
+        encoder,
+        ImageTransform(spec.image_size, "pad", CLIP.preprocessing),
+        "cpu",
     )
     samples = iter_samples("sample_regions", ROOT / "data_manifests", data_root, seed=42)
     questions = read_questions(islice(samples, _NUM_QUESTIONS), load_tiny_policies(), seed=42)

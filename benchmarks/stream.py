@@ -34,6 +34,7 @@ from benchmarks.train_cases import tiny_spec
 from vipllava.checkpoints.loading import load_tokenizer
 from vipllava.conversation import ConversationEncoder
 from vipllava.models.building import token_id
+from vipllava.models.towers import CLIP
 from vipllava.records import parse_record
 from vipllava.shards.manifest import Manifest, parse_manifest
 from vipllava.shards.tars import write_shards
@@ -195,7 +196,7 @@ def text_encoder() -> SampleEncoder:
         image_seq_length=576,
         max_length=2048,
     )
-    transform = ImageTransform(_INPUT, "pad")
+    transform = ImageTransform(_INPUT, "pad", CLIP.preprocessing)
     return SampleEncoder({"regions": VisualPromptPolicy()}, encoder, transform, _SEED)
 
 

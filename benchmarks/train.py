@@ -48,6 +48,7 @@ from vipllava.models.blocks import compile_blocks
 from vipllava.models.freezing import modules_of
 from vipllava.models.image_features import normalise_pixels
 from vipllava.models.supervised_loss import supervised_loss_sum
+from vipllava.models.towers import CLIP
 from vipllava.stream.collate import collate_packs
 from vipllava.stream.packing import plan_packs
 from vipllava.training.metrics import BatchFlops
@@ -231,7 +232,9 @@ def plain_inputs(batch: Batch) -> dict[str, torch.Tensor]:
         "labels": batch.labels,
     }
     if len(batch.pixel_values):
-        inputs["pixel_values"] = normalise_pixels(batch.pixel_values, torch.float32)
+        inputs["pixel_values"] = normalise_pixels(
+            batch.pixel_values, torch.float32, CLIP.preprocessing
+        )
     return inputs
 
 

@@ -30,6 +30,7 @@ from vipllava.forecast.published import LANGUAGE_MODELS, TOWERS, published_confi
 from vipllava.models.adapters import AdapterSettings, add_adapters
 from vipllava.models.building import ModelSpec, image_seq_length, token_id
 from vipllava.models.freezing import set_trainable
+from vipllava.models.towers import CLIP
 from vipllava.sample_world.build import ensure_sample_world
 from vipllava.sample_world.tiny import BASE, load_tiny_policies
 from vipllava.shards.manifest import load_manifest
@@ -297,7 +298,9 @@ def _sample_world(
         image_seq_length=image_seq_length(spec),
         max_length=512,
     )
-    transform = ImageTransform(spec.image_size, "square" if stage == "pretrain" else "pad")
+    transform = ImageTransform(
+        spec.image_size, "square" if stage == "pretrain" else "pad", CLIP.preprocessing
+    )
     samples = SampleEncoder(load_tiny_policies(), encoder, transform, seed=42)
     source = SampleSource.open(
         load_manifest(f"sample_{stage}", ROOT / "data_manifests"), data_root, seed=42

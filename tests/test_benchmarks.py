@@ -48,7 +48,6 @@ def tiny_config():
         feature_layers=(-1, 1),
         num_tokens=62,
         image_token_id=60,
-        image_seq_length=4,
     )
 
 

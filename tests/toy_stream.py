@@ -20,6 +20,7 @@ from tests.toy_data import (
     make_manifest,
 )
 from vipllava.conversation.encode import ConversationEncoder
+from vipllava.models.towers import CLIP
 from vipllava.shards.tars import write_shards
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
@@ -82,7 +83,9 @@ def build_dataset(
     def build(samples: Sequence[Stored]) -> VisualPromptDataset:
         write_shards(samples, tmp_path / "toy", max_samples=8, check_images=False)
         source = SampleSource.open(make_manifest(), tmp_path, seed=7)
-        samples_encoder = SampleEncoder(policies, encoder, ImageTransform(SIDE, "pad"), seed=7)
+        samples_encoder = SampleEncoder(
+            policies, encoder, ImageTransform(SIDE, "pad", CLIP.preprocessing), seed=7
+        )
         return VisualPromptDataset([source], samples_encoder)
 
     return build

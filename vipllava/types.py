@@ -101,6 +101,27 @@ class Interrupted(VipLlavaError):
 
 
 @dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How pixels become what a vision tower reads: resized, divided by 255, normalised.
+
+    Attributes:
+        mean: of red, green and blue, 0..1.
+        std: of red, green and blue, 0..1.
+        resampling: filter of the resizing.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resampling: Literal["bicubic", "bilinear"] = "bicubic"
+
+    @property
+    def pad_colour(self) -> RGB:
+        """The mean in 8 bits, rounded down: what images are padded to a square with."""
+        red, green, blue = (int(255 * value) for value in self.mean)
+        return red, green, blue
+
+
+@dataclass(frozen=True, slots=True)
 class Region:
     """One region of a picture that a mark may point at.
 

@@ -56,7 +56,8 @@ ALL = {
 def _processor(tokenizer, template: str):
     tokenizer = add_tokens(deepcopy(tokenizer))
     image_id = tokenizer.convert_tokens_to_ids("<image>")
-    config = SimpleNamespace(image_token_id=image_id, vision_config=SimpleNamespace(patch_size=14))
+    vision = SimpleNamespace(model_type="clip_vision_model", patch_size=14)
+    config = SimpleNamespace(image_token_id=image_id, vision_config=vision)
     meta = ExportMeta(
         **{**{n: getattr(META, n) for n in META.__slots__}, "chat_template": template}
     )

@@ -364,7 +364,7 @@ def test_an_exported_processor_gives_the_ids_of_training(
     tokenizer = add_tokens(deepcopy(real_tokenizers[VOCABULARY[name]]))
     network = SimpleNamespace(
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_config=SimpleNamespace(patch_size=14),
+        vision_config=SimpleNamespace(model_type="clip_vision_model", patch_size=14),
     )
     meta = ExportMeta("finetune", name.split("/")[0], "pad", 336, 576, (-2,), "tower", "language")
     _, agreement = build_processor(tokenizer, network, meta)

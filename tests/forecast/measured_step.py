@@ -120,7 +120,6 @@ def small_config(width: int, feature_layers: tuple[int, ...] = (-1, 1)) -> VipLl
         feature_layers=feature_layers,
         num_tokens=512,
         image_token_id=511,
-        image_seq_length=16,
     )
 
 

@@ -270,7 +270,6 @@ def test_a_rank_of_two_holds_what_is_forecast(tiny_sources, tmp_path, strategy, 
         feature_layers=spec.feature_layers,
         num_tokens=261,
         image_token_id=259,
-        image_seq_length=4,
     )
     setup = setup_for(workload, strategy=strategy, precision="bf16-mixed", num_devices=2)
     memory = device_memory(architecture_of(config), setup)

@@ -76,7 +76,6 @@ def test_the_peak_is_within_15_percent(workload, recomputed, tmp_path):
         feature_layers=(-2, -5, -8, -11, 6),
         num_tokens=32002,
         image_token_id=32000,
-        image_seq_length=PATCHES,
     )
     step = Step(
         config=config,

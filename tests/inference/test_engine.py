@@ -16,6 +16,7 @@ from vipllava.conversation import ConversationEncoder, get_template
 from vipllava.inference.engine import Engine, Request
 from vipllava.models.building import ModelSpec
 from vipllava.models.image_features import normalise_pixels
+from vipllava.models.towers import CLIP
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.types import ConfigError, Turn, VipLlavaError
 
@@ -41,7 +42,7 @@ def _engine(parts, template=TEMPLATE) -> Engine:
     encoder = ConversationEncoder(
         tokenizer, template, image_token_id=259, image_seq_length=4, max_length=512
     )
-    return Engine(model, tokenizer, encoder, ImageTransform(28, "pad"), "cpu")
+    return Engine(model, tokenizer, encoder, ImageTransform(28, "pad", CLIP.preprocessing), "cpu")
 
 
 def _requests(count: int) -> list[Request]:
@@ -64,7 +65,9 @@ def _slow_greedy(engine: Engine, request: Request, num_tokens: int) -> list[int]
     ids = engine.encoder.encode_generation_prompt(request.turns).tolist()
     pixels = None
     if request.image is not None:
-        pixels = normalise_pixels(engine.image_transform(request.image)[None], torch.float32)
+        pixels = normalise_pixels(
+            engine.image_transform(request.image)[None], torch.float32, CLIP.preprocessing
+        )
     generated: list[int] = []
     with torch.no_grad():
         while len(generated) < num_tokens:

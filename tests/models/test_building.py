@@ -177,8 +177,11 @@ def test_unreachable_hub_id(spec):
         build_model(replace(spec, vision_tower="nobody/no-such-model"))
 
 
-def test_tower_that_is_no_clip(spec):
-    with pytest.raises(CheckpointError, match="is a 'llama' model, not a CLIP tower"):
+def test_an_unknown_tower_lists_the_known(spec):
+    known = (
+        r"vision_tower='.*': 'llama' is no vision tower .*\(clip_vision_model, siglip_vision_model"
+    )
+    with pytest.raises(CheckpointError, match=known):
         build_model(replace(spec, vision_tower=spec.language_model))
 
 

@@ -10,6 +10,7 @@ import torch
 from vipllava.checkpoints.loading import build_model
 from vipllava.models.building import ModelSpec
 from vipllava.models.image_features import image_features, normalise_pixels
+from vipllava.models.towers import CLIP
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_no_block_behind_the_deepest_layer_is_run(spec, layers, num_run):
     blocks = [m for m in model.model.vision_tower.modules() if type(m).__name__.endswith("Layer")]
     pixels = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
     expected = model.get_image_features(
-        pixel_values=normalise_pixels(pixels, torch.float32)
+        pixel_values=normalise_pixels(pixels, torch.float32, CLIP.preprocessing)
     ).pooler_output
     run = []
     for block in blocks:

@@ -17,7 +17,7 @@ import torch
 
 from vipllava.config.composing import compose_job
 from vipllava.models.adapters import AdapterSettings, add_adapters
-from vipllava.models.building import clip_vision_config, empty_network, network_config
+from vipllava.models.building import empty_network, load_tower_config, network_config
 from vipllava.models.opening import load_config
 
 CLIP = {
@@ -154,12 +154,11 @@ def test_parameter_counts(name, tmp_path):
         _write(CLIP, tmp_path / "clip")
     _write(LANGUAGE_MODELS[name], tmp_path / "language_model")
     config = network_config(
-        clip_vision_config(tower, "vision_tower"),
+        load_tower_config(tower),
         load_config(str(tmp_path / "language_model"), "language_model"),
         feature_layers=spec.feature_layers,
         num_tokens=expected.num_tokens + 2,
         image_token_id=expected.image_token_id,
-        image_seq_length=(spec.image_size // 14) ** 2,
     )
     model = empty_network(config, torch.bfloat16)
 

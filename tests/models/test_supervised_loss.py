@@ -12,6 +12,7 @@ from vipllava.models.building import ModelSpec
 from vipllava.models.freezing import set_trainable
 from vipllava.models.image_features import normalise_pixels
 from vipllava.models.supervised_loss import embed_inputs, supervised_loss_sum
+from vipllava.models.towers import CLIP
 from vipllava.types import IGNORE_INDEX, PADDING_SEGMENT, VipLlavaError
 
 
@@ -32,7 +33,11 @@ def _reference(model, samples):
     total = torch.zeros(())
     for sample in samples:
         image = sample.pixel_values
-        pixels = None if image is None else normalise_pixels(image[None], torch.float32)
+        pixels = (
+            None
+            if image is None
+            else normalise_pixels(image[None], torch.float32, CLIP.preprocessing)
+        )
         input_ids = torch.tensor(sample.encoded.input_ids)[None]
         logits = model(
             input_ids=input_ids,
@@ -53,7 +58,7 @@ def test_equals_transformers_on_padded_rows(model):
     theirs = model(
         input_ids=batch.input_ids,
         attention_mask=(batch.segment_ids != PADDING_SEGMENT).long(),
-        pixel_values=normalise_pixels(batch.pixel_values, torch.float32),
+        pixel_values=normalise_pixels(batch.pixel_values, torch.float32, CLIP.preprocessing),
         labels=batch.labels,
     ).loss
 
@@ -126,7 +131,7 @@ def test_wrong_number_of_image_tokens_names_the_sample(model):
 def test_normalise_pixels_is_clips():
     pixels = torch.tensor([0, 255, 128], dtype=torch.uint8).view(1, 1, 1, 3).expand(1, 3, 1, 3)
 
-    values = normalise_pixels(pixels, torch.float32)
+    values = normalise_pixels(pixels, torch.float32, CLIP.preprocessing)
 
     expected = [
         [(v - mean) / std for v in (0.0, 1.0, 128 / 255)]
@@ -137,7 +142,7 @@ def test_normalise_pixels_is_clips():
         )
     ]
     torch.testing.assert_close(values, torch.tensor(expected).view(1, 3, 1, 3))
-    assert normalise_pixels(pixels, torch.bfloat16).dtype == torch.bfloat16
+    assert normalise_pixels(pixels, torch.bfloat16, CLIP.preprocessing).dtype == torch.bfloat16
 
 
 def test_embeddings_hold_the_features_in_row_order(model):
@@ -145,7 +150,7 @@ def test_embeddings_hold_the_features_in_row_order(model):
     batch = batch_of([[samples[0]], [samples[2]]])
     embeddings = embed_inputs(model, batch.input_ids, batch.pixel_values)
     features = model.get_image_features(
-        pixel_values=normalise_pixels(batch.pixel_values, torch.float32)
+        pixel_values=normalise_pixels(batch.pixel_values, torch.float32, CLIP.preprocessing)
     ).pooler_output
 
     for row in (0, 1):

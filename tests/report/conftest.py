@@ -20,6 +20,7 @@ from tests.conversation.conftest import (  # noqa: F401
     smol_like,
 )
 from vipllava.conversation.encode import ConversationEncoder
+from vipllava.models.towers import CLIP
 from vipllava.report.inspected import InspectedSample, inspect_trace
 from vipllava.stream.image_transform import ImageAspect, ImageTransform
 from vipllava.stream.sample_encoder import SampleEncoder
@@ -103,7 +104,7 @@ def inspect(encoders: dict[str, ConversationEncoder]) -> Inspect:  # noqa: F811
             base.image_seq_length,
             max_length,
         )
-        transform = ImageTransform(SIDE, aspect)
+        transform = ImageTransform(SIDE, aspect, CLIP.preprocessing)
         policies = {"plain_marks": VisualPromptPolicy()}
         trace = SampleEncoder(policies, encoder, transform, seed=0).trace(sample)
         shown = inspect_trace(trace, encoder, transform, shard="a.tar", record_kind="regions")

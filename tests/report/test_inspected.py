@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.report.conftest import SIDE, Inspect, make_sample
 from vipllava.conversation.encode import ConversationEncoder
+from vipllava.models.towers import CLIP
 from vipllava.report.inspected import InspectedSample, ShownToken, inspect_trace
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.sample_encoder import SampleTrace
@@ -44,7 +45,7 @@ def show(encoder: ConversationEncoder, turns: tuple[Turn, ...]) -> InspectedSamp
         sample, VisualPromptPlan((0, 0)), turns, encoder.encode(turns), picture=None,
         pixel_values=None,
     )  # fmt: skip
-    transform = ImageTransform(SIDE, "pad")
+    transform = ImageTransform(SIDE, "pad", CLIP.preprocessing)
     return inspect_trace(trace, encoder, transform, shard="a.tar", record_kind="regions")
 
 
@@ -241,7 +242,7 @@ def test_labels_that_are_not_the_answers_are_reported(encoders: dict[str, Conver
         make_sample("Sure?", "Yes.", size=None), VisualPromptPlan((0, 0)), turns,
         replace(encoded, labels=labels), picture=None, pixel_values=None,
     )  # fmt: skip
-    transform = ImageTransform(SIDE, "pad")
+    transform = ImageTransform(SIDE, "pad", CLIP.preprocessing)
     sample = inspect_trace(trace, encoder, transform, shard="a.tar", record_kind="regions")
     assert "1 positions outside the answers are supervised" in sample.fault
     assert [stretch.supervised for stretch in sample.stretches] == [False, True, False, True]

@@ -24,6 +24,7 @@ from vipllava.files.cache import ShardCache, cache_name
 from vipllava.files.locks import locked
 from vipllava.files.openers import CacheError
 from vipllava.files.retries import Patience
+from vipllava.models.towers import CLIP
 from vipllava.shards import open_files
 from vipllava.shards.tar_index import index_path
 from vipllava.shards.tars import UnreadableError, write_shards
@@ -72,7 +73,9 @@ def open_dataset(
         patience=patience,
     )
     policies = {"regions": VisualPromptPolicy()}
-    samples = SampleEncoder(policies, encoder, ImageTransform(SIDE, "pad"), seed=7)
+    samples = SampleEncoder(
+        policies, encoder, ImageTransform(SIDE, "pad", CLIP.preprocessing), seed=7
+    )
     # Whatever may be substituted is.
     return VisualPromptDataset([source], samples, FaultPolicy("quarantine", 1.0))
 

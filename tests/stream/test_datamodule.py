@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.toy_data import SIDE, make_manifest, said, toy_samples
 from vipllava.conversation.encode import ConversationEncoder
+from vipllava.models.towers import CLIP
 from vipllava.shards.tars import ShardError, write_shards
 from vipllava.stream import datamodule
 from vipllava.stream.datamodule import VisualPromptDataModule
@@ -67,7 +68,7 @@ def make_module(
         "data_root": root,
         "policies": policies,
         "encoder": encoder,
-        "image_transform": ImageTransform(SIDE, "pad"),
+        "image_transform": ImageTransform(SIDE, "pad", CLIP.preprocessing),
         "micro_batch_size": 2,
         "global_batch_size": 4,
         "num_workers": 0,

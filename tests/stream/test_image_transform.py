@@ -7,9 +7,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from tests.toy_data import encode_picture
+from vipllava.models.towers import CLIP
 from vipllava.stream.image_transform import (
-    CLIP_MEAN,
-    CLIP_STD,
     ImageAspect,
     ImageTransform,
     decode_image,
@@ -31,8 +30,8 @@ def test_the_fast_path_is_within_one_level_of_pillow(
     aspect: ImageAspect, width: int, height: int
 ) -> None:
     image = noise(width, height)
-    fast = ImageTransform(56, aspect)(image)
-    plain = reference_transform(image, 56, aspect)
+    fast = ImageTransform(56, aspect, CLIP.preprocessing)(image)
+    plain = reference_transform(image, 56, aspect, CLIP.preprocessing)
     assert fast.dtype == torch.uint8
     assert fast.shape == plain.shape == (3, 56, 56)
     assert fast.is_contiguous()
@@ -48,14 +47,17 @@ def test_square_is_what_clips_processor_does(width: int, height: int) -> None:
     )
     image = noise(width, height)
     expected = torch.as_tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"][0]))
-    pixels = reference_transform(image, 56, "square").float() / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    pixels = reference_transform(image, 56, "square", CLIP.preprocessing).float() / 255
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (CLIP.preprocessing.mean, CLIP.preprocessing.std)
+    )
     torch.testing.assert_close((pixels - mean) / std, expected, atol=2e-5, rtol=0)
 
 
 def test_padding_is_centred_and_mean_coloured() -> None:
     image = Image.new("RGB", (4, 1), (255, 255, 255))
-    pixels = ImageTransform(4, "pad")(image)
+    pixels = ImageTransform(4, "pad", CLIP.preprocessing)(image)
     rows = pixels[:, :, 0].T.tolist()  # side 4, offset (4 - 1) // 2 = 1
     assert rows == [[122, 116, 104], [255, 255, 255], [122, 116, 104], [122, 116, 104]]
 
@@ -63,21 +65,21 @@ def test_padding_is_centred_and_mean_coloured() -> None:
 def test_an_equal_size_is_copied_exactly_and_the_picture_left_alone() -> None:
     image = noise(56, 56)
     before = np.array(image)
-    pixels = ImageTransform(56, "pad")(image)
+    pixels = ImageTransform(56, "pad", CLIP.preprocessing)(image)
     pixels.add_(1)
     np.testing.assert_array_equal(np.asarray(image), before)
 
 
 def test_decoded_pictures_go_in() -> None:
     image = decode_image(encode_picture(), "k")
-    assert ImageTransform(28, "pad")(image).shape == (3, 28, 28)
+    assert ImageTransform(28, "pad", CLIP.preprocessing)(image).shape == (3, 28, 28)
 
 
 def test_bad_arguments() -> None:
     with pytest.raises(ConfigError, match="unknown image aspect `crop`; known: square, pad"):
-        ImageTransform(56, "crop")  # type: ignore[arg-type]
+        ImageTransform(56, "crop", CLIP.preprocessing)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="image size is 0"):
-        ImageTransform(0, "pad")
+        ImageTransform(0, "pad", CLIP.preprocessing)
 
 
 @pytest.mark.parametrize("aspect", ["square", "pad", "resize"])
@@ -86,7 +88,7 @@ def test_a_mapped_box_is_where_the_pixels_are(aspect: ImageAspect, size: tuple[i
     picture = Image.new("RGB", size)
     box = (size[0] * 0.4, size[1] * 0.3, size[0] * 0.6, size[1] * 0.7)
     picture.paste((255, 255, 255), tuple(map(round, box)))
-    transform = ImageTransform(168, aspect)
+    transform = ImageTransform(168, aspect, CLIP.preprocessing)
     rows, columns = np.nonzero(transform(picture).numpy().min(axis=0) > 127)
     found = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
     assert found == pytest.approx(transform.map_box(box, size), abs=1.5)

@@ -10,6 +10,7 @@ from tests.toy_data import encode_picture, make_manifest, said, toy_samples
 from tests.toy_stream import Build
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.conversation.label_proof import prove_labels
+from vipllava.models.towers import CLIP
 from vipllava.shards.tars import write_shards
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.order import Item
@@ -52,14 +53,16 @@ def test_marks_are_drawn(build_dataset: Build) -> None:
     sample = dataset.sources[0].sample(0)
     assert sample.image is not None
     marked = dataset.make(Item(0, 0, 0)).pixel_values
-    plain = ImageTransform(28, "pad")(_decoded(sample.image))
+    plain = ImageTransform(28, "pad", CLIP.preprocessing)(_decoded(sample.image))
     assert marked is not None
     assert not torch.equal(marked, plain)
     untouched = dataset.make(Item(0, 0, 1)).pixel_values
     sample = dataset.sources[0].sample(1)
     assert sample.image is not None
     assert untouched is not None
-    assert torch.equal(untouched, ImageTransform(28, "pad")(_decoded(sample.image)))
+    assert torch.equal(
+        untouched, ImageTransform(28, "pad", CLIP.preprocessing)(_decoded(sample.image))
+    )
 
 
 def _decoded(data: bytes):
@@ -102,7 +105,9 @@ def test_an_unknown_policy_lists_the_known(
     build_dataset: Build, encoder: ConversationEncoder
 ) -> None:
     dataset = build_dataset([("k", REGION, encode_picture(), "jpg")])
-    dataset.encoder = SampleEncoder({}, encoder, ImageTransform(28, "pad"), seed=1)
+    dataset.encoder = SampleEncoder(
+        {}, encoder, ImageTransform(28, "pad", CLIP.preprocessing), seed=1
+    )
     with pytest.raises(VipLlavaError, match=r"toy/k: unknown visual-prompt policy `regions`"):
         dataset.make(Item(0, 0, 0))
 

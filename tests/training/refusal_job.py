@@ -57,6 +57,7 @@ def _train(job: Job, strategy: str, precision: str, action: str) -> dict[str, An
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.conversation import ConversationEncoder
     from vipllava.models.building import ModelSpec, image_seq_length, token_id
+    from vipllava.models.towers import CLIP
     from vipllava.stream.datamodule import VisualPromptDataModule
     from vipllava.stream.image_transform import ImageTransform
     from vipllava.training.csv_log import CsvLog
@@ -99,7 +100,7 @@ def _train(job: Job, strategy: str, precision: str, action: str) -> dict[str, An
         root,
         {"regions": VisualPromptPolicy()},
         encoder,
-        ImageTransform(spec.image_size, "pad"),
+        ImageTransform(spec.image_size, "pad", CLIP.preprocessing),
         micro_batch_size=2,
         global_batch_size=4,
         num_workers=0,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vipllava.models.building import ModelSpec
+from vipllava.models.towers import CLIP
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.training.resume_job", "vipllava.training.lit_module"])
@@ -99,7 +100,7 @@ def _run(job: Job) -> None:
         job.data_root,
         {"regions": VisualPromptPolicy()},
         encoder,
-        ImageTransform(job.spec.image_size, "pad"),
+        ImageTransform(job.spec.image_size, "pad", CLIP.preprocessing),
         **{"micro_batch_size": 2, "global_batch_size": 4, "num_workers": 1, **job.data},
     )
 

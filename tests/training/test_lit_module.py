@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.models.image_features import normalise_pixels
+from vipllava.models.towers import CLIP
 from vipllava.types import ConfigError, VipLlavaError
 
 pytestmark = LIGHTNING_WARNINGS
@@ -120,7 +121,7 @@ def test_logs_once_per_optimizer_step_the_mean_over_supervised_tokens(make_modul
                 input_ids=torch.tensor([sample["prompt"] + sample["answer"]]),
                 pixel_values=None
                 if pixels is None
-                else normalise_pixels(pixels[None], torch.float32),
+                else normalise_pixels(pixels[None], torch.float32, CLIP.preprocessing),
             ).logits[0]
             start = len(sample["prompt"])
             target = torch.tensor(sample["answer"])

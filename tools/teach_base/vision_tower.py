@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vipllava.keyed_random import generator_for
+from vipllava.models.towers import CLIP
 from vipllava.processes import start_worker
 from vipllava.sample_world.objects import KINDS
 from vipllava.sample_world.scenes import Scene, Split, compose_scene
-from vipllava.stream.image_transform import CLIP_MEAN, CLIP_STD, ImageTransform
+from vipllava.stream.image_transform import ImageTransform
 from vipllava.types import VisualPromptPlan
 from vipllava.visual_prompts.palette import PALETTE
 from vipllava.visual_prompts.policies import VisualPromptPolicy
@@ -103,7 +104,7 @@ class _MarkedScenes(IterableDataset[dict[str, torch.Tensor]]):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         torch.set_num_threads(1)
         worker = get_worker_info()
-        transform = ImageTransform(IMAGE_SIZE, "pad")
+        transform = ImageTransform(IMAGE_SIZE, "pad", CLIP.preprocessing)
         index = worker.id if worker else 0
         while True:
             rng = generator_for("teach", self._seed, self._split, index)
@@ -155,8 +156,8 @@ class PatchReader(nn.Module):
                 "colour": nn.Linear(width, 1 + len(_COLOURS)),
             }
         )
-        self.mean = torch.tensor(CLIP_MEAN).view(1, 3, 1, 1) * 255
-        self.std = torch.tensor(CLIP_STD).view(1, 3, 1, 1) * 255
+        self.mean = torch.tensor(CLIP.preprocessing.mean).view(1, 3, 1, 1) * 255
+        self.std = torch.tensor(CLIP.preprocessing.std).view(1, 3, 1, 1) * 255
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Map uint8 pixels [n, 3, size, size] to logits [n, patches, classes] per head."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, VipLlavaForConditionalGenerati
 
 from vipllava.checkpoints.export_meta import META_NAME, ExportMeta
 from vipllava.checkpoints.model_card import CARD_NAME, model_card
-from vipllava.checkpoints.names import hf_to_hf, hf_to_llava
+from vipllava.checkpoints.names import HF_TO_LLAVA, hf_to_hf, rename
 from vipllava.files.atomic import new_folder
 from vipllava.models.adapters import (
     AdapterSettings,
@@ -177,7 +177,7 @@ def write_llava_adapter(
     )
     present = dict(model.named_parameters())
     projector = {name: present[name].detach().cpu().clone() for name in _projector_names(model)}
-    renamed = hf_to_llava(hf_to_hf(projector, "this model"), "this model")
+    renamed = rename(hf_to_hf(projector, "this model"), HF_TO_LLAVA, "this model")
     save_pickle(
         directory / "non_lora_trainables.bin",
         {_PREFIX + name: tensor for name, tensor in renamed.items()},

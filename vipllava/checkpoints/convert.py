@@ -26,7 +26,7 @@ from vipllava.checkpoints.llava_format import (
     write_llava,
     write_projector,
 )
-from vipllava.checkpoints.loading import RELEASED_LAYERS, open_source
+from vipllava.checkpoints.loading import open_source
 from vipllava.checkpoints.model_card import CARD_NAME, model_card
 from vipllava.checkpoints.names import hf_to_hf
 from vipllava.checkpoints.source import KINDS, Source
@@ -34,7 +34,7 @@ from vipllava.checkpoints.verify import Agreement, compare, insist, probe_logits
 from vipllava.files.atomic import new_folder
 from vipllava.models.adapters import merge_adapters
 from vipllava.models.building import EMBEDDINGS, projector_shapes
-from vipllava.models.tensor_files import dtype_of, shape_of
+from vipllava.models.tensor_files import FLOATS, dtype_of, shape_of
 from vipllava.types import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,6 @@ FORMATS: dict[Format, str] = {
     "lora-merged": "an adapter folder and its base as one model in the Hugging Face format",
     "llava-lora": "an adapter folder as the original's LoRA runs leave it",
 }
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ADAPTERS = ("lora", "llava_lora")
 
 
@@ -80,7 +79,7 @@ def convert(
     vision_tower: str | None = None,
     base: str | None = None,
     chat_template: str | None = None,
-    feature_layers: tuple[int, ...] = RELEASED_LAYERS,
+    feature_layers: tuple[int, ...] | None = None,
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     on_step: Callable[[str], None] = logger.info,
@@ -108,8 +107,8 @@ def convert(
     destination = Path(destination).expanduser()
     if format not in FORMATS:
         raise ConfigError(f"format={format!r} is not one of {', '.join(FORMATS)}")
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not one of auto, {', '.join(_DTYPES)}")
+    if dtype != "auto" and dtype not in FLOATS:
+        raise ConfigError(f"dtype={dtype!r} is not one of auto, {', '.join(FLOATS)}")
     _check_destination(destination)
     options: dict[str, Any] = {
         "vision_tower": vision_tower,
@@ -122,7 +121,7 @@ def convert(
         raise CheckpointError(
             f"{source} is {KINDS[opened.kind]}: it has no adapter; use format=hf or llava"
         )
-    wanted = dtype_of(opened.tensors[EMBEDDINGS]) if dtype == "auto" else _DTYPES[dtype]
+    wanted = dtype_of(opened.tensors[EMBEDDINGS]) if dtype == "auto" else FLOATS[dtype]
     _check_space(destination, opened, format, wanted)
 
     on_step(f"reading {_gib(_num_bytes(opened, wanted))} of weights")
@@ -196,17 +195,14 @@ def _reopen(directory: Path, opened: Source, format: Format, options: dict[str, 
         return replace(opened, adapter=directory)
     if format == "llava":
         options = {**options, "vision_tower": options["vision_tower"] or opened.meta.vision_tower}
-    again = open_source(str(directory), **options)
-    return again
+    return open_source(str(directory), **options)
 
 
 def _own_rows(opened: Source) -> int:
     """Return the ids of the language model's own vocabulary: those before the image token."""
     config: Any = opened.config
-    rows = int(config.text_config.vocab_size)
-    image_token = int(config.image_token_id)
     # Phi-3's free ids lie inside its padded rows; what stands before them is its own all the same.
-    return min(rows, image_token)
+    return min(config.text_config.vocab_size, config.image_token_id)
 
 
 def _check_destination(destination: Path) -> None:

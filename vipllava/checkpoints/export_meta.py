@@ -5,14 +5,14 @@ Other formats have no place for it: stage, chat template, picture geometry, orig
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import vipllava
+from vipllava.models.hub_models import read_json
 from vipllava.models.opening import feature_layers_of
 from vipllava.types import CheckpointError
 
@@ -72,16 +72,12 @@ def load_meta(directory: str | Path) -> ExportMeta:
             f"{directory} is no export of a stage (it has no {META_NAME}): name the folder "
             "`export` in a run directory"
         )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): write the export again") from error
+    values = read_json(path)
     known = {field.name for field in fields(ExportMeta)}
     required = {
         f.name for f in fields(ExportMeta) if f.default is MISSING and f.default_factory is MISSING
     }
-    found = set(cast("dict[str, Any]", raw)) if isinstance(raw, dict) else set[str]()
-    version = cast("dict[str, Any]", raw).get("format_version") if found else None
+    found, version = set(values), values.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format_version={version!r}, this release reads {FORMAT_VERSION}: "
@@ -92,7 +88,6 @@ def load_meta(directory: str | Path) -> ExportMeta:
             f"{path} lacks {sorted(required - found)} and has unknown {sorted(found - known)}: "
             "write the export again"
         )
-    values = cast("dict[str, Any]", raw)
     for name in ("feature_layers", "data"):
         values[name] = tuple(values.get(name, ()))
     return ExportMeta(**values)

@@ -8,6 +8,7 @@ template belongs to the checkpoint and is read from there, never guessed from a 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from vipllava.checkpoints.model_card import CARD_NAME, model_card
 from vipllava.checkpoints.names import hf_to_hf
 from vipllava.checkpoints.processor import build_processor
 from vipllava.files.atomic import new_folder
+from vipllava.models import modeling_vipllava_patches
+from vipllava.models.building import network_class
 from vipllava.models.tensor_files import write_tensors
+from vipllava.models.towers import CLIP
 from vipllava.types import CheckpointError
 
 
@@ -56,7 +60,7 @@ def save_export(
     try:
         with new_folder(directory, replace=True) as unfinished:
             _write_network(model, unfinished)
-            _name_feature_layers_twice(unfinished / "config.json", meta.feature_layers)
+            _complete_config(unfinished, model.config, meta.feature_layers)
             made, agreement = build_processor(tokenizer, model.config, meta)
             processor: Any = made
             processor.save_pretrained(unfinished)
@@ -78,29 +82,39 @@ def _write_network(model: VipLlavaForConditionalGeneration, folder: Path) -> Non
     """Write config and weights as ``save_pretrained`` does, by the names of published checkpoints.
 
     transformers itself takes the names that a network was loaded from, or where it was built in
-    another way those of its release, which older releases and other engines do not know.
+    another way those of its release, which older releases and other engines do not know. Published
+    checkpoints have CLIP towers: with another one, weights have their names in memory.
     """
     config: Any = model.config
-    config.architectures = [VipLlavaForConditionalGeneration.__name__]
+    config.architectures = [network_class(config).__name__]
     config.dtype = model.dtype
     config.save_pretrained(folder)
     generation: Any = model.generation_config
     if generation is not None:
         generation.save_pretrained(folder)
     # Each weight once: a tied head is the embeddings.
-    named = hf_to_hf(dict(model.named_parameters()), "this network")
+    named: dict[str, Any] = dict(model.named_parameters())
+    if config.vision_config.model_type == CLIP.model_type:
+        named = hf_to_hf(named, "this network")
     write_tensors(folder, ((name, weight.detach()) for name, weight in named.items()))
 
 
-def _name_feature_layers_twice(path: Path, feature_layers: tuple[int, ...]) -> None:
+def _complete_config(folder: Path, config: Any, feature_layers: tuple[int, ...]) -> None:
     """Write the feature layers under both names that releases of transformers read.
 
-    A release that does not know the name takes its default layers without a word.
+    A release that does not know the name takes its default layers without a word. A network that
+    transformers does not have has its code in the folder, which the config names.
     """
-    config = json.loads(path.read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
     for name in ("vision_feature_layer", "vision_feature_layers"):
-        config[name] = list(feature_layers)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        written[name] = list(feature_layers)
+    cls = network_class(config)
+    if cls is not VipLlavaForConditionalGeneration:
+        code = Path(modeling_vipllava_patches.__file__)
+        shutil.copyfile(code, folder / code.name)
+        written["auto_map"] = {"AutoModelForImageTextToText": f"{code.stem}.{cls.__name__}"}
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _is_used(directory: Path) -> bool:

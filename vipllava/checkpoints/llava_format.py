@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from transformers import (
@@ -23,15 +23,15 @@ from transformers import (
 )
 
 from vipllava.checkpoints.names import (
+    HF_TO_LLAVA,
     LLAVA_TO_HF,
-    clip_to_hf,
-    hf_to_llava,
-    llava_to_hf,
     rename,
-    without_prefixes,
+    tower_to_hf,
+    without_prefix,
 )
 from vipllava.files.atomic import new_folder
 from vipllava.models.building import EMBEDDINGS, HEAD, PROJECTOR, mean_row, projector_shapes
+from vipllava.models.hub_models import read_json
 from vipllava.models.tensor_files import (
     LazyTensor,
     dtype_of,
@@ -42,6 +42,7 @@ from vipllava.models.tensor_files import (
     shape_of,
     write_tensors,
 )
+from vipllava.models.towers import CLIP
 from vipllava.types import CheckpointError
 
 MODEL_TYPES: Final = {
@@ -95,7 +96,7 @@ class LlavaFolder:
 def is_llava(folder: Path) -> bool:
     """Whether a folder's ``config.json`` is of the original format."""
     path = folder / "config.json"
-    return path.is_file() and read_config(path).get("model_type") in MODEL_TYPES
+    return path.is_file() and read_json(path).get("model_type") in MODEL_TYPES
 
 
 def read_llava(folder: Path, *, vision_tower: Path) -> LlavaFolder:
@@ -106,13 +107,13 @@ def read_llava(folder: Path, *, vision_tower: Path) -> LlavaFolder:
 
     Args:
         folder: with ``config.json`` and weights.
-        vision_tower: folder of the CLIP tower.
+        vision_tower: folder of the tower.
 
     Raises:
         CheckpointError: it is another format, its config is of another network or contradicts
             its weights, or a weight has an unknown name.
     """
-    raw = read_config(folder / "config.json")
+    raw = read_json(folder / "config.json")
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(
@@ -134,7 +135,7 @@ def read_llava(folder: Path, *, vision_tower: Path) -> LlavaFolder:
     text["model_type"] = MODEL_TYPES[model_type]
     auto: Any = AutoConfig
     text_config = auto.for_model(**text)
-    tensors = llava_to_hf(open_tensors(folder, "checkpoint"), str(folder))
+    tensors = rename(open_tensors(folder, "checkpoint"), LLAVA_TO_HF, str(folder))
     rows = shape_of(tensors[EMBEDDINGS])[0] if EMBEDDINGS in tensors else None
     if rows is not None and rows != text_config.vocab_size:
         raise CheckpointError(
@@ -147,7 +148,7 @@ def read_llava(folder: Path, *, vision_tower: Path) -> LlavaFolder:
             f"{folder}/config.json says mm_hidden_size={raw['mm_hidden_size']}, but its projector "
             f"reads {inputs}: the two are of different models"
         )
-    named = clip_to_hf(open_tensors(vision_tower, "vision_tower"), str(vision_tower))
+    named = tower_to_hf(open_tensors(vision_tower, "vision_tower"), str(vision_tower))
     stored = {name for name in tensors if name.startswith(_TOWER)}
     has_tower = stored == set(named)
     if not has_tower:
@@ -161,7 +162,6 @@ def write_llava(
     tensors: Mapping[str, LazyTensor],
     tokenizer: PreTrainedTokenizerFast,
     *,
-    vision_tower: str = RELEASED_TOWER,
     image_aspect: str = "pad",
 ) -> None:
     """Write what the released code opens, weights as safetensors.
@@ -175,7 +175,6 @@ def write_llava(
         config: of the network.
         tensors: by the names of the Hugging Face format.
         tokenizer: saved with the weights.
-        vision_tower: what ``mm_vision_tower`` says.
         image_aspect: ``pad`` or what the released code calls otherwise.
 
     Raises:
@@ -192,12 +191,11 @@ def write_llava(
         config,
         num_rows=own,
         dtype=dtype_of(kept[EMBEDDINGS]),
-        vision_tower=vision_tower,
         image_aspect=image_aspect,
     )
     saved: Any = tokenizer
     saved.save_pretrained(directory)
-    write_tensors(directory, hf_to_llava(kept, "this model").items())
+    write_tensors(directory, rename(kept, HF_TO_LLAVA, "this model").items())
 
 
 def write_config(
@@ -206,7 +204,6 @@ def write_config(
     *,
     num_rows: int,
     dtype: torch.dtype,
-    vision_tower: str = RELEASED_TOWER,
     image_aspect: str = "pad",
 ) -> None:
     """Write ``config.json`` as the released code reads it.
@@ -216,13 +213,18 @@ def write_config(
         config: of the network.
         num_rows: of the embeddings in the file.
         dtype: of the weights in the file.
-        vision_tower: what ``mm_vision_tower`` says.
         image_aspect: ``pad`` or what the released code calls otherwise.
 
     Raises:
-        CheckpointError: the language model is of a family that the original does not have.
+        CheckpointError: the language model or the vision tower is of a family that the original
+            does not have.
     """
     whole: Any = config
+    tower = whole.vision_config.model_type
+    if tower != CLIP.model_type:
+        raise CheckpointError(
+            f"the original format has no {tower!r} towers, only {CLIP.model_type}: use format=hf"
+        )
     text: dict[str, Any] = whole.text_config.to_dict()
     family = text["model_type"]
     types = {inner: outer for outer, inner in MODEL_TYPES.items()}
@@ -238,7 +240,7 @@ def write_config(
         "model_type": types[family],
         "vocab_size": num_rows,
         "dtype": str(dtype).removeprefix("torch."),
-        "mm_vision_tower": vision_tower,
+        "mm_vision_tower": RELEASED_TOWER,
         "mm_projector_type": "mlp2x_gelu",
         "mm_hidden_size": projector_shapes(config)[f"{PROJECTOR}.linear_1.weight"][1],
         "mm_vision_select_layer": -2,  # the released tower ignores it
@@ -277,7 +279,7 @@ def read_projector(path: Path) -> dict[str, LazyTensor]:
             )
         path = found
     opened = open_tensors(path, "projector")
-    whole = {new: opened[name] for name, new in without_prefixes(opened).items()}
+    whole = {without_prefix(name): tensor for name, tensor in opened.items()}
     # Files written by other tools have the names of the Hugging Face format.
     if all(name.removeprefix("model.").startswith(PROJECTOR) for name in whole):
         tensors = {name.removeprefix("model."): value for name, value in whole.items()}
@@ -301,7 +303,8 @@ def write_projector(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
         tensors: the projector by the names of the Hugging Face format.
     """
     values = {name: read_tensor(t).contiguous() for name, t in tensors.items()}
-    renamed = {name: value.cpu().clone() for name, value in hf_to_llava(values, "this").items()}
+    named = rename(values, HF_TO_LLAVA, "this projector")
+    renamed = {name: value.cpu().clone() for name, value in named.items()}
     save_pickle(path, renamed)
     save_tensors(path.with_suffix(".safetensors"), renamed)
 
@@ -346,16 +349,3 @@ def _rows_without_means(tensors: Mapping[str, LazyTensor], image_token_id: int) 
         if not torch.equal(weight[image_token_id:], mean.expand(rows - image_token_id, -1)):
             return rows
     return image_token_id
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a JSON object; what is none is a CheckpointError."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}): write or download it again"
-        ) from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds no JSON object: write or download it again")
-    return cast("dict[str, Any]", raw)

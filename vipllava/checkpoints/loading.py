@@ -8,10 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import (
     AutoModelForCausalLM,
@@ -20,36 +19,32 @@ from transformers import (
 )
 
 from vipllava.checkpoints.export_meta import META_NAME, ExportMeta, check_meta, load_meta
-from vipllava.checkpoints.llava_format import is_llava, read_config, read_llava, read_projector
-from vipllava.checkpoints.names import clip_to_hf, hf_to_hf, text_model_to_hf
+from vipllava.checkpoints.llava_format import is_llava, read_llava, read_projector
+from vipllava.checkpoints.names import TEXT_TO_HF, hf_to_hf, rename, tower_to_hf
 from vipllava.checkpoints.parts import INDEX as PARTS_INDEX
 from vipllava.checkpoints.source import KINDS, Kind, Source, infer_chat_template
 from vipllava.models.building import (
     ModelSpec,
     add_tokens,
-    clip_vision_config,
+    added_tokens,
     generation_config_for,
     grow_vocabulary,
     initial_projector,
+    load_tower_config,
     network_config,
-    num_patches,
     projector_shapes,
     read_tokenizer,
     read_tower_config,
     token_id,
-    vocabulary_rows,
 )
-from vipllava.models.hub_models import local_folder
+from vipllava.models.hub_models import local_folder, read_json
 from vipllava.models.opening import feature_layers_of, load_config
-from vipllava.models.placing import Placement
 from vipllava.models.tensor_files import LazyTensor, open_tensors, shape_of
+from vipllava.models.towers import tower_of
 from vipllava.types import CheckpointError
 
 DEFAULT_TOWER = "openai/clip-vit-large-patch14-336"
 """The tower of every published checkpoint; the original format does not hold its config."""
-
-RELEASED_LAYERS = (-2, -5, -8, -11, 6)
-"""Tower layers of every published checkpoint; the original format does not say them."""
 _WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _PROJECTOR_NAMES = ("mm_projector.safetensors", "mm_projector.bin")
@@ -90,7 +85,7 @@ def kind_of(path: Path, source: str) -> Kind:
     if is_llava(path):
         has_weights = any(next(path.glob(pattern), None) for pattern in _WEIGHT_PATTERNS)
         return "projector" if has_projector and not has_weights else "llava"
-    model_type = _model_type(path / "config.json")
+    model_type = read_json(path / "config.json").get("model_type")
     if model_type == "vipllava":
         return "hf"
     raise CheckpointError(
@@ -106,7 +101,7 @@ def open_source(
     vision_tower: str | None = None,
     base: str | None = None,
     chat_template: str | None = None,
-    feature_layers: tuple[int, ...] = RELEASED_LAYERS,
+    feature_layers: tuple[int, ...] | None = None,
 ) -> Source:
     """Open a checkpoint of any format; no weights are read yet.
 
@@ -118,7 +113,8 @@ def open_source(
             language model, for an adapter folder or a training checkpoint the VipLlava that
             training began with.
         chat_template: the template it was trained with, where the source does not say.
-        feature_layers: tower layers that the projector reads, where the source does not say.
+        feature_layers: tower layers that the projector reads, where the source does not say; those
+            of :class:`vipllava.models.towers.Tower` if not given.
 
     Raises:
         CheckpointError: nothing is there, it is of no known format, or something that it does not
@@ -133,27 +129,25 @@ def open_source(
         "feature_layers": feature_layers,
     }
     if kind == "hf":
-        opened = _open_hf(source, path, tower if vision_tower else "", chat_template)
-    elif kind == "llava":
-        opened = _open_llava(source, path, tower, chat_template, feature_layers)
-    elif kind == "lora":
-        opened = _open_adapter(source, path, base, **under)
-    elif kind == "training_state":
-        opened = _open_training_state(source, path, base, **under)
-    else:
-        base = base or _named_base(path)
-        if base is None:
-            raise _needs_base(source, kind, "the language model", "lmsys/vicuna-7b-v1.5")
-        tower_config = clip_vision_config(tower, "vision_tower")
-        spec = ModelSpec(
-            vision_tower=tower,
-            language_model=base,
-            feature_layers=feature_layers,
-            chat_template=chat_template or "",
-            image_size=tower_config.image_size,
-        )
-        opened = put_on_parts(spec, source, path, kind)
-    return opened
+        return _open_hf(source, path, tower if vision_tower else "", chat_template)
+    if kind == "lora":
+        return _open_adapter(source, path, base, **under)
+    if kind == "training_state":
+        return _open_training_state(source, path, base, **under)
+    language_model = source if kind == "llava" else base or _named_base(path)
+    if language_model is None:
+        raise _needs_base(source, kind, "the language model", "lmsys/vicuna-7b-v1.5")
+    tower_config = load_tower_config(tower)
+    spec = ModelSpec(
+        vision_tower=tower,
+        language_model=language_model,
+        feature_layers=feature_layers or tower_of(tower_config).feature_layers,
+        chat_template=chat_template or "",
+        image_size=tower_config.image_size,
+    )
+    if kind == "llava":
+        return _open_llava(path, spec, tower_config)
+    return put_on_parts(spec, source, path, kind)
 
 
 def put_on_parts(spec: ModelSpec, source: str, path: Path, kind: Kind, *, seed: int = 0) -> Source:
@@ -196,36 +190,51 @@ def open_parts(
     if tokenizer is None:
         tokenizer = read_tokenizer(spec.language_model, "language_model")
         add_tokens(tokenizer, spec.image_token, spec.pad_token)
-    config = network_config(
+    tower_files = local_folder(spec.vision_tower, "vision_tower")
+    text_files = local_folder(spec.language_model, "language_model")
+    tensors: dict[str, LazyTensor] = {
+        **tower_to_hf(open_tensors(tower_files, "vision_tower"), spec.vision_tower),
+        **rename(open_tensors(text_files, "language_model"), TEXT_TO_HF, spec.language_model),
+    }
+    parts = _assembled("parts", spec, tower_config, text_config, tokenizer, tensors, text_files)
+    parts.tensors.update(initial_projector(parts.config, seed))
+    return parts
+
+
+def _assembled(
+    kind: Kind,
+    spec: ModelSpec,
+    tower_config: Any,
+    text_config: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    tensors: dict[str, LazyTensor],
+    text_files: Path,
+) -> Source:
+    """Make one VipLlava of a tower and a language model whose weights are opened."""
+    special_ids = ("pad_token_id", "bos_token_id", "eos_token_id")
+    config: Any = network_config(
         tower_config,
         text_config,
         feature_layers=spec.feature_layers,
         num_tokens=len(tokenizer),
         image_token_id=token_id(tokenizer, spec.image_token),
-        image_seq_length=num_patches(tower_config, spec.image_size),
-        special_ids=_special_ids(tokenizer),
+        special_ids={name: getattr(tokenizer, name) for name in special_ids},
     )
-    tower_files = local_folder(spec.vision_tower, "vision_tower")
-    text_files = local_folder(spec.language_model, "language_model")
-    tensors: dict[str, LazyTensor] = {
-        **clip_to_hf(open_tensors(tower_files, "vision_tower"), spec.vision_tower),
-        **text_model_to_hf(open_tensors(text_files, "language_model"), spec.language_model),
-        **initial_projector(config, seed),
-    }
-    grow_vocabulary(tensors, vocabulary_rows(config))
+    grow_vocabulary(tensors, config.text_config.vocab_size)
+    source = spec.language_model
     meta = ExportMeta(
-        stage="parts",
-        chat_template=spec.chat_template or infer_chat_template(tokenizer, spec.language_model),
+        stage="parts" if kind == "parts" else "released",
+        chat_template=spec.chat_template or infer_chat_template(tokenizer, source),
         image_aspect="pad",
         image_size=spec.image_size,
-        image_seq_length=num_patches(tower_config, spec.image_size),
+        image_seq_length=config.image_seq_length,
         feature_layers=spec.feature_layers,
         vision_tower=spec.vision_tower,
-        language_model=spec.language_model,
+        language_model=source,
         image_token=spec.image_token,
     )
     generation = generation_config_for(str(text_files), tokenizer)
-    return Source("parts", spec.language_model, config, tensors, tokenizer, meta, generation)
+    return Source(kind, source, config, tensors, tokenizer, meta, generation)
 
 
 def open_spec(
@@ -264,11 +273,9 @@ def build_model(
     tokenizer: PreTrainedTokenizerFast | None = None,
     *,
     seed: int = 0,
-    quantization_config: Any = None,
-    placement: Placement | None = None,
-    prepare: Callable[[VipLlavaForConditionalGeneration], None] | None = None,
+    **options: Any,
 ) -> VipLlavaForConditionalGeneration:
-    """Make the network that a spec describes.
+    """Make the network that a spec describes, see :func:`open_spec`.
 
     Nothing here draws from torch's global generator: two calls with one seed give equal weights
     whatever was drawn before.
@@ -277,20 +284,13 @@ def build_model(
         spec: the parts, and the checkpoint if there is one.
         tokenizer: what :func:`load_tokenizer` returned for the same spec; loaded if not given.
         seed: decides the projector's first weights. Not used where a checkpoint has one.
-        quantization_config: transformers' own, for weights held in fewer bits.
-        placement: where to put the weights; the CPU if not given.
-        prepare: decides, before weights are read, what each is held in and what trains.
+        options: ``quantization_config``, ``placement`` and ``prepare`` of :meth:`Source.network`.
 
     Raises:
         CheckpointError: see :func:`open_spec`; or weights are missing, left over or misshapen.
-        ConfigError: feature layers or image size that the tower does not have.
     """
     return open_spec(spec, tokenizer, seed=seed).network(
-        dtype=spec.torch_dtype,
-        attn_implementation=spec.attn_implementation,
-        quantization_config=quantization_config,
-        placement=placement,
-        prepare=prepare,
+        dtype=spec.torch_dtype, attn_implementation=spec.attn_implementation, **options
     )
 
 
@@ -329,8 +329,7 @@ def _open_hf(source: str, path: Path, tower: str, chat_template: str | None) -> 
             vision_tower=tower or DEFAULT_TOWER,
             language_model=source,
         )
-    added = cast("dict[str, int]", cast("Any", tokenizer).get_added_vocab())
-    if added.get(meta.image_token) != config.image_token_id:
+    if added_tokens(tokenizer).get(meta.image_token) != config.image_token_id:
         raise CheckpointError(
             f"{source} mixes two models: its tokenizer has no token {meta.image_token!r} with id "
             f"{config.image_token_id}; write or download it again"
@@ -345,40 +344,12 @@ def _open_hf(source: str, path: Path, tower: str, chat_template: str | None) -> 
     return Source("hf", source, config, tensors, tokenizer, meta, generation)
 
 
-def _open_llava(
-    source: str,
-    path: Path,
-    tower: str,
-    chat_template: str | None,
-    feature_layers: tuple[int, ...],
-) -> Source:
+def _open_llava(path: Path, spec: ModelSpec, tower_config: Any) -> Source:
     tokenizer = add_tokens(read_tokenizer(str(path), "checkpoint"))
-    tower_files = local_folder(tower, "vision_tower")
-    opened = read_llava(path, vision_tower=tower_files)
-    tower_config = clip_vision_config(tower, "vision_tower")
-    config = network_config(
-        tower_config,
-        opened.text_config,
-        feature_layers=feature_layers,
-        num_tokens=len(tokenizer),
-        image_token_id=token_id(tokenizer, "<image>"),
-        image_seq_length=num_patches(tower_config, tower_config.image_size),
-        special_ids=_special_ids(tokenizer),
+    opened = read_llava(path, vision_tower=local_folder(spec.vision_tower, "vision_tower"))
+    return _assembled(
+        "llava", spec, tower_config, opened.text_config, tokenizer, opened.tensors, path
     )
-    tensors = dict(opened.tensors)
-    grow_vocabulary(tensors, vocabulary_rows(config))
-    meta = ExportMeta(
-        stage="released",
-        chat_template=chat_template or infer_chat_template(tokenizer, source),
-        image_aspect="pad",
-        image_size=tower_config.image_size,
-        image_seq_length=num_patches(tower_config, tower_config.image_size),
-        feature_layers=feature_layers,
-        vision_tower=tower,
-        language_model=source,
-    )
-    generation = generation_config_for(str(path), tokenizer)
-    return Source("llava", source, config, tensors, tokenizer, meta, generation)
 
 
 def _open_adapter(source: str, path: Path, base: str | None, **options: Any) -> Source:
@@ -422,33 +393,23 @@ def _named_base(path: Path) -> str | None:
     config = path / "adapter_config.json" if path.is_dir() else None
     if config is None or not config.is_file():
         return None
-    raw = read_config(config)
-    base = raw.get("base_model_name_or_path")
+    base = read_json(config).get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
-    names = ("pad_token_id", "bos_token_id", "eos_token_id")
-    return {name: getattr(tokenizer, name) for name in names}
 
 
 def _is_deepspeed(path: Path) -> bool:
     return (path / PARTS_INDEX).is_file() or any(path.glob("**/*model_states.pt"))
 
 
-def _model_type(path: Path) -> str | None:
-    value = read_config(path).get("model_type")
-    return value if isinstance(value, str) else None
-
-
 def _check_same_architecture(opened: Source, spec: ModelSpec) -> None:
     """Raise unless the opened checkpoint is of the architecture that the spec's sources give."""
-    tower_config: Any = clip_vision_config(spec.vision_tower, "vision_tower")
+    tower_config: Any = load_tower_config(spec.vision_tower)
     text_config: Any = load_config(spec.language_model, "language_model")
     config: Any = opened.config
     vision, text = config.vision_config, config.text_config
     pairs: list[tuple[str, object, object]] = [
         ("feature layers", feature_layers_of(config), spec.feature_layers),
+        ("vision tower type", vision.model_type, tower_config.model_type),
         ("image size", vision.image_size, spec.image_size),
         ("image token id", config.image_token_id, token_id(opened.tokenizer, spec.image_token)),
         ("language model type", text.model_type, text_config.model_type),

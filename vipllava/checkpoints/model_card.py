@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import yaml
-from transformers import VipLlavaConfig
+from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.conversation.templates import get_template
+from vipllava.models.building import network_class
 from vipllava.types import Turn
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def model_card(
         "triangles, arrows, scribbles, masks and contours.",
         _origin(meta, config, base),
         _licence(meta, base),
-        _usage(meta, format, base),
+        _usage(config, format, base),
         _conversation(meta),
     ]
     if agreement is not None:
@@ -150,13 +151,22 @@ def _licence(meta: ExportMeta, base: str) -> str:
     return f"## Licence\n\nThe terms of all that went into the weights hold together:\n\n{listed}"
 
 
-def _usage(meta: ExportMeta, format: CardFormat, base: str) -> str:
+def _usage(config: VipLlavaConfig, format: CardFormat, base: str) -> str:
+    model_class, trust, limit = "VipLlavaForConditionalGeneration", "", ""
+    if network_class(config) is not VipLlavaForConditionalGeneration:
+        model_class, trust = "AutoModelForImageTextToText", ", trust_remote_code=True"
+        limit = (
+            "\n\n`VipLlavaForConditionalGeneration` drops the first position that the vision tower "
+            "gives, a class token, which this tower does not have. It ends with an error at the "
+            "first image, as do engines that have built it in: the code in this folder reads all "
+            "patches."
+        )
     if format == "hf":
         code = (
             "```python\n"
-            "from transformers import AutoProcessor, VipLlavaForConditionalGeneration\n\n"
+            f"from transformers import AutoProcessor, {model_class}\n\n"
             'processor = AutoProcessor.from_pretrained("FOLDER")\n'
-            'model = VipLlavaForConditionalGeneration.from_pretrained("FOLDER")\n'
+            f'model = {model_class}.from_pretrained("FOLDER"{trust})\n'
             'question = [{"type": "image", "url": "marked.jpg"}, {"type": "text", "text": '
             '"What is within the red box?"}]\n'
             "inputs = processor.apply_chat_template(\n"
@@ -173,8 +183,8 @@ def _usage(meta: ExportMeta, format: CardFormat, base: str) -> str:
         code = (
             "```python\n"
             "from peft import PeftModel\n"
-            "from transformers import VipLlavaForConditionalGeneration\n\n"
-            f'base = VipLlavaForConditionalGeneration.from_pretrained("{_named(base)}")\n'
+            f"from transformers import {model_class}\n\n"
+            f'base = {model_class}.from_pretrained("{_named(base)}"{trust})\n'
             'model = PeftModel.from_pretrained(base, "FOLDER")\n'
             "```\n\nAs one model: `vipllava convert FOLDER MERGED format=lora-merged`."
         )
@@ -185,7 +195,7 @@ def _usage(meta: ExportMeta, format: CardFormat, base: str) -> str:
             "It opens in the released LLaVA-style code. In transformers after "
             "`vipllava convert FOLDER HF_FOLDER`."
         )
-    return f"## Use\n\n{code}"
+    return f"## Use\n\n{code}" + limit * (format in ("hf", "lora"))
 
 
 def _conversation(meta: ExportMeta) -> str:

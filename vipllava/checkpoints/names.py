@@ -10,7 +10,7 @@ says is no weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, TypeVar
 
 from vipllava.types import CheckpointError
@@ -66,12 +66,11 @@ TEXT_TO_HF: Final[Rules] = (
     (r"lm_head\.(.+)", r"language_model.lm_head.\1"),
 )
 
-CLIP_TO_HF: Final[Rules] = (
-    (r"vision_model\.(.+)", _TOWER + r"\1"),
-    # As transformers 5.23 saves a tower alone.
-    (r"((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..+)", _TOWER + r"\1"),
+# transformers 5.23 saves a tower alone without the prefix.
+TOWER_TO_HF: Final[Rules] = ((r"(?:vision_model\.)?(.+)", _TOWER + r"\1"),)
+_OTHER_HALF: Final = re.compile(
+    r"text_model\..+|(?:visual|text)_projection\..+|logit_(?:scale|bias)"
 )
-_CLIP_OTHER_HALF: Final = re.compile(r"text_model\..+|(?:visual|text)_projection\..+|logit_scale")
 _PREFIXES: Final = re.compile(r"(?:base_model\.)?(?:model\.(?=model\.|lm_head\.))*")
 """What LoRA runs of the original code put in front of names, in all the ways seen."""
 
@@ -136,33 +135,18 @@ def hf_to_hf(tensors: Mapping[str, _Value], source: str) -> dict[str, _Value]:
     return rename(known, HF_TO_HF, source) | unknown
 
 
-def llava_to_hf(tensors: Mapping[str, _Value], source: str) -> dict[str, _Value]:
-    """Rename a full checkpoint of the original format."""
-    return rename(tensors, LLAVA_TO_HF, source)
+def tower_to_hf(tensors: Mapping[str, _Value], source: str) -> dict[str, _Value]:
+    """Rename a vision tower's weights; of a whole CLIP or SigLIP the text half is left aside."""
+    return rename(tensors, TOWER_TO_HF, source, ignored=_OTHER_HALF.fullmatch)
 
 
-def hf_to_llava(tensors: Mapping[str, _Value], source: str) -> dict[str, _Value]:
-    """Give the names of the original format."""
-    return rename(tensors, HF_TO_LLAVA, source)
-
-
-def text_model_to_hf(tensors: Mapping[str, _Value], source: str) -> dict[str, _Value]:
-    """Rename a causal language model's weights."""
-    return rename(tensors, TEXT_TO_HF, source)
-
-
-def clip_to_hf(tensors: Mapping[str, _Value], source: str) -> dict[str, _Value]:
-    """Rename a CLIP tower's weights; of a whole CLIP model the text half is left aside."""
-    return rename(tensors, CLIP_TO_HF, source, ignored=_CLIP_OTHER_HALF.fullmatch)
-
-
-def without_prefixes(names: Iterable[str]) -> dict[str, str]:
-    """Map names of a LoRA run's extra weights to those of a full checkpoint.
+def without_prefix(name: str) -> str:
+    """Return the name in a full checkpoint of a weight beside the original's adapters.
 
     ``base_model.model.model.mm_projector.X`` and ``model.model.mm_projector.X`` both become
     ``model.mm_projector.X``.
     """
-    return {name: _PREFIXES.sub("", name, count=1) for name in names}
+    return _PREFIXES.sub("", name, count=1)
 
 
 def _some(names: list[str], shown: int = 20) -> str:

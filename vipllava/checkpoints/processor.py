@@ -19,6 +19,7 @@ from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.conversation import ConversationEncoder
 from vipllava.conversation.jinja import jinja_template
 from vipllava.conversation.templates import ChatTemplate, get_template
+from vipllava.models.towers import preprocessing_of, tower_of
 from vipllava.types import Turn
 
 _QUESTION: Final = "What is the person marked with the red scribble holding?"
@@ -64,7 +65,7 @@ def build_processor(
     """Make the processor that prepares pictures and conversations as training did.
 
     VipLlava has none of its own in transformers; LLaVA's serves it. Its image processor can pad
-    to a square with the mean colour, which CLIP's cannot.
+    to a square with the mean colour, which CLIP's and SigLIP's cannot.
 
     Args:
         tokenizer: with image and padding token; a copy goes into the processor.
@@ -79,20 +80,26 @@ def build_processor(
 
     side = meta.image_size
     square = {"height": side, "width": side}
+    network_config: Any = config
+    vision = network_config.vision_config
+    pixels = preprocessing_of(vision)
     image_processor: Any = LlavaImageProcessorPil(
         do_pad=meta.image_aspect == "pad",
         do_center_crop=meta.image_aspect == "square",
         size={"shortest_edge": side} if meta.image_aspect == "square" else square,
         crop_size=square,
+        resample=Image.Resampling[pixels.resampling.upper()],
+        image_mean=list(pixels.mean),
+        image_std=list(pixels.std),
     )
-    network_config: Any = config
+    # Of CLIP's patches and class token "default" drops the class token again.
+    one_dropped = tower_of(vision).num_prefix_tokens == 1
     processor: Any = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=deepcopy(tokenizer),
-        patch_size=network_config.vision_config.patch_size,
-        # Patches and the class token, of which "default" drops the class token again.
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
+        patch_size=vision.patch_size,
+        num_additional_image_tokens=int(one_dropped),
+        vision_feature_select_strategy="default" if one_dropped else "full",
         image_token=meta.image_token,
     )
     encoder = ConversationEncoder(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -21,7 +21,7 @@ from transformers import (
 
 from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.names import HF_TO_HF, hf_to_hf, map_name
-from vipllava.models.building import materialise
+from vipllava.models.building import added_tokens, materialise
 from vipllava.models.placing import Placement
 from vipllava.models.tensor_files import LazyTensor
 from vipllava.types import CheckpointError
@@ -126,7 +126,7 @@ def infer_chat_template(tokenizer: PreTrainedTokenizerFast, source: str) -> str:
     Raises:
         CheckpointError: no template is known for such a vocabulary.
     """
-    added = set(cast("dict[str, int]", cast("Any", tokenizer).get_added_vocab()))
+    added = set(added_tokens(tokenizer))
     marks = {
         "llama_3": {"<|start_header_id|>", "<|eot_id|>"},
         "phi_3": {"<|user|>", "<|assistant|>", "<|end|>"},

@@ -9,11 +9,12 @@ import torch
 from transformers import VipLlavaForConditionalGeneration
 
 from vipllava.models.image_features import normalise_pixels
+from vipllava.models.towers import preprocessing_of
 from vipllava.types import CheckpointError
 
 NUM_WORDS = 48
 """Text ids of the probe, spread over the whole vocabulary."""
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+TOLERANCE = 1e-5
 """Greatest difference of logits, as a share of their spread, where weights are only copied.
 
 Equal weights in one dtype on one device give equal logits whatever the dtype; what is left is the
@@ -63,12 +64,16 @@ def probe_logits(model: VipLlavaForConditionalGeneration, num_rows: int) -> torc
     image_token: int = config.image_token_id
     words = torch.linspace(3, num_rows - 1, NUM_WORDS).long()
     words[words == image_token] = 3
-    picture = torch.full((config.image_seq_length,), image_token, dtype=torch.long)
-    ids = torch.cat([words[:8], picture, words[8:]])[None]
+    image = torch.full((config.image_seq_length,), image_token, dtype=torch.long)
+    ids = torch.cat([words[:8], image, words[8:]])[None]
     side: int = config.vision_config.image_size
     rows, columns = torch.arange(side)[:, None], torch.arange(side)[None]
     pixels = torch.stack([(rows * 7 + columns * 13 * (c + 1) + c * 29) % 256 for c in range(3)])
-    normalised = normalise_pixels(pixels.to(torch.uint8)[None].to(device), network.dtype)
+    normalised = normalise_pixels(
+        pixels.to(torch.uint8)[None].to(device),
+        network.dtype,
+        preprocessing_of(config.vision_config),
+    )
     logits = network(
         input_ids=ids.to(device), pixel_values=normalised, use_cache=False, logits_to_keep=0
     ).logits
@@ -86,7 +91,7 @@ def compare(
         dtype: both were computed in.
         merged: an adapter was merged on the way.
     """
-    tolerance = (MERGED_TOLERANCE if merged else TOLERANCE)[dtype]
+    tolerance = MERGED_TOLERANCE[dtype] if merged else TOLERANCE
     if expected.shape != found.shape or not torch.isfinite(found).all():
         return Agreement(float("inf"), 0.0, tolerance, found.numel())
     difference = float((expected - found).abs().max())

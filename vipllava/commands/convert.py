@@ -47,7 +47,7 @@ _SETTINGS: Final = (
         "vision_tower",
         str,
         None,
-        "CLIP folder or id where SRC lacks one (default: openai/clip-vit-large-patch14-336)",
+        "folder or id where SRC lacks one (default: openai/clip-vit-large-patch14-336)",
     ),
     Setting(
         "base",
@@ -87,7 +87,6 @@ def run(words: Sequence[str], console: Console | None = None) -> int:
         return 0
     values = read_settings(words, _SETTINGS, positional=("SRC", "DST"))
     from vipllava.checkpoints.convert import convert
-    from vipllava.checkpoints.loading import RELEASED_LAYERS
     from vipllava.inference.devices import resolve_device
     from vipllava.models.hub_models import draw_bars_on_terminals_only
 
@@ -103,7 +102,7 @@ def run(words: Sequence[str], console: Console | None = None) -> int:
         vision_tower=values["vision_tower"],
         base=values["base"],
         chat_template=values["chat_template"],
-        feature_layers=values["feature_layers"] or RELEASED_LAYERS,
+        feature_layers=values["feature_layers"],
         dtype=values["dtype"],
         device=resolve_device(values["device"]),
         on_step=say,

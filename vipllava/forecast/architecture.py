@@ -14,9 +14,10 @@ from torch import nn
 from transformers import VipLlavaConfig
 
 from vipllava.models.adapters import BLOCKS
-from vipllava.models.building import empty_network, num_patches
+from vipllava.models.building import empty_network
 from vipllava.models.freezing import parameter_table, set_trainable
 from vipllava.models.opening import feature_layers_of
+from vipllava.models.towers import num_patches, tower_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Tower:
         block_linear_parameters: weights of its linear layers.
         patch_parameters: of the patch embedding.
         num_patches: of one picture, the class token left out.
+        num_prefix_tokens: positions before those of the patches, such as a class token.
         num_feature_layers: hidden states that the projector reads.
         image_size: side of a picture, pixels.
     """
@@ -50,8 +52,14 @@ class Tower:
     block_linear_parameters: int
     patch_parameters: int
     num_patches: int
+    num_prefix_tokens: int
     num_feature_layers: int
     image_size: int
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of its hidden states."""
+        return self.num_prefix_tokens + self.num_patches
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +154,15 @@ def architecture_of(config: VipLlavaConfig) -> Architecture:
             num_parameters=counts["vision_tower"],
             read_parameters=sum(row.num_trainable for row in table),
             width=vision.hidden_size,
-            mlp_width=vision.intermediate_size,
+            mlp_width=max(max(sizes) for sizes in _linears(tower_block)),  # some configs lack it
             num_heads=vision.num_attention_heads,
             num_blocks=vision.num_hidden_layers,
             deepest_block=deepest,
             block_parameters=_count(tower_block),
             block_linear_parameters=sum(i * o for i, o in _linears(tower_block)),
             patch_parameters=_count(patches),
-            num_patches=num_patches(vision, vision.image_size),
+            num_patches=num_patches(vision),
+            num_prefix_tokens=tower_of(vision).num_prefix_tokens,
             num_feature_layers=len(feature_layers_of(config)),
             image_size=vision.image_size,
         ),

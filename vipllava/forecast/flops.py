@@ -123,7 +123,7 @@ def tower_flops(tower: Tower, *, trains: bool = False) -> float:
         tower: its sizes.
         trains: with the backward pass; else it is frozen and has none.
     """
-    length = tower.num_patches + 1  # the class token
+    length = tower.num_positions
     block = 2 * tower.block_linear_parameters * length + 4 * tower.width * length**2
     patches = 2 * tower.patch_parameters * tower.num_patches
     # Of the pixels no gradient is asked for.

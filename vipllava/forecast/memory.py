@@ -387,7 +387,7 @@ def _feature_bytes(architecture: Architecture, setup: Setup) -> float:
         kept += _copied(setup, sum(i * o for i, o in architecture.projector_linears))
     if "vision_tower" in setup.trainable:
         # Norms, attention and MLP of every block, as of the language model's.
-        length = pictures * (tower.num_patches + 1)
+        length = pictures * tower.num_positions
         numbers = 8 * tower.width + 3 * tower.mlp_width
         kept += tower.deepest_block * length * (numbers * compute + 2 * stream * tower.width)
         kept += _copied(setup, tower.deepest_block * tower.block_linear_parameters)

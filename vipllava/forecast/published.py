@@ -15,7 +15,6 @@ from vipllava.models.building import (
     ModelSpec,
     check_tower_config,
     network_config,
-    num_patches,
 )
 from vipllava.types import ConfigError
 
@@ -111,7 +110,6 @@ def published_config(
         feature_layers=feature_layers,
         num_tokens=num_tokens + _NEW_TOKENS,
         image_token_id=num_tokens,
-        image_seq_length=num_patches(tower, TOWERS[vision_tower]["image_size"]),
     )
 
 

@@ -10,13 +10,9 @@ from typing import Final
 
 import torch
 
+from vipllava.models.tensor_files import FLOATS
 from vipllava.types import ConfigError
 
-_DTYPES: Final = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 _FIRST_WITH_BF16: Final = (8, 0)
 """Compute capability of Ampere. Older CUDA devices emulate bfloat16, slower than float32."""
 
@@ -59,15 +55,15 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     Raises:
         ConfigError: the name is unknown, or the device does not compute in it.
     """
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not one of auto, {', '.join(_DTYPES)}")
+    if dtype != "auto" and dtype not in FLOATS:
+        raise ConfigError(f"dtype={dtype!r} is not one of auto, {', '.join(FLOATS)}")
     has_bf16 = _has_bf16(device)
     if dtype == "bfloat16" and not has_bf16:
         raise ConfigError(
             f"dtype=bfloat16 is not computed by {_named(device)}: use auto, float16 or float32"
         )
     if dtype != "auto":
-        return _DTYPES[dtype]
+        return FLOATS[dtype]
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if has_bf16 and device.type == "cuda" else torch.float16

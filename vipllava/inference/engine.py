@@ -23,6 +23,7 @@ from vipllava.inference.devices import resolve_device, resolve_dtype
 from vipllava.models.image_features import normalise_pixels
 from vipllava.models.placing import OnDevice
 from vipllava.models.quantization import QuantizationSettings, quantization_config
+from vipllava.models.towers import preprocessing_of
 from vipllava.stream.image_transform import ImageAspect, ImageTransform
 from vipllava.types import ConfigError, Turn, VipLlavaError
 
@@ -139,13 +140,12 @@ class Engine:
             image_seq_length=meta.image_seq_length,
             max_length=config.text_config.max_position_embeddings,
         )
-        return cls(
-            model,
-            opened.tokenizer,
-            encoder,
-            ImageTransform(meta.image_size, cast("ImageAspect", meta.image_aspect)),
-            device,
+        transform = ImageTransform(
+            meta.image_size,
+            cast("ImageAspect", meta.image_aspect),
+            preprocessing_of(config.vision_config),
         )
+        return cls(model, opened.tokenizer, encoder, transform, device)
 
     def answer(
         self, requests: Sequence[Request], *, max_new_tokens: int = 64, batch_size: int = 16
@@ -228,7 +228,11 @@ class Engine:
         }
         if images:
             pixels = torch.stack([self.image_transform(image.convert("RGB")) for image in images])
-            inputs["pixel_values"] = normalise_pixels(pixels.to(self.device), self.model.dtype)
+            inputs["pixel_values"] = normalise_pixels(
+                pixels.to(self.device),
+                self.model.dtype,
+                preprocessing_of(self.model.config.vision_config),
+            )
         criteria = StoppingCriteriaList()
         if self.encoder.stop_strings:
             criteria.append(_StopStrings(self.encoder, width))

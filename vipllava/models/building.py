@@ -11,7 +11,6 @@ Importing this module imports transformers (seconds): entry points do it late.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,19 +31,19 @@ from transformers import (
 )
 
 from vipllava.models.attention import attention_settings
-from vipllava.models.hub_models import local_folder
-from vipllava.models.opening import (
-    load_config,
-    load_strictly,
-)
+from vipllava.models.hub_models import local_folder, read_json
+from vipllava.models.modeling_vipllava_patches import VipLlavaPatchesForConditionalGeneration
+from vipllava.models.opening import feature_layers_of, load_config, load_strictly
 from vipllava.models.placing import OnDevice, Placement, fill, hollow_network, one_to_one
 from vipllava.models.tensor_files import (
+    FLOATS,
     ComputedTensor,
     LazyTensor,
     dtype_of,
     read_tensor,
     shape_of,
 )
+from vipllava.models.towers import CLIP, num_patches, read_preprocessing, tower_of
 from vipllava.types import CheckpointError, ConfigError, first_line
 
 VOCABULARY_MULTIPLE = 64
@@ -53,8 +52,12 @@ VOCABULARY_MULTIPLE = 64
 PROJECTOR = "multi_modal_projector"
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_IN_MEMORY = {
+    "vision_tower.vision_model.": "model.vision_tower.",
+    f"{PROJECTOR}.": f"model.{PROJECTOR}.",
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+}
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,13 @@ class ModelSpec:
     """What a VipLlava is made of. Plain values only, so that it can be printed and compared.
 
     Attributes:
-        vision_tower: Hugging Face id or folder of a CLIP model.
+        vision_tower: Hugging Face id or folder of a tower, or of a model that has one, of a kind
+            that :mod:`vipllava.models.towers` knows.
         language_model: Hugging Face id or folder of a causal language model with its tokenizer.
         feature_layers: the tower's hidden states that the projector reads, in this order; 0 is the
             embedding output, k the output of block k, negatives count from the end.
         chat_template: name of the template the language model answers in.
-        image_size: side of the square picture, pixels.
+        image_size: side of the square image, pixels.
         checkpoint: a VipLlava to open instead of assembling the two sources, in any format that
             :func:`vipllava.checkpoints.loading.open_source` knows; it must be of the same
             architecture as the sources say. A projector alone is put between them.
@@ -101,13 +105,13 @@ class ModelSpec:
             object.__setattr__(self, "checkpoint", str(self.checkpoint))
         if not self.feature_layers:
             raise ConfigError("feature_layers is empty: name a hidden state of the tower")
-        if self.dtype not in _DTYPES:
-            raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(_DTYPES)}")
+        if self.dtype not in FLOATS:
+            raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(FLOATS)}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The parameters' dtype as torch names it."""
-        return _DTYPES[self.dtype]
+        return FLOATS[self.dtype]
 
 
 def read_tokenizer(source: str, role: str) -> PreTrainedTokenizerFast:
@@ -142,10 +146,9 @@ def _unknown_config(folder: Path) -> PreTrainedConfig | None:
     Such as the original format's: the tokenizer is then read by its own files, and nobody is
     warned of what is meant to be so.
     """
-    path = folder / "config.json"
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
+        model_type = read_json(folder / "config.json").get("model_type")
+    except CheckpointError:
         return None
     return None if model_type in CONFIG_MAPPING else PreTrainedConfig()
 
@@ -159,7 +162,7 @@ def add_tokens(
     token first (Vicuna: 32000 and 32001).
     """
     for token in (image_token, pad_token):
-        if token not in _added_tokens(tokenizer):
+        if token not in added_tokens(tokenizer):
             tokenizer.add_tokens(
                 [AddedToken(token, special=True, normalized=False)], special_tokens=True
             )
@@ -173,7 +176,7 @@ def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     Raises:
         CheckpointError: the tokenizer does not have it.
     """
-    found = _added_tokens(tokenizer).get(token)
+    found = added_tokens(tokenizer).get(token)
     if found is None:
         raise CheckpointError(
             f"the tokenizer has no token {token!r}: load it with load_tokenizer, which adds it"
@@ -181,30 +184,24 @@ def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     return found
 
 
-def _added_tokens(tokenizer: Any) -> dict[str, int]:
+def added_tokens(tokenizer: Any) -> dict[str, int]:
+    """Return the ids of a tokenizer's added tokens; transformers' annotations lack the method."""
     return tokenizer.get_added_vocab()
 
 
 def image_seq_length(spec: ModelSpec) -> int:
-    """Return the number of placeholders of one picture: patches, the class token left out.
-
-    Reads the tower's ``config.json`` only.
-
-    Raises:
-        CheckpointError: the source is no CLIP tower.
-        ConfigError: ``image_size`` is not the tower's.
-    """
-    return num_patches(read_tower_config(spec), spec.image_size)
+    """Return the number of placeholders of one image; see :func:`read_tower_config`."""
+    return num_patches(read_tower_config(spec))
 
 
 def read_tower_config(spec: ModelSpec) -> Any:
-    """Read the tower's config.
+    """Read the tower's ``config.json``, and ``preprocessor_config.json`` if it is there.
 
     Raises:
-        CheckpointError: the source is no CLIP tower.
+        CheckpointError: the source is no tower that is known.
         ConfigError: ``image_size`` or the feature layers are not the tower's.
     """
-    config = clip_vision_config(spec.vision_tower, "vision_tower")
+    config = load_tower_config(spec.vision_tower)
     check_tower_config(config, spec)
     return config
 
@@ -230,35 +227,25 @@ def check_tower_config(config: Any, spec: ModelSpec) -> None:
         )
 
 
-def clip_vision_config(source: str, role: str) -> Any:
-    """Read the config of a CLIP tower; of a whole CLIP model its vision half.
+def load_tower_config(source: str) -> Any:
+    """Read the config of a vision tower; of a whole model that of its vision half.
 
     Raises:
-        CheckpointError: the source is another kind of model.
+        CheckpointError: the source is no tower that is known.
     """
-    config: Any = load_config(source, role)
+    config: Any = load_config(source, "vision_tower")
     config = getattr(config, "vision_config", config)
-    if config.model_type != "clip_vision_model":
-        raise CheckpointError(
-            f"{role}={source!r} is a {config.model_type!r} model, not a CLIP "
-            "tower: name a CLIP model, such as openai/clip-vit-large-patch14-336"
-        )
+    try:
+        tower_of(config)
+    except CheckpointError as error:
+        raise error.at(f"vision_tower={source!r}") from None
+    read_preprocessing(local_folder(source, "vision_tower", weights=False), config)
     return config
-
-
-def num_patches(tower_config: Any, image_size: int) -> int:
-    """Return how many patches a square picture has."""
-    return (image_size // tower_config.patch_size) ** 2
 
 
 def padded_rows(num_rows: int, num_tokens: int) -> int:
     """Return the embedding rows for ``num_tokens`` ids; never fewer than there are."""
     return math.ceil(max(num_tokens, num_rows) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
-def vocabulary_rows(config: Any) -> int:
-    """Return the rows of a network's embeddings."""
-    return int(config.text_config.vocab_size)
 
 
 def network_config(
@@ -268,19 +255,17 @@ def network_config(
     feature_layers: Sequence[int],
     num_tokens: int,
     image_token_id: int,
-    image_seq_length: int,
     special_ids: Mapping[str, int | None] | None = None,
 ) -> VipLlavaConfig:
     """Make the config of a VipLlava from those of its parts, which stay as they are.
 
     Args:
-        tower_config: of a CLIP vision tower.
+        tower_config: of a vision tower.
         text_config: of a causal language model, with its own vocabulary.
         feature_layers: see :class:`ModelSpec`.
         num_tokens: ids of the tokenizer, image and padding token included; the vocabulary grows
             to hold them, see :func:`padded_rows`.
         image_token_id: the placeholder's id.
-        image_seq_length: placeholders of one picture.
         special_ids: the tokenizer's ``pad_token_id``, ``bos_token_id`` and ``eos_token_id``.
     """
     tower_config, text_config = copy.deepcopy(tower_config), copy.deepcopy(text_config)
@@ -294,7 +279,7 @@ def network_config(
         vision_config=tower_config,
         text_config=text_config,
         image_token_index=image_token_id,
-        image_seq_length=image_seq_length,
+        image_seq_length=num_patches(tower_config),
         tie_word_embeddings=bool(getattr(text_config, "tie_word_embeddings", False)),
         **{feature_layers_field(): list(feature_layers)},
         **(special_ids or {}),
@@ -311,10 +296,17 @@ def feature_layers_field() -> str:
     return singular if hasattr(VipLlavaConfig(), singular) else singular + "s"
 
 
+def network_class(config: Any) -> type[VipLlavaForConditionalGeneration]:
+    """Return the network's class: transformers' own, which drops one token, where that fits."""
+    if tower_of(config.vision_config).num_prefix_tokens == 1:
+        return VipLlavaForConditionalGeneration
+    return VipLlavaPatchesForConditionalGeneration
+
+
 def empty_network(config: VipLlavaConfig, dtype: torch.dtype) -> VipLlavaForConditionalGeneration:
     """Make the network on the meta device: shapes and names, no memory."""
     with torch.device("meta"):
-        model: Any = VipLlavaForConditionalGeneration(copy.deepcopy(config))
+        model: Any = network_class(config)(copy.deepcopy(config))
     return model.to(dtype).eval()
 
 
@@ -364,7 +356,7 @@ def materialise(
                 options["device_map"] = {"": placement.device}
             model = _load_by_transformers(config, tensors, source, role, options)
         else:
-            model = hollow_network(config, **options)
+            model = hollow_network(network_class(config), config, **options)
             read = one_to_one(model, tensors, stored_name)
             if read is None:
                 # It does not fit, which is reported here, or fits in a way that transformers knows.
@@ -384,13 +376,23 @@ def _load_by_transformers(
     role: str,
     options: dict[str, Any],
 ) -> VipLlavaForConditionalGeneration:
+    whole: Any = config
+    if whole.vision_config.model_type != CLIP.model_type:
+        # Of published names transformers knows those with CLIP's tower.
+        tensors = {_name_in_memory(name): lazy for name, lazy in tensors.items()}
     state = {
         name: read_tensor(lazy) if isinstance(lazy, ComputedTensor) else lazy
         for name, lazy in tensors.items()
     }
-    return load_strictly(
-        VipLlavaForConditionalGeneration, source, role, config=config, state_dict=state, **options
-    )
+    cls = network_class(config)
+    return load_strictly(cls, source, role, config=config, state_dict=state, **options)
+
+
+def _name_in_memory(name: str) -> str:
+    for stored, own in _IN_MEMORY.items():
+        if name.startswith(stored):
+            return own + name.removeprefix(stored)
+    return name
 
 
 def generation_config_for(
@@ -445,8 +447,8 @@ def initial_projector(config: VipLlavaConfig, seed: int) -> dict[str, torch.Tens
 def projector_shapes(config: VipLlavaConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every projector weight, in the order in which they are drawn."""
     sizes: Any = config
-    num_layers = len(getattr(sizes, feature_layers_field()))
-    inputs, width = num_layers * sizes.vision_config.hidden_size, sizes.text_config.hidden_size
+    inputs = len(feature_layers_of(config)) * sizes.vision_config.hidden_size
+    width = sizes.text_config.hidden_size
     return {
         f"{PROJECTOR}.projector_layernorm.weight": (inputs,),
         f"{PROJECTOR}.projector_layernorm.bias": (inputs,),

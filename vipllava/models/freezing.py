@@ -11,7 +11,7 @@ from torch import nn
 from transformers import VipLlavaForConditionalGeneration
 
 from vipllava.models.adapters import adapter_parameters, has_adapters
-from vipllava.models.image_features import read_modules
+from vipllava.models.image_features import read_parameters
 from vipllava.types import ConfigError
 
 PARTS = ("vision_tower", "projector", "language_model")
@@ -77,9 +77,8 @@ def set_trainable(model: VipLlavaForConditionalGeneration, parts: Sequence[str])
                 parameter.requires_grad_(part in parts)
         if part == "language_model" and has_adapters(model):
             model.lm_head.requires_grad_(False)
-    tower = model.model.vision_tower
-    read = {id(p) for module in read_modules(model) for p in module.parameters()}
-    for parameter in tower.parameters():
+    read = set(map(id, read_parameters(model)))
+    for parameter in model.model.vision_tower.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in read)
 
 

@@ -7,11 +7,12 @@ files a model needs, and errors that say what to do.
 from __future__ import annotations
 
 import fnmatch
+import json
 import logging
 import re
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from vipllava.types import CheckpointError
 
@@ -74,6 +75,23 @@ def local_folder(source: str, role: str, *, weights: bool = True) -> Path:
             )
             return folder
         raise _refusal(source, role, error, errors) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a model.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds something else.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): write or download it again"
+        ) from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} holds no JSON object: write or download it again")
+    return cast("dict[str, Any]", raw)
 
 
 def _is_unreachable(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Pictures to what the language model reads: normalised, through tower and projector."""
+"""Images to what the language model reads: normalised, through tower and projector."""
 
 from __future__ import annotations
 
@@ -8,42 +8,57 @@ import torch
 from torch import nn
 from transformers import VipLlavaForConditionalGeneration
 
-from vipllava.models.building import feature_layers_field
+from vipllava.models.opening import feature_layers_of
+from vipllava.models.towers import preprocessing_of, tower_of
+from vipllava.types import Preprocessing
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-
-def normalise_pixels(pixel_values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Turn uint8 pictures into what CLIP expects, on the device they are on.
+def normalise_pixels(
+    pixel_values: torch.Tensor, dtype: torch.dtype, preprocessing: Preprocessing
+) -> torch.Tensor:
+    """Turn uint8 images into what a tower expects, on the device they are on.
 
     Args:
         pixel_values: uint8 [num_images, 3, height, width].
         dtype: of the result; the arithmetic is float32.
+        preprocessing: of the tower.
 
     Returns:
-        ``dtype`` [num_images, 3, height, width], zero mean and unit variance by CLIP's constants.
+        ``dtype`` [num_images, 3, height, width].
     """
-    mean = torch.tensor(CLIP_MEAN, device=pixel_values.device).view(1, 3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=pixel_values.device).view(1, 3, 1, 1)
+    mean, std = (
+        torch.tensor(values, device=pixel_values.device).view(1, 3, 1, 1)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
     return ((pixel_values.float() / 255.0 - mean) / std).to(dtype)
 
 
-def read_modules(model: VipLlavaForConditionalGeneration) -> tuple[nn.Module, ...]:
-    """Return what :func:`image_features` runs of the vision tower.
+def read_modules(
+    model: VipLlavaForConditionalGeneration,
+) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return what :func:`image_features` runs of the vision tower: before the blocks, and blocks.
 
     The rest, which is what comes behind the deepest feature layer, decides nothing.
     """
-    tower: Any = model.model.vision_tower
-    blocks = tower.encoder.layers[: max(_feature_layers(model))]
-    return tower.embeddings, tower.pre_layrnorm, *blocks
+    network, tower = model.model.vision_tower, tower_of(model.config.vision_config)
+    blocks = list(network.get_submodule(tower.blocks).children())
+    before = [network.get_submodule(name) for name in tower.before_blocks]
+    return before, blocks[: max(_feature_layers(model))]
+
+
+def read_parameters(model: VipLlavaForConditionalGeneration) -> list[nn.Parameter]:
+    """Return the weights of the vision tower that the features depend on."""
+    unread = tower_of(model.config.vision_config).unread
+    left_out = {id(model.model.vision_tower.get_parameter(name)) for name in unread}
+    read = [p for modules in read_modules(model) for m in modules for p in m.parameters()]
+    return [parameter for parameter in read if id(parameter) not in left_out]
 
 
 def _feature_layers(model: VipLlavaForConditionalGeneration) -> list[int]:
     """Return the hidden states that the projector reads; 0 is what goes into the first block."""
-    tower: Any = model.model.vision_tower
-    count = len(tower.encoder.layers) + 1
-    return [k if k >= 0 else count + k for k in getattr(model.config, feature_layers_field())]
+    config: Any = model.config
+    count = config.vision_config.num_hidden_layers + 1
+    return [k if k >= 0 else count + k for k in feature_layers_of(config)]
 
 
 def image_features(
@@ -61,14 +76,19 @@ def image_features(
     Returns:
         [num_images, image_seq_length, hidden size of the language model].
     """
-    tower: Any = model.model.vision_tower
+    config: Any = model.config.vision_config
     layers = _feature_layers(model)
-    embeddings, norm, *blocks = read_modules(model)
-    hidden = norm(embeddings(normalise_pixels(pixel_values, tower.dtype)))
+    before, blocks = read_modules(model)
+    hidden = normalise_pixels(
+        pixel_values, model.model.vision_tower.dtype, preprocessing_of(config)
+    )
+    for module in before:
+        hidden = module(hidden)
     states = {0: hidden}
     for number, block in enumerate(blocks, start=1):
         hidden = block(hidden, attention_mask=None)
         if number in layers:
             states[number] = hidden
-    read = torch.cat([states[layer][:, 1:] for layer in layers], dim=-1)  # [:, 0] is the class
+    first = tower_of(config).num_prefix_tokens
+    read = torch.cat([states[layer][:, first:] for layer in layers], dim=-1)
     return model.model.multi_modal_projector(read)

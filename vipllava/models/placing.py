@@ -65,16 +65,16 @@ class OnDevice:
 
 
 def hollow_network(
-    config: VipLlavaConfig, dtype: torch.dtype, attn_implementation: Any
+    make: Any, config: VipLlavaConfig, dtype: torch.dtype, attn_implementation: Any
 ) -> VipLlavaForConditionalGeneration:
     """Make a network whose parameters are on the meta device and whose buffers hold their values.
 
     Args:
+        make: class of the network.
         config: of the network; it is copied.
         dtype: of the parameters.
         attn_implementation: as transformers takes it.
     """
-    make: Any = VipLlavaForConditionalGeneration
     # Buffers follow from the config, and are computed on the CPU whatever the caller's default is.
     with torch.device("cpu"), _parameters_on_meta():
         model = make._from_config(

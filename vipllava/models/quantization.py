@@ -6,8 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
-
+from vipllava.models.tensor_files import FLOATS
 from vipllava.types import ConfigError
 
 KEPT_WHOLE: Final = (
@@ -21,11 +20,6 @@ KEPT_WHOLE: Final = (
 """Modules that keep their precision; bitsandbytes would take every linear layer otherwise."""
 
 _TYPES: Final = ("nf4", "fp4")
-_DTYPES: Final = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +45,8 @@ class QuantizationSettings:
             problems.append(f"bits={self.bits} must be 4 or 8")
         if self.type not in _TYPES:
             problems.append(f"type={self.type!r} must be one of {', '.join(_TYPES)}")
-        if self.compute_dtype not in _DTYPES:
-            known = ", ".join(_DTYPES)
+        if self.compute_dtype not in FLOATS:
+            known = ", ".join(FLOATS)
             problems.append(f"compute_dtype={self.compute_dtype!r} must be one of {known}")
         if problems:
             raise ConfigError("the quantisation is impossible: " + "; ".join(problems))
@@ -83,6 +77,6 @@ def quantization_config(settings: QuantizationSettings | None) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type=settings.type,
         bnb_4bit_use_double_quant=settings.double_quantization,
-        bnb_4bit_compute_dtype=_DTYPES[settings.compute_dtype],
+        bnb_4bit_compute_dtype=FLOATS[settings.compute_dtype],
         llm_int8_skip_modules=kept,
     )

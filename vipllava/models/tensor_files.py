@@ -20,11 +20,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vipllava.config.machine_faults import disk_errno
+from vipllava.models.hub_models import read_json
 from vipllava.types import CheckpointError, first_line
 
 LazyTensor: TypeAlias = Any
 """A ``torch.Tensor`` (possibly mapped from a file), a slice of safetensors, read by ``[...]``, or a
 :class:`ComputedTensor`."""
+
+FLOATS: Final = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""What a network is held and computed in, by the names of settings."""
 
 SHARD_BYTES: Final = 5 * 10**9
 _INDICES: Final = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -169,13 +177,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _open_shards(index: Path, role: str) -> dict[str, LazyTensor]:
-    try:
-        raw: Any = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = cast("dict[str, str]", dict(raw["weight_map"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{index} is no index of weights ({error}): download it again"
-        ) from error
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} is no index of weights: download it again")
+    weight_map = cast("dict[str, str]", weight_map)
     files = sorted(set(weight_map.values()))
     missing = [name for name in files if not (index.parent / name).is_file()]
     if missing:

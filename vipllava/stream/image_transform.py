@@ -6,13 +6,13 @@ Three aspects (sizes as in LLaVA-1.5):
 * ``pad``: pad to a square in the mean colour, then resize (stages 2 and 3, inference).
 * ``resize``: to ``size`` x ``size`` whatever the aspect (VCR evaluation).
 
-The fast path resizes with torch's uint8 bicubic, within one level of Pillow's. Padding comes
+The fast path resizes with torch's uint8 kernels, within one level of Pillow's. Padding comes
 first: resizing first would shift the picture by part of a pixel.
 """
 
 from __future__ import annotations
 
-from typing import Final, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from vipllava.records.image_decode import decode_image, image_size
-from vipllava.types import RGB, BBox, ConfigError
+from vipllava.types import RGB, BBox, ConfigError, Preprocessing
 
 __all__ = [
-    "CLIP_MEAN",
-    "CLIP_STD",
-    "PAD_COLOUR",
     "ImageAspect",
     "ImageTransform",
     "decode_image",
@@ -35,10 +32,6 @@ __all__ = [
 ]
 
 ImageAspect = Literal["square", "pad", "resize"]
-CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
-PAD_COLOUR: Final[RGB] = (122, 116, 104)
-"""CLIP's mean colour in 8 bits."""
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -49,9 +42,10 @@ class ImageTransform:
     Args:
         size: side of the network's input, pixels.
         aspect: one of ``square``, ``pad``, ``resize``.
+        preprocessing: of the vision tower: its resampling, and the colour of the padding.
     """
 
-    def __init__(self, size: int, aspect: ImageAspect) -> None:
+    def __init__(self, size: int, aspect: ImageAspect, preprocessing: Preprocessing) -> None:
         if size < 1:
             raise ConfigError(f"image size is {size}; it must be positive")
         if aspect not in get_args(ImageAspect):
@@ -59,21 +53,23 @@ class ImageTransform:
             raise ConfigError(f"unknown image aspect `{aspect}`; known: {known}")
         self.size = size
         self.aspect: ImageAspect = aspect
+        self.preprocessing = preprocessing
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Transform one RGB picture; the result is contiguous uint8 [3, size, size]."""
         if self.aspect == "resize" and image.width < self.size < image.height:
             # Wider and lower at once: releases of Pillow differ in which pass comes first.
-            return reference_transform(image, self.size, self.aspect)
+            return reference_transform(image, self.size, self.aspect, self.preprocessing)
         pixels = np.array(image)
         if self.aspect == "pad":
-            pixels = _pad(pixels)
+            pixels = _pad(pixels, self.preprocessing.pad_colour)
         stored = pixels.shape[1], pixels.shape[0]
         width, height = _resized_size(stored, self.size, self.aspect)
         # A contiguous [height, width, 3] array is channels-last, torch's fast layout here.
         planes = torch.as_tensor(pixels).permute(2, 0, 1)[None]
         if (height, width) != tuple(planes.shape[2:]):
-            planes = F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True)
+            mode = self.preprocessing.resampling
+            planes = F.interpolate(planes, size=(height, width), mode=mode, antialias=True)
         top, left = (height - self.size) // 2, (width - self.size) // 2
         return planes[0, :, top : top + self.size, left : left + self.size].contiguous()
 
@@ -108,26 +104,29 @@ class ImageTransform:
         return f"ImageTransform(size={self.size}, aspect={self.aspect!r})"
 
 
-def reference_transform(image: Image.Image, size: int, aspect: ImageAspect) -> torch.Tensor:
+def reference_transform(
+    image: Image.Image, size: int, aspect: ImageAspect, preprocessing: Preprocessing
+) -> torch.Tensor:
     """Do the same with Pillow alone, step by step: the measure of the fast path."""
+    resampling = Image.Resampling[preprocessing.resampling.upper()]
     if aspect == "pad":
         side = max(image.size)
-        canvas = Image.new("RGB", (side, side), PAD_COLOUR)
+        canvas = Image.new("RGB", (side, side), preprocessing.pad_colour)
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = canvas
     if aspect == "square":
         short, long = sorted(image.size)
         longer = int(size * long / short)
         wide = image.width > image.height
-        resized = image.resize((longer, size) if wide else (size, longer), Image.Resampling.BICUBIC)
+        resized = image.resize((longer, size) if wide else (size, longer), resampling)
         left, top = (resized.width - size) // 2, (resized.height - size) // 2
         image = resized.crop((left, top, left + size, top + size))
     else:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+        image = image.resize((size, size), resampling)
     return torch.as_tensor(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _pad(pixels: Pixels) -> Pixels:
+def _pad(pixels: Pixels, colour: RGB) -> Pixels:
     """Centre on a square; an odd pixel goes to the right or the bottom."""
     height, width = pixels.shape[:2]
     if height == width:
@@ -136,7 +135,7 @@ def _pad(pixels: Pixels) -> Pixels:
     top, left = (side - height) // 2, (side - width) // 2
     canvas = np.empty((side, side, 3), dtype=np.uint8)
     # Whole rows at once: numpy broadcasts three bytes to a picture ten times slower.
-    band = np.tile(np.array(PAD_COLOUR, dtype=np.uint8), side).reshape(side, 3)
+    band = np.tile(np.array(colour, dtype=np.uint8), side).reshape(side, 3)
     canvas[:top], canvas[top + height :] = band, band
     canvas[:, :left], canvas[:, left + width :] = band[:left], band[left + width :]
     canvas[top : top + height, left : left + width] = pixels

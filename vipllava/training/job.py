@@ -48,37 +48,37 @@ def build_datamodule(cfg: DictConfig, tokenizer: Any = None) -> VisualPromptData
     """
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.conversation import ConversationEncoder
-    from vipllava.models.building import image_seq_length, token_id
+    from vipllava.models.building import read_tower_config, token_id
+    from vipllava.models.towers import num_patches, preprocessing_of
     from vipllava.stream.image_transform import ImageTransform
 
     _make_sample_data(cfg)
     spec = model_spec(cfg)
+    tower = read_tower_config(spec)
     tokenizer = tokenizer or load_tokenizer(spec)
     encoder = ConversationEncoder(
         tokenizer,
         cfg.stage.chat_template,
         image_token_id=token_id(tokenizer, spec.image_token),
-        image_seq_length=image_seq_length(spec),
+        image_seq_length=num_patches(tower),
         max_length=cfg.stage.max_length,
     )
-    transform = ImageTransform(spec.image_size, cfg.stage.image_aspect)
+    transform = ImageTransform(spec.image_size, cfg.stage.image_aspect, preprocessing_of(tower))
     return partial(cfg.data)(encoder=encoder, image_transform=transform)
 
 
 def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
     """Return the sizes of the network that a spec describes; reads config files only."""
     from vipllava.forecast.architecture import architecture_of
-    from vipllava.models.building import network_config, num_patches, read_tower_config, token_id
+    from vipllava.models.building import network_config, read_tower_config, token_id
     from vipllava.models.opening import load_config
 
-    tower = read_tower_config(spec)
     config = network_config(
-        tower,
+        read_tower_config(spec),
         load_config(spec.language_model, "language_model"),
         feature_layers=spec.feature_layers,
         num_tokens=len(tokenizer),
         image_token_id=token_id(tokenizer, spec.image_token),
-        image_seq_length=num_patches(tower, spec.image_size),
     )
     return architecture_of(config)
 

@@ -17,6 +17,7 @@ from PIL import Image
 from tests.toy_data import make_manifest, said
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.ingest.lint import Finding, LintLimits, LintReport, lint_entry, lint_shards
+from vipllava.models.towers import CLIP
 from vipllava.shards.tar_index import index_path
 from vipllava.shards.tars import Entry, ShardSet, index_shard
 from vipllava.stream.image_transform import ImageTransform
@@ -162,7 +163,10 @@ def sample_encoder(
 ) -> SampleEncoder:
     """Return what the job would make samples with."""
     return SampleEncoder(
-        policies or published_policies(), encoder, ImageTransform(size, "pad"), seed=seed
+        policies or published_policies(),
+        encoder,
+        ImageTransform(size, "pad", CLIP.preprocessing),
+        seed=seed,
     )
 
 

@@ -29,6 +29,7 @@ from tests.ingest.lint.corpus import (
 from tests.toy_data import said
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.ingest.lint import LintLimits
+from vipllava.models.towers import CLIP
 from vipllava.types import IGNORE_INDEX, ConfigError, Encoded, Turn
 from vipllava.visual_prompts.policies import ShapeRanges, VisualPromptPolicy
 
@@ -179,7 +180,7 @@ def test_a_picture_that_a_crop_cuts_off(encoder: ConversationEncoder) -> None:
     from vipllava.stream.image_transform import ImageTransform
 
     samples = sample_encoder(encoder)
-    samples.transform = ImageTransform(224, "square")
+    samples.transform = ImageTransform(224, "square", CLIP.preprocessing)
     corner = [[0, 20, 40, 230], BOX2]  # a square crop of 336 x 252 starts at column 42
     prompts = [{"shape": "rectangle", "width": 1, "alpha": 255}, {"shape": "rectangle"}]
     record = record_of("regions", bboxes=corner, segmentations=..., visual_prompts=prompts)
