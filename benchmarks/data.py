@@ -21,9 +21,9 @@ from PIL import Image, ImageDraw
 
 from vipllava.keyed_random import generator_for
 from vipllava.models.towers import CLIP
+from vipllava.records.image_decode import decode_image
 from vipllava.stream.image_transform import (
     ImageTransform,
-    decode_image,
     reference_transform,
 )
 from vipllava.types import Region, VisualPromptPlan

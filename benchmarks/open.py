@@ -167,7 +167,8 @@ def _resume(way: str, manifest: Manifest, root: Path) -> dict[str, Any]:
         )
         place = Cursor(0, step=4687, samples=4687 * _BATCH)
     pack_length = 4096 if way == "packed" else None
-    loader = StepLoader(dataset, StepSampler(plan), pad_token_id=0, pack_length=pack_length)
+    collator = dataset.sample_encoder.collator(pack_length=pack_length)
+    loader = StepLoader(dataset, StepSampler(plan), collator)
     state = {**loader.state_dict(), **asdict(place)}
     loader.load_state_dict(state)
     batch = next(iter(loader))

@@ -114,7 +114,7 @@ def _stream(root: Path, encoder: SampleEncoder, workers: int) -> StepLoader:
     parts = plan_parts({_NAME: source.shards.shard_sizes}, {_NAME: MixEntry(epochs=1.0)})
     sampler = StepSampler(SampleBatches(SampleOrder(parts, _SEED), _BATCH))
     dataset = VisualPromptDataset([source], encoder)
-    return StepLoader(dataset, sampler, pad_token_id=0, num_workers=workers)
+    return StepLoader(dataset, sampler, dataset.sample_encoder.collator(), num_workers=workers)
 
 
 def _plain(
@@ -165,7 +165,7 @@ def _from_pillow(raw: dict[str, Any], encoder: SampleEncoder) -> EncodedSample:
     sample = _parse(key, raw["json"], raw["bytes"])
     rng = marks_generator(_SEED, 0, _NAME, key)
     plan = sample_plan(sample.regions, picture.size, encoder.policies[sample.policy], rng)
-    encoded = encoder.encoder.encode(refer_turns(sample.turns, plan))
+    encoded = encoder.conversation_encoder.encode(refer_turns(sample.turns, plan))
     return EncodedSample(key, encoded, encoder.transform(render_plan(picture, plan)))
 
 

@@ -49,7 +49,7 @@ from vipllava.models.freezing import modules_of
 from vipllava.models.image_features import normalise_pixels
 from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.models.towers import CLIP
-from vipllava.stream.collate import collate_packs
+from vipllava.stream.collate import Collator
 from vipllava.stream.packing import plan_packs
 from vipllava.training.metrics import BatchFlops
 from vipllava.training.optim import OptimizerSettings, build_optimizer, parameter_groups
@@ -198,15 +198,8 @@ def batches(case: Case, rows: str) -> list[Batch]:
         count = case.micro_batch_size
         single = [[sample] for sample in samples]
         micro_batches = [single[n : n + count] for n in range(0, len(single), count)]
-    made = [
-        collate_packs(
-            rows_of_step,
-            pad_token_id=case.pad_token_id,
-            image_size=case.image_size,
-            pack_length=length,
-        )
-        for rows_of_step in micro_batches
-    ]
+    collator = Collator(case.pad_token_id, case.image_size, pack_length=length)
+    made = [collator(rows_of_step) for rows_of_step in micro_batches]
     for batch in made:
         batch.num_supervised_global = batch.num_supervised
     return made

@@ -299,6 +299,9 @@ class Batch:
         progress: share of the epoch's samples consumed when this step is done, 0..1; None where
             the number of steps is known and says the same.
         keys: ``dataset/key`` of the samples in row order.
+        datasets: names of their data sets.
+        num_repeats: how many of them, the last ones, only fill up an epoch's last global batch:
+            samples that another place of it has, without labels.
     """
 
     input_ids: torch.Tensor
@@ -309,6 +312,13 @@ class Batch:
     num_supervised_global: int = 0
     progress: float | None = None
     keys: tuple[str, ...] = field(default=())
+    datasets: tuple[str, ...] = field(default=())
+    num_repeats: int = 0
+
+    @property
+    def counted_keys(self) -> tuple[str, ...]:
+        """Keys of the samples without the repeats."""
+        return self.keys[: len(self.keys) - self.num_repeats]
 
     @property
     def num_supervised(self) -> int:

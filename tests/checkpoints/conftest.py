@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vipllava.checkpoints.export_meta import ExportMeta
+from tests import tiny_meta
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.models.building import ModelSpec
 
 LAYERS = (-1, -2, 1)
 FAMILIES = ("language_model", "tied_language_model", "phi3", "mistral", "qwen2")
-META = ExportMeta(
-    stage="gpt4v",
-    chat_template="llava_v1",
-    image_aspect="pad",
-    image_size=28,
-    image_seq_length=4,
-    feature_layers=LAYERS,
-    vision_tower="tower",
-    language_model="language",
-)
+META = replace(tiny_meta.META, stage="gpt4v")
 
 
 @pytest.fixture

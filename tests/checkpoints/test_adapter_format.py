@@ -12,29 +12,18 @@ from transformers import VipLlavaForConditionalGeneration
 pytest.importorskip("peft")
 
 from tests.models.test_adapters import SMALL, logits_of, train_a_little
+from tests.tiny_meta import META
 from vipllava.checkpoints.adapter_format import (
     load_adapter,
     save_adapter,
     stored_settings,
     write_llava_adapter,
 )
-from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer, open_source
 from vipllava.models.adapters import add_adapters
 from vipllava.models.building import ModelSpec
 from vipllava.types import CheckpointError
-
-META = ExportMeta(
-    stage="finetune",
-    chat_template="llava_v1",
-    image_aspect="pad",
-    image_size=28,
-    image_seq_length=4,
-    feature_layers=(-1, -2, 1),
-    vision_tower="tower",
-    language_model="language",
-)
 
 
 @pytest.fixture

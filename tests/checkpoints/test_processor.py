@@ -10,6 +10,7 @@ import pytest
 import yaml
 from transformers import AutoProcessor, AutoTokenizer
 
+from tests import tiny_meta
 from tests.conversation.conftest import (  # noqa: F401
     llama3_like,
     llama_like,
@@ -17,7 +18,7 @@ from tests.conversation.conftest import (  # noqa: F401
     phi3_like,
     smol_like,
 )
-from vipllava.checkpoints.export_meta import ExportMeta, load_meta
+from vipllava.checkpoints.export_meta import load_meta
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.checkpoints.model_card import model_card
@@ -34,12 +35,8 @@ from vipllava.models.building import ModelSpec, add_tokens
 from vipllava.models.opening import load_config
 from vipllava.types import Turn
 
-META = ExportMeta(
-    stage="finetune",
-    chat_template="llava_v1",
-    image_aspect="pad",
-    image_size=28,
-    image_seq_length=4,
+META = replace(
+    tiny_meta.META,
     feature_layers=(-1,),
     vision_tower="openai/clip-vit-large-patch14-336",
     language_model="lmsys/vicuna-7b-v1.5",
@@ -58,9 +55,7 @@ def _processor(tokenizer, template: str):
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     vision = SimpleNamespace(model_type="clip_vision_model", patch_size=14)
     config = SimpleNamespace(image_token_id=image_id, vision_config=vision)
-    meta = ExportMeta(
-        **{**{n: getattr(META, n) for n in META.__slots__}, "chat_template": template}
-    )
+    meta = replace(META, chat_template=template)
     processor, agreement = build_processor(tokenizer, config, meta)
     return processor, agreement, ConversationEncoder(tokenizer, template, image_id, 4, 4096)
 

@@ -37,7 +37,10 @@ TRAIN_GROUPS = (
     "hydra",
 )
 GIVEN_WHEN_BUILT = {
-    "vipllava.stream.datamodule.VisualPromptDataModule": {"encoder", "image_transform"},
+    "vipllava.stream.datamodule.VisualPromptDataModule": {
+        "conversation_encoder",
+        "image_transform",
+    },
 }
 """Arguments that follow from the model and are added by the code that builds the object."""
 

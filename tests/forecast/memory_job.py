@@ -7,33 +7,21 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tests.training.rank_jobs import RankLoader, make_cpu_trainer, read_job
+
 
 def main(path: str) -> None:
-    warnings.simplefilter("ignore")
-    job = json.loads(Path(path).read_text())
-    import lightning
-    import torch
-
-    from tests.training.sharded_job import _strategy
-    from tests.training.toy_training import Loader, make_samples
+    job = read_job(path)
+    from tests.training.sharded_job import make_sharded_strategy
+    from tests.training.toy_training import make_samples
     from vipllava.models.adapters import AdapterSettings
     from vipllava.models.building import ModelSpec
     from vipllava.training.lit_module import VipLlavaLitModule
-
-    torch.set_num_threads(1)
-
-    class RankLoader(Loader):
-        def __len__(self) -> int:
-            return super().__len__() // 2
-
-        def __iter__(self):
-            for index, batch in enumerate(super().__iter__()):
-                if index % 2 == torch.distributed.get_rank():
-                    yield batch
 
     held: dict[str, int] = {}
 
@@ -44,18 +32,12 @@ def main(path: str) -> None:
 
     adapter = AdapterSettings(**job["adapter"]) if job["adapter"] else None
     module = Measuring(ModelSpec(**job["spec"]), job["trainable"], 1e-3, seed=3, adapter=adapter)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
+    trainer = make_cpu_trainer(
+        job["folder"],
         devices=2,
-        strategy=_strategy(job["strategy"]),
+        strategy=make_sharded_strategy(job["strategy"]),
         precision="bf16-mixed",
         max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=job["folder"],
     )
     trainer.fit(module, RankLoader(make_samples(8), 2, 2))
     rank = torch.distributed.get_rank()
@@ -64,7 +46,6 @@ def main(path: str) -> None:
 
 def _held(network: Any, trainer: Any) -> dict[str, int]:
     """Return the bytes of weights, and of what the optimizer keeps."""
-    import torch
 
     def size(tensors: Any) -> int:
         local = [getattr(t, "_local_tensor", t) for t in tensors]

@@ -9,8 +9,7 @@ import pytest
 from vipllava.forecast.job import (
     Corpus,
     DataSetShare,
-    Plan,
-    candidates,
+    RunPlan,
     checkpoint_bytes,
     choose_strategy,
     device_capacity,
@@ -19,6 +18,7 @@ from vipllava.forecast.job import (
     forecast,
     largest_micro_batch,
     micro_batches,
+    possible_strategies,
 )
 from vipllava.forecast.memory import Setup, device_memory
 from vipllava.forecast.published import published_architecture
@@ -58,7 +58,7 @@ def thirteen():
 
 
 def test_steps_work_and_how_often_data_are_seen(seven):
-    found = forecast(seven, SETUP, CORPUS, Plan(epochs=3, global_rows=128, device="A100"))
+    found = forecast(seven, SETUP, CORPUS, RunPlan(epochs=3, global_rows=128, device="A100"))
 
     assert found.num_steps == 60  # 2500 samples are 20 steps, the last one smaller
     assert (found.samples_per_step, found.tokens_per_step) == (128, 102_400)
@@ -75,17 +75,17 @@ def test_steps_work_and_how_often_data_are_seen(seven):
 
 
 def test_packs_hold_several_samples(seven):
-    plan = Plan(epochs=1, global_rows=32, samples_per_row=5.0, device="A100")
+    plan = RunPlan(epochs=1, global_rows=32, samples_per_row=5.0, device="A100")
     found = forecast(seven, SETUP, CORPUS, plan)
     assert (found.num_steps, found.samples_per_step) == (16, 160)
 
 
 def test_what_is_not_known_is_none(seven):
     unknown = replace(CORPUS, datasets=(DataSetShare("a", 0, 0),))
-    found = forecast(seven, SETUP, unknown, Plan(1, 128, device="A100"))
+    found = forecast(seven, SETUP, unknown, RunPlan(1, 128, device="A100"))
     assert (found.num_steps, found.hours, found.times_seen) == (None, None, {})
     assert found.flops_per_step > 0
-    assert forecast(seven, SETUP, CORPUS, Plan(1, 128, device="Quadro 1")).hours is None
+    assert forecast(seven, SETUP, CORPUS, RunPlan(1, 128, device="Quadro 1")).hours is None
 
 
 def test_checkpoints_and_exports(seven):
@@ -98,7 +98,7 @@ def test_checkpoints_and_exports(seven):
     assert export_bytes(seven, PROJECTOR) == 2 * (every + projector)
     lora = replace(SETUP, workload="lora", adapter_rank=128, strategy="ddp")
     assert export_bytes(seven, lora) == 4 * (every + projector + 319_815_680)
-    found = forecast(seven, SETUP, CORPUS, Plan(1, 128, num_checkpoints=2))
+    found = forecast(seven, SETUP, CORPUS, RunPlan(1, 128, num_checkpoints=2))
     assert found.disk_bytes == 3 * 12 * full + 2 * every
 
 
@@ -156,11 +156,11 @@ def test_where_nothing_fits_as_wanted_the_largest_counts(seven):
 
 
 def test_what_could_take_a_strategys_place():
-    assert candidates(replace(SETUP, num_devices=1)) == ("single",)
-    assert candidates(SETUP) == ("zero2", "zero3", "zero3_offload")
-    assert candidates(replace(SETUP, strategy="ddp"))[0] == "ddp"
-    assert candidates(replace(SETUP, workload="qlora")) == ("ddp",)
-    assert candidates(replace(SETUP, precision="32-true")) == ("ddp",)
+    assert possible_strategies(replace(SETUP, num_devices=1)) == ("single",)
+    assert possible_strategies(SETUP) == ("zero2", "zero3", "zero3_offload")
+    assert possible_strategies(replace(SETUP, strategy="ddp"))[0] == "ddp"
+    assert possible_strategies(replace(SETUP, workload="qlora")) == ("ddp",)
+    assert possible_strategies(replace(SETUP, precision="32-true")) == ("ddp",)
 
 
 def test_a_device_has_a_little_less_than_its_name_says():

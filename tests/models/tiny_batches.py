@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vipllava.stream.collate import EncodedSample, collate_packs
+from vipllava.stream.collate import Collator, EncodedSample
 from vipllava.types import IGNORE_INDEX, Batch, Encoded
 
 IMAGE = 259
@@ -19,7 +19,8 @@ def encoded_sample(
 ) -> EncodedSample:
     """Return a sample with these ids and labels."""
     columns = (np.array(column, dtype=np.int64) for column in (ids, labels))
-    return EncodedSample(key, Encoded(*columns, int(pixels is not None)), pixels)
+    encoded = Encoded(*columns, int(pixels is not None))
+    return EncodedSample(key, encoded, pixels, dataset=key.split("/")[0])
 
 
 def three_samples(seed: int = 0) -> list[EncodedSample]:
@@ -50,4 +51,4 @@ def three_samples(seed: int = 0) -> list[EncodedSample]:
 def batch_of(rows: Sequence[Sequence[EncodedSample]], padding: int = 2) -> Batch:
     """Collate rows; ``padding`` is added to the longest."""
     longest = max(sum(sample.encoded.length for sample in row) for row in rows)
-    return collate_packs(rows, pad_token_id=PAD, image_size=28, pack_length=longest + padding)
+    return Collator(PAD, image_size=28, pack_length=longest + padding)(rows)

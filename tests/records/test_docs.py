@@ -22,6 +22,7 @@ from vipllava.conversation.encode import ConversationEncoder
 from vipllava.files.pools import run_jobs
 from vipllava.ingest.lint import LintLimits, lint_shards
 from vipllava.keyed_random import generator_for
+from vipllava.models.towers import CLIP
 from vipllava.records import KINDS, kind_of, parse_record, with_kinds
 from vipllava.shards.manifest import MANIFEST_VERSION, Manifest
 from vipllava.shards.tars import write_shards
@@ -123,7 +124,8 @@ def test_its_lengths_are_estimated_and_forecast(
         f"shards: toy/*.tar\n{blocks('yaml')[0]}"
     )
     data = VisualPromptDataModule(
-        "toy", tmp_path, tmp_path, load_policies(), encoder, ImageTransform(SIDE, "pad"), 1, 2,
+        "toy", tmp_path, tmp_path, load_policies(), encoder,
+        ImageTransform(SIDE, "pad", CLIP.preprocessing), 1, 2,
         num_workers=0,
     )  # fmt: skip
     cfg = OmegaConf.create({"stage": {"max_length": 2048, "supervised_share": 0.5}})
@@ -132,7 +134,9 @@ def test_its_lengths_are_estimated_and_forecast(
     (source,) = data.dataset.sources
     # 4 + 10 letters and a space to each; 4 + 360; 3.6 bytes a token.
     assert source.shards.text_tokens(np.arange(2)).tolist() == [5, 102]
-    samples = SampleEncoder(load_policies(), encoder, ImageTransform(SIDE, "pad"), data.seed)
+    samples = SampleEncoder(
+        load_policies(), encoder, ImageTransform(SIDE, "pad", CLIP.preprocessing), data.seed
+    )
     lengths = [samples.encode_text(source.sample(n))[1].length for n in range(2)]
     assert num_proved == 2
     assert corpus.mean_tokens == pytest.approx(np.mean(lengths))
@@ -145,7 +149,9 @@ def test_lint_looks_at_it(signs: Manifest, tmp_path: Path, encoder: Conversation
     odd = {**RECORD, "segmentations": [[[25, 25, 115]], None]}
     leftover = {**RECORD, "written": ["STOP", "<bbox0>"]}
     write(tmp_path, RECORD, outside, crossing, odd, leftover)
-    samples = SampleEncoder(load_policies(), encoder, ImageTransform(336, "pad"), seed=0)
+    samples = SampleEncoder(
+        load_policies(), encoder, ImageTransform(336, "pad", CLIP.preprocessing), seed=0
+    )
     report = lint_shards(signs, tmp_path, samples, LintLimits(min_contrast=0), seed=0)
     assert [(finding.key, finding.code) for finding in report.findings] == [
         ("s1", "box-outside"),

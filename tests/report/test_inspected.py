@@ -42,7 +42,7 @@ def show(encoder: ConversationEncoder, turns: tuple[Turn, ...]) -> InspectedSamp
     """Show a conversation without its picture's pixels."""
     sample = make_sample(*(turn.text for turn in turns), size=None)
     trace = SampleTrace(
-        sample, VisualPromptPlan((0, 0)), turns, encoder.encode(turns), picture=None,
+        sample, VisualPromptPlan((0, 0)), turns, encoder.encode(turns), image=None,
         pixel_values=None,
     )  # fmt: skip
     transform = ImageTransform(SIDE, "pad", CLIP.preprocessing)
@@ -240,7 +240,7 @@ def test_labels_that_are_not_the_answers_are_reported(encoders: dict[str, Conver
     labels[5] = encoded.input_ids[5]
     trace = SampleTrace(
         make_sample("Sure?", "Yes.", size=None), VisualPromptPlan((0, 0)), turns,
-        replace(encoded, labels=labels), picture=None, pixel_values=None,
+        replace(encoded, labels=labels), image=None, pixel_values=None,
     )  # fmt: skip
     transform = ImageTransform(SIDE, "pad", CLIP.preprocessing)
     sample = inspect_trace(trace, encoder, transform, shard="a.tar", record_kind="regions")

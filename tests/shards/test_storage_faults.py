@@ -32,7 +32,7 @@ from vipllava.stream.batching import SampleBatches
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.loader import StepLoader, StepSampler
 from vipllava.stream.order import Part, SampleOrder
-from vipllava.stream.quarantine import FaultLog, FaultPolicy, read_quarantine
+from vipllava.stream.quarantine import BadSamplePolicy, QuarantineLog, read_quarantine
 from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
 from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import StorageError
@@ -77,16 +77,20 @@ def open_dataset(
         policies, encoder, ImageTransform(SIDE, "pad", CLIP.preprocessing), seed=7
     )
     # Whatever may be substituted is.
-    return VisualPromptDataset([source], samples, FaultPolicy("quarantine", 1.0))
+    return VisualPromptDataset([source], samples, BadSamplePolicy("quarantine", 1.0))
 
 
 def train(dataset: VisualPromptDataset, quarantine: Path, num_workers: int = 0) -> Stream:
     """Run through an epoch; what was quarantined lies in the file afterwards."""
     sizes = dataset.sources[0].shards.shard_sizes
     plan = SampleBatches(SampleOrder([Part("toy", sizes, NUM_SAMPLES)], 7), 4)
-    log = FaultLog(quarantine, dataset.policy)
+    log = QuarantineLog(quarantine, dataset.policy)
     loader = StepLoader(
-        dataset, StepSampler(plan), pad_token_id=0, num_workers=num_workers, fault_log=log
+        dataset,
+        StepSampler(plan),
+        dataset.sample_encoder.collator(),
+        num_workers=num_workers,
+        quarantine_log=log,
     )
     try:
         return [(batch.keys, batch.num_supervised_global) for batch in loader]
@@ -162,7 +166,7 @@ def test_a_command_that_fails_ends_the_run(
         copy.unlink()
     tars[1].rename(tmp_path / "away.tar")
     dataset = open_dataset(encoder, tmp_path, BRIEF)
-    dataset = VisualPromptDataset([source], dataset.encoder, dataset.policy)
+    dataset = VisualPromptDataset([source], dataset.sample_encoder, dataset.policy)
     error = fail(dataset, tmp_path)
     assert re.match(rf"{shards[1]}: given up after .*the command ended with status 1", str(error))
 

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,6 @@ def consumed(root: Path, name: str) -> dict[tuple[int, int], list[list[str]]]:
         rows = [
             ranks[rank][n] for n in range(longest) for rank in sorted(ranks) if n < len(ranks[rank])
         ]
-        rows = [row for row in rows if not row[0].endswith("#repeat")]
         epoch, number = step
         assert batches.setdefault((epoch, number), rows) == rows, (attempt, step)
     return batches
@@ -169,9 +169,10 @@ def _recorder(job: Job, log: Path) -> Any:
             if trainer.global_step == job.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             rows: list[list[str]] = []
-            keys = iter(batch.keys)
+            keys = iter(batch.counted_keys)
             for segments in batch.segment_ids.max(dim=1).values.tolist():
-                rows.append([next(keys) for _ in range(segments + 1)])
+                if row := list(islice(keys, segments + 1)):
+                    rows.append(row)
             entry = {
                 "epoch": trainer.current_epoch,
                 "step": trainer.global_step,

@@ -72,8 +72,8 @@ def test_every_sample_once_and_full_batches(name: str, epoch: int):
     assert seen == Counter(range(150))
     assert all(len(batch.rows) == plan.rows_per_batch for batch in batches[:-1])
     assert 1 <= len(batches[-1].rows) <= plan.rows_per_batch
-    assert len(batches) <= plan.max_steps(epoch)
-    assert not plan.exact or len(batches) == plan.max_steps(epoch)
+    assert len(batches) <= plan.max_steps()
+    assert not plan.exact or len(batches) == plan.max_steps()
     counts = np.cumsum([sum(map(len, batch.rows)) for batch in batches])
     assert [batch.after.samples for batch in batches] == counts.tolist()
     assert [batch.progress for batch in batches] == pytest.approx((counts / 150).tolist())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vipllava.stream.collate import EncodedSample, collate_packs
+from vipllava.stream.collate import Collator, EncodedSample
 from vipllava.types import IGNORE_INDEX, PADDING_SEGMENT, Encoded, RecordError
 
 
@@ -25,7 +25,7 @@ X, P = IGNORE_INDEX, PADDING_SEGMENT
 
 
 def test_rows_of_one_sample_are_padded_on_the_right() -> None:
-    batch = collate_packs([[A], [B]], pad_token_id=1, image_size=2)
+    batch = Collator(pad_token_id=1, image_size=2)([[A], [B]])
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 1]]
     assert batch.labels.tolist() == [[X, X, 7], [X, 9, X]]
     assert batch.position_ids.tolist() == [[0, 1, 2], [0, 1, 0]]
@@ -36,7 +36,7 @@ def test_rows_of_one_sample_are_padded_on_the_right() -> None:
 
 
 def test_packs_restart_positions_and_count_segments() -> None:
-    batch = collate_packs([[C, B, A], [D]], pad_token_id=0, image_size=2)
+    batch = Collator(pad_token_id=0, image_size=2)([[C, B, A], [D]])
     assert batch.input_ids.tolist() == [[4, 8, 9, 5, 6, 7], [2, 3, 0, 0, 0, 0]]
     assert batch.labels.tolist() == [[4, X, 9, X, X, 7], [2, 3, X, X, X, X]]
     assert batch.position_ids.tolist() == [[0, 0, 1, 0, 1, 2], [0, 1, 0, 1, 2, 3]]
@@ -52,24 +52,24 @@ def test_packs_restart_positions_and_count_segments() -> None:
     [({}, 6), ({"multiple_of": 4}, 8), ({"multiple_of": 6}, 6), ({"pack_length": 9}, 9)],
 )
 def test_row_lengths(lengths: dict[str, int], width: int) -> None:
-    batch = collate_packs([[A, B, C], [D]], pad_token_id=0, image_size=2, **lengths)
+    batch = Collator(pad_token_id=0, image_size=2, **lengths)([[A, B, C], [D]])
     assert batch.input_ids.shape == (2, width)
     assert batch.position_ids[1].tolist() == [0, 1, *range(width - 2)]
     assert batch.segment_ids[0].tolist() == [0, 0, 0, 1, 1, 2] + [P] * (width - 6)
 
 
 def test_a_pack_that_fills_its_row_has_no_padding() -> None:
-    batch = collate_packs([[A, B, C]], pad_token_id=0, image_size=2, pack_length=6)
+    batch = Collator(pad_token_id=0, image_size=2, pack_length=6)([[A, B, C]])
     assert P not in batch.segment_ids
 
 
 def test_a_batch_without_pictures_keeps_their_shape() -> None:
-    batch = collate_packs([[B, B]], pad_token_id=0, image_size=28)
+    batch = Collator(pad_token_id=0, image_size=28)([[B, B]])
     assert batch.pixel_values.shape == (0, 3, 28, 28)
     assert batch.pixel_values.dtype == torch.uint8
 
 
 def test_a_row_that_is_too_long_names_its_samples() -> None:
     with pytest.raises(RecordError, match=r"d/a, d/b: 5 ids do not fit .* of 4") as error:
-        collate_packs([[C], [A, B]], pad_token_id=0, image_size=2, pack_length=4)
+        Collator(pad_token_id=0, image_size=2, pack_length=4)([[C], [A, B]])
     assert error.value.fault == "too-long"

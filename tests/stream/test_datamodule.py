@@ -43,7 +43,7 @@ class Recorder(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         assert isinstance(batch, Batch)
-        self.seen.append((batch.keys, batch.num_supervised_global))
+        self.seen.append((batch.counted_keys, batch.num_supervised_global))
         return (self.weight * batch.num_supervised).sum() / batch.num_supervised_global
 
     def on_train_batch_end(self, *args: Any) -> None:
@@ -67,7 +67,7 @@ def make_module(
         "manifests_dir": manifests,
         "data_root": root,
         "policies": policies,
-        "encoder": encoder,
+        "conversation_encoder": encoder,
         "image_transform": ImageTransform(SIDE, "pad", CLIP.preprocessing),
         "micro_batch_size": 2,
         "global_batch_size": 4,
@@ -195,10 +195,8 @@ def test_two_real_ranks_see_what_one_sees(fitted: tuple[Path, Recorder]) -> None
     denominators = [[total for _, total in seen] for seen in ranks]
     assert denominators[0] == denominators[1] == [total for _, total in one.seen[:6]]
     keys = [key for seen in ranks for batch, _ in seen for key in batch]
-    assert sorted(key for key in keys if not key.endswith("#repeat")) == sorted(
-        key for batch, _ in one.seen[:6] for key in batch
-    )
-    assert sum(key.endswith("#repeat") for key in keys) == 2
+    assert sorted(keys) == sorted(key for batch, _ in one.seen[:6] for key in batch)
+    assert sum(not batch for seen in ranks for batch, _ in seen) == 2  # repeats alone
 
 
 def test_labels_are_proved_before_training(

@@ -8,10 +8,10 @@ from transformers import CLIPImageProcessor
 
 from tests.toy_data import encode_picture
 from vipllava.models.towers import CLIP
+from vipllava.records.image_decode import decode_image
 from vipllava.stream.image_transform import (
     ImageAspect,
     ImageTransform,
-    decode_image,
     reference_transform,
 )
 from vipllava.types import ConfigError

@@ -21,7 +21,7 @@ from tests.toy_stream import Build
 from vipllava.stream.batching import Cursor, GlobalBatch, PackedBatches, Row, SampleBatches
 from vipllava.stream.loader import StepLoader, StepSampler
 from vipllava.stream.order import Item, Part, SampleOrder
-from vipllava.stream.quarantine import FaultLog, FaultPolicy, read_quarantine
+from vipllava.stream.quarantine import BadSamplePolicy, QuarantineLog, read_quarantine
 from vipllava.stream.ranks import Ranks
 from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import (
@@ -46,13 +46,15 @@ def make_sampler(
 
 
 def make_loader(dataset: VisualPromptDataset, num_workers: int = 0, **division: Any) -> StepLoader:
-    options = {name: division.pop(name) for name in ("fault_log", "ranks") if name in division}
+    options = {name: division.pop(name) for name in ("quarantine_log", "ranks") if name in division}
     sampler = make_sampler(len(dataset.sources[0]), **division)
-    return StepLoader(dataset, sampler, pad_token_id=0, num_workers=num_workers, **options)
+    return StepLoader(
+        dataset, sampler, dataset.sample_encoder.collator(), num_workers=num_workers, **options
+    )
 
 
 def real_keys(batches: Iterable[Batch]) -> list[str]:
-    return [key for batch in batches for key in batch.keys if not key.endswith("#repeat")]
+    return [key for batch in batches for key in batch.counted_keys]
 
 
 # Division.
@@ -111,7 +113,7 @@ def test_signals_are_heard_while_the_first_step_is_planned(build_dataset: Build)
 
     dataset = build_dataset(toy_samples(8))
     sampler = StepSampler(Planned(make_order(8), 8))
-    loader = StepLoader(dataset, sampler, pad_token_id=0, num_workers=1)
+    loader = StepLoader(dataset, sampler, dataset.sample_encoder.collator(), num_workers=1)
     batches = list(loader)
     loader.close()
     assert len(real_keys(batches)) == 8
@@ -170,7 +172,7 @@ def test_two_ranks_see_what_one_sees(build_dataset: Build) -> None:
 def test_repeats_carry_no_labels(build_dataset: Build) -> None:
     dataset = build_dataset(toy_samples(9))
     *_, last, repeated = make_loader(dataset, accumulate=2)
-    assert repeated.keys == (f"{last.keys[0]}#repeat",)
+    assert (repeated.keys, repeated.num_repeats) == (last.keys[:1], 1)
     assert repeated.num_supervised == 0
     assert repeated.num_supervised_global == last.num_supervised_global == last.num_supervised
 
@@ -290,7 +292,8 @@ class PairPlanner:
 
 def make_packed(dataset: VisualPromptDataset, **options: Any) -> StepLoader:
     plan = PackedBatches(make_order(len(dataset.sources[0])), 4, PairPlanner(), window_samples=8)
-    return StepLoader(dataset, StepSampler(plan), pad_token_id=0, pack_length=1024, **options)
+    collator = dataset.sample_encoder.collator(pack_length=1024)
+    return StepLoader(dataset, StepSampler(plan), collator, **options)
 
 
 def test_packs_share_rows_of_one_length(build_dataset: Build) -> None:
@@ -331,7 +334,7 @@ def corrupt(samples: list[Stored], *places: int) -> list[Stored]:
 
 def quarantining(dataset: VisualPromptDataset, rate: float = 1.0) -> VisualPromptDataset:
     return VisualPromptDataset(
-        dataset.sources, dataset.encoder, FaultPolicy("quarantine", max_rate=rate)
+        dataset.sources, dataset.sample_encoder, BadSamplePolicy("quarantine", max_rate=rate)
     )
 
 
@@ -343,8 +346,8 @@ def test_quarantine_puts_the_same_substitute_in_place_and_writes_it_down(
     dataset = quarantining(good)
     found: list[list[tuple[str, ...]]] = []
     for name, workers in (("a", 0), ("b", 1)):
-        log = FaultLog(tmp_path / name, dataset.policy)
-        options: dict[str, Any] = {"num_workers": workers, "fault_log": log}
+        log = QuarantineLog(tmp_path / name, dataset.policy)
+        options: dict[str, Any] = {"num_workers": workers, "quarantine_log": log}
         loader = make_packed(dataset, **options) if packed else make_loader(dataset, **options)
         batches = list(loader)
         found.append([batch.keys for batch in batches])
@@ -445,7 +448,11 @@ def test_the_others_hear_of_a_plan_that_fails(build_dataset: Build, workers: int
     told = Told()
     plan = PackedBatches(make_order(20), 2, Plan(), window_samples=8)
     loader = StepLoader(
-        dataset, StepSampler(plan), pad_token_id=0, num_workers=workers, ranks=told.ranks
+        dataset,
+        StepSampler(plan),
+        dataset.sample_encoder.collator(),
+        num_workers=workers,
+        ranks=told.ranks,
     )
     with pytest.raises(StorageError, match="silent"):
         told.run(loader)
@@ -458,7 +465,7 @@ def test_the_others_hear_of_a_quarantine_file_that_cannot_be_written(
     (tmp_path / "file").write_text("in the way")
     dataset = quarantining(build_dataset(corrupt(toy_samples(20), 3)))
     told = Told()
-    log = FaultLog(tmp_path / "file" / "q.jsonl", dataset.policy)
+    log = QuarantineLog(tmp_path / "file" / "q.jsonl", dataset.policy)
     with pytest.raises(StorageError, match=r"q\.jsonl cannot be written .*free some space"):
-        told.run(make_loader(dataset, fault_log=log, ranks=told.ranks))
+        told.run(make_loader(dataset, quarantine_log=log, ranks=told.ranks))
     assert told.failed[-1] == 1

@@ -54,9 +54,9 @@ def test_an_epoch_takes_the_next_stretch_of_an_endless_sequence(epochs: float):
     order = SampleOrder([part], 7)
     stream = [item for epoch in range(10) for item in order.epoch(epoch).items(slice(None))]
     assert len(stream) == round(10 * 20 * epochs)
-    for turn in range(len(stream) // 20):
-        whole = stream[20 * turn : 20 * turn + 20]
-        assert {item.turn for item in whole} == {turn}
+    for epoch_pass in range(len(stream) // 20):
+        whole = stream[20 * epoch_pass : 20 * epoch_pass + 20]
+        assert {item.epoch_pass for item in whole} == {epoch_pass}
         assert sorted(item.position for item in whole) == list(range(20))
 
 
@@ -85,7 +85,7 @@ def test_weights_share_an_epoch_of_a_given_size():
     parts = plan_parts(sizes, mix, samples_per_epoch=100)
     assert [part.num_per_epoch for part in parts] == [75, 25]
     items = SampleOrder(parts, 0).epoch(0).items(slice(None))
-    assert Counter(item.turn for item in items if item.part == 1) == {0: 10, 1: 10, 2: 5}
+    assert Counter(item.epoch_pass for item in items if item.part == 1) == {0: 10, 1: 10, 2: 5}
 
 
 @pytest.mark.parametrize(

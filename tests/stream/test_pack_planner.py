@@ -21,7 +21,7 @@ from vipllava.stream import pack_planner
 from vipllava.stream.batching import Row
 from vipllava.stream.order import Item
 from vipllava.stream.pack_planner import PackPlanner, SharedPlans
-from vipllava.stream.quarantine import Fault, FaultPolicy
+from vipllava.stream.quarantine import BadSample, BadSamplePolicy
 from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import ConfigError, RecordError, VipLlavaError
 
@@ -60,8 +60,10 @@ def test_a_bad_text_gets_a_substitute_when_planned(build_dataset: Build):
     dataset = build_dataset(samples)
     with pytest.raises(RecordError, match="toy/s004: field `conversations`"):
         plan(PackPlanner(dataset, pack_length=2048, max_images=8))
-    lenient = VisualPromptDataset(dataset.sources, dataset.encoder, FaultPolicy("quarantine"))
-    faults: list[Fault] = []
+    lenient = VisualPromptDataset(
+        dataset.sources, dataset.sample_encoder, BadSamplePolicy("quarantine")
+    )
+    faults: list[BadSample] = []
     packs = plan(PackPlanner(lenient, pack_length=2048, max_images=8, on_faults=faults.extend))
     (fault,) = faults
     assert (fault.key, fault.substitute) != ("", "")

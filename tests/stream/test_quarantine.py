@@ -10,9 +10,9 @@ import pytest
 
 from vipllava.stream.order import Item
 from vipllava.stream.quarantine import (
-    Fault,
-    FaultLog,
-    FaultPolicy,
+    BadSample,
+    BadSamplePolicy,
+    QuarantineLog,
     candidates,
     read_quarantine,
     with_substitute,
@@ -20,15 +20,19 @@ from vipllava.stream.quarantine import (
 from vipllava.types import ConfigError, RecordError, VipLlavaError
 
 BAD = Item(0, 2, 5)
-QUARANTINE = FaultPolicy("quarantine", 0.01)
+QUARANTINE = BadSamplePolicy("quarantine", 0.01)
 
 
-def fault(key: str, turn: int = 0) -> Fault:
-    return Fault("toy", key, "toy/0.tar", 1024, turn, "image-corrupt", "cannot be decoded", "s1")
+def fault(key: str, epoch_pass: int = 0) -> BadSample:
+    return BadSample(
+        "toy", key, "toy/0.tar", 1024, epoch_pass, "image-corrupt", "cannot be decoded", "s1"
+    )
 
 
-def describe(item: Item, error: VipLlavaError, other: Item) -> Fault:
-    return Fault("toy", str(item.position), "0.tar", 0, item.turn, "x", str(error), f"{other[2]}")
+def describe(item: Item, error: VipLlavaError, other: Item) -> BadSample:
+    return BadSample(
+        "toy", str(item.position), "0.tar", 0, item.epoch_pass, "x", str(error), f"{other[2]}"
+    )
 
 
 def make(item: Item) -> str:
@@ -41,8 +45,12 @@ def test_substitutes_are_a_function_of_the_sample():
     first = [item.position for item in candidates(BAD, 100, seed=7, name="toy")]
     assert first == [item.position for item in candidates(BAD, 100, seed=7, name="toy")]
     assert first[:3] == [12, 25, 83]
-    assert first != [c.position for c in candidates(BAD._replace(turn=3), 100, seed=7, name="toy")]
-    assert {item.turn for item in candidates(BAD, 100, seed=7, name="toy")} == {BAD.turn}
+    assert first != [
+        c.position for c in candidates(BAD._replace(epoch_pass=3), 100, seed=7, name="toy")
+    ]
+    assert {item.epoch_pass for item in candidates(BAD, 100, seed=7, name="toy")} == {
+        BAD.epoch_pass
+    }
 
 
 def test_a_good_sample_needs_none():
@@ -54,12 +62,12 @@ def test_the_first_good_substitute_is_taken_and_the_first_error_told():
     others = [BAD._replace(position=n) for n in (3, 4, 9, 8)]
     made, item, found = with_substitute(BAD, make, describe, QUARANTINE, iter(others))
     assert (made, item.position) == ("made 9", 9)
-    assert found == Fault("toy", "5", "0.tar", 0, 2, "x", "sample 5 is bad", "9")
+    assert found == BadSample("toy", "5", "0.tar", 0, 2, "x", "sample 5 is bad", "9")
 
 
 def test_by_the_policy_error_it_is_the_samples_own():
     with pytest.raises(RecordError, match="sample 5 is bad"):
-        with_substitute(BAD, make, describe, FaultPolicy(), iter([Item(0, 0, 9)]))
+        with_substitute(BAD, make, describe, BadSamplePolicy(), iter([Item(0, 0, 9)]))
 
 
 def test_without_any_good_substitute_the_job_ends():
@@ -70,17 +78,21 @@ def test_without_any_good_substitute_the_job_ends():
 
 def test_lines_are_whole_and_written_once(tmp_path: Path):
     path = tmp_path / "run" / "quarantine.jsonl"
-    log = FaultLog(path, QUARANTINE)
+    log = QuarantineLog(path, QUARANTINE)
     log.write([fault("a"), fault("b"), fault("a")])
-    FaultLog(path, QUARANTINE).write([fault("b"), fault("b", turn=1)])  # a resumed run
+    QuarantineLog(path, QUARANTINE).write([fault("b"), fault("b", epoch_pass=1)])  # a resumed run
     entries = read_quarantine(path)
-    assert [(entry["key"], entry["turn"]) for entry in entries] == [("a", 0), ("b", 0), ("b", 1)]
+    assert [(entry["key"], entry["epoch_pass"]) for entry in entries] == [
+        ("a", 0),
+        ("b", 0),
+        ("b", 1),
+    ]
     assert entries[0] == json.loads(path.read_text().splitlines()[0])
     assert set(entries[0]) >= {"key", "shard", "offset", "reason"}
 
 
 def _write_many(path: Path, rank: int) -> None:
-    log = FaultLog(path, QUARANTINE)
+    log = QuarantineLog(path, QUARANTINE)
     for number in range(50):
         log.write([fault(f"{rank}-{number}")])
 
@@ -98,7 +110,7 @@ def test_several_ranks_share_the_file(tmp_path: Path):
 
 
 def test_too_many_faults_end_the_job(tmp_path: Path):
-    log = FaultLog(tmp_path / "q.jsonl", QUARANTINE)
+    log = QuarantineLog(tmp_path / "q.jsonl", QUARANTINE)
     for _ in range(5):
         log.count(2, 50)  # 10 of 250: as of 1000 samples, exactly the rate
     with pytest.raises(RecordError, match=r"11 of 300 samples are bad, more than .*=0.01 allows"):
@@ -106,7 +118,7 @@ def test_too_many_faults_end_the_job(tmp_path: Path):
 
 
 def test_faults_met_while_planning_count_with_the_next_step(tmp_path: Path):
-    log = FaultLog(tmp_path / "q.jsonl", QUARANTINE)
+    log = QuarantineLog(tmp_path / "q.jsonl", QUARANTINE)
     log.add([fault("a"), fault("b")])
     assert (log.take_pending(), log.take_pending()) == (2, 0)
     assert len(read_quarantine(tmp_path / "q.jsonl")) == 2
@@ -114,6 +126,6 @@ def test_faults_met_while_planning_count_with_the_next_step(tmp_path: Path):
 
 def test_bad_policies():
     with pytest.raises(ConfigError, match=r"data\.on_fault is 'skip'; use one of error"):
-        FaultPolicy("skip")  # type: ignore[arg-type]
+        BadSamplePolicy("skip")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_fault_rate is 2"):
-        FaultPolicy("quarantine", 2)
+        BadSamplePolicy("quarantine", 2)

@@ -25,12 +25,12 @@ def test_pixels_and_words_come_from_one_plan(build_dataset: Build) -> None:
     named = set()
     for epoch in range(12):
         sample = dataset.sources[0].sample(0, epoch)
-        turns, encoded = dataset.encoder.encode_text(sample, epoch)
+        turns, encoded = dataset.sample_encoder.encode_text(sample, epoch)
         finished = dataset.make(Item(0, epoch, 0))
         np.testing.assert_array_equal(finished.encoded.input_ids, encoded.input_ids)
         assert turns[0].text.startswith("What is ")
         named.add(turns[0].text)
-        prove_labels(dataset.encoder.encoder, turns, finished.encoded)
+        prove_labels(dataset.sample_encoder.conversation_encoder, turns, finished.encoded)
     assert len(named) > 6  # another mark in every epoch
 
 
@@ -105,7 +105,7 @@ def test_an_unknown_policy_lists_the_known(
     build_dataset: Build, encoder: ConversationEncoder
 ) -> None:
     dataset = build_dataset([("k", REGION, encode_picture(), "jpg")])
-    dataset.encoder = SampleEncoder(
+    dataset.sample_encoder = SampleEncoder(
         {}, encoder, ImageTransform(28, "pad", CLIP.preprocessing), seed=1
     )
     with pytest.raises(VipLlavaError, match=r"toy/k: unknown visual-prompt policy `regions`"):
@@ -114,6 +114,8 @@ def test_an_unknown_policy_lists_the_known(
 
 def test_a_conversation_over_the_limit(build_dataset: Build, encoder: ConversationEncoder) -> None:
     dataset = build_dataset([("k", REGION, encode_picture(), "jpg")])
-    dataset.encoder.encoder = ConversationEncoder(encoder.tokenizer, "llava_v1", 400, 4, 16)
+    dataset.sample_encoder.conversation_encoder = ConversationEncoder(
+        encoder.tokenizer, "llava_v1", 400, 4, 16
+    )
     with pytest.raises(RecordError, match=r"toy/k.*max_length=16"):
         dataset.make(Item(0, 0, 0))

@@ -5,14 +5,12 @@ Started as ``python -m tests.training.elastic_job JOB.json`` with the variables 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import warnings
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
+from tests.training.rank_jobs import RankJob, RankLoader, leave_rows, make_cpu_trainer, read_job
 from tests.training.strategies_job import MICRO_BATCH, Case, make_strategy
 
 MICRO_BATCHES = 6
@@ -41,50 +39,29 @@ class Half:
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(RankJob):
     """Halves on the same processes, one after the other; ``folder`` gets ``rows.json``."""
 
     folder: str
     spec: dict[str, Any]
     halves: list[dict[str, Any]]
 
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
-
 
 def main(path: str) -> None:
-    warnings.simplefilter("ignore")
-    job = Job(**json.loads(Path(path).read_text()))
-    import torch
-
-    torch.set_num_threads(1)
+    job = Job(**read_job(path))
     found = [_train(job, Half(**half)) for half in job.halves]
-    if os.environ.get("RANK", "0") == "0":
-        (Path(job.folder) / "rows.json").write_text(json.dumps(found))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_rows(job.folder, found)
 
 
 def _train(job: Job, half: Half) -> dict[str, Any]:
-    import lightning
-
-    from tests.training.toy_training import Loader, make_samples
+    from tests.training.toy_training import make_samples
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.models.building import ModelSpec
     from vipllava.training.csv_log import CsvLog
     from vipllava.training.lit_module import VipLlavaLitModule
     from vipllava.types import CheckpointError
 
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-    class RankLoader(Loader):
-        def __len__(self) -> int:
-            return super().__len__() // world
-
-        def __iter__(self):
-            for index, batch in enumerate(super().__iter__()):
-                if index % world == rank:
-                    yield batch
+    world = int(os.environ.get("WORLD_SIZE", "1"))
 
     class Noting(CsvLog):
         def log_metrics(self, metrics: Any, step: int | None = None) -> None:
@@ -110,8 +87,8 @@ def _train(job: Job, half: Half) -> dict[str, Any]:
         schedule="constant",
     )  # fmt: skip
     precision: Any = half.precision
-    trainer: Any = lightning.Trainer(
-        accelerator="cpu",
+    trainer: Any = make_cpu_trainer(
+        job.folder,
         devices=world,
         strategy=strategy,
         precision=precision,
@@ -119,12 +96,6 @@ def _train(job: Job, half: Half) -> dict[str, Any]:
         gradient_clip_val=0.5,
         max_epochs=1 if half.ends else 2,
         logger=Noting(job.folder),
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=job.folder,
     )
     if half.precision == "16-mixed":
         strategy.loss_scale_window = 3  # the scale changes, and overflows follow

@@ -8,21 +8,19 @@ from __future__ import annotations
 import json
 import sys
 import threading
-import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.training.rank_jobs import RankJob, make_cpu_trainer, read_job
+
 
 @dataclass(frozen=True)
-class Job:
+class Job(RankJob):
     """What to build; each process leaves ``RANK.json`` in the folder."""
 
     folder: str
     spec: dict[str, Any]
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
 
 
 class Built(Exception):
@@ -30,19 +28,14 @@ class Built(Exception):
 
 
 def main(path: str) -> None:
-    warnings.simplefilter("ignore")
-    job = Job(**json.loads(Path(path).read_text()))
-    import lightning
-    import torch
+    job = Job(**read_job(path))
 
-    from tests.training.sharded_job import _strategy
+    from tests.training.sharded_job import make_sharded_strategy
     from tests.training.toy_training import Loader, make_samples
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.models.building import ModelSpec
     from vipllava.models.freezing import num_elements
     from vipllava.training.lit_module import VipLlavaLitModule
-
-    torch.set_num_threads(1)
 
     class Measured(VipLlavaLitModule):
         def configure_model(self) -> None:
@@ -57,17 +50,11 @@ def main(path: str) -> None:
             raise Built
 
     spec = ModelSpec(**job.spec)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
+    trainer = make_cpu_trainer(
+        job.folder,
         devices=2,
-        strategy=_strategy("zero3"),
+        strategy=make_sharded_strategy("zero3"),
         max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=job.folder,
     )
     module = Measured(spec, ["projector"], 1e-3, tokenizer=load_tokenizer(spec))
     try:

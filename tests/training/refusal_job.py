@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 import os
 import sys
-import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from tests.training.rank_jobs import RankJob, make_cpu_trainer, read_job
 
 BAD_STEP = 2
 NUM_STEPS = 5
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(RankJob):
     """What to train and where to leave what was found.
 
     Attributes:
@@ -33,16 +36,9 @@ class Job:
     spec: dict[str, Any]
     cases: list[list[str]]
 
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
-
 
 def main(path: str) -> None:
-    warnings.simplefilter("ignore")
-    job = Job(**json.loads(Path(path).read_text()))
-    import torch
-
-    torch.set_num_threads(1)
+    job = Job(**read_job(path))
     found = {"-".join(case): _train(job, *case) for case in job.cases}
     rank = os.environ.get("RANK", "0")
     (Path(job.folder) / f"found{rank}.json").write_text(json.dumps(found))
@@ -50,8 +46,6 @@ def main(path: str) -> None:
 
 
 def _train(job: Job, strategy: str, precision: str, action: str) -> dict[str, Any]:
-    import lightning
-
     from tests.training.strategies_job import Case, make_strategy
     from tests.training.toy_training import overflow_backwards
     from vipllava.checkpoints.loading import load_tokenizer
@@ -117,20 +111,14 @@ def _train(job: Job, strategy: str, precision: str, action: str) -> dict[str, An
         warmup_ratio=0.0,
     )
     log = CsvLog(folder / "csv")
-    trainer = lightning.Trainer(
-        accelerator="cpu",
+    trainer = make_cpu_trainer(
+        folder,
         devices=2,
         strategy=made,
         precision=precision,
         gradient_clip_val=1.0,
         max_steps=NUM_STEPS,
         logger=log,
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
     )
     message = None
     try:

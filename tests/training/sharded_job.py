@@ -9,16 +9,19 @@ import json
 import os
 import sys
 import time
-import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import Callback
+
+from tests.tiny_meta import META
+from tests.training.rank_jobs import RankJob, RankLoader, make_cpu_trainer, read_job
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(RankJob):
     """What to train and where to leave it.
 
     Attributes:
@@ -44,18 +47,11 @@ class Job:
     export_fails: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
-
 
 def main(path: str) -> None:
-    warnings.simplefilter("ignore")
-    job = Job(**json.loads(Path(path).read_text()))
-    import lightning
-    import torch
+    job = Job(**read_job(path))
 
     from tests.training.toy_training import Loader, make_samples
-    from vipllava.checkpoints.export_meta import ExportMeta
     from vipllava.checkpoints.loading import build_model, load_tokenizer
     from vipllava.models.adapters import AdapterSettings, add_adapters
     from vipllava.models.building import ModelSpec
@@ -65,18 +61,7 @@ def main(path: str) -> None:
     from vipllava.training.ending import RunEnd
     from vipllava.training.lit_module import VipLlavaLitModule
     from vipllava.training.metrics import Throughput
-    from vipllava.training.samples import SampleTable
-
-    torch.set_num_threads(1)
-
-    class RankLoader(Loader):
-        def __len__(self) -> int:
-            return super().__len__() // 2
-
-        def __iter__(self):
-            for index, batch in enumerate(super().__iter__()):
-                if index % 2 == torch.distributed.get_rank():
-                    yield batch
+    from vipllava.training.sample_log import SampleTable
 
     losses: dict[int, float] = {}
     one = job.strategy == "one"
@@ -109,33 +94,19 @@ def main(path: str) -> None:
     # Sharded, all weights are the first process's: what another one would draw must not matter.
     drawn = seed + rank if sharded else seed
     module = Noting(spec, job.trainable, 1e-3, seed=drawn, tokenizer=tokenizer, adapter=adapter)
-    meta = ExportMeta(
-        stage="finetune",
-        chat_template="llava_v1",
-        image_aspect="pad",
-        image_size=28,
-        image_seq_length=4,
-        feature_layers=spec.feature_layers,
-        vision_tower="tower",
-        language_model="language",
-    )
     folder = Path(job.folder)
     # Samples 2, 3 and 6, 7 are text only: all that the second process ever gets.
     samples = make_samples(job.num_samples, text_only=lambda i: i % 4 >= 2)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
+    trainer = make_cpu_trainer(
+        folder,
         devices=1 if one else 2,
-        strategy="auto" if one else _strategy(job.strategy),
+        strategy="auto" if one else make_sharded_strategy(job.strategy),
         accumulate_grad_batches=2 if one else 1,
         max_epochs=1,
-        logger=False,
         enable_checkpointing=job.save,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         callbacks=[
             *([_HardExport(job)] if job.export_seconds or job.export_fails else []),
-            ExportCallback(folder / "export", tokenizer, meta, base="base"),
+            ExportCallback(folder / "export", tokenizer, META, base="base"),
             Throughput(every_n_steps=1),
             SampleTable(folder, every_n_steps=2, num_samples=2, tokenizer=tokenizer),
             *([RunEnd(), CheckpointCallback(folder / "checkpoints")] if job.save else []),
@@ -225,7 +196,7 @@ class _HardExport(Callback):
         callbacks.save_export = save
 
 
-def _strategy(name: str) -> Any:
+def make_sharded_strategy(name: str) -> Any:
     if name == "fsdp2":
         from vipllava.training.sharding import Fsdp2Strategy
 

@@ -5,13 +5,12 @@ Started as ``python -m tests.training.strategies_job JOB.json`` with the variabl
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from tests.training.rank_jobs import RankJob, RankLoader, leave_rows, make_cpu_trainer, read_job
 
 NUM_STEPS = 20
 MICRO_BATCH = 2
@@ -48,7 +47,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(RankJob):
     """Cases under one strategy: ``one`` process, or ``ddp``, ``fsdp2``, ``zero2``, ``zero3``."""
 
     folder: str
@@ -56,47 +55,27 @@ class Job:
     spec: dict[str, Any]
     cases: list[dict[str, Any]]
 
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
-
 
 def main(path: str) -> None:
-    warnings.simplefilter("ignore")
-    job = Job(**json.loads(Path(path).read_text()))
-    import torch
-
-    torch.set_num_threads(1)
+    job = Job(**read_job(path))
     found = {}
     for values in job.cases:
         case = Case(**values)
         found[case.name] = _train(job, case)
-    if os.environ.get("RANK", "0") == "0":
-        (Path(job.folder) / "rows.json").write_text(json.dumps(found))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_rows(job.folder, found)
 
 
 def _train(job: Job, case: Case) -> list[dict[str, float]]:
     import lightning
-    import torch
 
     from tests.training.toy_training import Loader, make_samples
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.models.building import ModelSpec
     from vipllava.training import lit_module
     from vipllava.training.csv_log import CsvLog
-    from vipllava.training.guard import LossGuard, Verdict
+    from vipllava.training.guard import LossGuard, Refusal
     from vipllava.training.lit_module import VipLlavaLitModule
     from vipllava.training.optim import uses_fused_adamw
-
-    class RankLoader(Loader):
-        def __len__(self) -> int:
-            return super().__len__() // 2
-
-        def __iter__(self):
-            for index, batch in enumerate(super().__iter__()):
-                if index % 2 == torch.distributed.get_rank():
-                    yield batch
 
     class Noting(CsvLog):
         def log_metrics(self, metrics: Any, step: int | None = None) -> None:
@@ -105,10 +84,10 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
     class Skipping(LossGuard):
         num_judged = 0
 
-        def judge(self, loss: float) -> Verdict | None:
+        def judge(self, loss: float) -> Refusal | None:
             self.num_judged += 1
             if self.num_judged - 1 == case.skip:
-                return Verdict("skip", "the test says so")
+                return Refusal("skip", "the test says so")
             return super().judge(loss)
 
     rows: list[dict[str, float]] = []
@@ -133,8 +112,8 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
             guard=Skipping(), schedule="constant" if case.stops else "cosine",
             **(CHANGES if changed else {}),
         )  # fmt: skip
-        trainer = lightning.Trainer(
-            accelerator="cpu",
+        trainer = make_cpu_trainer(
+            job.folder,
             devices=1 if one else 2,
             strategy=strategy,
             precision=case.precision,
@@ -142,12 +121,6 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
             gradient_clip_val=now.clip,
             max_epochs=max_epochs,
             logger=Noting(job.folder),
-            log_every_n_steps=1,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            default_root_dir=job.folder,
         )
         trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
         return trainer

@@ -1,28 +1,20 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
+from tests import tiny_meta
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
-from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.loading import load_tokenizer, open_source
 from vipllava.training.callbacks import ExportCallback, ParameterTable
 
 pytestmark = LIGHTNING_WARNINGS
 
-META = ExportMeta(
-    stage="pretrain",
-    chat_template="plain",
-    image_aspect="square",
-    image_size=28,
-    image_seq_length=4,
-    feature_layers=(-1, -2, 1),
-    vision_tower="a",
-    language_model="b",
-)
+META = replace(tiny_meta.META, stage="pretrain", chat_template="plain", image_aspect="square")
 
 
 def test_parameter_table_is_shown_at_the_start(make_module, make_trainer):

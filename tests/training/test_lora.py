@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 pytest.importorskip("peft")
 
+from tests.tiny_meta import META
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
-from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.loading import load_tokenizer, open_source
 from vipllava.models.adapters import AdapterSettings, adapter_parameters
 from vipllava.models.freezing import parameter_table
@@ -21,16 +21,6 @@ from vipllava.types import ConfigError
 
 pytestmark = LIGHTNING_WARNINGS
 SMALL = AdapterSettings(r=4, alpha=8, dropout=0.1)
-META = ExportMeta(
-    stage="finetune",
-    chat_template="llava_v1",
-    image_aspect="pad",
-    image_size=28,
-    image_seq_length=4,
-    feature_layers=(-1, -2, 1),
-    vision_tower="tower",
-    language_model="language",
-)
 
 
 def test_only_adapters_and_projector_train_and_are_saved(make_module, make_trainer, tmp_path):

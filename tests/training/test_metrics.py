@@ -131,7 +131,7 @@ def test_validation_and_repeats_do_not_count():
         loggers=[SimpleNamespace(log_metrics=lambda metrics, step: logged.append((step, metrics)))],
     )
     batch = batch_of([[sample] for sample in three_samples()])
-    batch.keys = ("set/0", "set/1", "set/0#repeat")
+    batch.keys, batch.num_repeats = ("set/0", "set/1", "set/0"), 1
     throughput.on_train_start(trainer, None)
     throughput.on_validation_start(trainer, None)
     throughput.on_validation_end(trainer, None)

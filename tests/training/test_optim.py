@@ -154,11 +154,11 @@ def test_rates_of_parts_are_told_apart_where_they_differ():
 
 
 @pytest.mark.parametrize(
-    ("world_size", "accumulate", "divides_twice", "scale"),
+    ("world_size", "accumulate", "is_deepspeed", "scale"),
     [(1, 1, False, 1.0), (2, 1, False, 2.0), (2, 4, False, 8.0), (2, 4, True, 32.0)],
 )
-def test_backward_scale(world_size, accumulate, divides_twice, scale):
-    assert backward_scale(world_size, accumulate, divides_twice=divides_twice) == scale
+def test_backward_scale(world_size, accumulate, is_deepspeed, scale):
+    assert backward_scale(world_size, accumulate, is_deepspeed=is_deepspeed) == scale
 
 
 @pytest.mark.parametrize(

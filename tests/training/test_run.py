@@ -58,7 +58,7 @@ def test_two_stages_from_the_projects_configuration(config, tmp_path):
     assert "train/loss/toy" in metrics[0]
     shown = (first.parent / "samples" / "000000.jsonl").read_text().splitlines()
     # The first micro-batch; s005 has a picture, s004 has none.
-    assert [(row["key"], row["picture"], row["target"]) for row in map(json.loads, shown)] == [
+    assert [(row["key"], row["image"], row["target"]) for row in map(json.loads, shown)] == [
         ("toy/s005", "000000-0.jpg", "yesyes"),
         ("toy/s004", None, "yes"),
     ]

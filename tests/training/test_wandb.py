@@ -18,7 +18,7 @@ from vipllava.checkpoints.loading import load_tokenizer
 from vipllava.training.environment import StartLog
 from vipllava.training.metrics import Throughput
 from vipllava.training.run import run_training
-from vipllava.training.samples import SampleTable
+from vipllava.training.sample_log import SampleTable
 
 pytestmark = [
     *LIGHTNING_WARNINGS,
@@ -168,7 +168,7 @@ def test_an_offline_run_holds_metrics_tables_and_the_start(
     tables = [row["samples"] for row in history if "samples" in row]
     assert [(table["_type"], table["nrows"]) for table in tables] == [("table-file", 2)] * 2
     table = json.loads((file.parent / "files" / tables[0]["path"]).read_text())
-    assert table["columns"] == ["step", "key", "picture", "question", "target", "prediction"]
+    assert table["columns"] == ["step", "key", "image", "question", "target", "prediction"]
     assert [row[:2] for row in table["data"]] == [[0, "set/0"], [0, "set/1"]]
     # The run's own copy only says that there is a picture; the table's artifact has it.
     assert [row[2] for row in table["data"]] == ["Image", "Image"]

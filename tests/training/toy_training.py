@@ -107,4 +107,5 @@ def collate(samples: Sequence[dict], num_supervised_global: int) -> Batch:
         pixel_values=torch.stack(pixels) if pixels else torch.zeros(0, 3, 28, 28).byte(),
         num_supervised_global=num_supervised_global,
         keys=tuple(sample["key"] for sample in samples),
+        datasets=tuple(sample["key"].split("/")[0] for sample in samples),
     )

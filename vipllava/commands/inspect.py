@@ -109,7 +109,7 @@ def summary_of(
     """
     from vipllava.report.inspect_page import JobSummary
 
-    encoder, transform = datamodule.encoder, datamodule.samples.transform
+    encoder, transform = datamodule.conversation_encoder, datamodule.sample_encoder.transform
     return JobSummary(
         dataset=" + ".join(source.name for source in dataset.sources),
         num_samples=sum(len(source) for source in dataset.sources),
@@ -137,10 +137,16 @@ def look_at(
     entry = source.shards.read(item.position)
     shard = Path(entry.shard).name
     try:
-        trace = datamodule.samples.trace(source.parse(entry, item.turn), item.turn)
+        trace = datamodule.sample_encoder.trace(
+            source.parse(entry, item.epoch_pass), item.epoch_pass
+        )
     except RecordError as error:
         return RefusedSample(entry.key, source.name, shard, str(error))
     kind = kind_of(entry.record) if source.record_kind == AUTO else source.record_kind
     return inspect_trace(
-        trace, datamodule.encoder, datamodule.samples.transform, shard=shard, record_kind=kind
+        trace,
+        datamodule.conversation_encoder,
+        datamodule.sample_encoder.transform,
+        shard=shard,
+        record_kind=kind,
     )

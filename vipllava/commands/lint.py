@@ -69,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
             report = lint_shards(
                 manifest,
                 datamodule.data_root,
-                datamodule.samples,
+                datamodule.sample_encoder,
                 limits,
                 int(cfg.seed),
                 num_samples=given.get("n"),

@@ -276,14 +276,16 @@ def _row(
     )
     capacity = forecasts.device_capacity(float(cfg.machine.memory_gb))
     choice = forecasts.choose_strategy(architecture, setup, capacity, global_rows)
-    plan = forecasts.Plan(1, global_rows, mfu=mfu, device=cfg.machine.device)
+    plan = forecasts.RunPlan(1, global_rows, mfu=mfu, device=cfg.machine.device)
     on_host: dict[str, Any] = {
         "num_nodes": int(cfg.trainer.num_nodes),
         "num_workers": int(cfg.data.num_workers),
     }
     hours = forecasts.forecast(architecture, setup, corpus, plan).hours
     if choice is None:
-        least = replace(setup, strategy=forecasts.candidates(setup)[-1], micro_batch_size=1)
+        least = replace(
+            setup, strategy=forecasts.possible_strategies(setup)[-1], micro_batch_size=1
+        )
         memory = device_memory(architecture, least)
         return MachineRow(
             model=model,

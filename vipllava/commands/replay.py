@@ -42,8 +42,8 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
     from vipllava.report.inspect_page import write_inspect_page
     from vipllava.training.guard import StepRecord
     from vipllava.training.job import build_datamodule
-    from vipllava.training.lit_module import HALVES
-    from vipllava.training.replay import load_weights, replay_losses, write_losses
+    from vipllava.training.lit_module import HALF_DTYPES
+    from vipllava.training.refused_step import load_weights, replay_losses, write_losses
 
     path = Path(cfg.replay)
     record = StepRecord.read(path)
@@ -62,7 +62,7 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
         weights = f"the weights of {record.checkpoint}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     step = replay_losses(
-        module, micro_batches, device=device, autocast=HALVES.get(cfg.trainer.precision)
+        module, micro_batches, device=device, autocast=HALF_DTYPES.get(cfg.trainer.precision)
     )
 
     table = Table(title=f"step {record.step}: {record.reason}")
@@ -92,7 +92,7 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
     items = {
         batch.keys[0]: item
         for micro_batch in micro_batches
-        for item, batch in zip(micro_batch.items, micro_batch.alone, strict=True)
+        for item, batch in zip(micro_batch.items, micro_batch.single_samples, strict=True)
     }
     dataset = datamodule.dataset
     assert dataset is not None

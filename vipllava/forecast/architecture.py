@@ -22,39 +22,22 @@ from vipllava.models.towers import num_patches, tower_of
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """The vision tower's sizes.
+    """The vision tower's sizes."""
 
-    Attributes:
-        num_parameters: of all of it.
-        read_parameters: of what decides the features, which is what can train.
-        width: of its hidden states.
-        mlp_width: of its MLPs.
-        num_heads: of its attention.
-        num_blocks: all of them.
-        deepest_block: how many of them the projector needs.
-        block_parameters: of one block.
-        block_linear_parameters: weights of its linear layers.
-        patch_parameters: of the patch embedding.
-        num_patches: of one picture, the class token left out.
-        num_prefix_tokens: positions before those of the patches, such as a class token.
-        num_feature_layers: hidden states that the projector reads.
-        image_size: side of a picture, pixels.
-    """
-
-    num_parameters: int
-    read_parameters: int
-    width: int
-    mlp_width: int
-    num_heads: int
-    num_blocks: int
-    deepest_block: int
-    block_parameters: int
-    block_linear_parameters: int
-    patch_parameters: int
-    num_patches: int
-    num_prefix_tokens: int
-    num_feature_layers: int
-    image_size: int
+    num_parameters: int  # of all of it
+    read_parameters: int  # of what decides the features, which is what can train
+    width: int  # of its hidden states
+    mlp_width: int  # of its MLPs
+    num_heads: int  # of its attention
+    num_blocks: int  # all of them
+    deepest_block: int  # how many of them the projector needs
+    block_parameters: int  # of one block
+    block_linear_parameters: int  # weights of its linear layers
+    patch_parameters: int  # of the patch embedding
+    num_patches: int  # of one image, the class token left out
+    num_prefix_tokens: int  # positions before those of the patches, such as a class token
+    num_feature_layers: int  # hidden states that the projector reads
+    image_size: int  # side of an image, pixels
 
     @property
     def num_positions(self) -> int:
@@ -64,35 +47,21 @@ class Tower:
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
-    """The language model's sizes.
+    """The language model's sizes."""
 
-    Attributes:
-        num_parameters: embeddings, blocks, last norm and head; a tied head counts once.
-        embedding_parameters: of the token embeddings.
-        block_parameters: of one block.
-        block_linears: inputs and outputs of the linear layers of one block, in order.
-        width: of its hidden states.
-        mlp_width: of its MLPs.
-        num_blocks: decoder blocks.
-        num_heads: of its queries.
-        num_key_value_heads: of its keys and values.
-        head_dim: width of one head.
-        vocabulary: rows of embeddings and head.
-        tied: whether the head is the embeddings.
-    """
-
-    num_parameters: int
-    embedding_parameters: int
-    block_parameters: int
+    num_parameters: int  # embeddings, blocks, last norm and head; a tied head counts once
+    embedding_parameters: int  # of the token embeddings
+    block_parameters: int  # of one block
+    # Inputs and outputs of the linear layers of one block, in order.
     block_linears: tuple[tuple[int, int], ...]
-    width: int
-    mlp_width: int
-    num_blocks: int
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool
+    width: int  # of its hidden states
+    mlp_width: int  # of its MLPs
+    num_blocks: int  # decoder blocks
+    num_heads: int  # of its queries
+    num_key_value_heads: int  # of its keys and values
+    head_dim: int  # width of one head
+    vocabulary: int  # rows of embeddings and head
+    tied: bool  # whether the head is the embeddings
 
     @property
     def linear_parameters(self) -> int:
@@ -111,19 +80,13 @@ class LanguageModel:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A whole network's sizes.
+    """A whole network's sizes."""
 
-    Attributes:
-        tower: the vision tower.
-        projector_linears: inputs and outputs of the projector's linear layers.
-        projector_parameters: of the projector.
-        language_model: embeddings, decoder blocks and head.
-    """
-
-    tower: Tower
+    tower: Tower  # the vision tower
+    # Inputs and outputs of the projector's linear layers.
     projector_linears: tuple[tuple[int, int], ...]
-    projector_parameters: int
-    language_model: LanguageModel
+    projector_parameters: int  # of the projector
+    language_model: LanguageModel  # embeddings, decoder blocks and head
 
     @property
     def num_parameters(self) -> int:

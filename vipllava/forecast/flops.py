@@ -2,7 +2,7 @@
 
 Counted are the products that are really made with weights, and attention. With L weights in the
 linear layers of all decoder blocks, H in the head, A in the adapters, T tokens of a sample with the
-placeholders of its picture, and S of them supervised, a step's useful floating-point operations in
+placeholders of its image, and S of them supervised, a step's useful floating-point operations in
 the language model are
 
 ========== ======================== =============================================================
@@ -87,7 +87,7 @@ def useful_flops(
         num_samples: how many samples.
         num_tokens: of all of them, padding left out.
         num_supervised: positions of all of them that carry loss.
-        num_images: pictures of all of them; one each if not given.
+        num_images: images of all of them; one each if not given.
         squared_tokens: sum of the squares of the samples' lengths, which attention goes by; as if
             all were equally long if not given.
         adapter_rank: of LoRA.
@@ -110,14 +110,14 @@ def useful_flops(
     # passes, also through frozen weights.
     attention_width = model.num_heads * model.head_dim
     flops += 3 * 2 * model.num_blocks * attention_width * squared_tokens
-    pictures = num_samples if num_images is None else num_images
-    return flops + pictures * (
+    images = num_samples if num_images is None else num_images
+    return flops + images * (
         _projector_flops(architecture) + tower_flops(architecture.tower, trains=tower_trains)
     )
 
 
 def tower_flops(tower: Tower, *, trains: bool = False) -> float:
-    """Return the operations of the tower over one picture, as far as it is read.
+    """Return the operations of the tower over one image, as far as it is read.
 
     Args:
         tower: its sizes.
@@ -142,23 +142,6 @@ def device_peak(device_name: str) -> float | None:
         if re.search(rf"(?:^| ){name.lower()}(?: |$)", words):
             return DEVICE_PEAKS[name]
     return None
-
-
-def mfu(
-    useful_flops: float, seconds: float, device_name: str, num_devices: int = 1
-) -> float | None:
-    """Return the share of the devices' peak that useful work made, 0..1; None if it is unknown.
-
-    Args:
-        useful_flops: of all devices together, see :func:`useful_flops`.
-        seconds: that it took.
-        device_name: see :func:`device_peak`.
-        num_devices: that did it.
-    """
-    peak = device_peak(device_name)
-    if peak is None or seconds <= 0 or num_devices < 1:
-        return None
-    return useful_flops / (seconds * num_devices * peak)
 
 
 def _projector_flops(architecture: Architecture) -> float:

@@ -28,22 +28,16 @@ _STORED_BYTES: Final = 2  # of a weight in the files of published models
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """Bytes of the node that needs most: the job's first one.
+    """Bytes of the node that needs most: the job's first one."""
 
-    Attributes:
-        processes: of all processes and their loader processes, with nothing of the network.
-        copies: of weights, while they are loaded; gone when they are where they train.
-        trained: what stays on the host while a job trains: what is offloaded; without devices all.
-        saving: of a checkpoint that is written beside the training, or the whole network that is
-            exported at the end, whichever is larger.
-        files: pages of mapped weight files, which the kernel may take back.
-    """
-
-    processes: float
-    copies: float
+    processes: float  # of all processes and their loader processes, with nothing of the network
+    copies: float  # of weights, while they are loaded; gone when they are where they train
+    # What stays on the host while a job trains: what is offloaded; without devices all.
     trained: float
+    # Of a checkpoint that is written beside the training, or the whole network that is exported at
+    # the end, whichever is larger.
     saving: float
-    files: float
+    files: float  # pages of mapped weight files, which the kernel may take back
 
     @property
     def start(self) -> float:

@@ -31,40 +31,24 @@ _MASTER_BYTES: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class DataSetShare:
-    """One data set of a mix.
+    """One data set of a mix."""
 
-    Attributes:
-        name: the manifest's.
-        num_samples: in it; 0 if that is not known.
-        num_per_epoch: that an epoch takes of it.
-    """
-
-    name: str
-    num_samples: int
-    num_per_epoch: int
+    name: str  # the manifest's
+    num_samples: int  # in it; 0 if that is not known
+    num_per_epoch: int  # that an epoch takes of it
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """An epoch of training data in numbers.
+    """An epoch of training data in numbers."""
 
-    Attributes:
-        datasets: what it is mixed from.
-        mean_tokens: of a sample, its picture's placeholders among them.
-        mean_squared_tokens: mean of the squares of the samples' lengths.
-        images_per_sample: pictures of a sample, on average.
-        longest: tokens of the longest sample.
-        supervised_share: of a dense sample's tokens, those that carry loss; memory goes by it.
-        mean_supervised: positions of a sample that carry loss, on average; work goes by it.
-    """
-
-    datasets: tuple[DataSetShare, ...]
-    mean_tokens: float
-    mean_squared_tokens: float
-    images_per_sample: float
-    longest: int
-    supervised_share: float
-    mean_supervised: float
+    datasets: tuple[DataSetShare, ...]  # what it is mixed from
+    mean_tokens: float  # of a sample, its image's placeholders among them
+    mean_squared_tokens: float  # mean of the squares of the samples' lengths
+    images_per_sample: float  # images of a sample, on average
+    longest: int  # tokens of the longest sample
+    supervised_share: float  # of a dense sample's tokens, those that carry loss; memory goes by it
+    mean_supervised: float  # positions of a sample that carry loss, on average; work goes by it
 
     @property
     def num_samples(self) -> int:
@@ -74,81 +58,49 @@ class Corpus:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How often and how fast the corpus is gone through.
+class RunPlan:
+    """How often and how fast the corpus is gone through."""
 
-    Attributes:
-        epochs: passes.
-        global_rows: rows of an optimizer step over all devices: samples, or packs.
-        samples_per_row: 1, or about how many samples share a pack.
-        mfu: share of the devices' peak that useful work will make.
-        device: name of one device, or None where it is not known.
-        num_checkpoints: that are kept; a new one is whole before an old one goes.
-        num_nodes: that share the processes equally.
-        num_workers: loader processes of each process.
-        on_devices: else it is the host that trains.
-    """
-
-    epochs: int
-    global_rows: int
-    samples_per_row: float = 1.0
-    mfu: float = MFU
-    device: str | None = None
-    num_checkpoints: int = 1
-    num_nodes: int = 1
-    num_workers: int = 0
-    on_devices: bool = True
+    epochs: int  # passes
+    global_rows: int  # rows of an optimizer step over all devices: samples, or packs
+    samples_per_row: float = 1.0  # 1, or about how many samples share a pack
+    mfu: float = MFU  # share of the devices' peak that useful work will make
+    device: str | None = None  # name of one device, or None where it is not known
+    num_checkpoints: int = 1  # that are kept; a new one is whole before an old one goes
+    num_nodes: int = 1  # that share the processes equally
+    num_workers: int = 0  # loader processes of each process
+    on_devices: bool = True  # else it is the host that trains
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a job will need and take.
+    """What a job will need and take."""
 
-    Attributes:
-        parameters: of each part, and those that train.
-        memory: of one device, bytes.
-        host: of a node beside its devices, bytes.
-        checkpoint_bytes: of one training checkpoint.
-        export_bytes: of what stands at the end: the model, adapters or the projector beside it.
-        disk_bytes: checkpoints and export together, with the one being written.
-        num_steps: optimizer steps; None where the size of the data is not known.
-        samples_per_step: of a whole global batch.
-        tokens_per_step: on average, padding left out.
-        flops_per_step: useful ones, see :mod:`vipllava.forecast.flops`.
-        hours: of training at the plan's MFU; None where size or the device's peak is not known.
-        times_seen: how often each data set's samples are seen in the whole run.
-    """
-
-    parameters: tuple[ParameterRow, ...]
-    memory: DeviceMemory
-    host: HostMemory
-    checkpoint_bytes: float
-    export_bytes: float
-    disk_bytes: float
-    num_steps: int | None
-    samples_per_step: float
-    tokens_per_step: float
-    flops_per_step: float
+    parameters: tuple[ParameterRow, ...]  # of each part, and those that train
+    memory: DeviceMemory  # of one device, bytes
+    host: HostMemory  # of a node beside its devices, bytes
+    checkpoint_bytes: float  # of one training checkpoint
+    export_bytes: float  # of what stands at the end: the model, adapters or the projector beside it
+    disk_bytes: float  # checkpoints and export together, with the one being written
+    num_steps: int | None  # optimizer steps; None where the size of the data is not known
+    samples_per_step: float  # of a whole global batch
+    tokens_per_step: float  # on average, padding left out
+    flops_per_step: float  # useful ones, see :mod:`vipllava.forecast.flops`
+    # Of training at the plan's MFU; None where size or the device's peak is not known.
     hours: float | None
-    times_seen: Mapping[str, float]
+    times_seen: Mapping[str, float]  # how often each data set's samples are seen in the whole run
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What fits a device.
+    """What fits a device."""
 
-    Attributes:
-        strategy: the one that takes least off a device, see :func:`choose_strategy`.
-        micro_batch_size: the largest that fits.
-        memory: at the micro-batch that was wanted, or the largest if that is smaller.
-    """
-
-    strategy: str
-    micro_batch_size: int
-    memory: DeviceMemory
+    strategy: str  # the one that takes least off a device, see :func:`choose_strategy`
+    micro_batch_size: int  # the largest that fits
+    memory: DeviceMemory  # at the micro-batch that was wanted, or the largest if that is smaller
 
 
-def forecast(architecture: Architecture, setup: Setup, corpus: Corpus, plan: Plan) -> Forecast:
+def forecast(architecture: Architecture, setup: Setup, corpus: Corpus, plan: RunPlan) -> Forecast:
     """Say what a job will need and take.
 
     Args:
@@ -282,7 +234,7 @@ def fewest_recomputed(architecture: Architecture, setup: Setup, capacity: float)
     return num_blocks
 
 
-def candidates(setup: Setup) -> tuple[str, ...]:
+def possible_strategies(setup: Setup) -> tuple[str, ...]:
     """Return the strategies that could take a setup's place, the least sharded first.
 
     The one it has among them. Replicas (DDP) hold float32 weights and make half-precision copies:
@@ -313,7 +265,7 @@ def choose_strategy(
     """
     sizes = micro_batches(global_rows, setup.num_devices)
     best: Choice | None = None
-    for strategy in candidates(setup):
+    for strategy in possible_strategies(setup):
         if best is not None and strategy.endswith("offload"):
             break
         tried = replace(setup, strategy=strategy)

@@ -14,7 +14,7 @@ attention              queries, keys, values, result          the input of the p
 MLP                    gate, its activation, up               the input, and their product
 ====================== ====================================== =====================================
 
-Autocast makes a half-precision copy of a trained float32 weight for each product anew (Lightning's
+Autocast makes a half-precision copy of a trained float32 weight for every product (Lightning's
 precision plugin has its cache off), and the product keeps it for its own backward pass.
 
 Gradient checkpointing keeps the input of each block instead, and one block's tensors, copies of its
@@ -47,47 +47,28 @@ _NF4_BYTES: Final = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a stage is trained: all that its memory depends on beside the network.
+    """How a stage is trained: all that its memory depends on beside the network."""
 
-    Attributes:
-        trainable: the parts that train.
-        workload: what trains of the language model.
-        strategy: one of :data:`STRATEGIES`.
-        precision: Lightning's name, e.g. ``bf16-mixed``.
-        weights_dtype: that the weights are loaded in, where neither strategy nor precision changes
-            it.
-        num_devices: processes of all nodes.
-        micro_batch_size: rows per device and forward pass.
-        row_tokens: tokens of a row, padding among them; of the longest that is to fit.
-        row_images: pictures of a row.
-        row_supervised: positions of a row that carry loss.
-        recomputed_blocks: how many decoder blocks are computed again in the backward pass, the
-            first ones; None: all.
-        attention: as transformers names it.
-        adapter_rank: of LoRA, or 0.
-        adapter_dropout: whether adapters drop any of their input.
-        bits: of the language model's linear layers if they are quantised, else None.
-        double_quantization: of 4 bits.
-        fused_optimizer: AdamW without temporary copies.
-    """
-
-    trainable: tuple[str, ...]
-    workload: Workload
-    strategy: str
-    precision: str
-    num_devices: int
-    micro_batch_size: int
-    row_tokens: int
-    row_images: float = 1.0
-    row_supervised: float = 0.0
+    trainable: tuple[str, ...]  # the parts that train
+    workload: Workload  # what trains of the language model
+    strategy: str  # one of :data:`STRATEGIES`
+    precision: str  # Lightning's name, e.g. ``bf16-mixed``
+    num_devices: int  # processes of all nodes
+    micro_batch_size: int  # rows per device and forward pass
+    row_tokens: int  # tokens of a row, padding among them; of the longest that is to fit
+    row_images: float = 1.0  # images of a row
+    row_supervised: float = 0.0  # positions of a row that carry loss
+    # How many decoder blocks are computed again in the backward pass, the first ones; None: all.
     recomputed_blocks: int | None = None
-    attention: str = "sdpa"
-    adapter_rank: int = 0
-    adapter_dropout: bool = True
+    attention: str = "sdpa"  # as transformers names it
+    adapter_rank: int = 0  # of LoRA, or 0
+    adapter_dropout: bool = True  # whether adapters drop any of their input
+    # That the weights are loaded in, where neither strategy nor precision changes it.
     weights_dtype: str = "float32"
+    # Of the language model's linear layers if they are quantised, else None.
     bits: int | None = None
-    double_quantization: bool = True
-    fused_optimizer: bool = False
+    double_quantization: bool = True  # of 4 bits
+    fused_optimizer: bool = False  # AdamW without temporary copies
 
     def __post_init__(self) -> None:
         """Check the strategy's name; raises ConfigError."""
@@ -151,27 +132,19 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes of one device at the step's peak, and of the host per node-wide job.
+    """Bytes of one device at the step's peak, and of the host per node-wide job."""
 
-    Attributes:
-        weights: as they are held, or this device's part of them.
-        gradients: of what trains.
-        optimizer: Adam's moments, and float32 masters where the weights are none.
-        activations: what is kept for the backward pass, autocast's copies of weights among it, with
-            a block's intermediate results.
-        working: weights that come and go: gathered, or made whole from few bits; buckets of
-            gradients, and the optimizer's temporaries.
-        overhead: an allowance for CUDA's context, NCCL and fragmentation.
-        host: on the host, of all devices together: what is offloaded.
-    """
-
-    weights: float
-    gradients: float
-    optimizer: float
+    weights: float  # as they are held, or this device's part of them
+    gradients: float  # of what trains
+    optimizer: float  # Adam's moments, and float32 masters where the weights are none
+    # What is kept for the backward pass, autocast's copies of weights among it, with a block's
+    # intermediate results.
     activations: float
+    # Weights that come and go: gathered, or made whole from few bits; buckets of gradients, and the
+    # optimizer's temporaries.
     working: float
-    overhead: float
-    host: float = 0.0
+    overhead: float  # an allowance for CUDA's context, NCCL and fragmentation
+    host: float = 0.0  # on the host, of all devices together: what is offloaded
 
     @property
     def allocated(self) -> float:
@@ -377,8 +350,8 @@ def _norm_bytes(setup: Setup, numbers: float) -> float:
 def _feature_bytes(architecture: Architecture, setup: Setup) -> float:
     """Return what projector and tower keep for the backward pass."""
     tower, compute, stream = architecture.tower, setup.compute_bytes, setup.stream_bytes
-    pictures = setup.micro_batch_size * setup.row_images
-    patches = pictures * tower.num_patches
+    images = setup.micro_batch_size * setup.row_images
+    patches = images * tower.num_patches
     read = tower.num_feature_layers * tower.width
     hidden = sum(outputs for _, outputs in architecture.projector_linears)
     kept = patches * (read * stream + hidden * compute)
@@ -387,7 +360,7 @@ def _feature_bytes(architecture: Architecture, setup: Setup) -> float:
         kept += _copied(setup, sum(i * o for i, o in architecture.projector_linears))
     if "vision_tower" in setup.trainable:
         # Norms, attention and MLP of every block, as of the language model's.
-        length = pictures * tower.num_positions
+        length = images * tower.num_positions
         numbers = 8 * tower.width + 3 * tower.mlp_width
         kept += tower.deepest_block * length * (numbers * compute + 2 * stream * tower.width)
         kept += _copied(setup, tower.deepest_block * tower.block_linear_parameters)

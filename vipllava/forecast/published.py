@@ -32,48 +32,23 @@ TOWERS: Final[Mapping[str, Mapping[str, int]]] = {
 }
 """Vision towers by their id."""
 
+_LLAMA_SIZES: Final = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers",
+    "num_key_value_heads", "vocab_size", "num_tokens",
+)  # fmt: skip
+
+
+def _llama(*sizes: int, **others: Any) -> Mapping[str, Any]:
+    return {"model_type": "llama", **dict(zip(_LLAMA_SIZES, sizes, strict=True)), **others}
+
+
 LANGUAGE_MODELS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "lmsys/vicuna-7b-v1.5": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-        "num_tokens": 32000,
-    },
-    "lmsys/vicuna-13b-v1.5": {
-        "model_type": "llama",
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_attention_heads": 40,
-        "num_hidden_layers": 40,
-        "num_key_value_heads": 40,
-        "vocab_size": 32000,
-        "num_tokens": 32000,
-    },
-    "meta-llama/Meta-Llama-3-8B-Instruct": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "num_tokens": 128256,
-    },
-    "microsoft/Phi-3-mini-4k-instruct": {
-        "model_type": "phi3",
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32064,
-        "num_tokens": 32011,
-        "pad_token_id": 32000,
-    },
+    "lmsys/vicuna-7b-v1.5": _llama(4096, 11008, 32, 32, 32, 32000, 32000),
+    "lmsys/vicuna-13b-v1.5": _llama(5120, 13824, 40, 40, 40, 32000, 32000),
+    "meta-llama/Meta-Llama-3-8B-Instruct": _llama(4096, 14336, 32, 32, 8, 128256, 128256),
+    "microsoft/Phi-3-mini-4k-instruct": _llama(
+        3072, 8192, 32, 32, 32, 32064, 32011, model_type="phi3", pad_token_id=32000
+    ),
 }
 """Language models by their id; ``num_tokens`` is their tokenizer's."""
 

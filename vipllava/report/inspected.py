@@ -194,7 +194,7 @@ def inspect_trace(
         shard=shard,
         record_kind=record_kind,
         policy=sample.policy,
-        stored_size=None if trace.picture is None else trace.picture.size,
+        stored_size=None if trace.image is None else trace.image.size,
         image=None if pixels is None else Image.fromarray(pixels.permute(1, 2, 0).numpy()),
         marks=tuple(_mark(trace, transform, prompt) for prompt in trace.plan.prompts),
         stretches=_stretches(trace, encoder, trace.turns[:num_kept]),

@@ -10,16 +10,17 @@ without replaying what came before.
   are shuffled, so that little is padded. The longest batch of an epoch's first window comes first:
   one that does not fit into memory fails at once.
 * ``packed``: within a window of samples, whole samples share rows of a fixed length. Lengths are
-  true ones, text and picture, so a window is planned when it is reached.
+  true ones, text and image, so a window is planned when it is reached.
 """
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -40,63 +41,55 @@ Lengths = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """A place in the sequence of global batches: what a checkpoint has to know.
+    """A place in the sequence of global batches: what a checkpoint has to know."""
 
-    Attributes:
-        epoch: the epoch.
-        step: global batches of this epoch before this place.
-        samples: samples of this epoch before this place.
-        window: packed: the window in which the next row lies.
-        row: packed: rows of that window before this place.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    samples: int = 0
-    window: int = 0
-    row: int = 0
+    epoch: int = 0  # the epoch
+    step: int = 0  # global batches of this epoch before this place
+    samples: int = 0  # samples of this epoch before this place
+    window: int = 0  # packed: the window in which the next row lies
+    row: int = 0  # packed: rows of that window before this place
 
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatch:
-    """The samples of one optimizer step over all ranks.
+    """The samples of one optimizer step over all ranks."""
 
-    Attributes:
-        rows: samples that share a row of the network's input.
-        after: the place behind this batch.
-        progress: share of the epoch's samples consumed when this step is done, 0..1.
-    """
-
-    rows: tuple[Row, ...]
-    after: Cursor
-    progress: float
+    rows: tuple[Row, ...]  # samples that share a row of the network's input
+    after: Cursor  # the place behind this batch
+    progress: float  # share of the epoch's samples consumed when this step is done, 0..1
 
 
-class BatchPlan(Protocol):
+class BatchPlan(ABC):
     """A sequence of global batches for every epoch.
 
-    Attributes:
+    Args:
+        order: of the samples.
         rows_per_batch: rows of a full global batch.
-        exact: whether ``max_steps`` is the number of steps, not a bound.
     """
 
-    rows_per_batch: int
-    exact: bool
+    exact = True
+    """Whether ``max_steps`` is the number of steps, not a bound."""
 
+    def __init__(self, order: SampleOrder, rows_per_batch: int) -> None:
+        if rows_per_batch < 1:
+            raise ConfigError(f"global_batch_size={rows_per_batch} must be at least 1")
+        self.order = order
+        self.rows_per_batch = rows_per_batch
+
+    def max_steps(self) -> int:
+        """Return a number of steps that no epoch exceeds: as if every row were one sample."""
+        return -(-len(self.order) // self.rows_per_batch)
+
+    @abstractmethod
     def batches(self, start: Cursor) -> Iterator[GlobalBatch]:
         """Yield the global batches of ``start.epoch`` from there on; the last may be smaller."""
-        ...
 
-    def max_steps(self, epoch: int) -> int:
-        """Return a number of steps that the epoch does not exceed."""
-        ...
-
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Return what has to be equal for a cursor to mean the same place."""
-        ...
 
 
-class SampleBatches:
+class SampleBatches(BatchPlan):
     """``shuffled`` and ``length_grouped``: every row is one sample.
 
     Args:
@@ -105,18 +98,13 @@ class SampleBatches:
         lengths: gives the (estimated) total length of items; None leaves them shuffled.
     """
 
-    exact = True
-
     def __init__(
         self,
         order: SampleOrder,
         batch_size: int,
         lengths: Callable[[Epoch], Lengths] | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"global_batch_size={batch_size} must be at least 1")
-        self.order = order
-        self.rows_per_batch = batch_size
+        super().__init__(order, batch_size)
         self.lengths = lengths
 
     def batches(self, start: Cursor) -> Iterator[GlobalBatch]:
@@ -124,14 +112,10 @@ class SampleBatches:
         epoch = self.order.epoch(start.epoch)
         total, size = len(epoch), self.rows_per_batch
         places = np.arange(total) if self.lengths is None else self._grouped(epoch, start.epoch)
-        for step in range(start.step, self.max_steps(start.epoch)):
+        for step in range(start.step, self.max_steps()):
             done = min(total, (step + 1) * size)
             rows = tuple((item,) for item in epoch.items(places[step * size : done]))
             yield GlobalBatch(rows, Cursor(start.epoch, step + 1, done), done / total)
-
-    def max_steps(self, epoch: int) -> int:
-        """Return the number of steps of an epoch."""
-        return -(-len(self.order) // self.rows_per_batch)
 
     def identity(self) -> dict[str, Any]:
         """Return what has to be equal for a cursor to mean the same place."""
@@ -158,23 +142,13 @@ class SampleBatches:
         return np.concatenate(ordered)
 
 
-class WindowPlanner(Protocol):
-    """Makes the packs of a window: a pure function of its arguments."""
-
-    def __call__(
-        self, items: Sequence[Item], rng: np.random.Generator, name: str
-    ) -> tuple[Row, ...]:
-        """Return packs that hold every item (or its substitute) once, shuffled by ``rng``.
-
-        Args:
-            items: the window's samples.
-            rng: shuffles the packs.
-            name: tells this window from any other, for sharing its plan.
-        """
-        ...
+WindowPlanner = Callable[[Sequence[Item], np.random.Generator, str], tuple[Row, ...]]
+"""Makes the packs of a window, a pure function of its arguments: the window's samples, a generator
+that shuffles the packs, and a name that tells the window from any other. Every sample, or its
+substitute, is in one pack."""
 
 
-class PackedBatches:
+class PackedBatches(BatchPlan):
     """``packed``: every row is a pack.
 
     Args:
@@ -198,11 +172,9 @@ class PackedBatches:
         ahead: bool = True,
         identity: dict[str, Any] | None = None,
     ) -> None:
-        for name, value in (("packs", rows_per_batch), ("window_samples", window_samples)):
-            if value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1")
-        self.order = order
-        self.rows_per_batch = rows_per_batch
+        super().__init__(order, rows_per_batch)
+        if window_samples < 1:
+            raise ConfigError(f"window_samples={window_samples} must be at least 1")
         self.planner = planner
         self.window_samples = window_samples
         self.ahead = ahead
@@ -226,10 +198,6 @@ class PackedBatches:
         if rows:
             after = Cursor(start.epoch, step + 1, total, self._num_windows, 0)
             yield GlobalBatch(tuple(rows), after, 1.0)
-
-    def max_steps(self, epoch: int) -> int:
-        """Return a bound: were every pack one sample."""
-        return -(-len(self.order) // self.rows_per_batch)
 
     def identity(self) -> dict[str, Any]:
         """Return what has to be equal for a cursor to mean the same place."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -31,8 +32,8 @@ from vipllava.stream.order import (
 )
 from vipllava.stream.pack_planner import PackPlanner, SharedPlans
 from vipllava.stream.prefetch import ShardPrefetcher
-from vipllava.stream.quarantine import QUARANTINE_FILE, FaultLog, FaultPolicy, OnFault
-from vipllava.stream.ranks import Ranks
+from vipllava.stream.quarantine import QUARANTINE_FILE, BadSamplePolicy, OnFault, QuarantineLog
+from vipllava.stream.ranks import Ranks, gather_objects
 from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
 from vipllava.stream.step_again import ReplayedMicroBatch, replay_step
 from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
@@ -45,104 +46,72 @@ _SLOW_SAMPLE_S: Final = 60.0
 """How much longer than storage is tried one sample may take to be measured."""
 
 
+@dataclass(eq=False, repr=False)
 class VisualPromptDataModule(lightning.LightningDataModule):
-    """Training data of one stage.
+    """Training data of one stage."""
 
-    Args:
-        manifest: name in ``manifests_dir``, or path of a manifest of one's own.
-        manifests_dir: folder of the known manifests.
-        data_root: folder or URL that the manifests' patterns are relative to.
-        policies: visual-prompt policies by name.
-        encoder: conversations to ids and labels.
-        image_transform: pictures to pixels.
-        micro_batch_size: rows per rank and forward pass: samples, or packs.
-        global_batch_size: rows per optimizer step.
-        mix: several data sets instead of ``manifest``: per name or path ``epochs`` or ``weight``.
-        samples_per_epoch: size of an epoch mixed by weight.
-        batching: ``shuffled``, ``length_grouped`` or ``packed``.
-        pack_length: ids of a pack.
-        max_images_per_pack: pictures of a pack at most.
-        window_samples: samples that are shuffled among each other.
-        on_fault: ``error``, or ``quarantine`` for substitutes.
-        max_fault_rate: share of bad samples above which quarantine gives up.
-        run_dir: where ``quarantine.jsonl`` goes.
-        cache_dir: where remote shards are kept.
-        cache_gb: size of that cache, 10^9 bytes.
-        storage_patience_minutes: how long a file is tried that cannot be read or fetched; then the
-            job ends.
-        seed: of order, wordings and marks.
-        num_workers: loader processes per rank.
-        pad_to_multiple_of: row lengths are rounded up to a multiple of this.
-        num_proved: how many of the first samples get their labels proved before training.
-        held_out: manifest of samples for the loss between training steps, or None.
-        held_out_samples: only the first so many of them; None: all.
-        held_out_batch_size: samples of them per rank and forward pass.
-    """
+    manifest: str | Path | None  # name in ``manifests_dir``, or path of a manifest of one's own
+    manifests_dir: str | Path  # folder of the known manifests
+    data_root: str | Path  # folder or URL that the manifests' patterns are relative to
+    policies: Mapping[str, VisualPromptPolicy]  # visual-prompt policies by name
+    conversation_encoder: ConversationEncoder  # conversations to ids and labels
+    image_transform: ImageTransform  # images to pixels
+    micro_batch_size: int  # rows per rank and forward pass: samples, or packs
+    global_batch_size: int  # rows per optimizer step
+    # Several data sets instead of ``manifest``: per name or path ``epochs`` or ``weight``.
+    mix: Mapping[str, Mapping[str, Any]] | None = None
+    samples_per_epoch: int | None = None  # size of an epoch mixed by weight
+    batching: Batching = "shuffled"  # ``shuffled``, ``length_grouped`` or ``packed``
+    pack_length: int = 4096  # ids of a pack
+    max_images_per_pack: int = 16  # images of a pack at most
+    window_samples: int = WINDOW_SAMPLES  # samples that are shuffled among each other
+    on_fault: OnFault = "error"  # ``error``, or ``quarantine`` for substitutes
+    max_fault_rate: float = 0.001  # share of bad samples above which quarantine gives up
+    run_dir: str | Path | None = None  # where ``quarantine.jsonl`` goes
+    cache_dir: str | Path | None = None  # where remote shards are kept
+    cache_gb: float = 100.0  # size of that cache, 10^9 bytes
+    # How long a file is tried that cannot be read or fetched; then the job ends.
+    storage_patience_minutes: float = 10.0
+    seed: int = 42  # of order, wordings and marks
+    num_workers: int = 4  # loader processes per rank
+    pad_to_multiple_of: int = 1  # row lengths are rounded up to a multiple of this
+    num_proved: int = 16  # how many of the first samples get their labels proved before training
+    # Manifest of samples for the loss between training steps, or None.
+    held_out: str | Path | None = None
+    held_out_samples: int | None = 1000  # only the first so many of them; None: all
+    held_out_batch_size: int = 8  # samples of them per rank and forward pass
 
-    def __init__(
-        self,
-        manifest: str | Path | None,
-        manifests_dir: str | Path,
-        data_root: str | Path,
-        policies: Mapping[str, VisualPromptPolicy],
-        encoder: ConversationEncoder,
-        image_transform: ImageTransform,
-        micro_batch_size: int,
-        global_batch_size: int,
-        mix: Mapping[str, Mapping[str, Any]] | None = None,
-        samples_per_epoch: int | None = None,
-        batching: Batching = "shuffled",
-        pack_length: int = 4096,
-        max_images_per_pack: int = 16,
-        window_samples: int = WINDOW_SAMPLES,
-        on_fault: OnFault = "error",
-        max_fault_rate: float = 0.001,
-        run_dir: str | Path | None = None,
-        cache_dir: str | Path | None = None,
-        cache_gb: float = 100.0,
-        storage_patience_minutes: float = 10.0,
-        seed: int = 42,
-        num_workers: int = 4,
-        pad_to_multiple_of: int = 1,
-        num_proved: int = 16,
-        held_out: str | Path | None = None,
-        held_out_samples: int | None = 1000,
-        held_out_batch_size: int = 8,
-    ) -> None:
+    def __post_init__(self) -> None:
+        """Read the manifests and check the values; raises ConfigError."""
         super().__init__()
-        if batching not in get_args(Batching):
+        if self.batching not in get_args(Batching):
             known = ", ".join(get_args(Batching))
-            raise ConfigError(f"data.batching is {batching!r}; use one of {known}")
-        entries = parse_mix(mix) if mix else {str(manifest): MixEntry(epochs=1.0)}
-        self.manifests = [load_manifest(name, manifests_dir) for name in entries]
-        self.mix = dict(zip((m.name for m in self.manifests), entries.values(), strict=True))
-        if len(self.mix) < len(entries):
+            raise ConfigError(f"data.batching is {self.batching!r}; use one of {known}")
+        entries = parse_mix(self.mix) if self.mix else {str(self.manifest): MixEntry(epochs=1.0)}
+        self.manifests = [load_manifest(name, self.manifests_dir) for name in entries]
+        self.mix_entries = {
+            manifest.name: entry
+            for manifest, entry in zip(self.manifests, entries.values(), strict=True)
+        }
+        if len(self.mix_entries) < len(entries):
             raise ConfigError(f"data.mix names a data set twice: {', '.join(entries)}")
-        self.data_root = data_root
-        self.encoder = encoder
-        self.samples = SampleEncoder(policies, encoder, image_transform, seed)
-        self.micro_batch_size = micro_batch_size
-        self.global_batch_size = global_batch_size
-        self.samples_per_epoch = samples_per_epoch
-        self.batching: Batching = batching
-        self.pack_length = pack_length
-        self.max_images_per_pack = max_images_per_pack
-        self.window_samples = window_samples
-        self.faults = FaultPolicy(on_fault, max_fault_rate)
-        self.run_dir = None if run_dir is None else Path(run_dir)
-        self.patience = Patience(max_attempts=None, total_s=60 * storage_patience_minutes)
+        self.held_out_manifest = (
+            None if self.held_out is None else load_manifest(self.held_out, self.manifests_dir)
+        )
+        self.sample_encoder = SampleEncoder(
+            self.policies, self.conversation_encoder, self.image_transform, self.seed
+        )
+        self.collator = self.sample_encoder.collator(
+            multiple_of=self.pad_to_multiple_of,
+            pack_length=self.pack_length if self.batching == "packed" else None,
+        )
+        self.bad_sample_policy = BadSamplePolicy(self.on_fault, self.max_fault_rate)
+        self.patience = Patience(max_attempts=None, total_s=60 * self.storage_patience_minutes)
         self.cache = (
             None
-            if cache_dir is None
-            else ShardCache(Path(cache_dir), int(cache_gb * 10**9), self.patience)
+            if self.cache_dir is None
+            else ShardCache(Path(self.cache_dir), int(self.cache_gb * 10**9), self.patience)
         )
-        self.seed = seed
-        self.num_workers = num_workers
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.num_proved = num_proved
-        self.held_out = None if held_out is None else load_manifest(held_out, manifests_dir)
-        self.held_out_samples = held_out_samples
-        self.held_out_batch_size = held_out_batch_size
         self.dataset: VisualPromptDataset | None = None
         self._loader: StepLoader | None = None
         self._restored: dict[str, Any] | None = None
@@ -165,9 +134,11 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         num_proved = 0
         for item in self.first_items(dataset, self.num_proved):
             _, good, _ = dataset.measure(item)
-            sample = dataset.sources[good.part].sample(good.position, good.turn)
-            turns, encoded = self.samples.encode_text(sample, good.turn)
-            prove_labels(self.encoder, turns, encoded, key=f"{sample.dataset}/{sample.key}")
+            sample = dataset.sources[good.part].sample(good.position, good.epoch_pass)
+            turns, encoded = self.sample_encoder.encode_text(sample, good.epoch_pass)
+            prove_labels(
+                self.conversation_encoder, turns, encoded, key=f"{sample.dataset}/{sample.key}"
+            )
             num_proved += 1
         for source in dataset.sources:
             log.info("%s: %d samples", source.name, len(source))
@@ -177,7 +148,7 @@ class VisualPromptDataModule(lightning.LightningDataModule):
     def open_dataset(self) -> VisualPromptDataset:
         """Open the shards; raises what :func:`vipllava.shards.tars.open_shards` raises."""
         sources = [self._open(manifest) for manifest in self.manifests]
-        return VisualPromptDataset(sources, self.samples, self.faults)
+        return VisualPromptDataset(sources, self.sample_encoder, self.bad_sample_policy)
 
     def _open(self, manifest: Manifest) -> SampleSource:
         return SampleSource.open(
@@ -211,13 +182,14 @@ class VisualPromptDataModule(lightning.LightningDataModule):
                 f"on {trainer.world_size} ranks needs {accumulate}"
             )
         device: torch.device = trainer.strategy.root_device
-        fault_log = FaultLog(
-            None if self.run_dir is None else self.run_dir / QUARANTINE_FILE, self.faults
+        quarantine_log = QuarantineLog(
+            None if self.run_dir is None else Path(self.run_dir) / QUARANTINE_FILE,
+            self.bad_sample_policy,
         )
         order = self._order(self.dataset)
         ranks = self._ranks()
         shared = self._shared_plans(ranks.rank) if trainer.world_size > 1 else None
-        plan = self._plan(self.dataset, order, fault_log if ranks.rank == 0 else None, shared)
+        plan = self._plan(self.dataset, order, quarantine_log if ranks.rank == 0 else None, shared)
         ranks.check_equal(stream_identity(self.dataset, plan), "data")
         log.info(
             "%s batches of %d %s, %d samples an epoch",
@@ -232,12 +204,10 @@ class VisualPromptDataModule(lightning.LightningDataModule):
                 world_size=trainer.world_size,
                 rank=trainer.global_rank,
             ),
-            pad_token_id=_pad_token_id(self.encoder),
+            self.collator,
             num_workers=self.num_workers,
-            multiple_of=self.pad_to_multiple_of,
-            pack_length=self.pack_length if self.batching == "packed" else None,
             ranks=ranks,
-            fault_log=fault_log,
+            quarantine_log=quarantine_log,
             prefetcher=ShardPrefetcher([s.shards for s in self.dataset.sources], order),
             pin_memory=device.type == "cuda",
         )
@@ -248,25 +218,24 @@ class VisualPromptDataModule(lightning.LightningDataModule):
     def val_dataloader(self) -> HeldOutLoader | list[Any]:
         """Return this rank's held-out batches; none if no manifest names any."""
         trainer: Any = self.trainer
-        if self.held_out is None:
+        if self.held_out_manifest is None:
             return []
         ranks = self._ranks()
         with ranks.together():
-            source = self._open(self.held_out)
+            source = self._open(self.held_out_manifest)
         ranks.check_equal({source.name: source.shards.fingerprint}, "held-out data")
         loader = HeldOutLoader(
             source,
-            self.samples,
+            self.sample_encoder,
+            replace(self.collator, pack_length=None),
             ranks=ranks,
             micro_batch_size=self.held_out_batch_size,
             max_samples=self.held_out_samples,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             num_workers=self.num_workers,
-            pad_token_id=_pad_token_id(self.encoder),
-            multiple_of=self.pad_to_multiple_of,
         )
-        log.info("%s: %d held-out samples", self.held_out.name, loader.num_samples)
+        log.info("%s: %d held-out samples", source.name, loader.num_samples)
         return loader
 
     def transfer_batch_to_device(
@@ -300,13 +269,11 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         return replay_step(
             dataset,
             plan,
+            self.collator,
             Cursor(**place),
             data,
             world_size=world_size,
             accumulate=accumulate,
-            pad_token_id=_pad_token_id(self.encoder),
-            multiple_of=self.pad_to_multiple_of,
-            pack_length=self.pack_length if self.batching == "packed" else None,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -332,14 +299,14 @@ class VisualPromptDataModule(lightning.LightningDataModule):
 
     def _order(self, dataset: VisualPromptDataset) -> SampleOrder:
         sizes = {source.name: source.shards.shard_sizes for source in dataset.sources}
-        parts = plan_parts(sizes, self.mix, self.samples_per_epoch)
+        parts = plan_parts(sizes, self.mix_entries, self.samples_per_epoch)
         return SampleOrder(parts, self.seed, window_samples=self.window_samples)
 
     def _plan(
         self,
         dataset: VisualPromptDataset,
         order: SampleOrder,
-        fault_log: FaultLog | None = None,
+        quarantine_log: QuarantineLog | None = None,
         shared: SharedPlans | None = None,
     ) -> BatchPlan:
         if self.batching != "packed":
@@ -350,7 +317,7 @@ class VisualPromptDataModule(lightning.LightningDataModule):
             pack_length=self.pack_length,
             max_images=self.max_images_per_pack,
             shared=shared,
-            on_faults=None if fault_log is None else fault_log.add,
+            on_faults=None if quarantine_log is None else quarantine_log.add,
         )
         identity = {"pack_length": self.pack_length, "max_images": self.max_images_per_pack}
         ahead = shared is None or shared.plans
@@ -371,22 +338,9 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         trainer: Any = self.trainer
         if trainer is None or trainer.world_size == 1:
             return Ranks()
-        return Ranks(trainer.global_rank, self._all_reduce_sum, _gather)
+        return Ranks(trainer.global_rank, self._all_reduce_sum, gather_objects)
 
     def _all_reduce_sum(self, values: Sequence[int]) -> list[int]:
         strategy: Any = self.trainer.strategy  # pyright: ignore[reportOptionalMemberAccess]
         total = torch.tensor(values, dtype=torch.int64, device=strategy.root_device)
         return [int(value) for value in strategy.reduce(total, reduce_op="sum").tolist()]
-
-
-def _gather(value: Any) -> list[Any]:
-    distributed: Any = torch.distributed
-    found: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(found, value)
-    return found
-
-
-def _pad_token_id(encoder: ConversationEncoder) -> int:
-    """Return the tokenizer's padding id, or 0: padding has no label and is never attended to."""
-    token: Any = getattr(encoder.tokenizer, "pad_token_id", None)
-    return 0 if token is None or token == encoder.image_token_id else int(token)

@@ -1,4 +1,4 @@
-"""Pictures to the network's input: uint8, normalised later on the device.
+"""Images to the network's input: uint8, normalised later on the device.
 
 Three aspects (sizes as in LLaVA-1.5):
 
@@ -7,7 +7,7 @@ Three aspects (sizes as in LLaVA-1.5):
 * ``resize``: to ``size`` x ``size`` whatever the aspect (VCR evaluation).
 
 The fast path resizes with torch's uint8 kernels, within one level of Pillow's. Padding comes
-first: resizing first would shift the picture by part of a pixel.
+first: resizing first would shift the image by part of a pixel.
 """
 
 from __future__ import annotations
@@ -20,16 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vipllava.records.image_decode import decode_image, image_size
 from vipllava.types import RGB, BBox, ConfigError, Preprocessing
-
-__all__ = [
-    "ImageAspect",
-    "ImageTransform",
-    "decode_image",
-    "image_size",
-    "reference_transform",
-]
 
 ImageAspect = Literal["square", "pad", "resize"]
 
@@ -37,7 +28,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class ImageTransform:
-    """Turns a picture into uint8 [3, size, size].
+    """Turns an image into uint8 [3, size, size].
 
     Args:
         size: side of the network's input, pixels.
@@ -56,7 +47,7 @@ class ImageTransform:
         self.preprocessing = preprocessing
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Transform one RGB picture; the result is contiguous uint8 [3, size, size]."""
+        """Transform one RGB image; the result is contiguous uint8 [3, size, size]."""
         if self.aspect == "resize" and image.width < self.size < image.height:
             # Wider and lower at once: releases of Pillow differ in which pass comes first.
             return reference_transform(image, self.size, self.aspect, self.preprocessing)
@@ -74,11 +65,11 @@ class ImageTransform:
         return planes[0, :, top : top + self.size, left : left + self.size].contiguous()
 
     def map_box(self, bbox: BBox, size: tuple[int, int]) -> BBox:
-        """Return where a box of the stored picture comes to lie.
+        """Return where a box of the stored image comes to lie.
 
         Args:
-            bbox: x1, y1, x2, y2, pixels of the stored picture.
-            size: width and height of the stored picture, pixels.
+            bbox: x1, y1, x2, y2, pixels of the stored image.
+            size: width and height of the stored image, pixels.
 
         Returns:
             x1, y1, x2, y2 in pixels of the output, not clipped: ``square`` crops.
@@ -134,7 +125,7 @@ def _pad(pixels: Pixels, colour: RGB) -> Pixels:
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
     canvas = np.empty((side, side, 3), dtype=np.uint8)
-    # Whole rows at once: numpy broadcasts three bytes to a picture ten times slower.
+    # Whole rows at once: numpy broadcasts three bytes to an image ten times slower.
     band = np.tile(np.array(colour, dtype=np.uint8), side).reshape(side, 3)
     canvas[:top], canvas[top + height :] = band, band
     canvas[:, :left], canvas[:, left + width :] = band[:left], band[left + width :]

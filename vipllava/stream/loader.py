@@ -21,55 +21,37 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice, pairwise
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vipllava.processes import signals_held, start_worker
 from vipllava.stream.batching import BatchPlan, Cursor, GlobalBatch, Row
-from vipllava.stream.collate import EncodedSample, collate_packs
-from vipllava.stream.order import Item
+from vipllava.stream.collate import Collator, EncodedSample
 from vipllava.stream.prefetch import ShardPrefetcher
-from vipllava.stream.quarantine import Fault, FaultLog
+from vipllava.stream.quarantine import BadSample, QuarantineLog
 from vipllava.stream.ranks import Ranks
 from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
-from vipllava.types import (
-    IGNORE_INDEX,
-    Batch,
-    CheckpointError,
-    ConfigError,
-    VipLlavaError,
-)
+from vipllava.types import Batch, CheckpointError, ConfigError, VipLlavaError
 
 STATE_VERSION: Final = 2
-REPEAT_SUFFIX: Final = "#repeat"
-"""Ends the key of a repeated sample without labels in an epoch's last batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepShare:
-    """One rank's part of one optimizer step, still as items.
+    """One rank's part of one optimizer step, still as items."""
 
-    Attributes:
-        micro_batches: rows per micro-batch.
-        repeats: per micro-batch how many of its last rows are repeats without labels.
-        num_samples: samples of the global batch, all ranks together.
-        after: the place behind this step.
-        progress: share of the epoch's samples consumed when it is done.
-        error: why there is no such part and none behind it.
-    """
-
-    micro_batches: tuple[tuple[Row, ...], ...] = ()
+    micro_batches: tuple[tuple[Row, ...], ...] = ()  # rows per micro-batch
+    # Per micro-batch how many of its last rows are repeats without labels.
     repeats: tuple[int, ...] = ()
-    num_samples: int = 0
-    after: Cursor = field(default_factory=Cursor)
-    progress: float = 0.0
-    error: Exception | None = None
+    num_samples: int = 0  # samples of the global batch, all ranks together
+    after: Cursor = field(default_factory=Cursor)  # the place behind this step
+    progress: float = 0.0  # share of the epoch's samples consumed when it is done
+    error: Exception | None = None  # why there is no such part and none behind it
 
 
 class StepSampler(Sampler[StepShare]):
@@ -111,7 +93,7 @@ class StepSampler(Sampler[StepShare]):
 
     def __len__(self) -> int:
         """Return the optimizer steps that an epoch does not exceed."""
-        return self.plan.max_steps(self.epoch)
+        return self.plan.max_steps()
 
     def share(self, batch: GlobalBatch) -> StepShare:
         """Return this rank's part of a global batch."""
@@ -134,8 +116,8 @@ class StepSampler(Sampler[StepShare]):
         return map(self.share, self.plan.batches(self.start))
 
 
-class _Shares(Sampler[StepShare]):
-    """The shares of a sampler; what it raises comes behind them as a value, in its turn."""
+class _ShareSampler(Sampler[StepShare]):
+    """The shares of a sampler; an error that it raises comes behind them, as a value."""
 
     def __init__(self, sampler: StepSampler) -> None:
         self.sampler = sampler
@@ -174,7 +156,7 @@ class _Step:
 
     share: StepShare
     batches: list[Batch]
-    faults: list[Fault]
+    bad_samples: list[BadSample]
     error: Exception | None = None
     num_supervised: int = 0
 
@@ -187,55 +169,35 @@ class _Step:
 class _StepDataset(Dataset[Any]):
     """A rank's share of a step to its micro-batches; runs in the workers."""
 
-    def __init__(
-        self,
-        dataset: VisualPromptDataset,
-        pad_token_id: int,
-        image_size: int,
-        multiple_of: int,
-        pack_length: int | None,
-    ) -> None:
+    def __init__(self, dataset: VisualPromptDataset, collator: Collator) -> None:
         self.dataset = dataset
-        self.pad_token_id = pad_token_id
-        self.image_size = image_size
-        self.multiple_of = multiple_of
-        self.pack_length = pack_length
+        self.collator = collator
 
     def __getitem__(self, share: StepShare) -> _Step:
         step = _Step(share, [], [], share.error)
         try:
-            for rows, repeats in zip(share.micro_batches, share.repeats, strict=True):
-                labelled = len(rows) - repeats
-                packs = [
-                    [self._sample(item, step, repeat=place >= labelled) for item in row]
-                    for place, row in enumerate(rows)
-                ]
-                step.batches.append(
-                    collate_packs(
-                        packs,
-                        pad_token_id=self.pad_token_id,
-                        image_size=self.image_size,
-                        multiple_of=self.multiple_of,
-                        pack_length=self.pack_length,
-                    )
-                )
+            for rows, num_repeats in zip(share.micro_batches, share.repeats, strict=True):
+                step.batches.append(self._batch(rows, num_repeats, step.bad_samples))
         except Exception as error:  # noqa: BLE001 - a rank that raised alone would leave the others
             step.error = _sendable(error)
         step.num_supervised = sum(batch.num_supervised for batch in step.batches)
         return step
 
-    def _sample(self, item: Item, step: _Step, *, repeat: bool) -> EncodedSample:
-        sample, fault = self.dataset.load(item, in_pack=self.pack_length is not None)
-        if fault is not None and not repeat:
-            step.faults.append(fault)
-        if not repeat:
-            return sample
-        ignored = np.full_like(sample.encoded.labels, IGNORE_INDEX)
-        encoded = replace(sample.encoded, labels=ignored)
-        return replace(sample, key=sample.key + REPEAT_SUFFIX, encoded=encoded)
+    def _batch(self, rows: tuple[Row, ...], num_repeats: int, found: list[BadSample]) -> Batch:
+        in_pack = self.collator.pack_length is not None
+        packs: list[list[EncodedSample]] = []
+        for row in rows:
+            loaded = [self.dataset.load(item, in_pack=in_pack) for item in row]
+            is_repeat = len(packs) >= len(rows) - num_repeats
+            packs.append([s.without_labels() if is_repeat else s for s, _ in loaded])
+            if not is_repeat:
+                found += [bad for _, bad in loaded if bad is not None]
+        batch = self.collator(packs)
+        batch.num_repeats = sum(map(len, rows[len(rows) - num_repeats :]))
+        return batch
 
 
-def _as_it_is(value: Any) -> Any:
+def _unchanged(value: Any) -> Any:
     return value
 
 
@@ -252,50 +214,49 @@ class StepLoader:
     Args:
         dataset: finished samples.
         sampler: plan and division.
-        pad_token_id: id of padding.
+        collator: makes the rows.
         num_workers: processes that make samples; torch gives each one thread. 0 makes them here.
-        multiple_of: row lengths are rounded up to a multiple of this.
-        pack_length: rows are padded to exactly this length; None pads to the longest.
         ranks: of the job; they sum numbers in every step, and end together.
-        fault_log: where quarantined samples are written and counted.
+        quarantine_log: where quarantined samples are written and counted.
         prefetcher: has remote shards fetched before the workers reach them.
         pin_memory: pin batches for the copy to a GPU.
+        persistent_workers: keep the processes from one epoch to the next.
         prefetch_factor: shares in the making per worker.
 
     Attributes:
         seconds_waited: how long the workers were waited for, all in all.
+        began: the place where the step of the last micro-batch begins.
     """
 
     def __init__(
         self,
         dataset: VisualPromptDataset,
         sampler: StepSampler,
+        collator: Collator,
         *,
-        pad_token_id: int,
         num_workers: int = 0,
-        multiple_of: int = 1,
-        pack_length: int | None = None,
         ranks: Ranks | None = None,
-        fault_log: FaultLog | None = None,
+        quarantine_log: QuarantineLog | None = None,
         prefetcher: ShardPrefetcher | None = None,
         pin_memory: bool = False,
+        persistent_workers: bool = True,
         prefetch_factor: int = 2,
     ) -> None:
         self.dataset = dataset
         self.sampler = sampler
         self.ranks = ranks or Ranks()
-        self.fault_log = fault_log or FaultLog(None, dataset.policy)
+        self.quarantine_log = quarantine_log or QuarantineLog(None, dataset.policy)
         self.prefetcher = prefetcher
         self.seconds_waited = 0.0
-        image_size = dataset.encoder.transform.size
-        self._shares = _Shares(sampler)
+        self.began = Cursor()
+        self._shares = _ShareSampler(sampler)
         self._loader: DataLoader[Any] = DataLoader(
-            _StepDataset(dataset, pad_token_id, image_size, multiple_of, pack_length),
+            _StepDataset(dataset, collator),
             sampler=self._shares,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             num_workers=num_workers,
-            persistent_workers=num_workers > 0,
+            persistent_workers=persistent_workers and num_workers > 0,
             prefetch_factor=prefetch_factor if num_workers else None,
             pin_memory=pin_memory,
             worker_init_fn=start_worker,
@@ -304,7 +265,6 @@ class StepLoader:
         )
         self._place = Cursor()  # of the step that is handed out
         self._micro_batches = 0  # of it that were handed out
-        self._began = Cursor()  # where the step of the last micro-batch begins
         self._resume: tuple[Cursor, int] | None = None
 
     def __len__(self) -> int:
@@ -328,7 +288,7 @@ class StepLoader:
         self._prefetch()
         for step in self._steps():
             total = self._agree(step)
-            self._began = self._place
+            self.began = self._place
             batches: list[Batch] = step.batches
             for number, batch in enumerate(batches):
                 if number < offset:
@@ -365,17 +325,17 @@ class StepLoader:
 
     def _agree(self, step: _Step) -> int:
         """Return the global batch's supervised tokens, or fail on all ranks together."""
-        num_mine = len(step.faults) + self.fault_log.take_pending()
+        num_mine = len(step.bad_samples) + self.quarantine_log.take_pending()
         error, step.error = step.error, None  # frame and error would hold each other
         try:
-            self.fault_log.write(step.faults)
+            self.quarantine_log.write(step.bad_samples)
         except VipLlavaError as unwritten:
             error = error or unwritten
         mine = (step.num_supervised, num_mine, int(error is not None))
         total, num_faults, num_failed = self.ranks.sum(mine)
         if num_failed:
             self.ranks.end_together(error)
-        self.fault_log.count(num_faults, step.share.num_samples)
+        self.quarantine_log.count(num_faults, step.share.num_samples)
         return total
 
     def close(self) -> None:
@@ -400,8 +360,8 @@ class StepLoader:
             **self.identity(),
             **asdict(place),
             "micro_batch": micro_batch,
-            "num_faults": self.fault_log.total,
-            "num_samples_seen": self.fault_log.num_samples,
+            "num_faults": self.quarantine_log.total,
+            "num_samples_seen": self.quarantine_log.num_samples,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -411,16 +371,11 @@ class StepLoader:
             CheckpointError: the state is of other data, another order or another version, or
                 stands within a step; names each difference.
         """
-        expected = {"version": STATE_VERSION, **self.identity()}
-        different = [
-            f"{name}: saved {state.get(name)!r}, now {value!r}"
-            for name, value in expected.items()
-            if state.get(name) != value
-        ]
+        different = list_differences(state, {"version": STATE_VERSION, **self.identity()})
         if different:
             raise CheckpointError(
                 "the data of this run is not that of the checkpoint; resume with the same data, "
-                "seed and global batch, or start anew:\n- " + "\n- ".join(different)
+                "seed and global batch, or start a new run:\n- " + "\n- ".join(different)
             )
         micro_batch = int(state["micro_batch"])
         if micro_batch >= self.sampler.accumulate:
@@ -433,23 +388,27 @@ class StepLoader:
         place = Cursor(**{name: int(state[name]) for name in names})
         self.sampler.set_epoch(place.epoch)
         self._resume = (place, micro_batch)
-        self.fault_log.total = int(state["num_faults"])
-        self.fault_log.num_samples = int(state["num_samples_seen"])
-
-    @property
-    def began(self) -> Cursor:
-        """The place where the step of the last micro-batch begins."""
-        return self._began
+        self.quarantine_log.total = int(state["num_faults"])
+        self.quarantine_log.num_samples = int(state["num_samples_seen"])
 
     def identity(self) -> dict[str, Any]:
         """Return what the stream depends on, see :func:`stream_identity`."""
         return stream_identity(self.dataset, self.sampler.plan)
 
 
+def list_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe each value of ``now`` that was saved as another one."""
+    return [
+        f"{name}: saved {saved.get(name)!r}, now {value!r}"
+        for name, value in now.items()
+        if saved.get(name) != value
+    ]
+
+
 def stream_identity(dataset: VisualPromptDataset, plan: BatchPlan) -> dict[str, Any]:
     """Return what decides a stream: data, seed and plan, as plain values."""
     return {
         "data": {s.name: s.shards.fingerprint for s in dataset.sources},
-        "seed": dataset.encoder.seed,
+        "seed": dataset.sample_encoder.seed,
         **plan.identity(),
     }

@@ -33,41 +33,31 @@ class Item(NamedTuple):
 
     Attributes:
         part: number of the data set in the mix.
-        turn: which pass over that data set this is; the epoch of its wordings and marks.
+        epoch_pass: which pass over that data set this is; the epoch of its wordings and marks.
         position: place of the sample in the data set.
     """
 
     part: int
-    turn: int
+    epoch_pass: int
     position: int
 
 
 @dataclass(frozen=True, slots=True)
 class MixEntry:
-    """How much of one data set an epoch takes; one of the two.
+    """How much of one data set an epoch takes; one of the two."""
 
-    Attributes:
-        epochs: passes over the data set per epoch, e.g. 1, 0.5 or 2.
-        weight: its share of an epoch whose size is given, relative to the other weights.
-    """
-
-    epochs: float | None = None
+    epochs: float | None = None  # passes over the data set per epoch, e.g. 1, 0.5 or 2
+    # Its share of an epoch whose size is given, relative to the other weights.
     weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One data set of a mix.
+    """One data set of a mix."""
 
-    Attributes:
-        name: part of the random key.
-        shard_sizes: samples per shard, in shard order.
-        num_per_epoch: samples that an epoch takes of it.
-    """
-
-    name: str
-    shard_sizes: tuple[int, ...]
-    num_per_epoch: int
+    name: str  # part of the random key
+    shard_sizes: tuple[int, ...]  # samples per shard, in shard order
+    num_per_epoch: int  # samples that an epoch takes of it
 
     @property
     def num_samples(self) -> int:
@@ -80,7 +70,7 @@ class Epoch:
     """The samples of one epoch in order, as columns of one length; see :class:`Item`."""
 
     part: npt.NDArray[np.int16]
-    turn: npt.NDArray[np.int32]
+    epoch_pass: npt.NDArray[np.int32]
     position: Ints
 
     def __len__(self) -> int:
@@ -89,7 +79,7 @@ class Epoch:
 
     def items(self, places: slice | Ints) -> list[Item]:
         """Return some of the items."""
-        columns = (self.part[places], self.turn[places], self.position[places])
+        columns = (self.part[places], self.epoch_pass[places], self.position[places])
         return [Item(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
 
@@ -194,21 +184,21 @@ class SampleOrder:
 
     def epoch(self, epoch: int) -> Epoch:
         """Return the samples of an epoch: 0.2 s for a million of them."""
-        turns, positions = zip(*(self._stretch(part, epoch) for part in self.parts), strict=True)
+        passes, positions = zip(*(self._stretch(part, epoch) for part in self.parts), strict=True)
         part = np.concatenate([np.full(len(p), n, dtype=np.int16) for n, p in enumerate(positions)])
-        turn, position = np.concatenate(turns), np.concatenate(positions)
+        epoch_pass, position = np.concatenate(passes), np.concatenate(positions)
         if self.shuffle and len(self.parts) > 1:
             places = np.argsort(self._places(epoch), kind="stable")
-            part, turn, position = part[places], turn[places], position[places]
-        return Epoch(part, turn, position)
+            part, epoch_pass, position = part[places], epoch_pass[places], position[places]
+        return Epoch(part, epoch_pass, position)
 
-    def pass_order(self, part: Part, turn: int) -> Ints:
+    def pass_order(self, part: Part, epoch_pass: int) -> Ints:
         """Return the positions of one pass over a data set, int64 [num_samples]."""
         ends = list(accumulate(part.shard_sizes))
         starts = [0, *ends]
         if not self.shuffle:
             return np.arange(part.num_samples, dtype=np.int64)
-        rng = generator_for(self.seed, turn, part.name, "order")
+        rng = generator_for(self.seed, epoch_pass, part.name, "order")
         order: list[Ints] = []
         window: list[Ints] = []
         gathered = 0
@@ -227,15 +217,15 @@ class SampleOrder:
         """Return pass and position of what an epoch takes of one data set's sequence."""
         start = epoch * part.num_per_epoch
         end = start + part.num_per_epoch
-        turns: list[npt.NDArray[np.int32]] = []
+        passes: list[npt.NDArray[np.int32]] = []
         positions: list[Ints] = []
         size = part.num_samples
-        for turn in range(start // size, -(-end // size)):
-            first = turn * size
-            taken = self.pass_order(part, turn)[max(start - first, 0) : end - first]
-            turns.append(np.full(len(taken), turn, dtype=np.int32))
+        for epoch_pass in range(start // size, -(-end // size)):
+            first = epoch_pass * size
+            taken = self.pass_order(part, epoch_pass)[max(start - first, 0) : end - first]
+            passes.append(np.full(len(taken), epoch_pass, dtype=np.int32))
             positions.append(taken)
-        return np.concatenate(turns), np.concatenate(positions)
+        return np.concatenate(passes), np.concatenate(positions)
 
     def _places(self, epoch: int) -> npt.NDArray[np.float64]:
         """Return where in the epoch (0..1) each sample goes: spread evenly, with jitter."""

@@ -1,6 +1,6 @@
 """Planning a window of packs from true lengths, once per job.
 
-The lengths come from the texts alone: records are read and encoded, pictures are not decoded. Of
+The lengths come from the texts alone: records are read and encoded, images are not decoded. Of
 several ranks the first one plans, the others get the result from it: all need the same plan, also
 where one machine's copy of the data is damaged, and planning is the one part of the stream that
 costs real time (about half a millisecond a sample).
@@ -18,7 +18,7 @@ import numpy as np
 from vipllava.stream.batching import Row
 from vipllava.stream.order import Item
 from vipllava.stream.packing import plan_packs
-from vipllava.stream.quarantine import Fault
+from vipllava.stream.quarantine import BadSample
 from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import ConfigError, VipLlavaError
 
@@ -38,7 +38,7 @@ class PackPlanner:
     Args:
         dataset: gives true lengths and, by its policy, substitutes.
         pack_length: ids of a row.
-        max_images: pictures of a row at most: they bound the vision tower's memory.
+        max_images: images of a row at most: they bound the vision tower's memory.
         shared: shares plans with the other ranks; None plans for this one alone.
         on_faults: gets the bad samples of a window that this process planned.
     """
@@ -50,9 +50,9 @@ class PackPlanner:
         pack_length: int,
         max_images: int,
         shared: SharedPlans | None = None,
-        on_faults: Callable[[list[Fault]], None] | None = None,
+        on_faults: Callable[[list[BadSample]], None] | None = None,
     ) -> None:
-        longest = dataset.encoder.encoder.max_length
+        longest = dataset.sample_encoder.conversation_encoder.max_length
         if longest > pack_length:
             raise ConfigError(
                 f"data.pack_length={pack_length} is less than stage.max_length={longest}: a sample "
@@ -80,7 +80,7 @@ class PackPlanner:
         return self.shared.get(name, lambda: self._plan(items, rng))
 
     def _plan(self, items: Sequence[Item], rng: np.random.Generator) -> tuple[Row, ...]:
-        measured: list[tuple[int, Item, Fault | None]] = []
+        measured: list[tuple[int, Item, BadSample | None]] = []
         for item in items:
             measured.append(self.dataset.measure(item))
             if self.shared is not None:

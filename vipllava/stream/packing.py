@@ -25,10 +25,10 @@ def plan_packs(
     """Distribute samples over packs.
 
     Args:
-        lengths: ids of each sample, picture included; int32 [samples].
-        has_image: whether it has a picture; bool [samples].
+        lengths: ids of each sample, image included; int32 [samples].
+        has_image: whether it has an image; bool [samples].
         pack_length: ids of a pack at most.
-        max_images: pictures of a pack at most, 1 or more.
+        max_images: images of a pack at most, 1 or more.
 
     Returns:
         The samples of each pack as indices, ascending; every sample is in exactly one. The same
@@ -45,26 +45,26 @@ def plan_packs(
             "too-long",
         )
     packs: list[list[int]] = []
-    images: list[int] = []
-    # Free ids and number of the packs, ascending: those that take a picture, those that do not.
+    image_counts: list[int] = []
+    # Free ids and number of the packs, ascending: those that take an image, those that do not.
     for_any: list[tuple[int, int]] = []
     for_text: list[tuple[int, int]] = []
     for sample in np.argsort(-lengths, kind="stable").tolist():
-        length, pictures = int(lengths[sample]), int(has_image[sample])
+        length, num_images = int(lengths[sample]), int(has_image[sample])
         choices = [
-            (rooms[at], at, rooms)
-            for rooms in ((for_any,) if pictures else (for_any, for_text))
-            if (at := bisect_left(rooms, (length, -1))) < len(rooms)
+            (open_packs[at], at, open_packs)
+            for open_packs in ((for_any,) if num_images else (for_any, for_text))
+            if (at := bisect_left(open_packs, (length, -1))) < len(open_packs)
         ]
         if choices:
-            (free, pack), at, rooms = min(choices, key=lambda choice: choice[0])
-            del rooms[at]
+            (free, pack), at, open_packs = min(choices, key=lambda choice: choice[0])
+            del open_packs[at]
         else:
             free, pack = pack_length, len(packs)
             packs.append([])
-            images.append(0)
+            image_counts.append(0)
         packs[pack].append(sample)
-        images[pack] += pictures
+        image_counts[pack] += num_images
         if free > length:
-            insort(for_any if images[pack] < max_images else for_text, (free - length, pack))
+            insort(for_any if image_counts[pack] < max_images else for_text, (free - length, pack))
     return [np.sort(np.array(pack, dtype=np.int64)) for pack in packs]

@@ -5,7 +5,7 @@ the same data set by the sample's own key, so that every run and every division 
 same one; writes a line to ``quarantine.jsonl``; and ends the job once more than a stated share of
 the samples is bad. Evaluation never substitutes.
 
-Only faults of the data are bad samples: ``RecordError``, which covers records, pictures and
+Only faults of the data are bad samples: ``RecordError``, which covers records, images and
 checksums. Whatever else fails, storage above all, fails for other samples too, and not in every
 run; it ends the job.
 """
@@ -36,41 +36,25 @@ _Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """One bad sample.
+class BadSample:
+    """One bad sample."""
 
-    Attributes:
-        dataset: the data set's name.
-        key: the sample's key.
-        shard: the tar it lies in.
-        offset: place of its record in the tar, bytes.
-        turn: pass over the data set in which it was met.
-        fault: class of the fault, see docs/lint.md.
-        reason: the error's message.
-        substitute: key of the sample in its place.
-    """
-
-    dataset: str
-    key: str
-    shard: str
-    offset: int
-    turn: int
-    fault: str
-    reason: str
-    substitute: str
+    dataset: str  # the data set's name
+    key: str  # the sample's key
+    shard: str  # the tar it lies in
+    offset: int  # place of its record in the tar, bytes
+    epoch_pass: int  # pass over the data set in which it was met
+    fault: str  # class of the fault, see docs/lint.md
+    reason: str  # the error's message
+    substitute: str  # key of the sample in its place
 
 
 @dataclass(frozen=True, slots=True)
-class FaultPolicy:
-    """What to do about bad samples.
+class BadSamplePolicy:
+    """What to do about bad samples."""
 
-    Attributes:
-        on_fault: ``error`` or ``quarantine``.
-        max_rate: share of bad samples above which quarantine gives up.
-    """
-
-    on_fault: OnFault = "error"
-    max_rate: float = 0.001
+    on_fault: OnFault = "error"  # ``error`` or ``quarantine``
+    max_rate: float = 0.001  # share of bad samples above which quarantine gives up
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -90,7 +74,7 @@ def candidates(item: Item, num_samples: int, *, seed: int, name: str) -> Iterato
         seed: the stream's.
         name: the data set's.
     """
-    rng = generator_for(seed, item.turn, name, item.position, "substitute")
+    rng = generator_for(seed, item.epoch_pass, name, item.position, "substitute")
     for _ in range(_ATTEMPTS):
         yield item._replace(position=int(rng.integers(num_samples)))
 
@@ -98,10 +82,10 @@ def candidates(item: Item, num_samples: int, *, seed: int, name: str) -> Iterato
 def with_substitute(
     item: Item,
     make: Callable[[Item], _Made],
-    describe: Callable[[Item, RecordError, Item], Fault],
-    policy: FaultPolicy,
+    describe: Callable[[Item, RecordError, Item], BadSample],
+    policy: BadSamplePolicy,
     substitutes: Iterator[Item],
-) -> tuple[_Made, Item, Fault | None]:
+) -> tuple[_Made, Item, BadSample | None]:
     """Make a sample, or by the policy another one.
 
     Args:
@@ -135,7 +119,7 @@ def with_substitute(
     ) from first
 
 
-class FaultLog:
+class QuarantineLog:
     """Counts faults over the job and writes this process's ones down.
 
     Args:
@@ -143,7 +127,7 @@ class FaultLog:
         policy: gives the rate at which to stop.
     """
 
-    def __init__(self, path: Path | None, policy: FaultPolicy) -> None:
+    def __init__(self, path: Path | None, policy: BadSamplePolicy) -> None:
         self.path = path
         self.policy = policy
         self.total = 0
@@ -152,7 +136,7 @@ class FaultLog:
         self._lock = threading.Lock()  # plans are made in a thread
         self._written: set[tuple[str, str, int]] | None = None
 
-    def write(self, faults: list[Fault]) -> None:
+    def write(self, faults: list[BadSample]) -> None:
         """Append faults; one that stands in the file already (a resumed run) is left out.
 
         Raises:
@@ -169,13 +153,13 @@ class FaultLog:
                 "write it; then start the same command again"
             ) from error
 
-    def _append(self, faults: list[Fault], path: Path) -> None:
+    def _append(self, faults: list[BadSample], path: Path) -> None:
         if self._written is None:
             self._written = {
-                (line["dataset"], line["key"], line["turn"]) for line in read_quarantine(path)
+                (line["dataset"], line["key"], line["epoch_pass"]) for line in read_quarantine(path)
             }
         for fault in faults:
-            identity = (fault.dataset, fault.key, fault.turn)
+            identity = (fault.dataset, fault.key, fault.epoch_pass)
             if identity in self._written:
                 continue
             self._written.add(identity)
@@ -188,7 +172,7 @@ class FaultLog:
             finally:
                 os.close(file)
 
-    def add(self, faults: list[Fault]) -> None:
+    def add(self, faults: list[BadSample]) -> None:
         """Write faults met outside a step (while planning); the next step counts them."""
         with self._lock:
             self._pending += len(faults)
@@ -213,7 +197,7 @@ class FaultLog:
             where = f"; they are listed in {self.path}" if self.path else ""
             raise RecordError(
                 f"{self.total} of {self.num_samples} samples are bad, more than "
-                f"data.max_fault_rate={self.policy.max_rate} allows{where}. Mend or remove them "
+                f"data.max_fault_rate={self.policy.max_rate} allows{where}. Repair or remove them "
                 "(`vipllava lint` finds them all), or raise the rate"
             )
 

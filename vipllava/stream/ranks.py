@@ -12,30 +12,38 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from vipllava.types import VipLlavaError
 
 
-def _alone(values: Sequence[int]) -> list[int]:
-    return list(values)
+def gather_objects(value: Any) -> list[Any]:
+    """Return a value of every process, in their order; each of them has to call this.
+
+    Args:
+        value: this process's; anything that can be pickled.
+    """
+    distributed: Any = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, value)
+    return found
 
 
-def _only_one(value: Any) -> list[Any]:
+def _gather_of_one(value: Any) -> list[Any]:
     return [value]
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The ranks of a job as one of them sees them; by default it is the only one.
+    """The ranks of a job as one of them sees them; by default it is the only one."""
 
-    Attributes:
-        rank: this process.
-        sum: adds numbers up over all ranks; called by every rank.
-        gather: returns a value of every rank, in their order; called by every rank.
-    """
-
-    rank: int = 0
-    sum: Callable[[Sequence[int]], list[int]] = _alone
-    gather: Callable[[Any], list[Any]] = _only_one
+    rank: int = 0  # this process
+    # Adds numbers up over all ranks; called by every rank.
+    sum: Callable[[Sequence[int]], list[int]] = list
+    # Returns a value of every rank, in their order; called by every rank.
+    gather: Callable[[Any], list[Any]] = _gather_of_one
 
     def end_together(self, error: Exception | None) -> None:
         """Raise on every rank if one has an error; called by every rank.

@@ -1,11 +1,11 @@
-"""The way of one sample: shard -> record -> plan -> picture and text -> ids and pixels.
+"""The way of one sample: shard -> record -> plan -> image and text -> ids and pixels.
 
     entry    = shards.read(position)                         bytes and JSON
     sample   = parse_record(..., rng=words)                  regions, turns with mentions
     plan     = sample_plan(sample.regions, size, rng=marks)  what is drawn, what it is called
     image    = render_plan(decode_image(...), plan)          RGB with marks
     turns    = refer_turns(sample.turns, plan)               texts with the marks' words
-    encoded  = encoder.encode(turns)                         int64 ids and labels [length]
+    encoded  = conversation_encoder.encode(turns)            int64 ids and labels [length]
     pixels   = transform(image)                              uint8 [3, size, size]
 
 Words and marks have a generator each, keyed by (seed, epoch, data set, key): a sample is the same
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from vipllava.records import KINDS, parse_record
 from vipllava.records.image_decode import decode_image, image_size
 from vipllava.shards.manifest import AUTO_POLICY, Manifest, load_manifest
 from vipllava.shards.tars import Entry, ShardSet, open_shards
-from vipllava.stream.collate import EncodedSample
+from vipllava.stream.collate import Collator, EncodedSample
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.types import Encoded, RecordError, Sample, Turn, VipLlavaError, VisualPromptPlan
 from vipllava.visual_prompts.policies import VisualPromptPolicy, get_policy
@@ -142,7 +143,7 @@ def plan_sample(
 
     Args:
         sample: a parsed record.
-        size: width and height of its stored picture, pixels; any for a text-only sample.
+        size: width and height of its stored image, pixels; any for a text-only sample.
         policies: by the names that samples carry.
         rng: see :func:`marks_generator`.
 
@@ -162,22 +163,15 @@ def plan_sample(
 
 @dataclass(frozen=True, slots=True)
 class SampleTrace:
-    """Everything that is made of one sample on its way to the network.
+    """Everything that is made of one sample on its way to the network."""
 
-    Attributes:
-        sample: the parsed record.
-        plan: its marks.
-        turns: its texts, with the marks' words.
-        encoded: ids and labels.
-        picture: the decoded, upright picture without marks, RGB; None for a text-only sample.
-        pixel_values: uint8 [3, size, size] as the network gets it, marks drawn; None likewise.
-    """
-
-    sample: Sample
-    plan: VisualPromptPlan
-    turns: tuple[Turn, ...]
-    encoded: Encoded
-    picture: Image.Image | None
+    sample: Sample  # the parsed record
+    plan: VisualPromptPlan  # its marks
+    turns: tuple[Turn, ...]  # its texts, with the marks' words
+    encoded: Encoded  # ids and labels
+    # The decoded, upright image without marks, RGB; None for a text-only sample.
+    image: Image.Image | None
+    # Uint8 [3, size, size] as the network gets it, marks drawn; None likewise.
     pixel_values: torch.Tensor | None
 
 
@@ -186,25 +180,33 @@ class SampleEncoder:
 
     Args:
         policies: by the names that samples carry.
-        encoder: conversations to ids and labels.
-        transform: pictures to pixels.
+        conversation_encoder: conversations to ids and labels.
+        transform: images to pixels.
         seed: of the marks.
     """
 
     def __init__(
         self,
         policies: Mapping[str, VisualPromptPolicy],
-        encoder: ConversationEncoder,
+        conversation_encoder: ConversationEncoder,
         transform: ImageTransform,
         seed: int,
     ) -> None:
         self.policies = dict(policies)
-        self.encoder = encoder
+        self.conversation_encoder = conversation_encoder
         self.transform = transform
         self.seed = seed
 
+    def collator(self, *, multiple_of: int = 1, pack_length: int | None = None) -> Collator:
+        """Return what makes rows of these samples; for the arguments see :class:`Collator`."""
+        encoder = self.conversation_encoder
+        token: Any = getattr(encoder.tokenizer, "pad_token_id", None)
+        if token is None or token == encoder.image_token_id:
+            token = 0  # padding has no label and is never attended to
+        return Collator(int(token), self.transform.size, multiple_of, pack_length)
+
     def encode_text(self, sample: Sample, epoch: int = 0) -> tuple[tuple[Turn, ...], Encoded]:
-        """Return texts and ids without decoding the picture; equal to what training gets."""
+        """Return texts and ids without decoding the image; equal to what training gets."""
         name = f"{sample.dataset}/{sample.key}"
         size = (0, 0) if sample.image is None else image_size(sample.image, key=name)
         _, turns = plan_sample(sample, size, self.policies, self._marks(sample, epoch))
@@ -213,29 +215,30 @@ class SampleEncoder:
     def encode(self, sample: Sample, epoch: int = 0) -> EncodedSample:
         """Return the finished sample; raises what :meth:`trace` raises."""
         trace = self.trace(sample, epoch)
-        return EncodedSample(f"{sample.dataset}/{sample.key}", trace.encoded, trace.pixel_values)
+        key = f"{sample.dataset}/{sample.key}"
+        return EncodedSample(key, trace.encoded, trace.pixel_values, sample.dataset)
 
     def trace(self, sample: Sample, epoch: int = 0) -> SampleTrace:
         """Return the finished sample with all that led to it.
 
         Raises:
-            RecordError: unreadable picture, regions that cannot be told apart, or a conversation
+            RecordError: an unreadable image, regions that cannot be told apart, or a conversation
                 without a supervised token; names data set and key.
         """
         name = f"{sample.dataset}/{sample.key}"
-        picture = None if sample.image is None else decode_image(sample.image, name)
-        size = (0, 0) if picture is None else picture.size
+        image = None if sample.image is None else decode_image(sample.image, name)
+        size = (0, 0) if image is None else image.size
         plan, turns = plan_sample(sample, size, self.policies, self._marks(sample, epoch))
         encoded = self._encode(sample, turns)
-        pixels = None if picture is None else self.transform(render_plan(picture, plan))
-        return SampleTrace(sample, plan, turns, encoded, picture, pixels)
+        pixels = None if image is None else self.transform(render_plan(image, plan))
+        return SampleTrace(sample, plan, turns, encoded, image, pixels)
 
     def _marks(self, sample: Sample, epoch: int) -> np.random.Generator:
         return marks_generator(self.seed, epoch, sample.dataset, sample.key)
 
     def _encode(self, sample: Sample, turns: tuple[Turn, ...]) -> Encoded:
         name = f"{sample.dataset}/{sample.key}"
-        encoded = self.encoder.encode(turns, key=name)
+        encoded = self.conversation_encoder.encode(turns, key=name)
         if encoded.num_supervised == 0:
             raise RecordError(
                 f"{name}: no token is supervised; expected an answer within the length limit",
@@ -243,7 +246,7 @@ class SampleEncoder:
             )
         if encoded.num_images != (sample.image is not None):
             raise RecordError(
-                f"{name}: the conversation places {encoded.num_images} pictures, the sample has "
-                f"{int(sample.image is not None)}; the turn with the picture was lost"
+                f"{name}: the conversation places {encoded.num_images} images, the sample has "
+                f"{int(sample.image is not None)}; the turn with the image was lost"
             )
         return encoded

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from vipllava.stream.collate import EncodedSample
 from vipllava.stream.order import Epoch, Item
-from vipllava.stream.quarantine import Fault, FaultPolicy, candidates, with_substitute
+from vipllava.stream.quarantine import BadSample, BadSamplePolicy, candidates, with_substitute
 from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
 from vipllava.types import RecordError, Sample, VipLlavaError
+
+_Made = TypeVar("_Made")
 
 
 class VisualPromptDataset:
@@ -28,11 +30,11 @@ class VisualPromptDataset:
         self,
         sources: Sequence[SampleSource],
         encoder: SampleEncoder,
-        policy: FaultPolicy | None = None,
+        policy: BadSamplePolicy | None = None,
     ) -> None:
         self.sources = tuple(sources)
-        self.encoder = encoder
-        self.policy = policy or FaultPolicy()
+        self.sample_encoder = encoder
+        self.policy = policy or BadSamplePolicy()
 
     def make(self, item: Item) -> EncodedSample:
         """Return one finished sample.
@@ -41,13 +43,9 @@ class VisualPromptDataset:
             RecordError: it is a bad one; names shard, key and remedy.
             StorageError: it cannot be read now.
         """
-        sample, shard = self._sample(item)
-        try:
-            return self.encoder.encode(sample, item.turn)
-        except VipLlavaError as error:
-            raise error.at(shard) from error
+        return self._made(item, self.sample_encoder.encode)
 
-    def load(self, item: Item, *, in_pack: bool = False) -> tuple[EncodedSample, Fault | None]:
+    def load(self, item: Item, *, in_pack: bool = False) -> tuple[EncodedSample, BadSample | None]:
         """Return one finished sample, or by the policy a substitute.
 
         Args:
@@ -72,8 +70,8 @@ class VisualPromptDataset:
         )
         return made, fault
 
-    def measure(self, item: Item) -> tuple[int, Item, Fault | None]:
-        """Return a sample's true length in ids, without decoding its picture.
+    def measure(self, item: Item) -> tuple[int, Item, BadSample | None]:
+        """Return a sample's true length in ids, without decoding its image.
 
         Returns:
             The length, the item (a substitute by the policy) and what was wrong with the first.
@@ -83,9 +81,9 @@ class VisualPromptDataset:
         )
 
     def estimate_lengths(self, epoch: Epoch) -> npt.NDArray[np.int32]:
-        """Return the estimated total length of samples, text and picture, int32 [samples]."""
+        """Return the estimated total length of samples, text and image, int32 [samples]."""
         lengths = np.empty(len(epoch), dtype=np.int32)
-        image = self.encoder.encoder.image_seq_length
+        image = self.sample_encoder.conversation_encoder.image_seq_length
         for part, source in enumerate(self.sources):
             chosen = epoch.part == part
             positions = epoch.position[chosen]
@@ -94,7 +92,7 @@ class VisualPromptDataset:
         return lengths
 
     def has_image(self, item: Item) -> bool:
-        """Return whether a sample has a picture."""
+        """Return whether a sample has an image."""
         positions = np.array([item.position])
         return bool(self.sources[item.part].shards.has_image(positions)[0])
 
@@ -105,34 +103,34 @@ class VisualPromptDataset:
         except RecordError as error:
             raise VipLlavaError(
                 f"{error}\nIt was read when the packs were planned, on the machine of rank 0: this "
-                "machine's copy of the data is damaged. Copy it anew, and start again"
+                "machine's copy of the data is damaged. Copy it again, and start again"
             ) from error
 
     def _length(self, item: Item) -> int:
-        sample, shard = self._sample(item)
-        try:
-            return self.encoder.encode_text(sample, item.turn)[1].length
-        except VipLlavaError as error:
-            raise error.at(shard) from error
+        return self._made(item, self.sample_encoder.encode_text)[1].length
 
-    def _sample(self, item: Item) -> tuple[Sample, Path | str]:
+    def _made(self, item: Item, make: Callable[[Sample, int], _Made]) -> _Made:
         source = self.sources[item.part]
-        shard, _ = source.shards.locate(item.position)
-        return source.sample(item.position, item.turn), source.shards.paths[shard]
+        sample = source.sample(item.position, item.epoch_pass)
+        try:
+            return make(sample, item.epoch_pass)
+        except VipLlavaError as error:
+            shard, _ = source.shards.locate(item.position)
+            raise error.at(source.shards.paths[shard]) from error
 
     def _candidates(self, item: Item) -> Iterator[Item]:
         source = self.sources[item.part]
-        return candidates(item, len(source), seed=self.encoder.seed, name=source.name)
+        return candidates(item, len(source), seed=self.sample_encoder.seed, name=source.name)
 
-    def _describe(self, item: Item, error: RecordError, substitute: Item) -> Fault:
+    def _describe(self, item: Item, error: RecordError, substitute: Item) -> BadSample:
         shards = self.sources[item.part].shards
         shard, _ = shards.locate(item.position)
-        return Fault(
+        return BadSample(
             dataset=shards.name,
             key=shards.key(item.position),
             shard=str(shards.paths[shard]),
             offset=shards.record_offset(item.position),
-            turn=item.turn,
+            epoch_pass=item.epoch_pass,
             fault=error.fault,
             reason=str(error),
             substitute=shards.key(substitute.position),

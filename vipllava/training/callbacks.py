@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import lightning
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
@@ -40,11 +40,8 @@ def render_parameter_table(rows: tuple[ParameterRow, ...]) -> Table:
     for row in rows:
         table.add_row(row.part, f"{row.num_parameters:,}", f"{row.num_trainable:,}")
     table.add_section()
-    table.add_row(
-        "all",
-        f"{sum(row.num_parameters for row in rows):,}",
-        f"{sum(row.num_trainable for row in rows):,}",
-    )
+    counts = [(row.num_parameters, row.num_trainable) for row in rows]
+    table.add_row("all", *(f"{sum(column):,}" for column in zip(*counts, strict=True)))
     return table
 
 
@@ -58,9 +55,7 @@ class ParameterTable(Callback):
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
 
-    def on_fit_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""
         if not trainer.is_global_zero:
             return
@@ -99,9 +94,7 @@ class ExportCallback(Callback):
         self.meta = meta
         self.base = base
 
-    def on_train_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder on the first rank; the others wait, see :func:`first_alone`."""
         module = _network_of(pl_module)
         network = whole_network(module.network, trainer.strategy, module.adapter)
@@ -125,7 +118,7 @@ class ExportCallback(Callback):
             logger.info("wrote what was trained, the projector alone, to %s", folder)
 
 
-def _network_of(module: lightning.LightningModule) -> VipLlavaLitModule:
+def _network_of(module: LightningModule) -> VipLlavaLitModule:
     if not isinstance(module, VipLlavaLitModule):
         raise VipLlavaError(
             f"this callback belongs to VipLlavaLitModule, not to {type(module).__name__}"

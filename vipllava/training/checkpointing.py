@@ -9,6 +9,7 @@ written by all processes together.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
@@ -50,7 +51,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def __init__(self, asynchronous: bool = True) -> None:
         self.asynchronous = asynchronous
-        self.on_written: Callable[[], None] = _nothing
+        self.on_written: Callable[[], None] = _do_nothing
         self._executor: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
 
@@ -139,7 +140,7 @@ class CheckpointCallback(Checkpoint):
         keep_last: int = 2,
         keep_best: bool = True,
     ) -> None:
-        self.folder = Path(dirpath)
+        self.dirpath = Path(dirpath)
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
         self.keep_last = max(1, keep_last)
@@ -151,20 +152,16 @@ class CheckpointCallback(Checkpoint):
         self._last_time = time.monotonic()
         self._stop = StopRequest()
 
-    def setup(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
-    ) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep Lightning from listening to signals.
 
         It would from before the first step on, there is no setting for it, and its handler talks to
         the other processes, which may be anywhere, and ends a run as if nothing had happened.
         """
         connector: Any = trainer._signal_connector
-        connector.register_signal_handlers = _nothing
+        connector.register_signal_handlers = _do_nothing
 
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Clear what a killed save left, and listen to the signals that ask to stop.
 
         Raises:
@@ -175,18 +172,13 @@ class CheckpointCallback(Checkpoint):
         _check_same_step(trainer)
         if isinstance(plugin := trainer.strategy.checkpoint_io, AtomicCheckpointIO):
             plugin.on_written = self._remove_older
-        if trainer.is_global_zero and self.folder.is_dir():
-            for path in self.folder.glob(f".*{UNFINISHED}"):
+        if trainer.is_global_zero and self.dirpath.is_dir():
+            for path in self.dirpath.glob(f".*{UNFINISHED}"):
                 remove(path)
         self._stop.listen()
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if this micro-batch completed a step that is due."""
         step = trainer.global_step
@@ -203,13 +195,10 @@ class CheckpointCallback(Checkpoint):
             self._interrupt(trainer, asked)
         self._last_step = step
 
-    def on_validation_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what was due before the validation, and the best so far; stop if asked to."""
-        value = trainer.callback_metrics.get("val/loss")
-        loss = None if value is None else float(value)
-        is_best = loss is not None and (self.best_loss is None or loss < self.best_loss)
+        loss = float(trainer.callback_metrics.get("val/loss", math.inf))
+        is_best = loss < (math.inf if self.best_loss is None else self.best_loss)
         if is_best:
             self.best_loss = loss
         in_training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
@@ -232,14 +221,14 @@ class CheckpointCallback(Checkpoint):
         """Restore the best loss."""
         self.best_loss = state_dict.get("best_loss")
 
-    def _save_step(self, trainer: lightning.Trainer) -> None:
+    def _save_step(self, trainer: Trainer) -> None:
         if self._saved_step != trainer.global_step:
             self._saved_step = trainer.global_step
             self.save(trainer)
         if trainer.should_stop:
             _wait(trainer)  # the export comes next
 
-    def save(self, trainer: lightning.Trainer, name: str | None = None) -> Path:
+    def save(self, trainer: Trainer, name: str | None = None) -> Path:
         """Save now; every process has to call this.
 
         Args:
@@ -252,14 +241,14 @@ class CheckpointCallback(Checkpoint):
         Raises:
             CheckpointError: it cannot be written; those of before stay.
         """
-        path = self.folder / (name or f"{trainer.global_step:06d}{SUFFIX}")
+        path = self.dirpath / (name or f"{trainer.global_step:06d}{SUFFIX}")
         if isinstance(trainer.lightning_module, VipLlavaLitModule):
             # Lightning would log this step only after the callbacks, and a kill in between lose it.
             trainer.lightning_module.log_step()
         if trainer.is_global_zero:
             for log in trainer.loggers:
                 log.save()
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.dirpath.mkdir(parents=True, exist_ok=True)
         sharded = isinstance(trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy))
         try:
             if sharded:
@@ -276,37 +265,32 @@ class CheckpointCallback(Checkpoint):
         return path
 
     def _remove_older(self) -> None:
-        for old in list_checkpoints(self.folder)[: -self.keep_last]:
+        for old in list_checkpoints(self.dirpath)[: -self.keep_last]:
             try:
                 remove(old)
             except OSError as error:
                 logger.warning("%s is not needed any more and cannot be removed: %s", old, error)
 
-    def teardown(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
-    ) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
         self._stop.stop_listening()
 
     def on_exception(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        exception: BaseException,
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Give the signals back; nothing is torn down after an error."""
         self._stop.stop_listening()
 
-    def _interrupt(self, trainer: lightning.Trainer, exit_code: int) -> NoReturn:
+    def _interrupt(self, trainer: Trainer, exit_code: int) -> NoReturn:
         _wait(trainer)
         raise Interrupted(
             f"stopped at step {trainer.global_step} by "
             f"{self._stop.name or 'a signal to another process'}; the checkpoint is in "
-            f"{self.folder}: start the same command again to go on",
+            f"{self.dirpath}: start the same command again to go on",
             exit_code,
         )
 
-    def _decide(self, trainer: lightning.Trainer, step: int) -> tuple[int, bool]:
+    def _decide(self, trainer: Trainer, step: int) -> tuple[int, bool]:
         """Return the exit code to stop with, or 0, and whether to save; alike on all processes."""
         asked = self._stop.exit_code
         due = bool(self.every_n_steps) and step % int(self.every_n_steps or 1) == 0
@@ -315,29 +299,30 @@ class CheckpointCallback(Checkpoint):
             and trainer.is_global_zero
             and time.monotonic() - self._last_time >= 60 * self.every_n_minutes
         )
-        if trainer.world_size > 1:
-            device = trainer.strategy.root_device
-            flags = torch.tensor([asked, late], dtype=torch.int32, device=device)
-            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-            asked, late = flags.tolist()
+        asked, late = _greatest(trainer, asked, int(late))
         return asked, due or bool(late)
 
 
-def _check_same_step(trainer: lightning.Trainer) -> None:
+def _greatest(trainer: Trainer, *numbers: int) -> list[int]:
+    """Return of each number the greatest that a process has."""
     if trainer.world_size == 1:
-        return
-    step, device = trainer.global_step, trainer.strategy.root_device
-    bounds = torch.tensor([step, -step], dtype=torch.int64, device=device)
-    torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX)
-    last, first = int(bounds[0]), -int(bounds[1])
-    if first != last:
+        return list(numbers)
+    found = torch.tensor(numbers, dtype=torch.int64, device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return found.tolist()
+
+
+def _check_same_step(trainer: Trainer) -> None:
+    last, negative_first = _greatest(trainer, trainer.global_step, -trainer.global_step)
+    if -negative_first != last:
         raise CheckpointError(
-            f"the processes of this run go on from different steps, {first} to {last}: its folder "
-            "has to be on a file system that all nodes share, and its checkpoints readable there"
+            f"the processes of this run go on from different steps, {-negative_first} to {last}: "
+            "its folder has to be on a file system that all nodes share, and its checkpoints "
+            "readable there"
         )
 
 
-def _validation_follows(trainer: lightning.Trainer) -> bool:
+def _validation_follows(trainer: Trainer) -> bool:
     if not trainer.enable_validation:
         return False
     if trainer.should_stop and trainer.fit_loop._can_stop_early:
@@ -348,7 +333,7 @@ def _validation_follows(trainer: lightning.Trainer) -> bool:
     return (trainer.fit_loop.total_batch_idx + 1) % int(every) == 0
 
 
-def _save_sharded(trainer: lightning.Trainer, path: Path) -> None:
+def _save_sharded(trainer: Trainer, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}{UNFINISHED}")  # the same for all processes
     if trainer.is_global_zero:
         remove(unfinished)
@@ -376,11 +361,11 @@ def _unwritten(path: Path, error: BaseException) -> str:
     )
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
-def _wait(trainer: lightning.Trainer) -> None:
+def _wait(trainer: Trainer) -> None:
     plugin: Any = trainer.strategy.checkpoint_io
     if isinstance(plugin, AtomicCheckpointIO):
         plugin.wait()

@@ -90,7 +90,7 @@ class CsvLog(Logger):
             self._columns = next(csv.reader(file), [])
 
     def _widen(self, names: list[str]) -> None:
-        """Write the file anew with more columns; the row at its end is written afterwards."""
+        """Write the file again with more columns; the row at its end is written afterwards."""
         rows: list[dict[str, str]] = []
         if self.path.is_file():
             with self.path.open("rb") as file:

@@ -26,9 +26,8 @@ class DatasetLosses:
 
     @torch.no_grad()
     def observe(self, batch: Batch, predictions: Predictions) -> None:
-        """Add a micro-batch; one without keys is passed over."""
-        names = [key.partition("/")[0] for key in batch.keys]
-        known = list(dict.fromkeys(names))
+        """Add a micro-batch; one without names of data sets is passed over."""
+        known = list(dict.fromkeys(batch.datasets))
         if len(known) == 1:
             total = predictions.loss_sum
             count = torch.full_like(total, len(predictions.targets))
@@ -36,7 +35,7 @@ class DatasetLosses:
         if len(known) < 2:
             return
         device = predictions.logits.device
-        dataset_of_sample = torch.tensor([known.index(name) for name in names]).to(device)
+        dataset_of_sample = torch.tensor([known.index(name) for name in batch.datasets]).to(device)
         sample = sample_of_position(batch.segment_ids)[:, 1:][predictions.supervised]
         sums = torch.zeros(len(known), 2, device=device)
         for logits, targets, dataset in zip(

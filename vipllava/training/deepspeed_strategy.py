@@ -31,6 +31,7 @@ from vipllava.checkpoints.parts import (
     write_shared,
 )
 from vipllava.checkpoints.training_state import check_whole
+from vipllava.stream.ranks import gather_objects
 from vipllava.types import CheckpointError, ConfigError
 
 _COUNTERS: Final = ("global_steps", "global_samples", "skipped_steps")
@@ -44,19 +45,12 @@ _IN_PARTS: Final = ("state_dict", "optimizer_states")
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Where this process keeps a part of a weight: in a flat tensor, which the optimizer knows.
+    """Where this process keeps a part of a weight: in a flat tensor, which the optimizer knows."""
 
-    Attributes:
-        start: of the part in the weight.
-        length: in elements.
-        flat: float32, of many weights' parts.
-        offset: of the part in it.
-    """
-
-    start: int
-    length: int
-    flat: torch.Tensor
-    offset: int
+    start: int  # of the part in the weight
+    length: int  # in elements
+    flat: torch.Tensor  # float32, of many weights' parts
+    offset: int  # of the part in it
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """Return the part of one of the flat tensors: the weights or of the optimizer's state."""
@@ -159,20 +153,12 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         steps = {float(state[_STEP]) for state in self._state().values()}
         assert len(steps) <= 1, steps
         assert self.lightning_module is not None
-        first: dict[int, str] = {}
-        tied: dict[str, str] = {}
-        shapes: dict[str, list[int]] = {}
-        for name, weight in self.lightning_module.named_parameters(remove_duplicate=False):
-            if not weight.requires_grad:
-                continue
-            if id(weight) in first:
-                tied[name] = first[id(weight)]
-            else:
-                first[id(weight)] = name
-                shapes[name] = _shape(weight)
+        first: dict[int, str] = {id(weight): name for name, weight in self._trained()}
+        every = self.lightning_module.named_parameters(remove_duplicate=False)
+        tied = {n: first[id(p)] for n, p in every if p.requires_grad and first[id(p)] != n}
         return Shared(
             run={key: value for key, value in checkpoint.items() if key not in _IN_PARTS},
-            shapes=shapes,
+            shapes={name: _shape(weight) for name, weight in self._trained()},
             tied=tied,
             engine={
                 _STEP: max(steps, default=0.0),
@@ -281,8 +267,7 @@ def _on_all(action: Callable[[], Any]) -> list[Any]:
         result = action(), None
     except OSError as error:
         result = None, str(error)
-    results: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(results, result)
+    results = gather_objects(result)
     for rank, (_, error) in enumerate(results):
         if error is not None:
             raise OSError(f"process {rank}: {error}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Final
 
-import lightning
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
@@ -31,19 +31,13 @@ class RunEnd(Callback):
         self._nothing_left = False
 
     def on_save_checkpoint(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        checkpoint: dict[str, Any],
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Note what the epochs are cut to."""
         checkpoint[_LIMIT] = str(trainer.limit_train_batches)
 
     def on_load_checkpoint(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        checkpoint: dict[str, Any],
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Find out whether this run has anything left to do behind the checkpoint.
 
@@ -81,19 +75,12 @@ class RunEnd(Callback):
                 " and ".join(asked),
             )
 
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End before the first step where nothing is left to do."""
         trainer.should_stop = trainer.should_stop or self._nothing_left
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop if this micro-batch completed the last step."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -121,9 +108,7 @@ class EarlyStop(EarlyStopping):
         """Restore what was counted."""
         super().load_state_dict(state_dict | {"patience": self.patience})
 
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End before the first step if the run had come to its end."""
         if (
             self.wait_count >= self.patience

@@ -10,12 +10,13 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from vipllava.checkpoints.export_meta import code_version
@@ -33,7 +34,7 @@ _PACKAGES: Final = (
 )  # fmt: skip
 
 
-def describe_attention(used: str, trainer: lightning.Trainer) -> str:
+def describe_attention(used: str, trainer: Trainer) -> str:
     """Say which attention a run's network gets, and why not a faster one.
 
     Args:
@@ -51,10 +52,8 @@ def describe_environment() -> dict[str, Any]:
     """Return this process's command, Python, packages and devices as plain values."""
     packages: dict[str, str] = {}
     for name in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     cuda = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     return {
         "command": shlex.join(sys.argv),
@@ -83,9 +82,7 @@ class StartLog(Callback):
         self.path = Path(run_dir) / FILE
         self.configuration = dict(configuration)
 
-    def setup(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
-    ) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write, on the first process."""
         if stage != "fit" or not trainer.is_global_zero:
             return

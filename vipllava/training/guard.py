@@ -11,7 +11,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, Final, Literal, get_args
@@ -19,8 +19,9 @@ from typing import Any, Final, Literal, get_args
 import torch
 
 from vipllava.files.atomic import write_whole
-from vipllava.stream.loader import REPEAT_SUFFIX, StepLoader
-from vipllava.training.restart import CHECKPOINTS, list_checkpoints
+from vipllava.stream.loader import StepLoader
+from vipllava.stream.ranks import gather_objects
+from vipllava.training.restart import list_checkpoints
 from vipllava.types import CheckpointError, ConfigError, first_line
 
 OnNonfinite = Literal["stop", "skip"]
@@ -32,31 +33,20 @@ _LEAST: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """A step that was refused, and all that is needed to make its batches again.
+    """A step that was refused, and all that is needed to make its batches again."""
 
-    Attributes:
-        reason: why, in words.
-        step: optimizer steps that were done before it.
-        loss: of its global batch; as a text where JSON has no number for it.
-        place: where it begins in the stream, see :class:`vipllava.stream.batching.Cursor`.
-        data: which stream that is, as in a checkpoint.
-        world_size: processes.
-        accumulate: micro-batches of each.
-        keys: of the samples, by process and micro-batch.
-        losses: of the micro-batches, by process: their shares of the step's loss.
-        checkpoint: the newest one when it happened, or None.
-    """
-
-    reason: str
-    step: int
-    loss: float | str
+    reason: str  # why, in words
+    step: int  # optimizer steps that were done before it
+    loss: float | str  # of its global batch; as a text where JSON has no number for it
+    # Where it begins in the stream, see :class:`vipllava.stream.batching.Cursor`.
     place: Mapping[str, int]
-    data: Mapping[str, Any]
-    world_size: int
-    accumulate: int
-    keys: Sequence[Sequence[Sequence[str]]]
+    data: Mapping[str, Any]  # which stream that is, as in a checkpoint
+    world_size: int  # processes
+    accumulate: int  # micro-batches of each
+    keys: Sequence[Sequence[Sequence[str]]]  # of the samples, by process and micro-batch
+    # Of the micro-batches, by process: their shares of the step's loss.
     losses: Sequence[Sequence[float | str]]
-    checkpoint: str | None = None
+    checkpoint: str | None = None  # the newest one when it happened, or None
 
     def write(self, folder: Path) -> Path:
         """Write the record into a folder; one of an earlier try of the step is replaced."""
@@ -87,18 +77,14 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What is to be done about a step that is not as it should be.
+class Refusal:
+    """What is to be done about a step that may not change the weights."""
 
-    Attributes:
-        action: stop the run, or leave the step out.
-        reason: why, in words.
-    """
-
-    action: Literal["stop", "skip"]
-    reason: str
+    action: Literal["stop", "skip"]  # stop the run, or leave the step out
+    reason: str  # why, in words
 
 
+@dataclass(eq=False)
 class LossGuard:
     """Decides whether a step may change the weights.
 
@@ -124,40 +110,34 @@ class LossGuard:
         ConfigError: a value is impossible.
     """
 
-    def __init__(
-        self,
-        folder: str | Path | None = None,
-        on_nonfinite: OnNonfinite = "stop",
-        on_spike: OnSpike = "stop",
-        spike_factor: float = 10.0,
-        window: int = 100,
-        max_skipped: int = 20,
-        spike_floor: float = 1.0,
-    ) -> None:
-        for name, value, known in (
-            ("on_nonfinite", on_nonfinite, get_args(OnNonfinite)),
-            ("on_spike", on_spike, get_args(OnSpike)),
-        ):
-            if value not in known:
-                raise ConfigError(f"guard.{name}={value} is not one of {', '.join(known)}")
-        if spike_factor <= 1 or window < _LEAST:
-            raise ConfigError(
-                f"guard.spike_factor={spike_factor} must be above 1, guard.window={window} at "
-                f"least {_LEAST}"
-            )
-        if not 0 <= spike_floor < math.inf:
-            raise ConfigError(f"guard.spike_floor={spike_floor} must be a number of at least 0")
-        self.folder = None if folder is None else Path(folder)
-        self.on_nonfinite: OnNonfinite = on_nonfinite
-        self.on_spike: OnSpike = on_spike
-        self.spike_factor = spike_factor
-        self.max_skipped = max_skipped
-        self.spike_floor = spike_floor
-        self.chance_loss = math.log(32_000)
-        self.num_skipped = 0
-        self._losses: deque[float] = deque(maxlen=window)
+    folder: str | Path | None = None
+    on_nonfinite: OnNonfinite = "stop"
+    on_spike: OnSpike = "stop"
+    spike_factor: float = 10.0
+    window: int = 100
+    max_skipped: int = 20
+    spike_floor: float = 1.0
+    chance_loss: float = field(default=math.log(32_000), init=False)
+    num_skipped: int = field(default=0, init=False)
 
-    def judge(self, loss: float) -> Verdict | None:
+    def __post_init__(self) -> None:
+        """Check the values; raises ConfigError."""
+        for name, known in (("on_nonfinite", OnNonfinite), ("on_spike", OnSpike)):
+            if (value := getattr(self, name)) not in get_args(known):
+                allowed = ", ".join(get_args(known))
+                raise ConfigError(f"guard.{name}={value} is not one of {allowed}")
+        if self.spike_factor <= 1 or self.window < _LEAST:
+            raise ConfigError(
+                f"guard.spike_factor={self.spike_factor} must be above 1, "
+                f"guard.window={self.window} at least {_LEAST}"
+            )
+        if not 0 <= self.spike_floor < math.inf:
+            raise ConfigError(
+                f"guard.spike_floor={self.spike_floor} must be a number of at least 0"
+            )
+        self._losses: deque[float] = deque(maxlen=self.window)
+
+    def judge(self, loss: float) -> Refusal | None:
         """Say what is to be done about a step, and why; None where nothing is wrong.
 
         Args:
@@ -177,7 +157,7 @@ class LossGuard:
         return None
 
     def _far_below(self, loss: float) -> str | None:
-        """Return what a spike is far above, or None where a loss is none."""
+        """Return what a spike is far above; None if the loss is not a spike."""
         known = len(self._losses)
         floor = self.spike_floor if known >= _LEAST else max(self.spike_floor, self.chance_loss)
         if known and loss > max(floor, self.spike_factor * median(self._losses)):
@@ -186,7 +166,7 @@ class LossGuard:
             return f"{self.chance_loss:.4g} of a model that guesses"
         return None
 
-    def judge_gradient(self, norm: float) -> Verdict | None:
+    def judge_gradient(self, norm: float) -> Refusal | None:
         """Say what is to be done about a step whose loss was right.
 
         Args:
@@ -196,15 +176,15 @@ class LossGuard:
             return None
         return self._refuse(self.on_nonfinite, f"the gradient's norm is {norm}")
 
-    def _refuse(self, action: OnSpike, reason: str) -> Verdict | None:
+    def _refuse(self, action: OnSpike, reason: str) -> Refusal | None:
         if action == "ignore":
             return None
         if action == "skip":
             self.num_skipped += 1
             if self.num_skipped > self.max_skipped:
                 reason += f"; {self.max_skipped} steps were left out already (guard.max_skipped)"
-                return Verdict("stop", reason)
-        return Verdict(action, reason)
+                return Refusal("stop", reason)
+        return Refusal(action, reason)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to decide as this one would."""
@@ -225,7 +205,7 @@ def spell_loss(loss: float | str) -> float | str:
 def refuse_step(
     trainer: Any,
     guard: LossGuard,
-    verdict: Verdict,
+    refusal: Refusal,
     step: int,
     loss: float,
     micro_batches: Sequence[tuple[tuple[str, ...], torch.Tensor]],
@@ -235,7 +215,7 @@ def refuse_step(
     Args:
         trainer: of the run.
         guard: that refused it.
-        verdict: what it said.
+        refusal: what it said.
         step: optimizer steps before it; DeepSpeed's norm is known when the trainer has counted on.
         loss: of the global batch.
         micro_batches: keys and loss of this process's micro-batches.
@@ -243,53 +223,44 @@ def refuse_step(
     Returns:
         The message, on every process.
     """
-    path = _record(trainer, guard, verdict.reason, step, loss, micro_batches)
-    keys = [key for batch, _ in micro_batches for key in batch]
-    where = f"its samples: {', '.join(keys)}"
-    if path is not None:
+    where = f"its samples: {', '.join(key for keys, _ in micro_batches for key in keys)}"
+    if guard.folder is not None and isinstance(trainer.train_dataloader, StepLoader):
+        record = _record(trainer, refusal.reason, step, loss, micro_batches)
+        path = record.path(Path(guard.folder))
+        if trainer.is_global_zero:
+            record.write(path.parent)
         where = f"its samples are in {path}; the same command with replay={path} looks at each"
-    message = f"{verdict.reason} at step {step}; {where}"
-    if verdict.action == "skip":
-        return f"{message}. It is left out, the {guard.num_skipped}. of this run"
+    message = f"{refusal.reason} at step {step}; {where}"
+    if refusal.action == "skip":
+        return f"{message}. It is left out (steps left out of this run so far: {guard.num_skipped})"
     return (
-        f"{message}. The weights are as they were before it: lower the learning rate, mend these "
+        f"{message}. The weights are as they were before it: lower the learning rate, repair these "
         "records, or pass guard.on_nonfinite=skip or guard.on_spike=skip (or ignore)"
     )
 
 
 def _record(
     trainer: Any,
-    guard: LossGuard,
     reason: str,
     step: int,
     loss: float,
     micro_batches: Sequence[tuple[tuple[str, ...], torch.Tensor]],
-) -> Path | None:
-    loader = trainer.train_dataloader
-    if guard.folder is None or not isinstance(loader, StepLoader):
-        return None
-    mine = [(keys, float(value)) for keys, value in micro_batches]
-    ranks: list[Any] = [mine]
-    if trainer.world_size > 1:
-        ranks = [None] * trainer.world_size
-        torch.distributed.all_gather_object(ranks, mine)
+) -> StepRecord:
+    ranks = gather_objects([(keys, float(value)) for keys, value in micro_batches])
     wait = getattr(trainer.strategy.checkpoint_io, "wait", None)
     if wait is not None:
         wait()  # the newest one may still be being written
-    found = list_checkpoints(guard.folder.parent / CHECKPOINTS)
-    record = StepRecord(
+    saved_in = getattr(trainer.checkpoint_callback, "dirpath", None)
+    found = list_checkpoints(Path(saved_in)) if saved_in is not None else []
+    return StepRecord(
         reason=reason,
         step=step,
         loss=loss,
-        place=asdict(loader.began),
-        data=loader.identity(),
+        place=asdict(trainer.train_dataloader.began),
+        data=trainer.train_dataloader.identity(),
         world_size=trainer.world_size,
         accumulate=trainer.accumulate_grad_batches,
-        keys=[
-            [[key for key in keys if not key.endswith(REPEAT_SUFFIX)] for keys, _ in rank]
-            for rank in ranks
-        ],
+        keys=[[keys for keys, _ in rank] for rank in ranks],
         losses=[[value for _, value in rank] for rank in ranks],
         checkpoint=str(found[-1]) if found else None,
     )
-    return record.write(guard.folder) if trainer.is_global_zero else record.path(guard.folder)

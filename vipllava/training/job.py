@@ -64,7 +64,7 @@ def build_datamodule(cfg: DictConfig, tokenizer: Any = None) -> VisualPromptData
         max_length=cfg.stage.max_length,
     )
     transform = ImageTransform(spec.image_size, cfg.stage.image_aspect, preprocessing_of(tower))
-    return partial(cfg.data)(encoder=encoder, image_transform=transform)
+    return partial(cfg.data)(conversation_encoder=encoder, image_transform=transform)
 
 
 def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:

@@ -6,12 +6,13 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
@@ -26,7 +27,7 @@ from vipllava.models.freezing import check_parts, hold_frozen, modules_of, set_t
 from vipllava.models.placing import Placement
 from vipllava.models.quantization import QuantizationSettings, quantization_config
 from vipllava.models.supervised_loss import Observer, supervised_loss_sum
-from vipllava.training.guard import LossGuard, Verdict, refuse_step
+from vipllava.training.guard import LossGuard, Refusal, refuse_step
 from vipllava.training.optim import (
     OptimizerSettings,
     backward_scale,
@@ -51,7 +52,7 @@ from vipllava.types import Batch, ConfigError, VipLlavaError
 
 logger = logging.getLogger(__name__)
 
-HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+HALF_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """What is computed in, by the trainer's precision, where weights are held in more."""
 
 _ACCUMULATE = "accumulate_grad_batches"
@@ -64,8 +65,23 @@ _PROGRESS = "stream_progress"
 """Key of a checkpoint: the share of the epoch's samples that is done, None where steps say it."""
 
 
+@dataclass(slots=True)
+class _Step:
+    """What is known of the optimizer step under way."""
+
+    number: int = 0  # optimizer steps before it
+    # Of this process's micro-batches so far: summed loss, supervised tokens, keys and loss of each.
+    loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    num_tokens: int = 0
+    micro_batches: list[tuple[tuple[str, ...], torch.Tensor]] = field(default_factory=list)
+    sums: tuple[float, float] | None = None  # loss and supervised tokens, of all processes
+    is_skipped: bool = False  # the guard has it left out
+    gradient_norm: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # unclipped
+    values: dict[str, float] = field(default_factory=dict)  # what else is logged
+
+
 class VipLlavaLitModule(lightning.LightningModule):
-    """Trains the projector, and other parts if named, on batches of marked pictures.
+    """Trains the projector, and other parts if named, on batches of marked images.
 
     The network is made in ``configure_model``, on every process by itself and under the
     strategy's own contexts; before that ``model`` is None. Parts that do not train stay in eval
@@ -82,14 +98,14 @@ class VipLlavaLitModule(lightning.LightningModule):
     Args:
         model: what to build.
         trainable: the parts that train, of :data:`vipllava.models.freezing.PARTS`.
-        learning_rate: see :class:`OptimizerSettings`, as the next seven.
-        projector_learning_rate: the projector's own rate.
-        vision_tower_learning_rate: the tower's own rate, where it trains.
-        weight_decay: decay of matrices and embeddings.
-        betas: Adam's.
-        eps: Adam's.
-        warmup_ratio: share of the steps.
-        schedule: ``cosine`` or ``constant``.
+        learning_rate: peak learning rate.
+        projector_learning_rate: that of the projector; None for the same.
+        vision_tower_learning_rate: that of the tower where it trains; None for the same.
+        weight_decay: decoupled decay of matrices and embeddings; norms and biases never decay.
+        betas: decay rates of Adam's two moments.
+        eps: Adam's epsilon.
+        warmup_ratio: share of the steps over which the rate rises linearly from 0.
+        schedule: ``cosine`` (to zero) or ``constant``, both after the warm-up.
         gradient_checkpointing: recompute the language model's blocks in the backward pass: all of
             them, none, or the first so many.
         compile_blocks: have ``torch.compile`` make each decoder block faster; for rows of one
@@ -149,14 +165,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         self.model: VipLlavaForConditionalGeneration | None = None
         self.observers: list[Observer] = []
         self._tokenizer = tokenizer
-        self._step_loss = torch.zeros(())
-        self._step_tokens = 0
-        self._step_sums: tuple[float, float] | None = None
-        self._step = 0
-        self._gradient_norm = torch.zeros(())
-        self._micro_batches: list[tuple[tuple[str, ...], torch.Tensor]] = []
-        self._skips = False
-        self._step_values: dict[str, float] = {}
+        self._step = _Step()
         self._held_out = torch.zeros(2, dtype=torch.float64)
         self._last_global_step = 0
         self._progress: float | None = None
@@ -179,7 +188,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         """Build the network once; Lightning calls this at the start of every loop."""
         if self.model is not None:
             return
-        strategy: Any = self.trainer.strategy if self._trainer is not None else None
+        strategy = self._strategy
         # Lightning's default device here is the strategy's; the values of what is drawn on the CPU
         # would depend on it.
         with torch.device("cpu"), zero3_paused(strategy) if strategy is not None else nullcontext():
@@ -207,10 +216,10 @@ class VipLlavaLitModule(lightning.LightningModule):
             seed=self.seed,
             quantization_config=quantization_config(self.quantization),
             placement=placement,
-            prepare=None if placement is None else self._plan,
+            prepare=None if placement is None else self._choose_dtypes,
         )
 
-    def _plan(self, hollow: VipLlavaForConditionalGeneration) -> None:
+    def _choose_dtypes(self, hollow: VipLlavaForConditionalGeneration) -> None:
         """Decide what each weight is held in, so that none is read in more than that."""
         set_trainable(hollow, self.trainable)
         if self.adapter is not None:
@@ -224,12 +233,17 @@ class VipLlavaLitModule(lightning.LightningModule):
             hold_frozen(hollow, half)
 
     @property
+    def _strategy(self) -> Any:
+        """The trainer's strategy, with the attributes that only some strategies have."""
+        return self.trainer.strategy if self._trainer is not None else None
+
+    @property
     def _half(self) -> torch.dtype | None:
-        return HALVES.get(str(self.trainer.precision)) if self._trainer is not None else None
+        return HALF_DTYPES.get(str(self.trainer.precision)) if self._trainer is not None else None
 
     @property
     def _under_deepspeed(self) -> bool:
-        return self._trainer is not None and _divides_twice(self.trainer.strategy)
+        return isinstance(self._strategy, DeepSpeedStrategy)
 
     def _prepare(self, model: VipLlavaForConditionalGeneration) -> None:
         half = self._half
@@ -252,9 +266,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         if self.model is None:
             return self
         for part, modules in modules_of(self.model).items():
-            if part in self.trainable:
-                continue
-            for module in modules:
+            for module in () if part in self.trainable else modules:
                 module.eval()
         if self.gradient_checkpointing and mode:
             train_recomputed(self.model)
@@ -275,24 +287,29 @@ class VipLlavaLitModule(lightning.LightningModule):
             )
         self._progress = batch.progress
         self._key_random_state(batch_idx)
-        network = self.network
-        loss_of = getattr(network, LOSS_METHOD, None) or partial(supervised_loss_sum, network)
-        loss_sum, num_supervised = loss_of(batch, self.observers)
+        loss_sum, num_supervised = self._loss_sum(batch, self.observers)
         loss = loss_sum / batch.num_supervised_global
-        self._step_loss = self._step_loss.to(loss.device) + loss.detach()
-        self._step_tokens += num_supervised
-        self._micro_batches.append((batch.keys, loss.detach()))
+        step = self._step
+        step.loss = step.loss + loss.detach()  # a 0 on the CPU first, which waits for no device
+        step.num_tokens += num_supervised
+        step.micro_batches.append((batch.counted_keys, loss.detach()))
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self._step, self._step_sums = self.trainer.global_step, self._sum_over_ranks()
-            self._obey(self.guard.judge(self._step_sums[0]))
-            if self._skips:
-                # Gradients that are no numbers: DeepSpeed leaves such a step out by itself.
+            step.number, step.sums = self.trainer.global_step, self._sum_over_ranks()
+            self._act_on(self.guard.judge(step.sums[0]))
+            if step.is_skipped and self._under_deepspeed:
+                # It leaves a step out only if it finds an overflow in the gradients.
                 loss = loss * float("nan")
         return loss * backward_scale(
             self.trainer.world_size,
             self.trainer.accumulate_grad_batches,
-            divides_twice=_divides_twice(self.trainer.strategy),
+            is_deepspeed=self._under_deepspeed,
         )
+
+    def _loss_sum(
+        self, batch: Batch, observers: Sequence[Observer] = ()
+    ) -> tuple[torch.Tensor, int]:
+        method = getattr(self.network, LOSS_METHOD, None)
+        return (method or partial(supervised_loss_sum, self.network))(batch, observers)
 
     def on_validation_epoch_start(self) -> None:
         """Begin the sums of a pass over the held-out samples."""
@@ -300,48 +317,45 @@ class VipLlavaLitModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up the loss of a held-out batch; a repeated one has no labels and adds nothing."""
-        network = self.network
-        loss_of = getattr(network, LOSS_METHOD, None) or partial(supervised_loss_sum, network)
-        loss_sum, num_supervised = loss_of(batch)
+        loss_sum, num_supervised = self._loss_sum(batch)
         self._held_out += torch.tensor([float(loss_sum), num_supervised], dtype=torch.float64)
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over all supervised tokens of the held-out samples, on all ranks."""
-        strategy: Any = self.trainer.strategy
         sums = self._held_out.to(self.device, torch.float32)
-        loss_sum, num_supervised = strategy.reduce(sums, reduce_op="sum").tolist()
+        loss_sum, num_supervised = self._strategy.reduce(sums, reduce_op="sum").tolist()
         value = loss_sum / max(1.0, num_supervised)
         self.log("val/loss", value, prog_bar=True, logger=False, batch_size=1)
         for log in self.trainer.loggers:
             log.log_metrics({"val/loss": value}, step=max(0, self.trainer.global_step - 1))
 
-    def _obey(self, verdict: Verdict | None) -> None:
+    def _act_on(self, refusal: Refusal | None) -> None:
         """Stop, or have the step left out, if the guard says so; all ranks hear the same."""
-        if verdict is None:
+        if refusal is None:
             return
-        loss, _ = self._step_sums or self._sum_over_ranks()
+        step = self._step
+        loss, _ = step.sums or self._sum_over_ranks()
         message = refuse_step(
-            self.trainer, self.guard, verdict, self._step, loss, self._micro_batches
+            self.trainer, self.guard, refusal, step.number, loss, step.micro_batches
         )
-        if verdict.action == "stop":
+        if refusal.action == "stop":
             raise VipLlavaError(message)
-        self._skips = True
+        step.is_skipped = True
         logger.warning("%s", message)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note the gradient norm, which clipping changes, and the rate, which the step changes."""
-        self._step_values |= learning_rates(optimizer.param_groups)
-        self._step_values.pop("train/grad_norm", None)
-        strategy: Any = self.trainer.strategy
-        if _divides_twice(strategy):
-            if self._skips:
-                # In float32 it looks only if told to.
+        step, strategy = self._step, self._strategy
+        step.values |= learning_rates(optimizer.param_groups)
+        if self._under_deepspeed:
+            if step.is_skipped:
+                # In float32 it looks for an overflow only if told to.
                 strategy.deepspeed_engine.optimizer.check_grad_overflow = True
             return
-        if not self._skips:
-            self._gradient_norm = gradient_norm(_parameters(optimizer))
-            self._note_gradient_norm(float(self._gradient_norm))
-        if self._skips:
+        if not step.is_skipped:
+            step.gradient_norm = gradient_norm(_parameters(optimizer))
+            self._note_gradient_norm(float(step.gradient_norm))
+        if step.is_skipped:
             for parameter in self.network.parameters():
                 parameter.grad = None
 
@@ -356,19 +370,19 @@ class VipLlavaLitModule(lightning.LightningModule):
         Lightning's own way computes the norm again, and in mixed precision it refuses a fused
         optimizer, though only a loss scale would be in the way: :func:`uses_fused_adamw`.
         """
-        if not gradient_clip_val or self._skips or _divides_twice(self.trainer.strategy):
+        if not gradient_clip_val or self._step.is_skipped or self._under_deepspeed:
             return
         if gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
             nn.utils.clip_grad_value_(_parameters(optimizer), gradient_clip_val)
         else:
             nn.utils.clip_grads_with_norm_(
-                _parameters(optimizer), gradient_clip_val, self._gradient_norm
+                _parameters(optimizer), gradient_clip_val, self._step.gradient_norm
             )
 
     def _note_gradient_norm(self, norm: float) -> None:
-        self._step_values["train/grad_norm"] = norm
+        self._step.values["train/grad_norm"] = norm
         if self.trainer.precision != "16-mixed":  # whose scaling overflows now and then
-            self._obey(self.guard.judge_gradient(norm))
+            self._act_on(self.guard.judge_gradient(norm))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log what belongs to the optimizer step, if this micro-batch completed one."""
@@ -384,17 +398,12 @@ class VipLlavaLitModule(lightning.LightningModule):
         if self.trainer.global_step == self._last_global_step:
             return
         self._last_global_step = self.trainer.global_step
-        strategy: Any = self.trainer.strategy
-        loss, num_tokens = self._step_sums or self._sum_over_ranks()
-        if _divides_twice(strategy) and not self._skips:
-            norm = strategy.deepspeed_engine.get_global_grad_norm()
+        loss, num_tokens = self._step.sums or self._sum_over_ranks()
+        if self._under_deepspeed and not self._step.is_skipped:
+            norm = self._strategy.deepspeed_engine.get_global_grad_norm()
             if norm is not None:
                 self._note_gradient_norm(float(norm))
-        values = {
-            "train/loss": loss,
-            "train/supervised_tokens": num_tokens,
-            **self._step_values,
-        }
+        values = {"train/loss": loss, "train/supervised_tokens": num_tokens, **self._step.values}
         shown = {name: values[name] for name in ("train/loss", "train/lr") if name in values}
         self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
         rest = {name: value for name, value in values.items() if name not in shown}
@@ -403,19 +412,15 @@ class VipLlavaLitModule(lightning.LightningModule):
             # Numbered as Lightning does: by the steps before this one.
             row = {**values, "epoch": self.current_epoch}
             log.log_metrics(row, step=self.trainer.global_step - 1)
-        self._forget_step()
+        self._step = _Step()
 
     def _sum_over_ranks(self) -> tuple[float, float]:
         """Return loss and supervised tokens of the step so far, of all ranks together."""
-        strategy: Any = self.trainer.strategy
+        mine = self._step.loss
         # Every rank's sum is already divided by the global count: the ranks' values add up.
-        sums = torch.stack([self._step_loss.float(), self._step_loss.new_tensor(self._step_tokens)])
-        loss, num_tokens = strategy.reduce(sums, reduce_op="sum").tolist()
+        sums = torch.stack([mine.float(), mine.new_tensor(self._step.num_tokens)])
+        loss, num_tokens = self._strategy.reduce(sums, reduce_op="sum").tolist()
         return loss, num_tokens
-
-    def _forget_step(self) -> None:
-        self._step_loss, self._step_tokens = torch.zeros((), device=self.device), 0
-        self._step_sums, self._micro_batches, self._skips = None, [], False
 
     def on_train_start(self) -> None:
         """Forget sums of an earlier fit; a resumed run starts at its own step.
@@ -426,7 +431,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         check_rotary_precision(self.network)
         config: Any = self.network.config
         self.guard.chance_loss = math.log(config.text_config.vocab_size)
-        self._forget_step()
+        self._step = _Step()
         self._last_global_step = self.trainer.global_step
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -462,8 +467,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         checkpoint[_ACCUMULATE] = self.trainer.accumulate_grad_batches
         checkpoint[_GUARD] = self.guard.state_dict()
         checkpoint[_PROGRESS] = self._progress
-        state = checkpoint.get("state_dict", {})
-        kept = self._trainable_keys()
+        state, kept = checkpoint.get("state_dict", {}), self._trainable_keys()
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -494,7 +498,3 @@ class VipLlavaLitModule(lightning.LightningModule):
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _divides_twice(strategy: Strategy) -> bool:
-    return isinstance(strategy, DeepSpeedStrategy)

@@ -12,14 +12,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from vipllava.forecast.architecture import Architecture
 from vipllava.forecast.flops import Workload, useful_flops
 from vipllava.models.supervised_loss import supervised_positions
-from vipllava.stream.loader import REPEAT_SUFFIX, StepLoader
+from vipllava.stream.loader import StepLoader
+from vipllava.stream.ranks import gather_objects
 from vipllava.training.dataset_losses import DatasetLosses
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.types import PADDING_SEGMENT, Batch
@@ -45,7 +46,7 @@ METRICS: Final[Mapping[str, str]] = {
     SUPERVISED_TOKENS: "supervised tokens of the step's global batch",
     SAMPLES_PER_SECOND: "samples, all ranks together",
     SUPERVISED_TOKENS_PER_SECOND: "tokens that carry loss, all ranks together",
-    TOKENS_PER_SECOND: "tokens with those of pictures, without padding, all ranks together",
+    TOKENS_PER_SECOND: "tokens with those of images, without padding, all ranks together",
     MFU: "useful FLOP/s over the devices' peak; recomputation and padding never count",
     MEMORY: "most memory allocated on any device since the start, 10^9 bytes; CUDA only",
     WAIT_SHARE: "share of the time that the rank which waited longest waited for data, 0..1",
@@ -80,19 +81,12 @@ def segment_lengths(batch: Batch) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class BatchFlops:
-    """Counts the useful operations of a micro-batch by its samples' lengths and supervision.
+    """Counts the useful operations of a micro-batch by its samples' lengths and supervision."""
 
-    Attributes:
-        architecture: the network's sizes.
-        workload: what trains of the language model.
-        adapter_rank: of LoRA, or 0.
-        tower_trains: the tower gets gradients, too.
-    """
-
-    architecture: Architecture
-    workload: Workload
-    adapter_rank: int = 0
-    tower_trains: bool = False
+    architecture: Architecture  # the network's sizes
+    workload: Workload  # what trains of the language model
+    adapter_rank: int = 0  # of LoRA, or 0
+    tower_trains: bool = False  # the tower gets gradients, too
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Return the FLOPs of a micro-batch, float64 and on its device: no step waits for it.
@@ -126,33 +120,24 @@ class _Window:
     num_steps: int = 0
     num_samples: int = 0
     num_supervised: int = 0
-    num_tokens: torch.Tensor | None = None
+    num_tokens: int | torch.Tensor = 0
     useful_flops: float | torch.Tensor = 0.0
     idle: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class WindowSums:
-    """What one rank did in a window of optimizer steps.
+    """What one rank did in a window of optimizer steps."""
 
-    Attributes:
-        seconds: how long it took, validation left out.
-        seconds_waited: for data; None where the loader does not say.
-        num_samples: of this rank.
-        num_supervised: supervised tokens of the global batches: all ranks together.
-        num_tokens: of this rank, without padding.
-        useful_flops: of this rank; None where nothing counts them.
-        memory: most bytes allocated on its device; None where the device does not say.
-        losses: by data set the summed loss and the number of its tokens, of this rank.
-    """
-
-    seconds: float
-    seconds_waited: float | None
-    num_samples: int
-    num_supervised: int
-    num_tokens: int
-    useful_flops: float | None = None
+    seconds: float  # how long it took, validation left out
+    seconds_waited: float | None  # for data; None where the loader does not say
+    num_samples: int  # of this rank
+    num_supervised: int  # supervised tokens of the global batches: all ranks together
+    num_tokens: int  # of this rank, without padding
+    useful_flops: float | None = None  # of this rank; None where nothing counts them
+    # Most bytes allocated on its device; None where the device does not say.
     memory: int | None = None
+    # By data set the summed loss and the number of its tokens, of this rank.
     losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
@@ -217,41 +202,29 @@ class Throughput(Callback):
         self._paused_at = 0.0
         self._last_step = 0
 
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the first window."""
         if isinstance(pl_module, VipLlavaLitModule) and self._losses not in pl_module.observers:
             pl_module.observers.append(self._losses)
         self._last_step = trainer.global_step
         self._begin(trainer)
 
-    def on_validation_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
         self._paused_at = self._clock()
 
-    def on_validation_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on."""
         self._window.idle += self._clock() - self._paused_at
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add a micro-batch; log if it ends a window."""
         window = self._window
-        window.num_samples += sum(not key.endswith(REPEAT_SUFFIX) for key in batch.keys)
+        window.num_samples += len(batch.counted_keys)
         # Added up on the device, and read at the window's end: no step waits for it.
-        tokens = (batch.segment_ids != PADDING_SEGMENT).sum()
-        window.num_tokens = tokens if window.num_tokens is None else window.num_tokens + tokens
+        window.num_tokens += (batch.segment_ids != PADDING_SEGMENT).sum()
         if self.useful_flops is not None:
             window.useful_flops += self.useful_flops(batch)
         if trainer.global_step == self._last_step:
@@ -262,17 +235,15 @@ class Throughput(Callback):
         if trainer.global_step % self.every_n_steps == 0:
             self._log(trainer)
 
-    def on_train_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left."""
         if self._window.num_steps:
             self._log(trainer)
 
-    def _begin(self, trainer: lightning.Trainer) -> None:
+    def _begin(self, trainer: Trainer) -> None:
         self._window = _Window(self._clock(), _seconds_waited(trainer) or 0.0)
 
-    def _log(self, trainer: lightning.Trainer) -> None:
+    def _log(self, trainer: Trainer) -> None:
         device = trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # what is queued belongs to this window
@@ -282,30 +253,21 @@ class Throughput(Callback):
             seconds_waited=None if waited is None else waited - window.waited,
             num_samples=window.num_samples,
             num_supervised=window.num_supervised,
-            num_tokens=0 if window.num_tokens is None else int(window.num_tokens),
+            num_tokens=int(window.num_tokens),
             useful_flops=None if self.useful_flops is None else float(window.useful_flops),
             memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             losses=self._losses.take(),
         )
-        metrics = window_metrics(_of_all_ranks(mine, trainer.world_size), self.peak_flops)
+        metrics = window_metrics(gather_objects(mine), self.peak_flops)
         loader = trainer.train_dataloader
         if isinstance(loader, StepLoader):
-            metrics[QUARANTINED] = float(loader.fault_log.total)
+            metrics[QUARANTINED] = float(loader.quarantine_log.total)
         for logger in trainer.loggers:
             # Not by the module's `log`, which repeats a value in every step until the next one.
             logger.log_metrics(metrics, step=trainer.global_step - 1)
         self._begin(trainer)
 
 
-def _seconds_waited(trainer: lightning.Trainer) -> float | None:
+def _seconds_waited(trainer: Trainer) -> float | None:
     loader = trainer.train_dataloader
     return loader.seconds_waited if isinstance(loader, StepLoader) else None
-
-
-def _of_all_ranks(mine: WindowSums, world_size: int) -> list[WindowSums]:
-    """Return what every rank brings; which data sets it met may differ, so they are objects."""
-    if world_size == 1:
-        return [mine]
-    ranks: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(ranks, mine)
-    return ranks

@@ -25,36 +25,22 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSettings:
-    """The numbers of the optimizer.
+    """The numbers of the optimizer."""
 
-    Attributes:
-        learning_rate: peak learning rate.
-        projector_learning_rate: that of the projector, or None for the same.
-        vision_tower_learning_rate: that of the vision tower where it trains, or None for the same.
-        weight_decay: decoupled weight decay; norms and biases are never decayed.
-        betas: decay rates of Adam's two moments.
-        eps: Adam's epsilon.
-        warmup_ratio: share of the steps over which the rate rises linearly from 0.
-        schedule: ``cosine`` (to zero) or ``constant``, both after the warm-up.
-    """
-
-    learning_rate: float
-    projector_learning_rate: float | None = None
+    learning_rate: float  # peak learning rate
+    projector_learning_rate: float | None = None  # that of the projector, or None for the same
+    # That of the vision tower where it trains, or None for the same.
     vision_tower_learning_rate: float | None = None
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    warmup_ratio: float = 0.03
-    schedule: str = "cosine"
+    weight_decay: float = 0.0  # decoupled weight decay; norms and biases are never decayed
+    betas: tuple[float, float] = (0.9, 0.999)  # decay rates of Adam's two moments
+    eps: float = 1e-8  # Adam's epsilon
+    warmup_ratio: float = 0.03  # share of the steps over which the rate rises linearly from 0
+    schedule: str = "cosine"  # ``cosine`` (to zero) or ``constant``, both after the warm-up
 
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError that lists all problems."""
         problems: list[str] = []
-        for name in (
-            "learning_rate",
-            "projector_learning_rate",
-            "vision_tower_learning_rate",
-        ):
+        for name in ("learning_rate", "projector_learning_rate", "vision_tower_learning_rate"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 problems.append(f"{name}={value} must be positive")
@@ -73,7 +59,7 @@ class OptimizerSettings:
 
 def parameter_groups(
     parts: Mapping[str, Iterable[nn.Module]], settings: OptimizerSettings
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Sort the trainable parameters into groups of one rate and one weight decay.
 
     Args:
@@ -91,26 +77,19 @@ def parameter_groups(
         "projector": settings.projector_learning_rate,
         "vision_tower": settings.vision_tower_learning_rate,
     }
-    groups: list[dict[str, object]] = []
+    groups: list[dict[str, Any]] = []
     seen: set[int] = set()
     for part, modules in parts.items():
-        decaying: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
+        rate = rates.get(part) or settings.learning_rate
+        matrices, vectors = (
+            {"name": name, "params": list[nn.Parameter](), "lr": rate, "weight_decay": decay}
+            for name, decay in ((part, settings.weight_decay), (f"{part}{_NO_DECAY}", 0.0))
+        )
         for parameter in (p for module in modules for p in module.parameters()):
-            if not parameter.requires_grad or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            # Matrices and embeddings decay; norms, biases and single vectors do not.
-            (decaying if len(whole_shape(parameter)) >= 2 else others).append(parameter)
-        for name, parameters, decay in (
-            (part, decaying, settings.weight_decay),
-            (f"{part}{_NO_DECAY}", others, 0.0),
-        ):
-            if parameters:
-                rate = rates.get(part) or settings.learning_rate
-                groups.append(
-                    {"name": name, "params": parameters, "lr": rate, "weight_decay": decay}
-                )
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                (matrices if len(whole_shape(parameter)) >= 2 else vectors)["params"] += [parameter]
+        groups += [group for group in (matrices, vectors) if group["params"]]
     if not groups:
         raise ConfigError("no parameter trains: name at least one part in stage.trainable")
     return groups
@@ -148,7 +127,7 @@ def uses_fused_adamw(device_type: str, precision: str) -> bool:
 
 
 def build_optimizer(
-    groups: list[dict[str, object]], settings: OptimizerSettings, *, fused: bool = False
+    groups: list[dict[str, Any]], settings: OptimizerSettings, *, fused: bool = False
 ) -> AdamW:
     """Make AdamW over the groups.
 
@@ -216,7 +195,7 @@ class _Schedule(LambdaLR):
             group["lr"] = rate
 
 
-def backward_scale(world_size: int, accumulate: int, *, divides_twice: bool = False) -> float:
+def backward_scale(world_size: int, accumulate: int, *, is_deepspeed: bool = False) -> float:
     """Return what a micro-batch's loss is multiplied with to undo what the framework divides by.
 
     The gradient wanted is that of the sum over the global batch, divided by its number of
@@ -229,9 +208,9 @@ def backward_scale(world_size: int, accumulate: int, *, divides_twice: bool = Fa
     Args:
         world_size: number of ranks.
         accumulate: micro-batches per optimizer step.
-        divides_twice: the strategy is DeepSpeed's.
+        is_deepspeed: the strategy is DeepSpeed's.
     """
-    return float(world_size * accumulate * (accumulate if divides_twice else 1))
+    return float(world_size * accumulate * (accumulate if is_deepspeed else 1))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

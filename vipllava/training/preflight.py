@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from vipllava.forecast.architecture import Architecture
-    from vipllava.forecast.job import Choice, Corpus, Forecast, Plan
+    from vipllava.forecast.job import Choice, Corpus, Forecast, RunPlan
     from vipllava.forecast.memory import Setup
     from vipllava.models.building import ModelSpec
     from vipllava.stream.datamodule import VisualPromptDataModule
@@ -65,7 +65,7 @@ class PreflightReport:
 
     title: str
     setup: Setup
-    plan: Plan
+    plan: RunPlan
     corpus: Corpus
     forecast: Forecast
     capacity: float | None
@@ -305,17 +305,17 @@ def _samples_per_row(cfg: DictConfig, corpus: Corpus) -> float:
     return max(1.0, min(by_length, by_images))
 
 
-def _plan(cfg: DictConfig, corpus: Corpus) -> Plan:
+def _plan(cfg: DictConfig, corpus: Corpus) -> RunPlan:
     from omegaconf import OmegaConf
 
-    from vipllava.forecast.job import Plan
+    from vipllava.forecast.job import RunPlan
 
     device = cfg.machine.device
     if device is None and (present := _present_devices(cfg)):
         device = present[0].name
     kept = int(OmegaConf.select(cfg, "callbacks.checkpoint.keep_last", default=1))
     kept += cfg.validation.manifest is not None  # the best one
-    return Plan(
+    return RunPlan(
         epochs=int(cfg.stage.epochs),
         global_rows=int(cfg.data.global_batch_size),
         samples_per_row=_samples_per_row(cfg, corpus),

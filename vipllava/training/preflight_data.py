@@ -32,10 +32,12 @@ def look_at_data(cfg: DictConfig, datamodule: VisualPromptDataModule) -> tuple[C
     for item in datamodule.first_items(dataset, datamodule.num_proved):
         _, good, _ = dataset.measure(item)
         source = dataset.sources[good.part]
-        _, encoded = datamodule.samples.encode_text(
-            source.sample(good.position, good.turn), good.turn
+        _, encoded = datamodule.sample_encoder.encode_text(
+            source.sample(good.position, good.epoch_pass), good.epoch_pass
         )
-        texts += encoded.length - encoded.num_images * datamodule.encoder.image_seq_length
+        texts += (
+            encoded.length - encoded.num_images * datamodule.conversation_encoder.image_seq_length
+        )
         estimated += _text_tokens(source, good.position)
         supervised += encoded.num_supervised
         share = max(share, encoded.num_supervised / encoded.length)
@@ -76,13 +78,13 @@ def measured_corpus(
     from vipllava.stream.order import SampleOrder, plan_parts
 
     sizes = {source.name: source.shards.shard_sizes for source in dataset.sources}
-    parts = plan_parts(sizes, datamodule.mix, datamodule.samples_per_epoch)
+    parts = plan_parts(sizes, datamodule.mix_entries, datamodule.samples_per_epoch)
     epoch = SampleOrder(parts, datamodule.seed, window_samples=datamodule.window_samples).epoch(0)
     pictured = np.empty(len(epoch), dtype=np.int64)
     for number, source in enumerate(dataset.sources):
         chosen = epoch.part == number
         pictured[chosen] = source.shards.has_image(epoch.position[chosen])
-    placeholders = pictured * datamodule.encoder.image_seq_length
+    placeholders = pictured * datamodule.conversation_encoder.image_seq_length
     texts = ratio * (dataset.estimate_lengths(epoch) - placeholders)
     lengths = np.minimum(placeholders + texts, int(cfg.stage.max_length)).astype(np.float64)
     return Corpus(
@@ -160,7 +162,7 @@ def lint_data(
         found = lint_shards(
             manifest,
             datamodule.data_root,
-            datamodule.samples,
+            datamodule.sample_encoder,
             limits,
             int(cfg.seed),
             num_samples=LINTED_SAMPLES,

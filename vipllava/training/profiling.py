@@ -63,13 +63,15 @@ class StepTrace(Profiler):
         stacks: bool = False,
     ) -> None:
         super().__init__(dirpath=dirpath)
-        lowest = {"skip_steps": 0, "warmup_steps": 1, "active_steps": 1}
-        given = {"skip_steps": skip_steps, "warmup_steps": warmup_steps}
-        given["active_steps"] = active_steps
+        given = {
+            "skip_steps": skip_steps,
+            "warmup_steps": warmup_steps,
+            "active_steps": active_steps,
+        }
         problems = [
-            f"profiler.trace.{name}={given[name]} must be at least {low}"
-            for name, low in lowest.items()
-            if given[name] < low
+            f"profiler.trace.{name}={given[name]} must be at least {least}"
+            for name, least in {"skip_steps": 0, "warmup_steps": 1, "active_steps": 1}.items()
+            if given[name] < least
         ]
         if problems:
             raise ConfigError("the profiler's settings are impossible: " + "; ".join(problems))

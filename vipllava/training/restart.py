@@ -30,30 +30,17 @@ EXPORT_FOLDER: Final = "export"
 CHECKPOINTS: Final = "checkpoints"
 CSV: Final = "csv"
 SUFFIX: Final = ".ckpt"
+_ASIDE: Final = "before-"
+"""Begins the name of a folder of what an earlier run left; a number follows."""
 _DAMAGED: Final = ".damaged"
 """Behind the name of a checkpoint that cannot be read."""
 _MATTERS: Final = (
-    "seed",
-    "stage.name",
-    "stage.checkpoint",
-    "stage.trainable",
-    "stage.chat_template",
-    "stage.image_aspect",
-    "stage.max_length",
-    "stage.pack_length",
-    "stage.global_batch_size",
-    "module.model",
-    "module.adapter",
-    "module.quantization",
-    "visual_prompts",
-    "data.manifest",
-    "data.mix",
-    "data.samples_per_epoch",
-    "data.batching",
-    "data.global_batch_size",
-    "data.window_samples",
-    "strategy.name",
-)
+    "seed", "stage.name", "stage.checkpoint", "stage.trainable", "stage.chat_template",
+    "stage.image_aspect", "stage.max_length", "stage.pack_length", "stage.global_batch_size",
+    "module.model", "module.adapter", "module.quantization", "visual_prompts", "data.manifest",
+    "data.mix", "data.samples_per_epoch", "data.batching", "data.global_batch_size",
+    "data.window_samples", "strategy.name",
+)  # fmt: skip
 """What decides the order of the data, the model, or the form of its checkpoints."""
 _HARMLESS: Final = (
     "module.model.attn_implementation",
@@ -69,40 +56,29 @@ _SAME_CHECKPOINTS: Final = (("single", "ddp"), ("zero2", "zero3", "zero3_offload
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a job asks for: where its run ends.
+    """What a job asks for: where its run ends."""
 
-    Attributes:
-        epochs: passes over the data.
-        max_steps: optimizer steps at most; -1: as many as the epochs have.
-        limits: what else ends it or shortens its epochs, as plain values by name.
-    """
-
-    epochs: int = 1
-    max_steps: int = -1
+    epochs: int = 1  # passes over the data
+    max_steps: int = -1  # optimizer steps at most; -1: as many as the epochs have
+    # What else ends it or shortens its epochs, as plain values by name.
     limits: Mapping[str, Any] = field(default_factory=dict)
 
     def is_within(self, done: Goal) -> bool:
         """Whether a run that did all of ``done`` has done all of this, too."""
-        unlimited = done.max_steps == -1
         return (
             self.epochs <= done.epochs
-            and (unlimited or -1 < self.max_steps <= done.max_steps)
+            and (done.max_steps == -1 or -1 < self.max_steps <= done.max_steps)
             and (not done.limits or done.limits == self.limits)
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """How a run begins.
+    """How a run begins."""
 
-    Attributes:
-        checkpoint: to go on from, or None to begin.
-        num_steps: optimizer steps that it has done.
-        finished: the run has done what is asked and exported what it made; nothing is left to do.
-    """
-
-    checkpoint: Path | None
-    num_steps: int
+    checkpoint: Path | None  # to go on from, or None to begin
+    num_steps: int  # optimizer steps that it has done
+    # The run has done what is asked and exported what it made; nothing is left to do.
     finished: bool = False
 
 
@@ -152,9 +128,9 @@ def prepare_run(
         raise unwritable(run_dir, error) from error
     restart, damaged = _decide(run_dir, goal or Goal(), resume)
     for path, damage in damaged.items():
-        aside = _free_name(path.with_name(path.name + _DAMAGED))
-        move(path, aside)
-        logger.warning("%s is damaged: %s; it is now %s", path, damage, aside.name)
+        renamed = _free_name(path.with_name(path.name + _DAMAGED))
+        move(path, renamed)
+        logger.warning("%s is damaged: %s; it is now %s", path, damage, renamed.name)
     # What has ended was that job, too, though its checkpoints may have been deleted since.
     if restart.checkpoint is not None or restart.finished:
         _check_job(run_dir, job, restart.checkpoint or run_dir / EXPORT_FOLDER, anyway)
@@ -207,30 +183,27 @@ def _decide(run_dir: Path, goal: Goal, resume: str) -> tuple[Restart, dict[Path,
         path = Path(resume).expanduser()
         _check_named(path, resume, checkpoints)
         return Restart(path, _num_steps(path)), {}
-    found = list_checkpoints(checkpoints)
+    newest_first = list_checkpoints(checkpoints)[::-1]
     if _is_finished(run_dir, goal):
-        newest = found[-1] if found else None
+        newest = newest_first[0] if newest_first else None
         return Restart(newest, _num_steps(newest) if newest else 0, finished=True), {}
     damaged: dict[Path, str] = {}
-    for path in reversed(found):
-        damage = _find_damage(path)
-        if damage is None:
+    for path in newest_first:
+        if (damage := _find_damage(path)) is None:
             return Restart(path, _num_steps(path)), damaged
         damaged[path] = damage
     if damaged:
         raise CheckpointError(
             "no checkpoint of this run is whole:\n"
             + "".join(f"- {path}: {damage}\n" for path, damage in damaged.items())
-            + "name another one by resume=PATH, or begin anew with resume=never"
+            + "name another one by resume=PATH, or begin again with resume=never"
         )
     return Restart(None, 0), {}
 
 
 def _is_finished(run_dir: Path, goal: Goal) -> bool:
-    if not (run_dir / EXPORT_FOLDER).is_dir():
-        return False
     done = read_yaml(run_dir / FINISHED_FILE)
-    if done is None:
+    if done is None or not (run_dir / EXPORT_FOLDER).is_dir():
         return False
     try:
         return goal.is_within(Goal(done["epochs"], done["max_steps"], done["limits"]))
@@ -240,7 +213,7 @@ def _is_finished(run_dir: Path, goal: Goal) -> bool:
 
 
 def _check_named(path: Path, resume: str, checkpoints: Path) -> None:
-    """Refuse what is named by ``resume=PATH`` and no whole checkpoint, and say what there is."""
+    """Refuse a ``resume=PATH`` that is not a whole checkpoint, and say which ones there are."""
     damage = _find_damage(path) if path.exists() else "it does not exist"
     if damage is None:
         return
@@ -282,8 +255,7 @@ def _num_steps(checkpoint: Path) -> int:
 
 def _begin_again(run_dir: Path) -> None:
     """Keep the log of a run that stopped before its first checkpoint, and say so."""
-    num_rows = count_rows(run_dir / CSV / FILE_NAME)
-    if num_rows:
+    if num_rows := count_rows(run_dir / CSV / FILE_NAME):
         logger.warning(
             "%s has a log of %d steps and no checkpoint to go on from: the run begins again with "
             "its first step; what was there is in %s",
@@ -294,13 +266,13 @@ def _begin_again(run_dir: Path) -> None:
 
 
 def _leave_later_steps(run_dir: Path, restart: Restart) -> None:
-    """Keep aside what lies behind the checkpoint that was named: it is no part of the run now."""
+    """Move checkpoints behind the named one aside: they are no part of the run now."""
     found = list_checkpoints(run_dir / CHECKPOINTS)
     later = [path for path in found if _num_steps(path) > restart.num_steps]
     if not later:
         return
-    aside = _free_name(run_dir / "before", numbered=True)
-    (aside / CHECKPOINTS).mkdir(parents=True)
+    aside = _new_folder_aside(run_dir)
+    (aside / CHECKPOINTS).mkdir()
     for path in later:
         move(path, aside / CHECKPOINTS / path.name)
     if (log := run_dir / CSV / FILE_NAME).is_file():
@@ -352,7 +324,7 @@ def wandb_id(run_dir: Path) -> str:
     """Return the id of a run on W&B, made at its first start and kept in its folder.
 
     To be called by the first process only, after :func:`prepare_run`, which moves the id of a run
-    that is begun anew aside.
+    that begins again aside.
     """
     path = run_dir / WANDB_ID_FILE
     if (known := read_text(path)) is not None:
@@ -389,7 +361,7 @@ def _check_job(run_dir: Path, job: Mapping[str, Any], done: Path, anyway: bool) 
         raise ConfigError(
             f"{run_dir} was started with another configuration, which decides the order of the "
             f"data or the model:\n{_listed(refused)}\nTo go on from {done.name}, take these "
-            "back; for a run of its own pass name=NEW_NAME; to begin this one anew resume=never; "
+            "back; for a run of its own pass name=NEW_NAME; to begin this one again resume=never; "
             "to go on all the same resume_anyway=true"
         )
     if refused:
@@ -427,21 +399,26 @@ def _move_aside(run_dir: Path) -> Path | None:
     """
     # What the process that is starting writes already, and the queue's files of its job.
     own = (".hydra", "train.log", ".submitit", LOCK_FILE)
-    kept = [path for path in run_dir.iterdir() if path.name not in own]
-    kept = [path for path in kept if not path.name.startswith("before-")]
+    kept = [p for p in run_dir.iterdir() if p.name not in own and not p.name.startswith(_ASIDE)]
     if not kept:
         return None
-    aside = _free_name(run_dir / "before", numbered=True)
-    aside.mkdir()
+    aside = _new_folder_aside(run_dir)
     for path in kept:
         move(path, aside / path.name)
     return aside
 
 
-def _free_name(path: Path, *, numbered: bool = False) -> Path:
-    """Return the path, with a number behind it if it is taken or ``numbered``."""
-    number, free = 1, path.with_name(f"{path.name}-1") if numbered else path
-    while free.exists():
+def _new_folder_aside(run_dir: Path) -> Path:
+    aside = _free_name(run_dir / f"{_ASIDE}1")
+    aside.mkdir()
+    return aside
+
+
+def _free_name(path: Path) -> Path:
+    """Return the path; if it is taken, with the first free number: a-1, a-2; b, b-2, b-3."""
+    base, _, number = path.name.rpartition("-")
+    base, number = (base, int(number)) if number.isdecimal() else (path.name, 1)
+    while path.exists():
         number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
+        path = path.with_name(f"{base}-{number}")
+    return path

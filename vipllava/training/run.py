@@ -176,7 +176,7 @@ def _warn_of_shared_memory(cfg: DictConfig, spec: ModelSpec) -> None:
     rows = cfg.data.global_batch_size / (processes * int(cfg.trainer.num_nodes))
     warning = shared_memory_warning(
         free_shm(),
-        pictures=int(rows * per_row),
+        images=int(rows * per_row),
         image_size=spec.image_size,
         num_workers=int(cfg.data.num_workers),
         num_processes=processes,

@@ -80,7 +80,7 @@ class Fsdp2Strategy(ModelParallelStrategy):
         except CheckpointException as error:
             reason, _ = next(iter(error.failures.values()))
             raise CheckpointError(
-                f"{path} cannot be gone on from ({first_line(reason)}): a file of it is damaged, "
+                f"{path} cannot be continued ({first_line(reason)}): a file of it is damaged, "
                 "is of other weights, or holds code, which is not run"
             ) from error
         return load_plain(path / _METADATA)

@@ -10,7 +10,7 @@ _CHANNELS = 3
 def shared_memory_warning(
     free: int | None,
     *,
-    pictures: int,
+    images: int,
     image_size: int,
     num_workers: int,
     num_processes: int,
@@ -20,19 +20,19 @@ def shared_memory_warning(
 
     Args:
         free: its free bytes; None where a system has none.
-        pictures: of one optimizer step of one process, which is what a loader process hands over.
-        image_size: side of a picture, pixels; a value takes a byte.
+        images: of one optimizer step of one process, which is what a loader process hands over.
+        image_size: side of an image, pixels; a value takes a byte.
         num_workers: loader processes of each process.
         num_processes: processes on this machine.
         prefetch_factor: shares that a loader process has ready.
     """
     in_flight = num_processes * num_workers * prefetch_factor
-    need = in_flight * pictures * _CHANNELS * image_size**2
+    need = in_flight * images * _CHANNELS * image_size**2
     if free is None or need <= free:
         return None
     return (
         f"{SHM} has {free / 1e6:.1f} MB free, and batches in flight take {need / 1e6:.1f} MB "
         f"({num_processes} processes x {num_workers} workers x {prefetch_factor} ahead x "
-        f"{pictures} pictures of {image_size} x {image_size}): a loader process may die of it: "
+        f"{images} images of {image_size} x {image_size}): a loader process may die of it: "
         f"{SHM_REMEDY}"
     )

@@ -112,14 +112,16 @@ class _EntryLint:
             self._add([Problem("unsupervised", message)])
         _, encoded = samples.encode_text(sample, self.epoch)
         if encoded.num_dropped_turns:
-            limit = samples.encoder.max_length
+            limit = samples.conversation_encoder.max_length
             message = (
                 f"{encoded.num_dropped_turns} of {len(turns)} turns do not fit into max_length="
                 f"{limit} and are dropped; raise stage.max_length or split the conversation"
             )
             self._add([Problem("truncated", message)])
         try:
-            prove_labels(samples.encoder, turns, encoded, f"{sample.dataset}/{sample.key}")
+            prove_labels(
+                samples.conversation_encoder, turns, encoded, f"{sample.dataset}/{sample.key}"
+            )
         except VipLlavaError as error:
             self._add([Problem("label-proof", str(error))])
 

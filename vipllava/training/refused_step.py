@@ -26,36 +26,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SampleLoss:
-    """What one sample of a replayed step says.
+    """What one sample of a replayed step says."""
 
-    Attributes:
-        rank: the process that had it.
-        micro_batch: in which of its micro-batches.
-        key: ``dataset/key``.
-        num_tokens: of the sample, its picture's among them.
-        num_supervised: of them that carry loss.
-        loss: mean over these, of the sample alone.
-    """
-
-    rank: int
-    micro_batch: int
-    key: str
-    num_tokens: int
-    num_supervised: int
-    loss: float
+    rank: int  # the process that had it
+    micro_batch: int  # in which of its micro-batches
+    key: str  # ``dataset/key``
+    num_tokens: int  # of the sample, its image's among them
+    num_supervised: int  # of them that carry loss
+    loss: float  # mean over these, of the sample alone
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayedStep:
-    """A replayed step.
+    """A replayed step."""
 
-    Attributes:
-        loss: of the global batch, by its micro-batches as they were.
-        samples: worst first: those whose loss is no number, then by loss.
-    """
-
-    loss: float
-    samples: tuple[SampleLoss, ...]
+    loss: float  # of the global batch, by its micro-batches as they were
+    samples: tuple[SampleLoss, ...]  # worst first: those whose loss is no number, then by loss
 
 
 def load_weights(module: VipLlavaLitModule, checkpoint: Path) -> None:
@@ -110,7 +96,7 @@ def replay_losses(
     for micro_batch in micro_batches:
         part, terms = loss_sum(micro_batch.batch)
         total, count = total + part, count + terms
-        for batch in micro_batch.alone:
+        for batch in micro_batch.single_samples:
             summed, supervised = loss_sum(batch)
             samples.append(
                 SampleLoss(

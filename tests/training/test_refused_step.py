@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from vipllava.commands.replay import replay_job
-from vipllava.training import lit_module, replay
+from vipllava.training import lit_module, refused_step
 from vipllava.training.guard import StepRecord
 from vipllava.training.run import run_training
 from vipllava.types import CheckpointError, VipLlavaError
@@ -30,7 +30,7 @@ def poison(monkeypatch) -> None:
         total, count = whole(model, batch, observers)
         return total * (math.nan if BAD in batch.keys else 1.0), count
 
-    for module in (lit_module, replay):
+    for module in (lit_module, refused_step):
         monkeypatch.setattr(module, "supervised_loss_sum", loss)
 
 
@@ -106,7 +106,7 @@ def test_the_loss_is_the_steps_own_with_its_weights(config, monkeypatch):
 def test_other_data_or_another_model_are_refused(config, poison, tmp_path):
     job = ["stage=pretrain", "stage.checkpoint_steps=1"]
     path = refused(config, *job)
-    with pytest.raises(CheckpointError, match=r"not those of the refused step.*\n- seed: then 42"):
+    with pytest.raises(CheckpointError, match=r"not those of the refused step.*\n- seed: saved 42"):
         replay_job(config(*job, f"replay={path}", "seed=1"))
     with pytest.raises(CheckpointError, match="no record of a refused step"):
         replay_job(config(*job, f"replay={tmp_path / 'none.json'}"))

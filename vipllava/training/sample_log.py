@@ -1,4 +1,4 @@
-"""Pictures as the network gets them, with question, target and what it would have said.
+"""Images as the network gets them, with question, target and what it would have said.
 
 A prediction is the most probable token at each supervised position, given the true tokens before
 it. It is taken from the logits of the training step itself: there is no second forward pass, and no
@@ -15,8 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
@@ -32,26 +32,22 @@ from vipllava.types import Batch
 logger = logging.getLogger(__name__)
 
 FOLDER: Final = "samples"
-COLUMNS: Final = ("step", "key", "picture", "question", "target", "prediction")
+COLUMNS: Final = ("step", "key", "image", "question", "target", "prediction")
 
 
 @dataclass(frozen=True, slots=True)
 class ShownSample:
-    """One sample of a batch as a person reads it.
+    """One sample of a batch as a person reads it."""
 
-    Attributes:
-        key: ``dataset/key``.
-        picture: with its marks, as the network gets it; None for a text-only sample.
-        question: what stands before each answer, one a line.
-        target: the answers, one a line.
-        prediction: the network's own tokens in their places, one answer a line.
-    """
+    key: str  # ``dataset/key``
+    image: Image.Image | None  # with its marks, as the network gets it; None for a text-only sample
+    question: str  # what stands before each answer, one a line
+    target: str  # the answers, one a line
+    prediction: str  # the network's own tokens in their places, one answer a line
 
-    key: str
-    picture: Image.Image | None
-    question: str
-    target: str
-    prediction: str
+    def row(self, step: int, image: Any) -> list[Any]:
+        """Return the values of :data:`COLUMNS`, with what stands for the image."""
+        return [step, self.key, image, self.question, self.target, self.prediction]
 
 
 def shown_samples(
@@ -68,7 +64,7 @@ def shown_samples(
         batch: the micro-batch.
         predictions: what the network said.
         tokenizer: of its ids.
-        image_token_id: the placeholder of a picture's features.
+        image_token_id: the placeholder of an image's features.
         limit: samples at most.
     """
     ids, segments = batch.input_ids.cpu(), batch.segment_ids.cpu()
@@ -83,26 +79,25 @@ def shown_samples(
         return " ".join(decoded.split())
 
     shown: list[ShownSample] = []
-    keys, next_picture = iter(batch.keys), 0
+    keys, next_image = iter(batch.keys), 0
     for row in range(len(ids)):
         for segment in range(int(segments[row].max()) + 1):
             key, here = next(keys), segments[row] == segment
-            picture = None
-            if bool((ids[row][here] == image_token_id).any()):
-                picture, next_picture = next_picture, next_picture + 1
-            if len(shown) == limit or not bool(answered[row][here].any()):
+            own_ids, own_answered, own_said = ids[row][here], answered[row][here], said[row][here]
+            image = None
+            if bool((own_ids == image_token_id).any()):
+                image, next_image = next_image, next_image + 1
+            if len(shown) == limit or not bool(own_answered.any()):
                 continue
             questions, targets, said_texts = [], [], []
-            for is_answer, part in _runs(answered[row][here]):
+            for is_answer, part in _runs(own_answered):
+                (targets if is_answer else questions).append(text(own_ids[part]))
                 if is_answer:
-                    targets.append(text(ids[row][here][part]))
-                    said_texts.append(text(said[row][here][part]))
-                else:
-                    questions.append(text(ids[row][here][part]))
+                    said_texts.append(text(own_said[part]))
             shown.append(
                 ShownSample(
                     key,
-                    None if picture is None else _picture(batch.pixel_values[picture]),
+                    None if image is None else _to_image(batch.pixel_values[image]),
                     "\n".join(questions[: len(targets)]),
                     "\n".join(targets),
                     "\n".join(said_texts),
@@ -114,8 +109,8 @@ def shown_samples(
 class SampleTable(Callback):
     """Shows a few training samples with the network's answers, at the first step and at intervals.
 
-    They go to ``RUN_DIR/samples/STEP.jsonl`` with the pictures beside it, to Weights & Biases as a
-    table, and to TensorBoard as pictures and texts. They are samples of the first process.
+    They go to ``RUN_DIR/samples/STEP.jsonl`` with the images beside it, to Weights & Biases as a
+    table, and to TensorBoard as images and texts. They are samples of the first process.
 
     Args:
         run_dir: the run's folder.
@@ -140,13 +135,11 @@ class SampleTable(Callback):
         self._shown_at = -1
         self._shown: list[ShownSample] = []
 
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the predictions; without a tokenizer there is nothing to show."""
         datamodule: Any = getattr(trainer, "datamodule", None)
         if self.tokenizer is None and isinstance(datamodule, VisualPromptDataModule):
-            self.tokenizer = datamodule.encoder.tokenizer
+            self.tokenizer = datamodule.conversation_encoder.tokenizer
         if not isinstance(pl_module, VipLlavaLitModule) or self.tokenizer is None:
             logger.info("no table of samples: the training data have no tokenizer")
             return
@@ -156,11 +149,7 @@ class SampleTable(Callback):
             pl_module.observers.append(self)
 
     def on_train_batch_start(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Choose the first micro-batch of the step that is shown."""
         step = trainer.global_step
@@ -181,12 +170,7 @@ class SampleTable(Callback):
         )
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write what was kept."""
         shown, self._shown = self._shown, []
@@ -198,36 +182,26 @@ class SampleTable(Callback):
 
 
 def write_samples(directory: Path, shown: list[ShownSample], step: int) -> Path:
-    """Write ``STEP.jsonl`` and its pictures; return the file."""
+    """Write ``STEP.jsonl`` and its images; return the file."""
     directory.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     for number, sample in enumerate(shown):
         name = None
-        if sample.picture is not None:
+        if sample.image is not None:
             name = f"{step:06d}-{number}.jpg"
-            sample.picture.save(directory / name, quality=90)
-        values = (step, sample.key, name, sample.question, sample.target, sample.prediction)
-        lines.append(json.dumps(dict(zip(COLUMNS, values, strict=True)), ensure_ascii=False))
+            sample.image.save(directory / name, quality=90)
+        values = dict(zip(COLUMNS, sample.row(step, name), strict=True))
+        lines.append(json.dumps(values, ensure_ascii=False))
     path = directory / f"{step:06d}.jsonl"
     write_whole(path, "\n".join(lines) + "\n")
     return path
 
 
 def log_samples(to: Logger, shown: list[ShownSample], step: int) -> None:
-    """Give samples to a logger that can show pictures; others get nothing."""
+    """Give samples to a logger that can show images; others get nothing."""
     if isinstance(to, WandbLogger):
         wandb: Any = importlib.import_module("wandb")  # an extra
-        rows = [
-            [
-                step,
-                sample.key,
-                None if sample.picture is None else wandb.Image(sample.picture),
-                sample.question,
-                sample.target,
-                sample.prediction,
-            ]
-            for sample in shown
-        ]
+        rows = [s.row(step, None if s.image is None else wandb.Image(s.image)) for s in shown]
         to.log_table(SAMPLES, columns=list(COLUMNS), data=rows, step=step)
     elif isinstance(to, TensorBoardLogger):
         import numpy as np
@@ -235,8 +209,8 @@ def log_samples(to: Logger, shown: list[ShownSample], step: int) -> None:
         writer: Any = to.experiment
         for number, sample in enumerate(shown):
             name = f"{SAMPLES}/{number}"
-            if sample.picture is not None:
-                writer.add_image(name, np.asarray(sample.picture), step, dataformats="HWC")
+            if sample.image is not None:
+                writer.add_image(name, np.asarray(sample.image), step, dataformats="HWC")
             text = (
                 f"{sample.key}\n\n**question** {sample.question}\n\n**target** {sample.target}"
                 f"\n\n**prediction** {sample.prediction}"
@@ -251,6 +225,6 @@ def _runs(flags: torch.Tensor) -> list[tuple[bool, slice]]:
     return [(bool(flags[start]), slice(start, end)) for start, end in pairwise(bounds)]
 
 
-def _picture(pixels: torch.Tensor) -> Image.Image:
-    """Turn uint8 [3, height, width] into a picture."""
+def _to_image(pixels: torch.Tensor) -> Image.Image:
+    """Turn uint8 [3, height, width] into an image."""
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

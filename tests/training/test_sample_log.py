@@ -14,7 +14,7 @@ from tests.models.tiny_batches import IMAGE, batch_of, encoded_sample
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.checkpoints.loading import load_tokenizer
 from vipllava.models.supervised_loss import Predictions
-from vipllava.training.samples import SampleTable, ShownSample, log_samples, shown_samples
+from vipllava.training.sample_log import SampleTable, ShownSample, log_samples, shown_samples
 from vipllava.types import IGNORE_INDEX, PADDING_SEGMENT
 
 pytestmark = LIGHTNING_WARNINGS
@@ -67,10 +67,10 @@ def test_texts_and_pictures_of_packed_samples(tokenizer):
         "a cup\nhere",
         "a cap\nhare",
     )
-    assert (second.picture, second.target, second.prediction) == (None, "Hello", "Hallo")
-    assert first.picture is not None
-    assert first.picture.size == (28, 28)
-    assert first.picture.getpixel((3, 3)) == (250, 250, 250)
+    assert (second.image, second.target, second.prediction) == (None, "Hello", "Hallo")
+    assert first.image is not None
+    assert first.image.size == (28, 28)
+    assert first.image.getpixel((3, 3)) == (250, 250, 250)
 
 
 def test_a_run_writes_the_first_step_and_every_second(
@@ -87,12 +87,12 @@ def test_a_run_writes_the_first_step_and_every_second(
     rows = [json.loads(line) for line in (folder / "000002.jsonl").read_text().splitlines()]
     # The first micro-batch of step 2 begins with sample 16.
     assert [row["key"] for row in rows] == ["set/16", "set/17", "set/18"]
-    assert [row["picture"] for row in rows] == ["000002-0.jpg", "000002-1.jpg", "000002-2.jpg"]
+    assert [row["image"] for row in rows] == ["000002-0.jpg", "000002-1.jpg", "000002-2.jpg"]
     target = tokenizer.decode(samples[16]["answer"], skip_special_tokens=True)
     assert rows[0]["target"] == " ".join(target.split())
-    assert set(rows[0]) == {"step", "key", "picture", "question", "target", "prediction"}
-    with Image.open(folder / "000002-0.jpg") as picture:
-        assert picture.size == (28, 28)
+    assert set(rows[0]) == {"step", "key", "image", "question", "target", "prediction"}
+    with Image.open(folder / "000002-0.jpg") as image:
+        assert image.size == (28, 28)
 
 
 def test_a_table_changes_no_loss(make_module, make_trainer, tokenizer, tmp_path):
@@ -108,7 +108,7 @@ def test_a_table_changes_no_loss(make_module, make_trainer, tokenizer, tmp_path)
 def test_without_a_tokenizer_it_says_so_and_writes_nothing(
     make_module, make_trainer, tmp_path, caplog
 ):
-    with caplog.at_level("INFO", logger="vipllava.training.samples"):
+    with caplog.at_level("INFO", logger="vipllava.training.sample_log"):
         make_trainer(callbacks=[SampleTable(tmp_path)]).fit(
             make_module(), Loader(make_samples(4), 4, 1)
         )
@@ -130,7 +130,7 @@ def test_wandb_gets_a_table(monkeypatch):
             tables.append((key, columns, data, step))
 
     module = ModuleType("wandb")
-    module.Image = lambda picture: ("image", picture.size)
+    module.Image = lambda image: ("image", image.size)
     monkeypatch.setitem(sys.modules, "wandb", module)
     shown = [
         ShownSample("a/1", Image.new("RGB", (8, 4)), "Q", "T", "P"),
@@ -140,7 +140,7 @@ def test_wandb_gets_a_table(monkeypatch):
     assert tables == [
         (
             "samples",
-            ["step", "key", "picture", "question", "target", "prediction"],
+            ["step", "key", "image", "question", "target", "prediction"],
             [
                 [500, "a/1", ("image", (8, 4)), "Q", "T", "P"],
                 [500, "a/2", None, "Q2", "T2", "P2"],
@@ -156,8 +156,8 @@ def test_tensorboard_gets_pictures_and_texts(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(tmp_path, name="", version="")
-    picture = Image.new("RGB", (8, 8), (1, 2, 3))
-    log_samples(logger, [ShownSample("a/1", picture, "Q", "T", "P")], 500)
+    image = Image.new("RGB", (8, 8), (1, 2, 3))
+    log_samples(logger, [ShownSample("a/1", image, "Q", "T", "P")], 500)
     logger.finalize("success")
     events = EventAccumulator(str(tmp_path))
     events.Reload()
