@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-browser check bench smollm2 pictures clean
+.PHONY: help quickstart test test-all test-browser check docs bench smollm2 pictures clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -28,11 +28,14 @@ test-all: $(VENV)/.dev ## every test this machine can run
 test-browser: $(VENV)/.browser ## look at the pages in a browser; needs Debian's package `chromium` (or Chrome)
 	$(BIN)/python -m pytest -m browser
 
-check: $(VENV)/.dev ## lint, format, types, import floors
+check: $(VENV)/.dev docs ## lint, format, types, import floors, documentation
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev ## pages and API reference from the docstrings (site/); a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(VENV)/.core ## measure; tables here, figures in runs/bench
 	$(BIN)/python -m benchmarks.run

@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 def evaluate(cfg: DictConfig) -> None:
     """Check the job, then run it; nothing heavy is imported before the check has passed."""
     from vipllava.config.checks import check_config
+    from vipllava.evaluation.run import bench_problems, run_evaluation
 
-    check_config(cfg)
-    from vipllava.evaluation.run import run_evaluation
-
+    check_config(cfg, more=bench_problems(cfg))
     run_evaluation(cfg)
 
 

@@ -11,13 +11,14 @@ from benchmarks.train_cases import ROOT, tiny_spec
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder
 from vipllava.evaluation.benches.regions import read_questions
-from vipllava.inference.engine import Engine, Request
+from vipllava.inference.engine import Engine
 from vipllava.models.building import image_seq_length, token_id
 from vipllava.models.towers import CLIP
 from vipllava.sample_world.build import ensure_sample_world
 from vipllava.sample_world.tiny import load_tiny_policies
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.sample_encoder import iter_samples
+from vipllava.types import Request
 
 _NUM_QUESTIONS, _MAX_NEW_TOKENS = 64, 8
 

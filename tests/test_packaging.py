@@ -43,6 +43,7 @@ def test_extras():
         "slurm",
         "sweep",
         "browser",
+        "docs",
         "dev",
         "all",
     }

@@ -10,7 +10,7 @@ This module is floor 0: it imports no other room, and torch only for type checki
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
+    from PIL import Image
 
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (PyTorch's ``cross_entropy`` convention)."""
@@ -228,6 +229,22 @@ class Turn:
     role: Role
     text: str
     has_image: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question for :class:`vipllava.inference.engine.Engine`.
+
+    Attributes:
+        image: marks already drawn on it, or None for a text-only question.
+        turns: the conversation so far; the last turn is the user's, and one turn has the image
+            if and only if there is one.
+        key: names the question in errors.
+    """
+
+    image: Image.Image | None
+    turns: Sequence[Turn]
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -347,7 +347,6 @@ def test_fsdp2_without_cuda_is_fine():
     [
         ("checkpoint=runs/nothing", "checkpoint=runs/nothing: no such folder; train first or pass"),
         ("bench.manifest=sample_region", "unknown (did you mean sample_regions?); known:"),
-        ("bench.draw_marks=maybe", "bench.draw_marks=maybe: expected one of true, false, both"),
         ("batch_size=0", "batch_size=0: expected a whole number of at least 1"),
         ("device=cuda:1", "device=cuda:1: this machine has 0 CUDA devices; use device=auto"),
         ("device=tpu", "device=tpu: expected auto, cpu, cuda, cuda:N or mps"),

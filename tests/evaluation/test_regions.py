@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from typing import ClassVar
 
 import pytest
 from PIL import Image
 
+from vipllava.evaluation.answering import ask_all
 from vipllava.evaluation.benches import regions
-from vipllava.types import DraftTurn, Mention, RecordError, Region, Sample
+from vipllava.types import ConfigError, DraftTurn, Mention, RecordError, Region, Sample
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
 POLICIES = {"refcocog": VisualPromptPolicy()}
@@ -48,11 +50,14 @@ def test_the_control_draws_nothing_and_keeps_the_words():
     assert first.answer == "star"
 
 
+def answered(samples, model=None, draw_marks="both", batch_size=16):
+    asked = regions.ask(regions.read_questions(samples, POLICIES, seed=1), draw_marks)
+    return ask_all(asked, model or Looker(), max_new_tokens=16, batch_size=batch_size)
+
+
 def test_scores_are_exact():
     samples = [sample(str(i), "star" if i < 3 else "cup") for i in range(4)]
-    questions = regions.read_questions(samples, POLICIES, seed=1)
-    predictions = regions.ask(questions, Looker())
-    results = regions.score(predictions)
+    results = regions.score(answered(samples))
     assert results["num_questions"] == 4
     assert results["marked"]["correct"] == 3
     assert results["marked"]["accuracy"] == 0.75
@@ -62,19 +67,33 @@ def test_scores_are_exact():
     assert sum(row["marked"]["total"] for row in results["by_shape"].values()) == 4
 
 
+def test_the_table_ends_with_all_shapes():
+    results = regions.score(answered([sample("a", "star"), sample("b", "cup")]))
+    table = regions.REGIONS.table(results)
+    assert table.columns == ("shape", "questions", "with marks", "marks not drawn")
+    assert [row[0] for row in table.rows] == sorted(results["by_shape"])
+    assert table.total == ("all", "2", "50.0 (9.5-90.5)", "50.0 (9.5-90.5)")
+
+
 @pytest.mark.parametrize(
     ("draw_marks", "asked", "left_out"),
-    [("true", "marked", "unmarked"), ("false", "unmarked", "marked")],
+    [(True, "marked", "unmarked"), (False, "unmarked", "marked")],
 )
 def test_one_half_alone(draw_marks, asked, left_out):
-    questions = regions.read_questions([sample("a", "star")], POLICIES, seed=1)
-    results = regions.score(regions.ask(questions, Looker(), draw_marks=draw_marks))
+    results = regions.score(answered([sample("a", "star")], draw_marks=draw_marks))
     assert results[asked]["total"] == 1
     assert results[left_out] is None
     assert results["gap"] is None
+    assert "-" in regions.REGIONS.table(results).total
 
 
-def test_pictures_are_held_a_few_batches_at_a_time():
+@pytest.mark.parametrize("value", ["maybe", "true", 1, None])
+def test_marks_are_drawn_not_drawn_or_both(value):
+    with pytest.raises(ConfigError, match=f"draw_marks={value}: expected one of true, false, both"):
+        regions.RegionsOptions(draw_marks=value)
+
+
+def test_images_are_held_a_few_batches_at_a_time():
     drawn = []
 
     def samples():
@@ -83,36 +102,33 @@ def test_pictures_are_held_a_few_batches_at_a_time():
             yield sample(str(number), "star")
 
     class Counter(Looker):
-        most = 0
+        asked: ClassVar[list[tuple[int, int]]] = []
 
         def answer(self, requests, **settings):
-            self.most = max(self.most, len(requests))
+            self.asked.append((len(drawn), len(requests)))
             return super().answer(requests)
 
-    model = Counter()
-    questions = regions.read_questions(samples(), POLICIES, seed=1)
-    assert drawn == []
-    predictions = regions.ask(questions, model, batch_size=1)
-    assert model.most == 16
-    assert [p.key for p in predictions] == [f"toy/{number}" for number in range(40)]
-    assert {(p.marked, p.unmarked) for p in predictions} == {("Star.", "cup")}
+    found = answered(samples(), Counter(), batch_size=1)
+    assert Counter.asked == [(8, 16), (16, 16), (24, 16), (32, 16), (40, 16)]
+    assert [each.key for each in found] == [f"toy/{number}" for number in range(40)]
+    assert {tuple(each.texts.items()) for each in found} == {
+        (("marked", "Star."), ("unmarked", "cup"))
+    }
 
 
-def test_files_can_be_read_back(tmp_path):
-    questions = regions.read_questions([sample("a", "star"), sample("b", "é")], POLICIES, seed=1)
-    predictions = regions.ask(questions, Looker())
-    regions.write_results(tmp_path, predictions, regions.score(predictions))
-    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+def test_the_file_of_predictions():
+    found = answered([sample("a", "star"), sample("b", "é")])
+    ((name, text),) = regions.REGIONS.files(found).items()
+    assert name == "predictions.jsonl"
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert list(lines[0]) == ["key", "question", "shape", "answer", "marked", "unmarked"]
     assert [(line["key"], line["answer"], line["marked"], line["unmarked"]) for line in lines] == [
         ("toy/a", "star", "Star.", "cup"),
         ("toy/b", "é", "Star.", "cup"),
     ]
-    assert json.loads((tmp_path / "results.json").read_text())["num_questions"] == 2
 
 
 def test_records_that_ask_nothing_are_errors():
     text_only = Sample("t", "toy", None, (), (DraftTurn("user", ("hi",)),), "refcocog")
     with pytest.raises(RecordError, match="toy/t cannot be asked"):
         next(regions.read_questions([text_only], POLICIES, seed=1))
-    with pytest.raises(RecordError, match="no questions"):
-        regions.score([])

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.toy_data import make_manifest
+from vipllava.evaluation.answering import ask_all
+from vipllava.evaluation.bench import BenchData
 from vipllava.evaluation.benches import vip_bench
 from vipllava.evaluation.judge import NoVerdictError, OfflineMatcher
-from vipllava.types import RecordError
+from vipllava.types import ConfigError, RecordError, VipLlavaError
 
 META = {
     "v1_0": {
@@ -60,13 +63,27 @@ class Fixed:
         return self.texts
 
 
-def test_answers_and_scores(folder: Path, tmp_path: Path):
-    items = vip_bench.read_items(folder, "human")
+def ask(asked, model: Fixed):
+    return ask_all(asked, model, max_new_tokens=4, batch_size=16)
+
+
+def answered(folder: Path, split: str, model: Fixed):
+    return ask(vip_bench.ask(vip_bench.read_items(folder, split)), model)
+
+
+def bench_data(folder: Path, limit: int | None = None) -> BenchData:
+    manifest = make_manifest(format="vip_bench", folder=folder.name, shards=[])
+    return BenchData(manifest, folder.parent, {}, limit=limit)
+
+
+def test_answers_and_scores(folder: Path):
     model = Fixed("a star", "six", "left of the tree")
-    answers = vip_bench.answer_items(items, model)
+    found = answered(folder, "human", model)
     assert model.asked == ["human 0?", "human 1?", "human 2?"]
-    assert answers == {"v1_0": "a star", "v1_1": "six", "v1_2": "left of the tree"}
-    result = vip_bench.score(items, answers, OfflineMatcher())
+    assert [(each.key, each.texts["answer"]) for each in found] == [
+        ("v1_0", "a star"), ("v1_1", "six"), ("v1_2", "left of the tree"),
+    ]  # fmt: skip
+    result = vip_bench.score(found, OfflineMatcher())
     assert result["total"] == pytest.approx(50.0)
     assert result["by_capability"] == {
         "rec": {"score": 75.0, "num_items": 2},
@@ -75,8 +92,36 @@ def test_answers_and_scores(folder: Path, tmp_path: Path):
         "rel": {"score": 50.0, "num_items": 1},
     }
     assert (result["num_items"], result["num_failures"]) == (3, 0)
-    vip_bench.write_answers(tmp_path / "out" / "answers.json", answers)
-    assert json.loads((tmp_path / "out" / "answers.json").read_text()) == answers
+
+
+def test_both_splits_and_a_limit_of_each(folder: Path):
+    bench = vip_bench.VIP_BENCH
+    model = Fixed("star", "é", "star", "7")
+    found = ask(bench.read(bench_data(folder, limit=2)), model)
+    assert model.asked == ["bbox 0?", "bbox 1?", "human 0?", "human 1?"]
+    assert bench.files(found) == {
+        "answers-bbox.json": '{\n  "v1_0": "star",\n  "v1_1": "é"\n}\n',
+        "answers-human.json": '{\n  "v1_0": "star",\n  "v1_1": "7"\n}\n',
+    }
+    results = bench.score(found)
+    assert list(results) == ["judge", "splits"]
+    assert {name: split["total"] for name, split in results["splits"].items()} == {
+        "bbox": 50.0, "human": 100.0,
+    }  # fmt: skip
+    table = bench.table(results)
+    assert table.columns == ("capability", "bbox", "human")
+    assert ("math", "0.0 (1)", "100.0 (1)") in table.rows
+    assert table.total[2] == "100.0 (100.0-100.0), 2 items"
+
+
+def test_the_folder_is_the_manifests_and_everything_is_checked_before_a_model(folder: Path):
+    (folder / "human" / "images" / "1.png").unlink()
+    with pytest.raises(RecordError, match=r"human/questions.jsonl:2: v1_1"):
+        vip_bench.VIP_BENCH.read(bench_data(folder))
+    with pytest.raises(VipLlavaError, match="there is missing; put the data of `toy` there"):
+        _ = bench_data(folder / "there").folder
+    with pytest.raises(ConfigError, match="manifest `toy` names no folder"):
+        _ = BenchData(make_manifest(), folder, {}).folder
 
 
 def test_an_item_without_verdict_is_a_failure_not_a_zero(folder: Path):
@@ -85,17 +130,10 @@ def test_an_item_without_verdict_is_a_failure_not_a_zero(folder: Path):
             raise NoVerdictError("unreadable: maybe")
         return 1.0
 
-    items = vip_bench.read_items(folder, "bbox")
-    result = vip_bench.score(items, dict.fromkeys(META, "x"), judge)
+    result = vip_bench.score(answered(folder, "bbox", Fixed("x", "x", "x")), judge)
     assert result["failures"] == {"v1_0": "unreadable: maybe"}
     assert result["total"] == 100.0
     assert result["num_items"] == 2
-
-
-def test_answers_of_other_questions_are_refused(folder: Path):
-    items = vip_bench.read_items(folder, "bbox")
-    with pytest.raises(RecordError, match="differ in 1 ids"):
-        vip_bench.score(items, {"v1_0": "", "v1_1": ""}, OfflineMatcher())
 
 
 @pytest.mark.parametrize(
@@ -139,20 +177,14 @@ def test_an_unreadable_picture_names_the_item_and_the_file(folder: Path):
     path = folder / "bbox" / "images" / "1.png"
     path.write_bytes(b"no picture")
     with pytest.raises(RecordError, match=r"v1_1 \(.*1\.png\)"):
-        vip_bench.answer_items(vip_bench.read_items(folder, "bbox"), Fixed("a", "b", "c"))
+        answered(folder, "bbox", Fixed("a", "b", "c"))
 
 
 def test_the_interval_stays_within_the_scale(folder: Path):
-    items = vip_bench.read_items(folder, "bbox")
-    result = vip_bench.score(items, dict.fromkeys(META, "star"), OfflineMatcher())
+    found = answered(folder, "bbox", Fixed("star", "star", "star"))
+    result = vip_bench.score(found, OfflineMatcher())
     assert (result["total"], result["low"]) == (pytest.approx(33.333, abs=1e-3), 0.0)
     assert result["high"] == pytest.approx(98.665, abs=1e-3)
-
-
-def test_the_answer_file_is_the_official_one(folder: Path, tmp_path: Path):
-    vip_bench.write_answers(tmp_path / "answers.json", {"v1_0": "4 é", "v1_1": 'a "b"'})
-    expected = '{\n  "v1_0": "4 é",\n  "v1_1": "a \\"b\\""\n}\n'
-    assert (tmp_path / "answers.json").read_text(encoding="utf-8") == expected
 
 
 def test_an_unknown_split_lists_the_known(folder: Path):

@@ -13,12 +13,12 @@ from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder, get_template
-from vipllava.inference.engine import Engine, Request
+from vipllava.inference.engine import Engine
 from vipllava.models.building import ModelSpec
 from vipllava.models.image_features import normalise_pixels
 from vipllava.models.towers import CLIP
 from vipllava.stream.image_transform import ImageTransform
-from vipllava.types import ConfigError, Turn, VipLlavaError
+from vipllava.types import ConfigError, Request, Turn, VipLlavaError
 
 # Short, so that a prompt of the byte tokenizer stays short.
 TEMPLATE = replace(get_template("llava_v1"), system="")

@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoProcessor, VipLlavaForConditionalGeneration
 
-from vipllava.inference.engine import Engine, Request
+from vipllava.inference.engine import Engine
 from vipllava.models.gguf import unpack_gguf
-from vipllava.types import Turn
+from vipllava.types import Request, Turn
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "What is the capital of France?"

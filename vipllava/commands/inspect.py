@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vipllava.report.inspect_page import JobSummary
     from vipllava.report.inspected import InspectedSample, RefusedSample
     from vipllava.stream.datamodule import VisualPromptDataModule
-    from vipllava.stream.order import Item
+    from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
     from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,12 @@ def inspect_job(
         cfg, datamodule, dataset, chosen="the first that training meets", command=command
     )
     items = datamodule.first_items(dataset, num_samples)
-    shown = [look_at(datamodule, dataset, item) for item in items]
+    shown = [
+        look_at(
+            dataset.sources[item.part], datamodule.sample_encoder, item.position, item.epoch_pass
+        )
+        for item in items
+    ]
     write_inspect_page(path, summary, shown)
     logger.info(
         "%d of %d samples of %s: open %s", len(shown), summary.num_samples, summary.dataset, path
@@ -127,26 +132,19 @@ def summary_of(
 
 
 def look_at(
-    datamodule: VisualPromptDataModule, dataset: VisualPromptDataset, item: Item
+    source: SampleSource, encoder: SampleEncoder, position: int, epoch: int
 ) -> InspectedSample | RefusedSample:
     """Return one sample as a page shows it; one that training would refuse with the reason."""
     from vipllava.records import AUTO, kind_of
     from vipllava.report.inspected import RefusedSample, inspect_trace
 
-    source = dataset.sources[item.part]
-    entry = source.shards.read(item.position)
+    entry = source.shards.read(position)
     shard = Path(entry.shard).name
     try:
-        trace = datamodule.sample_encoder.trace(
-            source.parse(entry, item.epoch_pass), item.epoch_pass
-        )
+        trace = encoder.trace(source.parse(entry, epoch), epoch)
     except RecordError as error:
         return RefusedSample(entry.key, source.name, shard, str(error))
     kind = kind_of(entry.record) if source.record_kind == AUTO else source.record_kind
     return inspect_trace(
-        trace,
-        datamodule.conversation_encoder,
-        datamodule.sample_encoder.transform,
-        shard=shard,
-        record_kind=kind,
+        trace, encoder.conversation_encoder, encoder.transform, shard=shard, record_kind=kind
     )

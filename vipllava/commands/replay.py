@@ -98,7 +98,12 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
     assert dataset is not None
     chosen = f"those of step {record.step}, worst first"
     summary = summary_of(cfg, datamodule, dataset, chosen=chosen)
-    shown = [look_at(datamodule, dataset, items[sample.key]) for sample in step.samples]
+    shown = [
+        look_at(
+            dataset.sources[item.part], datamodule.sample_encoder, item.position, item.epoch_pass
+        )
+        for item in (items[sample.key] for sample in step.samples)
+    ]
     write_inspect_page(page, summary, shown)
     logger.info("every sample is in %s; what the model sees of each in %s", losses, page)
     return losses

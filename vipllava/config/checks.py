@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,17 +31,20 @@ _WANDB_WITHOUT_KEY = ("offline", "disabled", "dryrun")
 _BF16_CAPABILITY = (8, 0)
 
 
-def check_config(cfg: DictConfig, machine: Hardware | None = None) -> None:
+def check_config(
+    cfg: DictConfig, machine: Hardware | None = None, more: Sequence[str] = ()
+) -> None:
     """Check a composed training or evaluation job.
 
     Args:
         cfg: what Hydra composed from ``conf/train.yaml`` or ``conf/evaluate.yaml``.
         machine: the hardware to check against; this machine if not given.
+        more: problems that were found elsewhere, to be said with the others.
 
     Raises:
         ConfigError: listing every problem, each naming the key, its value and the remedy.
     """
-    if problems := find_problems(cfg, machine):
+    if problems := [*find_problems(cfg, machine), *more]:
         raise ConfigError(format_problems(problems))
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, Protocol
+from itertools import islice
+from typing import Any, Final, Protocol
 
-from vipllava.inference.engine import Request
+from vipllava.evaluation.bench import Answered, Asked, Item
+from vipllava.types import Request
 
 _BATCHES_AT_ONCE: Final = 16
 """Enough for the engine to put questions of similar length together, few enough to hold."""
@@ -22,15 +23,28 @@ class Answerer(Protocol):
         ...
 
 
-def answer_all(
-    answerer: Answerer, requests: Iterable[Request], *, max_new_tokens: int, batch_size: int
-) -> Iterator[tuple[Request, str]]:
-    """Yield every request with its answer, in order.
+def ask_all(
+    asked: Iterable[Asked[Item]], answerer: Answerer, *, max_new_tokens: int, batch_size: int
+) -> list[Answered[Item]]:
+    """Return every item with its answers, in order.
 
-    Requests are drawn a few batches at a time, so that a benchmark of many pictures never holds
-    them all.
+    Requests are drawn a few batches at a time, so that a benchmark of many images never holds them
+    all.
     """
-    pending = iter(requests)
-    while chunk := list(itertools.islice(pending, _BATCHES_AT_ONCE * batch_size)):
-        texts = answerer.answer(chunk, max_new_tokens=max_new_tokens, batch_size=batch_size)
-        yield from zip(chunk, texts, strict=True)
+    items: list[tuple[Item, list[str], str]] = []
+
+    def requests() -> Iterator[Request]:
+        for each in asked:
+            key = next(iter(each.requests.values())).key
+            items.append((each.item, list(each.requests), key))
+            yield from each.requests.values()
+
+    pending, texts = requests(), list[str]()
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    while chunk := list(islice(pending, _BATCHES_AT_ONCE * batch_size)):
+        texts += answerer.answer(chunk, **settings)
+    said = iter(texts)
+    return [
+        Answered(key, item, dict(zip(ways, islice(said, len(ways)), strict=True)))
+        for item, ways, key in items
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,26 +24,10 @@ from vipllava.models.placing import OnDevice
 from vipllava.models.quantization import QuantizationSettings, quantization_config
 from vipllava.models.towers import preprocessing_of
 from vipllava.stream.image_transform import ImageAspect, ImageTransform
-from vipllava.types import ConfigError, Turn, VipLlavaError
+from vipllava.types import ConfigError, Request, VipLlavaError
 
 _STOP_WINDOW = 16
 """Generated tokens that are looked at for a stop string; longer than any stop string has."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One question.
-
-    Attributes:
-        image: the picture, marks already drawn on it, or None for a text-only question.
-        turns: the conversation so far; the last turn is the user's, and one turn has the image
-            if and only if there is one.
-        key: names the question in errors.
-    """
-
-    image: Image.Image | None
-    turns: Sequence[Turn]
-    key: str = ""
 
 
 class Engine:

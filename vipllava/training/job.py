@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from vipllava.conversation import ConversationEncoder
     from vipllava.forecast.architecture import Architecture
     from vipllava.models.building import ModelSpec
     from vipllava.stream.datamodule import VisualPromptDataModule
@@ -47,24 +48,34 @@ def build_datamodule(cfg: DictConfig, tokenizer: Any = None) -> VisualPromptData
         tokenizer: the model's, if it is loaded already.
     """
     from vipllava.checkpoints.loading import load_tokenizer
-    from vipllava.conversation import ConversationEncoder
-    from vipllava.models.building import read_tower_config, token_id
-    from vipllava.models.towers import num_patches, preprocessing_of
+    from vipllava.models.building import read_tower_config
+    from vipllava.models.towers import preprocessing_of
     from vipllava.stream.image_transform import ImageTransform
 
     _make_sample_data(cfg)
     spec = model_spec(cfg)
     tower = read_tower_config(spec)
     tokenizer = tokenizer or load_tokenizer(spec)
-    encoder = ConversationEncoder(
-        tokenizer,
-        cfg.stage.chat_template,
-        image_token_id=token_id(tokenizer, spec.image_token),
-        image_seq_length=num_patches(tower),
-        max_length=cfg.stage.max_length,
-    )
+    encoder = conversation_encoder(spec, tokenizer, cfg.stage.chat_template, cfg.stage.max_length)
     transform = ImageTransform(spec.image_size, cfg.stage.image_aspect, preprocessing_of(tower))
     return partial(cfg.data)(conversation_encoder=encoder, image_transform=transform)
+
+
+def conversation_encoder(
+    spec: ModelSpec, tokenizer: Any, chat_template: str, max_length: int
+) -> ConversationEncoder:
+    """Return what makes ids for a model; reads the tower's config, no weights."""
+    from vipllava.conversation import ConversationEncoder
+    from vipllava.models.building import read_tower_config, token_id
+    from vipllava.models.towers import num_patches
+
+    return ConversationEncoder(
+        tokenizer,
+        chat_template,
+        image_token_id=token_id(tokenizer, spec.image_token),
+        image_seq_length=num_patches(read_tower_config(spec)),
+        max_length=max_length,
+    )
 
 
 def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:

@@ -8,43 +8,52 @@ as well without marks never looked at them.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from PIL import Image
-
-from vipllava.evaluation.answering import Answerer, answer_all
+from vipllava.evaluation.bench import Answered, Asked, Bench, BenchData, BenchTable, jsonl
 from vipllava.evaluation.matching import is_exact_match
 from vipllava.evaluation.statistics import paired_difference_interval, wilson_interval
-from vipllava.files.atomic import write_whole
-from vipllava.inference.engine import Request
-from vipllava.records.image_decode import decode_image
-from vipllava.stream.sample_encoder import marks_generator, plan_sample
-from vipllava.types import RecordError, Sample, Turn
-from vipllava.visual_prompts.policies import VisualPromptPolicy
-from vipllava.visual_prompts.render import render_plan
+from vipllava.types import ConfigError, RecordError, Request, Sample, Turn
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vipllava.visual_prompts.policies import VisualPromptPolicy
 
 PREDICTIONS: Final = "predictions.jsonl"
-RESULTS: Final = "results.json"
-DrawMarks = Literal["true", "false", "both"]
 _ENDING: Final = ["user", "assistant"]
+
+
+@dataclass(frozen=True)
+class RegionsOptions:
+    """Settings of this benchmark.
+
+    Attributes:
+        draw_marks: whether the marks are drawn; ``both`` asks every question twice.
+    """
+
+    draw_marks: bool | Literal["both"] = "both"
+
+    def __post_init__(self) -> None:
+        """Refuse what is no such setting; 1 and 0 are not true and false."""
+        if type(self.draw_marks) is not bool and self.draw_marks != "both":
+            raise ConfigError(f"draw_marks={self.draw_marks}: expected one of true, false, both")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question with both of its pictures.
+    """One question with both of its images.
 
     Attributes:
         key: ``dataset/key`` of the record.
         turns: what is asked, up to the last user turn.
         answer: the right answer.
         shape: the mark's shape, or ``none``; the first mark's where there are several.
-        marked: the picture with the marks drawn.
-        unmarked: the stored picture.
+        marked: the image with the marks drawn.
+        unmarked: the stored image.
     """
 
     key: str
@@ -62,14 +71,14 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One answered question; ``marked`` or ``unmarked`` is None where it was not asked."""
+    """One question and its answers; ``marked`` or ``unmarked`` is None where it was not asked."""
 
     key: str
     question: str
     shape: str
     answer: str
-    marked: str | None
-    unmarked: str | None
+    marked: str | None = None
+    unmarked: str | None = None
 
 
 def read_questions(
@@ -78,13 +87,17 @@ def read_questions(
     """Plan, word and draw every sample, one at a time.
 
     Raises:
-        RecordError: a record without picture, or whose last turn is not an answer.
+        RecordError: a record without image, or whose last turn is not an answer.
     """
+    from vipllava.records.image_decode import decode_image
+    from vipllava.stream.sample_encoder import marks_generator, plan_sample
+    from vipllava.visual_prompts.render import render_plan
+
     for sample in samples:
         name = f"{sample.dataset}/{sample.key}"
         if sample.image is None or [turn.role for turn in sample.turns[-2:]] != _ENDING:
             raise RecordError(
-                f"{name} cannot be asked: a region question needs a picture and ends with the "
+                f"{name} cannot be asked: a region question needs an image and ends with the "
                 "user's question and the assistant's answer"
             )
         image = decode_image(sample.image, name)
@@ -101,50 +114,26 @@ def read_questions(
 
 
 def ask(
-    questions: Iterable[Question],
-    answerer: Answerer,
-    *,
-    draw_marks: DrawMarks = "both",
-    max_new_tokens: int = 16,
-    batch_size: int = 16,
-) -> list[Prediction]:
-    """Ask every question with its marks, without, or both; pictures are held batch by batch."""
-    ways = [name for name in ("true", "false") if draw_marks in ("both", name)]
-    asked: list[Prediction] = []
-
-    def requests() -> Iterator[Request]:
-        for q in questions:
-            asked.append(Prediction(q.key, q.text, q.shape, q.answer, marked=None, unmarked=None))
-            for way in ways:
-                yield Request(q.marked if way == "true" else q.unmarked, q.turns, q.key)
-
-    answered = answer_all(
-        answerer, requests(), max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
-    texts = [text for _, text in answered]
-    answers = {way: texts[place :: len(ways)] for place, way in enumerate(ways)}
-    nothing = [None] * len(asked)
-    return [
-        replace(prediction, marked=marked, unmarked=unmarked)
-        for prediction, marked, unmarked in zip(
-            asked, answers.get("true", nothing), answers.get("false", nothing), strict=True
-        )
-    ]
+    questions: Iterable[Question], draw_marks: bool | Literal["both"]
+) -> Iterator[Asked[Prediction]]:
+    """Ask every question with its marks, without, or both."""
+    for q in questions:
+        images = {"marked": q.marked, "unmarked": q.unmarked}
+        if draw_marks != "both":
+            del images["unmarked" if draw_marks else "marked"]
+        requests = {way: Request(image, q.turns, q.key) for way, image in images.items()}
+        yield Asked(Prediction(q.key, q.text, q.shape, q.answer), requests)
 
 
-def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Score predictions by exact match, ignoring case and punctuation.
+def score(answered: Sequence[Answered[Prediction]]) -> dict[str, Any]:
+    """Score answers by exact match, ignoring case and punctuation.
 
     Returns:
         ``num_questions``; ``marked`` and ``unmarked`` (null where not asked), each with
         ``correct``, ``total``, ``accuracy`` and its 95 % Wilson interval ``low``, ``high``;
         ``gap`` of the two with its paired 95 % interval; ``by_shape`` with both.
-
-    Raises:
-        RecordError: there is nothing to score.
     """
-    if not predictions:
-        raise RecordError("no questions: the benchmark's data set is empty, or limit is 0")
+    predictions = _predictions(answered)
     by_shape: dict[str, list[Prediction]] = defaultdict(list)
     for prediction in predictions:
         by_shape[prediction.shape].append(prediction)
@@ -156,13 +145,37 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
     }
 
 
-def write_results(
-    folder: Path, predictions: Sequence[Prediction], results: Mapping[str, Any]
-) -> None:
-    """Write ``predictions.jsonl`` and ``results.json`` into ``folder``."""
-    lines = [json.dumps(asdict(prediction), ensure_ascii=False) for prediction in predictions]
-    write_whole(folder / PREDICTIONS, "\n".join(lines) + "\n")
-    write_whole(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+def _read(data: BenchData) -> Iterator[Asked[Prediction]]:
+    questions = read_questions(data.samples(), data.policies, data.seed)
+    return ask(questions, data.options.draw_marks)
+
+
+def _predictions(answered: Sequence[Answered[Prediction]]) -> list[Prediction]:
+    return [replace(each.item, **each.texts) for each in answered]
+
+
+def _files(answered: Sequence[Answered[Prediction]]) -> dict[str, str]:
+    return {PREDICTIONS: jsonl(map(asdict, _predictions(answered)))}
+
+
+def _table(results: Mapping[str, Any]) -> BenchTable:
+    def row(name: str, of: Mapping[str, Any]) -> tuple[str, ...]:
+        known = of["marked"] or of["unmarked"]
+        return name, str(known["total"]), _percent(of["marked"]), _percent(of["unmarked"])
+
+    return BenchTable(
+        f"regions: {results['num_questions']} questions, accuracy in % (95 %)",
+        ("shape", "questions", "with marks", "marks not drawn"),
+        [row(shape, of) for shape, of in results["by_shape"].items()],
+        row("all", results),
+    )
+
+
+def _percent(accuracy: Mapping[str, float] | None) -> str:
+    if accuracy is None:
+        return "-"
+    share, low, high = (100 * accuracy[key] for key in ("accuracy", "low", "high"))
+    return f"{share:.1f} ({low:.1f}-{high:.1f})"
 
 
 def _accuracies(predictions: Sequence[Prediction]) -> dict[str, dict[str, float] | None]:
@@ -191,3 +204,6 @@ def _gap(predictions: Sequence[Prediction]) -> dict[str, float] | None:
     low, high = paired_difference_interval(marked, unmarked)
     gap = (sum(marked) - sum(unmarked)) / len(predictions)
     return {"accuracy": gap, "low": low, "high": high}
+
+
+REGIONS: Final = Bench("regions", _read, score, _table, _files, RegionsOptions)

@@ -9,24 +9,21 @@ is the mean over all items. An item without a verdict is a recorded failure, nev
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
-from vipllava.evaluation.answering import Answerer, answer_all
-from vipllava.evaluation.judge import Judge, NoVerdictError, split_ground_truth
+from vipllava.evaluation.bench import Answered, Asked, Bench, BenchData, BenchTable
+from vipllava.evaluation.judge import Judge, NoVerdictError, OfflineMatcher, split_ground_truth
 from vipllava.evaluation.statistics import mean_interval
-from vipllava.files.atomic import write_whole
-from vipllava.inference.engine import Request
 from vipllava.records.image_decode import decode_image
-from vipllava.types import RecordError, Turn, VipLlavaError
+from vipllava.types import RecordError, Request, Turn, VipLlavaError
 
 META_DATA: Final = "vip-bench-meta-data.json"
 QUESTIONS: Final = "questions.jsonl"
 SPLITS: Final = ("bbox", "human")
 CAPABILITIES: Final = ("rec", "ocr", "know", "math", "rel", "lang")
-RESULTS: Final = "results.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +32,11 @@ class Item:
 
     Attributes:
         key: ``v1_<question_id>``, as in meta data and answer file.
-        image: path of the marked picture.
+        image: path of the marked image.
         text: the question in this split's wording.
         answer: the ground truth, with ``<AND>`` and ``<OR>``.
         capability: the abilities it needs.
+        split: of :data:`SPLITS`.
     """
 
     key: str
@@ -46,6 +44,7 @@ class Item:
     text: str
     answer: str
     capability: tuple[str, ...]
+    split: str
 
 
 def read_items(folder: Path, split: str) -> list[Item]:
@@ -66,7 +65,7 @@ def read_items(folder: Path, split: str) -> list[Item]:
             continue
         try:
             raw = json.loads(line, object_pairs_hook=_distinct)
-            item = _read_item(raw, meta, folder / split / "images")
+            item = _read_item(raw, meta, folder, split)
             if item.key in seen:
                 raise ValueError(f"question_id of {item.key} occurs twice")
         except ValueError as error:
@@ -82,47 +81,35 @@ def read_items(folder: Path, split: str) -> list[Item]:
     return items
 
 
-def answer_items(
-    items: Sequence[Item], answerer: Answerer, *, max_new_tokens: int = 1024, batch_size: int = 16
-) -> dict[str, str]:
-    """Return the answers in the official format, in the items' order."""
-    requests = (
-        Request(
-            decode_image(item.image.read_bytes(), f"{item.key} ({item.image})"),
-            (Turn("user", item.text, has_image=True),),
-            item.key,
-        )
-        for item in items
-    )
-    answered = answer_all(answerer, requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return {request.key: text for request, text in answered}
+def ask(items: Iterable[Item]) -> Iterator[Asked[Item]]:
+    """Ask every question in its split's wording."""
+    for item in items:
+        image = decode_image(item.image.read_bytes(), f"{item.key} ({item.image})")
+        turn = Turn("user", item.text, has_image=True)
+        yield Asked(item, {"answer": Request(image, (turn,), item.key)})
 
 
-def score(items: Sequence[Item], answers: Mapping[str, str], judge: Judge) -> dict[str, Any]:
-    """Grade answers.
+def score(answered: Sequence[Answered[Item]], judge: Judge) -> dict[str, Any]:
+    """Grade the answers of one split.
 
     Returns:
         ``total`` (mean x 100) with its 95 % interval ``low``, ``high``; ``by_capability`` with
         ``score`` and ``num_items``; ``num_items`` graded, ``num_failures`` and ``failures``
         (key: reason); ``verdicts`` (key: 0.0..1.0).
-
-    Raises:
-        RecordError: answers and items do not belong together.
     """
-    if set(answers) != {item.key for item in items}:
-        odd = sorted(set(answers) ^ {item.key for item in items})
-        raise RecordError(f"answers and questions differ in {len(odd)} ids, e.g. {odd[:5]}")
     verdicts: dict[str, float] = {}
     failures: dict[str, str] = {}
-    for item in items:
+    for each in answered:
         try:
-            verdicts[item.key] = judge(item.text, item.answer, answers[item.key])
+            verdicts[each.key] = judge(each.item.text, each.item.answer, each.texts["answer"])
         except NoVerdictError as error:
-            failures[item.key] = str(error)
+            failures[each.key] = str(error)
     by_capability: dict[str, dict[str, float]] = {}
     for capability in CAPABILITIES:
         graded = [
-            verdicts[i.key] for i in items if capability in i.capability and i.key in verdicts
+            verdicts[each.key]
+            for each in answered
+            if capability in each.item.capability and each.key in verdicts
         ]
         if graded:
             mean = 100 * sum(graded) / len(graded)
@@ -144,9 +131,54 @@ def score(items: Sequence[Item], answers: Mapping[str, str], judge: Judge) -> di
     }
 
 
-def write_answers(path: Path, answers: Mapping[str, str]) -> None:
-    """Write the official answer file."""
-    write_whole(path, json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
+def _read(data: BenchData) -> Iterator[Asked[Item]]:
+    folder = data.folder
+    splits = [read_items(folder, split) for split in SPLITS]
+    return ask(item for items in splits for item in items[: data.limit])
+
+
+def _by_split(answered: Sequence[Answered[Item]]) -> dict[str, list[Answered[Item]]]:
+    return {split: [a for a in answered if a.item.split == split] for split in SPLITS}
+
+
+def _files(answered: Sequence[Answered[Item]]) -> dict[str, str]:
+    """Return the official answer files."""
+    return {
+        f"answers-{split}.json": json.dumps(
+            {each.key: each.texts["answer"] for each in part}, indent=2, ensure_ascii=False
+        )
+        + "\n"
+        for split, part in _by_split(answered).items()
+    }
+
+
+def _score(answered: Sequence[Answered[Item]]) -> dict[str, Any]:
+    splits = {split: score(part, OfflineMatcher()) for split, part in _by_split(answered).items()}
+    return {"judge": "offline matcher", "splits": splits}
+
+
+def _table(results: Mapping[str, Any]) -> BenchTable:
+    splits: Mapping[str, Any] = results["splits"]
+    rows: list[tuple[str, ...]] = []
+    for capability in dict.fromkeys(c for split in splits.values() for c in split["by_capability"]):
+        cells = [split["by_capability"].get(capability) for split in splits.values()]
+        rows.append(
+            (capability, *(f"{c['score']:.1f} ({c['num_items']})" if c else "-" for c in cells))
+        )
+    return BenchTable(
+        f"ViP-Bench, {results['judge']} (0-100; total with 95 % interval)",
+        ("capability", *splits),
+        rows,
+        ("total", *(_total(split) for split in splits.values())),
+    )
+
+
+def _total(result: Mapping[str, Any]) -> str:
+    if result["low"] is None:
+        return "-"
+    text = f"{result['total']:.1f} ({result['low']:.1f}-{result['high']:.1f})"
+    failed = f", {result['num_failures']} without verdict" if result["num_failures"] else ""
+    return f"{text}, {result['num_items']} items{failed}"
 
 
 def _read_meta(path: Path) -> dict[str, dict[str, Any]]:
@@ -172,7 +204,9 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return distinct
 
 
-def _read_item(line: object, meta: Mapping[str, Mapping[str, Any]], images: Path) -> Item:
+def _read_item(
+    line: object, meta: Mapping[str, Mapping[str, Any]], folder: Path, split: str
+) -> Item:
     """Build one item; every complaint is a ValueError, to which the caller adds file and line."""
     if not isinstance(line, dict):
         raise ValueError("not an object")
@@ -198,14 +232,14 @@ def _read_item(line: object, meta: Mapping[str, Mapping[str, Any]], images: Path
     known = ", ".join(CAPABILITIES)
     if unknown := [name for name in capability if name not in CAPABILITIES]:
         raise ValueError(f"{key} has unknown capabilities {unknown}; known: {known}")
-    image = images / fields["image"]
+    image = folder / split / "images" / fields["image"]
     if not image.is_file():
-        raise ValueError(f"{key}: there is no picture {image}")
+        raise ValueError(f"{key}: there is no image {image}")
     try:
         split_ground_truth(fields["answer"])
     except VipLlavaError as error:
         raise ValueError(f"{key}: {error}") from error
-    return Item(key, image, fields["text"], fields["answer"], tuple(capability))
+    return Item(key, image, fields["text"], fields["answer"], tuple(capability), split)
 
 
 def _read_text(path: Path) -> str:
@@ -218,3 +252,6 @@ def _read_text(path: Path) -> str:
         ) from error
     except UnicodeDecodeError as error:
         raise RecordError(f"{path} is not UTF-8: {error}") from error
+
+
+VIP_BENCH: Final = Bench("vip_bench", _read, _score, _table, _files)
