@@ -36,26 +36,21 @@ def test_choice(without, capability, precision, chosen):
 
 def test_every_candidate_says_why_not():
     rows = attention_candidates({"flash_attn_4", "torch_varlen"}, (8, 6), "bf16-mixed")
-    assert [(row.name, row.usable, row.why_not) for row in rows] == [
-        (
-            "flash_attention_4",
-            False,
-            "devices of compute capability 8.6 cannot run it, it needs 9.0 or more",
-        ),
-        (
-            "flash_attention_3",
-            False,
-            "needs flash-attn-3, which is not installed; devices of compute capability 8.6 cannot "
-            "run it, it needs 9.0",
-        ),
-        ("flash_attention_2", False, "needs flash_attn, which is not installed"),
-        ("torch_varlen", True, ""),
-    ]
+    assert {row.name: row.why_not for row in rows} == {
+        "flash_attention_4": "devices of compute capability 8.6 cannot run it, it needs 9.0 or "
+        "more",
+        "flash_attention_3": "needs flash-attn-3, which is not installed; devices of compute "
+        "capability 8.6 cannot run it, it needs 9.0",
+        "flash_attention_2": "needs flash_attn, which is not installed",
+        "torch_varlen": "",
+    }
 
 
 def test_an_alpha_is_usable_and_not_chosen():
     (alpha, *_) = rows = attention_candidates({"flash_attn_4"}, (9, 0), "bf16-mixed")
-    assert (alpha.usable, choose_attention(rows)) == (True, "sdpa")
+    assert not alpha.missing
+    assert alpha.unsupported is None
+    assert choose_attention(rows) == "sdpa"
     assert alpha.why_not == "an alpha, used only where it is asked for by name"
 
 

@@ -18,14 +18,14 @@ def test_error_names_numbers_and_what_works():
     with pytest.raises(ConfigError) as error:
         accumulation_steps(100, 7, 4, 1)
     assert str(error.value) == (
-        "stage.global_batch_size=100 is not a multiple of machine.micro_batch_size=7 x "
-        "trainer.devices=4 x trainer.num_nodes=1 = 28; nearest global batch sizes that are: 84, "
-        "112; or keep it with machine.micro_batch_size=5 or 25"
+        "global_batch_size=100 is not a multiple of micro_batch_size=7 x "
+        "devices=4 x num_nodes=1 = 28; nearest global batch sizes that are: 84, "
+        "112; or keep it with micro_batch_size=5 or 25"
     )
 
 
 def test_error_offers_fewer_devices_when_no_micro_batch_fits():
-    with pytest.raises(ConfigError, match=r"that are: 96; or keep it with trainer.devices=2$"):
+    with pytest.raises(ConfigError, match=r"that are: 96; or keep it with devices=2$"):
         accumulation_steps(64, 32, 3, 1)
 
 
@@ -35,7 +35,7 @@ def test_error_when_nodes_do_not_divide():
 
 
 def test_numbers_below_one_are_all_named():
-    with pytest.raises(ConfigError, match=r"stage.global_batch_size=0, trainer.devices=-1: must"):
+    with pytest.raises(ConfigError, match=r"global_batch_size=0, devices=-1: must"):
         accumulation_steps(0, 1, -1, 1)
 
 

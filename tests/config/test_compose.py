@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 import shlex
@@ -12,13 +13,14 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from vipllava.config.checks import find_problems
 from vipllava.config.composing import CONFIG_DIR, compose_job
 from vipllava.config.hardware import Hardware
 from vipllava.config.schema import TRAIN, check_schema
-from vipllava.config.targets import find_target_problems, missing_arguments, targets
+from vipllava.config.targets import find_target_problems, targets
 
 ROOT = CONFIG_DIR.parent
 TRAIN_GROUPS = (
@@ -43,6 +45,13 @@ GIVEN_WHEN_BUILT = {
     },
 }
 """Arguments that follow from the model and are added by the code that builds the object."""
+
+
+def missing_arguments(node: DictConfig) -> set[str]:
+    """Return the required arguments of a ``_target_`` node that it does not give."""
+    parameters = inspect.signature(get_object(str(node["_target_"]))).parameters.values()
+    required = {p.name for p in parameters if p.default is p.empty and p.kind < p.VAR_KEYWORD}
+    return required - {p.name for p in parameters if p.kind is p.VAR_POSITIONAL} - set(node)
 
 
 def options(group: str) -> list[str]:

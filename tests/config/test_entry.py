@@ -93,14 +93,17 @@ from vipllava.types import RecordError
 
 def job(cfg):
     if cfg.seed == 1:
-        raise RecordError("shard 3: record 7 has no picture")
+        raise RecordError("record 7 has more ids than max_length=512")
     raise KeyError("a defect")
 
 run_main(job, config_dir=Path({str(CONFIG_DIR)!r}), config_name="train")
 """
     )
     users = run(tmp_path, str(script), "seed=1")
-    assert (users.returncode, users.stderr) == (2, "error: shard 3: record 7 has no picture\n")
+    assert (users.returncode, users.stderr) == (
+        2,
+        "error: record 7 has more ids than stage.max_length=512\n",
+    )
     ours = run(tmp_path, str(script), "seed=2")
     assert ours.returncode == 1
     assert "Traceback" in ours.stderr

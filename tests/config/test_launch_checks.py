@@ -36,11 +36,11 @@ JSRUN = {
 def problems(devices: int = 1, nodes: int = 1, strategy: str = "ddp") -> list[str]:
     trainer = {"devices": devices, "num_nodes": nodes}
     cfg = OmegaConf.create({"trainer": trainer, "strategy": {"name": strategy}})
-    return launch_checks.check_launch(JobValues(cfg, Hardware()))
+    return list(launch_checks.check_launch(JobValues(cfg, Hardware())))
 
 
 def of_one_process() -> list[str]:
-    return launch_checks.check_single_process(JobValues(OmegaConf.create({}), Hardware()))
+    return list(launch_checks.check_single_process(JobValues(OmegaConf.create({}), Hardware())))
 
 
 @pytest.fixture

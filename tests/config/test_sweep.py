@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 
 from vipllava.config.composing import CONFIG_DIR, compose_job
 from vipllava.config.resolvers import folder_name, register_resolvers
-from vipllava.config.sweep import job_command, objective_value, with_folder_names
+from vipllava.config.sweep import folder_overrides, job_command, objective_value
 
 JOB = f"""
 import json, os, sys
@@ -109,18 +109,16 @@ def test_the_command_of_a_job_leaves_the_sweeps_own_overrides_out():
 
 
 def test_folders_are_named_by_what_is_swept():
-    fixed = ["stage=finetune", "+a.b='x y'", "hydra/launcher=basic", "trainer.max_steps=1"]
-    assert with_folder_names(["-m", *fixed, "seed=1,2", "stage.epochs=range(1,3)"])[-1] == (
-        "hydra.job.config.override_dirname.exclude_keys="
-        "['stage','a.b','hydra/launcher','trainer.max_steps']"
-    )
-    assert with_folder_names([*fixed, "seed=1"]) == [*fixed, "seed=1"]
+    fixed = ["stage=finetune", "+a.b='x y'", "trainer.max_steps=1"]
+    keys = "hydra.job.config.override_dirname.exclude_keys=['stage','a.b','trainer.max_steps']"
+    mode = ["hydra.mode=MULTIRUN", "hydra/launcher=basic"]
+    assert folder_overrides([*fixed, "seed=1,2", "stage.epochs=range(1,3)"], mode) == [keys]
     # One job, for a queue: the folder is that of the command without -m.
-    assert with_folder_names(["-m", *fixed])[-1] == "hydra.sweep.dir=${run_dir}"
-    for own in ("hydra/sweeper=optuna_example", "hydra.sweep.dir=x"):
-        assert "exclude_keys" in with_folder_names(["-m", own])[-1]
-    own = ["-m", "seed=1,2", "hydra.job.config.override_dirname.exclude_keys=[]"]
-    assert with_folder_names(own) == own
+    assert folder_overrides(fixed, mode) == [keys, "hydra.sweep.dir=${run_dir}"]
+    for own in ("hydra/sweeper=optuna_example", "hydra.sweep.dir=x", "+hydra.sweeper.n_trials=3"):
+        assert folder_overrides(fixed, [own]) == [keys]
+    own = "hydra.job.config.override_dirname.exclude_keys=[]"
+    assert folder_overrides(["seed=1,2"], [own]) == []
 
 
 def test_the_folder_survives_the_command_line():

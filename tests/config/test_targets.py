@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from vipllava.config.targets import check_targets, find_target_problems, missing_arguments, targets
+from vipllava.config.targets import check_targets, find_target_problems, targets
 from vipllava.types import ConfigError
 
 
@@ -19,15 +19,8 @@ def test_unknown_arguments_and_targets():
     )
     assert find_target_problems(cfg) == [
         "a.denominater: fractions.Fraction takes no such argument (did you mean denominator?)",
-        "b._target_=fractions.Fractoin cannot be imported: Error loading "
-        "'fractions.Fractoin': ModuleNotFoundError(\"No module named 'fractions.Fractoin'; "
-        "'fractions' is not a package\")",
+        "b._target_=fractions.Fractoin: there is no such class or function",
     ]
     with pytest.raises(ConfigError, match="2 problems"):
         check_targets(cfg)
     assert [path for path, _ in targets(cfg)] == ["a", "b", "c.0"]
-
-
-def test_missing_arguments():
-    node = OmegaConf.create({"_target_": "shutil.copy", "src": "here"})
-    assert missing_arguments(node) == {"dst"}

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("peft")
 
 from lightning.pytorch.callbacks import Callback
+from omegaconf import OmegaConf
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from tests.forecast.measured_step import (
@@ -27,6 +28,8 @@ from tests.forecast.measured_step import (
     small_config,
 )
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
+from vipllava.config.schema import SHARDING_STRATEGIES
+from vipllava.forecast import memory as forecast
 from vipllava.forecast.architecture import architecture_of
 from vipllava.forecast.memory import DeviceMemory, Setup, device_memory, parameter_rows
 from vipllava.forecast.published import published_architecture
@@ -318,3 +321,13 @@ def _run_two(job: dict, folder: Path) -> None:
             process.kill()
     codes = [process.returncode for process in processes]
     assert codes == [0, 0], "\n".join(output[-3000:] for output in outputs)
+
+
+def test_buffers_of_deepspeed_are_those_of_the_configuration():
+    folder = ROOT / "conf" / "strategy"
+    files = {name: OmegaConf.load(folder / f"{name}.yaml") for name in SHARDING_STRATEGIES}
+    zero = {name: file.lightning.config.zero_optimization for name, file in files.items()}
+    assert {z.reduce_bucket_size for z in zero.values()} == {forecast._BUCKET}
+    for name in ("zero3", "zero3_offload"):
+        live = zero[name].stage3_max_live_parameters + zero[name].stage3_prefetch_bucket_size
+        assert (zero[name].sub_group_size, live) == (forecast._SUB_GROUP, forecast._LIVE)

@@ -132,7 +132,7 @@ def test_commands(cache: ShardCache, tars: list[Path], command: str, indexed: bo
 
 
 def test_no_cache(server: FileServer):
-    with pytest.raises(ShardError, match=r"`toy` has tars at an address and no cache; set data\.c"):
+    with pytest.raises(ShardError, match="tars at an address and no cache: set cache_dir"):
         open_remote(server, None)
 
 

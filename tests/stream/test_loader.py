@@ -334,7 +334,7 @@ def corrupt(samples: list[Stored], *places: int) -> list[Stored]:
 
 def quarantining(dataset: VisualPromptDataset, rate: float = 1.0) -> VisualPromptDataset:
     return VisualPromptDataset(
-        dataset.sources, dataset.sample_encoder, BadSamplePolicy("quarantine", max_rate=rate)
+        dataset.sources, dataset.sample_encoder, BadSamplePolicy("quarantine", max_fault_rate=rate)
     )
 
 

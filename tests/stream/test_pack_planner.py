@@ -75,9 +75,9 @@ def test_a_bad_text_gets_a_substitute_when_planned(build_dataset: Build):
 
 def test_impossible_packs(build_dataset: Build):
     dataset = build_dataset(toy_samples(4))
-    with pytest.raises(ConfigError, match=r"data.pack_length=1024 is less than stage.max_length="):
+    with pytest.raises(ConfigError, match=r"pack_length=1024 is less than max_length="):
         PackPlanner(dataset, pack_length=1024, max_images=8)
-    with pytest.raises(ConfigError, match="max_images_per_pack=0"):
+    with pytest.raises(ConfigError, match="max_images=0"):
         PackPlanner(dataset, pack_length=2048, max_images=0)
 
 

@@ -105,7 +105,7 @@ def test_so_many_steps_may_be_left_out():
     verdicts = [guard.judge(math.nan) for _ in range(3)]
     assert [v and v.action for v in verdicts] == ["skip", "skip", "stop"]
     assert verdicts[2] is not None
-    assert "2 steps were left out already (guard.max_skipped)" in verdicts[2].reason
+    assert "2 steps were left out already (max_skipped)" in verdicts[2].reason
 
 
 def test_a_resumed_run_decides_alike():
@@ -120,11 +120,11 @@ def test_a_resumed_run_decides_alike():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"on_spike": "warn"}, "guard.on_spike=warn is not one of stop, skip, ignore"),
-        ({"on_nonfinite": "ignore"}, "guard.on_nonfinite=ignore is not one of stop, skip"),
-        ({"spike_factor": 1.0}, "guard.spike_factor=1.0 must be above 1"),
-        ({"window": 5}, "guard.window=5 at least 20"),
-        ({"spike_floor": -1.0}, "guard.spike_floor=-1.0 must be a number of at least 0"),
+        ({"on_spike": "warn"}, "on_spike=warn is not one of stop, skip, ignore"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite=ignore is not one of stop, skip"),
+        ({"spike_factor": 1.0}, "spike_factor=1.0 must be above 1"),
+        ({"window": 5}, "window=5 at least 20"),
+        ({"spike_floor": -1.0}, "spike_floor=-1.0 must be a number of at least 0"),
     ],
 )
 def test_impossible_values(values, message):

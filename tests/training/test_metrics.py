@@ -16,13 +16,16 @@ from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.checkpoints.loading import build_model
 from vipllava.forecast.architecture import architecture_of
 from vipllava.forecast.flops import useful_flops
+from vipllava.models.adapters import AdapterSettings
 from vipllava.models.supervised_loss import supervised_loss_sum
+from vipllava.training import metrics
 from vipllava.training.dataset_losses import DatasetLosses, sample_of_position
 from vipllava.training.metrics import (
     METRICS,
     BatchFlops,
     Throughput,
     WindowSums,
+    count_flops_of,
     dataset_loss,
     segment_lengths,
     window_metrics,
@@ -158,6 +161,32 @@ def test_lengths_with_padding_between_samples():
     segments = torch.tensor([[0, 0, 0, -1, -1, 1, 1], [-1, 0, 0, 0, 0, 0, 1]])
     batch = Batch(positions, positions, positions, segments, torch.empty(0, 3, 28, 28))
     assert segment_lengths(batch).tolist() == [[0, 0, 3, 0, 0, 0, 2], [0, 0, 0, 0, 0, 5, 1]]
+
+
+@pytest.mark.parametrize(
+    ("trainable", "adapter", "counts"),
+    [
+        (("projector",), None, ("projector", 0, False)),
+        (("projector", "language_model", "vision_tower"), None, ("full", 0, True)),
+        (("projector", "language_model"), AdapterSettings(r=4), ("lora", 4, False)),
+    ],
+)
+def test_a_module_says_what_its_work_is(spec, make_module, trainable, adapter, counts):
+    if adapter is not None:
+        pytest.importorskip("peft")
+    module = make_module(trainable=trainable, adapter=adapter)
+    module.configure_model()
+    assert count_flops_of(module) == BatchFlops(architecture_of(build_model(spec).config), *counts)
+
+
+def test_a_device_whose_peak_is_known_logs_its_mfu(make_module, make_trainer, monkeypatch):
+    monkeypatch.setattr(metrics, "peak_of", lambda device: 1e9)
+    module, loader = make_module(), Loader(make_samples(4), 4, 1)
+    trainer = make_trainer(callbacks=[Throughput(1, clock=count(0, 8).__next__)])
+    trainer.fit(module, loader)
+    (row,) = windows(trainer)
+    work = float(count_flops_of(module)(next(iter(loader))))
+    assert row["train/mfu"] == pytest.approx(work / 8 / 1e9)
 
 
 @pytest.mark.parametrize("workload", ["projector", "full", "lora"])

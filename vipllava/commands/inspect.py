@@ -13,6 +13,7 @@ from vipllava.commands.job import (
     split_arguments,
     whole,
 )
+from vipllava.config.argument_names import naming_keys
 from vipllava.types import RecordError
 
 if TYPE_CHECKING:
@@ -39,12 +40,13 @@ def run(arguments: Sequence[str]) -> int:
     own = {"data": str, "n": whole(1), "output": Path}
     given, overrides = split_arguments(arguments, own)
     cfg = compose_data_job(given.get("data"), overrides)
-    inspect_job(
-        cfg,
-        num_samples=given.get("n"),
-        output=given.get("output"),
-        command=shlex.join(["vipllava", "inspect", *arguments]),
-    )
+    with naming_keys(cfg):
+        inspect_job(
+            cfg,
+            num_samples=given.get("n"),
+            output=given.get("output"),
+            command=shlex.join(["vipllava", "inspect", *arguments]),
+        )
     return 0
 
 

@@ -15,6 +15,7 @@ from vipllava.commands.job import (
     split_arguments,
     whole,
 )
+from vipllava.config.argument_names import naming_keys
 from vipllava.files.atomic import write_whole
 from vipllava.training.job import build_datamodule, forget_missing_checkpoint
 
@@ -61,7 +62,8 @@ def run(arguments: Sequence[str]) -> int:
 
     values: Any = OmegaConf.to_container(cfg.lint, resolve=True)
     limits = LintLimits.from_mapping(values)
-    datamodule = build_datamodule(cfg)
+    with naming_keys(cfg):
+        datamodule = build_datamodule(cfg)
     reports: list[LintReport] = []
     for manifest in datamodule.manifests:
         with Progress(console=Console(stderr=True), transient=True) as progress:

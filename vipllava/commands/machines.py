@@ -19,7 +19,7 @@ MODELS: Final = ("7b", "13b", "llama3_8b", "phi3_mini")
 _SINGLE: Final = (("RTX 4090", 24), ("A100", 80), ("H200", 141))
 """Devices and their GB: what ``trainer=1gpu`` is shown for: it takes whatever there is."""
 
-_PARTS: Final = {"pretrain": ("projector",), "finetune": ("projector", "language_model")}
+_STAGES: Final = ("pretrain", "finetune")
 _HEADERS: Final = (
     "trains",
     "machine",
@@ -135,7 +135,7 @@ def machine_rows(models: Sequence[str] = MODELS, *, mfu: float) -> list[MachineR
     from vipllava.forecast.flops import WORKLOADS
     from vipllava.forecast.published import published_architecture
 
-    machines = {stage: list(_machines(stage)) for stage in _PARTS}
+    machines = {stage: list(_machines(stage)) for stage in _STAGES}
     rows: list[MachineRow] = []
     for name in models:
         model = compose_job([f"model={name}", "trainer=8xa100"]).model
@@ -143,7 +143,7 @@ def machine_rows(models: Sequence[str] = MODELS, *, mfu: float) -> list[MachineR
             model.spec.vision_tower, model.spec.language_model, tuple(model.spec.feature_layers)
         )
         patches = architecture.tower.num_patches
-        corpora = {stage: _corpus(name, stage, patches) for stage in _PARTS}
+        corpora = {stage: _corpus(name, stage, patches) for stage in _STAGES}
         for workload in WORKLOADS:
             stage = "pretrain" if workload == "projector" else "finetune"
             for machine, cfg in machines[stage]:
@@ -156,7 +156,7 @@ def machine_rows(models: Sequence[str] = MODELS, *, mfu: float) -> list[MachineR
 
 def markdown(rows: Sequence[MachineRow], mfu: float) -> str:
     """Return ``docs/machines.md``."""
-    longest = {stage: _corpus(MODELS[0], stage, 0).longest for stage in _PARTS}
+    longest = {stage: _corpus(MODELS[0], stage, 0).longest for stage in _STAGES}
     lines = [
         "# Which machine do I need",
         "",
@@ -251,6 +251,8 @@ def _row(
     from vipllava.forecast import job as forecasts
     from vipllava.forecast.host_memory import host_memory
     from vipllava.forecast.memory import Setup, device_memory
+    from vipllava.models.adapters import AdapterSettings
+    from vipllava.models.quantization import QuantizationSettings
     from vipllava.training.optim import uses_fused_adamw
 
     devices = int(cfg.trainer.devices) * int(cfg.trainer.num_nodes)
@@ -260,7 +262,7 @@ def _row(
     capability = cfg.machine.capability
     num_blocks = architecture.language_model.num_blocks
     setup = Setup(
-        trainable=_PARTS[cfg.stage.name],
+        trainable=tuple(cfg.stage.trainable),
         workload=workload,
         strategy="single" if devices == 1 else "zero2",
         precision=cfg.trainer.precision,
@@ -270,8 +272,8 @@ def _row(
         row_supervised=corpus.supervised_share * corpus.longest,
         # As if flash attention were installed wherever it runs: no matter who makes the table.
         attention="sdpa" if capability is not None and capability < 8 else "flash_attention_2",
-        adapter_rank=128,
-        bits=4 if workload == "qlora" else None,
+        adapter_rank=AdapterSettings().r,
+        bits=QuantizationSettings().bits if workload == "qlora" else None,
         fused_optimizer=uses_fused_adamw("cuda", cfg.trainer.precision),
     )
     capacity = forecasts.device_capacity(float(cfg.machine.memory_gb))

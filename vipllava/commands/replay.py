@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -33,7 +33,6 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
         VipLlavaError: the record cannot be read, or data, model or checkpoint are others now.
     """
     import torch
-    from hydra.utils import instantiate
     from rich.console import Console as MakeConsole
     from rich.table import Table
 
@@ -41,20 +40,20 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
     from vipllava.commands.inspect import look_at, summary_of
     from vipllava.report.inspect_page import write_inspect_page
     from vipllava.training.guard import StepRecord
-    from vipllava.training.job import build_datamodule
+    from vipllava.training.job import build_datamodule, partial
     from vipllava.training.lit_module import HALF_DTYPES
     from vipllava.training.refused_step import load_weights, replay_losses, write_losses
 
     path = Path(cfg.replay)
     record = StepRecord.read(path)
-    spec: Any = instantiate(cfg.module.model, _convert_="all")
+    make_module = partial(cfg.module)
+    spec = make_module.keywords["model"]
     tokenizer = load_tokenizer(spec)
-    datamodule = build_datamodule(cfg, tokenizer)
+    datamodule = build_datamodule(cfg, tokenizer, spec)
     micro_batches = datamodule.replay(
         record.place, record.data, world_size=record.world_size, accumulate=record.accumulate
     )
-    make: Any = instantiate(cfg.module, _convert_="all", _partial_=True)
-    module = make(seed=int(cfg.seed), tokenizer=tokenizer, gradient_checkpointing=False)
+    module = make_module(seed=int(cfg.seed), tokenizer=tokenizer, gradient_checkpointing=False)
     module.configure_model()
     weights = "the first weights: there was no checkpoint yet"
     if record.checkpoint is not None:

@@ -6,6 +6,7 @@ without one, PyTorch's own ``sdpa``. Pure functions of what is installed: nothin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -43,33 +44,16 @@ class Kernel:
 
 
 KERNELS: Final = (
-    # An alpha, so far.
-    Kernel(
-        "flash_attention_4",
-        "flash_attn_4",
-        "flash-attn-4",
-        "pip install --pre flash-attn-4",
-        (9, 0),
-        by_name_only=True,
-    ),
-    # Its kernels use instructions that only Hopper has.
-    Kernel(
-        "flash_attention_3",
-        "flash_attn_3",
-        "flash-attn-3",
-        "build it from the folder `hopper` of Dao-AILab/flash-attention",
-        (9, 0),
-        below=(10, 0),
-    ),
-    Kernel("flash_attention_2", "flash_attn", "flash_attn", "pip install -e '.[flash]'", (8, 0)),
-    Kernel(
-        TORCH_VARLEN,
-        TORCH_VARLEN,
-        "a torch with flash kernels",
-        "install a CUDA build of torch 2.11 or newer",
-        (8, 0),
-    ),
-)
+    Kernel("flash_attention_4", "flash_attn_4", "flash-attn-4", "pip install --pre flash-attn-4",
+           least=(9, 0), by_name_only=True),  # an alpha, so far
+    Kernel("flash_attention_3", "flash_attn_3", "flash-attn-3",
+           "build it from the folder `hopper` of Dao-AILab/flash-attention",
+           least=(9, 0), below=(10, 0)),  # with instructions that only Hopper has
+    Kernel("flash_attention_2", "flash_attn", "flash_attn", "pip install -e '.[flash]'",
+           least=(8, 0)),
+    Kernel(TORCH_VARLEN, TORCH_VARLEN, "a torch with flash kernels",
+           "install a CUDA build of torch 2.11 or newer", least=(8, 0)),
+)  # fmt: skip
 """The best first."""
 
 
@@ -91,11 +75,6 @@ class Candidate:
     def name(self) -> str:
         """The implementation's name."""
         return self.kernel.name
-
-    @property
-    def usable(self) -> bool:
-        """Whether it runs if asked for by name."""
-        return not self.missing and self.unsupported is None
 
     @property
     def why_not(self) -> str:
@@ -121,10 +100,8 @@ def attention_candidates(
         In the order of :data:`KERNELS`.
     """
     return tuple(
-        Candidate(
-            kernel, kernel.package not in installed, _unsupported(kernel, capability, precision)
-        )
-        for kernel in KERNELS
+        Candidate(k, k.package not in installed, _unsupported(k, capability, precision))
+        for k in KERNELS
     )
 
 
@@ -145,12 +122,8 @@ def explain_attention(used: str, candidates: Sequence[Candidate]) -> str:
         return f"{used}, as configured (by itself it would be {best})"
     if all(candidate.unsupported == _NO_CUDA for candidate in candidates):
         return f"{used} (all others need CUDA devices)"
-    better: list[str] = []
-    for candidate in candidates:
-        if candidate.name == used:
-            break
-        if not candidate.kernel.by_name_only:
-            better.append(f"{candidate.name}: {candidate.why_not}")
+    before = itertools.takewhile(lambda candidate: candidate.name != used, candidates)
+    better = [f"{c.name}: {c.why_not}" for c in before if not c.kernel.by_name_only]
     return f"{used} ({' | '.join(better)})" if better else used
 
 

@@ -21,10 +21,10 @@ def accumulation_steps(
             numbers and the nearest ones that work.
     """
     numbers = {
-        "stage.global_batch_size": global_batch_size,
-        "machine.micro_batch_size": micro_batch_size,
-        "trainer.devices": devices,
-        "trainer.num_nodes": num_nodes,
+        "global_batch_size": global_batch_size,
+        "micro_batch_size": micro_batch_size,
+        "devices": devices,
+        "num_nodes": num_nodes,
     }
     bad = [f"{name}={value}" for name, value in numbers.items() if value < 1]
     if bad:
@@ -53,22 +53,22 @@ def _does_not_divide(
     below = global_batch_size // per_forward * per_forward
     globals_ = [str(n) for n in (below, below + per_forward) if n > 0]
     product = (
-        f"machine.micro_batch_size={micro_batch_size} x trainer.devices={devices} x "
-        f"trainer.num_nodes={num_nodes} = {per_forward}"
+        f"micro_batch_size={micro_batch_size} x devices={devices} x "
+        f"num_nodes={num_nodes} = {per_forward}"
     )
     message = (
-        f"stage.global_batch_size={global_batch_size} is not a multiple of {product}; nearest "
+        f"global_batch_size={global_batch_size} is not a multiple of {product}; nearest "
         f"global batch sizes that are: {', '.join(globals_)}"
     )
     micros = _nearest_micro_batches(global_batch_size, micro_batch_size, devices * num_nodes)
     if micros:
-        return f"{message}; or keep it with machine.micro_batch_size={' or '.join(micros)}"
+        return f"{message}; or keep it with micro_batch_size={' or '.join(micros)}"
     fewer = next(
         (n for n in range(devices, 0, -1) if global_batch_size % (n * num_nodes) == 0), None
     )
     if fewer is None:
         return f"{message}; no micro-batch divides it on {num_nodes} nodes"
-    return f"{message}; or keep it with trainer.devices={fewer}"
+    return f"{message}; or keep it with devices={fewer}"
 
 
 def _nearest_micro_batches(

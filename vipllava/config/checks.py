@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import netrc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from omegaconf import DictConfig
 
 from vipllava.config import hardware
+from vipllava.config.argument_names import with_keys
 from vipllava.config.attention import attention_candidates
 from vipllava.config.batch import accumulation_steps
 from vipllava.config.hardware import Hardware
 from vipllava.config.job_values import JobValues
 from vipllava.config.launch_checks import check_launch, check_single_process
 from vipllava.config.machine_faults import HOME_REMEDY, find_home
-from vipllava.config.schema import (
-    EVALUATE,
-    TRAIN,
-    check_schema,
-    did_you_mean,
-    spell,
-)
+from vipllava.config.schema import EVALUATE, TRAIN, Section, check_schema, did_you_mean, spell
 from vipllava.processes import is_first_process
 from vipllava.types import ConfigError
 
@@ -54,10 +50,7 @@ def check_data_config(cfg: DictConfig) -> None:
     Raises:
         ConfigError: listing every unknown key and impossible value, and an unknown manifest.
     """
-    problems = [_explain(p, cfg) for p in check_schema(cfg, TRAIN)]
-    problems += _manifest(JobValues(cfg, hardware.detect()))
-    if problems:
-        raise ConfigError(format_problems(list(dict.fromkeys(problems))))
+    _refuse(_find(JobValues(cfg, Hardware()), TRAIN, (_manifest,)))
 
 
 def check_plan_config(cfg: DictConfig) -> None:
@@ -67,24 +60,28 @@ def check_plan_config(cfg: DictConfig) -> None:
         ConfigError: listing every unknown key and impossible value, an unknown manifest, a global
             batch that does not divide, and settings that contradict each other.
     """
-    problems = [_explain(p, cfg) for p in check_schema(cfg, TRAIN)]
     job = JobValues(cfg, Hardware(installed=frozenset(hardware.OPTIONAL_PACKAGES)))
-    for check in (_manifest, _global_batch, _tuning, _compile):
-        problems += check(job)
-    if problems:
-        raise ConfigError(format_problems(list(dict.fromkeys(problems))))
+    _refuse(_find(job, TRAIN, (_manifest, _global_batch, _tuning, _compile)))
 
 
 def find_problems(cfg: DictConfig, machine: Hardware | None = None) -> list[str]:
     """Return every problem of a composed job, without repetitions, in the order of the checks."""
-    evaluating = "bench" in cfg
-    rules = EVALUATE if evaluating else TRAIN
-    checks = _EVALUATE_CHECKS if evaluating else _TRAIN_CHECKS
-    problems = [_explain(p, cfg) for p in check_schema(cfg, rules)]
     job = JobValues(cfg, machine or hardware.detect())
+    if job.is_evaluation:
+        return _find(job, EVALUATE, _EVALUATE_CHECKS)
+    return _find(job, TRAIN, _TRAIN_CHECKS)
+
+
+def _find(job: JobValues, schema: Section, checks: Sequence[_Check]) -> list[str]:
+    problems = [_explain(problem, job.cfg) for problem in check_schema(job.cfg, schema)]
     for check in checks:
         problems += check(job)
     return list(dict.fromkeys(problems))
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError(format_problems(problems))
 
 
 def format_problems(problems: list[str]) -> str:
@@ -111,122 +108,110 @@ def _known_manifests(folder: str) -> list[str]:
     return sorted(path.stem for path in Path(folder).expanduser().glob("*.yaml"))
 
 
-def _manifest(job: JobValues) -> list[str]:
-    key = "bench.manifest" if "bench" in job.cfg else "data.manifest"
+def _manifest(job: JobValues) -> Iterator[str]:
+    folder = job.get("paths.manifests", str)
+    key = "bench.manifest" if job.is_evaluation else "data.manifest"
     named = {key: job.get(key, str)}
     if mix := job.get("data.mix", dict):
         named = {f"data.mix.{name}": str(name) for name in mix}
-    problems: list[str] = []
     for where, name in named.items():
-        problems += _manifest_problems(where, name, job.get("paths.manifests", str))
-    return problems
+        if name is None or folder is None:
+            continue
+        known = _known_manifests(folder)
+        if name.endswith((".yaml", ".yml")):
+            if not Path(name).is_file():
+                yield f"{where}={name}: there is no such file"
+        elif not known:
+            yield (
+                f"paths.manifests={folder} holds no manifests; start from the project's folder or "
+                "pass paths.manifests=FOLDER"
+            )
+        elif name not in known:
+            yield f"{where}={name}: unknown{did_you_mean(name, known)}; known: {', '.join(known)}"
 
 
-def _manifest_problems(key: str, name: str | None, folder: str | None) -> list[str]:
-    if name is None or folder is None:
-        return []
-    if name.endswith((".yaml", ".yml")):
-        return [] if Path(name).is_file() else [f"{key}={name}: there is no such file"]
-    known = _known_manifests(folder)
-    if name in known:
-        return []
-    if not known:
-        return [
-            f"paths.manifests={folder} holds no manifests; start from the project's folder or pass "
-            "paths.manifests=FOLDER"
-        ]
-    return [f"{key}={name}: unknown{did_you_mean(name, known)}; known: {', '.join(known)}"]
-
-
-def _checkpoint(job: JobValues) -> list[str]:
+def _checkpoint(job: JobValues) -> Iterator[str]:
     """The folder a stage starts from, or that is evaluated, where it is one of our runs."""
-    key = "checkpoint" if "bench" in job.cfg else "stage.checkpoint"
-    folder, runs = job.get(key, str), job.get("paths.runs", str)
+    folder = job.get("checkpoint" if job.is_evaluation else "stage.checkpoint", str)
+    runs = job.get("paths.runs", str)
     if folder is None or runs is None or not Path(folder).is_relative_to(runs):
-        return []  # hub ids and folders elsewhere: the loader says what is wrong with them
+        return  # hub ids and folders elsewhere: the loader says what is wrong with them
     if Path(folder).is_dir():
-        return []
-    if key == "checkpoint":
-        return [f"checkpoint={folder}: no such folder; train first or pass checkpoint=FOLDER"]
-    return [
-        f"stage={job.get('stage.name')} starts from {folder}, which is not there; run the stage "
-        "before it or pass stage.checkpoint=FOLDER"
-    ]
+        return
+    if job.is_evaluation:
+        yield f"checkpoint={folder}: no such folder; train first or pass checkpoint=FOLDER"
+    else:
+        yield (
+            f"stage={job.get('stage.name')} starts from {folder}, which is not there; run the "
+            "stage before it or pass stage.checkpoint=FOLDER"
+        )
 
 
-def _global_batch(job: JobValues) -> list[str]:
+def _global_batch(job: JobValues) -> Iterator[str]:
     size, micro = job.number("data.global_batch_size"), job.number("data.micro_batch_size")
     devices, nodes = job.number("trainer.devices"), job.number("trainer.num_nodes")
     if size is None or micro is None or devices is None or nodes is None:
-        return []
+        return
     try:
         accumulation_steps(size, micro, devices, nodes)
     except ConfigError as error:
-        return [str(error)]
+        yield with_keys(str(error), job.cfg)
+        return
     steps = job.number("trainer.accumulate_grad_batches")
     if steps is not None and micro * steps * devices * nodes != size:
-        return [
+        yield (
             f"machine.micro_batch_size={micro} x trainer.accumulate_grad_batches={steps} x "
             f"trainer.devices={devices} x trainer.num_nodes={nodes} = "
             f"{micro * steps * devices * nodes}, not stage.global_batch_size={size}; leave "
             "trainer.accumulate_grad_batches out, it is computed"
-        ]
-    return []
+        )
 
 
-def _devices(job: JobValues) -> list[str]:
+def _devices(job: JobValues) -> Iterator[str]:
     accelerator, wanted = job.get("trainer.accelerator"), job.number("trainer.devices")
-    if wanted is None:
-        return []
     machine = job.machine
-    trainer = job.get("machine.name")
+    if wanted is None:
+        return
     if accelerator == "mps":
         if not machine.mps:
-            return ["trainer.accelerator=mps: this machine has no Apple MPS; use trainer=auto"]
-        return [] if wanted == 1 else [f"trainer.devices={wanted}: Apple MPS is one device"]
-    if accelerator == "auto" and not machine.cuda:
-        return []
-    if accelerator not in ("cuda", "auto"):
-        return []
+            yield "trainer.accelerator=mps: this machine has no Apple MPS; use trainer=auto"
+        elif wanted > 1:
+            yield f"trainer.devices={wanted}: Apple MPS is one device"
+    if not (accelerator == "cuda" or (accelerator == "auto" and machine.cuda)):
+        return
     memory = job.get("machine.memory_gb", (int, float))
-    needs = f"{wanted} CUDA device{'s' if wanted > 1 else ''}"
-    needs += f" with {memory} GB" if memory else ""
-    enough = [d for d in machine.cuda if d.memory_gib >= 0.95 * (memory or 0)]
-    if len(enough) >= wanted:
-        return []
-    return [
-        f"trainer={trainer} wants {needs}; this machine has {machine.describe()}; use "
-        "trainer=auto, or another of conf/trainer"
-    ]
+    if sum(d.memory_gib >= 0.95 * (memory or 0) for d in machine.cuda) < wanted:
+        needs = f"{wanted} CUDA device{'s' if wanted > 1 else ''}"
+        needs += f" with {memory} GB" if memory else ""
+        yield (
+            f"trainer={job.get('machine.name')} wants {needs}; this machine has "
+            f"{machine.describe()}; use trainer=auto, or another of conf/trainer"
+        )
 
 
-def _precision(job: JobValues) -> list[str]:
+def _precision(job: JobValues) -> Iterator[str]:
     precision, accelerator = job.get("trainer.precision", str), job.get("trainer.accelerator")
     if precision is None:
-        return []
-    problems: list[str] = []
+        return
     on_cuda = accelerator == "cuda" or (accelerator == "auto" and bool(job.machine.cuda))
     if precision.startswith("16") and not on_cuda:
-        problems.append(
-            f"trainer.precision={precision} needs CUDA devices; use 32-true or bf16-mixed"
-        )
+        yield f"trainer.precision={precision} needs CUDA devices; use 32-true or bf16-mixed"
     if precision.startswith("16") and job.get("strategy.name") == "fsdp2":
-        problems.append(
+        yield (
             f"strategy=fsdp2 does not work with trainer.precision={precision}: FSDP2 has no loss "
             "scaling; use bf16-mixed, 32-true, or strategy=zero3"
         )
     capability = _capability(job)
     if not on_cuda or capability is None or capability >= _BF16_CAPABILITY:
-        return problems
+        return
     no_bf16 = f"devices of compute capability {capability[0]}.{capability[1]} have no bf16"
     if precision.startswith("bf16"):
-        problems.append(f"trainer.precision={precision}: {no_bf16}; use trainer.precision=16-mixed")
+        yield f"trainer.precision={precision}: {no_bf16}; use trainer.precision=16-mixed"
     if job.get("tuning.quantization.compute_dtype") == "bfloat16":
-        problems.append(
+        yield (
             f"tuning.quantization.compute_dtype=bfloat16: {no_bf16}; leave it out, it follows "
             "trainer.precision"
         )
-    return problems
 
 
 def _capability(job: JobValues) -> tuple[int, int] | None:
@@ -238,141 +223,114 @@ def _capability(job: JobValues) -> tuple[int, int] | None:
     return min(found, default=None)
 
 
-def _strategy(job: JobValues) -> list[str]:
-    strategy = job.get("strategy.name", str)
-    if strategy is None or not strategy.startswith("zero"):
-        return []
-    problems: list[str] = []
-    accelerator = job.get("trainer.accelerator", str)
+def _strategy(job: JobValues) -> Iterator[str]:
+    strategy = job.get("strategy.name", str) or ""
+    if not strategy.startswith("zero"):
+        return
+    accelerator, without = job.get("trainer.accelerator", str), None
     if accelerator in ("cpu", "mps"):
-        problems.append(
-            f"strategy={strategy} needs CUDA devices; trainer.accelerator={accelerator}; use "
-            "strategy=auto, ddp or fsdp2"
-        )
+        without = f"trainer.accelerator={accelerator}"
     elif accelerator == "auto" and not job.machine.cuda:  # `cuda` without any is said already
-        problems.append(
-            f"strategy={strategy} needs CUDA devices; this machine has {job.machine.describe()}; "
-            "use strategy=auto, ddp or fsdp2"
-        )
-    if "deepspeed" not in job.machine.installed:
-        problems.append(_needs_extra(f"strategy={strategy}", "deepspeed", "deepspeed"))
+        without = f"this machine has {job.machine.describe()}"
+    if without:
+        yield f"strategy={strategy} needs CUDA devices; {without}; use strategy=auto, ddp or fsdp2"
+    yield from _extra(job, f"strategy={strategy}", "deepspeed", "deepspeed")
     if job.get("trainer.precision") == "32-true" and job.machine.cuda:
-        problems.append(
+        yield (
             f"strategy={strategy} wants half precision with fp32 master weights; "
             "trainer.precision=32-true is not that; use bf16-mixed or 16-mixed"
         )
-    return problems
 
 
-def _attention(job: JobValues) -> list[str]:
-    if "bench" in job.cfg:
-        return _attention_at("attn_implementation", job)
-    # A model may have an implementation of its own in place of the machine's.
-    own = "model.spec.attn_implementation"
-    problems = _attention_at("machine.attn_implementation", job)
-    if job.get(own) != job.get("machine.attn_implementation"):
-        problems += _attention_at(own, job)
-    return problems
-
-
-def _attention_at(key: str, job: JobValues) -> list[str]:
-    wanted = job.get(key, str)
+def _attention(job: JobValues) -> Iterator[str]:
+    if job.is_evaluation:
+        keys, precision = ["attn_implementation"], job.get("dtype", str)
+    else:
+        # A model may have an implementation of its own in place of the machine's.
+        keys = ["machine.attn_implementation", "model.spec.attn_implementation"]
+        precision = job.get("trainer.precision", str)
     on_cuda = job.get("trainer.accelerator") not in ("cpu", "mps")
-    candidates = attention_candidates(
-        job.machine.installed,
-        _capability(job) if on_cuda else None,
-        job.get("dtype" if "bench" in job.cfg else "trainer.precision", str),
-    )
-    problems: list[str] = []
+    capability = _capability(job) if on_cuda else None
+    candidates = attention_candidates(job.machine.installed, capability, precision)
+    wanted = {job.get(key, str): key for key in reversed(keys)}
     for candidate in candidates:
-        if candidate.name != wanted:
+        if candidate.name not in wanted:
             continue
+        what, kernel = f"{wanted[candidate.name]}={candidate.name}", candidate.kernel
         if candidate.missing:
-            kernel = candidate.kernel
-            problems.append(
-                f"{key}={wanted} needs {kernel.label}, which is not installed: {kernel.install}, "
-                "or use sdpa"
+            yield (
+                f"{what} needs {kernel.label}, which is not installed: {kernel.install}, or use "
+                "sdpa"
             )
         if candidate.unsupported:
-            problems.append(f"{key}={wanted}: {candidate.unsupported}; use sdpa")
-    return problems
+            yield f"{what}: {candidate.unsupported}; use sdpa"
 
 
-def _tuning(job: JobValues) -> list[str]:
-    tuning = job.get("tuning.name", str)
+def _tuning(job: JobValues) -> Iterator[str]:
+    tuning, strategy = job.get("tuning.name", str), job.get("strategy.name", str) or ""
     if tuning not in ("lora", "qlora"):
-        return []
-    problems: list[str] = []
-    if "peft" not in job.machine.installed:
-        problems.append(_needs_extra(f"tuning={tuning}", "lora", "peft"))
-    if tuning == "qlora" and "bitsandbytes" not in job.machine.installed:
-        problems.append(_needs_extra("tuning=qlora", "quant", "bitsandbytes"))
-    if "language_model" not in (job.get("stage.trainable", list) or ["language_model"]):
-        problems.append(
+        return
+    yield from _extra(job, f"tuning={tuning}", "lora", "peft")
+    if tuning == "qlora":
+        yield from _extra(job, "tuning=qlora", "quant", "bitsandbytes")
+    trainable = job.get("stage.trainable", list) or ["language_model"]
+    if "language_model" not in trainable:
+        yield (
             f"tuning={tuning} adapts the language model, which stage={job.get('stage.name')} "
             "leaves frozen; use tuning=full"
         )
-    if "vision_tower" in (job.get("stage.trainable", list) or []):
-        problems.append(
+    if "vision_tower" in trainable:
+        yield (
             f"stage.trainable names vision_tower, and tuning={tuning} trains adapters and the "
             "projector only; use tuning=full, or leave the tower out"
         )
-    strategy = job.get("strategy.name", str) or ""
     if tuning == "qlora" and (strategy.startswith("zero3") or strategy == "fsdp2"):
-        problems.append(
+        yield (
             f"tuning=qlora does not work with strategy={strategy}: weights in 4 bits cannot be "
             "sharded here; use strategy=ddp or auto, or tuning=lora"
         )
-    return problems
 
 
-def _compile(job: JobValues) -> list[str]:
+def _compile(job: JobValues) -> Iterator[str]:
     if not job.get("machine.compile", bool):
-        return []
-    problems: list[str] = []
+        return
     batching, strategy = job.get("data.batching", str), job.get("strategy.name", str) or ""
     if batching != "packed":
-        problems.append(
+        yield (
             f"machine.compile=true with data.batching={batching}: every other length of the rows "
             "would be compiled anew; pass data=packed, whose rows have one length"
         )
     if strategy.startswith("zero3"):
-        problems.append(
+        yield (
             f"machine.compile=true does not work with strategy={strategy}, which gathers weights "
             "inside of what would be compiled; use strategy=zero2, fsdp2 or ddp"
         )
     if job.get("tuning.name", str) == "qlora":
-        problems.append(
+        yield (
             "machine.compile=true does not work with tuning=qlora, whose weights in few bits "
             "torch.compile cannot follow; use tuning=lora"
         )
-    return problems
 
 
-def _loggers(job: JobValues) -> list[str]:
+def _loggers(job: JobValues) -> Iterator[str]:
     loggers = job.get("logger", dict) or {}
-    return [
-        _needs_extra(f"logger={name}", name, name)
-        for name in ("tensorboard", "wandb")
-        if loggers.get(name) and name not in job.machine.installed
-    ]
+    for name in ("tensorboard", "wandb"):
+        if loggers.get(name):
+            yield from _extra(job, f"logger={name}", name, name)
 
 
-def _wandb_key(job: JobValues) -> list[str]:
+def _wandb_key(job: JobValues) -> Iterator[str]:
     """W&B asks for a key when a run starts, which is late, and a batch job cannot answer."""
-    mode = os.environ.get("WANDB_MODE", "").lower()
+    offline = os.environ.get("WANDB_MODE", "").lower() in _WANDB_WITHOUT_KEY
     if not job.get("logger.wandb", dict) or "wandb" not in job.machine.installed:
-        return []
-    if job.get("logger.wandb.offline") is True or mode in _WANDB_WITHOUT_KEY:
-        return []
-    if not is_first_process():
-        return []  # which alone logs
-    if has_wandb_key():
-        return []
-    return [
-        f"logger=wandb has no key for {_wandb_host()}: run `wandb login`, set WANDB_API_KEY, or "
-        "set WANDB_MODE=offline and upload later with `wandb sync`"
-    ]
+        return
+    if offline or job.get("logger.wandb.offline") is True:
+        return
+    if is_first_process() and not has_wandb_key():  # it alone logs
+        yield (
+            f"logger=wandb has no key for {_wandb_host()}: run `wandb login`, set WANDB_API_KEY, "
+            "or set WANDB_MODE=offline and upload later with `wandb sync`"
+        )
 
 
 def has_wandb_key() -> bool:
@@ -388,37 +346,32 @@ def _wandb_host() -> str:
 
 def _in_netrc(host: str) -> bool:
     named = os.environ.get("NETRC")
-    files = [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]
-    for file in files:
-        try:
-            if netrc.netrc(file.expanduser()).authenticators(host) is not None:
+    for file in [named] if named else ["~/.netrc", "~/_netrc"]:
+        # RuntimeError: there is no home.
+        with suppress(OSError, RuntimeError, netrc.NetrcParseError):
+            if netrc.netrc(Path(file).expanduser()).authenticators(host) is not None:
                 return True
-        except (OSError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: there is no home
-            continue
     return False
 
 
-def _home(job: JobValues) -> list[str]:
+def _home(job: JobValues) -> Iterator[str]:
     """Without one, libraries keep what they fetch in a folder that is called ``~``."""
-    if find_home() is not None:
-        return []
-    return [f"this user has no home folder, neither by HOME nor by the system: {HOME_REMEDY}"]
+    if find_home() is None:
+        yield f"this user has no home folder, neither by HOME nor by the system: {HOME_REMEDY}"
 
 
-def _callbacks(job: JobValues) -> list[str]:
-    keys = ("throughput.every_n_steps", "samples.every_n_steps", "samples.num_samples")
-    problems: list[str] = []
-    for key in (f"callbacks.{key}" for key in keys):
+def _callbacks(job: JobValues) -> Iterator[str]:
+    for name in ("throughput.every_n_steps", "samples.every_n_steps", "samples.num_samples"):
+        key = f"callbacks.{name}"
         value = job.get(key)
         if value is not None and job.number(key) is None:
-            problems.append(f"{key}={spell(value)}: expected a whole number of at least 1")
-    return problems
+            yield f"{key}={spell(value)}: expected a whole number of at least 1"
 
 
-def _device(job: JobValues) -> list[str]:
+def _device(job: JobValues) -> Iterator[str]:
     device = job.get("device", str)
     if device is None:
-        return []
+        return
     kind, _, index = device.partition(":")
     there = {
         "auto": not index,
@@ -427,38 +380,21 @@ def _device(job: JobValues) -> list[str]:
         "cuda": (index or "0").isdecimal() and int(index or 0) < len(job.machine.cuda),
     }
     if kind not in there:
-        return [f"device={device}: expected auto, cpu, cuda, cuda:N or mps"]
-    if there[kind]:
-        return []
-    return [f"device={device}: this machine has {job.machine.describe()}; use device=auto"]
+        yield f"device={device}: expected auto, cpu, cuda, cuda:N or mps"
+    elif not there[kind]:
+        yield f"device={device}: this machine has {job.machine.describe()}; use device=auto"
 
 
-def _needs_extra(what: str, extra: str, package: str) -> str:
-    return f"{what} needs {package}, which is not installed: pip install -e '.[{extra}]'"
+def _extra(job: JobValues, what: str, extra: str, package: str) -> Iterator[str]:
+    if package not in job.machine.installed:
+        yield f"{what} needs {package}, which is not installed: pip install -e '.[{extra}]'"
 
 
-_Check = Callable[[JobValues], list[str]]
+_Check = Callable[[JobValues], Iterable[str]]
 _TRAIN_CHECKS: tuple[_Check, ...] = (
-    _manifest,
-    _checkpoint,
-    _global_batch,
-    _devices,
-    check_launch,
-    _precision,
-    _strategy,
-    _attention,
-    _tuning,
-    _compile,
-    _loggers,
-    _wandb_key,
-    _callbacks,
-    _home,
-)
+    _manifest, _checkpoint, _global_batch, _devices, check_launch, _precision, _strategy,
+    _attention, _tuning, _compile, _loggers, _wandb_key, _callbacks, _home,
+)  # fmt: skip
 _EVALUATE_CHECKS: tuple[_Check, ...] = (
-    _manifest,
-    _checkpoint,
-    check_single_process,
-    _device,
-    _attention,
-    _home,
-)
+    _manifest, _checkpoint, check_single_process, _device, _attention, _home,
+)  # fmt: skip

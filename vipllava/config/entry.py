@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vipllava.config import sweep
+from vipllava.config.argument_names import naming_keys
 from vipllava.config.checks import format_problems
 from vipllava.config.machine_faults import explain_fault, make_output_safe
 from vipllava.config.overrides import find_override_problems
@@ -48,7 +49,6 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     make_output_safe()
     script, given = str(Path(sys.argv[0]).resolve()), sys.argv[1:]
-    sys.argv[1:] = sweep.with_folder_names(given)
     started = False
 
     @functools.wraps(task)
@@ -60,7 +60,8 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
             sweep.check_launcher()
             return sweep.run_in_fresh_process(cfg, script)
         try:
-            task(cfg)
+            with naming_keys(cfg):
+                task(cfg)
         except VipLlavaError as error:
             _fail(str(error), error.exit_code)
         except Exception as error:

@@ -25,6 +25,11 @@ class JobValues:
         self.cfg = cfg
         self.machine = machine
 
+    @property
+    def is_evaluation(self) -> bool:
+        """Whether the job is one of ``conf/evaluate.yaml``."""
+        return "bench" in self.cfg
+
     def get(self, path: str, kind: type | tuple[type, ...] = object) -> Any:
         """Return the value at ``path`` if it can be read and is of ``kind``, else None."""
         try:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from vipllava.config.job_values import JobValues
 
@@ -30,53 +30,62 @@ _LEFT_OVER: Final = (
     "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_SIZE",
 )  # fmt: skip
 """What only a launcher sets; Lightning, torch or a run's own restart would believe each."""
+_AS_SLURM: Final = {
+    "RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS",
+    "NODE_RANK": "SLURM_NODEID", "GROUP_RANK": "SLURM_NODEID",
+}  # fmt: skip
 _MPI_SIZES: Final = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _MEETING: Final = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 """What a person sets on each node who starts a job there without a launcher."""
 
 
-def check_launch(job: JobValues) -> list[str]:
-    """Return what keeps a training job from running in the processes that were started."""
+def check_launch(job: JobValues) -> Iterator[str]:
+    """Yield what keeps a training job from running in the processes that were started."""
     devices, nodes = job.number("trainer.devices"), job.number("trainer.num_nodes")
     if devices is None or nodes is None:
-        return []
+        return
     wanted = f"trainer.devices={devices} x trainer.num_nodes={nodes}"
     launcher = find_launcher()
     if launcher == "torchrun":
-        return _torchrun(devices, nodes, wanted)
-    if launcher == "lightning":
-        return []  # its parent was checked
+        yield from _torchrun(devices, nodes, wanted)
+    if launcher in ("torchrun", "lightning"):  # the parent of Lightning's own was checked
+        return
     by_hand = nodes > 1 and all(os.environ.get(name) for name in _MEETING)
     agreed = ["NODE_RANK"] if by_hand else []
     if by_hand and _int("WORLD_SIZE") == devices * nodes:
         agreed.append("WORLD_SIZE")
-    problems = _explain_left_over(left_over(ignored=agreed))
+    yield from _explain_left_over(agreed)
     if launcher == "slurm":
-        return problems + _mpi() + _slurm(devices, nodes, wanted)
-    if launcher == "jsrun":
+        yield from _mpi()
+        yield from _slurm(devices, nodes, wanted)
+    elif launcher == "jsrun":
         size = _int("JSM_NAMESPACE_SIZE")
         if size != devices * nodes:
-            problems.append(f"jsrun started {size} processes, and {wanted}: they must agree")
-        return problems
-    if by_hand and (_int("NODE_RANK", -1) not in range(nodes)):
+            yield f"jsrun started {size} processes, and {wanted}: they must agree"
+    else:
+        yield from _started_alone(nodes, by_hand)
+        if not by_hand:
+            yield from _mpi()
+        if job.get("strategy.name", str) != "single":
+            yield from _find_meeting_problems(nodes)
+
+
+def _started_alone(nodes: int, by_hand: bool) -> Iterator[str]:
+    """What a process without a launcher lacks where there are more nodes than its own."""
+    if by_hand and _int("NODE_RANK", -1) not in range(nodes):
         number = os.environ["NODE_RANK"]
-        problems.append(f"NODE_RANK={number}: expected 0 to {nodes - 1}, as trainer.num_nodes says")
+        yield f"NODE_RANK={number}: expected 0 to {nodes - 1}, as trainer.num_nodes says"
     if nodes > 1 and not by_hand:
         missing = ", ".join(name for name in _MEETING if not os.environ.get(name))
-        problems.append(
+        yield (
             f"trainer.num_nodes={nodes}: start the job on every node with torchrun, or with srun; "
             "started alone, this process would wait for the others for ever (without a launcher "
             f"each node needs {missing}, too)"
         )
-    if not by_hand:
-        problems += _mpi()
-    if job.get("strategy.name", str) != "single":
-        problems += _find_meeting_problems(nodes)
-    return problems
 
 
-def check_single_process(job: JobValues) -> list[str]:
-    """Return what is wrong where a program is one process and several were started."""
+def check_single_process(job: JobValues) -> Iterator[str]:
+    """Yield what is wrong where a program is one process and several were started."""
     launcher = find_launcher()
     started = {
         "torchrun": _int("WORLD_SIZE"),
@@ -86,35 +95,26 @@ def check_single_process(job: JobValues) -> list[str]:
     if started != 1:
         names = [n for n in ("TORCHELASTIC_RUN_ID", *_ELASTIC) if n in os.environ]
         remedy = f"; if it did not: `{_unset(names)}`" if launcher == "torchrun" else ""
-        return [
+        yield (
             f"evaluate.py is one process, and {launcher} started {started}, each of which would "
             f"write the same files: start it once{remedy}"
-        ]
-    if launcher == "torchrun":
-        return []
-    return _explain_left_over(left_over()) + _mpi()
+        )
+    elif launcher != "torchrun":
+        yield from _explain_left_over()
+        yield from _mpi()
 
 
-def find_launcher(
-    environment: Mapping[str, str] | None = None, arguments: Iterable[str] | None = None
-) -> Launcher | None:
-    """Return what started this process, in the order in which Lightning asks; None: nothing did.
-
-    Args:
-        environment: that of this process if not given.
-        arguments: of this process's command line if not given.
-    """
-    environment = os.environ if environment is None else environment
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if "TORCHELASTIC_RUN_ID" in environment:
+def find_launcher() -> Launcher | None:
+    """Return what started this process, in the order in which Lightning asks; None: nothing did."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
     # In a shell on a node Lightning starts the processes itself, as without Slurm.
-    shell = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    if "SLURM_NTASKS" in environment and not shell:
+    shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if "SLURM_NTASKS" in os.environ and not shell:
         return "slurm"
-    if set(_JSRUN) <= set(environment):
+    if set(_JSRUN) <= set(os.environ):
         return "jsrun"
-    if "LOCAL_RANK" in environment and any(a.startswith(_OWN_CHILD) for a in arguments):
+    if "LOCAL_RANK" in os.environ and any(a.startswith(_OWN_CHILD) for a in sys.argv[1:]):
         return "lightning"
     return None
 
@@ -128,22 +128,16 @@ def left_over(*, ignored: Iterable[str] = ()) -> dict[str, str]:
     launcher = find_launcher()
     if launcher in ("torchrun", "lightning"):
         return {}
-    names = [name for name in _LEFT_OVER if name in os.environ and name not in ignored]
-    if launcher == "slurm":  # scripts that spell out the task's own ranks are right
-        same = {
-            "RANK": "SLURM_PROCID",
-            "LOCAL_RANK": "SLURM_LOCALID",
-            "WORLD_SIZE": "SLURM_NTASKS",
-            "NODE_RANK": "SLURM_NODEID",
-            "GROUP_RANK": "SLURM_NODEID",
-        }
-        names = [
-            name
-            for name in names
-            if name not in same or os.environ[name] != os.environ.get(same[name])
-        ]
-    if launcher == "jsrun":
-        names = [name for name in names if not name.startswith("JSM_")]
+    # Scripts that spell out the ranks of Slurm's own task are right.
+    same = _AS_SLURM if launcher == "slurm" else {}
+    names = [
+        name
+        for name in _LEFT_OVER
+        if name in os.environ
+        and name not in ignored
+        and not (name in same and os.environ[name] == os.environ.get(same[name]))
+        and not (launcher == "jsrun" and name.startswith("JSM_"))
+    ]
     if launcher is None and _int("SLURM_PROCID"):
         names.append("SLURM_PROCID")  # a task of several, under the name of a shell
     return {name: os.environ[name] for name in names}
@@ -160,15 +154,14 @@ def unset_command(names: Iterable[str], command: str) -> str:
     return " ".join(["env", *(f"-u {name}" for name in names), command])
 
 
-def _explain_left_over(found: Mapping[str, str]) -> list[str]:
-    if not found:
-        return []
-    listed = ", ".join(f"{name}={value}" for name, value in found.items())
-    return [
-        f"{listed}: set, and no launcher has started this process (a container's image, a notebook "
-        "or a shell may have left it over), which would take itself for one of several: start it "
-        f"with `{_unset(found)}`, or with torchrun or srun"
-    ]
+def _explain_left_over(ignored: Iterable[str] = ()) -> Iterator[str]:
+    if found := left_over(ignored=ignored):
+        listed = ", ".join(f"{name}={value}" for name, value in found.items())
+        yield (
+            f"{listed}: set, and no launcher has started this process (a container's image, a "
+            "notebook or a shell may have left it over), which would take itself for one of "
+            f"several: start it with `{_unset(found)}`, or with torchrun or srun"
+        )
 
 
 def _unset(names: Iterable[str]) -> str:
@@ -177,49 +170,46 @@ def _unset(names: Iterable[str]) -> str:
     return unset_command(names, f"python {name} ...")
 
 
-def _torchrun(devices: int, nodes: int, wanted: str) -> list[str]:
+def _torchrun(devices: int, nodes: int, wanted: str) -> Iterator[str]:
     names = ("TORCHELASTIC_RUN_ID", *(n for n in _ELASTIC if n in os.environ))
     otherwise = f"; if torchrun did not start this process: `{_unset(names)}`"
     here, world = _int("LOCAL_WORLD_SIZE"), _int("WORLD_SIZE")
     if (here, world) != (devices, devices * nodes):
-        return [
+        yield (
             f"torchrun started {here} processes here and {world} in all, and {wanted}: use "
             f"--nproc-per-node={devices} --nnodes={nodes}, or other numbers for the trainer"
             + otherwise
-        ]
-    rank, local = _int("RANK", -1), _int("LOCAL_RANK", -1)
-    if rank not in range(world) or local not in range(here):
-        return [
+        )
+    elif _int("RANK", -1) not in range(world) or _int("LOCAL_RANK", -1) not in range(here):
+        yield (
             f"TORCHELASTIC_RUN_ID is set, and RANK={os.environ.get('RANK')} LOCAL_RANK="
             f"{os.environ.get('LOCAL_RANK')} are none of {world} processes in all, {here} here"
             + otherwise
-        ]
-    return []
+        )
 
 
-def _slurm(devices: int, nodes: int, wanted: str) -> list[str]:
+def _slurm(devices: int, nodes: int, wanted: str) -> Iterator[str]:
     """How many tasks Slurm has, against how many the job waits for."""
     tasks = _int("SLURM_NTASKS")
     use = f"use --ntasks-per-node={devices} --nodes={nodes}"
-    if tasks != devices * nodes:
-        return [
-            f"Slurm runs {tasks} task{'s' if tasks > 1 else ''}, and {wanted}: {use}, or other "
-            "numbers for the trainer"
-        ]
-    if tasks == 1:
-        return []
-    if not _is_task():
-        return [
-            f"Slurm has room for {tasks} tasks, and one was started, which would wait for the "
-            "others for ever: put `srun` before the command (docs/slurm_job.sh)"
-        ]
     per_node = os.environ.get("SLURM_NTASKS_PER_NODE")
     on = os.environ.get("SLURM_NNODES", str(nodes))
-    if per_node is None:
-        return [f"Slurm runs {tasks} tasks by --ntasks, which Lightning does not read: {use}"]
-    if (per_node, on) != (str(devices), str(nodes)):
-        return [f"Slurm runs {per_node} tasks on each of {on} nodes, and {wanted}: {use}"]
-    return []
+    if tasks != devices * nodes:
+        yield (
+            f"Slurm runs {tasks} task{'s' if tasks > 1 else ''}, and {wanted}: {use}, or other "
+            "numbers for the trainer"
+        )
+    elif tasks == 1:
+        return
+    elif not _is_task():
+        yield (
+            f"Slurm has room for {tasks} tasks, and one was started, which would wait for the "
+            "others for ever: put `srun` before the command (docs/slurm_job.sh)"
+        )
+    elif per_node is None:
+        yield f"Slurm runs {tasks} tasks by --ntasks, which Lightning does not read: {use}"
+    elif (per_node, on) != (str(devices), str(nodes)):
+        yield f"Slurm runs {per_node} tasks on each of {on} nodes, and {wanted}: {use}"
 
 
 def _is_task() -> bool:
@@ -227,38 +217,40 @@ def _is_task() -> bool:
     return bool({"SLURM_STEP_ID", "SLURM_STEPID"} & set(os.environ))
 
 
-def _mpi() -> list[str]:
+def _mpi() -> Iterator[str]:
     for name in _MPI_SIZES:
         slurms_own = name == "PMI_SIZE" and find_launcher() == "slurm"
         if _int(name) > 1 and not slurms_own:
             rank = name.replace("SIZE", "RANK")
-            return [
+            yield (
                 f"{name}={os.environ[name]}: mpirun starts processes that do not know each other "
                 "here, and each would do the whole job: use torchrun or srun; if it did not start "
                 f"this one: `{_unset([name, rank])}`"
-            ]
-    return []
+            )
+            return
 
 
-def _find_meeting_problems(nodes: int) -> list[str]:
+def _find_meeting_problems(nodes: int) -> Iterator[str]:
     """Where the processes of this node would look for each other."""
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if nodes == 1 and (misplaced := misplaced_master()):
-        return [
+        yield (
             f"MASTER_ADDR={misplaced} is no address of this machine, and its processes would look "
             f"for each other there: `{_unset(['MASTER_ADDR'])}`"
-        ]
-    if port is None:
-        return []
-    if not port.isdecimal() or not 0 < int(port) < 2**16:
-        return [f"MASTER_PORT={port}: expected a port's number; `{_unset(['MASTER_PORT'])}`"]
-    binds = _int("NODE_RANK") == 0 and (address is None or _is_here(address))
-    if binds and not _is_free(int(port)):
-        return [
+        )
+    elif port is None:
+        return
+    elif not port.isdecimal() or not 0 < int(port) < 2**16:
+        yield f"MASTER_PORT={port}: expected a port's number; `{_unset(['MASTER_PORT'])}`"
+    elif (
+        _int("NODE_RANK") == 0
+        and (address is None or _is_here(address))
+        and not _can_bind(socket.AF_INET, ("", int(port)))
+    ):
+        yield (
             f"MASTER_PORT={port} is taken by another process: set another, or "
             f"`{_unset(['MASTER_PORT'])}`"
-        ]
-    return []
+        )
 
 
 def _is_here(address: str) -> bool:
@@ -267,21 +259,14 @@ def _is_here(address: str) -> bool:
         found = socket.getaddrinfo(address or "-", 0, type=socket.SOCK_STREAM)
     except OSError:
         return False
-    for family, kind, _, _, where in found:
-        try:
-            with socket.socket(family, kind) as test:
-                test.bind(where)
-        except OSError:
-            continue
-        return True
-    return False
+    return any(_can_bind(family, where) for family, _, _, _, where in found)
 
 
-def _is_free(port: int) -> bool:
+def _can_bind(family: int, address: Any) -> bool:
     try:
-        with socket.socket() as test:
+        with socket.socket(family, socket.SOCK_STREAM) as test:
             test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            test.bind(("", port))
+            test.bind(address)
     except OSError:
         return False
     return True

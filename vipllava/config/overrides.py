@@ -6,11 +6,11 @@ keys or options that would have been allowed; then the rest is checked as if it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -24,6 +24,9 @@ from vipllava.config.schema import did_you_mean
 from vipllava.types import first_line
 
 _ERRORS = (HydraException, OmegaConfBaseException)
+_OPTIONS = (("--config-dir", "-cd"), ("--config-name", "-cn"), ("--config-path", "-cp"),
+            ("--cfg", "-c"), ("--package", "-p"), ("--info", "-i"))  # fmt: skip
+"""Hydra's own, which take a value."""
 
 
 def find_override_problems(
@@ -36,7 +39,12 @@ def find_override_problems(
         config_dir: absolute path of ``conf``.
         config_name: the root file in it, without suffix.
     """
-    options = get_args_parser().parse_args(list(arguments))
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    for names in _OPTIONS:
+        parser.add_argument(*names, nargs="?")
+    options, _ = parser.parse_known_intermixed_args(arguments)
     extra = (
         [f"hydra.searchpath=[{Path(options.config_dir).resolve()}]"] if options.config_dir else []
     )
@@ -60,30 +68,30 @@ def _first_of_sweep(text: str) -> str:
 
 def _find(overrides: list[str], extra: list[str], config_name: str) -> list[str]:
     problems: list[str] = []
-    parser = OverridesParser.create()
-    groups: list[str] = []
-    values: list[tuple[str, Override]] = []
+    parser, loader = OverridesParser.create(), GlobalHydra.instance().config_loader()
+    good, values = list(extra), list[Override]()
     for text in overrides:
         try:
             override = parser.parse_override(text)
         except HydraException as error:
             problems.append(f"`{text}` is not KEY=VALUE: {first_line(error)}")
             continue
-        options = _group_options(override)
+        sweep = override.is_sweep_override()
+        options = [] if sweep else loader.get_group_options(override.key_or_group)
         if not options:
-            values.append((text, override))
+            values.append(override)
         elif problem := _unknown_option(override, options):
             problems.append(problem)
         else:
-            groups.append(text)
+            good.append(text)
 
-    base = groups + extra
+    base = list(good)
     try:
         cfg = compose(config_name, base)
     except _ERRORS as error:
         return [*problems, first_line(error)]
-    good = list(base)
-    for text, override in values:
+    for override in values:
+        text = str(override.input_line)
         try:
             compose(config_name, [*base, text])
             good.append(text)
@@ -96,26 +104,17 @@ def _find(overrides: list[str], extra: list[str], config_name: str) -> list[str]
     return list(dict.fromkeys(problems))
 
 
-def _group_options(override: Override) -> list[str]:
-    loader = GlobalHydra.instance().config_loader()
-    return (
-        loader.get_group_options(override.key_or_group, config_name=None)
-        if (not override.is_sweep_override())
-        else []
-    )
-
-
 def _unknown_option(override: Override, options: list[str]) -> str | None:
-    value = override.value()
-    if value is None and not override.is_delete():
-        return f"{override.key_or_group}=null: use ~{override.key_or_group} to leave a group out"
-    names = [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    known = sorted(options)
-    for name in names:
-        if not override.is_delete() and name not in known:
+    group, value = override.key_or_group, override.value()
+    if override.is_delete():
+        return None
+    if value is None:
+        return f"{group}=null: use ~{group} to leave a group out"
+    for name in map(str, value if isinstance(value, list) else [value]):
+        if name not in options:
             return (
-                f"{override.key_or_group}={name}: no such option{did_you_mean(name, known)}; "
-                f"{override.key_or_group} is one of {', '.join(known)}"
+                f"{group}={name}: no such option{did_you_mean(name, options)}; {group} is one of "
+                f"{', '.join(sorted(options))}"
             )
     return None
 
@@ -126,36 +125,33 @@ def _describe(override: Override, text: str, cfg: DictConfig, error: Exception) 
         return f"`{text}`: several values are a sweep; add -m, or quote a list as [a,b]"
     if override.is_add() or override.is_delete() or OmegaConf.select(cfg, key) is not None:
         return f"`{text}`: {first_line(error)}"
-    # Walk to the deepest section that exists.
-    section, node = "", cfg
-    for part in key.split("."):
-        child = node.get(part) if part in node else None
-        if not isinstance(child, DictConfig):
-            break
-        section, node = (f"{section}.{part}" if section else part), child
-    known = [str(name) for name in node]
-    hint = _hint(key, section, known, _all_keys(cfg))
+    sections = {"": cfg, **dict(_sections(cfg))}
+    # The deepest section of the key's that exists.
+    section = key.rpartition(".")[0]
+    while section not in sections:
+        section = section.rpartition(".")[0]
+    known = [str(name) for name in sections[section]]
+    hint = _hint(key, section, sections)
     return f"{key}: no such key{hint}; {section or 'the top level'} has {', '.join(known)}"
 
 
-def _hint(key: str, section: str, siblings: list[str], everywhere: list[str]) -> str:
-    """Name the key meant: of the same name in another section, else the likest sibling."""
+def _hint(key: str, section: str, sections: dict[str, DictConfig]) -> str:
+    """Name the key meant: of the same name in another section, else the likest in its own."""
     leaf = key.rpartition(".")[2]
-    same = [path for path in everywhere if path.rpartition(".")[2] == leaf and "." in path]
+    same = [f"{name}.{leaf}" for name, node in sections.items() if name and leaf in node]
     same.sort(key=lambda path: path.split(".")[0] not in ("stage", "machine", "trainer"))
     if same:
         return f" (did you mean {same[0]}?)"
     prefix = f"{section}." if section else ""
-    return did_you_mean(key, [f"{prefix}{name}" for name in siblings])
+    return did_you_mean(key, [f"{prefix}{name}" for name in sections[section]])
 
 
-def _all_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
-    keys: list[str] = []
+def _sections(cfg: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """Yield path and node of every section that is written out, at any depth."""
     for name in map(str, cfg):
-        path = f"{prefix}.{name}" if prefix else name
-        keys.append(path)
-        if not OmegaConf.is_interpolation(cfg, name) and not OmegaConf.is_missing(cfg, name):
-            child = cfg[name]
-            if isinstance(child, DictConfig):
-                keys += _all_keys(child, path)
-    return keys
+        if OmegaConf.is_interpolation(cfg, name) or OmegaConf.is_missing(cfg, name):
+            continue
+        child = cfg[name]
+        if isinstance(child, DictConfig):
+            yield f"{prefix}{name}", child
+            yield from _sections(child, f"{prefix}{name}.")

@@ -18,19 +18,20 @@ from omegaconf import DictConfig, OmegaConf
 from vipllava.config import hardware
 from vipllava.config.attention import FALLBACK, attention_candidates, choose_attention
 from vipllava.config.batch import accumulation_steps, largest_micro_batch
+from vipllava.config.schema import SHARDING_STRATEGIES
 from vipllava.types import ConfigError
 
 _LONGEST_FOLDER = 200
 """Bytes; file systems end at 255, and files beside the folder may add to its name."""
 _PACKAGE = Path(__file__).resolve().parent.parent
-STRATEGIES = ("single", "ddp", "zero2", "zero3", "zero3_offload")
+_CHOSEN = ("single", "ddp", *SHARDING_STRATEGIES)
 """What ``strategy=auto`` chooses from, by how much of the model's state it takes off a device."""
 
 
 def register_resolvers() -> None:
     """Make the ``vip.*`` resolvers known to OmegaConf; calling it again changes nothing."""
-    for name, function in _RESOLVERS.items():
-        OmegaConf.register_new_resolver(name, function, replace=True)
+    for function in _RESOLVERS:
+        OmegaConf.register_new_resolver(f"vip.{function.__name__}", function, replace=True)
 
 
 def recipe(key: str, default: Any, *, _root_: DictConfig) -> Any:
@@ -64,9 +65,7 @@ def micro_batch_size(*, _root_: DictConfig) -> int:
     work = OmegaConf.select(_root_, "machine.workload")
     limit = OmegaConf.select(_root_, "model.micro_batch_size")
     if limit is None:
-        limit = OmegaConf.select(_root_, f"machine.micro_batch_sizes.{work}")
-        if limit is None:
-            raise ConfigError(f"machine.micro_batch_sizes has no entry for `{work}`")
+        limit = _of_workload("machine.micro_batch_sizes", work, _root_)
     cap = OmegaConf.select(_root_, f"model.max_micro_batch_sizes.{work}")
     limit = int(limit if cap is None else min(limit, cap))
     chosen = largest_micro_batch(
@@ -107,14 +106,19 @@ def strategy(*, _root_: DictConfig) -> str:
     if own is not None:
         return str(own)
     work = OmegaConf.select(_root_, "machine.workload")
-    chosen = OmegaConf.select(_root_, f"machine.strategies.{work}")
-    if chosen is None:
-        raise ConfigError(f"machine.strategies has no entry for `{work}`")
+    chosen = _of_workload("machine.strategies", work, _root_)
     least = OmegaConf.select(_root_, f"model.min_strategies.{work}", default=chosen)
     for name in (chosen, least):
-        if name not in STRATEGIES:
-            raise ConfigError(f"unknown strategy `{name}`; allowed: {', '.join(STRATEGIES)}")
-    return max(chosen, least, key=STRATEGIES.index)
+        if name not in _CHOSEN:
+            raise ConfigError(f"unknown strategy `{name}`; allowed: {', '.join(_CHOSEN)}")
+    return max(chosen, least, key=_CHOSEN.index)
+
+
+def _of_workload(table: str, work: str, root: DictConfig) -> Any:
+    value = OmegaConf.select(root, f"{table}.{work}")
+    if value is None:
+        raise ConfigError(f"{table} has no entry for `{work}`")
+    return value
 
 
 def devices(global_batch_size: int) -> int:
@@ -215,25 +219,8 @@ def package_path(relative: str) -> str:
     return str(_PACKAGE / relative)
 
 
-_RESOLVERS: dict[str, Callable[..., Any]] = {
-    "vip.accumulation_steps": accumulation_steps,
-    "vip.attention": attention,
-    "vip.compute_dtype": compute_dtype,
-    "vip.devices": devices,
-    "vip.folder_name": folder_name,
-    "vip.last_part": last_part,
-    "vip.micro_batch_size": micro_batch_size,
-    "vip.num_workers": num_workers,
-    "vip.one_if_set": one_if_set,
-    "vip.package_path": package_path,
-    "vip.packs_per_batch": packs_per_batch,
-    "vip.packs_per_micro_batch": packs_per_micro_batch,
-    "vip.precision": precision,
-    "vip.product": product,
-    "vip.recipe": recipe,
-    "vip.run_dir": run_dir,
-    "vip.strategy": strategy,
-    "vip.weights_dtype": weights_dtype,
-    "vip.workload": workload,
-    "vip.zero_if_null": zero_if_null,
-}
+_RESOLVERS: tuple[Callable[..., Any], ...] = (
+    accumulation_steps, attention, compute_dtype, devices, folder_name, last_part, micro_batch_size,
+    num_workers, one_if_set, package_path, packs_per_batch, packs_per_micro_batch, precision,
+    product, recipe, run_dir, strategy, weights_dtype, workload, zero_if_null,
+)  # fmt: skip

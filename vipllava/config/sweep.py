@@ -19,20 +19,21 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 
 from vipllava.processes import EXIT_INTERRUPTED, run_child, shell_code
 from vipllava.types import ConfigError, Interrupted, VipLlavaError
 
 GROUP_VARIABLE: Final = "WANDB_RUN_GROUP"
 _DIRNAME: Final = "hydra.job.config.override_dirname"
+_OF_ONE_JOB: Final = "hydra.sweep.dir=${run_dir}"
 _OF_THE_SWEEP: Final = (
     _DIRNAME, "hydra.mode", "hydra.sweep", "hydra.launcher", "hydra.run", "hydra.output_subdir",
     "hydra/sweeper", "hydra/launcher",
@@ -49,35 +50,37 @@ def is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def with_folder_names(arguments: Sequence[str]) -> list[str]:
-    """Name the folders of a sweep's jobs by what differs between them.
+class NameFolders(Callback):
+    """Hydra's callback that names the folders of a sweep's jobs; ``conf/hydra`` has it."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Add to the overrides of every job what :func:`folder_overrides` says."""
+        own = config.hydra.overrides.hydra
+        added = folder_overrides(config.hydra.overrides.task, own)
+        with read_write(config):
+            own.extend(added)
+            if _OF_ONE_JOB in added:
+                config.hydra.sweep.dir = "${run_dir}"
+
+
+def folder_overrides(task: Sequence[str], own: Sequence[str]) -> list[str]:
+    """Return the overrides by which folders are named by what differs between a sweep's jobs.
 
     Hydra makes these names of all overrides, and has a list of keys to leave out. One job that
     is only to be queued is no sweep: its folder is that of the same command without ``-m``.
 
     Args:
-        arguments: the command line without the program's name.
-
-    Returns:
-        The same; that of a sweep with the list, that of one job with its folder.
+        task: the command line's overrides, several values among them.
+        own: those of Hydra's own configuration.
     """
-    if not {"-m", "--multirun"} & set(arguments) or any(_DIRNAME in a for a in arguments):
-        return list(arguments)
-    fixed: list[str] = []
-    own = ["hydra/sweeper", "hydra.sweeper", "hydra.sweep"]
-    swept = any(a.lstrip("+").startswith(tuple(own)) for a in arguments)
-    for argument in arguments:
-        try:
-            override = OverridesParser.create().parse_override(argument)
-        except HydraException:
-            continue  # an option; or a mistake, which composing will report
-        if override.is_sweep_override():
-            swept = True
-        else:
-            fixed.append(override.key_or_group)
+    if any(_DIRNAME in override for override in own):
+        return []
+    parsed = OverridesParser.create().parse_overrides(list(task))
+    fixed = [override.key_or_group for override in parsed if not override.is_sweep_override()]
     keys = ",".join(QuotedString(key, Quote.single).with_quotes() for key in fixed)
-    folder = [] if swept else ["hydra.sweep.dir=${run_dir}"]
-    return [*arguments, f"{_DIRNAME}.exclude_keys=[{keys}]", *folder]
+    of_sweeper = any(o.lstrip("+").startswith(("hydra/sweeper", "hydra.sweep")) for o in own)
+    is_sweep = len(fixed) < len(parsed) or of_sweeper
+    return [f"{_DIRNAME}.exclude_keys=[{keys}]", *([] if is_sweep else [_OF_ONE_JOB])]
 
 
 def name_group() -> None:

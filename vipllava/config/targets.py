@@ -6,14 +6,14 @@ Importing them costs seconds (transformers, lightning), so this runs after the c
 from __future__ import annotations
 
 import inspect
+import pydoc
 from collections.abc import Iterator
 from typing import Any
 
-from hydra._internal.utils import _locate  # get_object logs what we report
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from vipllava.config.checks import format_problems
-from vipllava.config.schema import did_you_mean
+from vipllava.config.schema import did_you_mean, first_line
 from vipllava.types import ConfigError
 
 _OWN_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
@@ -23,7 +23,7 @@ def check_targets(cfg: DictConfig) -> None:
     """Check every constructor call of a job; imports what it names.
 
     Raises:
-        ConfigError: listing every problem.
+        ConfigError: listing every problem, each naming its key.
     """
     if problems := find_target_problems(cfg):
         raise ConfigError(format_problems(problems))
@@ -35,33 +35,22 @@ def find_target_problems(cfg: DictConfig) -> list[str]:
     for path, node in targets(cfg):
         name = str(node["_target_"])
         try:
-            target = _locate(name)
-        except Exception as error:  # noqa: BLE001 - importing foreign code can fail in any way
-            reason = " ".join(str(error).split("\n")[:2])
-            problems.append(f"{path}._target_={name} cannot be imported: {reason}")
+            target: Any = pydoc.locate(name)
+        except pydoc.ErrorDuringImport as error:
+            problems.append(f"{path}._target_={name} cannot be imported: {first_line(error)}")
+            continue
+        if target is None:
+            problems.append(f"{path}._target_={name}: there is no such class or function")
             continue
         parameters = inspect.signature(target).parameters
         if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             continue
-        for key in node:
-            if key not in parameters and key not in _OWN_KEYS:
-                problems.append(
-                    f"{path}.{key}: {name} takes no such argument"
-                    f"{did_you_mean(str(key), parameters)}"
-                )
+        problems += [
+            f"{path}.{key}: {name} takes no such argument{did_you_mean(str(key), parameters)}"
+            for key in node
+            if key not in parameters and key not in _OWN_KEYS
+        ]
     return problems
-
-
-def missing_arguments(node: DictConfig) -> set[str]:
-    """Return the required arguments of a ``_target_`` node that it does not give."""
-    parameters = inspect.signature(_locate(str(node["_target_"]))).parameters
-    required = {
-        name
-        for name, p in parameters.items()
-        if p.default is inspect.Parameter.empty
-        and p.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    }
-    return required - {str(key) for key in node}
 
 
 def targets(cfg: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
@@ -74,11 +63,9 @@ def targets(cfg: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig
     for key in map(str, cfg):
         if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key):
             continue
-        child: Any = cfg[key]
         path = f"{prefix}.{key}" if prefix else key
-        if isinstance(child, DictConfig) and child:
-            yield from targets(child, path)
-        elif isinstance(child, ListConfig):
-            for index, item in enumerate(child):
-                if isinstance(item, DictConfig):
-                    yield from targets(item, f"{path}.{index}")
+        child: Any = cfg[key]
+        items = enumerate(child) if isinstance(child, ListConfig) else ()
+        for where, node in [(path, child), *((f"{path}.{index}", item) for index, item in items)]:
+            if isinstance(node, DictConfig) and node:
+                yield from targets(node, where)

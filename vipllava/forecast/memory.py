@@ -28,12 +28,11 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from vipllava.config.attention import keeps_no_mask
+from vipllava.config.schema import STRATEGIES
 from vipllava.forecast.architecture import Architecture, LanguageModel
 from vipllava.forecast.flops import Workload
 from vipllava.models.freezing import ParameterRow
 from vipllava.types import ConfigError
-
-STRATEGIES: Final = ("single", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload")
 
 _BUCKET: Final = 500_000_000  # weights: reduce_bucket_size of conf/strategy/zero*.yaml
 _LIVE: Final = 1_050_000_000  # stage3_max_live_parameters and the prefetch bucket

@@ -75,7 +75,7 @@ def ensure_sample_world(data_root: str | Path, *, scale: float = 1.0) -> Path:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise VipLlavaError(
                 f"cannot write the sample data under {root}: {error.strerror}; "
-                "choose a writable folder with paths.data_root=..."
+                "choose a writable folder with data_root=FOLDER"
             ) from error
         _check_contents(folder)  # another process was faster; both made the same bytes
     _LOG.info("sample data made in %.0f s", time.monotonic() - began)

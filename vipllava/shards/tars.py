@@ -322,12 +322,6 @@ class ShardSet:
         self._files = OpenFiles(state["_files"])
 
 
-_NO_CACHE: Final = (
-    "set data.cache_dir (paths.cache, VIPLLAVA_CACHE), or copy the tars into a folder and set "
-    "paths.data_root to it"
-)
-
-
 def open_shards(
     manifest: Manifest,
     data_root: str | Path,
@@ -364,7 +358,10 @@ def open_shards(
             tars += _find(pattern, Path(data_root), manifest)
     if any(isinstance(tar, str) for tar in tars):
         if cache is None:
-            raise ShardError(f"`{manifest.name}` has tars at an address and no cache; {_NO_CACHE}")
+            raise ShardError(
+                f"`{manifest.name}` has tars at an address and no cache: set cache_dir, or copy "
+                "them into a folder and set data_root to it"
+            )
         home = cache.directory / CACHED_INDICES
         index = open_dataset_index(
             manifest.name, tars, homes=[home], load=IndexLoader(cache, home / "tars")
@@ -389,7 +386,7 @@ def _remedy(manifest: Manifest) -> str:
     ways = [f"`vipllava data fetch {manifest.name}`"] if manifest.sources else []
     if manifest.annotation_file:
         ways.append(f"`vipllava shards build manifest={manifest.name}`")
-    return f"set paths.data_root, or run {' and '.join(ways)}" if ways else "set paths.data_root"
+    return f"set data_root, or run {' and '.join(ways)}" if ways else "set data_root"
 
 
 def _find(pattern: str, root: Path, manifest: Manifest) -> list[Path]:

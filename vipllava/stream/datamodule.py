@@ -86,7 +86,7 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         super().__init__()
         if self.batching not in get_args(Batching):
             known = ", ".join(get_args(Batching))
-            raise ConfigError(f"data.batching is {self.batching!r}; use one of {known}")
+            raise ConfigError(f"batching={self.batching}: expected one of {known}")
         entries = parse_mix(self.mix) if self.mix else {str(self.manifest): MixEntry(epochs=1.0)}
         self.manifests = [load_manifest(name, self.manifests_dir) for name in entries]
         self.mix_entries = {
@@ -94,7 +94,7 @@ class VisualPromptDataModule(lightning.LightningDataModule):
             for manifest, entry in zip(self.manifests, entries.values(), strict=True)
         }
         if len(self.mix_entries) < len(entries):
-            raise ConfigError(f"data.mix names a data set twice: {', '.join(entries)}")
+            raise ConfigError(f"the mix names a data set twice: {', '.join(entries)}")
         self.held_out_manifest = (
             None if self.held_out is None else load_manifest(self.held_out, self.manifests_dir)
         )

@@ -108,7 +108,7 @@ def parse_mix(mix: Mapping[str, Mapping[str, Any]]) -> dict[str, MixEntry]:
     if len({entry.weight is None for entry in entries.values()}) > 1:
         problems.append("some entries give epochs and some weight; use one of the two throughout")
     if problems:
-        raise ConfigError("data.mix cannot be used:\n" + "\n".join(f"- {p}" for p in problems))
+        raise ConfigError("the mix cannot be used:\n" + "\n".join(f"- {p}" for p in problems))
     return entries
 
 
@@ -132,7 +132,7 @@ def plan_parts(
     by_weight = any(entry.weight is not None for entry in mix.values())
     if samples_per_epoch is not None and not by_weight:
         raise ConfigError(
-            f"data.samples_per_epoch={samples_per_epoch} belongs to a mix by weight; this one "
+            f"samples_per_epoch={samples_per_epoch} belongs to a mix by weight; this one "
             "gives epochs, its size follows from them"
         )
     counts: dict[str, int] = {}
@@ -147,7 +147,7 @@ def plan_parts(
     for name, count in counts.items():
         if count < 1:
             raise ConfigError(
-                f"data.mix gives `{name}` ({totals[name]} samples) no sample in an epoch; raise "
+                f"the mix gives `{name}` ({totals[name]} samples) no sample in an epoch; raise "
                 "its share or leave it out"
             )
     return tuple(Part(name, tuple(shard_sizes[name]), counts[name]) for name in mix)

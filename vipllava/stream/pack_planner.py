@@ -55,11 +55,11 @@ class PackPlanner:
         longest = dataset.sample_encoder.conversation_encoder.max_length
         if longest > pack_length:
             raise ConfigError(
-                f"data.pack_length={pack_length} is less than stage.max_length={longest}: a sample "
+                f"pack_length={pack_length} is less than max_length={longest}: a sample "
                 "of that length would fit into no pack; raise the one or lower the other"
             )
         if max_images < 1:
-            raise ConfigError(f"data.max_images_per_pack={max_images} must be at least 1")
+            raise ConfigError(f"max_images={max_images} must be at least 1")
         self.dataset = dataset
         self.pack_length = pack_length
         self.max_images = max_images

@@ -41,7 +41,7 @@ def plan_packs(
         longest = int(lengths.argmax())
         raise RecordError(
             f"sample {longest} of the window has {int(lengths[longest])} ids, a pack holds "
-            f"{pack_length}; raise data.pack_length or lower stage.max_length",
+            f"{pack_length}; raise pack_length or lower max_length",
             "too-long",
         )
     packs: list[list[int]] = []

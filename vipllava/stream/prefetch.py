@@ -65,7 +65,7 @@ def _check_room(shards: ShardSet, window_samples: int) -> None:
     needed = int(np.sort(shards.tar_sizes)[-per_window:].sum())
     if needed > shards.cache.max_bytes:
         raise ConfigError(
-            f"data.cache_gb={shards.cache.max_bytes / 10**9:g} is less than the "
+            f"cache_gb={shards.cache.max_bytes / 10**9:g} is less than the "
             f"{needed / 10**9:.3g} GB of the {per_window} shards of `{shards.name}` that are "
-            "shuffled together; raise it, or lower data.window_samples"
+            "shuffled together; raise it, or lower window_samples"
         )

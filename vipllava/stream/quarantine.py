@@ -54,15 +54,17 @@ class BadSamplePolicy:
     """What to do about bad samples."""
 
     on_fault: OnFault = "error"  # ``error`` or ``quarantine``
-    max_rate: float = 0.001  # share of bad samples above which quarantine gives up
+    max_fault_rate: float = 0.001  # share of bad samples above which quarantine gives up
 
     def __post_init__(self) -> None:
         """Check the values."""
         if self.on_fault not in get_args(OnFault):
             known = ", ".join(get_args(OnFault))
-            raise ConfigError(f"data.on_fault is {self.on_fault!r}; use one of {known}")
-        if not 0 <= self.max_rate <= 1:
-            raise ConfigError(f"data.max_fault_rate is {self.max_rate}; a rate lies in 0..1")
+            raise ConfigError(f"on_fault={self.on_fault}: expected one of {known}")
+        if not 0 <= self.max_fault_rate <= 1:
+            raise ConfigError(
+                f"max_fault_rate={self.max_fault_rate}: expected a number from 0 to 1"
+            )
 
 
 def candidates(item: Item, num_samples: int, *, seed: int, name: str) -> Iterator[Item]:
@@ -192,12 +194,12 @@ class QuarantineLog:
         """
         self.total += num_faults
         self.num_samples += num_samples
-        allowed = self.policy.max_rate * max(self.num_samples, _FEWEST_SAMPLES)
+        allowed = self.policy.max_fault_rate * max(self.num_samples, _FEWEST_SAMPLES)
         if num_faults and self.total > allowed:
             where = f"; they are listed in {self.path}" if self.path else ""
             raise RecordError(
                 f"{self.total} of {self.num_samples} samples are bad, more than "
-                f"data.max_fault_rate={self.policy.max_rate} allows{where}. Repair or remove them "
+                f"max_fault_rate={self.policy.max_fault_rate} allows{where}. Repair or remove them "
                 "(`vipllava lint` finds them all), or raise the rate"
             )
 

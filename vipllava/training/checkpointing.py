@@ -98,7 +98,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "loops" not in checkpoint:  # which only a trainer writes
             raise CheckpointError(
                 f"{path} holds no state of a run, so none can go on from it: name a file of "
-                "RUN/checkpoints; to start from its weights pass stage.checkpoint"
+                "RUN/checkpoints; to start from its weights pass checkpoint=FOLDER"
             )
         return checkpoint
 

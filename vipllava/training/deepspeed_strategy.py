@@ -178,7 +178,7 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         ]
         raise CheckpointError(
             f"{path} has other weights that train than this run ({', '.join(names[:5])}"
-            f"{' ...' if len(names) > 5 else ''}): keep stage.trainable, the model and the "
+            f"{' ...' if len(names) > 5 else ''}): keep the parts that train, the model and the "
             "adapter as they were, or make a model of it with `vipllava convert` and start from "
             "that"
         )

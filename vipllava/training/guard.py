@@ -182,7 +182,7 @@ class LossGuard:
         if action == "skip":
             self.num_skipped += 1
             if self.num_skipped > self.max_skipped:
-                reason += f"; {self.max_skipped} steps were left out already (guard.max_skipped)"
+                reason += f"; {self.max_skipped} steps were left out already (max_skipped)"
                 return Refusal("stop", reason)
         return Refusal(action, reason)
 
@@ -235,7 +235,7 @@ def refuse_step(
         return f"{message}. It is left out (steps left out of this run so far: {guard.num_skipped})"
     return (
         f"{message}. The weights are as they were before it: lower the learning rate, repair these "
-        "records, or pass guard.on_nonfinite=skip or guard.on_spike=skip (or ignore)"
+        "records, or pass on_nonfinite=skip or on_spike=skip (or ignore)"
     )
 
 

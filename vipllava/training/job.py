@@ -30,35 +30,36 @@ def partial(node: DictConfig) -> Any:
 
 def model_spec(cfg: DictConfig) -> ModelSpec:
     """Return what a job's network is made of."""
-    from hydra.utils import instantiate
-
-    return instantiate(cfg.module.model, _convert_="all")
+    return partial(cfg.module.model)()
 
 
-def manifest_names(cfg: DictConfig) -> list[str]:
-    """Return the names or paths of a job's data sets."""
-    return list(cfg.data.mix) if cfg.data.mix else [cfg.data.manifest]
-
-
-def build_datamodule(cfg: DictConfig, tokenizer: Any = None) -> VisualPromptDataModule:
+def build_datamodule(
+    cfg: DictConfig, tokenizer: Any = None, spec: ModelSpec | None = None
+) -> VisualPromptDataModule:
     """Build a job's data module; ids and pictures are made for its model.
 
     Args:
         cfg: what Hydra composed from ``conf/train.yaml``, checked.
         tokenizer: the model's, if it is loaded already.
+        spec: of the job's network; read from ``cfg`` if not given.
     """
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.models.building import read_tower_config
     from vipllava.models.towers import preprocessing_of
     from vipllava.stream.image_transform import ImageTransform
 
-    _make_sample_data(cfg)
-    spec = model_spec(cfg)
+    spec = spec or model_spec(cfg)
     tower = read_tower_config(spec)
     tokenizer = tokenizer or load_tokenizer(spec)
     encoder = conversation_encoder(spec, tokenizer, cfg.stage.chat_template, cfg.stage.max_length)
     transform = ImageTransform(spec.image_size, cfg.stage.image_aspect, preprocessing_of(tower))
-    return partial(cfg.data)(conversation_encoder=encoder, image_transform=transform)
+    datamodule = partial(cfg.data)(conversation_encoder=encoder, image_transform=transform)
+    if any(manifest.made_by == "sample_world" for manifest in datamodule.manifests):
+        # The only data that can be made here; all others must be there already.
+        from vipllava.sample_world.build import ensure_sample_world
+
+        ensure_sample_world(cfg.data.data_root)
+    return datamodule
 
 
 def conversation_encoder(
@@ -107,14 +108,3 @@ def forget_missing_checkpoint(cfg: DictConfig) -> Path | None:
         return None
     cfg.stage.checkpoint = None
     return Path(folder)
-
-
-def _make_sample_data(cfg: DictConfig) -> None:
-    """Make the sample world if a manifest is of it; other data must be there already."""
-    from vipllava.shards.manifest import load_manifest
-
-    made_by = {load_manifest(n, cfg.data.manifests_dir).made_by for n in manifest_names(cfg)}
-    if "sample_world" in made_by:
-        from vipllava.sample_world.build import ensure_sample_world
-
-        ensure_sample_world(cfg.data.data_root)

@@ -140,8 +140,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         super().__init__()
         if quantization is not None and adapter is None:
             raise ConfigError(
-                f"weights held in {quantization.bits} bits cannot train: give them an adapter "
-                "(tuning=qlora)"
+                f"weights held in {quantization.bits} bits cannot train: give them adapter=SETTINGS"
             )
         beta1, beta2 = betas
         self.spec = model
@@ -283,7 +282,7 @@ class VipLlavaLitModule(lightning.LightningModule):
             raise VipLlavaError(
                 f"the global batch with samples {list(batch.keys)} has no supervised token "
                 f"(num_supervised_global={batch.num_supervised_global}): its answers are empty or "
-                "cut off; raise stage.max_length or look at these records"
+                "cut off; raise max_length or look at these records"
             )
         self._progress = batch.progress
         self._key_random_state(batch_idx)

@@ -16,8 +16,8 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from vipllava.forecast.architecture import Architecture
-from vipllava.forecast.flops import Workload, useful_flops
+from vipllava.forecast.architecture import Architecture, architecture_of
+from vipllava.forecast.flops import Workload, device_peak, useful_flops
 from vipllava.models.supervised_loss import supervised_positions
 from vipllava.stream.loader import StepLoader
 from vipllava.stream.ranks import gather_objects
@@ -111,6 +111,26 @@ class BatchFlops:
         return flops
 
 
+def count_flops_of(module: VipLlavaLitModule) -> BatchFlops:
+    """Return what counts the operations of a module's micro-batches.
+
+    Args:
+        module: its network is built.
+    """
+    adapter = module.adapter
+    workload: Workload = "full"
+    if "language_model" not in module.trainable:
+        workload = "projector"
+    elif adapter is not None:
+        workload = "lora" if module.quantization is None else "qlora"
+    return BatchFlops(
+        architecture_of(module.network.config),
+        workload,
+        adapter_rank=0 if adapter is None else adapter.r,
+        tower_trains="vision_tower" in module.trainable,
+    )
+
+
 @dataclass(slots=True)
 class _Window:
     """What one rank adds up between two logs; ``waited`` is the loader's clock at its start."""
@@ -180,9 +200,9 @@ class Throughput(Callback):
 
     Args:
         every_n_steps: optimizer steps of a window.
-        useful_flops: FLOPs of a micro-batch that count as useful, such as :class:`BatchFlops`;
-            None logs no MFU.
-        peak_flops: of one device, FLOP/s; None logs no MFU.
+        useful_flops: FLOPs of a micro-batch that count as useful; those of the module by default.
+        peak_flops: of one device, FLOP/s; that of the device's published peak by default. Where it
+            is not known no MFU is logged.
         clock: seconds that only grow.
     """
 
@@ -204,8 +224,13 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the first window."""
-        if isinstance(pl_module, VipLlavaLitModule) and self._losses not in pl_module.observers:
-            pl_module.observers.append(self._losses)
+        if isinstance(pl_module, VipLlavaLitModule):
+            if self._losses not in pl_module.observers:
+                pl_module.observers.append(self._losses)
+            if self.peak_flops is None:
+                self.peak_flops = peak_of(pl_module.device)
+            if self.useful_flops is None and self.peak_flops is not None:
+                self.useful_flops = count_flops_of(pl_module)
         self._last_step = trainer.global_step
         self._begin(trainer)
 
@@ -266,6 +291,11 @@ class Throughput(Callback):
             # Not by the module's `log`, which repeats a value in every step until the next one.
             logger.log_metrics(metrics, step=trainer.global_step - 1)
         self._begin(trainer)
+
+
+def peak_of(device: torch.device) -> float | None:
+    """Return the published peak of a device, FLOP/s; None where it is not known."""
+    return device_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def _seconds_waited(trainer: Trainer) -> float | None:

@@ -91,7 +91,7 @@ def parameter_groups(
                 (matrices if len(whole_shape(parameter)) >= 2 else vectors)["params"] += [parameter]
         groups += [group for group in (matrices, vectors) if group["params"]]
     if not groups:
-        raise ConfigError("no parameter trains: name at least one part in stage.trainable")
+        raise ConfigError("no parameter trains: name at least one part by trainable=[PART]")
     return groups
 
 

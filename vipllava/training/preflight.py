@@ -106,7 +106,7 @@ def examine(cfg: DictConfig) -> PreflightReport:
     datamodule, found = None, None
     try:
         if tokenizer is not None:
-            datamodule = build_datamodule(cfg, tokenizer)
+            datamodule = build_datamodule(cfg, tokenizer, spec)
             found = look_at_data(cfg, datamodule)
     except VipLlavaError as error:
         problems.append(str(error))

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,6 @@ from typing import TYPE_CHECKING, Any
 from vipllava.processes import is_first_process
 from vipllava.training.job import (
     build_datamodule,
-    job_architecture,
-    manifest_names,
-    model_spec,
     partial,
 )
 from vipllava.types import VipLlavaError
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from vipllava.models.building import ModelSpec
+    from vipllava.shards.manifest import Manifest
     from vipllava.training.restart import Goal, Restart
 
 logger = logging.getLogger(__name__)
@@ -97,10 +96,10 @@ def _train(cfg: DictConfig) -> Path:
     if restart.finished:
         return export_dir
 
-    spec = model_spec(cfg)
-    spec = _with_proven_attention(cfg, spec)
+    make_module = partial(cfg.module)
+    spec = _with_proven_attention(cfg, make_module.keywords["model"])
     tokenizer = load_tokenizer(spec)
-    datamodule = build_datamodule(cfg, tokenizer)
+    datamodule = build_datamodule(cfg, tokenizer, spec)
     outlook = look_ahead(cfg, tokenizer, datamodule, spec)
     if is_first_process():
         for line in outlook.lines:
@@ -109,21 +108,24 @@ def _train(cfg: DictConfig) -> Path:
     # A download may take longer than processes wait for each other once they have a group.
     open_spec(spec, tokenizer)
     recomputed = outlook.setup.recomputed_blocks
-    module = partial(cfg.module)(
+    module = make_module(
         seed=int(cfg.seed),
         model=spec,
         tokenizer=tokenizer,
         gradient_checkpointing=True if recomputed is None else recomputed,
     )
     export = ExportCallback(
-        export_dir, tokenizer, _export_meta(cfg, spec), base=spec.checkpoint or spec.language_model
+        export_dir,
+        tokenizer,
+        _export_meta(cfg, spec, datamodule.manifests),
+        base=spec.checkpoint or spec.language_model,
     )
     trainer = partial(cfg.trainer)(
         logger=_loggers(cfg, restart),
         callbacks=[
             StartLog(cfg.run_dir, job),
             RunEnd(),
-            *_with_flops(_instantiate_all(cfg.get("callbacks")), cfg, spec, tokenizer),
+            *_instantiate_all(cfg.get("callbacks")),
             *_early_stop(cfg),
             export,
         ],
@@ -295,28 +297,6 @@ def _loggers(cfg: DictConfig, restart: Restart) -> list[Any]:
     return [instantiate(n, _convert_="all", **more.get(name, {})) for name, n in nodes.items()]
 
 
-def _with_flops(callbacks: list[Any], cfg: DictConfig, spec: ModelSpec, tokenizer: Any) -> Any:
-    """Tell the callback that measures speed what a batch's work is, for the MFU."""
-    import torch
-
-    from vipllava.forecast.flops import device_peak
-    from vipllava.training.metrics import BatchFlops, Throughput
-
-    peak = device_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    if peak is None:
-        return callbacks
-    flops = BatchFlops(
-        job_architecture(spec, tokenizer),
-        cfg.machine.workload,
-        adapter_rank=int(cfg.tuning.adapter.r) if cfg.tuning.adapter else 0,
-        tower_trains="vision_tower" in cfg.stage.trainable,
-    )
-    for callback in callbacks:
-        if isinstance(callback, Throughput):
-            callback.useful_flops, callback.peak_flops = flops, peak
-    return callbacks
-
-
 def _early_stop(cfg: DictConfig) -> list[Any]:
     from vipllava.training.ending import EarlyStop
 
@@ -341,14 +321,12 @@ def _plugins(cfg: DictConfig) -> list[Any]:
     return plugins
 
 
-def _export_meta(cfg: DictConfig, spec: ModelSpec) -> Any:
+def _export_meta(cfg: DictConfig, spec: ModelSpec, manifests: Sequence[Manifest]) -> Any:
     from omegaconf import OmegaConf
 
     from vipllava.checkpoints.export_meta import ExportMeta, code_version
     from vipllava.models.building import image_seq_length
-    from vipllava.shards.manifest import load_manifest
 
-    manifests = [load_manifest(name, cfg.data.manifests_dir) for name in manifest_names(cfg)]
     policies: Any = OmegaConf.to_container(cfg.visual_prompts, resolve=True)
 
     return ExportMeta(

@@ -115,7 +115,7 @@ class _EntryLint:
             limit = samples.conversation_encoder.max_length
             message = (
                 f"{encoded.num_dropped_turns} of {len(turns)} turns do not fit into max_length="
-                f"{limit} and are dropped; raise stage.max_length or split the conversation"
+                f"{limit} and are dropped; raise it or split the conversation"
             )
             self._add([Problem("truncated", message)])
         try:

@@ -119,7 +119,7 @@ def _find_tars(manifest: Manifest, root: Path) -> tuple[list[_Tar], list[Finding
     if manifest.format != "shards":
         raise ShardError(f"`{manifest.name}` is a `{manifest.format}` layout; lint reads shards")
     if not root.is_dir():
-        raise ShardError(f"data root {root} does not exist; set paths.data_root")
+        raise ShardError(f"data root {root} does not exist; set data_root")
     tars: list[_Tar] = []
     missing: list[Finding] = []
     for pattern, name, found in match_patterns(manifest.shards, root):
