@@ -63,9 +63,9 @@ $(VENV)/.created:
 	@touch $@
 
 # torch first and pinned: resolved by another package's bare `torch` it may come as a far bigger build.
-$(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/.created
+$(VENV)/.core: pyproject.toml setup.py constraints.txt | $(VENV)/.created
 	$(PIP_INSTALL) "torch==$(TORCH)"
-	$(PIP_INSTALL) -e .
+	$(PIP_INSTALL) -e ".[sample]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core

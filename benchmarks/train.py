@@ -133,7 +133,7 @@ def lines_of(case: Case) -> tuple[Line, ...]:
             lines.append(ours("packed", False, fast))
         lines.append(ours("packed", False, fast, compiled=True))
         flash = "flash_attention_2"
-        if any(kernel.name == flash and kernel.usable for kernel in known):
+        if any(kernel.name == flash and not kernel.why_not for kernel in known):
             lines.append(Line("plain", "padded", True, flash))
     return tuple(lines)
 

@@ -24,7 +24,7 @@ def main() -> None:
         compose_data_job("sample_gpt4v", []),
         num_samples=8,
         output=FOLDER / "inspect.html",
-        command="vipllava inspect data=sample_gpt4v n=8",
+        command="vipllava inspect --data sample_gpt4v --num-samples 8",
     )
 
 

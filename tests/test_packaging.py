@@ -28,6 +28,7 @@ def _pins() -> dict[str, str]:
 
 def test_extras():
     assert set(EXTRAS) == {
+        "sample",
         "deepspeed",
         "flash",
         "tensorboard",
@@ -36,8 +37,6 @@ def test_extras():
         "lora",
         "quant",
         "gguf",
-        "serve",
-        "coco",
         "s3",
         "gs",
         "slurm",

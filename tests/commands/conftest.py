@@ -20,7 +20,12 @@ class UserData:
 
     @property
     def arguments(self) -> list[str]:
-        return [f"data={self.manifest}", f"paths.data_root={self.root}", f"paths.runs={self.root}"]
+        return [
+            "--data",
+            str(self.manifest),
+            f"paths.data_root={self.root}",
+            f"paths.runs={self.root}",
+        ]
 
 
 @pytest.fixture

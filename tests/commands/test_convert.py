@@ -27,12 +27,12 @@ def export(tiny_sources, tmp_path):
 def test_help(capsys):
     assert cli.main(["convert", "--help"]) == 0
     out = capsys.readouterr().out
-    for word in ("SRC", "DST", "lora-merged", "vision_tower", "base", "push_to_hub"):
+    for word in ("SRC", "DST", "lora-merged", "--vision-tower", "--base", "--push-to-hub"):
         assert word in out
 
 
 def test_a_conversion_says_what_it_did(export, tmp_path, capsys):
-    assert cli.main(["convert", str(export), str(tmp_path / "out"), "dtype=bfloat16"]) == 0
+    assert cli.main(["convert", str(export), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     assert f"{export} is a VipLlava in the Hugging Face format" in out
     assert f"{tmp_path / 'out'} (hf, bfloat16)" in out
@@ -47,7 +47,7 @@ def test_the_result_is_uploaded_on_request(export, tmp_path, capsys, monkeypatch
         return "https://hub/me/model"
 
     monkeypatch.setattr(hub_upload, "upload", upload)
-    words = ["convert", str(export), str(tmp_path / "out"), "push_to_hub=me/model"]
+    words = ["convert", str(export), str(tmp_path / "out"), "--push-to-hub", "me/model"]
     assert cli.main(words) == 0
     assert calls == [(tmp_path / "out", "me/model")]
     assert "uploaded to https://hub/me/model" in capsys.readouterr().out
@@ -56,14 +56,11 @@ def test_the_result_is_uploaded_on_request(export, tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["format=gguf"],
-            "format=gguf: expected one of hf, llava, projector",
-        ),
-        (["feature_layers=a,b"], "expected whole numbers, such as -2,-5"),
-        (["push_to_hub=model"], "expected OWNER/NAME"),
-        (["device=cuda:77"], "device='cuda:77' is not there"),
-        (["tower=x"], "tower"),
+        (["--format", "gguf"], "'gguf' is not one of 'hf', 'llava', 'projector'"),
+        (["--feature-layers", "-2,b"], "expected whole numbers, such as -2,-5"),
+        (["--push-to-hub", "model"], "expected OWNER/NAME"),
+        (["--device", "cuda:77"], "device='cuda:77' is not there"),
+        (["--vision-towr", "x"], "(Possible options: --vision-tower)"),
     ],
 )
 def test_what_cannot_be_meant(export, tmp_path, capsys, words, message):

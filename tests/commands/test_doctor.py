@@ -6,16 +6,13 @@ import json
 import os
 import subprocess
 import time
-from argparse import Namespace
 from email.message import Message
-from io import StringIO
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from vipllava import cli
-from vipllava.commands import doctor, doctor_facts
+from vipllava.commands import doctor_facts
 from vipllava.commands import doctor_sections as sections
 from vipllava.commands.doctor_facts import Devices, Disk, Facts, Network, Packages, Place
 from vipllava.commands.doctor_facts import Surroundings as Environment
@@ -124,7 +121,7 @@ def test_attention_marks_what_would_be_chosen():
 def test_a_device_that_could_do_better_than_sdpa_is_a_warning():
     section = sections.attention(Hardware((A100,)))
     assert (values(section)["sdpa"], bad(section)) == ("chosen", [("sdpa", "warning")])
-    assert section.rows[-1].remedy == "pip install -e '.[flash]'"
+    assert section.rows[-1].remedy == 'pip install "vipllava-lightning[flash]"'
     assert bad(sections.attention(Hardware())) == []
 
 
@@ -263,7 +260,7 @@ def test_extras_say_what_brings_them():
         Row(
             "serve",
             "lacks fastapi>=0.115, gradio<7,>=6",
-            remedy="pip install -e '.[serve]'",
+            remedy='pip install "vipllava-lightning[serve]"',
         ),
     )
 
@@ -372,14 +369,15 @@ def test_two_processes_that_fail_or_hang_are_told_and_ended(monkeypatch, tmp_pat
         ),
     ],
 )
-def test_the_end_names_what_is_bad_and_the_exit_code_follows(monkeypatch, facts, code, last):
+def test_the_end_names_what_is_bad_and_the_exit_code_follows(
+    monkeypatch, capsys, facts, code, last
+):
     monkeypatch.setattr(doctor_facts, "look", lambda *, network: facts)
-    out = StringIO()
-    options = Namespace(json=False, no_network=False)
-    assert doctor.run(options, Console(file=out, width=160)) == code
-    lines = out.getvalue().splitlines()
+    assert cli.main(["doctor"]) == code
+    out = capsys.readouterr().out
+    lines = out.splitlines()
     assert lines[-len(last) :] == last
-    assert "\x1b" not in out.getvalue()
+    assert "\x1b" not in out
     assert [line for line in lines if line.startswith("Extras")]
 
 

@@ -16,17 +16,23 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_page_shows_the_first_samples_of_training(user_data: UserData):
     page = user_data.root / "pages" / "mine.html"
-    assert cli.main(["inspect", *user_data.arguments, "n=4", f"output={page}"]) == 0
+    assert (
+        cli.main(["inspect", *user_data.arguments, "--num-samples", "4", "--output", str(page)])
+        == 0
+    )
     text = page.read_text()
     assert text.count("<article") == 4
-    assert "vipllava inspect" in text
+    assert f"vipllava inspect --data {user_data.manifest} --num-samples 4 --output" in text
     for word in ("mine", "regions", "shard-000000.tar", "supervised"):
         assert word in text
 
 
 def test_a_refused_sample_is_shown_with_the_reason(faulty_data: UserData):
     page = faulty_data.root / "mine.html"
-    assert cli.main(["inspect", *faulty_data.arguments, "n=20", f"output={page}"]) == 0
+    assert (
+        cli.main(["inspect", *faulty_data.arguments, "--num-samples", "20", "--output", str(page)])
+        == 0
+    )
     text = page.read_text()
     assert text.count("<article") == 11
     assert "this one is empty" in text
@@ -35,7 +41,7 @@ def test_a_refused_sample_is_shown_with_the_reason(faulty_data: UserData):
 def test_train_with_inspect_writes_a_page_and_trains_nothing(user_data: UserData):
     overrides = [
         "stage=task", "inspect=3", "trainer=8xa100", f"data.manifest={user_data.manifest}",
-        *user_data.arguments[1:],
+        *user_data.arguments[2:],
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *overrides],
@@ -49,5 +55,5 @@ def test_train_with_inspect_writes_a_page_and_trains_nothing(user_data: UserData
 
 
 def test_unknown_data_is_an_error_of_one_line(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["inspect", "data=nowhere"]) == 2
+    assert cli.main(["inspect", "--data", "nowhere"]) == 2
     assert "data.manifest=nowhere: unknown" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A command's arguments, and the job whose data it looks at."""
+"""The job whose data a command looks at."""
 
 from __future__ import annotations
 
@@ -6,33 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vipllava.commands.job import (
-    compose_data_job,
-    flag,
-    split_arguments,
-    whole,
-)
+from vipllava.commands.job import compose_data_job
 from vipllava.types import ConfigError
-
-
-def test_own_arguments_and_overrides_are_told_apart():
-    own = {"n": whole(1), "strict": flag, "json": Path}
-    given, rest = split_arguments(["n=3", "model=7b", "strict=true", "json=a.json", "~logger"], own)
-    assert given == {"n": 3, "strict": True, "json": Path("a.json")}
-    assert rest == ["model=7b", "~logger"]
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("n=0", "n=0: expected a whole number of at least 1"),
-        ("n=x", "n=x: expected a whole number"),
-        ("strict=maybe", "strict=maybe: expected true or false"),
-    ],
-)
-def test_unreadable_arguments(argument: str, message: str):
-    with pytest.raises(ConfigError, match=message):
-        split_arguments([argument], {"n": whole(1), "strict": flag})
 
 
 def test_the_stage_is_the_manifests_unless_chosen():
@@ -53,3 +28,11 @@ def test_what_does_not_fit_is_said_at_once():
 def test_hardware_that_is_not_here_does_not_matter():
     cfg = compose_data_job("sample_gpt4v", ["trainer=8xa100", "strategy=zero3"])
     assert cfg.trainer.devices == 8
+
+
+def test_a_configuration_folder_of_ones_own_is_added(tmp_path: Path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 7\n")
+    assert compose_data_job("sample_gpt4v", ["experiment=mine"], tmp_path).seed == 7
+    with pytest.raises(ConfigError, match=f"{tmp_path} has no folder `model`"):
+        compose_data_job("sample_gpt4v", ["model=mine"], tmp_path)

@@ -10,24 +10,30 @@ from tests.commands.conftest import UserData
 from vipllava import cli
 
 
-def lint(data: UserData, *arguments: str) -> tuple[int, dict]:
-    path = data.root / "lint.json"
-    code = cli.main(["lint", *data.arguments, f"json={path}", *arguments])
-    return code, json.loads(path.read_text())
+@pytest.fixture
+def lint(capsys: pytest.CaptureFixture[str]):
+    """Return the exit code and the report of a command."""
+
+    def run(data: UserData, *arguments: str) -> tuple[int, dict]:
+        code = cli.main(["lint", *data.arguments, "--json", *arguments])
+        return code, json.loads(capsys.readouterr().out)
+
+    return run
 
 
 def test_faults_are_listed_and_only_strict_fails(
-    faulty_data: UserData, capsys: pytest.CaptureFixture[str]
+    faulty_data: UserData, lint, capsys: pytest.CaptureFixture[str]
 ):
     code, report = lint(faulty_data)
     assert code == 0
     assert report["counts"]["box-empty"] == 1
     assert report["num_checked"] == 11
+    assert lint(faulty_data, "--strict")[0] == 1
+    assert cli.main(["lint", *faulty_data.arguments, "--num-samples", "11"]) == 0
     assert "box-empty" in capsys.readouterr().out
-    assert lint(faulty_data, "strict=true")[0] == 1
 
 
-def test_thresholds_are_the_jobs(user_data: UserData):
+def test_thresholds_are_the_jobs(user_data: UserData, lint):
     assert "mark-small" not in lint(user_data)[1]["counts"]
     # Nothing is as large as the picture: every mark is flagged.
     assert lint(user_data, "lint.min_mark_pixels=113")[1]["counts"]["mark-small"] == 4

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import io
-
-from rich.console import Console
-
 from vipllava.cli import main
-from vipllava.commands.machines import MODELS, machine_rows, run
+from vipllava.commands.machines import MODELS, _corpus, machine_rows
 from vipllava.config.composing import CONFIG_DIR
 
 PAGE = CONFIG_DIR.parent / "docs" / "machines.md"
 
 
-def printed(**options: object) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    values = {"model": None, "mfu": 0.4, "markdown": False}
-    assert run(argparse.Namespace(**values | options), console) == 0
-    return console.file.getvalue()
-
-
-def test_the_page_is_what_the_command_makes():
-    assert PAGE.read_text(encoding="utf-8") == printed(markdown=True)
+def test_the_pages_tables_are_what_the_command_makes(capsys):
+    assert main(["machines", "--markdown"]) == 0
+    text, tables = PAGE.read_text(encoding="utf-8").split("\n\n## ", maxsplit=1)
+    assert f"## {tables}" == capsys.readouterr().out
+    for words in (
+        f"rows of {_corpus('7b', 'pretrain', 0).longest} tokens (projector) or "
+        f"{_corpus('7b', 'finetune', 0).longest} (the others)",
+        "at an MFU of 40%",
+    ):
+        assert words in text
 
 
 def test_every_model_workload_and_machine_is_there():
@@ -42,8 +38,10 @@ def test_every_model_workload_and_machine_is_there():
     assert by_place["full", "1gpu (RTX 4090)"].strategy is None
 
 
-def test_a_table_of_one_model_at_another_mfu():
-    text = printed(model=["phi3_mini"], mfu=0.2)
+def test_a_table_of_one_model_at_another_mfu(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["machines", "--model", "phi3_mini", "--mfu", "0.2"]) == 0
+    text = capsys.readouterr().out
     assert "phi3_mini, hours at an MFU of 20%" in text
     assert "13b" not in text
     (line,) = [line for line in text.splitlines() if "projector" in line and "8xv100" in line]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from vipllava import cli
 from vipllava.commands import quickstart
 from vipllava.sample_world.build import ensure_sample_world
 from vipllava.types import VipLlavaError
@@ -21,35 +21,45 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_steps_are_the_commands_a_user_would_type(tmp_path: Path):
     steps = quickstart.plan_steps(Path("runs/q"), Path("d"), 7)
-    assert [step.part for step in steps] == [
+    assert list(steps) == [
         "sample_data", "pretrain", "finetune", "gpt4v", "regions", "vip_bench",
     ]  # fmt: skip
-    finetune = steps[2].command
-    assert Path(finetune[0]).name == "train.py"
-    assert finetune[1:] == (
-        "experiment=quickstart", "paths.runs=runs/q", "paths.data_root=d", "seed=7",
+    finetune = steps["finetune"]
+    assert finetune == (
+        "train", "experiment=quickstart", "paths.runs=runs/q", "paths.data_root=d", "seed=7",
         "stage=finetune",
     )  # fmt: skip
-    assert "checkpoint=runs/q/tiny-gpt4v/export" in steps[4].command
+    assert "checkpoint=runs/q/tiny-gpt4v/export" in steps["regions"]
 
 
 def test_a_failing_step_stops_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    steps = [quickstart.Step("broken", ("-c", "raise SystemExit(3)"))]
+    steps = {"broken": ("data", "show", "nothing")}
     monkeypatch.setattr(quickstart, "plan_steps", lambda *_: steps)
-    options = argparse.Namespace(output=tmp_path, data_root=tmp_path, seed=1)
-    with pytest.raises(VipLlavaError, match="step `broken` ended with code 3"):
-        quickstart.run(options)
+    with pytest.raises(VipLlavaError, match="step `broken` ended with code 2"):
+        quickstart.quickstart(tmp_path)
+
+
+def test_what_carries_the_photographs_may_not_be_installed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("vipllava.sample_world.build.find_spec", lambda name: None)
+    for command in ("quickstart", "sample-data"):
+        monkeypatch.setenv("VIPLLAVA_DATA", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        assert cli.main([command]) == 2
+        assert 'pip install "vipllava-lightning[sample]"' in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 QUICKSTART = """
 import sys
 from pathlib import Path
 from vipllava import cli
+from vipllava import cli
 from vipllava.commands import quickstart
 
 waiting = "import os, time; from vipllava.processes import begin; begin();"
 waiting += "print(os.getpid(), flush=True); time.sleep(600)"
-quickstart.plan_steps = lambda *_: [quickstart.Step("waiting", ("-c", waiting))]
+quickstart.plan_steps = lambda *_: {"waiting": ()}
+quickstart.PROGRAM = (sys.executable, "-c", waiting)
 sys.argv = ["vipllava", "quickstart", "--output", sys.argv[1]]
 sys.exit(cli.main())
 """

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from tests.toy_data import encode_picture, said
-from vipllava.commands import shards
+from vipllava import cli
 from vipllava.records import KINDS, kind_of
 from vipllava.shards.manifest import load_manifest
 from vipllava.shards.tars import open_shards
@@ -138,9 +136,8 @@ def put_files(root: Path, name: str) -> None:
 @pytest.mark.parametrize("name", LISTS)
 def test_the_published_lists_become_samples(tmp_path: Path, name: str):
     put_files(tmp_path, name)
-    console = Console(file=io.StringIO(), width=200)
-    where = [f"data_root={tmp_path}", f"manifests={MANIFESTS}", f"manifest={name}"]
-    assert shards.run(["build", *where, "num_workers=0"], console) == 0
+    where = [name, "--data-root", str(tmp_path), "--num-workers", "0"]
+    assert cli.main(["shards", "build", *where]) == 0
     manifest = load_manifest(name, MANIFESTS)
     chosen = [record for record in LISTS[name] if manifest.has_record(record)]
     opened = open_shards(manifest, tmp_path)
@@ -155,7 +152,7 @@ def test_the_published_lists_become_samples(tmp_path: Path, name: str):
             sample = source.sample(position, epoch)
             assert (sample.image is not None) == ("image" in record)
             assert sample.turns
-    assert shards.run(["verify", *where, "num_workers=0", "decode=true"], console) == 0
+    assert cli.main(["shards", "verify", *where, "--decode"]) == 0
 
 
 def test_no_kind_is_left_out():

@@ -93,12 +93,12 @@ def test_the_page(place, published, capsys):
         if words[0] == "sed":
             subprocess.run(shlex.join(words[:-2]) + " > " + words[-1], shell=True, check=True)
         elif words[1] == "convert":
-            here = ["published", words[3], f"vision_tower={published['vision_tower']}"]
-            assert cli.main(["convert", *here, f"feature_layers={layers}"]) == 0
+            here = ["published", words[3], "--vision-tower", published["vision_tower"]]
+            assert cli.main(["convert", *here, "--feature-layers", layers]) == 0
             assert "logits agree" in capsys.readouterr().out
         elif words[1] == "data":
             assert cli.main(words[1:]) == 1  # the tars are still missing, and how to make them said
-            assert "-> vipllava shards build manifest=my_marks" in capsys.readouterr().out
+            assert "-> vipllava shards build my_marks" in capsys.readouterr().out
         elif words[0] == "vipllava":
             assert cli.main(words[1:]) == 0, words
         else:

@@ -176,7 +176,7 @@ def test_a_stage_before_its_predecessor():
         (
             "strategy=zero2",
             "2xt4",
-            "needs deepspeed, which is not installed: pip install -e '.[deepspeed]'",
+            'needs deepspeed, which is not installed: pip install "vipllava-lightning[deepspeed]"',
         ),
         (
             "strategy=zero2 trainer.precision=32-true",
@@ -186,7 +186,7 @@ def test_a_stage_before_its_predecessor():
         (
             "trainer=1gpu machine.attn_implementation=flash_attention_2",
             "2xt4",
-            "needs flash_attn, which is not installed: pip install -e '.[flash]', or use sdpa",
+            'not installed: pip install "vipllava-lightning[flash]", or use sdpa',
         ),
         (
             "machine.attn_implementation=flash_attention_2",
@@ -243,7 +243,7 @@ def test_a_stage_before_its_predecessor():
         (
             "stage=finetune tuning=qlora",
             "laptop",
-            "needs bitsandbytes, which is not installed: pip install -e '.[quant]'",
+            'needs bitsandbytes, which is not installed: pip install "vipllava-lightning[quant]"',
         ),
         ("machine.compile=true", "8xa100", "pass data=packed, whose rows have one length"),
         (
@@ -259,7 +259,7 @@ def test_a_stage_before_its_predecessor():
         ("stage.gradient_checkpointing=some", "8xa100", "expected auto, true, false or how many"),
         ("tuning=lora", "8xa100", "which stage=pretrain leaves frozen; use tuning=full"),
         ("logger=wandb", "laptop", "logger=wandb needs wandb, which is not installed"),
-        ("logger=tensorboard", "laptop", "pip install -e '.[tensorboard]'"),
+        ("logger=tensorboard", "laptop", 'pip install "vipllava-lightning[tensorboard]"'),
     ],
 )
 def test_machine_and_combinations(

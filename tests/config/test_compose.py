@@ -211,6 +211,7 @@ def documented_jobs() -> list[str]:
         if page.is_file():
             text = page.read_text(encoding="utf-8").replace("\\\n", " ")
             jobs += re.findall(r"python ((?:train|evaluate)\.py[^\n`#]*)", text)
+            jobs += re.findall(r"vipllava ((?:train|evaluate) [a-z][^\n`#.]*)[\n`#]", text)
     return jobs
 
 

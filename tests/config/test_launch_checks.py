@@ -72,7 +72,7 @@ def test_a_rank_that_nobody_gave_is_refused(setenv, name: str, value: str):
     setenv({name: value})
     (found,) = problems()
     assert found.startswith(f"{name}={value}: set, and no launcher has started this process")
-    assert f"`env -u {name} python train.py ...`" in found
+    assert f"`env -u {name} vipllava train ...`" in found
     assert of_one_process() == [found]
 
 
@@ -80,7 +80,7 @@ def test_what_an_image_left_over_is_one_problem_with_one_command(setenv):
     setenv({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0"})
     (found,) = problems(devices=8)
     assert found.startswith("RANK=0, LOCAL_RANK=0, WORLD_SIZE=8: set, and ")
-    assert "`env -u RANK -u LOCAL_RANK -u WORLD_SIZE python train.py ...`" in found
+    assert "`env -u RANK -u LOCAL_RANK -u WORLD_SIZE vipllava train ...`" in found
 
 
 def test_the_processes_that_lightning_starts_itself_are_not_refused(setenv, monkeypatch):
@@ -125,7 +125,7 @@ def test_the_processes_that_lightning_starts_itself_are_not_refused(setenv, monk
         ({"LSB_JOBID": "1", "LSB_DJOB_RANKFILE": "/r"}, 1, ""),
         ({"OMPI_COMM_WORLD_SIZE": "8"}, 1, "use torchrun or srun"),
         ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, 1, ""),
-        ({"PMI_SIZE": "8"}, 1, "`env -u PMI_SIZE -u PMI_RANK python train.py ...`"),
+        ({"PMI_SIZE": "8"}, 1, "`env -u PMI_SIZE -u PMI_RANK vipllava train ...`"),
         (BY_HAND, 2, ""),
         (BY_HAND | {"WORLD_SIZE": "16"}, 2, ""),
         (BY_HAND | {"WORLD_SIZE": "8"}, 2, "WORLD_SIZE=8: set, and no launcher"),

@@ -216,6 +216,10 @@ def test_without_slurm_the_launcher_says_what_is_missing(tmp_path: Path):
     run = start(tmp_path, "seed=1", launcher="slurm")
     errors = run.communicate(timeout=120)[1]
     assert run.returncode == 2
-    missing = "there is no `srun` here" if find_spec("submitit") else "pip install -e '.[slurm]'"
+    missing = (
+        "there is no `srun` here"
+        if find_spec("submitit")
+        else 'pip install "vipllava-lightning[slurm]"'
+    )
     assert missing in errors
     assert "Traceback" not in errors

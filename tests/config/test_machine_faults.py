@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from vipllava import cli
+from vipllava.commands import doctor_facts
 from vipllava.config import machine_faults
 from vipllava.config.log_file import LogFile
 from vipllava.config.machine_faults import explain_fault
@@ -140,12 +141,11 @@ def test_a_log_that_finds_no_room_raises(tmp_path: Path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")  # noqa: PTH110
 def test_commands_say_it_too(capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path):
-    def full(options: object) -> int:
+    def full(network: bool) -> None:
         with open("/dev/full", "w", encoding="utf-8") as file:  # noqa: PTH123
             file.write("x")
-        return 0
 
-    monkeypatch.setattr(cli, "_doctor", full)
+    monkeypatch.setattr(doctor_facts, "look", full)
     assert cli.main(["doctor"]) == 2
     assert "no space is left on the device" in capsys.readouterr().err
 

@@ -86,7 +86,7 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path: Path):
 
 def test_the_command_of_a_job_leaves_the_sweeps_own_overrides_out():
     command = job_command(
-        "/repo/train.py",
+        ["python", "-m", "vipllava.cli", "train"],
         ["stage.learning_rate=0.1", "data.mix={a: {epochs: 1}}"],
         [
             "hydra.mode=MULTIRUN",
@@ -99,8 +99,10 @@ def test_the_command_of_a_job_leaves_the_sweeps_own_overrides_out():
         "/runs/it's/a=1,b=2",
     )
     assert command == [
-        sys.executable,
-        "/repo/train.py",
+        "python",
+        "-m",
+        "vipllava.cli",
+        "train",
         "stage.learning_rate=0.1",
         "data.mix={a: {epochs: 1}}",
         "hydra.verbose=true",
@@ -124,7 +126,7 @@ def test_folders_are_named_by_what_is_swept():
 def test_the_folder_survives_the_command_line():
     register_resolvers()
     folder = "/runs/it's/a=1,b={c: [d, e]}"
-    override = job_command("train.py", [], [], folder)[-1]
+    override = job_command(["python", "train.py"], [], [], folder)[-1]
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         cfg = compose("train", [override], return_hydra_config=True)
     assert cfg.hydra.run.dir == folder

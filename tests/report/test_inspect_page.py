@@ -35,7 +35,7 @@ JOB = JobSummary(
     max_length=2048,
     seed=42,
     chosen="the first that training meets",
-    command="vipllava inspect data=toys n=3",
+    command="vipllava inspect --data toys --num-samples 3",
 )
 REFUSED = RefusedSample("bad&1", "toys<1>", "b.tar", "box [9, 1, 2, 3] of <region> 1 is reversed")
 
@@ -234,7 +234,7 @@ def test_counts_and_places(reader: Reader, samples: list[InspectedSample | Refus
         "56 \u00d7 56 px = 3 tokens",
         "pad: padded to a square, then resized",
         "42, 0",
-        "vipllava inspect data=toys n=3",
+        "vipllava inspect --data toys --num-samples 3",
     ):
         assert text in facts
 

@@ -1,6 +1,6 @@
 """The pages as a browser shows them: nothing sticks out, all is readable, in light and dark.
 
-Needs Playwright (`pip install -e '.[browser]'`) and the system's Chromium; skipped without.
+Needs Playwright (the extra `browser`) and the system's Chromium; skipped without.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def browser() -> Generator[Any]:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        pytest.skip("Playwright is missing: pip install -e '.[browser]'")
+        pytest.skip('Playwright is missing: pip install "vipllava-lightning[browser]"')
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         pytest.skip("no Chromium is installed: apt-get install chromium (Debian), or Chrome")
@@ -124,7 +124,7 @@ def inspect_page(
         dataset="toys", num_samples=12000, stage="finetune", model="tiny",
         chat_template="llava_v1", image_aspect="pad", image_size=SIDE, image_seq_length=3,
         max_length=900, seed=42, chosen="the first that training meets",
-        command="vipllava inspect data=/data/" + "manifest_" * 12 + "toys.yaml n=14",
+        command="vipllava inspect --data /data/" + "manifest_" * 12 + "toys.yaml --num-samples 14",
     )  # fmt: skip
     write_inspect_page(path, job, shown)
     return path

@@ -20,6 +20,7 @@ from tests.conftest import byte_tokenizer
 from tests.models.test_real_sizes import CLIP, LANGUAGE_MODELS
 from tests.toy_data import toy_samples
 from vipllava.commands.preflight import preflight
+from vipllava.commands.train import train
 from vipllava.config import hardware
 from vipllava.config.checks import check_plan_config
 from vipllava.config.composing import compose_job
@@ -257,7 +258,7 @@ def test_lint_errors_are_problems_and_its_warnings_are_notes(tiny, tmp_path):
     write_shards(samples, tmp_path / "toy", prefix="cut", max_samples=10)
     report = examine(job([*tiny, "stage=pretrain", "lint.min_mark_pixels=1000"]))
     (problem,) = report.problems
-    assert "lint of 10 samples of toy: 1 image-corrupt; `vipllava lint data=toy`" in problem
+    assert "lint of 10 samples of toy: 1 image-corrupt; `vipllava lint --data toy`" in problem
     assert any("mark-small" in note for note in report.notes)
 
 
@@ -422,8 +423,6 @@ def test_how_many_blocks_are_recomputed(real, overrides, recomputed):
 
 
 def test_the_entry_point_stops_behind_it(tiny, tmp_path, capsys):
-    import train
-
-    train.train(job([*tiny, "stage=pretrain"]))
+    train(job([*tiny, "stage=pretrain"]))
     assert "nothing stands in the way" in capsys.readouterr().out
     assert not Path(tmp_path / "runs").exists()

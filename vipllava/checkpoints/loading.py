@@ -361,7 +361,7 @@ def _open_adapter(source: str, path: Path, base: str | None, **options: Any) -> 
     if under.adapter is not None:
         raise CheckpointError(
             f"base={base!r} of the adapter {source} is an adapter itself: merge it first with "
-            f"`vipllava convert {base} FOLDER format=lora-merged`"
+            f"`vipllava convert {base} FOLDER --format lora-merged`"
         )
     meta = load_meta(path) if (path / META_NAME).is_file() else under.meta
     return replace(under, kind="lora", path=source, meta=meta, adapter=path)

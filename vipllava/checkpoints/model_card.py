@@ -186,7 +186,7 @@ def _usage(config: VipLlavaConfig, format: CardFormat, base: str) -> str:
             f"from transformers import {model_class}\n\n"
             f'base = {model_class}.from_pretrained("{_named(base)}"{trust})\n'
             'model = PeftModel.from_pretrained(base, "FOLDER")\n'
-            "```\n\nAs one model: `vipllava convert FOLDER MERGED format=lora-merged`."
+            "```\n\nAs one model: `vipllava convert FOLDER MERGED --format lora-merged`."
         )
     elif format == "projector":
         code = "To train from it: `python train.py stage=finetune stage.checkpoint=FOLDER`."

@@ -153,7 +153,7 @@ def _read_deepspeed(path: Path) -> Mapping[str, torch.Tensor]:
     except ImportError as error:
         raise CheckpointError(
             f"{path} is a checkpoint of DeepSpeed, which is not installed: "
-            "pip install -e '.[deepspeed]'"
+            'pip install "vipllava-lightning[deepspeed]"'
         ) from error
     read = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint
     # Lightning keeps DeepSpeed's files under a tag of this name and may leave out `latest`.

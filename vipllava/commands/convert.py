@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Annotated, Literal
 
-from vipllava.commands.settings import Setting, describe_settings, read_settings
+import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-_FORMATS: Final = ("hf", "llava", "projector", "lora-merged", "llava-lora")
-
-
-def _one_of(*names: str) -> Any:
-    def read(text: str) -> str:
-        if text not in names:
-            raise ValueError(f"expected one of {', '.join(names)}")
-        return text
-
-    return read
+from vipllava.commands.output import say
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -35,76 +23,75 @@ def _repository(text: str) -> str:
     return text
 
 
-_SETTINGS: Final = (
-    Setting(
-        "format",
-        _one_of(*_FORMATS),
-        "hf",
-        "hf (default), llava (the original), projector, lora-merged, or llava-lora (the "
-        "original's adapter folder)",
-    ),
-    Setting(
-        "vision_tower",
+def convert(
+    source: Annotated[
         str,
-        None,
-        "folder or id where SRC lacks one (default: openai/clip-vit-large-patch14-336)",
-    ),
-    Setting(
-        "base",
-        str,
-        None,
-        "folder or id under SRC: the language model of a projector or an original LoRA, "
-        "the VipLlava of an adapter folder or a training checkpoint",
-    ),
-    Setting("chat_template", str, None, "where SRC does not say (default: by its role tokens)"),
-    Setting("feature_layers", _layers, None, "tower layers, where SRC does not say"),
-    Setting(
-        "dtype",
-        _one_of("auto", "float32", "bfloat16", "float16"),
-        "auto",
-        "of the written weights (default: as in SRC)",
-    ),
-    Setting("device", str, "cpu", "where the answers are compared: cpu (default), auto, cuda, mps"),
-    Setting("push_to_hub", _repository, None, "OWNER/NAME to upload the result to (private)"),
-)
+        typer.Argument(
+            metavar="SRC",
+            help="Folder, file or Hugging Face id: a VipLlava in the Hugging Face or the original "
+            "format, mm_projector.bin, an adapter folder, a training checkpoint.",
+        ),
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="A new folder.")],
+    format: Annotated[
+        Literal["hf", "llava", "projector", "lora-merged", "llava-lora"],
+        typer.Option(
+            help="hf: Hugging Face; llava: the original; llava-lora: the original's adapter folder."
+        ),
+    ] = "hf",
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(
+            help="CLIP folder or id where SRC lacks one.",
+            show_default="openai/clip-vit-large-patch14-336",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or id under SRC: the language model of a projector or an original LoRA, "
+            "the VipLlava of an adapter folder or a training checkpoint."
+        ),
+    ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="Where SRC does not say.", show_default="by its role tokens"),
+    ] = None,
+    feature_layers: Annotated[
+        tuple | None,
+        typer.Option(parser=_layers, metavar="N,N,...", help="Tower layers, if SRC does not say."),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of the written weights; auto: as in SRC."),
+    ] = "auto",
+    device: Annotated[
+        str, typer.Option(help="Where answers are compared: cpu, auto, cuda, mps.")
+    ] = "cpu",
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(parser=_repository, metavar="OWNER/NAME", help="Upload the result, private."),
+    ] = None,
+) -> None:
+    """Convert one checkpoint format to another.
 
-
-def run(words: Sequence[str], console: Console | None = None) -> int:
-    """Convert, prove, report, and upload if asked to.
-
-    Args:
-        words: the command line after ``convert``.
-        console: where the report goes; the standard output if None.
-
-    Raises:
-        VipLlavaError: arguments, source or destination cannot be used; nothing was changed.
+    The result is opened again and must answer as SRC does, or it is not kept.
     """
-    from rich.console import Console as MakeConsole
-
-    console = console or MakeConsole()
-    if not words or words[0] in ("-h", "--help", "help"):
-        console.print(_help(), highlight=False, markup=False, soft_wrap=True)
-        return 0
-    values = read_settings(words, _SETTINGS, positional=("SRC", "DST"))
-    from vipllava.checkpoints.convert import convert
+    from vipllava.checkpoints import convert as conversion
     from vipllava.inference.devices import resolve_device
     from vipllava.models.hub_models import draw_bars_on_terminals_only
 
     draw_bars_on_terminals_only()
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    done = convert(
-        values["SRC"],
-        values["DST"],
-        format=values["format"],
-        vision_tower=values["vision_tower"],
-        base=values["base"],
-        chat_template=values["chat_template"],
-        feature_layers=values["feature_layers"],
-        dtype=values["dtype"],
-        device=resolve_device(values["device"]),
+    done = conversion.convert(
+        source,
+        destination,
+        format=format,
+        vision_tower=vision_tower,
+        base=base,
+        chat_template=chat_template,
+        feature_layers=feature_layers,
+        dtype=dtype,
+        device=resolve_device(device),
         on_step=say,
     )
     same = done.agreement
@@ -112,18 +99,7 @@ def run(words: Sequence[str], console: Console | None = None) -> int:
         f"{done.destination} ({done.format}, {done.dtype}): {same.num_logits} logits agree, "
         f"greatest difference {same.difference:.3g} of a spread of {same.spread:.3g}"
     )
-    if values["push_to_hub"]:
+    if push_to_hub:
         from vipllava.checkpoints.hub_upload import upload
 
-        say(f"uploaded to {upload(done.destination, values['push_to_hub'])}")
-    return 0
-
-
-def _help() -> str:
-    return (
-        "usage: vipllava convert SRC DST [NAME=VALUE ...]\n\n"
-        "SRC is a folder, a file or a Hugging Face id: a VipLlava in the Hugging Face or the\n"
-        "original format, mm_projector.bin, an adapter folder, a training checkpoint. DST is a\n"
-        "new folder. The result is opened again and must answer as SRC does, or it is not kept.\n"
-        "\n" + describe_settings(_SETTINGS)
-    )
+        say(f"uploaded to {upload(done.destination, push_to_hub)}")

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
-from vipllava.commands.settings import (
-    Setting,
-    count,
-    count_or_all,
-    data_root_setting,
-    describe_settings,
-    manifests_setting,
-    read_settings,
-    switch,
-    words_of,
-)
+import typer
+
+from vipllava.commands.options import DataRoot, Json, Manifests, Name, count_or_all
+from vipllava.commands.output import facts_table, print_json, print_table, say
 from vipllava.types import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from vipllava.ingest.check.availability import Availability
     from vipllava.ingest.fetch.fetching import Outcome
@@ -45,70 +35,150 @@ _COLOURS: Final = {
 }
 
 
-def run(words: Sequence[str], console: Console | None = None) -> int:
-    """Run ``list``, ``show``, ``check`` or ``fetch``.
+class Part(StrEnum):
+    """What ``check`` looks at: ``availability.PARTS``, which is slow to import."""
 
-    Args:
-        words: the command line after ``data``.
-        console: where tables go; the standard output if None.
-
-    Returns:
-        0, or 1 if something is missing, damaged or could not be fetched.
-
-    Raises:
-        VipLlavaError: arguments, manifest or data root cannot be used.
-    """
-    from rich.console import Console as MakeConsole
-
-    console = console or MakeConsole()
-    if not words or words[0] in ("-h", "--help", "help"):
-        console.print(_help(), highlight=False, markup=False, soft_wrap=True)
-        return 0
-    if words[0] not in _ACTIONS:
-        raise ConfigError(f"data {words[0]}: no such command; known: {', '.join(_ACTIONS)}")
-    action, settings, positional = _ACTIONS[words[0]]
-    if {"-h", "--help"} & set(words[1:]):
-        console.print(_help(words[0]), highlight=False, markup=False, soft_wrap=True)
-        return 0
-    return action(read_settings(words[1:], settings(), positional=positional), console)
+    ANNOTATIONS = "annotations"
+    PICTURES = "pictures"
+    SHARDS = "shards"
 
 
-def _help(only: str | None = None) -> str:
-    abouts = {
-        "list": "the data sets and benchmarks, and which are here",
-        "show": "what a manifest says: parts, sources, licences",
-        "check": "what of a data set is here, missing or unreadable (exit code 1)",
-        "fetch": "download what is public, resumable; says what must be asked for by a form",
-    }
-    lines: list[str] = []
-    for name, (_, settings, positional) in _ACTIONS.items():
-        if only in (None, name):
-            words = " ".join(("vipllava data", name, *positional, "[NAME=VALUE ...]"))
-            lines += [f"{words}\n  {abouts[name]}", describe_settings(settings()), ""]
-    return "\n".join(lines).rstrip()
+app = typer.Typer(no_args_is_help=True)
 
 
-def _list(values: dict[str, Any], console: Console) -> int:
+@app.command("list")
+def list_data(manifests: Manifests, data_root: DataRoot = "data", as_json: Json = False) -> None:
+    """List data sets and benchmarks, and which of them are here."""
+
     from vipllava.shards.manifest import ManifestError, list_manifests, load_manifest
 
-    folder, root = values["manifests"], values["data_root"]
     rows: list[dict[str, str]] = []
     problems: list[str] = []
-    for name in list_manifests(folder):
+    for name in list_manifests(manifests):
         try:
-            manifest = load_manifest(name, folder)
+            manifest = load_manifest(name, manifests)
         except ManifestError as error:  # one bad file does not hide the others
             problems.append(str(error))
         else:
-            rows.append({**_summary(manifest), "here": _here(manifest, root)})
+            rows.append({**_summary(manifest), "here": _here(manifest, data_root)})
     if not rows and not problems:
-        raise ConfigError(f"manifests={folder} holds no manifests; name their folder")
-    if not _write_json(values["json"], {"data_root": root, "manifests": rows}):
-        headers = ("name", "stage", "records", "samples", f"in {root}")
-        console.print(_table("", headers, [tuple(row.values()) for row in rows]))
+        raise ConfigError(f"--manifests {manifests} holds no manifests; name their folder")
+    if as_json:
+        print_json({"data_root": data_root, "manifests": rows})
+    else:
+        headers = ("name", "stage", "records", "samples", f"in {data_root}")
+        print_table(_table("", headers, [tuple(row.values()) for row in rows]))
     if problems:
         raise ManifestError("\n".join(problems))
-    return 0
+
+
+@app.command()
+def show(name: Name, manifests: Manifests, as_json: Json = False) -> None:
+    """Show what a manifest says: parts, sources, licences."""
+
+    from vipllava.shards.manifest import load_manifest
+
+    manifest = load_manifest(name, manifests)
+    if as_json:
+        print_json(asdict(manifest))
+        return
+    print_table(facts_table(_facts(manifest), manifest.name, indent=2))
+    for source in manifest.sources:
+        print_table(facts_table(_source_facts(source), f"from {source.name}", indent=2))
+
+
+@app.command()
+def check(
+    name: Name,
+    manifests: Manifests,
+    data_root: DataRoot = "data",
+    as_json: Json = False,
+    parts: Annotated[
+        list[Part] | None, typer.Option("--part", help="Only this one; may be repeated.")
+    ] = None,
+    pictures: Annotated[
+        int | None,
+        typer.Option(
+            parser=count_or_all, metavar="N|all", help="How many pictures to look at and decode."
+        ),
+    ] = 1000,
+    num_workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 4,
+) -> int:
+    """Check what is here, missing or unreadable.
+
+    Exit code 1 if not all is well.
+    """
+
+    from vipllava.commands.progress_bars import ProgressBars
+    from vipllava.ingest.check.availability import PARTS, check_data
+    from vipllava.shards.manifest import load_manifest
+
+    with ProgressBars() as bars:
+        found = check_data(
+            load_manifest(name, manifests),
+            data_root,
+            parts=parts or PARTS,
+            num_pictures=pictures,
+            num_workers=num_workers,
+            tell=bars,
+        )
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_table(_findings_table(found))
+        for remedy in dict.fromkeys(finding.remedy for finding in found.findings):
+            if remedy:
+                say(f"-> {remedy}")
+    return 0 if found.ok else EXIT_INCOMPLETE
+
+
+@app.command()
+def fetch(
+    name: Name,
+    manifests: Manifests,
+    data_root: DataRoot = "data",
+    as_json: Json = False,
+    keep_archives: Annotated[
+        bool, typer.Option("--keep-archives", help="Leave archives in downloads/.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Fetch what is here, too.")] = False,
+    num_workers: Annotated[
+        int, typer.Option(min=1, help="Downloads of single pictures at a time.")
+    ] = 8,
+) -> int:
+    """Download what is public; say what must be asked for.
+
+    Run it again to go on after a break.
+    """
+    from vipllava.commands.progress_bars import ProgressBars
+    from vipllava.ingest.fetch.fetching import FetchOptions, fetch_data
+    from vipllava.shards.manifest import load_manifest
+
+    manifest = load_manifest(name, manifests)
+    if manifest.made_by == "sample_world":
+        from vipllava.sample_world.build import ensure_sample_world
+
+        say(f"{manifest.name} is made, not fetched: {ensure_sample_world(Path(data_root))}")
+        return 0
+    if not manifest.sources:
+        raise ConfigError(f"`{manifest.name}` names no sources; add them to its manifest")
+    options = FetchOptions(keep_archives, again, num_workers)
+    with ProgressBars() as bars:
+        outcomes = fetch_data(manifest, data_root, options, tell=bars)
+    ok = all(outcome.ok for outcome in outcomes)
+    if as_json:
+        print_json(
+            {
+                "schema_version": 1,
+                "manifest": manifest.name,
+                "data_root": data_root,
+                "outcomes": [asdict(outcome) for outcome in outcomes],
+                "ok": ok,
+            }
+        )
+    else:
+        _print_outcomes(manifest, outcomes)
+    return 0 if ok else EXIT_INCOMPLETE
 
 
 def _summary(manifest: Manifest) -> dict[str, str]:
@@ -136,25 +206,6 @@ def _here(manifest: Manifest, data_root: str) -> str:
     present, absent = find_tars(manifest, Path(data_root))
     some = f"{len(present)} of {len(present) + len(absent)} tars" if absent else ""
     return "-" if not present else some or f"{len(present)} tars"
-
-
-def _show(values: dict[str, Any], console: Console) -> int:
-    from rich.table import Table
-
-    manifest = _load(values)
-    if _write_json(values["json"], asdict(manifest)):
-        return 0
-    blocks = [(manifest.name, _facts(manifest))]
-    blocks += [(f"from {source.name}", _source_facts(source)) for source in manifest.sources]
-    for title, facts in blocks:
-        console.print(_plain(title, style="bold"))
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in facts:
-            table.add_row(name, _plain(value))
-        console.print(table)
-    return 0
 
 
 def _source_facts(source: Source) -> list[tuple[str, str]]:
@@ -192,79 +243,31 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value]
 
 
-def _check(values: dict[str, Any], console: Console) -> int:
-    from vipllava.commands.progress_bars import ProgressBars
-    from vipllava.ingest.check.availability import check_data
-
-    manifest = _load(values)
-    with ProgressBars() as bars:
-        found = check_data(
-            manifest,
-            values["data_root"],
-            parts=values["parts"],
-            num_pictures=values["pictures"],
-            num_workers=values["num_workers"],
-            tell=bars,
-        )
-    if not _write_json(values["json"], found.to_json()):
-        _print_availability(found, console)
-    return 0 if found.ok else EXIT_INCOMPLETE
-
-
-def _print_availability(found: Availability, console: Console) -> None:
+def _findings_table(found: Availability) -> Table:
     rows: list[tuple[str, ...]] = []
     for finding in found.findings:
         lines = [finding.detail, *(f"- {example}" for example in finding.examples[:5])]
         if len(finding.examples) > 5:
-            lines.append("- and more: json=FILE lists them")
+            lines.append("- and more: --json lists them")
         rows.append((finding.part, finding.name, finding.status, "\n".join(lines)))
     title = f"{found.manifest} in {found.data_root}"
-    console.print(_table(title, ("part", "name", "status", "found"), rows))
-    for remedy in dict.fromkeys(finding.remedy for finding in found.findings if finding.remedy):
-        console.print(_plain(f"-> {remedy}"))
+    return _table(title, ("part", "name", "status", "found"), rows)
 
 
-def _fetch(values: dict[str, Any], console: Console) -> int:
-    from vipllava.commands.progress_bars import ProgressBars
-    from vipllava.ingest.fetch.fetching import FetchOptions, fetch_data
+def _print_outcomes(manifest: Manifest, outcomes: Sequence[Outcome]) -> None:
 
-    manifest = _load(values)
-    if manifest.made_by == "sample_world":
-        from vipllava.sample_world.build import ensure_sample_world
-
-        place = ensure_sample_world(Path(values["data_root"]))
-        console.print(_plain(f"{manifest.name} is made, not fetched: {place}"))
-        return 0
-    if not manifest.sources:
-        raise ConfigError(f"`{manifest.name}` names no sources; add them to its manifest")
-    options = FetchOptions(values["keep_archives"], values["again"], values["num_workers"])
-    with ProgressBars() as bars:
-        outcomes = fetch_data(manifest, values["data_root"], options, tell=bars)
-    ok = all(outcome.ok for outcome in outcomes)
-    report = {
-        "schema_version": 1,
-        "manifest": manifest.name,
-        "data_root": values["data_root"],
-        "outcomes": [asdict(outcome) for outcome in outcomes],
-        "ok": ok,
-    }
-    if not _write_json(values["json"], report):
-        _print_outcomes(manifest, outcomes, console)
-    return 0 if ok else EXIT_INCOMPLETE
-
-
-def _print_outcomes(manifest: Manifest, outcomes: Sequence[Outcome], console: Console) -> None:
     rows = [(o.source, o.part, o.place, o.status, o.detail if o.ok else "") for o in outcomes]
     headers = ("source", "part", "place", "status", "found")
-    console.print(_table(manifest.name, headers, rows))
+    print_table(_table(manifest.name, headers, rows))
     for outcome in outcomes:
         if not outcome.ok:
-            console.print(_plain(f"{outcome.source}, {outcome.part}: {outcome.detail}"))
-    console.print(_plain(f"licence: {manifest.licence}"))
+            say(f"{outcome.source}, {outcome.part}: {outcome.detail}")
+    say(f"licence: {manifest.licence}")
 
 
 def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title or None)
     for header in headers:
@@ -272,78 +275,8 @@ def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) ->
     for row in rows:
         table.add_row(
             *(
-                _plain(cell, style=_COLOURS[cell] if header == "status" else "")
+                Text(cell, style=_COLOURS[cell] if header == "status" else "")
                 for header, cell in zip(headers, row, strict=True)
             )
         )
     return table
-
-
-def _plain(text: str, style: str = "") -> Text:
-    from rich.text import Text
-
-    return Text(text, style=style)  # a text in brackets is no markup
-
-
-def _load(values: dict[str, Any]) -> Manifest:
-    from vipllava.shards.manifest import load_manifest
-
-    return load_manifest(values["NAME"], values["manifests"])
-
-
-def _write_json(place: str | None, content: object) -> bool:
-    """Write what a table would show; returns whether that replaces the table."""
-    if place is None:
-        return False
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    if place == "-":
-        sys.stdout.write(text)
-        return True
-    try:
-        Path(place).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"json={place} cannot be written: {error.strerror or error}") from error
-    return False
-
-
-def _common() -> list[Setting]:
-    json_setting = Setting(
-        "json", str, None, "file for the same as JSON; - writes it instead of the table"
-    )
-    return [data_root_setting(), manifests_setting(), json_setting]
-
-
-def _check_settings() -> list[Setting]:
-    from vipllava.ingest.check.availability import NUM_PICTURES, PARTS
-
-    return [
-        *_common(),
-        Setting("parts", words_of, PARTS, f"any of {','.join(PARTS)} (default: all)"),
-        Setting(
-            "pictures",
-            count_or_all,
-            NUM_PICTURES,
-            f"how many to look at and decode, or all (default: {NUM_PICTURES})",
-        ),
-        Setting("num_workers", count, 4, "threads (default: 4)"),
-    ]
-
-
-def _fetch_settings() -> list[Setting]:
-    return [
-        *_common(),
-        Setting("keep_archives", switch, False, "leave archives in downloads/ (default: false)"),
-        Setting("again", switch, False, "fetch anew what is there (default: false)"),
-        Setting("num_workers", count, 8, "downloads of single pictures at a time (default: 8)"),
-    ]
-
-
-_Action = tuple[
-    Callable[[dict[str, Any], "Console"], int], Callable[[], list[Setting]], tuple[str, ...]
-]
-_ACTIONS: Final[dict[str, _Action]] = {
-    "list": (_list, _common, ()),
-    "show": (_show, _common, ("NAME",)),
-    "check": (_check, _check_settings, ("NAME",)),
-    "fetch": (_fetch, _fetch_settings, ("NAME",)),
-}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from vipllava.commands.options import Json
+from vipllava.commands.output import print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,31 +22,31 @@ _STYLES: Final = {"ok": "", "warning": "yellow", "problem": "bold red"}
 _PIPED_WIDTH: Final = 160
 
 
-def run(options: argparse.Namespace, console: Console | None = None) -> int:
-    """Look at this machine and print what was found.
+def doctor(
+    as_json: Json = False,
+    no_network: Annotated[
+        bool, typer.Option("--no-network", help="Do not let two processes talk to each other.")
+    ] = False,
+) -> int:
+    """Say what this machine has and lacks.
 
-    Args:
-        options: ``json`` and ``no_network`` of the command line.
-        console: where tables go; the standard output if not given.
-
-    Returns:
-        1 if something is a problem, else 0; warnings are none.
+    Versions, devices, kernels, network, disk, extras: for a new machine, and for a bug report.
+    Exit code 1 if something is wrong.
     """
-    from rich.console import Console as MakeConsole
+    from rich.console import Console
 
     from vipllava.commands.doctor_facts import look
     from vipllava.commands.doctor_sections import sections
 
-    found = sections(look(network=not options.no_network))
-    console = console or MakeConsole(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
-    if options.json:
-        console.out(json.dumps(as_json(found), indent=1), highlight=False)
+    found = sections(look(network=not no_network))
+    if as_json:
+        print_json(as_values(found))
     else:
-        print_sections(found, console)
+        print_sections(found, Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH))
     return EXIT_PROBLEM if _rows_with("problem", found) else 0
 
 
-def as_json(found: Sequence[Section]) -> dict[str, Any]:
+def as_values(found: Sequence[Section]) -> dict[str, Any]:
     """Return the sections as plain values, with the worst status of all."""
     worst = next((s for s in ("problem", "warning") if _rows_with(s, found)), "ok")
     return {

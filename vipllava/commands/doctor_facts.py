@@ -11,7 +11,6 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -235,16 +234,13 @@ def project_requirements() -> dict[str, tuple[Requirement, ...]]:
         metadata = importlib.metadata.metadata(PROJECT)
     except importlib.metadata.PackageNotFoundError:
         return {}  # a copy of the package alone
-    found: dict[str, list[Requirement]] = {"": []}
-    for extra in metadata.get_all("Provides-Extra") or ():
-        found[extra] = []
-    for line in metadata.get_all("Requires-Dist") or ():
-        requirement = Requirement(line)
+    found: dict[str, list[Requirement]] = {
+        extra: [] for extra in ("", *metadata.get_all("Provides-Extra", []))
+    }
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist", [])):
         marker, requirement.marker = requirement.marker, None
-        for extra, group in found.items():
-            if marker is None or (extra and marker.evaluate({"extra": extra})):
-                group.append(requirement)
-                break
+        wanted_by = [e for e in found if marker is not None and marker.evaluate({"extra": e})]
+        found[wanted_by[0] if wanted_by else ""].append(requirement)
     return {extra: tuple(group) for extra, group in found.items()}
 
 
@@ -284,23 +280,21 @@ def look_at_network(num_cuda: int, *, try_it: bool) -> Network:
 def look_at_disk() -> Disk:
     """Look at the folders that the configuration names, the temporary one, and shared memory."""
     from vipllava.config.composing import compose_job
-    from vipllava.types import ConfigError
 
-    folders: dict[str, str] = {}
-    with suppress(ConfigError):  # installed without a checkout there is nothing to run either
-        paths = compose_job(["trainer=cpu"]).paths
-        folders = {"runs": paths.runs, "data": paths.data_root, "shard cache": paths.cache}
-    folders["hub cache"] = os.environ.get("HF_HOME") or str(_cache() / "huggingface")
-    folders["temporary"] = tempfile.gettempdir()
+    paths = compose_job(["trainer=cpu"]).paths
+    named = os.environ.get("XDG_CACHE_HOME")
+    cache = Path(named) if named else (find_home() or Path("~")) / ".cache"
+    folders: dict[str, str] = {
+        "runs": paths.runs,
+        "data": paths.data_root,
+        "shard cache": paths.cache,
+        "hub cache": os.environ.get("HF_HOME") or str(cache / "huggingface"),
+        "temporary": tempfile.gettempdir(),
+    }
     return Disk(
         tuple(look_at_place(name, Path(path)) for name, path in folders.items()),
         shutil.disk_usage(SHM).total if SHM.is_dir() else None,
     )
-
-
-def _cache() -> Path:
-    named = os.environ.get("XDG_CACHE_HOME")
-    return Path(named) if named else (find_home() or Path("~")) / ".cache"
 
 
 def look_at_place(name: str, path: Path) -> Place:

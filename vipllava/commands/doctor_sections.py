@@ -11,8 +11,10 @@ from vipllava.commands.doctor_facts import (
     Facts,
     Network,
     Packages,
+    Place,
     Surroundings,
 )
+from vipllava.commands.network_probe import Probe
 from vipllava.config.attention import FALLBACK, attention_candidates, choose_attention
 from vipllava.config.hardware import SHM_REMEDY, CudaDevice, Hardware
 from vipllava.config.launch_checks import unset_command
@@ -90,15 +92,9 @@ def versions(packages: Packages) -> Section:
     for name, version in packages.versions.items():
         build = f"CUDA {packages.torch_cuda}" if packages.torch_cuda else "CPU build"
         shown = f"{version} ({build})" if name == "torch" else version
-        if name in packages.import_errors:
-            rows.append(
-                Row(
-                    name,
-                    f"{shown}: cannot be imported: {packages.import_errors[name]}",
-                    "problem",
-                    f"pip install --force-reinstall {name}, in a virtual environment of its own",
-                )
-            )
+        remedy = f"pip install --force-reinstall {name}, in a virtual environment of its own"
+        if error := packages.import_errors.get(name):
+            rows.append(Row(name, f"{shown}: cannot be imported: {error}", "problem", remedy))
         else:
             rows.append(Row(name, shown))
     for requirement, version in packages.unfit.items():
@@ -110,12 +106,10 @@ def versions(packages: Packages) -> Section:
 def devices(found: Devices, packages: Packages) -> Section:
     """Devices, their free memory, and whether torch and the driver fit each other."""
     machine = found.hardware
-    rows = [
-        _device_row(n, device, free)
-        for n, (device, free) in enumerate(zip(machine.cuda, found.free_gib, strict=True))
-    ]
+    pairs = enumerate(zip(machine.cuda, found.free_gib, strict=True))
+    rows = [_device_row(number, device, free) for number, (device, free) in pairs]
     if not machine.cuda:
-        rows.append(_without_cuda(found, packages))
+        rows.append(_without_cuda(found.driver, packages.torch_cuda))
     if machine.mps:
         rows.append(Row("mps", "Apple's Metal backend"))
     bf16 = "bf16 in hardware" if machine.cpu_bf16 else "no bf16 in hardware"
@@ -129,86 +123,57 @@ def _device_row(number: int, device: CudaDevice, free: float) -> Row:
         f"{device.name}, {free:.1f} of {device.memory_gib:.1f} GiB free, compute capability "
         f"{device.capability[0]}.{device.capability[1]}, {kind}"
     )
-    if device.memory_gib - free <= max(_TAKEN * device.memory_gib, _TAKEN_GIB):
-        return Row(f"cuda:{number}", value)
+    taken = device.memory_gib - free > max(_TAKEN * device.memory_gib, _TAKEN_GIB)
     remedy = "other processes hold its memory: `nvidia-smi` names them"
-    return Row(f"cuda:{number}", value, "warning", remedy)
+    return _judged(f"cuda:{number}", value, "warning" if taken else "ok", remedy)
 
 
-def _without_cuda(found: Devices, packages: Packages) -> Row:
-    if not found.driver:
+def _without_cuda(driver: bool, torch_cuda: str | None) -> Row:
+    there = "an NVIDIA driver is installed, and torch"
+    if not driver:
         return Row("cuda", "none")
-    if packages.torch_cuda is None:
-        return Row(
-            "cuda",
-            "an NVIDIA driver is installed, and torch is a CPU build",
-            "problem",
-            "install torch's CUDA build: see pytorch.org, Get Started",
-        )
-    return Row(
-        "cuda",
-        f"an NVIDIA driver is installed, and torch for CUDA {packages.torch_cuda} sees no device",
-        "problem",
+    if torch_cuda is None:
+        remedy = "install torch's CUDA build: see pytorch.org, Get Started"
+        return Row("cuda", f"{there} is a CPU build", "problem", remedy)
+    remedy = (
         "look at CUDA_VISIBLE_DEVICES and `nvidia-smi`: the driver may be too old for this CUDA, "
-        "or the container was started without --gpus all",
+        "or the container was started without --gpus all"
     )
+    return Row("cuda", f"{there} for CUDA {torch_cuda} sees no device", "problem", remedy)
 
 
 def attention(machine: Hardware) -> Section:
     """What a job in 16 bits would use on these devices, and why not the others."""
     capability = machine.least_capability
-    rows = attention_candidates(machine.installed, capability, None)
-    chosen = choose_attention(rows)
-
-    def mark(name: str, text: str) -> str:
-        return "chosen" if name == chosen else text
-
-    shown = [Row(row.name, mark(row.name, row.why_not or "usable")) for row in rows]
+    kernels = attention_candidates(machine.installed, capability, None)
+    chosen = choose_attention(kernels)
+    said = {kernel.name: kernel.why_not or "usable" for kernel in kernels} | {FALLBACK: "usable"}
+    said[chosen] = "chosen"
     slow = chosen == FALLBACK and capability is not None and capability >= _BF16
-    shown.append(
-        Row(
-            FALLBACK,
-            mark(FALLBACK, "usable"),
-            "warning" if slow else "ok",
-            _install_extra("flash") if slow else "",
+    rows = [
+        _judged(
+            name, text, "warning" if slow and name == FALLBACK else "ok", _install_extra("flash")
         )
-    )
-    return Section("Attention", tuple(shown))
+        for name, text in said.items()
+    ]
+    return Section("Attention", tuple(rows))
 
 
 def network(found: Network, num_cuda: int) -> Section:
     """What processes talk with, and whether they can."""
     needed = num_cuda > 1
-    rows = [Row("backends", ", ".join(found.backends) or "none")]
+    backends = ", ".join(found.backends) or "none"
+    rows = [Row("backends", backends)]
     if needed and "nccl" not in found.backends:
         remedy = "install torch's CUDA build for Linux; on Windows train in WSL"
-        rows = [Row("backends", f"{rows[0].value}, no nccl", "problem", remedy)]
+        rows = [Row("backends", f"{backends}, no nccl", "problem", remedy)]
     if found.nccl:
         rows.append(Row("nccl", found.nccl))
-    probe = found.probe
-    if probe is None:
-        rows.append(Row("all-reduce", "not tried"))
-    elif not probe.error:
-        text = f"two processes, {probe.backend}: {probe.seconds:.1f} s"
-        rows.append(Row("all-reduce", text))
-    else:
-        rows.append(
-            Row(
-                "all-reduce",
-                f"two processes, {probe.backend}: {probe.error}",
-                "problem" if needed else "warning",
-                "run again with NCCL_DEBUG=INFO; name the interface with NCCL_SOCKET_IFNAME; "
-                "NCCL_P2P_DISABLE=1 tells whether the links between devices are at fault"
-                if probe.backend == "nccl"
-                else "name the interface with GLOO_SOCKET_IFNAME; does the host's name resolve?",
-            )
-        )
+    rows.append(_all_reduce(found.probe, needed))
     for name, value in found.variables.items():
-        if name == "MASTER_ADDR" and found.misplaced_master:
-            remedy = "no address of this machine: a job on this node alone wants it unset"
-            rows.append(Row(name, value, "warning", remedy))
-        else:
-            rows.append(Row(name, value))
+        misplaced = name == "MASTER_ADDR" and found.misplaced_master
+        remedy = "no address of this machine: a job on this node alone wants it unset"
+        rows.append(_judged(name, value, "warning" if misplaced else "ok", remedy))
     for name, value in found.left_over.items():
         remedy = (
             "no launcher has set it, and a job refuses to start with it: unset it in the image, "
@@ -218,47 +183,55 @@ def network(found: Network, num_cuda: int) -> Section:
     return Section("Processes", tuple(rows))
 
 
+def _all_reduce(probe: Probe | None, needed: bool) -> Row:
+    if probe is None:
+        return Row("all-reduce", "not tried")
+    text = f"two processes, {probe.backend}: "
+    if not probe.error:
+        return Row("all-reduce", f"{text}{probe.seconds:.1f} s")
+    remedy = (
+        "run again with NCCL_DEBUG=INFO; name the interface with NCCL_SOCKET_IFNAME; "
+        "NCCL_P2P_DISABLE=1 tells whether the links between devices are at fault"
+        if probe.backend == "nccl"
+        else "name the interface with GLOO_SOCKET_IFNAME; does the host's name resolve?"
+    )
+    return Row("all-reduce", text + probe.error, "problem" if needed else "warning", remedy)
+
+
 def disk(found: Disk) -> Section:
     """Room in the folders that runs use, and in shared memory."""
-    rows: list[Row] = []
-    for place in found.places:
-        value = f"{place.path}: {place.free / _GIB:.1f} GiB free"
-        tight = _TIGHT_TEMPORARY if place.name == "temporary" else _TIGHT
-        if not place.writable:
-            remedy = "change its owner, or name another folder (paths.*, HF_HOME, HOME, TMPDIR)"
-            status: Status = "warning" if place.name in _ONLY_READ else "problem"
-            rows.append(Row(place.name, f"{value}, cannot be written to", status, remedy))
-        elif place.free < tight:
-            status = "problem" if place.free < _FULL else "warning"
-            remedy = (
-                "free some, or name another folder (paths.*, HF_HOME, TMPDIR); `preflight=true` "
-                "says what a job writes"
-            )
-            rows.append(Row(place.name, value, status, remedy))
-        else:
-            rows.append(Row(place.name, value))
+    rows = [_place_row(place) for place in found.places]
     if found.shm is not None:
-        value = f"{found.shm / _GIB:.2f} GiB"
-        small = found.shm < _SMALL_SHM
+        status: Status = "warning" if found.shm < _SMALL_SHM else "ok"
         remedy = f"{SHM_REMEDY}: loader processes hand batches over in it"
-        rows.append(Row("/dev/shm", value, "warning", remedy) if small else Row("/dev/shm", value))
+        rows.append(_judged("/dev/shm", f"{found.shm / _GIB:.2f} GiB", status, remedy))
     return Section("Disk", tuple(rows))
+
+
+def _place_row(place: Place) -> Row:
+    value = f"{place.path}: {place.free / _GIB:.1f} GiB free"
+    tight = _TIGHT_TEMPORARY if place.name == "temporary" else _TIGHT
+    if not place.writable:
+        remedy = "change its owner, or name another folder (paths.*, HF_HOME, HOME, TMPDIR)"
+        status: Status = "warning" if place.name in _ONLY_READ else "problem"
+        return Row(place.name, f"{value}, cannot be written to", status, remedy)
+    remedy = (
+        "free some, or name another folder (paths.*, HF_HOME, TMPDIR); `preflight=true` says what "
+        "a job writes"
+    )
+    status = "ok" if place.free >= tight else "warning" if place.free >= _FULL else "problem"
+    return _judged(place.name, value, status, remedy)
 
 
 def surroundings(found: Surroundings, machine: Hardware) -> Section:
     """Variables that change a run, whether W&B has a key, builds that were left half done."""
     shown = {name: "not set" for name in _ALWAYS_SHOWN} | dict(found.variables)
     rows = [Row(name, value) for name, value in shown.items()]
-    if machine.cuda and found.variables.get("DS_ACCELERATOR") == "cpu":
+    if machine.cuda and shown["DS_ACCELERATOR"] == "cpu":
         rows = [row for row in rows if row.name != "DS_ACCELERATOR"]
-        rows.append(
-            Row(
-                "DS_ACCELERATOR",
-                "cpu, and there are CUDA devices",
-                "problem",
-                "unset DS_ACCELERATOR: DeepSpeed would not use them",
-            )
-        )
+        remedy = "unset DS_ACCELERATOR: DeepSpeed would not use them"
+        value = "cpu, and there are CUDA devices"
+        rows.append(Row("DS_ACCELERATOR", value, "problem", remedy))
     if found.home is None:
         rows.append(Row("home", "none", "problem", HOME_REMEDY))
     elif not found.home_writable:
@@ -266,37 +239,38 @@ def surroundings(found: Surroundings, machine: Hardware) -> Section:
         rows.append(Row("home", value, "warning", f"{HOME_REMEDY}: libraries keep caches in it"))
     else:
         rows.append(Row("home", found.home))
-    value = f"terminal {found.terminal}, file names {found.file_names}"
-    narrow = not all(_is_utf8(name) for name in (found.terminal, found.file_names))
-    remedy = f"{UTF8_REMEDY}: other letters are shown as escapes and are refused in file names"
-    rows.append(Row("encoding", value, "warning", remedy) if narrow else Row("encoding", value))
+    names = {found.terminal.lower(), found.file_names.lower()}
+    rows.append(
+        _judged(
+            "encoding",
+            f"terminal {found.terminal}, file names {found.file_names}",
+            "ok" if names <= {"utf-8", "utf8", "utf_8"} else "warning",
+            f"{UTF8_REMEDY}: other letters are shown as escapes and are refused in file names",
+        )
+    )
     rows.append(Row("W&B key", "there" if found.wandb_key else "none"))
     for lock, age in found.locks.items():
-        value = f"{lock}, {age / 3600:.1f} hours old"
-        if age < _STALE:
-            rows.append(Row("build lock", value))
-            continue
         remedy = "every later run would wait for it; if nothing is being built: delete it"
-        rows.append(Row("build lock", value, "warning", remedy))
+        value = f"{lock}, {age / 3600:.1f} hours old"
+        rows.append(_judged("build lock", value, "ok" if age < _STALE else "warning", remedy))
     return Section("Environment", tuple(rows))
-
-
-def _is_utf8(name: str) -> bool:
-    return name.lower().replace("_", "-") in ("utf-8", "utf8")
 
 
 def extras(packages: Packages) -> Section:
     """Which extras are installed, and what brings the others."""
-    return Section(
-        "Extras",
-        tuple(
-            Row(name, f"lacks {', '.join(missing)}", remedy=_install_extra(name))
-            if missing
-            else Row(name, "installed")
-            for name, missing in packages.extras.items()
-        ),
-    )
+    rows = [
+        Row(name, f"lacks {', '.join(missing)}", remedy=_install_extra(name))
+        if missing
+        else Row(name, "installed")
+        for name, missing in packages.extras.items()
+    ]
+    return Section("Extras", tuple(rows))
+
+
+def _judged(name: str, value: str, status: Status, remedy: str) -> Row:
+    """Return a fact, with its remedy only where one is needed."""
+    return Row(name, value, status, "" if status == "ok" else remedy)
 
 
 def _install_extra(name: str) -> str:
-    return f"pip install -e '.[{name}]'"
+    return f'pip install "vipllava-lightning[{name}]"'

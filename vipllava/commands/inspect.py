@@ -1,18 +1,16 @@
-"""``vipllava inspect`` and ``train.py inspect=true``: a page of what a job's model will see."""
+"""``vipllava inspect``, ``vipllava train inspect=true``: a page of what a job's model will see."""
 
 from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
-from vipllava.commands.job import (
-    compose_data_job,
-    split_arguments,
-    whole,
-)
+import typer
+
+from vipllava.commands.job import compose_data_job
+from vipllava.commands.options import ConfigFolder, JobData, Overrides
 from vipllava.config.argument_names import naming_keys
 from vipllava.types import RecordError
 
@@ -31,23 +29,27 @@ PAGE: Final = "inspect.html"
 DEFAULT_SAMPLES: Final = 24
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Write the page of ``data=... [n=...] [output=...]`` and any override of the job.
+def inspect(
+    overrides: Overrides = None,
+    data: JobData = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="How many samples.")] = DEFAULT_SAMPLES,
+    output: Annotated[
+        Path | None, typer.Option(help="The page.", show_default="inspect.html in the run's folder")
+    ] = None,
+    config_dir: ConfigFolder = None,
+) -> None:
+    """Write a page of what the model will see of a data set.
 
-    Raises:
-        VipLlavaError: the job does not compose, or its data cannot be opened.
+    It shows which tokens carry loss, too. For example: vipllava inspect --data sample_finetune
+    model=tiny
     """
-    own = {"data": str, "n": whole(1), "output": Path}
-    given, overrides = split_arguments(arguments, own)
-    cfg = compose_data_job(given.get("data"), overrides)
+    cfg = compose_data_job(data, overrides or (), config_dir)
+    given = {"--data": data, "--num-samples": num_samples, "--output": output}
+    given["--config-dir"] = config_dir
+    options = [word for name, value in given.items() if value for word in (name, str(value))]
+    command = shlex.join(["vipllava", "inspect", *options, *(overrides or ())])
     with naming_keys(cfg):
-        inspect_job(
-            cfg,
-            num_samples=given.get("n"),
-            output=given.get("output"),
-            command=shlex.join(["vipllava", "inspect", *arguments]),
-        )
-    return 0
+        inspect_job(cfg, num_samples=num_samples, output=output, command=command)
 
 
 def inspect_job(

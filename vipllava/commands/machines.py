@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from vipllava.commands.output import print_table, say
+from vipllava.types import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-    from rich.console import Console
 
     from vipllava.forecast.architecture import Architecture
     from vipllava.forecast.flops import Workload
@@ -83,45 +86,45 @@ class MachineRow:
         )
 
 
-def run(options: argparse.Namespace, console: Console | None = None) -> int:
-    """Print the table, as Markdown if asked.
+def machines(
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", help="Of conf/model; may be repeated.", show_default="all real ones"
+        ),
+    ] = None,
+    mfu: Annotated[float, typer.Option(help="Share of the devices' peak.")] = 0.4,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="For docs/machines.md.")] = False,
+) -> None:
+    """Say which machine I need: memory, strategy, hours.
 
-    Args:
-        options: ``markdown``, ``mfu`` and ``model`` of the command line.
-        console: where tables go; the standard output if not given.
-
-    Raises:
-        VipLlavaError: a model is not one of :data:`MODELS`, or the configuration is not there.
+    For every model, stage and trainer. The same for one job, with its data: vipllava train
+    preflight=true
     """
-    from rich.console import Console as MakeConsole
-
-    from vipllava.config.schema import did_you_mean
-    from vipllava.types import ConfigError
-
-    for model in options.model or ():
-        if model not in MODELS:
-            raise ConfigError(
-                f"--model {model}: not one of {', '.join(MODELS)}{did_you_mean(model, MODELS)}; of "
-                "another model `python train.py ... preflight=true` makes a forecast"
-            )
-    console = console or MakeConsole()
-    rows = machine_rows(options.model or MODELS, mfu=options.mfu)
-    if options.markdown:
-        console.print(markdown(rows, options.mfu), highlight=False, markup=False, soft_wrap=True)
-        return 0
     from rich import box
     from rich.table import Table
 
+    from vipllava.config.schema import did_you_mean
+
+    for model in models or ():
+        if model not in MODELS:
+            raise ConfigError(
+                f"--model {model}: not one of {', '.join(MODELS)}{did_you_mean(model, MODELS)}; of "
+                "another model `vipllava train ... preflight=true` makes a forecast"
+            )
+    rows = machine_rows(models or MODELS, mfu=mfu)
+    if as_markdown:
+        say(markdown(rows))
+        return
     for model in dict.fromkeys(row.model for row in rows):
-        title = f"{model}, hours at an MFU of {options.mfu:.0%}"
+        title = f"{model}, hours at an MFU of {mfu:.0%}"
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0))
         for header in _HEADERS:
             table.add_column(header, justify="left" if header in _HEADERS[:3] else "right")
         for row in rows:
             if row.model == model:
                 table.add_row(*row.cells())
-        console.print(table)
-    return 0
+        print_table(table)
 
 
 def machine_rows(models: Sequence[str] = MODELS, *, mfu: float) -> list[MachineRow]:
@@ -154,53 +157,13 @@ def machine_rows(models: Sequence[str] = MODELS, *, mfu: float) -> list[MachineR
     return rows
 
 
-def markdown(rows: Sequence[MachineRow], mfu: float) -> str:
-    """Return ``docs/machines.md``."""
-    longest = {stage: _corpus(MODELS[0], stage, 0).longest for stage in _STAGES}
-    lines = [
-        "# Which machine do I need",
-        "",
-        "Forecasts, made by `vipllava machines --markdown`. For a job of your own, with its data, "
-        "add `preflight=true` to its command: `python train.py stage=pretrain model=13b "
-        "trainer=8xa100 preflight=true`. Neither needs the machine, any weights or a network: the "
-        "sizes of these models ship with the package.",
-        "",
-        "Each line is a stage on a machine of `conf/trainer` (`trainer=NAME`): `projector` is "
-        "`stage=pretrain`, the others are `stage=finetune` with `tuning=full`, `lora` or `qlora`. "
-        "`strategy` is the least sharded one that fits the trainer's micro-batch, or else the one "
-        "that fits the largest; it offloads only where nothing else fits. To fit is to leave a "
-        "twentieth free. `largest` is the largest "
-        "micro-batch that fits it and divides the recipe's global batch, with every decoder block "
-        "recomputed in the backward pass (gradient checkpointing); `recomputed` is how many have "
-        "to be at `micro-batch`, with a tenth of the memory left free: what "
-        "`stage.gradient_checkpointing=auto` does.",
-        "",
-        "`GiB` is a device's memory at a step's peak, of what it has, with rows of "
-        f"{longest['pretrain']} tokens (projector) or {longest['finetune']} (the others), the "
-        "longest there are: weights, gradients, optimizer, activations, working copies, and an "
-        "allowance for CUDA, NCCL and fragmentation, with every block recomputed. `host GiB` "
-        "is the memory of one node beside its devices: its processes and their loaders, what is "
-        "offloaded, a checkpoint on its way to the disk or the export. Where nothing fits, the "
-        "least that was tried is shown.",
-        "",
-        f"Hours are useful work over the devices' peak at an MFU of {mfu:.0%} (`--mfu`; "
-        "`machine.mfu` in a job): what good code reaches on large devices. Half of it is common "
-        "where weights travel between devices without NVLink or live on the host, so take the "
-        "hours of `zero3` on such machines, and of `zero3_offload` everywhere, as a lower bound. "
-        "The data are those of the recipe: 558,000 captions of about 601 tokens, 1,185,000 "
-        "instructions of about 774, of whose text half carries loss.",
-        "",
-        "Useful work, here and in `train/mfu`, is what the linear layers that are passed multiply: "
-        "those of the decoder blocks at every token, the head at supervised positions only, the "
-        "projector at every patch, the tower as far as it is read; forward, for gradients of "
-        "inputs, and for gradients of weights where they train; and attention under the causal "
-        "mask. The embedding table is looked up and is no work. Recomputation and padding never "
-        "count.",
-    ]
+def markdown(rows: Sequence[MachineRow]) -> str:
+    """Return the tables of ``docs/machines.md``."""
+    lines: list[str] = []
     for model in dict.fromkeys(row.model for row in rows):
-        lines += ["", f"## {model}", "", _line(_HEADERS), _line(["---"] * len(_HEADERS))]
-        lines += [_line(row.cells()) for row in rows if row.model == model]
-    return "\n".join(lines)
+        lines += [f"## {model}", "", _line(_HEADERS), _line(["---"] * len(_HEADERS))]
+        lines += [*(_line(row.cells()) for row in rows if row.model == model), ""]
+    return "\n".join(lines[:-1])
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -209,7 +172,8 @@ def _line(cells: Sequence[str]) -> str:
 
 def _machines(stage: str) -> Iterator[tuple[str, DictConfig]]:
     """Yield every trainer whose memory is known, composed for a stage."""
-    from vipllava.config.composing import CONFIG_DIR, compose_job
+    from vipllava.config.composing import compose_job
+    from vipllava.config.places import CONFIG_DIR
 
     for path in sorted((CONFIG_DIR / "trainer").glob("*.yaml")):
         if path.stem == "1gpu":
@@ -229,10 +193,11 @@ def _machines(stage: str) -> Iterator[tuple[str, DictConfig]]:
 
 
 def _corpus(model: str, stage: str, image_tokens: int) -> Corpus:
-    from vipllava.config.composing import CONFIG_DIR, compose_job
+    from vipllava.config.composing import compose_job
+    from vipllava.config.places import MANIFESTS_DIR
     from vipllava.training.preflight_data import assumed_corpus
 
-    manifests = f"paths.manifests={CONFIG_DIR.parent / 'data_manifests'}"
+    manifests = f"paths.manifests={MANIFESTS_DIR}"
     job = compose_job([f"model={model}", "trainer=8xa100", f"stage={stage}", manifests])
     return assumed_corpus(job, image_tokens)
 
@@ -260,7 +225,6 @@ def _row(
     wanted = int(cfg.machine.micro_batch_sizes[workload])
     wanted = largest_dividing(min(wanted, limit or wanted), global_rows, devices, 1) or 1
     capability = cfg.machine.capability
-    num_blocks = architecture.language_model.num_blocks
     setup = Setup(
         trainable=tuple(cfg.stage.trainable),
         workload=workload,
@@ -285,37 +249,24 @@ def _row(
     }
     hours = forecasts.forecast(architecture, setup, corpus, plan).hours
     if choice is None:
-        least = replace(
-            setup, strategy=forecasts.possible_strategies(setup)[-1], micro_batch_size=1
-        )
-        memory = device_memory(architecture, least)
-        return MachineRow(
-            model=model,
-            workload=workload,
-            machine=machine,
-            strategy=None,
-            micro_batch_size=1,
-            largest=None,
-            recomputed=None,
-            num_blocks=num_blocks,
-            memory=memory.total,
-            capacity=capacity,
-            host=host_memory(architecture, least, **on_host).total,
-            hours=None,
-        )
-    size = min(wanted, choice.micro_batch_size)
-    chosen = replace(setup, strategy=choice.strategy, micro_batch_size=size)
+        last_resort = forecasts.possible_strategies(setup)[-1]
+        chosen = replace(setup, strategy=last_resort, micro_batch_size=1)
+        memory = device_memory(architecture, chosen)
+    else:
+        size = min(wanted, choice.micro_batch_size)
+        chosen = replace(setup, strategy=choice.strategy, micro_batch_size=size)
+        memory = choice.memory
     return MachineRow(
         model=model,
         workload=workload,
         machine=machine,
-        strategy=choice.strategy,
-        micro_batch_size=size,
-        largest=choice.micro_batch_size,
-        recomputed=forecasts.fewest_recomputed(architecture, chosen, capacity),
-        num_blocks=num_blocks,
-        memory=choice.memory.total,
+        strategy=choice and choice.strategy,
+        micro_batch_size=chosen.micro_batch_size,
+        largest=choice and choice.micro_batch_size,
+        recomputed=choice and forecasts.fewest_recomputed(architecture, chosen, capacity),
+        num_blocks=architecture.language_model.num_blocks,
+        memory=memory.total,
         capacity=capacity,
         host=host_memory(architecture, chosen, **on_host).total,
-        hours=hours,
+        hours=choice and hours,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +15,7 @@ class ProgressBars:
     """One bar per task; call it with the task's name, unit, done and total.
 
     ``bytes`` are written as such, any other unit is counted. A finished bar stays as one line.
+    Nothing is drawn where no terminal is: a log file is no place for bars.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -22,7 +24,7 @@ class ProgressBars:
             BarColumn(),
             TextColumn("{task.fields[amount]}"),
             TimeRemainingColumn(),
-            console=console or Console(stderr=True),
+            console=console or Console(stderr=True, quiet=not sys.stderr.isatty()),
         )
         self._tasks: dict[str, TaskID] = {}
 

@@ -6,7 +6,6 @@ wrote; nothing here trains or scores by itself.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import logging
@@ -16,10 +15,13 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import typer
+
+from vipllava.commands.options import DataRoot
+from vipllava.config.places import MANIFESTS_DIR
 from vipllava.files.atomic import write_whole
 from vipllava.processes import run_child, shell_code
 from vipllava.types import VipLlavaError
@@ -30,59 +32,51 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 STAGES: Final = ("pretrain", "finetune", "gpt4v")
-_CHECKOUT: Final = Path(__file__).resolve().parents[2]
+PROGRAM = (sys.executable, "-m", "vipllava.cli")
+"""What a step's words are given to."""
 _NUM_EXAMPLES: Final = 12
 _PACKAGES: Final = ("torch", "transformers", "lightning", "webdataset")
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One command of the quick start; ``part`` names it in ``seconds``."""
-
-    part: str
-    command: tuple[str, ...]
-
-
-def plan_steps(output: Path, data_root: Path, seed: int) -> list[Step]:
-    """Return the quick start's commands, in order."""
+def plan_steps(output: Path, data_root: Path, seed: int) -> dict[str, tuple[str, ...]]:
+    """Return the words after ``vipllava`` of every step, by its name, in order."""
     data = f"paths.data_root={data_root}"
     runs, checkpoint = f"paths.runs={output}", f"checkpoint={output}/tiny-gpt4v/export"
-    train = (str(_CHECKOUT / "train.py"), "experiment=quickstart", runs, data, f"seed={seed}")
-    evaluate = (str(_CHECKOUT / "evaluate.py"), runs, data, f"seed={seed}", checkpoint)
-    return [
-        Step("sample_data", ("-m", "vipllava.cli", "sample-data", "--data-root", str(data_root))),
-        *(Step(stage, (*train, f"stage={stage}")) for stage in STAGES),
-        Step("regions", (*evaluate, "bench=regions")),
-        Step("vip_bench", (*evaluate, "bench=vip_bench", "max_new_tokens=32")),
-    ]
+    train = ("train", "experiment=quickstart", runs, data, f"seed={seed}")
+    evaluate = ("evaluate", runs, data, f"seed={seed}", checkpoint)
+    return {
+        "sample_data": ("sample-data", "--data-root", str(data_root)),
+        **{stage: (*train, f"stage={stage}") for stage in STAGES},
+        "regions": (*evaluate, "bench=regions"),
+        "vip_bench": (*evaluate, "bench=vip_bench", "max_new_tokens=32"),
+    }
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run every step, then write page, picture and summary into ``options.output``.
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path(
+        "runs/quickstart"
+    ),
+    seed: Annotated[int, typer.Option(min=0)] = 42,
+    data_root: DataRoot = "data",
+) -> None:
+    """Train three stages on sample data, evaluate, write a report."""
+    from vipllava.sample_world.build import require_photographs
 
-    Raises:
-        VipLlavaError: this is no checkout, or a step failed (its own message stands above).
-    """
-    if not (_CHECKOUT / "train.py").is_file():
-        raise VipLlavaError(
-            f"{_CHECKOUT} has no train.py; the quick start runs in a checkout of the repository"
-        )
-    output: Path = options.output
+    require_photographs()  # not only after minutes, when the report needs them
     for name in (*(f"tiny-{stage}" for stage in STAGES), "eval"):
         # Left over from an earlier quick start: two runs must not be mixed in one report.
         shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     began, seconds = time.monotonic(), dict[str, float]()
-    for step in plan_steps(output, options.data_root, options.seed):
-        seconds[step.part] = _run_step(step)
+    for name, words in plan_steps(output, Path(data_root), seed).items():
+        seconds[name] = _run_step(name, words)
     seconds["all"] = time.monotonic() - began
-    summary = write_report(output, options.data_root, seconds)
+    summary = write_report(output, Path(data_root), seconds)
     _LOG.info(
         "with marks %.1f %%, without %.1f %% of %d questions; %.0f s in all; open %s",
         100 * summary["accuracy_marked"], 100 * summary["accuracy_unmarked"],
         summary["num_questions"], seconds["all"], output / "report.html",
     )  # fmt: skip
-    return 0
 
 
 def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -145,15 +139,14 @@ def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) ->
     return summary
 
 
-def _run_step(step: Step) -> float:
+def _run_step(name: str, words: Sequence[str]) -> float:
     """Run one command with its output on this terminal; return its seconds."""
-    command = [sys.executable, *step.command]
-    _LOG.info("%s: %s", step.part, shlex.join(["python", *step.command]))
+    _LOG.info("%s: %s", name, shlex.join(["vipllava", *words]))
     began = time.monotonic()
-    code, asked_by = run_child(command)
+    code, asked_by = run_child([*PROGRAM, *words])
     if code or asked_by is not None:
         code = shell_code(code or -(asked_by or 0))
-        error = VipLlavaError(f"the quick start stopped: step `{step.part}` ended with code {code}")
+        error = VipLlavaError(f"the quick start stopped: step `{name}` ended with code {code}")
         error.exit_code = code
         raise error
     return time.monotonic() - began
@@ -175,7 +168,7 @@ def _examples(output: Path, data_root: Path, seed: int) -> list[Example]:
         rows = by_shape[shapes[place % len(shapes)]]
         if place // len(shapes) < len(rows):
             shown.append(rows[place // len(shapes)])
-    samples = list(iter_samples("sample_regions", _CHECKOUT / "data_manifests", data_root, seed))
+    samples = list(iter_samples("sample_regions", MANIFESTS_DIR, data_root, seed))
     questions = read_questions([samples[n] for n in shown], load_tiny_policies(), seed)
     return [
         Example(

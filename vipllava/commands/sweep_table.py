@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from vipllava.commands.settings import Setting, read_settings
-from vipllava.files.atomic import write_whole
+import typer
+
+from vipllava.commands.options import Json
+from vipllava.commands.output import print_json, print_table
 from vipllava.types import VipLlavaError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
 _METRIC: Final = "train/loss"
-_SETTINGS: Final = (
-    Setting("metric", str, _METRIC, "what is compared, lower is better (default: train/loss)"),
-    Setting("json", Path, None, "a file for the table as JSON"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,32 +115,18 @@ def sweep_table(jobs: Sequence[SweepJob], metric: str = _METRIC) -> Table:
     return table
 
 
-def run(words: Sequence[str], console: Console | None = None) -> int:
-    """Print the table, and write it as JSON if asked to.
+def print_sweep(
+    folder: Annotated[Path, typer.Argument(help="Of a sweep: runs/sweeps/NAME.")],
+    metric: Annotated[str, typer.Option(help="What is compared; lower is better.")] = _METRIC,
+    as_json: Json = False,
+) -> None:
+    """Show the jobs of a sweep (train -m), the best first."""
 
-    Args:
-        words: the command line after ``sweep-table``.
-        console: where the table goes; the standard output if None.
-
-    Raises:
-        VipLlavaError: the arguments or the folder cannot be used.
-    """
-    from rich.console import Console as MakeConsole
-
-    from vipllava.commands.settings import describe_settings
-
-    console = console or MakeConsole()
-    if not words or words[0] in ("-h", "--help", "help"):
-        usage = "usage: vipllava sweep-table FOLDER [NAME=VALUE ...]\n\n"
-        console.print(usage + describe_settings(_SETTINGS), highlight=False, markup=False)
-        return 0
-    values = read_settings(words, _SETTINGS, positional=("FOLDER",))
-    jobs = read_sweep(Path(values["FOLDER"]), values["metric"])
-    console.print(sweep_table(jobs, values["metric"]))
-    if values["json"] is not None:
-        text = json.dumps([asdict(job) for job in jobs], indent=1) + "\n"
-        write_whole(values["json"], text)
-    return 0
+    jobs = read_sweep(folder, metric)
+    if as_json:
+        print_json([asdict(job) for job in jobs])
+    else:
+        print_table(sweep_table(jobs, metric))
 
 
 def _read_metric(job: Path, metric: str) -> tuple[list[float], int, set[str], float | None]:

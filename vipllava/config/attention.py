@@ -49,8 +49,8 @@ KERNELS: Final = (
     Kernel("flash_attention_3", "flash_attn_3", "flash-attn-3",
            "build it from the folder `hopper` of Dao-AILab/flash-attention",
            least=(9, 0), below=(10, 0)),  # with instructions that only Hopper has
-    Kernel("flash_attention_2", "flash_attn", "flash_attn", "pip install -e '.[flash]'",
-           least=(8, 0)),
+    Kernel("flash_attention_2", "flash_attn", "flash_attn",
+           'pip install "vipllava-lightning[flash]"', least=(8, 0)),
     Kernel(TORCH_VARLEN, TORCH_VARLEN, "a torch with flash kernels",
            "install a CUDA build of torch 2.11 or newer", least=(8, 0)),
 )  # fmt: skip

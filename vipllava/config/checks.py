@@ -387,7 +387,8 @@ def _device(job: JobValues) -> Iterator[str]:
 
 def _extra(job: JobValues, what: str, extra: str, package: str) -> Iterator[str]:
     if package not in job.machine.installed:
-        yield f"{what} needs {package}, which is not installed: pip install -e '.[{extra}]'"
+        install = f'pip install "vipllava-lightning[{extra}]"'
+        yield f"{what} needs {package}, which is not installed: {install}"
 
 
 _Check = Callable[[JobValues], Iterable[str]]

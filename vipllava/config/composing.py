@@ -9,11 +9,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
+from vipllava.config.places import CONFIG_DIR
 from vipllava.config.resolvers import register_resolvers
 from vipllava.types import ConfigError
-
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
-"""``conf`` of the checkout this package is imported from."""
 
 
 def compose_job(
@@ -34,8 +32,8 @@ def compose_job(
     """
     if not (config_dir / f"{config_name}.yaml").is_file():
         raise ConfigError(
-            f"{config_dir / config_name}.yaml is not there: the configuration is part of the "
-            "checkout, not of the installed package; run from a clone (pip install -e .)"
+            f"{config_dir} has no {config_name}.yaml: name a copy of the project's conf, or add a "
+            "folder of your own to it with --config-dir"
         )
     register_resolvers()
     GlobalHydra.instance().clear()

@@ -23,6 +23,7 @@ from vipllava.config.argument_names import naming_keys
 from vipllava.config.checks import format_problems
 from vipllava.config.machine_faults import explain_fault, make_output_safe
 from vipllava.config.overrides import find_override_problems
+from vipllava.config.places import CONFIG_DIR
 from vipllava.config.resolvers import register_resolvers
 from vipllava.processes import begin
 from vipllava.types import VipLlavaError, first_line
@@ -33,32 +34,44 @@ EXIT_USER_ERROR = 2
 register_resolvers()
 
 
-def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_name: str) -> None:
+def run_main(
+    task: Callable[[DictConfig], None],
+    *,
+    config_name: str,
+    config_dir: Path = CONFIG_DIR,
+    arguments: Sequence[str] | None = None,
+) -> None:
     """Compose the job that the command line describes and hand it to ``task``.
 
     With ``-m`` every job of the sweep becomes a process of its own, see
     :mod:`vipllava.config.sweep`.
 
     Args:
-        task: what to do with the configuration; it is defined in the entry point's file.
-        config_dir: absolute path of ``conf``.
-        config_name: the root file in it, without suffix.
+        task: what to do with the configuration.
+        config_name: the root file, without suffix.
+        config_dir: absolute path of the configuration folder.
+        arguments: the job's part of the command line, its last words; all but the program's name
+            if not given.
     """
     begin()
     # Hydra would print its own short message and exit 1; ours needs the exception.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     make_output_safe()
-    script, given = str(Path(sys.argv[0]).resolve()), sys.argv[1:]
+    command = sys.argv
+    given = command[1:] if arguments is None else list(arguments)
+    program = _program(len(command) - len(given))
+    sys.argv = [command[0], *given]  # where Hydra reads it
     started = False
 
     @functools.wraps(task)
     def job(cfg: DictConfig) -> float | None:
         nonlocal started
         started = True
+        sys.argv = command  # Lightning starts its further processes with it
         if sweep.is_sweep():
             sweep.name_group()
             sweep.check_launcher()
-            return sweep.run_in_fresh_process(cfg, script)
+            return sweep.run_in_fresh_process(cfg, program)
         try:
             with naming_keys(cfg):
                 task(cfg)
@@ -91,6 +104,13 @@ def run_main(task: Callable[[DictConfig], None], *, config_dir: Path, config_nam
         _fail("hydra/launcher=slurm: there is no `srun` here; start it on a node of the cluster")
 
 
+def _program(num_words: int) -> list[str]:
+    """Return the words that start this program: those of ``sys.argv`` before the job's own."""
+    spec = sys.modules["__main__"].__spec__
+    start = [str(Path(sys.argv[0]).resolve())] if spec is None else ["-m", spec.name]
+    return [sys.executable, *start, *sys.argv[1:num_words]]
+
+
 def composition_message(
     arguments: Sequence[str], config_dir: Path, config_name: str, error: Exception
 ) -> str:
@@ -98,7 +118,8 @@ def composition_message(
     problems = find_override_problems(arguments, config_dir, config_name)
     if "submitit_" in str(error) and find_spec("submitit") is None:
         problems = [
-            "the launcher needs submitit, which is not installed: pip install -e '.[slurm]'"
+            "the launcher needs submitit, which is not installed: "
+            'pip install "vipllava-lightning[slurm]"'
         ]
     return format_problems(problems or [first_line(error)])
 

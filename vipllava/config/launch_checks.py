@@ -166,8 +166,10 @@ def _explain_left_over(ignored: Iterable[str] = ()) -> Iterator[str]:
 
 def _unset(names: Iterable[str]) -> str:
     script = Path(sys.argv[0]).name
-    name = script if script in ("train.py", "evaluate.py") else "train.py"
-    return unset_command(names, f"python {name} ...")
+    if script in ("train.py", "evaluate.py"):
+        return unset_command(names, f"python {script} ...")
+    command = "evaluate" if sys.argv[1:2] == ["evaluate"] else "train"
+    return unset_command(names, f"vipllava {command} ...")
 
 
 def _torchrun(devices: int, nodes: int, wanted: str) -> Iterator[str]:

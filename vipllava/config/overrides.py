@@ -45,14 +45,14 @@ def find_override_problems(
     for names in _OPTIONS:
         parser.add_argument(*names, nargs="?")
     options, _ = parser.parse_known_intermixed_args(arguments)
-    extra = (
-        [f"hydra.searchpath=[{Path(options.config_dir).resolve()}]"] if options.config_dir else []
-    )
+    own = Path(options.config_dir).resolve() if options.config_dir else None
+    if own is not None and not own.is_dir():
+        return [f"--config-dir {options.config_dir}: there is no such folder"]
     register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         overrides = [_first_of_sweep(o) if options.multirun else o for o in options.overrides]
-        return _find(overrides, extra, options.config_name or config_name)
+        return _find(overrides, own, options.config_name or config_name)
 
 
 def _first_of_sweep(text: str) -> str:
@@ -66,10 +66,11 @@ def _first_of_sweep(text: str) -> str:
     return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
 
 
-def _find(overrides: list[str], extra: list[str], config_name: str) -> list[str]:
+def _find(overrides: list[str], own: Path | None, config_name: str) -> list[str]:
     problems: list[str] = []
     parser, loader = OverridesParser.create(), GlobalHydra.instance().config_loader()
-    good, values = list(extra), list[Override]()
+    good = [f"hydra.searchpath=[{own}]"] if own else []
+    values: list[Override] = []
     for text in overrides:
         try:
             override = parser.parse_override(text)
@@ -81,7 +82,7 @@ def _find(overrides: list[str], extra: list[str], config_name: str) -> list[str]
         if not options:
             values.append(override)
         elif problem := _unknown_option(override, options):
-            problems.append(problem)
+            problems.append(problem + _lacks(own, override.key_or_group))
         else:
             good.append(text)
 
@@ -96,12 +97,20 @@ def _find(overrides: list[str], extra: list[str], config_name: str) -> list[str]
             compose(config_name, [*base, text])
             good.append(text)
         except _ERRORS as error:
-            problems.append(_describe(override, text, cfg, error))
+            group = override.key_or_group if "." not in override.key_or_group else None
+            problems.append(_describe(override, text, cfg, error) + _lacks(own, group))
     try:
         problems += find_problems(compose(config_name, good))
     except _ERRORS as error:
         problems.append(first_line(error))
     return list(dict.fromkeys(problems))
+
+
+def _lacks(own: Path | None, group: str | None) -> str:
+    """Say that the user's own configuration folder lacks the group that an override names."""
+    if own is None or group is None or (own / group).is_dir():
+        return ""
+    return f"; {own} has no folder `{group}`"
 
 
 def _unknown_option(override: Override, options: list[str]) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vipllava.config import hardware
+from vipllava.config import hardware, places
 from vipllava.config.attention import FALLBACK, attention_candidates, choose_attention
 from vipllava.config.batch import accumulation_steps, largest_micro_batch
 from vipllava.config.schema import SHARDING_STRATEGIES
@@ -219,8 +219,13 @@ def package_path(relative: str) -> str:
     return str(_PACKAGE / relative)
 
 
+def manifests_dir() -> str:
+    """See :func:`vipllava.config.places.manifests_dir`."""
+    return str(places.manifests_dir())
+
+
 _RESOLVERS: tuple[Callable[..., Any], ...] = (
-    accumulation_steps, attention, compute_dtype, devices, folder_name, last_part, micro_batch_size,
-    num_workers, one_if_set, package_path, packs_per_batch, packs_per_micro_batch, precision,
-    product, recipe, run_dir, strategy, weights_dtype, workload, zero_if_null,
+    accumulation_steps, attention, compute_dtype, devices, folder_name, last_part, manifests_dir,
+    micro_batch_size, num_workers, one_if_set, package_path, packs_per_batch,
+    packs_per_micro_batch, precision, product, recipe, run_dir, strategy, weights_dtype, workload, zero_if_null,
 )  # fmt: skip

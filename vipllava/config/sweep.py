@@ -106,26 +106,28 @@ def _is_queued() -> bool:
     return not str(HydraConfig.get().launcher.get("_target_", "")).endswith(".BasicLauncher")
 
 
-def job_command(script: str, task: Sequence[str], own: Sequence[str], output_dir: str) -> list[str]:
+def job_command(
+    program: Sequence[str], task: Sequence[str], own: Sequence[str], output_dir: str
+) -> list[str]:
     """Return the command of one job of a sweep.
 
     Args:
-        script: the entry point's file.
+        program: the words that start the entry point.
         task: the job's overrides, one value each.
         own: overrides of Hydra's own configuration.
         output_dir: the job's folder.
     """
     kept = [override for override in own if not override.lstrip("+").startswith(_OF_THE_SWEEP)]
     folder = QuotedString(output_dir, Quote.single).with_quotes()
-    return [sys.executable, script, *task, *kept, f"hydra.run.dir={folder}"]
+    return [*program, *task, *kept, f"hydra.run.dir={folder}"]
 
 
-def run_in_fresh_process(cfg: DictConfig, script: str) -> float | None:
+def run_in_fresh_process(cfg: DictConfig, program: Sequence[str]) -> float | None:
     """Run this job of a sweep in a process of its own and wait for it.
 
     Args:
         cfg: the job's configuration.
-        script: the entry point's file.
+        program: the words that start the entry point.
 
     Returns:
         What a sweeper compares: the mean of the last values of ``cfg.objective``; None where the
@@ -137,7 +139,7 @@ def run_in_fresh_process(cfg: DictConfig, script: str) -> float | None:
     hydra = HydraConfig.get()
     output_dir = str(hydra.runtime.output_dir)
     task = list(hydra.overrides.task)
-    code, asked_by = run_child(job_command(script, task, list(hydra.overrides.hydra), output_dir))
+    code, asked_by = run_child(job_command(program, task, list(hydra.overrides.hydra), output_dir))
     if asked_by is not None:
         _end_as_asked(code, asked_by)
     if code and _is_queued():

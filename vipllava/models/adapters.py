@@ -22,7 +22,7 @@ from vipllava.types import ConfigError
 BLOCKS: Final = "model.language_model.layers"
 """Where the decoder blocks lie in the network."""
 
-_INSTALL: Final = "pip install -e '.[lora]'"
+_INSTALL: Final = 'pip install "vipllava-lightning[lora]"'
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,8 @@ def _write(path: Path, directory: Path) -> None:
         import gguf  # what transformers reads the file with, too
     except ImportError as error:
         raise CheckpointError(
-            f"reading {path.name} needs gguf, which is not installed: pip install -e '.[gguf]'"
+            f"reading {path.name} needs gguf, which is not installed: "
+            'pip install "vipllava-lightning[gguf]"'
         ) from error
     draw_bars_on_terminals_only()
     made: Any = transformers

@@ -66,7 +66,7 @@ def quantization_config(settings: QuantizationSettings | None) -> Any:
     if missing:
         raise ConfigError(
             f"weights in {settings.bits} bits need {' and '.join(missing)}, which is not "
-            "installed: pip install -e '.[quant]'"
+            'installed: pip install "vipllava-lightning[quant]"'
         )
     from transformers import BitsAndBytesConfig
 

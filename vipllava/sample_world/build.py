@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -66,6 +67,7 @@ def ensure_sample_world(data_root: str | Path, *, scale: float = 1.0) -> Path:
     if folder.exists():
         _check_contents(folder)
         return folder
+    require_photographs()
     began = time.monotonic()
     _LOG.info("making the sample data in %s (once, about half a minute)", folder)
     try:
@@ -80,6 +82,19 @@ def ensure_sample_world(data_root: str | Path, *, scale: float = 1.0) -> Path:
         _check_contents(folder)  # another process was faster; both made the same bytes
     _LOG.info("sample data made in %.0f s", time.monotonic() - began)
     return folder
+
+
+def require_photographs() -> None:
+    """Complain if the packages that carry the photographs and digits are not installed.
+
+    Raises:
+        VipLlavaError: naming the extra that brings them.
+    """
+    if find_spec("sklearn") is None or find_spec("skimage") is None:
+        raise VipLlavaError(
+            "the sample data are made of pictures that scikit-learn and scikit-image carry, which "
+            'are not installed: pip install "vipllava-lightning[sample]"'
+        )
 
 
 def _build(folder: Path, scale: float) -> None:

@@ -385,7 +385,7 @@ def _remedy(manifest: Manifest) -> str:
         return "the sample data is made on first use by train.py and evaluate.py"
     ways = [f"`vipllava data fetch {manifest.name}`"] if manifest.sources else []
     if manifest.annotation_file:
-        ways.append(f"`vipllava shards build manifest={manifest.name}`")
+        ways.append(f"`vipllava shards build {manifest.name}`")
     return f"set data_root, or run {' and '.join(ways)}" if ways else "set data_root"
 
 

@@ -177,6 +177,6 @@ def lint_data(
             if counted:
                 into.append(
                     f"lint of {found.num_checked} samples of {manifest.name}: "
-                    f"{', '.join(counted)}; `vipllava lint data={manifest.name}` shows each"
+                    f"{', '.join(counted)}; `vipllava lint --data {manifest.name}` shows each"
                 )
     return count, problems

@@ -71,7 +71,7 @@ def test_nothing_is_there(tmp_path: Path) -> None:
     assert one(found, "annotations").detail == "no such file"
     assert one(found, "annotations").remedy == "vipllava data fetch toy"
     assert one(found, "pictures").detail == "no such folder"
-    assert one(found, "shards").remedy == "vipllava shards build manifest=toy"
+    assert one(found, "shards").remedy == "vipllava shards build toy"
     nowhere = check_data(make_manifest(), tmp_path / "nowhere")
     assert statuses(nowhere) == {f"data root {tmp_path / 'nowhere'}": "missing"}
 
@@ -238,7 +238,7 @@ def test_addresses_are_left_to_verify(tmp_path: Path) -> None:
     found = check_data(manifest, tmp_path)
     assert found.ok
     assert one(found, "shards").status == "unchecked"
-    assert one(found, "shards").remedy == "vipllava shards verify manifest=toy"
+    assert one(found, "shards").remedy == "vipllava shards verify toy"
     remote = check_data(manifest, "s3://bucket")
     assert statuses(remote) == {"data root s3://bucket": "unchecked"}
 

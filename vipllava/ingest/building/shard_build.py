@@ -477,8 +477,8 @@ def _too_many(summary: BuildSummary, done: int, max_bad_rate: float, work: Path)
     return BuildError(
         f"`{summary.dataset}`: {summary.num_rejected} of {done} records read cannot be used "
         f"({faults}), {verdict}. They are listed in {work / REJECTED_FILE}. Get or fix the files "
-        "and run the same command again (finished tars are kept), or pass max_bad_rate=RATE or "
-        "allow=all to build without these records"
+        "and run the same command again (finished tars are kept), or pass a larger max_bad_rate "
+        "(1 allows all) to build without these records"
     )
 
 

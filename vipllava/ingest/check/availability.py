@@ -81,7 +81,7 @@ class Availability:
         return all(finding.status in ("ok", "unchecked") for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what ``data check json=FILE`` writes."""
+        """Return what ``data check --json`` prints."""
         return {"schema_version": CHECK_VERSION, **asdict(self), "ok": self.ok}
 
 
@@ -116,7 +116,7 @@ def check_data(
     root = Path(data_root)
     check = _Check(manifest, root, num_workers, tell or (lambda task, unit, done, total: None))
     if is_remote(str(data_root)):
-        remedy = f"vipllava shards verify manifest={manifest.name} data_root={data_root}"
+        remedy = f"vipllava shards verify {manifest.name} --data-root {data_root}"
         place = Finding("data root", str(data_root), "unchecked", "an address", remedy)
         return Availability(manifest.name, str(data_root), (place,))
     if not root.is_dir():
@@ -351,10 +351,10 @@ class _Check:
         """Check the tars: named ones are there, indices fit, the count is right."""
         manifest = self.manifest
         name = ", ".join(manifest.shards)
-        build = f"vipllava shards build manifest={manifest.name}"
+        build = f"vipllava shards build {manifest.name}"
         remedy = build if manifest.annotation_file else self.remedy
         if any(is_remote(pattern) for pattern in manifest.shards):
-            verify = f"vipllava shards verify manifest={manifest.name}"
+            verify = f"vipllava shards verify {manifest.name}"
             return [Finding("shards", name, "unchecked", "at an address", verify)]
         present, absent = find_tars(manifest, self.root)
         if not present:

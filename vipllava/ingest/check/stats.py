@@ -84,7 +84,7 @@ class ShardStats:
         return self.num_text_only / self.num_samples if self.num_samples else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return what ``shards stats json=FILE`` writes."""
+        """Return what ``shards stats --json`` prints."""
         return {
             "schema_version": STATS_VERSION,
             **asdict(self),

@@ -66,7 +66,7 @@ class Verdict:
         return not self.damages
 
     def to_json(self) -> dict[str, Any]:
-        """Return what ``shards verify json=FILE`` writes."""
+        """Return what ``shards verify --json`` prints."""
         return {"schema_version": VERIFY_VERSION, **asdict(self), "ok": self.ok}
 
 
