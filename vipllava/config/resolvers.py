@@ -227,5 +227,6 @@ def manifests_dir() -> str:
 _RESOLVERS: tuple[Callable[..., Any], ...] = (
     accumulation_steps, attention, compute_dtype, devices, folder_name, last_part, manifests_dir,
     micro_batch_size, num_workers, one_if_set, package_path, packs_per_batch,
-    packs_per_micro_batch, precision, product, recipe, run_dir, strategy, weights_dtype, workload, zero_if_null,
+    packs_per_micro_batch, precision, product, recipe, run_dir, strategy, weights_dtype, workload,
+    zero_if_null,
 )  # fmt: skip
