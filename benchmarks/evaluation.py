@@ -15,7 +15,7 @@ from vipllava.inference.engine import Engine
 from vipllava.models.building import image_seq_length, token_id
 from vipllava.models.towers import CLIP
 from vipllava.sample_world.build import ensure_sample_world
-from vipllava.sample_world.tiny import load_tiny_policies
+from vipllava.sample_world.tiny import TINY_POLICIES
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.sample_encoder import iter_samples
 from vipllava.types import Request
@@ -43,7 +43,7 @@ def run(data_root: Path = Path("data")) -> dict[str, Any]:
         "cpu",
     )
     samples = iter_samples("sample_regions", ROOT / "data_manifests", data_root, seed=42)
-    questions = read_questions(islice(samples, _NUM_QUESTIONS), load_tiny_policies(), seed=42)
+    questions = read_questions(islice(samples, _NUM_QUESTIONS), TINY_POLICIES, seed=42)
     requests = [Request(question.marked, question.turns, question.key) for question in questions]
     rows: list[dict[str, Any]] = []
     for batch_size in (1, 8, 32):

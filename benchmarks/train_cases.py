@@ -32,7 +32,7 @@ from vipllava.models.building import ModelSpec, image_seq_length, token_id
 from vipllava.models.freezing import set_trainable
 from vipllava.models.towers import CLIP
 from vipllava.sample_world.build import ensure_sample_world
-from vipllava.sample_world.tiny import BASE, load_tiny_policies
+from vipllava.sample_world.tiny import BASE, TINY_POLICIES
 from vipllava.shards.manifest import load_manifest
 from vipllava.stream.collate import EncodedSample
 from vipllava.stream.image_transform import ImageTransform
@@ -301,7 +301,7 @@ def _sample_world(
     transform = ImageTransform(
         spec.image_size, "square" if stage == "pretrain" else "pad", CLIP.preprocessing
     )
-    samples = SampleEncoder(load_tiny_policies(), encoder, transform, seed=42)
+    samples = SampleEncoder(TINY_POLICIES, encoder, transform, seed=42)
     source = SampleSource.open(
         load_manifest(f"sample_{stage}", ROOT / "data_manifests"), data_root, seed=42
     )

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from vipllava.config.argument_names import KEYS, naming_keys, with_keys
 from vipllava.config.composing import CONFIG_DIR, compose_job
 from vipllava.stream.order import parse_mix
-from vipllava.stream.quarantine import FaultPolicy
+from vipllava.stream.quarantine import BadSamplePolicy
 from vipllava.training.guard import LossGuard
 from vipllava.types import RecordError, VipLlavaError
 
@@ -59,7 +59,7 @@ def test_an_evaluation_has_keys_of_its_own():
     [
         (lambda: LossGuard(window=5), "window=5 at least 20", "guard.window=5 at least 20"),
         (
-            lambda: FaultPolicy("error", max_fault_rate=2.0),
+            lambda: BadSamplePolicy("error", max_fault_rate=2.0),
             "max_fault_rate=2.0: expected a number",
             "data.max_fault_rate=2.0: expected a number",
         ),

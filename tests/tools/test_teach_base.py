@@ -13,7 +13,7 @@ from tools.teach_base.language_model import SpeltScenes
 from tools.teach_base.vision_tower import label_patches
 from vipllava.sample_world.objects import KINDS
 from vipllava.sample_world.scenes import Scene, SceneObject
-from vipllava.sample_world.tiny import load_tiny_policies
+from vipllava.sample_world.tiny import TINY_POLICIES
 from vipllava.types import Stroke, VipLlavaError, VisualPrompt, VisualPromptPlan
 
 
@@ -39,7 +39,7 @@ def test_patches_are_labelled_by_the_box_their_centre_lies_in():
 
 
 def test_spelt_scenes_are_reproducible_and_name_the_marks():
-    first, second = (SpeltScenes(load_tiny_policies()) for _ in range(2))
+    first, second = (SpeltScenes(TINY_POLICIES) for _ in range(2))
     texts = [first.conversation(number)[0].text for number in range(40)]
     assert texts == [second.conversation(number)[0].text for number in range(40)]
     assert sum(" arrow" in text for text in texts) > 0

@@ -8,6 +8,7 @@ import pytest
 
 from tests.visual_prompts.policy_files import FILES, load_policies
 from vipllava.records import KINDS, NO_POLICY
+from vipllava.sample_world.tiny import TINY_POLICIES
 from vipllava.types import Shape, VipLlavaError
 from vipllava.visual_prompts.palette import PALETTE
 from vipllava.visual_prompts.policies import (
@@ -35,6 +36,10 @@ PUBLISHED_SHAPES: dict[str, tuple[Shape, ...]] = {
 def test_the_policies_in_code_are_those_of_the_configuration(name: str) -> None:
     assert POLICIES[name] == load_policies(name)
     assert list(POLICIES) == ["published", "evaluation"]
+
+
+def test_the_policies_of_the_tiny_model_are_those_of_its_configuration() -> None:
+    assert load_policies("tiny") == TINY_POLICIES
 
 
 def test_the_palette_is_the_published_one() -> None:

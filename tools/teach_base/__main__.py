@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from tools.teach_base.language_model import teach_language_model
 from tools.teach_base.vision_tower import teach_vision_tower
 from vipllava.files.atomic import new_file, write_whole
-from vipllava.sample_world.tiny import BASE, load_tiny_policies
+from vipllava.sample_world.tiny import BASE, TINY_POLICIES
 from vipllava.types import VipLlavaError
 
 VISION_TOWER, LANGUAGE_MODEL = "vision_tower", "language_model"
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    policies = load_tiny_policies()
+    policies = TINY_POLICIES
     report: dict[str, Any] = {}
     if VISION_TOWER in options.parts:
         report[VISION_TOWER] = teach_vision_tower(

@@ -156,7 +156,7 @@ def _examples(output: Path, data_root: Path, seed: int) -> list[Example]:
     """Return a dozen held-out questions, as many shapes as there are, with their pictures."""
     from vipllava.evaluation.benches.regions import read_questions
     from vipllava.report.quickstart_page import Example
-    from vipllava.sample_world.tiny import load_tiny_policies
+    from vipllava.sample_world.tiny import TINY_POLICIES
     from vipllava.stream.sample_encoder import iter_samples
 
     path = output / "eval" / "regions" / "predictions.jsonl"
@@ -169,7 +169,7 @@ def _examples(output: Path, data_root: Path, seed: int) -> list[Example]:
         if place // len(shapes) < len(rows):
             shown.append(rows[place // len(shapes)])
     samples = list(iter_samples("sample_regions", MANIFESTS_DIR, data_root, seed))
-    questions = read_questions([samples[n] for n in shown], load_tiny_policies(), seed)
+    questions = read_questions([samples[n] for n in shown], TINY_POLICIES, seed)
     return [
         Example(
             image=question.marked,

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import yaml
-
-from vipllava.types import VipLlavaError
-from vipllava.visual_prompts.policies import VisualPromptPolicy, build_policies
+from vipllava.visual_prompts.policies import ShapeRanges
+from vipllava.visual_prompts.published import POLICIES
 
 BASE: Final = Path(__file__).parent / "base"
 """Holds ``vision_tower`` and ``language_model``; ``tools/teach_base`` makes them."""
-_CONF: Final = Path(__file__).parents[2] / "conf" / "visual_prompts"
 
-
-def load_tiny_policies(conf: Path = _CONF) -> dict[str, VisualPromptPolicy]:
-    """Read the tiny model's visual-prompt policies from their configuration files.
-
-    Args:
-        conf: folder of ``published.yaml`` and ``tiny.yaml``.
-
-    Raises:
-        VipLlavaError: a file cannot be read.
-    """
-
-    def read(name: str) -> dict[str, Any]:
-        try:
-            return yaml.safe_load((conf / name).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise VipLlavaError(
-                f"cannot read {conf / name}: {error.strerror}; run this from a checkout"
-            ) from error
-
-    published, tiny = read("published.yaml"), read("tiny.yaml")
-    return build_policies(published["policies"], {**published["ranges"], **tiny["ranges"]})
+# Lines that survive the resize to 112 pixels and leave the object visible.
+_RANGES: Final = ShapeRanges(
+    anchor=168,
+    rectangle_width=(3, 5),
+    ellipse_width=(3, 5),
+    triangle_width=(3, 4),
+    scribble_width=(3, 5),
+    arrow_width=(3, 4),
+    contour_width=(1, 2),
+    point_radius=(6, 9),
+    ellipse_scale=(1.0, 1.3),
+    arrow_head_min=9.0,
+    alpha=(176, 255),
+    mask_alpha=(96, 128),
+)
+TINY_POLICIES: Final = {
+    name: replace(policy, ranges=_RANGES) for name, policy in POLICIES["published"].items()
+}
+"""``conf/visual_prompts/tiny.yaml`` as values."""
