@@ -22,19 +22,13 @@ STEP: Final = "trainer/global_step"
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One panel.
+    """One panel."""
 
-    Attributes:
-        title: above it.
-        metrics: the lines; or the one table of a panel that shows a table.
-        pattern: regular expression of further metrics, such as those of each data set.
-        is_table: shows the logged table and not lines.
-    """
-
-    title: str
-    metrics: tuple[str, ...] = ()
+    title: str  # above it
+    metrics: tuple[str, ...] = ()  # the lines; or the one table of a panel that shows a table
+    # regular expression of further metrics, such as those of each data set
     pattern: str | None = None
-    is_table: bool = False
+    is_table: bool = False  # shows the logged table and not lines
 
 
 def dashboard_sections() -> dict[str, tuple[Panel, ...]]:

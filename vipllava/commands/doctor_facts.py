@@ -45,116 +45,75 @@ _VARIABLES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Packages:
-    """What is installed.
+    """What is installed."""
 
-    Attributes:
-        python: version.
-        platform: operating system and processor.
-        code: our version, with the commit of a checkout.
-        versions: of the packages worth showing that are installed.
-        unfit: of our requirements those that are not met, with the version that is there or None.
-        import_errors: by package, why it cannot be imported.
-        torch_cuda: CUDA version that torch was built with; None for a CPU build.
-        extras: by extra, the requirements that are not met.
-    """
-
-    python: str
-    platform: str
-    code: str
-    versions: Mapping[str, str]
+    python: str  # version
+    platform: str  # operating system and processor
+    code: str  # our version, with the commit of a checkout
+    versions: Mapping[str, str]  # of the packages worth showing that are installed
+    # of our requirements those that are not met, with the version that is there or None
     unfit: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
+    # by package, why it cannot be imported
     import_errors: Mapping[str, str] = field(default_factory=dict[str, str])
-    torch_cuda: str | None = None
+    torch_cuda: str | None = None  # CUDA version that torch was built with; None for a CPU build
+    # by extra, the requirements that are not met
     extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """What computes here.
+    """What computes here."""
 
-    Attributes:
-        hardware: devices and optional packages.
-        free_gib: free memory of each CUDA device, GiB.
-        driver: whether an NVIDIA driver is installed.
-    """
-
-    hardware: Hardware
-    free_gib: tuple[float, ...] = ()
-    driver: bool = False
+    hardware: Hardware  # devices and optional packages
+    free_gib: tuple[float, ...] = ()  # free memory of each CUDA device, GiB
+    driver: bool = False  # whether an NVIDIA driver is installed
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """How processes talk to each other.
+    """How processes talk to each other."""
 
-    Attributes:
-        backends: of torch.distributed that are built in.
-        nccl: version of NCCL; empty without.
-        variables: of the environment that change it.
-        probe: what came of trying; None where it was left out.
-        left_over: variables of the environment that only a launcher sets, and none has.
-        misplaced_master: ``MASTER_ADDR`` where it is no address of this machine.
-    """
-
-    backends: tuple[str, ...]
-    nccl: str = ""
+    backends: tuple[str, ...]  # of torch.distributed that are built in
+    nccl: str = ""  # version of NCCL; empty without
+    # of the environment that change it
     variables: Mapping[str, str] = field(default_factory=dict[str, str])
-    probe: Probe | None = None
+    probe: Probe | None = None  # what came of trying; None where it was left out
+    # variables of the environment that only a launcher sets, and none has
     left_over: Mapping[str, str] = field(default_factory=dict[str, str])
-    misplaced_master: str | None = None
+    misplaced_master: str | None = None  # ``MASTER_ADDR`` where it is no address of this machine
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A folder that runs write to or read from.
+    """A folder that runs write to or read from."""
 
-    Attributes:
-        name: what it is for.
-        path: the folder, which may not be there yet.
-        free: free bytes of its disk.
-        writable: whether it, or the nearest folder above it that is there, can be written to.
-    """
-
-    name: str
-    path: str
-    free: int
-    writable: bool
+    name: str  # what it is for
+    path: str  # the folder, which may not be there yet
+    free: int  # free bytes of its disk
+    writable: bool  # whether it, or the nearest folder above it that is there, can be written to
 
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """Where there is room.
+    """Where there is room."""
 
-    Attributes:
-        places: the folders.
-        shm: bytes of ``/dev/shm``; None where a system has none.
-    """
-
-    places: tuple[Place, ...]
-    shm: int | None
+    places: tuple[Place, ...]  # the folders
+    shm: int | None  # bytes of ``/dev/shm``; None where a system has none
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the environment says.
+    """What the environment says."""
 
-    Attributes:
-        variables: those that are set, of a list that holds no keys.
-        wandb_key: whether W&B has a key, in the environment or in a file.
-        locks: lock files of torch's extension builds, with their age in seconds.
-        home: the user's home folder; None where there is none.
-        home_writable: whether it can be written to.
-        terminal: encoding of the standard output.
-        file_names: encoding of the names of files.
-    """
-
+    # those that are set, of a list that holds no keys
     variables: Mapping[str, str] = field(default_factory=dict[str, str])
-    wandb_key: bool = False
+    wandb_key: bool = False  # whether W&B has a key, in the environment or in a file
+    # lock files of torch's extension builds, with their age in seconds
     locks: Mapping[str, float] = field(default_factory=dict[str, float])
-    home: str | None = "/home/you"
-    home_writable: bool = True
-    terminal: str = "utf-8"
-    file_names: str = "utf-8"
+    home: str | None = "/home/you"  # the user's home folder; None where there is none
+    home_writable: bool = True  # whether it can be written to
+    terminal: str = "utf-8"  # encoding of the standard output
+    file_names: str = "utf-8"  # encoding of the names of files
 
 
 @dataclass(frozen=True, slots=True)

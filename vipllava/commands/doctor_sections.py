@@ -46,19 +46,12 @@ _STALE: Final = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One fact.
+    """One fact."""
 
-    Attributes:
-        name: what it is.
-        value: what was found.
-        status: whether that is as it should be.
-        remedy: what to do where it is not.
-    """
-
-    name: str
-    value: str
-    status: Status = "ok"
-    remedy: str = ""
+    name: str  # what it is
+    value: str  # what was found
+    status: Status = "ok"  # whether that is as it should be
+    remedy: str = ""  # what to do where it is not
 
 
 @dataclass(frozen=True, slots=True)

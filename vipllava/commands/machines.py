@@ -39,35 +39,20 @@ _GIB: Final = 2**30
 
 @dataclass(frozen=True, slots=True)
 class MachineRow:
-    """One model, workload and machine.
+    """One model, workload and machine."""
 
-    Attributes:
-        model: of ``conf/model``.
-        workload: what trains.
-        machine: the trainer, and which device where that is open.
-        strategy: the least sharded that fits; None if nothing does.
-        micro_batch_size: that ``memory`` is of: the trainer's, or the largest if that is smaller.
-        largest: micro-batch that fits; None if none does.
-        recomputed: the fewest decoder blocks that have to be, for that micro-batch to fit.
-        num_blocks: that the model has.
-        memory: bytes of a device; where nothing fits, the least that was tried.
-        capacity: bytes that the device has.
-        host: bytes of a node beside its devices.
-        hours: of the stage.
-    """
-
-    model: str
-    workload: str
-    machine: str
-    strategy: str | None
-    micro_batch_size: int
-    largest: int | None
-    recomputed: int | None
-    num_blocks: int
-    memory: float
-    capacity: float
-    host: float
-    hours: float | None
+    model: str  # of ``conf/model``
+    workload: str  # what trains
+    machine: str  # the trainer, and which device where that is open
+    strategy: str | None  # the least sharded that fits; None if nothing does
+    micro_batch_size: int  # that ``memory`` is of: the trainer's, or the largest if that is smaller
+    largest: int | None  # micro-batch that fits; None if none does
+    recomputed: int | None  # the fewest decoder blocks that have to be, for that micro-batch to fit
+    num_blocks: int  # that the model has
+    memory: float  # bytes of a device; where nothing fits, the least that was tried
+    capacity: float  # bytes that the device has
+    host: float  # bytes of a node beside its devices
+    hours: float | None  # of the stage
 
     def cells(self) -> tuple[str, ...]:
         """Return the row as texts, one for each of the table's headers."""

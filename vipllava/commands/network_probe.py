@@ -20,17 +20,11 @@ _NUMBERS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What came of it.
+    """What came of it."""
 
-    Attributes:
-        backend: ``nccl`` (one CUDA device for each process) or ``gloo``.
-        seconds: from start to end, imports included.
-        error: what went wrong, in one line; empty if nothing did.
-    """
-
-    backend: str
-    seconds: float
-    error: str = ""
+    backend: str  # ``nccl`` (one CUDA device for each process) or ``gloo``
+    seconds: float  # from start to end, imports included
+    error: str = ""  # what went wrong, in one line; empty if nothing did
 
 
 def probe_network(backend: str, timeout: float = 60.0, *, script: Path = Path(__file__)) -> Probe:

@@ -23,23 +23,14 @@ _METRIC: Final = "train/loss"
 
 @dataclass(frozen=True, slots=True)
 class SweepJob:
-    """One job of a sweep.
+    """One job of a sweep."""
 
-    Attributes:
-        overrides: those that are not the same in all jobs, ``KEY=VALUE``.
-        last: the metric's last value; None where the job logged none.
-        best: its lowest value.
-        steps: optimizer steps of the log.
-        seconds: from the job's last start to its last entry in the log.
-        folder: of the job, relative to the sweep's.
-    """
-
-    overrides: tuple[str, ...]
-    last: float | None
-    best: float | None
-    steps: int
-    seconds: float | None
-    folder: str
+    overrides: tuple[str, ...]  # those that are not the same in all jobs, ``KEY=VALUE``
+    last: float | None  # the metric's last value; None where the job logged none
+    best: float | None  # its lowest value
+    steps: int  # optimizer steps of the log
+    seconds: float | None  # from the job's last start to its last entry in the log
+    folder: str  # of the job, relative to the sweep's
 
 
 def read_sweep(folder: Path, metric: str = _METRIC) -> list[SweepJob]:

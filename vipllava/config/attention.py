@@ -21,26 +21,17 @@ _NO_CUDA: Final = "needs CUDA devices"
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """An implementation that not every machine can run; all of these compute in 16 bits only.
+    """An implementation that not every machine can run; all of these compute in 16 bits only."""
 
-    Attributes:
-        name: as a configuration and transformers name it; our own for :data:`TORCH_VARLEN`.
-        package: what has to be installed, as :attr:`~vipllava.config.hardware.Hardware.installed`
-            names it.
-        label: the same for a reader.
-        install: how it comes.
-        least: the least compute capability.
-        below: the first capability that is too new for it; None if none is.
-        by_name_only: never chosen by itself.
-    """
-
-    name: str
+    name: str  # as a configuration and transformers name it; our own for :data:`TORCH_VARLEN`
+    # what has to be installed, as :attr:`~vipllava.config.hardware.Hardware.installed` names it
     package: str
-    label: str
-    install: str
-    least: tuple[int, int]
+    label: str  # the same for a reader
+    install: str  # how it comes
+    least: tuple[int, int]  # the least compute capability
+    # the first capability that is too new for it; None if none is
     below: tuple[int, int] | None = None
-    by_name_only: bool = False
+    by_name_only: bool = False  # never chosen by itself
 
 
 KERNELS: Final = (
@@ -59,17 +50,11 @@ KERNELS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What stands against one implementation, on one machine.
+    """What stands against one implementation, on one machine."""
 
-    Attributes:
-        kernel: the implementation.
-        missing: whether its package is not installed.
-        unsupported: why devices or precision cannot use it; None if they can.
-    """
-
-    kernel: Kernel
-    missing: bool
-    unsupported: str | None
+    kernel: Kernel  # the implementation
+    missing: bool  # whether its package is not installed
+    unsupported: str | None  # why devices or precision cannot use it; None if they can
 
     @property
     def name(self) -> str:

@@ -32,35 +32,22 @@ SHM_REMEDY: Final = "docker run --shm-size=16g (or --ipc=host), or machine.num_w
 
 @dataclass(frozen=True, slots=True)
 class CudaDevice:
-    """One CUDA device.
+    """One CUDA device."""
 
-    Attributes:
-        name: as the driver reports it.
-        memory_gib: total memory, GiB (an "80 GB" A100 has 79.2).
-        capability: compute capability; bf16 and flash attention need (8, 0).
-    """
-
-    name: str
-    memory_gib: float
-    capability: tuple[int, int]
+    name: str  # as the driver reports it
+    memory_gib: float  # total memory, GiB (an "80 GB" A100 has 79.2)
+    capability: tuple[int, int]  # compute capability; bf16 and flash attention need (8, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Devices and optional packages of one machine.
+    """Devices and optional packages of one machine."""
 
-    Attributes:
-        cuda: the visible CUDA devices.
-        mps: whether Apple's Metal backend is there.
-        num_cpus: cores this process may use.
-        cpu_bf16: whether the CPU multiplies bf16 matrices in hardware.
-        installed: those of ``OPTIONAL_PACKAGES`` that are there.
-    """
-
-    cuda: tuple[CudaDevice, ...] = ()
-    mps: bool = False
-    num_cpus: int = 1
-    cpu_bf16: bool = False
+    cuda: tuple[CudaDevice, ...] = ()  # the visible CUDA devices
+    mps: bool = False  # whether Apple's Metal backend is there
+    num_cpus: int = 1  # cores this process may use
+    cpu_bf16: bool = False  # whether the CPU multiplies bf16 matrices in hardware
+    # those of ``OPTIONAL_PACKAGES`` that are there
     installed: frozenset[str] = field(default_factory=frozenset[str])
 
     @property

@@ -30,29 +30,20 @@ _WHILE_RESOLVING: Final = " raised while resolving interpolation: "
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What one value has to be.
+    """What one value has to be."""
 
-    Attributes:
-        expected: the rule in words, for the message.
-        accepts: whether a value, as plain Python, follows it.
-        optional: whether the key may be absent.
-    """
-
-    expected: str
-    accepts: Callable[[Any], bool]
-    optional: bool = False
+    expected: str  # the rule in words, for the message
+    accepts: Callable[[Any], bool]  # whether a value, as plain Python, follows it
+    optional: bool = False  # whether the key may be absent
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """What the keys of one section have to be.
+    """What the keys of one section have to be."""
 
-    Attributes:
-        keys: the rule of each key; a section of its own for one that has keys itself.
-        is_open: whether it has more keys, which are checked elsewhere: constructor arguments.
-    """
-
+    # the rule of each key; a section of its own for one that has keys itself
     keys: Mapping[str, Rule | Section]
+    # whether it has more keys, which are checked elsewhere: constructor arguments
     is_open: bool = False
 
 
