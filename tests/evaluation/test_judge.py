@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vipllava.evaluation.judge import OfflineMatcher, split_ground_truth
+from vipllava.evaluation.judge import match_offline, split_ground_truth
 from vipllava.evaluation.matching import is_exact_match
 from vipllava.types import VipLlavaError
 
@@ -44,7 +44,7 @@ from vipllava.types import VipLlavaError
     ],
 )
 def test_verdicts(truth: str, prediction: str, expected: float):
-    assert OfflineMatcher()("question", truth, prediction) == expected
+    assert match_offline("question", truth, prediction) == expected
 
 
 def test_or_binds_tighter_than_and():

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 from PIL import Image
 
-from vipllava.evaluation.answering import ask_all
+from vipllava.evaluation.bench import ask_all
 from vipllava.evaluation.benches import regions
 from vipllava.types import ConfigError, DraftTurn, Mention, RecordError, Region, Sample
 from vipllava.visual_prompts.policies import VisualPromptPolicy

@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 
 from tests.toy_data import make_manifest
-from vipllava.evaluation.answering import ask_all
-from vipllava.evaluation.bench import BenchData
+from vipllava.evaluation.bench import BenchData, ask_all
 from vipllava.evaluation.benches import vip_bench
-from vipllava.evaluation.judge import NoVerdictError, OfflineMatcher
+from vipllava.evaluation.judge import NoVerdictError, match_offline
 from vipllava.types import ConfigError, RecordError, VipLlavaError
 
 META = {
@@ -83,7 +82,7 @@ def test_answers_and_scores(folder: Path):
     assert [(each.key, each.texts["answer"]) for each in found] == [
         ("v1_0", "a star"), ("v1_1", "six"), ("v1_2", "left of the tree"),
     ]  # fmt: skip
-    result = vip_bench.score(found, OfflineMatcher())
+    result = vip_bench.score(found, match_offline)
     assert result["total"] == pytest.approx(50.0)
     assert result["by_capability"] == {
         "rec": {"score": 75.0, "num_items": 2},
@@ -182,7 +181,7 @@ def test_an_unreadable_picture_names_the_item_and_the_file(folder: Path):
 
 def test_the_interval_stays_within_the_scale(folder: Path):
     found = answered(folder, "bbox", Fixed("star", "star", "star"))
-    result = vip_bench.score(found, OfflineMatcher())
+    result = vip_bench.score(found, match_offline)
     assert (result["total"], result["low"]) == (pytest.approx(33.333, abs=1e-3), 0.0)
     assert result["high"] == pytest.approx(98.665, abs=1e-3)
 

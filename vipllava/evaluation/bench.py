@@ -1,12 +1,10 @@
 """What a benchmark is: one :class:`Bench`, from reading its data to the table on the terminal.
 
-    asked    = bench.read(data)          items with what is asked about each, one at a time
-    answered = ask_all(asked, engine)    texts in place of images
-    files    = bench.files(answered)     kept, whatever scoring says
-    results  = bench.score(answered)     results.json
-    table    = bench.table(results)      printed
-
-:mod:`vipllava.evaluation.run` does these five for any benchmark. Nothing here imports torch.
+asked    = bench.read(data)          items with what is asked about each, one at a time
+answered = ask_all(asked, engine)    texts in place of images
+files    = bench.files(answered)     kept, whatever scoring says
+results  = bench.score(answered)     results.json
+table    = bench.table(results)      printed
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from vipllava.types import ConfigError, Request, Sample, VipLlavaError
 
@@ -25,6 +23,9 @@ if TYPE_CHECKING:
     from vipllava.visual_prompts.policies import VisualPromptPolicy
 
 Item = TypeVar("Item")
+
+_BATCHES_AT_ONCE: Final = 16
+"""Enough for the engine to put questions of similar length together, few enough to hold."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class BenchData:
         data_root: folder that the manifest's paths are relative to.
         policies: visual-prompt policies by name.
         seed: of wordings and marks.
-        limit: only the first so many items (of each split); None: all.
+        limit: only the first so many items (of each split), or None.
         options: a value of :attr:`Bench.options`.
     """
 
@@ -86,8 +87,7 @@ class Asked(Generic[Item]):
 
     Attributes:
         item: what scoring needs of it. Kept until the end, so it holds no image.
-        requests: one per way of asking, e.g. with and without marks; the names are the
-            benchmark's own.
+        requests: one per way of asking, e.g. with and without marks, by the benchmark's names.
     """
 
     item: Item
@@ -109,6 +109,38 @@ class Answered(Generic[Item]):
     texts: Mapping[str, str]
 
 
+class Answerer(Protocol):
+    """Answers questions; :class:`vipllava.inference.engine.Engine` does, and so can a fake."""
+
+    def answer(
+        self, requests: Sequence[Request], *, max_new_tokens: int = 64, batch_size: int = 16
+    ) -> list[str]:
+        """Return one text per request, in their order."""
+        ...
+
+
+def ask_all(
+    asked: Iterable[Asked[Item]], answerer: Answerer, *, max_new_tokens: int, batch_size: int
+) -> list[Answered[Item]]:
+    """Return every item with its answers, in order; images are held a few batches at a time."""
+    items: list[tuple[str, Item, list[str]]] = []
+
+    def requests() -> Iterator[Request]:
+        for each in asked:
+            ways = list(each.requests)
+            items.append((each.requests[ways[0]].key, each.item, ways))
+            yield from each.requests.values()
+
+    pending, texts = requests(), list[str]()
+    while chunk := list(islice(pending, _BATCHES_AT_ONCE * batch_size)):
+        texts += answerer.answer(chunk, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    said = iter(texts)
+    return [
+        Answered(key, item, dict(zip(ways, islice(said, len(ways)), strict=True)))
+        for key, item, ways in items
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class BenchTable:
     """What is printed at the end.
@@ -116,8 +148,8 @@ class BenchTable:
     Attributes:
         title: above the table.
         columns: their names; the first is aligned left, the others right.
-        rows: one text per column.
-        total: a last row, set apart; empty: none.
+        rows: a text per column.
+        total: a last row, set apart, or empty.
     """
 
     title: str
@@ -126,14 +158,14 @@ class BenchTable:
     total: Sequence[str] = ()
 
 
-def answers_as_jsonl(answered: Sequence[Answered[Any]]) -> dict[str, str]:
-    """Return ``answers.jsonl``: a line per item with its key and its texts."""
-    return {"answers.jsonl": jsonl({"key": each.key, **each.texts} for each in answered)}
-
-
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return one JSON object per line."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def answers_as_jsonl(answered: Sequence[Answered[Any]]) -> dict[str, str]:
+    """Return ``answers.jsonl``: a line per item with its key and its texts."""
+    return {"answers.jsonl": jsonl({"key": each.key, **each.texts} for each in answered)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +179,8 @@ class Bench(Generic[Item]):
         score: turns all answers into what ``results.json`` holds; plain values.
         table: turns those into what is printed.
         files: names and contents of the files beside ``results.json``.
-        options: a frozen dataclass of the settings that only this benchmark has. Its defaults are
-            theirs; its ``__post_init__`` raises a ConfigError for an impossible value.
+        options: a frozen dataclass of the settings that only this benchmark has; its
+            ``__post_init__`` raises a ConfigError for an impossible value.
     """
 
     name: str

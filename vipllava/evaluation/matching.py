@@ -1,18 +1,11 @@
-"""Texts made comparable: what counts as the same answer without a language model.
-
-Two strengths are offered. :func:`is_exact_match` ignores case and punctuation only, as the
-short-answer benchmarks do. :func:`answer_tokens` goes further (articles, number words, accents)
-and is what :class:`vipllava.evaluation.judge.OfflineMatcher` compares.
-"""
+"""Texts made comparable: what counts as the same answer without a language model."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
-
-_PartReader = Callable[[Sequence[str], int], tuple[int | None, int]]
 
 _ARTICLES: Final = frozenset({"a", "an", "the"})
 
@@ -29,20 +22,14 @@ _TENS: Final = {
         "twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2
     )
 }
-_ORDINALS: Final = {
-    "first": "1st",
-    "second": "2nd",
-    "third": "3rd",
-    "fourth": "4th",
-    "fifth": "5th",
-    "sixth": "6th",
-    "seventh": "7th",
-    "eighth": "8th",
-    "ninth": "9th",
-    "tenth": "10th",
-    "eleventh": "11th",
-    "twelfth": "12th",
-}
+_ORDINALS: Final = dict(
+    zip(
+        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split(),
+        "1st 2nd 3rd 4th 5th 6th 7th 8th 9th 10th 11th 12th".split(),
+        strict=True,
+    )
+)
+_UNITS: Final = (("thousand", 1000), ("hundred", 100))
 
 # A fraction, date or time is one token, so that "3" is not found in "3/4". A minus is a sign only
 # where no word stands before it ("x=-3", not "11-22"). A comma between groups of three digits
@@ -59,7 +46,7 @@ _REPLACED: Final = str.maketrans({"\u2212": "-", "\u2019": "'"})
 
 
 def answer_tokens(text: str, *, keep_articles: bool = False) -> tuple[str, ...]:
-    """Split ``text`` into comparable tokens.
+    """Split ``text`` into the tokens that a judge compares.
 
     Case, accents, apostrophes and punctuation go; articles go unless ``keep_articles``; number
     words become digits (``twenty-one`` and ``21``, ``first`` and ``1st``); numbers lose thousands
@@ -79,33 +66,26 @@ def answer_tokens(text: str, *, keep_articles: bool = False) -> tuple[str, ...]:
     return tuple(token for token in tokens if keep_articles or token not in _ARTICLES)
 
 
-def contains_tokens(tokens: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Tell whether ``wanted`` stands in ``tokens`` as a contiguous run of whole tokens."""
-    width = len(wanted)
-    wanted = tuple(wanted)
-    return width > 0 and any(
-        tuple(tokens[start : start + width]) == wanted for start in range(len(tokens) - width + 1)
-    )
-
-
 def is_exact_match(prediction: str, truth: str) -> bool:
-    """Tell whether both texts have the same words, case and punctuation aside."""
-    return _words(prediction) == _words(truth)
+    """Tell whether both texts have the same words, as short-answer benchmarks compare them.
 
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+    Only case and punctuation are put aside.
+    """
+    first, second = (
+        re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+        for text in (prediction, truth)
+    )
+    return first == second
 
 
 def _canonical_number(token: str) -> str:
-    token = token.replace(",", "")
-    sign, digits = ("-", token[1:]) if token.startswith("-") else ("", token)
-    whole, _, fraction = digits.partition(".")
-    whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
-    return sign + (f"{whole}.{fraction}" if fraction else whole)
+    sign = "-" if token.startswith("-") else ""
+    whole, _, fraction = token.removeprefix("-").replace(",", "").partition(".")
+    fraction = fraction.rstrip("0")
+    return sign + (whole.lstrip("0") or "0") + (f".{fraction}" if fraction else "")
 
 
-def _join_number_words(tokens: Sequence[str]) -> list[str]:
+def _join_number_words(tokens: list[str]) -> list[str]:
     """Replace runs of number words by one number; ``one two`` stays two numbers."""
     joined: list[str] = []
     index = 0
@@ -116,35 +96,30 @@ def _join_number_words(tokens: Sequence[str]) -> list[str]:
     return joined
 
 
-def _read_number(tokens: Sequence[str], start: int) -> tuple[int | None, int]:
-    """Read a number below a million, e.g. ``two thousand one hundred and five``."""
-    return _read_multiple(tokens, start, "thousand", 1000, _read_below_thousand)
-
-
-def _read_below_thousand(tokens: Sequence[str], start: int) -> tuple[int | None, int]:
-    return _read_multiple(tokens, start, "hundred", 100, _read_below_hundred)
-
-
-def _read_multiple(
-    tokens: Sequence[str], start: int, unit: str, factor: int, read_part: _PartReader
+def _read_number(
+    tokens: list[str], start: int, units: Sequence[tuple[str, int]] = _UNITS
 ) -> tuple[int | None, int]:
-    """Read ``PART [unit [[and] PART]]``, where ``read_part`` reads a PART below ``unit``."""
-    value, end = read_part(tokens, start)
-    if value is None or end >= len(tokens) or tokens[end] != unit:
+    """Read a number below a million, e.g. ``two thousand one hundred and five``.
+
+    It is ``PART [unit [[and] PART]]`` of the first unit, and each PART is one of the other units.
+    """
+    if not units:
+        return _read_below_hundred(tokens, start)
+    (unit, factor), *smaller = units
+    value, end = _read_number(tokens, start, smaller)
+    if value is None or tokens[end : end + 1] != [unit]:
         return value, end
     value, end = value * factor, end + 1
-    skip = 1 if end < len(tokens) and tokens[end] == "and" else 0
-    rest, rest_end = read_part(tokens, end + skip)
+    after_and = end + (tokens[end : end + 1] == ["and"])
+    rest, rest_end = _read_number(tokens, after_and, smaller)
     return (value, end) if rest is None else (value + rest, rest_end)
 
 
-def _read_below_hundred(tokens: Sequence[str], start: int) -> tuple[int | None, int]:
-    if start >= len(tokens):
+def _read_below_hundred(tokens: list[str], start: int) -> tuple[int | None, int]:
+    word, following = (*tokens[start : start + 2], "", "")[:2]
+    if word in _SMALL:
+        return _SMALL[word], start + 1
+    if word not in _TENS:
         return None, start
-    token = tokens[start]
-    if token in _SMALL:
-        return _SMALL[token], start + 1
-    if token not in _TENS:
-        return None, start
-    unit = _SMALL.get(tokens[start + 1], 0) if start + 1 < len(tokens) else 0
-    return (_TENS[token] + unit, start + 2) if 0 < unit < 10 else (_TENS[token], start + 1)
+    unit = _SMALL.get(following, 0)
+    return (_TENS[word] + unit, start + 2) if 0 < unit < 10 else (_TENS[word], start + 1)

@@ -1,13 +1,11 @@
 """One benchmark from its composed configuration: what ``evaluate.py`` calls.
 
-The only place of evaluation that knows configuration objects, and none that knows a benchmark:
-what one is stands in its :class:`vipllava.evaluation.bench.Bench`.
+The only place of evaluation that knows configuration objects; it knows no benchmark by name.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import sys
 import time
@@ -16,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vipllava.config.schema import read
-from vipllava.evaluation.answering import ask_all
-from vipllava.evaluation.bench import Bench, BenchData, BenchTable
+from vipllava.evaluation.bench import Bench, BenchData, BenchTable, ask_all
 from vipllava.evaluation.benches import get_bench
-from vipllava.files.atomic import write_whole
+from vipllava.files.atomic import write_json, write_whole
 from vipllava.types import ConfigError, RecordError, VipLlavaError
 
 if TYPE_CHECKING:
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESULTS: Final = "results.json"
 _COMMON: Final = ("name", "module", "manifest", "max_new_tokens")
 """Keys of ``bench`` that every benchmark has; the others are its options."""
 
@@ -80,7 +76,7 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
         "seed": cfg.seed,
         **bench.score(answered),
     }
-    write_whole(run_dir / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_json(run_dir / "results.json", results, indent=1)
     _print(bench.table(results))
     logger.info(
         "%s of %s: %.0f s; written to %s",

@@ -1,16 +1,15 @@
 """Held-out questions about marked regions, and the control: the same without the marks.
 
-Every record ends with an assistant turn; the turns before it are the question, its text the right
-answer. The marks come from a plan keyed by (seed, data set, key), so that the question is the same
-in every run. In the control the words stay and only the drawing is left out: a model that answers
-as well without marks never looked at them.
+A record's last turn is the right answer, the turns before it are the question. Its marks are keyed
+by (seed, data set, key): the same in every run. In the control the words stay and only the drawing
+is left out: a model that answers as well without marks never looked at them.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from vipllava.evaluation.bench import Answered, Asked, Bench, BenchData, BenchTable, jsonl
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vipllava.visual_prompts.policies import VisualPromptPolicy
-
-PREDICTIONS: Final = "predictions.jsonl"
-_ENDING: Final = ["user", "assistant"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One question and its answers; ``marked`` or ``unmarked`` is None where it was not asked."""
+    """A row of ``predictions.jsonl``; an answer is None where it was not asked."""
 
     key: str
     question: str
@@ -87,7 +83,7 @@ def read_questions(
     """Plan, word and draw every sample, one at a time.
 
     Raises:
-        RecordError: a record without image, or whose last turn is not an answer.
+        RecordError: a record has no image, or does not end with question and answer.
     """
     from vipllava.records.image_decode import decode_image
     from vipllava.stream.sample_encoder import marks_generator, plan_sample
@@ -95,7 +91,8 @@ def read_questions(
 
     for sample in samples:
         name = f"{sample.dataset}/{sample.key}"
-        if sample.image is None or [turn.role for turn in sample.turns[-2:]] != _ENDING:
+        roles = [turn.role for turn in sample.turns[-2:]]
+        if sample.image is None or roles != ["user", "assistant"]:
             raise RecordError(
                 f"{name} cannot be asked: a region question needs an image and ends with the "
                 "user's question and the assistant's answer"
@@ -133,14 +130,13 @@ def score(answered: Sequence[Answered[Prediction]]) -> dict[str, Any]:
         ``correct``, ``total``, ``accuracy`` and its 95 % Wilson interval ``low``, ``high``;
         ``gap`` of the two with its paired 95 % interval; ``by_shape`` with both.
     """
-    predictions = _predictions(answered)
-    by_shape: dict[str, list[Prediction]] = defaultdict(list)
-    for prediction in predictions:
-        by_shape[prediction.shape].append(prediction)
+    by_shape: dict[str, list[Answered[Prediction]]] = defaultdict(list)
+    for each in answered:
+        by_shape[each.item.shape].append(each)
     return {
-        "num_questions": len(predictions),
-        **_accuracies(predictions),
-        "gap": _gap(predictions),
+        "num_questions": len(answered),
+        **_accuracies(answered),
+        "gap": _gap(_hits(answered, "marked"), _hits(answered, "unmarked")),
         "by_shape": {shape: _accuracies(by_shape[shape]) for shape in sorted(by_shape)},
     }
 
@@ -150,12 +146,8 @@ def _read(data: BenchData) -> Iterator[Asked[Prediction]]:
     return ask(questions, data.options.draw_marks)
 
 
-def _predictions(answered: Sequence[Answered[Prediction]]) -> list[Prediction]:
-    return [replace(each.item, **each.texts) for each in answered]
-
-
 def _files(answered: Sequence[Answered[Prediction]]) -> dict[str, str]:
-    return {PREDICTIONS: jsonl(map(asdict, _predictions(answered)))}
+    return {"predictions.jsonl": jsonl({**asdict(each.item), **each.texts} for each in answered)}
 
 
 def _table(results: Mapping[str, Any]) -> BenchTable:
@@ -178,32 +170,32 @@ def _percent(accuracy: Mapping[str, float] | None) -> str:
     return f"{share:.1f} ({low:.1f}-{high:.1f})"
 
 
-def _accuracies(predictions: Sequence[Prediction]) -> dict[str, dict[str, float] | None]:
-    return {
-        "marked": _accuracy([(p.marked, p.answer) for p in predictions]),
-        "unmarked": _accuracy([(p.unmarked, p.answer) for p in predictions]),
-    }
+def _hits(answered: Sequence[Answered[Prediction]], way: str) -> list[bool]:
+    """Return which answers are right; none if it was not asked this way."""
+    return [
+        is_exact_match(each.texts[way], each.item.answer) for each in answered if way in each.texts
+    ]
 
 
-def _accuracy(pairs: Sequence[tuple[str | None, str]]) -> dict[str, float] | None:
-    if any(prediction is None for prediction, _ in pairs):
+def _accuracies(answered: Sequence[Answered[Prediction]]) -> dict[str, dict[str, float] | None]:
+    return {way: _accuracy(_hits(answered, way)) for way in ("marked", "unmarked")}
+
+
+def _accuracy(hits: Sequence[bool]) -> dict[str, float] | None:
+    if not hits:
         return None
-    correct = sum(is_exact_match(prediction or "", answer) for prediction, answer in pairs)
-    low, high = wilson_interval(correct, len(pairs))
-    accuracy = correct / len(pairs)
+    correct, total = sum(hits), len(hits)
+    low, high = wilson_interval(correct, total)
     return {
-        "correct": correct, "total": len(pairs), "accuracy": accuracy, "low": low, "high": high,
+        "correct": correct, "total": total, "accuracy": correct / total, "low": low, "high": high,
     }  # fmt: skip
 
 
-def _gap(predictions: Sequence[Prediction]) -> dict[str, float] | None:
-    if len(predictions) < 2 or any(p.marked is None or p.unmarked is None for p in predictions):
+def _gap(marked: Sequence[bool], unmarked: Sequence[bool]) -> dict[str, float] | None:
+    if len(marked) != len(unmarked) or len(marked) < 2:
         return None
-    marked = [float(is_exact_match(p.marked or "", p.answer)) for p in predictions]
-    unmarked = [float(is_exact_match(p.unmarked or "", p.answer)) for p in predictions]
     low, high = paired_difference_interval(marked, unmarked)
-    gap = (sum(marked) - sum(unmarked)) / len(predictions)
-    return {"accuracy": gap, "low": low, "high": high}
+    return {"accuracy": (sum(marked) - sum(unmarked)) / len(marked), "low": low, "high": high}
 
 
 REGIONS: Final = Bench("regions", _read, score, _table, _files, RegionsOptions)

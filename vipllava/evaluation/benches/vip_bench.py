@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from vipllava.evaluation.bench import Answered, Asked, Bench, BenchData, BenchTable
-from vipllava.evaluation.judge import Judge, NoVerdictError, OfflineMatcher, split_ground_truth
+from vipllava.evaluation.judge import Judge, NoVerdictError, match_offline, split_ground_truth
 from vipllava.evaluation.statistics import mean_interval
 from vipllava.records.image_decode import decode_image
 from vipllava.types import RecordError, Request, Turn, VipLlavaError
 
 META_DATA: Final = "vip-bench-meta-data.json"
-QUESTIONS: Final = "questions.jsonl"
 SPLITS: Final = ("bbox", "human")
 CAPABILITIES: Final = ("rec", "ocr", "know", "math", "rel", "lang")
 
@@ -56,9 +55,8 @@ def read_items(folder: Path, split: str) -> list[Item]:
     if split not in SPLITS:
         raise RecordError(f"unknown split `{split}` of ViP-Bench; known: {', '.join(SPLITS)}")
     meta = _read_meta(folder / META_DATA)
-    path = folder / split / QUESTIONS
-    items: list[Item] = []
-    seen: set[str] = set()
+    path = folder / split / "questions.jsonl"
+    items: dict[str, Item] = {}
     problems: list[str] = []
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
@@ -66,19 +64,17 @@ def read_items(folder: Path, split: str) -> list[Item]:
         try:
             raw = json.loads(line, object_pairs_hook=_distinct)
             item = _read_item(raw, meta, folder, split)
-            if item.key in seen:
+            if item.key in items:
                 raise ValueError(f"question_id of {item.key} occurs twice")
+            items[item.key] = item
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
-            continue
-        seen.add(item.key)
-        items.append(item)
-    if missing := sorted(set(meta) - seen):
+    if missing := sorted(set(meta) - set(items)):
         problems.append(f"{path}: no readable question for {', '.join(missing[:5])} of {META_DATA}")
-    if problems or not items:
-        listing = "\n  ".join(problems[:20]) or f"{path} is empty"
+    if problems:
+        listing = "\n  ".join(problems[:20])
         raise RecordError(f"{len(problems)} problems in ViP-Bench at {folder}:\n  {listing}")
-    return items
+    return list(items.values())
 
 
 def ask(items: Iterable[Item]) -> Iterator[Asked[Item]]:
@@ -104,36 +100,30 @@ def score(answered: Sequence[Answered[Item]], judge: Judge) -> dict[str, Any]:
             verdicts[each.key] = judge(each.item.text, each.item.answer, each.texts["answer"])
         except NoVerdictError as error:
             failures[each.key] = str(error)
-    by_capability: dict[str, dict[str, float]] = {}
-    for capability in CAPABILITIES:
-        graded = [
-            verdicts[each.key]
-            for each in answered
-            if capability in each.item.capability and each.key in verdicts
-        ]
-        if graded:
-            mean = 100 * sum(graded) / len(graded)
-            by_capability[capability] = {"score": mean, "num_items": len(graded)}
+    graded = {
+        name: [verdicts[a.key] for a in answered if name in a.item.capability and a.key in verdicts]
+        for name in CAPABILITIES
+    }
     values = [100 * verdict for verdict in verdicts.values()]
-    low = high = None
-    if len(values) > 1:
-        low, high = mean_interval(values)
-        low, high = max(low, 0.0), min(high, 100.0)
+    low, high = mean_interval(values) if len(values) > 1 else (None, None)
     return {
         "total": sum(values) / len(values) if values else None,
-        "low": low,
-        "high": high,
+        "low": None if low is None else max(low, 0.0),
+        "high": None if high is None else min(high, 100.0),
         "num_items": len(values),
         "num_failures": len(failures),
-        "by_capability": by_capability,
+        "by_capability": {
+            name: {"score": 100 * sum(found) / len(found), "num_items": len(found)}
+            for name, found in graded.items()
+            if found
+        },
         "failures": failures,
         "verdicts": verdicts,
     }
 
 
 def _read(data: BenchData) -> Iterator[Asked[Item]]:
-    folder = data.folder
-    splits = [read_items(folder, split) for split in SPLITS]
+    splits = [read_items(data.folder, split) for split in SPLITS]
     return ask(item for items in splits for item in items[: data.limit])
 
 
@@ -143,33 +133,34 @@ def _by_split(answered: Sequence[Answered[Item]]) -> dict[str, list[Answered[Ite
 
 def _files(answered: Sequence[Answered[Item]]) -> dict[str, str]:
     """Return the official answer files."""
-    return {
-        f"answers-{split}.json": json.dumps(
-            {each.key: each.texts["answer"] for each in part}, indent=2, ensure_ascii=False
-        )
-        + "\n"
+    texts = {
+        split: {each.key: each.texts["answer"] for each in part}
         for split, part in _by_split(answered).items()
+    }
+    return {
+        f"answers-{split}.json": json.dumps(texts[split], indent=2, ensure_ascii=False) + "\n"
+        for split in texts
     }
 
 
 def _score(answered: Sequence[Answered[Item]]) -> dict[str, Any]:
-    splits = {split: score(part, OfflineMatcher()) for split, part in _by_split(answered).items()}
+    splits = {split: score(part, match_offline) for split, part in _by_split(answered).items()}
     return {"judge": "offline matcher", "splits": splits}
 
 
 def _table(results: Mapping[str, Any]) -> BenchTable:
     splits: Mapping[str, Any] = results["splits"]
-    rows: list[tuple[str, ...]] = []
-    for capability in dict.fromkeys(c for split in splits.values() for c in split["by_capability"]):
-        cells = [split["by_capability"].get(capability) for split in splits.values()]
-        rows.append(
-            (capability, *(f"{c['score']:.1f} ({c['num_items']})" if c else "-" for c in cells))
-        )
+
+    def cell(split: Mapping[str, Any], capability: str) -> str:
+        found = split["by_capability"].get(capability)
+        return f"{found['score']:.1f} ({found['num_items']})" if found else "-"
+
+    names = dict.fromkeys(name for split in splits.values() for name in split["by_capability"])
     return BenchTable(
         f"ViP-Bench, {results['judge']} (0-100; total with 95 % interval)",
         ("capability", *splits),
-        rows,
-        ("total", *(_total(split) for split in splits.values())),
+        [(name, *(cell(split, name) for split in splits.values())) for name in names],
+        ("total", *map(_total, splits.values())),
     )
 
 
@@ -196,12 +187,10 @@ def _read_meta(path: Path) -> dict[str, dict[str, Any]]:
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse a repeated key; the json module would silently keep the last."""
-    distinct = dict(pairs)
-    if len(distinct) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in distinct if names.count(name) > 1)
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"`{twice}` occurs twice")
-    return distinct
+    return dict(pairs)
 
 
 def _read_item(
@@ -219,27 +208,25 @@ def _read_item(
     key = f"v1_{str(identifier).removeprefix('v1_')}"
     if key not in meta:
         raise ValueError(f"{key} is not in {META_DATA}")
-    item = meta[key]
-    if missing := [name for name in ("answer", "capability") if name not in item]:
+    if missing := [name for name in ("answer", "capability") if name not in meta[key]]:
         raise ValueError(f"{key} of {META_DATA} has no {', '.join(missing)}")
-    fields = {"image": question["image"], "text": question["text"], "answer": item["answer"]}
-    for name, value in fields.items():
-        if not isinstance(value, str) or not value.strip():
+    capability, answer = meta[key]["capability"], meta[key]["answer"]
+    for name, value in {**question, "answer": answer}.items():
+        if name in ("image", "text", "answer") and not (isinstance(value, str) and value.strip()):
             raise ValueError(f"{key}: {name} is {value!r}; expected a text")
-    capability = item["capability"]
     if not isinstance(capability, list) or not capability:
         raise ValueError(f"{key}: capability is {capability!r}; expected a list of names")
-    known = ", ".join(CAPABILITIES)
     if unknown := [name for name in capability if name not in CAPABILITIES]:
+        known = ", ".join(CAPABILITIES)
         raise ValueError(f"{key} has unknown capabilities {unknown}; known: {known}")
-    image = folder / split / "images" / fields["image"]
+    image = folder / split / "images" / question["image"]
     if not image.is_file():
         raise ValueError(f"{key}: there is no image {image}")
     try:
-        split_ground_truth(fields["answer"])
+        split_ground_truth(answer)
     except VipLlavaError as error:
         raise ValueError(f"{key}: {error}") from error
-    return Item(key, image, fields["text"], fields["answer"], tuple(capability), split)
+    return Item(key, image, question["text"], answer, tuple(capability), split)
 
 
 def _read_text(path: Path) -> str:
