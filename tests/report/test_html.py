@@ -9,26 +9,25 @@ import re
 import pytest
 from PIL import Image
 
-from vipllava.report.html import Html, element, embed_image, join, page, table
+from vipllava.report import html
+from vipllava.report.html import Html, embed_image, escape, markup, page, read_templates, table
 
 
 def test_text_is_escaped_and_markup_is_not():
-    assert element("p", "1 < 2 & \"x\"", element("b", "y")) == (
-        "<p>1 &lt; 2 &amp; &quot;x&quot;<b>y</b></p>"
-    )  # fmt: skip
-    assert join(["<", Html("<br>"), None, [3, " ", 0.5]]) == "&lt;<br>3 0.5"
+    built = markup('<p class="{kind}">{}{}</p>', '1 < 2 & "x"', markup("<b>{}</b>", "y"), kind='"')
+    assert built == '<p class="&quot;">1 &lt; 2 &amp; &quot;x&quot;<b>y</b></p>'
+    assert escape(["<", Html("<br>"), None, [3, " ", 0.5]]) == "&lt;<br>3 0.5"
+    assert markup("{}", "{0}") == "{0}"
 
 
-def test_attributes():
-    built = element("td", "x", class_="a b", data_x='"', title=None, name="n", viewBox="0 0 1 1")
-    assert built == '<td class="a b" data-x="&quot;" name="n" viewBox="0 0 1 1">x</td>'
-    assert element("img", src="s") == '<img src="s"/>'
-    with pytest.raises(ValueError, match="<img> takes no children"):
-        element("img", "text")
+def test_line_breaks_of_a_template_file_are_layout(monkeypatch: pytest.MonkeyPatch):
+    text = '<template id="a">\n  <p>two\n    words {b}\n  </p>\n  {c}\n</template>\n\n'
+    monkeypatch.setattr(html, "read_asset", lambda _: f'{text}<template id="d">x</template>\n')
+    assert read_templates("test.html") == {"a": "<p>two words {b}</p>{c}", "d": "x"}
 
 
 def test_table_sets_totals_apart():
-    built = table(["name", "n"], [["a", 1], ["all", "<2>"]], num_total_rows=1)
+    built = table(["name", "n"], [["a", 1]], ["all", "<2>"])
     assert '<tr><th scope="row">a</th><td>1</td></tr>' in built
     assert '<tr class="total"><th scope="row">all</th><td>&lt;2&gt;</td></tr>' in built
 
@@ -56,7 +55,7 @@ def test_high_quality_keeps_thin_lines_coloured(quality: int, thin_line_stays_re
 
 
 def test_page_is_a_whole_document():
-    text = page("A & B", "p { color: red }", element("p", "x"))
+    text = page("A & B", "p { color: red }", Html("<p>x</p>"))
     assert text.startswith('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"/>')
     assert "<title>A &amp; B</title><style>p { color: red }</style>" in text
     assert text.endswith("<body><p>x</p></body></html>\n")

@@ -15,14 +15,10 @@ import pytest
 from PIL import Image
 
 from tests.report.conftest import SIDE, Inspect, make_sample
+from tests.report.test_quickstart_page import accuracy, scores
 from vipllava.report.inspect_page import JobSummary, write_inspect_page
 from vipllava.report.inspected import InspectedSample, RefusedSample
-from vipllava.report.quickstart_page import (
-    Accuracy,
-    Example,
-    QuickstartPage,
-    write_quickstart_page,
-)
+from vipllava.report.quickstart_page import Example, QuickstartPage, write_quickstart_page
 from vipllava.types import Mention
 
 pytestmark = pytest.mark.browser
@@ -135,16 +131,15 @@ def quickstart_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("quickstart") / "report.html"
     stripes = Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3))
     question = "What is within the red rectangle?\nAnswer the question using a single word."
-    accuracy = Accuracy("all", 90, 100, 0.826, 0.945)
+    halves = {"marked": accuracy(90, 100, 0.826, 0.945), "unmarked": accuracy(20, 100, 0.13, 0.29)}
+    gap = {"accuracy": 0.7, "low": 0.62, "high": 0.77}
     content = QuickstartPage(
         shapes_image=stripes.resize((1700, 790)),
         loss_curves={stage: [(0, 5.0), (1, 2.5)] for stage in ("pretrain", "finetune", "gpt4v")},
-        marked=accuracy,
-        unmarked=Accuracy("all", 20, 100, 0.13, 0.29),
-        gap=(0.7, 0.62, 0.77),
-        by_shape=[("mask contour", accuracy, accuracy)],
-        vip_bench={split: {"rec": 71.2, "total": 58.4} for split in ("bbox", "human")},
-        vip_bench_items=60,
+        regions={**halves, "gap": gap, "by_shape": {"mask contour": halves}},
+        vip_bench={
+            "splits": {name: scores(58.4, 50.1, 66.1, rec=71.2) for name in ("bbox", "human")}
+        },
         examples=[Example(stripes, question, "cup", "Cup.", "a fish", "arrow")] * 5,
         seconds={"pretrain": 61.2, "all": 583.0},
         versions={"torch": "2.13.0"},

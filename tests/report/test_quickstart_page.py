@@ -9,12 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vipllava.report.quickstart_page import (
-    Accuracy,
-    Example,
-    QuickstartPage,
-    write_quickstart_page,
-)
+from vipllava.report.quickstart_page import Example, QuickstartPage, write_quickstart_page
 
 
 class Reader(HTMLParser):
@@ -50,6 +45,17 @@ def example(answer: str, marked: str | None, unmarked: str | None) -> Example:
     return Example(image, question, answer, marked, unmarked, "mask contour")
 
 
+def accuracy(correct: int, total: int, low: float, high: float) -> dict[str, float]:
+    return {
+        "correct": correct, "total": total, "accuracy": correct / total, "low": low, "high": high,
+    }  # fmt: skip
+
+
+def scores(total: float, low: float, high: float, **capabilities: float) -> dict[str, object]:
+    cells = {name: {"score": score, "num_items": 9} for name, score in capabilities.items()}
+    return {"total": total, "low": low, "high": high, "num_items": 60, "by_capability": cells}
+
+
 @pytest.fixture(scope="module")
 def content() -> QuickstartPage:
     return QuickstartPage(
@@ -59,19 +65,26 @@ def content() -> QuickstartPage:
             "finetune": [(0, 1.5)],
             "gpt4v": [(0, 0.5), (1, 0.25)],
         },
-        marked=Accuracy("marks drawn", 712, 800, 0.866, 0.910),
-        unmarked=Accuracy("marks not drawn", 188, 800, 0.207, 0.266),
-        gap=(0.655, 0.62, 0.69),
-        by_shape=[("arrow", Accuracy("", 90, 100, 0.826, 0.945), Accuracy("", 21, 100, 0.1, 0.3))],
-        vip_bench={
-            "bbox": {"rec": 71.25, "math": 10.0, "total": 58.4},
-            "human": {"rec": 68.0, "total": 56.0},
+        regions={
+            "marked": accuracy(712, 800, 0.866, 0.910),
+            "unmarked": accuracy(188, 800, 0.207, 0.266),
+            "gap": {"accuracy": 0.655, "low": 0.62, "high": 0.69},
+            "by_shape": {
+                "arrow": {
+                    "marked": accuracy(90, 100, 0.826, 0.945),
+                    "unmarked": accuracy(21, 100, 0.1, 0.3),
+                }
+            },
         },
-        vip_bench_items=60,
+        vip_bench={
+            "splits": {
+                "bbox": scores(58.4, 50.1, 66.1, rec=71.25, math=10.0),
+                "human": scores(56.0, 47.0, 65.0, rec=68.0),
+            }
+        },
         examples=[example("cup", "Cup.", "<b>fish"), example("7", "", None)],
         seconds={"pretrain": 61.2, "all": 583.0},
         versions={"torch": "2.13.0"},
-        vip_bench_intervals={"bbox": (50.1, 66.1)},
     )
 
 
@@ -116,7 +129,7 @@ def test_it_needs_no_other_file(source: str, reader: Reader):
         "5.00 \u2192 3.33",
         "recognition\n71.2\n68.0",
         "mathematics\n10.0\n\u2013",
-        "total\n58.4\n 50\u201366\n56.0",
+        "total\n58.4\n 50\u201366\n56.0\n 47\u201365",
         "arrow\n100\n90.0\n 83\u201394\n21.0\n 10\u201330",
         "What is <it>?",
         "pretrain 61 s, all 9 min 43 s",

@@ -27,7 +27,7 @@ from vipllava.processes import run_child, shell_code
 from vipllava.types import VipLlavaError
 
 if TYPE_CHECKING:
-    from vipllava.report.quickstart_page import Accuracy, Example
+    from vipllava.report.quickstart_page import Example
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,7 +92,6 @@ def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) ->
     curves = {stage: read_loss_curve(_find_metrics(output / f"tiny-{stage}")) for stage in STAGES}
     regions = _read_json(output / "eval" / "regions" / "results.json")
     bench = _read_json(output / "eval" / "vip_bench" / "results.json")
-    marked, unmarked = _accuracy("marks drawn", regions), _accuracy("marks not drawn", regions)
     totals = [split["total"] for split in bench["splits"].values()]
     summary: dict[str, Any] = {
         "accuracy_marked": regions["marked"]["accuracy"],
@@ -111,25 +110,9 @@ def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) ->
     page = QuickstartPage(
         shapes_image=picture,
         loss_curves=curves,
-        marked=marked,
-        unmarked=unmarked,
-        gap=(regions["gap"]["accuracy"], regions["gap"]["low"], regions["gap"]["high"]),
-        by_shape=[
-            (shape, _accuracy("marks drawn", row), _accuracy("marks not drawn", row))
-            for shape, row in regions["by_shape"].items()
-        ],
-        vip_bench={
-            name: {
-                **{c: cell["score"] for c, cell in split["by_capability"].items()},
-                "total": split["total"],
-            }
-            for name, split in bench["splits"].items()
-        },
-        vip_bench_items=min(split["num_items"] for split in bench["splits"].values()),
+        regions=regions,
+        vip_bench=bench,
         examples=_examples(output, data_root, int(regions["seed"])),
-        vip_bench_intervals={
-            name: (split["low"], split["high"]) for name, split in bench["splits"].items()
-        },
         seconds=seconds,
         versions={"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -192,13 +175,6 @@ def _find_metrics(run_dir: Path) -> Path:
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _accuracy(name: str, row: Mapping[str, Any]) -> Accuracy:
-    from vipllava.report.quickstart_page import Accuracy
-
-    cell = row["marked" if name == "marks drawn" else "unmarked"]
-    return Accuracy(name, cell["correct"], cell["total"], cell["low"], cell["high"])
 
 
 def _mean(points: Sequence[tuple[int, float]]) -> float:

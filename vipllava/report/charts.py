@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vipllava.report.html import Html, element
+from vipllava.report.html import Html, markup
 from vipllava.report.loss_curves import smooth, thin
 
 _MOST_POINTS = 400
@@ -30,24 +30,20 @@ def bar_chart(bars: Sequence[Bar]) -> Html:
     Plain boxes instead of SVG: their labels keep the page's text size on a narrow screen.
     """
     rows = [
-        element(
-            "div",
-            element("div", bar.label, class_="label"),
-            element(
-                "div",
-                element("div", class_=f"bar {bar.kind}", style=f"width:{100 * bar.value:.2f}%"),
-                element(
-                    "div",
-                    class_="whisker",
-                    style=f"left:{100 * bar.low:.2f}%;width:{100 * (bar.high - bar.low):.2f}%",
-                ),
-                class_="track",
-            ),
+        markup(
+            '<div><div class="label">{label}</div><div class="track">'
+            '<div class="bar {kind}" style="width:{value}%"></div>'
+            '<div class="whisker" style="left:{low}%;width:{width}%"></div></div></div>',
+            label=bar.label,
+            kind=bar.kind,
+            value=f"{100 * bar.value:.2f}",
+            low=f"{100 * bar.low:.2f}",
+            width=f"{100 * (bar.high - bar.low):.2f}",
         )
         for bar in bars
     ]
-    ticks = [element("span", f"{tick} %") for tick in (0, 25, 50, 75, 100)]
-    return element("div", rows, element("div", ticks, class_="ticks"), class_="bars")
+    ticks = [markup("<span>{} %</span>", tick) for tick in (0, 25, 50, 75, 100)]
+    return markup('<div class="bars">{}<div class="ticks">{}</div></div>', rows, ticks)
 
 
 def loss_chart(title: str, curve: Sequence[tuple[int, float]]) -> Html:
@@ -58,8 +54,7 @@ def loss_chart(title: str, curve: Sequence[tuple[int, float]]) -> Html:
     """
     width, height, left, right, top, bottom = 420, 250, 40, 12, 26, 38
     average = smooth(curve)
-    highest = 1.15 * max(value for _, value in average)
-    y_ticks = nice_ticks(highest)
+    y_ticks = nice_ticks(1.15 * max(value for _, value in average))
     y_end = y_ticks[-1]
     first, last = curve[0][0], max(curve[-1][0], curve[0][0] + 1)
 
@@ -71,51 +66,47 @@ def loss_chart(title: str, curve: Sequence[tuple[int, float]]) -> Html:
 
     def path(points: Sequence[tuple[int, float]], kind: str) -> Html:
         spelled = " ".join(f"{_n(x(s))},{_n(y(v))}" for s, v in thin(points, _MOST_POINTS))
-        return element("polyline", points=spelled, class_=kind)
+        return markup('<polyline points="{}" class="{}"/>', spelled, kind)
 
     parts: list[Html] = []
     for tick in y_ticks:
-        parts.append(_line(left, y(tick), width - right, y(tick), "grid"))
-        parts.append(_text(left - 7, y(tick) + 4, f"{tick:g}", "tick", "end"))
-    for tick in nice_ticks(last, 4):
+        grid = '<line x1="{}" y1="{}" x2="{}" y2="{}" class="grid"/>'
+        parts.append(markup(grid, left, _n(y(tick)), width - right, _n(y(tick))))
+        parts.append(_text(left - 7, y(tick) + 4, f"{tick:g}", "end"))
+    for tick in nice_ticks(last):
         if first <= tick <= last:
             anchor = "end" if x(tick) > width - right - 12 else "middle"
-            parts.append(_text(x(tick), height - bottom + 17, f"{tick:g}", "tick", anchor))
-    parts.append(_text((left + width - right) / 2, height - 4, "optimizer step", "tick", "middle"))
-    parts.append(_text(left - 7, 10, "loss", "tick", "end"))
+            parts.append(_text(x(tick), height - bottom + 17, f"{tick:g}", anchor))
+    parts.append(_text((left + width - right) / 2, height - 4, "optimizer step", "middle"))
+    parts.append(_text(left - 7, 10, "loss", "end"))
     parts += [path(curve, "raw"), path(average, "smooth")]
     (start_step, start), (end_step, end) = average[0], average[-1]
-    parts += [
-        element("circle", cx=_n(x(step)), cy=_n(y(value)), r=3.5, class_="end")
-        for step, value in (average[0], average[-1])
-    ]
-    label = f"{title}: loss {start:.2f} at step {start_step}, {end:.2f} at step {end_step}"
-    return _svg(width, height, label, parts)
+    for step, value in (average[0], average[-1]):
+        circle = '<circle cx="{}" cy="{}" r="3.5" class="end"/>'
+        parts.append(markup(circle, _n(x(step)), _n(y(value))))
+    return markup(
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>',
+        width,
+        height,
+        f"{title}: loss {start:.2f} at step {start_step}, {end:.2f} at step {end_step}",
+        parts,
+    )
 
 
-def nice_ticks(highest: float, count: int = 4) -> list[float]:
-    """Return ticks from 0 up to the first one at or above ``highest``, 1, 2 or 5 apart.
+def nice_ticks(highest: float) -> list[float]:
+    """Return about five ticks from 0 to the first at or above ``highest``, 1, 2 or 5 apart.
 
-    Args:
-        highest: largest value to show; what is not positive counts as 1.
-        count: about how many steps to make.
+    A ``highest`` that is not positive counts as 1.
     """
     highest = highest if highest > 0 else 1.0
-    magnitude = 10.0 ** math.floor(math.log10(highest / count))
-    step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude * count >= highest * 0.999)
+    magnitude = 10.0 ** math.floor(math.log10(highest / 4))
+    step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude * 4 >= highest * 0.999)
     return [round(index * step, 10) for index in range(math.ceil(highest / step - 1e-9) + 1)]
 
 
-def _svg(width: float, height: float, label: str, parts: Sequence[Html]) -> Html:
-    return element("svg", parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=label)
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
-    return element("line", x1=_n(x1), y1=_n(y1), x2=_n(x2), y2=_n(y2), class_=kind)
-
-
-def _text(x: float, y: float, text: str, kind: str, anchor: str) -> Html:
-    return element("text", text, x=_n(x), y=_n(y), class_=kind, text_anchor=anchor)
+def _text(x: float, y: float, text: str, anchor: str) -> Html:
+    shown = '<text x="{}" y="{}" class="tick" text-anchor="{}">{}</text>'
+    return markup(shown, _n(x), _n(y), anchor, text)
 
 
 def _n(value: float) -> str:

@@ -1,7 +1,6 @@
-"""A self-contained page: escaped text, images as data URIs, styles inline, no script.
+"""Markup from templates and values, in which what a model answered can never become markup.
 
-Markup is built from :class:`Html` values. Any other value given to :func:`element` is text and is
-escaped, so what a model answered can never become markup.
+A page is one file: images are data URIs, styles are inline, and there is no script.
 """
 
 from __future__ import annotations
@@ -10,13 +9,19 @@ import base64
 import functools
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
 from PIL import Image
 
-_VOID: Final = frozenset({"img", "input", "meta", "path", "line", "rect", "circle", "polyline"})
+_DOCUMENT: Final = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"/>'
+    '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+    '<meta name="color-scheme" content="light dark"/>'
+    "<title>{title}</title><style>{style}</style></head><body>{body}</body></html>\n"
+)
 
 
 class Html(str):
@@ -25,107 +30,80 @@ class Html(str):
     __slots__ = ()
 
 
-Child = Html | str | float | None
+Child = Html | str | float | Iterable["Child"] | None
 
 
-def element(name: str, /, *children: Child | Iterable[Child], **attributes: object) -> Html:
-    """Build one element.
+def escape(value: Child) -> Html:
+    """Return markup as it is, text and numbers escaped, iterables joined, None as nothing."""
+    if isinstance(value, Html):
+        return value
+    if value is None:
+        return Html()
+    if isinstance(value, str | int | float):
+        return Html(html.escape(str(value)))
+    return Html("".join(map(escape, value)))
+
+
+def markup(template: str, /, *values: Child, **named: Child) -> Html:
+    """Fill the fields ``{}`` and ``{name}`` of a template; the values are escaped.
 
     Args:
-        name: tag name.
-        children: markup, text, numbers, or iterables of them; None is left out.
-        attributes: a trailing underscore is dropped (``class_``) and other underscores become
-            hyphens; None leaves the attribute out.
+        template: trusted markup, e.g. of :func:`read_templates`. Attributes are quoted in it.
+        values: of the fields without a name, see :func:`escape`.
+        named: of the others.
     """
-    spelled = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
-        for key, value in attributes.items()
-        if value is not None
+    escaped = {name: escape(value) for name, value in named.items()}
+    return Html(template.format(*map(escape, values), **escaped))
+
+
+def read_asset(name: str) -> str:
+    """Return the text of a file of this folder."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def read_templates(name: str) -> dict[str, str]:
+    """Return the ``<template>`` elements of a file of this folder by their id.
+
+    A line break beside a tag or a field is the file's layout and falls away; others are a space.
+    """
+    text = re.sub(r"(?<=[>}])\s*\n\s*|\s*\n\s*(?=[<{])", "", read_asset(name))
+    return dict(
+        re.findall(r'<template id="(\w+)">(.*?)</template>', re.sub(r"\s*\n\s*", " ", text))
     )
-    if name in _VOID:
-        if children:
-            raise ValueError(f"<{name}> takes no children, got {len(children)}")
-        return Html(f"<{name}{spelled}/>")
-    return Html(f"<{name}{spelled}>{join(children)}</{name}>")
 
 
-def join(children: Iterable[Child | Iterable[Child]]) -> Html:
-    """Concatenate markup and text, escaping the text."""
-    parts: list[str] = []
-    for child in children:
-        if child is None:
-            continue
-        if isinstance(child, Html):
-            parts.append(child)
-        elif isinstance(child, (str, int, float)):
-            parts.append(html.escape(str(child)))
-        else:
-            parts.append(join(child))
-    return Html("".join(parts))
-
-
-def soft(*children: Child | Iterable[Child], tag: str = "p") -> Html:
-    """Build a paragraph, or another element, of secondary text."""
-    return element(tag, *children, class_="soft")
-
-
-def section(title: str, introduction: str, *content: Child) -> Html:
-    """Build a section of the page under its heading."""
-    return element("section", element("h2", title), soft(introduction), *content)
-
-
-def items(
-    entries: Iterable[Child | Sequence[Child]], tag: str = "ul", **attributes: object
-) -> Html:
-    """Build a list; each entry is what its item holds."""
-    return element(tag, [element("li", entry) for entry in entries], **attributes)
-
-
-def terms(entries: Mapping[str, Child]) -> list[Html]:
+def terms(entries: Iterable[tuple[str, Child]]) -> Html:
     """Build the content of a ``dl``: each name and what it stands for."""
-    return [join([element("dt", name), element("dd", text)]) for name, text in entries.items()]
+    return escape(markup("<dt>{}</dt><dd>{}</dd>", name, text) for name, text in entries)
 
 
-def table(
-    head: Sequence[Child], rows: Sequence[Sequence[Child]], *, num_total_rows: int = 0
-) -> Html:
+def table(head: Sequence[Child], rows: Sequence[Sequence[Child]], total: Sequence[Child]) -> Html:
     """Build a table whose first column is text and whose others are numbers.
 
     Args:
         head: column titles.
         rows: cells.
-        num_total_rows: rows at the end that sum up the others; set apart.
+        total: cells of the last row, which sums up the others and is set apart.
     """
-    first_total = len(rows) - num_total_rows
-    body = [
-        element(
-            "tr",
-            element("th", row[0], scope="row"),
-            [element("td", cell) for cell in row[1:]],
-            class_="total" if index >= first_total else None,
-        )
-        for index, row in enumerate(rows)
-    ]
-    return element(
-        "div",
-        element(
-            "table",
-            element("thead", element("tr", [element("th", title, scope="col") for title in head])),
-            element("tbody", body),
-        ),
-        class_="scroll",
+
+    def row(cells: Sequence[Child], attributes: str = "") -> Html:
+        first = markup('<th scope="row">{}</th>', cells[0])
+        others = [markup("<td>{}</td>", cell) for cell in cells[1:]]
+        return markup("<tr{}>{}{}</tr>", Html(attributes), first, others)
+
+    return markup(
+        '<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}{}</tbody></table></div>',
+        [markup('<th scope="col">{}</th>', title) for title in head],
+        map(row, rows),
+        row(total, ' class="total"'),
     )
 
 
 def embed_image(
-    image: Image.Image,
-    alt: str,
-    *,
-    lossless: bool = False,
-    quality: int = 88,
-    **attributes: object,
+    image: Image.Image, alt: str, attributes: str = "", *, lossless: bool = False, quality: int = 88
 ) -> Html:
-    """Embed an image as JPEG, or as PNG if ``lossless``.
+    """Embed an image as JPEG, or as PNG if ``lossless``; ``attributes`` are more of its markup.
 
     From quality 90 on colours keep the full resolution: a thin red line stays thin and red.
     """
@@ -138,24 +116,10 @@ def embed_image(
         rgb.save(buffer, format="JPEG", quality=quality, subsampling=subsampling)
     code = base64.b64encode(buffer.getvalue()).decode()
     source = f"data:image/{'png' if lossless else 'jpeg'};base64,{code}"
-    return element("img", src=source, alt=alt, width=image.width, height=image.height, **attributes)
+    shown = '<img src="{}" alt="{}" width="{}" height="{}"{}/>'
+    return markup(shown, source, alt, image.width, image.height, Html(attributes))
 
 
-@functools.cache
-def load_style(name: str) -> str:
-    """Return a style sheet of this folder."""
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-def page(title: str, style: str, *body: Child | Iterable[Child]) -> str:
+def page(title: str, style: str, body: Html) -> str:
     """Build the whole document; ``style`` is trusted CSS."""
-    head = join(
-        [
-            element("meta", charset="utf-8"),
-            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("meta", name="color-scheme", content="light dark"),
-            element("title", title),
-            Html(f"<style>{style}</style>"),
-        ]
-    )
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{join(body)}</body></html>\n'
+    return markup(_DOCUMENT, title=title, style=Html(style), body=body)
