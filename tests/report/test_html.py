@@ -54,8 +54,9 @@ def test_high_quality_keeps_thin_lines_coloured(quality: int, thin_line_stays_re
     assert (red > 225 and green < 30 and blue < 30) == thin_line_stays_red
 
 
-def test_page_is_a_whole_document():
-    text = page("A & B", "p { color: red }", Html("<p>x</p>"))
+def test_page_is_a_whole_document(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(html, "read_asset", {"a.css": "p { }", "b.css": "b { }"}.__getitem__)
+    text = page("A & B", Html("<p>x</p>"), "a.css", "b.css")
     assert text.startswith('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"/>')
-    assert "<title>A &amp; B</title><style>p { color: red }</style>" in text
+    assert "<title>A &amp; B</title><style>p { }b { }</style>" in text
     assert text.endswith("<body><p>x</p></body></html>\n")

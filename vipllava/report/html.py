@@ -73,11 +73,6 @@ def read_templates(name: str) -> dict[str, str]:
     )
 
 
-def terms(entries: Iterable[tuple[str, Child]]) -> Html:
-    """Build the content of a ``dl``: each name and what it stands for."""
-    return escape(markup("<dt>{}</dt><dd>{}</dd>", name, text) for name, text in entries)
-
-
 def table(head: Sequence[Child], rows: Sequence[Sequence[Child]], total: Sequence[Child]) -> Html:
     """Build a table whose first column is text and whose others are numbers.
 
@@ -120,6 +115,6 @@ def embed_image(
     return markup(shown, source, alt, image.width, image.height, Html(attributes))
 
 
-def page(title: str, style: str, body: Html) -> str:
-    """Build the whole document; ``style`` is trusted CSS."""
-    return markup(_DOCUMENT, title=title, style=Html(style), body=body)
+def page(title: str, body: Html, *styles: str) -> str:
+    """Build the whole document; ``styles`` are style sheets of this folder."""
+    return markup(_DOCUMENT, title=title, style=Html("".join(map(read_asset, styles))), body=body)

@@ -5,22 +5,12 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
 from vipllava.files.atomic import write_whole
-from vipllava.report.html import (
-    Child,
-    Html,
-    embed_image,
-    escape,
-    markup,
-    page,
-    read_asset,
-    read_templates,
-    terms,
-)
+from vipllava.report.html import Child, Html, embed_image, escape, markup, page, read_templates
 from vipllava.report.inspected import InspectedSample, RefusedSample, ShownMark, ShownToken, Stretch
 from vipllava.types import Turn
 from vipllava.visual_prompts.shapes import prompt_words
@@ -85,30 +75,25 @@ def build_inspect_page(job: JobSummary, samples: Sequence[Shown]) -> str:
     """Return the page's HTML."""
     encoded = [sample for sample in samples if isinstance(sample, InspectedSample)]
     shapes = Counter(mark.prompt.shape for sample in encoded for mark in sample.marks)
-    command = terms([("made by", markup("<code>{}</code>", job.command))])
+    command = '<div class="wide"><dt>made by</dt><dd><code>{}</code></dd></div>'
+    summary = {
+        **asdict(job),
+        "chosen": job.chosen and f", {job.chosen}",
+        "image_aspect": job.image_aspect + _ASPECTS.get(job.image_aspect, ""),
+        "max_length": _grouped(job.max_length),
+        "command": markup(command, job.command) if job.command else None,
+    }
     body = markup(
         _TEMPLATES["page"],
-        dataset=job.dataset,
-        chosen=job.chosen and f", {job.chosen}",
-        stage=job.stage,
-        model=job.model,
+        **summary,
         job_class="job with-marks" if shapes else "job",
         tiles=_tiles(job, samples, encoded),
-        chat_template=job.chat_template,
-        image_size=job.image_size,
-        image_seq_length=job.image_seq_length,
-        image_aspect=job.image_aspect + _ASPECTS.get(job.image_aspect, ""),
-        max_length=_grouped(job.max_length),
-        seed=job.seed,
-        epoch=job.epoch,
-        command=markup('<div class="wide">{}</div>', command) if job.command else None,
         shapes=_shapes(shapes) if shapes else None,
         image_chip=_image_chip(job.image_seq_length),
         contents=_contents(samples) if len(samples) >= _CONTENTS_FROM else None,
         samples=[_sample(number, sample, job) for number, sample in enumerate(samples, start=1)],
     )
-    style = read_asset("style.css") + read_asset("inspect.css")
-    return page(f"Inspect: {job.dataset}", style, body)
+    return page(f"Inspect: {job.dataset}", body, "style.css", "inspect.css")
 
 
 def _tiles(
@@ -321,7 +306,7 @@ def _mark(mark: ShownMark, num_turns: int) -> Html:
     size: Child = markup('<span class="wrong">none of it is in the input</span>')
     if mark.input_size is not None:
         size = " \u00d7 ".join(f"{max(1.0, side):.0f}" for side in mark.input_size) + " input px"
-    facts: list[tuple[str, Child]] = [
+    facts: list[tuple[Child, Child]] = [
         ("colour", f"rgb {red}, {green}, {blue}"),
         ("opacity", _percent(share)),
         ("shape", f"{prompt.shape}, {_stroke(mark)}"),
@@ -338,7 +323,7 @@ def _mark(mark: ShownMark, num_turns: int) -> Html:
         blue=blue,
         alpha=f"{share:.2f}",
         words=prompt_words(prompt),
-        facts=terms(facts),
+        facts=[markup("<dt>{}</dt><dd>{}</dd>", *fact) for fact in facts],
     )
 
 

@@ -1,15 +1,14 @@
 """One traced sample as values to show: the image, the marks and the conversation from its ids.
 
-Texts that a model learns from are decoded from ids and never copied from the record, so whoever
-reads them has seen what is trained. Only turns that were dropped, which no id holds, come from
-the record.
+Texts are decoded from ids, so whoever reads them has seen what is trained; only those of dropped
+turns, which no id holds, are the record's.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
@@ -33,7 +32,6 @@ from vipllava.types import (
 from vipllava.visual_prompts.render import mark_opacity
 
 _UNREADABLE: Final = "\ufffd"
-_PROBES: Final = ("a", "b")
 
 Ids = npt.NDArray[np.int64]
 Kind = Literal["text", "special", "image"]
@@ -46,8 +44,7 @@ class ShownToken:
     Attributes:
         kind: ``text``, ``special`` (a token of the tokenizer's own, e.g. ``</s>``), or ``image``:
             all positions of one image.
-        text: what the ids write. Empty for an image, and for a token that writes nothing (the
-            tokenizer's dummy prefix).
+        text: what the ids write; empty for an image and for the tokenizer's dummy prefix.
         ids: in order.
         from_template: written by the chat template rather than by the record.
     """
@@ -102,10 +99,8 @@ class InspectedSample:
 
     Attributes:
         key: the record's key in its shard.
-        dataset: name of the data set.
+        dataset, record_kind, policy: their names.
         shard: the tar it lies in, as it is to be shown.
-        record_kind: its schema.
-        policy: the visual-prompt policy that sampled its marks.
         stored_size: width and height of the stored image, pixels; None for text only.
         image: the network's input, RGB; None for text only.
         marks: in drawing order.
@@ -149,14 +144,7 @@ class InspectedSample:
 
 @dataclass(frozen=True, slots=True)
 class RefusedSample:
-    """A sample that training would refuse.
-
-    Attributes:
-        key: the record's key in its shard.
-        dataset: name of the data set.
-        shard: the tar it lies in, as it is to be shown.
-        reason: the error's message.
-    """
+    """A sample that training would refuse, and why; else as :class:`InspectedSample`."""
 
     key: str
     dataset: str
@@ -178,8 +166,7 @@ def inspect_trace(
         trace: of :meth:`vipllava.stream.sample_encoder.SampleEncoder.trace`.
         encoder: the one that encoded it.
         transform: the one that made its pixels.
-        shard: where the record lies, as it is to be shown.
-        record_kind: the record's schema.
+        shard, record_kind: see :class:`InspectedSample`.
     """
     sample, encoded, pixels = trace.sample, trace.encoded, trace.pixel_values
     num_kept = len(trace.turns) - encoded.num_dropped_turns
@@ -208,21 +195,19 @@ def inspect_trace(
 def _mark(trace: SampleTrace, transform: ImageTransform, prompt: VisualPrompt) -> ShownMark:
     sample = trace.sample
     fixed = sample.fixed[prompt.region] if sample.fixed else FixedVisualPrompt()
-    parts = ("shape", "colour", "width", "alpha")
     mention = Mention(prompt.region)
     return ShownMark(
         prompt,
         sample.regions[prompt.region],
         _size_in_input(prompt, trace.plan.size, transform),
         tuple(n for n, turn in enumerate(sample.turns, start=1) if mention in turn.parts),
-        tuple(part for part in parts if getattr(fixed, part) is not None),
+        tuple(name for name, value in asdict(fixed).items() if value is not None),
     )
 
 
 def _size_in_input(
     prompt: VisualPrompt, size: tuple[int, int], transform: ImageTransform
 ) -> tuple[float, float] | None:
-    """Return width and height of what a mark paints and the transform keeps, input pixels."""
     painted = mark_opacity(prompt, size)
     if painted is None or (bounds := painted[0].getbbox()) is None:
         return None
@@ -251,32 +236,26 @@ def _tokens(
     start: int,
     end: int,
     from_template: npt.NDArray[np.bool_],
-) -> list[ShownToken]:
-    backend = encoder.tokenizer.backend_tokenizer
-    specials = backend.get_added_tokens_decoder()
+) -> Iterator[ShownToken]:
+    specials = encoder.tokenizer.backend_tokenizer.get_added_tokens_decoder()
 
-    def kind_at(position: int) -> Kind:
-        token_id = int(ids[position])
+    def kind_of(token_id: int) -> Kind:
         if token_id == encoder.image_token_id:
             return "image"
         return "special" if token_id in specials else "text"
 
-    tokens: list[ShownToken] = []
-    while start < end:
-        kind, stop = kind_at(start), start + 1
-        while kind != "special" and stop < end and kind_at(stop) == kind:
-            stop += 1
-        stretch = ids[start:stop]
+    for kind, run in itertools.groupby(ids[start:end].tolist(), kind_of):
+        whole = np.array(list(run))
         if kind == "text":
-            groups = _readable(encoder, stretch, encoder.what_stands_before(ids, start))
+            groups = _readable(encoder, whole, encoder.what_stands_before(ids, start))
+        elif kind == "image":
+            groups = [("", whole)]
         else:
-            spelt = specials[int(stretch[0])].content if kind == "special" else ""
-            groups = [(spelt, stretch)]
+            groups = [(specials[int(token_id)].content, token_id[None]) for token_id in whole]
         for text, group in groups:
-            whole = bool(from_template[start : start + len(group)].all())
-            tokens.append(ShownToken(kind, text, tuple(group.tolist()), whole))
+            fixed = bool(from_template[start : start + len(group)].all())
+            yield ShownToken(kind, text, tuple(group.tolist()), fixed)
             start += len(group)
-    return tokens
 
 
 def _readable(encoder: ConversationEncoder, ids: Ids, before: Before) -> list[tuple[str, Ids]]:
@@ -307,20 +286,16 @@ def _typed(encoder: ConversationEncoder, kept: Sequence[Turn], ids: Ids) -> npt.
     """
     typed = np.zeros(len(ids), dtype=np.bool_)
     for index in range(0, len(kept), 2):
-        length = len(encoder.encode_generation_prompt(kept[: index + 1]))
-        versions = [ids[:length]]
-        for probe in _PROBES:
-            other = replace(kept[index], text=probe)
-            versions.append(encoder.encode_generation_prompt([*kept[:index], other]))
+        questions = (kept[index], *(replace(kept[index], text=text) for text in ("a", "b")))
+        versions = [encoder.encode_generation_prompt([*kept[:index], turn]) for turn in questions]
         head = _num_common(versions)
         tail = _num_common([version[::-1] for version in versions])
-        typed[head : length - tail] = True
+        typed[head : len(versions[0]) - tail] = True
     return typed
 
 
 def _num_common(versions: Sequence[Ids]) -> int:
     """Return the length of the beginning that all versions share."""
     shortest = min(map(len, versions))
-    columns = np.stack([version[:shortest] for version in versions])
-    differing = np.flatnonzero((columns != columns[0]).any(axis=0))
-    return int(differing[0]) if len(differing) else shortest
+    same = np.all([version[:shortest] == versions[0][:shortest] for version in versions], axis=0)
+    return int(np.logical_and.accumulate(same).sum())

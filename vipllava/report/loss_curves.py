@@ -51,9 +51,7 @@ def read_loss_curve(path: Path, column: str = "train/loss") -> Curve:
 def smooth(curve: Sequence[tuple[int, float]], half_life: float | None = None) -> Curve:
     """Return the exponential moving average, without the bias towards its start.
 
-    Args:
-        curve: (step, value).
-        half_life: points after which a value counts half; a sixtieth of the curve if None.
+    A value counts half after ``half_life`` points; by default a sixtieth of the curve.
     """
     half_life = max(1.0, len(curve) / 60) if half_life is None else half_life
     decay = 0.5 ** (1 / half_life)

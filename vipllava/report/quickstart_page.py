@@ -12,16 +12,7 @@ from PIL import Image
 
 from vipllava.files.atomic import write_whole
 from vipllava.report.charts import Bar, bar_chart, loss_chart
-from vipllava.report.html import (
-    Html,
-    embed_image,
-    escape,
-    markup,
-    page,
-    read_asset,
-    read_templates,
-    table,
-)
+from vipllava.report.html import Html, embed_image, escape, markup, page, read_templates, table
 from vipllava.report.loss_curves import smooth
 
 _TEMPLATES: Final = read_templates("quickstart.html")
@@ -42,15 +33,13 @@ _CAPABILITIES: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One held-out question with the model's answers.
+    """One held-out question.
 
     Attributes:
-        image: with the mark drawn.
+        image: with the mark, of ``shape``, drawn.
         question: the user's text.
         answer: the right answer.
-        marked: the model's answer, or None if it was not asked.
-        unmarked: the same for the image without the mark.
-        shape: the mark's shape.
+        marked, unmarked: what the model said with the mark and without; None if it was not asked.
     """
 
     image: Image.Image
@@ -92,18 +81,17 @@ def write_quickstart_page(path: Path, content: QuickstartPage) -> None:
 def build_quickstart_page(content: QuickstartPage) -> str:
     """Return the page's HTML."""
     regions, splits = content.regions, content.vip_bench["splits"]
-    marked, unmarked, gap = regions["marked"], regions["unmarked"], regions["gap"]
+    gap = [f"{100 * regions['gap'][key]:+.1f}" for key in ("accuracy", "low", "high")]
+    bars = [_bar("mark drawn", regions, "marked"), _bar("mark not drawn", regions, "unmarked")]
     alt = "Eight photographs, each with a region marked by another shape and its wording below"
     body = markup(
         _TEMPLATES["page"],
-        share=_percent(marked),
-        num_questions=marked["total"],
-        gap=f"{100 * gap['accuracy']:+.1f}",
-        gap_low=f"{100 * gap['low']:+.1f}",
-        gap_high=f"{100 * gap['high']:+.1f}",
-        bars=bar_chart(
-            [_bar("mark drawn", marked, "marked"), _bar("mark not drawn", unmarked, "unmarked")]
-        ),
+        share=_percent(regions["marked"]),
+        num_questions=regions["marked"]["total"],
+        gap=gap[0],
+        gap_low=gap[1],
+        gap_high=gap[2],
+        bars=bar_chart(bars),
         shapes=embed_image(content.shapes_image, alt, ' class="sheet"'),
         losses=[
             _loss(number, stage, curve)
@@ -120,14 +108,13 @@ def build_quickstart_page(content: QuickstartPage) -> str:
         seconds=", ".join(f"{part} {_duration(value)}" for part, value in content.seconds.items()),
         versions=", ".join(f"{name} {version}" for name, version in content.versions.items()),
     )
-    return page("ViP-LLaVA quick start", read_asset("style.css"), body)
+    return page("ViP-LLaVA quick start", body, "style.css")
 
 
-def _bar(name: str, of: Mapping[str, Any], kind: str) -> Bar:
-    label = (
-        f"{name}: {_percent(of)} ({100 * of['low']:.1f} to {100 * of['high']:.1f}), "
-        f"{of['correct']} of {of['total']}"
-    )
+def _bar(name: str, regions: Mapping[str, Any], kind: str) -> Bar:
+    of = regions[kind]
+    interval = f"{100 * of['low']:.1f} to {100 * of['high']:.1f}"
+    label = f"{name}: {_percent(of)} ({interval}), {of['correct']} of {of['total']}"
     return Bar(label, of["accuracy"], of["low"], of["high"], kind)
 
 

@@ -18,8 +18,7 @@ from vipllava.visual_prompts.shapes import prompt_words
 
 TILE: Final = (400, 300)
 _COLUMNS: Final = 4
-_MARGIN: Final = 20
-_CAPTION: Final = 64
+_MARGIN, _CAPTION = 20, 64
 _PAPER: Final = (252, 252, 251)
 _INK: Final = (20, 20, 19)
 _FAINT_INK: Final = (90, 89, 85)
@@ -32,23 +31,14 @@ def _round(cx: float, cy: float, rx: float, ry: float) -> Polygon:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """What one tile shows.
-
-    Attributes:
-        shape: the mark's shape.
-        colour: its palette colour.
-        photograph: file in scikit-image's data folder; carried in the wheel, never downloaded.
-        crop: the part of the photograph that becomes the tile, 4 : 3, its pixels.
-        polygon: outline of the marked thing, traced by hand, pixels of the photograph.
-        seed: of the mark's random parts, chosen so that the eight tiles look different.
-    """
+    """What one tile shows; lengths are in pixels of the photograph."""
 
     shape: Shape
     colour: str
-    photograph: str
-    crop: BBox
-    polygon: Polygon
-    seed: int
+    photograph: str  # in scikit-image's data folder: carried in the wheel, never downloaded
+    crop: BBox  # becomes the tile, 4 : 3
+    polygon: Polygon  # outline of the marked thing, traced by hand
+    seed: int  # of the mark's random parts, chosen so that the eight tiles look different
 
 
 _FACE: Final[Polygon] = (
