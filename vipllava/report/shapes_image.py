@@ -10,6 +10,7 @@ from typing import Any, Final
 from PIL import Image, ImageDraw, ImageFont
 
 from vipllava.keyed_random import generator_for
+from vipllava.sample_world.objects import ellipse
 from vipllava.types import BBox, FixedVisualPrompt, Point, Polygon, Region, Shape
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 from vipllava.visual_prompts.render import render_plan
@@ -22,11 +23,6 @@ _MARGIN, _CAPTION = 20, 64
 _PAPER: Final = (252, 252, 251)
 _INK: Final = (20, 20, 19)
 _FAINT_INK: Final = (90, 89, 85)
-
-
-def _round(cx: float, cy: float, rx: float, ry: float) -> Polygon:
-    angles = [2 * math.pi * index / 32 for index in range(32)]
-    return tuple((cx + rx * math.cos(a), cy + ry * math.sin(a)) for a in angles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +65,10 @@ _SEAT: Final[Polygon] = (
 _SUBJECTS: Final = (
     _Subject("rectangle", "red", "astronaut.png", (139, 0, 512, 280), _SHUTTLE, 3),
     _Subject("ellipse", "purple", "astronaut.png", (86, 30, 366, 240), _FACE, 2),
-    _Subject("point", "fuchsia", "chelsea.png", (51, 0, 451, 300), _round(171, 115, 35, 30), 4),
+    _Subject("point", "fuchsia", "chelsea.png", (51, 0, 451, 300),
+             ellipse(171, 115, 35, 30, 32), 4),
     _Subject("triangle", "yellow", "motorcycle_left.png", (74, 80, 634, 500),
-             _round(200, 320, 78, 82), 1),
+             ellipse(200, 320, 78, 82, 32), 1),
     _Subject("mask", "blue", "coffee.png", (60, 0, 540, 360), _CUP, 4),
     _Subject("mask contour", "aqua", "astronaut.png", (188, 269, 512, 512), _HELMET, 8),
     _Subject("arrow", "orange", "rocket.jpg", (170, 100, 490, 340), _ROCKET, 8),

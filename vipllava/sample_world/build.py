@@ -39,17 +39,16 @@ _LOG = logging.getLogger(__name__)
 FOLDER: Final = "sample_world-v1"
 """Under the data root; the version changes with anything that changes the data."""
 
-NUM_SAMPLES: Final[Mapping[str, int]] = {
-    "pretrain": 4000,
-    "finetune": 8000,
-    "gpt4v": 2000,
-    "regions": 800,
+_SHARDS: Final[Mapping[str, tuple[Mapping[RegionRecord, float], Split, int]]] = {
+    "pretrain": ({caption_record: 1.0}, "train", 4000),
+    "finetune": (FINETUNE_MIX, "train", 8000),
+    "gpt4v": (GPT4V_MIX, "train", 2000),
+    "regions": ({phrase_record: 1.0}, "heldout", 800),
 }
+"""Per folder the shares of its record kinds, whose scenes it shows, and its samples."""
 _NUM_TRAIN_SCENES: Final = 5000
 _SAMPLES_PER_SHARD: Final = 1000
 _CONTENTS: Final = "contents.json"
-
-Stored = tuple[str, Record, bytes | None, str | None]
 
 
 def ensure_sample_world(data_root: str | Path, *, scale: float = 1.0) -> Path:
@@ -98,54 +97,44 @@ def require_photographs() -> None:
 
 
 def _build(folder: Path, scale: float) -> None:
-    counts = {name: max(8, round(count * scale)) for name, count in NUM_SAMPLES.items()}
-    scenes = _store_scenes(max(8, round(_NUM_TRAIN_SCENES * scale)), "train")
-    heldout = _store_scenes(counts["regions"], "heldout")
-    streams: dict[str, Iterator[Stored]] = {
-        "pretrain": _mixed("pretrain", {caption_record: 1.0}, scenes, counts["pretrain"]),
-        "finetune": _mixed("finetune", FINETUNE_MIX, scenes, counts["finetune"]),
-        "gpt4v": _mixed("gpt4v", GPT4V_MIX, scenes, counts["gpt4v"]),
-        "regions": _mixed("regions", {phrase_record: 1.0}, heldout, counts["regions"]),
+    counts = {name: max(8, round(count * scale)) for name, (*_, count) in _SHARDS.items()}
+    scenes = {
+        "train": _compose_scenes(max(8, round(_NUM_TRAIN_SCENES * scale)), "train"),
+        "heldout": _compose_scenes(counts["regions"], "heldout"),
     }
-    for name, stream in streams.items():
-        write_shards(
-            stream, folder / name, prefix="shard", max_samples=_SAMPLES_PER_SHARD,
-            check_images=False,  # encoded a moment ago
-        )  # fmt: skip
+    for name, (mix, split, _) in _SHARDS.items():
+        samples = _mixed(name, mix, scenes[split], counts[name])
+        # The images were encoded a moment ago: nothing to check.
+        write_shards(samples, folder / name, max_samples=_SAMPLES_PER_SHARD, check_images=False)
     write_vip_bench(folder / "ViP-Bench")
-    (folder / _CONTENTS).write_text(
-        json.dumps({"num_samples": counts}, indent=2) + "\n", encoding="utf-8"
-    )
+    contents = json.dumps({"num_samples": counts}, indent=2)
+    (folder / _CONTENTS).write_text(contents + "\n", encoding="utf-8")
 
 
-def _store_scenes(count: int, split: Split) -> list[tuple[Scene, bytes]]:
-    scenes: list[tuple[Scene, bytes]] = []
-    for number in range(count):
-        scene = compose_scene(generator_for("sample_world", split, number), split)
-        scenes.append((scene, scene.jpeg()))
-    return scenes
+def _compose_scenes(count: int, split: Split) -> list[tuple[Scene, bytes]]:
+    keys = (("sample_world", split, number) for number in range(count))
+    scenes = (compose_scene(generator_for(*key), split) for key in keys)
+    return [(scene, scene.jpeg()) for scene in scenes]
 
 
 def _mixed(
-    name: str,
-    mix: Mapping[RegionRecord, float],
-    scenes: list[tuple[Scene, bytes]],
-    count: int,
-) -> Iterator[Stored]:
+    name: str, mix: Mapping[RegionRecord, float], scenes: list[tuple[Scene, bytes]], count: int
+) -> Iterator[tuple[str, Record, bytes | None, str | None]]:
     """Yield ``count`` samples; scenes are reused in turn, as COCO images are in the real data."""
     for number in range(count):
         scene, jpeg = scenes[number % len(scenes)]
         rng = generator_for("sample_world", name, number)
         record, has_image = make_record(mix, scene, number, rng)
-        yield record["id"], record, jpeg if has_image else None, "jpg" if has_image else None
+        yield record["id"], record, *((jpeg, "jpg") if has_image else (None, None))
 
 
 def make_record(
     mix: Mapping[RegionRecord, float], scene: Scene, number: int, rng: np.random.Generator
 ) -> tuple[Record, bool]:
-    """Draw a record kind of ``mix`` and make it; tell whether it has an image.
+    """Draw a record kind of ``mix``, text only for what the shares leave of 1, and make it.
 
-    The record is text only for what the shares leave of 1.
+    Returns:
+        The record, and whether it has an image.
     """
     makers = [*mix, None]
     rates = np.array([*mix.values(), max(0.0, 1.0 - sum(mix.values()))])

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from vipllava.sample_world.objects import DIGITS, DRAWINGS
-from vipllava.sample_world.scenes import Scene, SceneObject
+from vipllava.sample_world.scenes import Scene, SceneObject, choose
 
 Record = dict[str, Any]
 
@@ -29,7 +29,7 @@ _LIST_REQUESTS: Final = (
 
 def caption_record(scene: Scene, number: int, rng: np.random.Generator) -> Record:
     """Stage 1: a caption that names the objects from left to right."""
-    return _image_record(f"caption{number}", _choose(_CAPTION_REQUESTS, rng), caption(scene))
+    return _image_record(f"caption{number}", choose(_CAPTION_REQUESTS, rng), caption(scene))
 
 
 def caption(scene: Scene) -> str:
@@ -45,7 +45,9 @@ def noun_phrase(item: SceneObject) -> str:
 
 def relation(first: SceneObject, second: SceneObject) -> str:
     """Return where ``first`` lies as seen from ``second``, along the axis of larger distance."""
-    (ax, ay), (bx, by) = _centre(first), _centre(second)
+    (ax, ay), (bx, by) = (
+        ((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in (first.bbox_xyxy, second.bbox_xyxy)
+    )
     if abs(ax - bx) > abs(ay - by):
         return "left of" if ax < bx else "right of"
     return "above" if ay < by else "below"
@@ -54,7 +56,7 @@ def relation(first: SceneObject, second: SceneObject) -> str:
 def list_record(scene: Scene, number: int, rng: np.random.Generator) -> Record:
     """An image-level question about the whole scene."""
     answer = ", ".join(item.kind for item in scene.objects)
-    return _image_record(f"list{number}", _choose(_LIST_REQUESTS, rng), answer)
+    return _image_record(f"list{number}", choose(_LIST_REQUESTS, rng), answer)
 
 
 def phrase_record(scene: Scene, number: int, rng: np.random.Generator) -> Record:
@@ -68,7 +70,7 @@ def phrase_dialogue_record(scene: Scene, number: int, rng: np.random.Generator) 
     item = _pick(scene, 1, rng)[0]
     turns = _dialogue(
         ("What is the object <bbox>?", f"It is {noun_phrase(item)}."),
-        ("What kind of thing is it?", _category_answer(item)),
+        ("What kind of thing is it?", _category(item.category)),
     )
     return {**_marked(f"refcocog-gpt4v-{number}", item), "conversations": turns}
 
@@ -83,43 +85,35 @@ def relation_record(scene: Scene, number: int, rng: np.random.Generator) -> Reco
 def relation_dialogue_record(scene: Scene, number: int, rng: np.random.Generator) -> Record:
     """A Visual Genome GPT4V dialogue about two marked objects."""
     first, second = _pick(scene, 2, rng)
+    where = f"It is {relation(first, second)} {noun_phrase(second)}."
     turns = _dialogue(
         ("What is the object <bbox0>?", f"It is {noun_phrase(first)}."),
-        (
-            "Where is it, seen from the object <bbox1>?",
-            f"It is {relation(first, second)} {noun_phrase(second)}.",
-        ),
+        ("Where is it, seen from the object <bbox1>?", where),
     )
-    record = _marked(f"vg_rel-gpt4v-{number}", first, second, masks=False)
-    return {**record, "conversations": turns}
+    name = f"vg_rel-gpt4v-{number}"
+    return {**_marked(name, first, second, masks=False), "conversations": turns}
 
 
 def choice_record(scene: Scene, number: int, rng: np.random.Generator) -> Record:
     """A Visual7W record: which of four marked objects is the one asked for."""
     items = _pick(scene, 4, rng)
     answer = items[int(rng.integers(4))]
-    record = _marked(f"v7w-{number}", *items, masks=False)
-    return {
-        **record,
-        "question": f"Which one is {noun_phrase(answer)}?",
-        "answer": list(answer.bbox_xyxy),
-    }
+    question = {"question": f"Which one is {noun_phrase(answer)}?", "answer": [*answer.bbox_xyxy]}
+    return {**_marked(f"v7w-{number}", *items, masks=False), **question}
 
 
 def regions_record(scene: Scene, number: int, rng: np.random.Generator) -> Record:
     """A record in the users' format: several marked objects, asked one after the other."""
     items = _pick(scene, int(rng.integers(2, 4)), rng)
     order = rng.permutation(len(items)).tolist()
-    turns = _dialogue(
-        *((f"What is the object <bbox{index}>?", items[index].kind) for index in order)
-    )
-    return {**_marked(f"regions{number}", *items), "conversations": turns}
+    questions = [(f"What is the object <bbox{index}>?", items[index].kind) for index in order]
+    return {**_marked(f"regions{number}", *items), "conversations": _dialogue(*questions)}
 
 
 def category_record(scene: Scene, number: int, rng: np.random.Generator) -> Record:
     """A record in the users' format: what kind of thing the marked object is."""
     item = _pick(scene, 1, rng)[0]
-    turns = _dialogue(("What kind of thing is the object <bbox0>?", _category_answer(item)))
+    turns = _dialogue(("What kind of thing is the object <bbox0>?", _category(item.category)))
     return {**_marked(f"category{number}", item), "conversations": turns}
 
 
@@ -136,13 +130,12 @@ def sum_record(scene: Scene, number: int, rng: np.random.Generator) -> Record:
 def text_record(number: int, rng: np.random.Generator) -> Record:
     """A text-only record: a little arithmetic, or what kind of thing something is."""
     if rng.random() < 0.5:
-        first, second = (int(value) for value in rng.integers(0, 10, size=2))
-        turns = _dialogue((f"What is {first} plus {second}?", str(first + second)), image=False)
+        first, second = rng.integers(0, 10, size=2).tolist()
+        exchange = f"What is {first} plus {second}?", str(first + second)
     else:
-        kind = _choose(tuple(DRAWINGS), rng)
-        answer = f"It is a kind of {DRAWINGS[kind].category}."
-        turns = _dialogue((f"What kind of thing is a {kind}?", answer), image=False)
-    return {"id": f"text{number}", "conversations": turns}
+        kind = choose(tuple(DRAWINGS), rng)
+        exchange = f"What kind of thing is a {kind}?", _category(DRAWINGS[kind].category)
+    return {"id": f"text{number}", "conversations": _dialogue(exchange, image=False)}
 
 
 RegionRecord = Callable[[Scene, int, np.random.Generator], Record]
@@ -182,32 +175,16 @@ def _dialogue(*exchanges: tuple[str, str], image: bool = True) -> list[dict[str,
 
 
 def _marked(name: str, *items: SceneObject, masks: bool = True) -> Record:
-    record: Record = {
-        "id": name,
-        "image": f"{name}.jpg",
-        "bboxes": [list(item.bbox_xyxy) for item in items],
-    }
+    boxes = [list(item.bbox_xyxy) for item in items]
+    record: Record = {"id": name, "image": f"{name}.jpg", "bboxes": boxes}
     if masks:
-        record["segmentations"] = [
-            [[value for vertex in ring for value in vertex] for ring in item.polygons]
-            for item in items
-        ]
+        record["segmentations"] = [item.segmentation for item in items]
     return record
 
 
 def _pick(scene: Scene, count: int, rng: np.random.Generator) -> list[SceneObject]:
-    order = rng.permutation(len(scene.objects))[:count]
-    return [scene.objects[int(index)] for index in order]
+    return [scene.objects[index] for index in rng.permutation(len(scene.objects))[:count]]
 
 
-def _category_answer(item: SceneObject) -> str:
-    return f"It is a kind of {item.category}."
-
-
-def _centre(item: SceneObject) -> tuple[float, float]:
-    x1, y1, x2, y2 = item.bbox_xyxy
-    return (x1 + x2) / 2, (y1 + y2) / 2
-
-
-def _choose(values: tuple[str, ...], rng: np.random.Generator) -> str:
-    return values[int(rng.integers(len(values)))]
+def _category(category: str) -> str:
+    return f"It is a kind of {category}."

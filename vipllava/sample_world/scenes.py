@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from vipllava.sample_world.objects import DIGITS, DRAWINGS
 from vipllava.types import RGB, BBox, Point, Polygon, Region
 
 Split = Literal["train", "heldout"]
+_T = TypeVar("_T")
 
 LONGER_SIDE: Final = 168
 """Pixels of a scene's longer side: one and a half times the tiny model's input."""
@@ -32,21 +34,14 @@ _SUPERSAMPLING: Final = 3
 _DRAWN_SHARE: Final = 0.75
 _CARD: Final[tuple[Point, ...]] = ((0.04, 0.04), (0.96, 0.04), (0.96, 0.96), (0.04, 0.96))
 
-# Carried in the wheels themselves; nothing here is downloaded.
-_PHOTOGRAPHS: Final = (
-    ("sklearn.datasets.images", "china.jpg"),
-    ("skimage.data", "astronaut.png"),
-    ("skimage.data", "brick.png"),
-    ("skimage.data", "camera.png"),
-    ("skimage.data", "chelsea.png"),
-    ("skimage.data", "coffee.png"),
-    ("skimage.data", "coins.png"),
-    ("skimage.data", "grass.png"),
-    ("skimage.data", "hubble_deep_field.jpg"),
-    ("skimage.data", "ihc.png"),
-    ("skimage.data", "motorcycle_left.png"),
-    ("skimage.data", "retina.jpg"),
-)
+# Carried in the wheels themselves; nothing is downloaded.
+_PHOTOGRAPHS: Final = {
+    "sklearn.datasets.images": ("china.jpg",),
+    "skimage.data": (
+        "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png",
+        "grass.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg",
+    ),
+}  # fmt: skip
 _LIGHT: Final = (0.7, 1.2)
 """Gain of each colour channel of a background, uniform."""
 
@@ -63,6 +58,11 @@ class SceneObject:
     def region(self) -> Region:
         """The object as a region that a mark can point at."""
         return Region(self.bbox_xyxy, self.polygons)
+
+    @property
+    def segmentation(self) -> list[list[float]]:
+        """The mask as records have it: per ring x, y, x, y, ..."""
+        return [[value for vertex in ring for value in vertex] for ring in self.polygons]
 
     @property
     def category(self) -> str:
@@ -90,23 +90,25 @@ def compose_scene(rng: np.random.Generator, split: Split = "train") -> Scene:
     size = (LONGER_SIDE, shorter) if rng.random() < 0.5 else (shorter, LONGER_SIDE)
     image = _background(size, rng)
     count = int(rng.integers(3, 5))
-    objects: list[SceneObject] = []
-    for kind, (left, top, side) in zip(
-        sample_kinds(count, rng), _sample_places(count, size, rng), strict=True
-    ):
-        objects.append(_place(image, kind, left, top, side, rng, split))
-    objects.sort(key=lambda item: item.bbox_xyxy[0])
-    return Scene(image, tuple(objects))
+    kinds, places = sample_kinds(count, rng), _sample_places(count, size, rng)
+    objects = [
+        _place(image, kind, place, rng, split) for kind, place in zip(kinds, places, strict=True)
+    ]
+    return Scene(image, tuple(sorted(objects, key=lambda item: item.bbox_xyxy[0])))
+
+
+def choose(values: Sequence[_T], rng: np.random.Generator) -> _T:
+    """Draw one of ``values``, uniformly."""
+    return values[int(rng.integers(len(values)))]
 
 
 def sample_kinds(count: int, rng: np.random.Generator) -> list[str]:
     """Draw ``count`` different kinds, drawn objects more often than digits."""
-    drawn = list(DRAWINGS)
+    drawn = tuple(DRAWINGS)
     kinds: list[str] = []
     while len(kinds) < count:
-        pool = drawn if rng.random() < _DRAWN_SHARE else list(DIGITS)
-        kind = pool[int(rng.integers(len(pool)))]
-        if kind not in kinds:
+        pool = drawn if rng.random() < _DRAWN_SHARE else DIGITS
+        if (kind := choose(pool, rng)) not in kinds:
             kinds.append(kind)
     return kinds
 
@@ -132,22 +134,21 @@ def _sample_places(
 def _place(
     image: Image.Image,
     kind: str,
-    left: int,
-    top: int,
-    side: int,
+    place: tuple[int, int, int],
     rng: np.random.Generator,
     split: Split,
 ) -> SceneObject:
+    left, top, side = place
     fine = side * _SUPERSAMPLING
     canvas = Image.new("RGBA", (fine, fine), (0, 0, 0, 0))
     turn = math.radians(float(rng.uniform(-12, 12)))
     shade = float(rng.uniform(0.85, 1.15))
     if kind in DIGITS:
-        silhouette = (_turned(_CARD, turn),)
-        _draw_card(canvas, int(kind), silhouette[0], turn, rng, split)
+        rings = [_turned(_CARD, turn)]
+        _draw_card(canvas, int(kind), rings[0], turn, rng, split)
     else:
         drawing = DRAWINGS[kind]
-        body = drawing.bodies[int(rng.integers(len(drawing.bodies)))]
+        body = choose(drawing.bodies, rng)
         mirrored = rng.random() < 0.5
         pen, rings = ImageDraw.Draw(canvas), []
         for part in drawing.parts:
@@ -157,15 +158,13 @@ def _place(
             pen.polygon([(x * fine, y * fine) for x, y in ring], fill=(*colour, 255))
             if part.silhouette:
                 rings.append(ring)
-        silhouette = tuple(rings)
     sprite = canvas.resize((side, side), Image.Resampling.BOX)
     image.paste(sprite, (left, top), sprite)
     polygons = tuple(
         tuple((round(left + x * side, 2), round(top + y * side, 2)) for x, y in ring)
-        for ring in silhouette
+        for ring in rings
     )
-    xs = [x for ring in polygons for x, _ in ring]
-    ys = [y for ring in polygons for _, y in ring]
+    xs, ys = zip(*itertools.chain(*polygons), strict=True)
     return SceneObject(kind, (min(xs), min(ys), max(xs), max(ys)), polygons)
 
 
@@ -181,25 +180,22 @@ def _draw_card(
     fine = canvas.width
     paper = _shaded((240, 236, 226), float(rng.uniform(0.9, 1.05)))
     ImageDraw.Draw(canvas).polygon([(x * fine, y * fine) for x, y in outline], fill=(*paper, 255))
-    samples = _handwriting(split)[digit]
-    strokes = samples[int(rng.integers(len(samples)))]
+    strokes = choose(_handwriting(split)[digit], rng)
     ink = Image.fromarray((strokes * 15.9).astype(np.uint8), mode="L")
     writing = Image.new("L", canvas.size, 0)
     inner = int(fine * 0.8)
     margin = (fine - inner) // 2
     writing.paste(ink.resize((inner, inner), Image.Resampling.BICUBIC), (margin, margin))
     writing = writing.rotate(-math.degrees(turn), Image.Resampling.BILINEAR)
-    dark = tuple(int(value) for value in rng.integers(0, 70, size=3))
-    canvas.paste((*dark, 255), (0, 0), writing)
+    canvas.paste((*rng.integers(0, 70, size=3).tolist(), 255), (0, 0), writing)
 
 
 def _turned(polygon: Polygon, angle: float) -> Polygon:
     """Rotate about the square's centre and shrink just enough to stay inside the square."""
     cos, sin = math.cos(angle), math.sin(angle)
-    turned = [
-        (cos * (x - 0.5) - sin * (y - 0.5), sin * (x - 0.5) + cos * (y - 0.5)) for x, y in polygon
-    ]
     shrink = 1 / (abs(cos) + abs(sin))
+    centred = [(x - 0.5, y - 0.5) for x, y in polygon]
+    turned = [(cos * x - sin * y, sin * x + cos * y) for x, y in centred]
     return tuple((0.5 + shrink * x, 0.5 + shrink * y) for x, y in turned)
 
 
@@ -209,8 +205,7 @@ def _shaded(colour: RGB, factor: float) -> RGB:
 
 
 def _background(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    photographs = _photographs()
-    photograph = photographs[int(rng.integers(len(photographs)))]
+    photograph = choose(_photographs(), rng)
     longest = min(photograph.width / size[0], photograph.height / size[1])
     zoom = float(rng.uniform(min(1.0, longest), longest))
     width, height = int(size[0] * zoom), int(size[1] * zoom)
@@ -221,21 +216,18 @@ def _background(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
     if rng.random() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     gains = rng.uniform(*_LIGHT, size=3)
-    tables = [[min(255, int(level * gain)) for level in range(256)] for gain in gains]
-    return crop.point([level for table in tables for level in table])
+    return crop.point([min(255, int(level * gain)) for gain in gains for level in range(256)])
 
 
 @functools.cache
 def _photographs() -> Sequence[Image.Image]:
-    images: list[Image.Image] = []
-    for package, name in _PHOTOGRAPHS:
-        data = importlib.resources.files(package).joinpath(name).read_bytes()
-        images.append(Image.open(io.BytesIO(data)).convert("RGB"))
-    return images
+    files = importlib.resources.files
+    paths = [files(package) / name for package, names in _PHOTOGRAPHS.items() for name in names]
+    return [Image.open(io.BytesIO(path.read_bytes())).convert("RGB") for path in paths]
 
 
 @functools.cache
-def _handwriting(split: Split) -> dict[int, npt.NDArray[np.float64]]:
+def _handwriting(split: Split) -> dict[int, Sequence[npt.NDArray[np.float64]]]:
     """Real handwritten digits [n, 8, 8], values 0..16; every fifth sample is held out."""
     from sklearn.datasets import load_digits  # slow to import
 
