@@ -155,7 +155,8 @@ def test_an_item_without_verdict_is_a_failure_not_a_zero(folder: Path):
          r"v1_1 has unknown capabilities \['see'\]; known: rec, ocr"),
         (lambda f: change(f, "v1_2", answer="left<AND>"), r"jsonl:3: v1_2: .*empty part"),
         (lambda f: change(f, "v1_0", answer=4), r"jsonl:1: v1_0: answer is 4; expected a text"),
-        (lambda f: (f / "bbox" / "questions.jsonl").write_bytes(b"\xff\n"), "is not UTF-8"),
+        (lambda f: (f / "bbox" / "questions.jsonl").write_bytes(b"\xff\n"),
+         r"bbox/questions.jsonl: .* decode byte 0xff.* UTF-8 texts"),
     ],
 )  # fmt: skip
 def test_broken_layouts_name_file_line_and_id(folder: Path, spoil, message: str):

@@ -38,8 +38,7 @@ class BenchData:
     """What a benchmark reads its items from.
 
     Attributes:
-        manifest: its data set.
-        data_root: folder that the manifest's paths are relative to.
+        manifest: its data set; paths are relative to ``data_root``.
         policies: visual-prompt policies by name.
         seed: of wordings and marks.
         limit: only the first so many items (of each split), or None.

@@ -52,16 +52,9 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     from vipllava.models.hub_models import draw_bars_on_terminals_only
 
     draw_bars_on_terminals_only()
-    engine = Engine.from_checkpoint(
-        cfg.checkpoint,
-        cfg.device,
-        cfg.dtype,
-        attn_implementation=cfg.attn_implementation,
-        vision_tower=cfg.vision_tower,
-        base=cfg.base,
-        chat_template=cfg.chat_template,
-        bits=cfg.bits,
-    )
+    names = ("attn_implementation", "vision_tower", "base", "chat_template", "bits")
+    settings = {name: cfg[name] for name in names}
+    engine = Engine.from_checkpoint(cfg.checkpoint, cfg.device, cfg.dtype, **settings)
     began = time.monotonic()
     answered = ask_all(asked, engine, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size)
     if not answered:
@@ -88,8 +81,8 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
 def _open_bench(cfg: DictConfig) -> tuple[Bench[Any], Any]:
     """Return the job's benchmark and its options."""
     section: dict[str, Any] = read(cfg, "bench")
-    if module := section.get("module"):
-        _import(str(module))
+    if section.get("module"):
+        _import(str(section["module"]))
     bench = get_bench(str(section.get("name")))
     given = {key: value for key, value in section.items() if key not in _COMMON}
     known = [option.name for option in fields(bench.options)]

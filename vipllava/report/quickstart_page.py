@@ -22,13 +22,9 @@ _STAGES: Final[Mapping[str, str]] = {
     "gpt4v": "projector and language model, on region dialogues and a replay",
 }
 _CAPABILITIES: Final[Mapping[str, str]] = {
-    "rec": "recognition",
-    "ocr": "reading (OCR)",
-    "know": "knowledge",
-    "math": "mathematics",
-    "rel": "relations",
-    "lang": "language",
-}
+    "rec": "recognition", "ocr": "reading (OCR)", "know": "knowledge", "math": "mathematics",
+    "rel": "relations", "lang": "language",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,6 @@ _SHARDS: Final[Mapping[str, tuple[Mapping[RegionRecord, float], Split, int]]] = 
 }
 """Per folder the shares of its record kinds, whose scenes it shows, and its samples."""
 _NUM_TRAIN_SCENES: Final = 5000
-_SAMPLES_PER_SHARD: Final = 1000
 _CONTENTS: Final = "contents.json"
 
 
@@ -105,7 +104,7 @@ def _build(folder: Path, scale: float) -> None:
     for name, (mix, split, _) in _SHARDS.items():
         samples = _mixed(name, mix, scenes[split], counts[name])
         # The images were encoded a moment ago: nothing to check.
-        write_shards(samples, folder / name, max_samples=_SAMPLES_PER_SHARD, check_images=False)
+        write_shards(samples, folder / name, check_images=False)
     write_vip_bench(folder / "ViP-Bench")
     contents = json.dumps({"num_samples": counts}, indent=2)
     (folder / _CONTENTS).write_text(contents + "\n", encoding="utf-8")

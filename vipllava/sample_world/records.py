@@ -6,6 +6,7 @@ are in pixels of the stored image.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -61,7 +62,7 @@ def list_record(scene: Scene, number: int, rng: np.random.Generator) -> Record:
 
 def phrase_record(scene: Scene, number: int, rng: np.random.Generator) -> Record:
     """A RefCOCOg record: one marked object, answered by its name."""
-    item = _pick(scene, 1, rng)[0]
+    (item,) = _pick(scene, 1, rng)
     return {**_marked(f"refcocog-{number}", item), "answer": item.kind}
 
 
@@ -166,20 +167,17 @@ def _image_record(name: str, request: str, answer: str) -> Record:
 
 
 def _dialogue(*exchanges: tuple[str, str], image: bool = True) -> list[dict[str, str]]:
-    turns: list[dict[str, str]] = []
-    for question, answer in exchanges:
-        first = "<image>\n" if image and not turns else ""
-        turns.append({"from": "human", "value": first + question})
-        turns.append({"from": "gpt", "value": answer})
-    return turns
+    texts = [text for exchange in exchanges for text in exchange]
+    if image:
+        texts[0] = f"<image>\n{texts[0]}"
+    speakers = itertools.cycle(("human", "gpt"))
+    return [{"from": who, "value": text} for who, text in zip(speakers, texts, strict=False)]
 
 
 def _marked(name: str, *items: SceneObject, masks: bool = True) -> Record:
     boxes = [list(item.bbox_xyxy) for item in items]
-    record: Record = {"id": name, "image": f"{name}.jpg", "bboxes": boxes}
-    if masks:
-        record["segmentations"] = [item.segmentation for item in items]
-    return record
+    drawn = {"segmentations": [item.segmentation for item in items]} if masks else {}
+    return {"id": name, "image": f"{name}.jpg", "bboxes": boxes, **drawn}
 
 
 def _pick(scene: Scene, count: int, rng: np.random.Generator) -> list[SceneObject]:

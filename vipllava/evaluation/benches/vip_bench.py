@@ -34,7 +34,7 @@ class Item:
         image: path of the marked image.
         text: the question in this split's wording.
         answer: the ground truth, with ``<AND>`` and ``<OR>``.
-        capability: the abilities it needs.
+        capability: of :data:`CAPABILITIES`, those that it needs.
         split: of :data:`SPLITS`.
     """
 
@@ -133,14 +133,11 @@ def _by_split(answered: Sequence[Answered[Item]]) -> dict[str, list[Answered[Ite
 
 def _files(answered: Sequence[Answered[Item]]) -> dict[str, str]:
     """Return the official answer files."""
-    texts = {
-        split: {each.key: each.texts["answer"] for each in part}
-        for split, part in _by_split(answered).items()
-    }
-    return {
-        f"answers-{split}.json": json.dumps(texts[split], indent=2, ensure_ascii=False) + "\n"
-        for split in texts
-    }
+    files: dict[str, str] = {}
+    for split, part in _by_split(answered).items():
+        texts = {each.key: each.texts["answer"] for each in part}
+        files[f"answers-{split}.json"] = json.dumps(texts, indent=2, ensure_ascii=False) + "\n"
+    return files
 
 
 def _score(answered: Sequence[Answered[Item]]) -> dict[str, Any]:
@@ -232,13 +229,12 @@ def _read_item(
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise RecordError(
-            f"cannot read {path}: {error.strerror}; ViP-Bench has the layout "
+            f"cannot read {path}: {reason}; ViP-Bench has UTF-8 texts in the layout "
             "{bbox,human}/{questions.jsonl,images/} and vip-bench-meta-data.json"
         ) from error
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{path} is not UTF-8: {error}") from error
 
 
 VIP_BENCH: Final = Bench("vip_bench", _read, _score, _table, _files)
