@@ -11,6 +11,6 @@ CARRIED = {f"vipllava._{name}": name for name in ("conf", "data_manifests")}
 setup(
     packages=[*find_namespace_packages(include=["vipllava*"], exclude=["*.__pycache__"]), *CARRIED],
     package_dir=CARRIED,
-    package_data={"vipllava": ["sample_world/base/**/*", "**/*.css", "**/*.html"]}
+    package_data={"vipllava": ["sample_world/base/**/*", "**/*.css", "**/*.html", "**/*.jinja"]}
     | {name: ["**/*.yaml"] for name in CARRIED},
 )

@@ -1,7 +1,6 @@
 """Data sets and the stream of training without configuration files, for notebooks and scripts.
 
-``import vipllava as vl`` offers what is here and the package's own classes, see docs/api.md. This
-is the top of the package: nothing in it imports this module.
+``import vipllava as vl`` offers what is here and the package's own classes, see docs/api.md.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import Any, cast
 
 from vipllava.checkpoints.loading import load_tokenizer
 from vipllava.commands.inspect import look_at
+from vipllava.config.batch import accumulation_steps
 from vipllava.files.cache import ShardCache
 from vipllava.files.retries import ONCE
 from vipllava.models.building import ModelSpec, read_tower_config
@@ -19,7 +19,6 @@ from vipllava.models.towers import preprocessing_of
 from vipllava.report.inspected import InspectedSample, RefusedSample
 from vipllava.shards.manifest import MANIFEST_VERSION, Manifest, load_manifest, parse_manifest
 from vipllava.stream.batching import Batching, PackedBatches, SampleBatches
-from vipllava.stream.collate import Collator
 from vipllava.stream.image_transform import ImageAspect, ImageTransform
 from vipllava.stream.loader import StepLoader, StepSampler
 from vipllava.stream.order import MixEntry, SampleOrder, parse_mix, plan_parts
@@ -50,20 +49,18 @@ class Dataset(SampleSource):
     def trace(
         self, position: int, encoder: SampleEncoder, epoch: int = 0
     ) -> InspectedSample | RefusedSample:
-        """Return what a model gets of a sample: image with marks, tokens, which carry loss.
+        """Return what the stream makes of a sample: image with marks, tokens, which carry loss.
 
-        It is what the stream makes of it with the same encoder. A sample that training would refuse
-        comes with the reason.
+        A sample that training would refuse comes with the reason.
 
         Args:
             position: in shard order.
             encoder: see :func:`sample_encoder`.
             epoch: marks and words are others in each.
         """
-        return look_at(self.seeded(encoder.seed), encoder, position, epoch)
+        return look_at(self._seeded(encoder.seed), encoder, position, epoch)
 
-    def seeded(self, seed: int) -> SampleSource:
-        """Return the same samples with the wordings of another seed."""
+    def _seeded(self, seed: int) -> SampleSource:
         return SampleSource(self.shards, self.record_kind, self.policy, seed)
 
 
@@ -94,17 +91,10 @@ def open_dataset(
     if isinstance(source, Manifest):
         manifest = source
     elif Path(source).is_dir():
-        root, name = source, Path(source).resolve().name
-        manifest = parse_manifest(
-            {
-                "schema_version": MANIFEST_VERSION,
-                "name": name,
-                "stage": "task",
-                "licence": "unknown",
-                "shards": "*.tar",
-            },
-            where=str(source),
-        )
+        root = source
+        values = {"stage": "task", "licence": "unknown", "shards": "*.tar"}
+        values |= {"schema_version": MANIFEST_VERSION, "name": Path(source).resolve().name}
+        manifest = parse_manifest(values, where=str(source))
     else:
         manifest = load_manifest(source, manifests_dir)
     if manifest.made_by == "sample_world":
@@ -142,9 +132,8 @@ def sample_encoder(
         if policies not in POLICIES:
             raise ConfigError(f"policies={policies!r} is not one of {', '.join(POLICIES)}")
         policies = POLICIES[policies]
-    encoder = conversation_encoder(
-        model, tokenizer or load_tokenizer(model), model.chat_template, max_length
-    )
+    tokenizer = tokenizer or load_tokenizer(model)
+    encoder = conversation_encoder(model, tokenizer, model.chat_template, max_length)
     preprocessing = preprocessing_of(read_tower_config(model))
     transform = ImageTransform(model.image_size, image_aspect, preprocessing)
     return SampleEncoder(policies, encoder, transform, seed)
@@ -166,10 +155,9 @@ def open_stream(
 ) -> StepLoader:
     """Return the stream of training in one process: the same batches as ``train.py`` makes.
 
-    Iterating gives the micro-batches of an epoch; ``sampler.set_epoch`` chooses which.
-    ``state_dict()`` says what has been consumed, and after ``load_state_dict(state)`` the next
-    iteration goes on behind it. For several processes, give a Lightning trainer a
-    :class:`vipllava.stream.datamodule.VisualPromptDataModule`.
+    Iterating gives the micro-batches of the epoch of ``sampler.set_epoch``; after
+    ``load_state_dict(state)`` it goes on behind what ``state_dict()`` says was consumed. For
+    several processes, see :class:`vipllava.stream.datamodule.VisualPromptDataModule`.
 
     Args:
         datasets: one, or those of a mix.
@@ -188,35 +176,22 @@ def open_stream(
         ConfigError: sizes that do not divide, or a mix of other data sets.
     """
     opened = [datasets] if isinstance(datasets, Dataset) else datasets
-    micro_batch_size = micro_batch_size or global_batch_size
-    if global_batch_size % micro_batch_size:
-        raise ConfigError(
-            f"global_batch_size={global_batch_size} is not a multiple of "
-            f"micro_batch_size={micro_batch_size}"
-        )
+    accumulate = accumulation_steps(global_batch_size, micro_batch_size or global_batch_size, 1, 1)
     names = [each.name for each in opened]
     entries = parse_mix(mix) if mix else {name: MixEntry(epochs=1.0) for name in names}
     if sorted(entries) != sorted(names):
         raise ConfigError(f"mix={list(entries)} and datasets={names} must name each data set once")
-    samples = VisualPromptDataset(
-        [each.seeded(encoder.seed) for each in opened], encoder, BadSamplePolicy(on_fault)
-    )
+    sources = [each._seeded(encoder.seed) for each in opened]
+    samples = VisualPromptDataset(sources, encoder, BadSamplePolicy(on_fault))
     sizes = {each.name: each.shards.shard_sizes for each in opened}
     order = SampleOrder(plan_parts(sizes, entries, samples_per_epoch), encoder.seed)
     if batching == "packed":
-        planner = PackPlanner(samples, pack_length=pack_length, max_images=max_images_per_pack)
-        identity = {"pack_length": pack_length, "max_images": max_images_per_pack}
-        plan = PackedBatches(order, global_batch_size, planner, identity=identity)
+        limits = {"pack_length": pack_length, "max_images": max_images_per_pack}
+        planner = PackPlanner(samples, **limits)
+        plan = PackedBatches(order, global_batch_size, planner, identity=limits)
     else:
         lengths = samples.estimate_lengths if batching == "length_grouped" else None
         plan = SampleBatches(order, global_batch_size, lengths)
-    return StepLoader(
-        samples,
-        StepSampler(plan, accumulate=global_batch_size // micro_batch_size),
-        Collator(
-            getattr(encoder.conversation_encoder.tokenizer, "pad_token_id", None) or 0,
-            encoder.transform.size,
-            pack_length=pack_length if batching == "packed" else None,
-        ),
-        num_workers=num_workers,
-    )
+    collator = encoder.collator(pack_length=pack_length if batching == "packed" else None)
+    sampler = StepSampler(plan, accumulate=accumulate)
+    return StepLoader(samples, sampler, collator, num_workers=num_workers)

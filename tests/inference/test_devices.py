@@ -58,7 +58,7 @@ def test_bfloat16_where_it_is_not_computed(machine):
     with pytest.raises(ConfigError, match="dtype=bfloat16 is not computed by Tesla V100: use auto"):
         resolve_dtype("bfloat16", CUDA)
     machine(macos=(13, 0))
-    with pytest.raises(ConfigError, match="is not computed by mps on this machine"):
+    with pytest.raises(ConfigError, match="is not computed by mps: use auto"):
         resolve_dtype("bfloat16", MPS)
     machine(macos=(14, 0))
     assert resolve_dtype("bfloat16", MPS) == torch.bfloat16

@@ -5,20 +5,21 @@ Other formats have no place for it: stage, chat template, picture geometry, orig
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import vipllava
 from vipllava.models.hub_models import read_json
 from vipllava.models.opening import feature_layers_of
+from vipllava.stream.image_transform import ImageAspect
 from vipllava.types import CheckpointError
 
 FORMAT_VERSION = 1
 META_NAME = "vipllava.json"
-IMAGE_ASPECTS = ("square", "pad", "resize")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class ExportMeta:
 
     stage: str
     chat_template: str
-    image_aspect: str
+    image_aspect: ImageAspect
     image_size: int
     image_seq_length: int
     feature_layers: tuple[int, ...]
@@ -57,36 +58,32 @@ class ExportMeta:
     format_version: int = FORMAT_VERSION
 
 
-def load_meta(directory: str | Path) -> ExportMeta:
-    """Read ``vipllava.json``.
+def write_meta(directory: Path, meta: ExportMeta) -> None:
+    """Write ``vipllava.json`` into a folder."""
+    text = json.dumps(asdict(meta), indent=2) + "\n"
+    (directory / META_NAME).write_text(text, encoding="utf-8")
 
-    Raises:
-        CheckpointError: the folder is missing or no export, or the file breaks its schema.
-    """
-    directory = Path(directory)
-    path = directory / META_NAME
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} does not exist: name the export folder of a stage")
+
+def load_meta(directory: str | Path) -> ExportMeta:
+    """Read ``vipllava.json``; CheckpointError if it is missing or breaks its schema."""
+    path = Path(directory) / META_NAME
     if not path.is_file():
         raise CheckpointError(
             f"{directory} is no export of a stage (it has no {META_NAME}): name the folder "
             "`export` in a run directory"
         )
     values = read_json(path)
-    known = {field.name for field in fields(ExportMeta)}
-    required = {
-        f.name for f in fields(ExportMeta) if f.default is MISSING and f.default_factory is MISSING
-    }
-    found, version = set(values), values.get("format_version")
-    if version != FORMAT_VERSION:
+    if (version := values.get("format_version")) != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format_version={version!r}, this release reads {FORMAT_VERSION}: "
             "write the export again with this release, or use the one that wrote it"
         )
-    if found - known or required - found:
+    known, found = {each.name: each for each in fields(ExportMeta)}, set(values)
+    required = {n for n, f in known.items() if f.default is f.default_factory is MISSING}
+    lacking, unknown = sorted(required - found), sorted(found - set(known))
+    if lacking or unknown:
         raise CheckpointError(
-            f"{path} lacks {sorted(required - found)} and has unknown {sorted(found - known)}: "
-            "write the export again"
+            f"{path} lacks {lacking} and has unknown {unknown}: write the export again"
         )
     for name in ("feature_layers", "data"):
         values[name] = tuple(values.get(name, ()))
@@ -94,23 +91,19 @@ def load_meta(directory: str | Path) -> ExportMeta:
 
 
 def check_meta(meta: ExportMeta, config: Any) -> None:
-    """Insist that the metadata are of a network.
-
-    Raises:
-        CheckpointError: they contradict its config, or name an unknown image aspect.
-    """
-    pairs: dict[str, tuple[object, object]] = {
-        "feature_layers": (meta.feature_layers, feature_layers_of(config)),
-        "image_size": (meta.image_size, config.vision_config.image_size),
-        "image_seq_length": (meta.image_seq_length, config.image_seq_length),
+    """Raise CheckpointError where metadata contradict a config, or name no image aspect."""
+    network = {
+        "feature_layers": feature_layers_of(config),
+        "image_size": config.vision_config.image_size,
+        "image_seq_length": config.image_seq_length,
     }
     problems = [
         f"{name} is {said} in {META_NAME}, {found} in the network"
-        for name, (said, found) in pairs.items()
-        if said != found
+        for name, found in network.items()
+        if (said := getattr(meta, name)) != found
     ]
-    if meta.image_aspect not in IMAGE_ASPECTS:
-        known = ", ".join(IMAGE_ASPECTS)
+    if meta.image_aspect not in get_args(ImageAspect):
+        known = ", ".join(get_args(ImageAspect))
         problems.append(f"image_aspect is {meta.image_aspect!r}, not one of {known}")
     if problems:
         raise CheckpointError(
@@ -120,24 +113,13 @@ def check_meta(meta: ExportMeta, config: Any) -> None:
 
 def code_version() -> str:
     """Return this package's version, and the commit where it runs from a git checkout."""
-    folder = Path(vipllava.__file__).resolve().parent.parent
-    version = vipllava.__version__
+    folder, version = Path(vipllava.__file__).resolve().parent.parent, vipllava.__version__
+    command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--abbrev=12"]
+    command.append("--dirty=, with changes")
     if not (folder / ".git").exists():
         return version
     try:
-        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
-        changed = ", with changes" if _git(folder, "status", "--porcelain", "-uno") else ""
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return version
-    return f"{version} ({commit}{changed})"
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=10,
-    )
-    return done.stdout.strip()
+    return f"{version} ({done.stdout.strip()})"

@@ -15,8 +15,7 @@ def upload(directory: Path, repository: str, *, private: bool = True) -> str:
     Args:
         directory: of a model; its README.md becomes the page.
         repository: ``owner/name``.
-        private: of a repository that is made; weights with terms of use are published on purpose
-            only.
+        private: of a repository that is made.
 
     Returns:
         The repository's address.

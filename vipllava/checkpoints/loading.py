@@ -19,7 +19,13 @@ from transformers import (
 )
 
 from vipllava.checkpoints.export_meta import META_NAME, ExportMeta, check_meta, load_meta
-from vipllava.checkpoints.llava_format import is_llava, read_llava, read_projector
+from vipllava.checkpoints.llava_format import (
+    NON_LORA_FILES,
+    PROJECTOR_FILES,
+    is_llava,
+    read_llava,
+    read_projector,
+)
 from vipllava.checkpoints.names import TEXT_TO_HF, hf_to_hf, rename, tower_to_hf
 from vipllava.checkpoints.parts import INDEX as PARTS_INDEX
 from vipllava.checkpoints.source import KINDS, Kind, Source, infer_chat_template
@@ -47,7 +53,14 @@ DEFAULT_TOWER = "openai/clip-vit-large-patch14-336"
 """The tower of every published checkpoint; the original format does not hold its config."""
 _WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-_PROJECTOR_NAMES = ("mm_projector.safetensors", "mm_projector.bin")
+_LANGUAGE_MODEL = ("the language model", "lmsys/vicuna-7b-v1.5")
+_UNDER: dict[Kind, tuple[str, str]] = {
+    "projector": _LANGUAGE_MODEL,
+    "llava_lora": _LANGUAGE_MODEL,
+    "lora": ("the VipLlava", "runs/7b-pretrain/export"),
+    "training_state": ("what the run started from", "FOLDER_OR_ID"),
+}
+"""What a format is put on, and an example of it."""
 
 
 def kind_of(path: Path, source: str) -> Kind:
@@ -70,22 +83,15 @@ def kind_of(path: Path, source: str) -> Kind:
             "(mm_projector.bin) or a training checkpoint (.ckpt)"
         )
     if (path / "adapter_config.json").is_file():
-        return "llava_lora" if any(path.glob("non_lora_trainables.*")) else "lora"
-    if (path / ".metadata").is_file() or (path / "latest").is_file() or _is_deepspeed(path):
+        return "llava_lora" if _has(path, *NON_LORA_FILES) else "lora"
+    if _has(path, ".metadata", "latest", PARTS_INDEX, "**/*model_states.pt"):
         return "training_state"
-    has_projector = any((path / name).is_file() for name in _PROJECTOR_NAMES)
-    if not (path / "config.json").is_file():
-        if has_projector:
-            return "projector"
-        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-        raise CheckpointError(
-            f"{source} is a folder without config.json (it holds {names}): name the folder that "
-            "save_pretrained, a training stage's export or the original code wrote"
-        )
+    has_projector = _has(path, *PROJECTOR_FILES)
     if is_llava(path):
-        has_weights = any(next(path.glob(pattern), None) for pattern in _WEIGHT_PATTERNS)
-        return "projector" if has_projector and not has_weights else "llava"
-    model_type = read_json(path / "config.json").get("model_type")
+        return "projector" if has_projector and not _has(path, *_WEIGHT_PATTERNS) else "llava"
+    if has_projector and not _has(path, "config.json"):
+        return "projector"
+    model_type = load_config(str(path), "checkpoint").model_type
     if model_type == "vipllava":
         return "hf"
     raise CheckpointError(
@@ -123,49 +129,48 @@ def open_source(
     path = local_folder(source, "checkpoint")
     kind = kind_of(path, source)
     tower = vision_tower or DEFAULT_TOWER
-    under: dict[str, Any] = {
-        "vision_tower": vision_tower,
-        "chat_template": chat_template,
-        "feature_layers": feature_layers,
-    }
     if kind == "hf":
-        return _open_hf(source, path, tower if vision_tower else "", chat_template)
-    if kind == "lora":
-        return _open_adapter(source, path, base, **under)
-    if kind == "training_state":
-        return _open_training_state(source, path, base, **under)
-    language_model = source if kind == "llava" else base or _named_base(path)
-    if language_model is None:
-        raise _needs_base(source, kind, "the language model", "lmsys/vicuna-7b-v1.5")
+        return _open_hf(source, path, tower, chat_template)
+    base = source if kind == "llava" else base or _named_base(path)
+    if base is None:
+        what, example = _UNDER[kind]
+        raise CheckpointError(
+            f"{source} is {KINDS[kind]}, which needs {what} under it: pass base={example}"
+        )
+    if kind in ("lora", "training_state"):
+        under = open_source(
+            base, vision_tower=tower, chat_template=chat_template, feature_layers=feature_layers
+        )
+        return _put_on_base(under, base, source, path, kind)
     tower_config = load_tower_config(tower)
     spec = ModelSpec(
         vision_tower=tower,
-        language_model=language_model,
+        language_model=base,
         feature_layers=feature_layers or tower_of(tower_config).feature_layers,
         chat_template=chat_template or "",
         image_size=tower_config.image_size,
     )
     if kind == "llava":
-        return _open_llava(path, spec, tower_config)
+        tokenizer = add_tokens(read_tokenizer(str(path), "checkpoint"))
+        text_config, tensors = read_llava(path, vision_tower=local_folder(tower, "vision_tower"))
+        return _assembled("llava", spec, tower_config, text_config, tokenizer, tensors, path)
     return put_on_parts(spec, source, path, kind)
 
 
 def put_on_parts(spec: ModelSpec, source: str, path: Path, kind: Kind, *, seed: int = 0) -> Source:
     """Open a projector, or an adapter folder with one, between the parts that a spec names."""
     parts = open_parts(spec, seed=seed)
-    tensors = dict(parts.tensors)
     projector = read_projector(path)
     for name, shape in projector_shapes(parts.config).items():
         if name not in projector:
             raise CheckpointError(f"the projector {source} has no {name}")
-        if tuple(shape_of(projector[name])) != shape:
+        if (found := shape_of(projector[name])) != shape:
             raise CheckpointError(
-                f"the projector {source} has {name} of shape "
-                f"{tuple(shape_of(projector[name]))}, but tower {spec.vision_tower} with layers "
-                f"{list(spec.feature_layers)} and language model {spec.language_model} want "
-                f"{shape}: it was trained for others"
+                f"the projector {source} has {name} of shape {found}, but tower "
+                f"{spec.vision_tower} with layers {list(spec.feature_layers)} and language model "
+                f"{spec.language_model} want {shape}: it was trained for others"
             )
-    tensors.update(projector)
+    tensors = {**parts.tensors, **projector}
     adapter = path if kind == "llava_lora" else None
     return replace(parts, kind=kind, path=source, tensors=tensors, adapter=adapter)
 
@@ -222,19 +227,29 @@ def _assembled(
     )
     grow_vocabulary(tensors, config.text_config.vocab_size)
     source = spec.language_model
-    meta = ExportMeta(
+    meta = replace(
+        _meta_of(config, tokenizer, source, spec.vision_tower, spec.chat_template),
         stage="parts" if kind == "parts" else "released",
-        chat_template=spec.chat_template or infer_chat_template(tokenizer, source),
-        image_aspect="pad",
-        image_size=spec.image_size,
-        image_seq_length=config.image_seq_length,
-        feature_layers=spec.feature_layers,
-        vision_tower=spec.vision_tower,
-        language_model=source,
         image_token=spec.image_token,
     )
     generation = generation_config_for(str(text_files), tokenizer)
     return Source(kind, source, config, tensors, tokenizer, meta, generation)
+
+
+def _meta_of(
+    config: Any, tokenizer: Any, source: str, tower: str, template: str | None
+) -> ExportMeta:
+    """Return what a checkpoint without metadata would say about itself."""
+    return ExportMeta(
+        stage="released",
+        chat_template=template or infer_chat_template(tokenizer, source),
+        image_aspect="pad",
+        image_size=config.vision_config.image_size,
+        image_seq_length=config.image_seq_length,
+        feature_layers=feature_layers_of(config),
+        vision_tower=tower,
+        language_model=source,
+    )
 
 
 def open_spec(
@@ -275,15 +290,12 @@ def build_model(
     seed: int = 0,
     **options: Any,
 ) -> VipLlavaForConditionalGeneration:
-    """Make the network that a spec describes, see :func:`open_spec`.
-
-    Nothing here draws from torch's global generator: two calls with one seed give equal weights
-    whatever was drawn before.
+    """Make the network that a spec describes; two calls with one seed give equal weights.
 
     Args:
-        spec: the parts, and the checkpoint if there is one.
-        tokenizer: what :func:`load_tokenizer` returned for the same spec; loaded if not given.
-        seed: decides the projector's first weights. Not used where a checkpoint has one.
+        spec: as the next two, see :func:`open_spec`.
+        tokenizer: of the spec.
+        seed: of a new projector; torch's global generator is not drawn from.
         options: ``quantization_config``, ``placement`` and ``prepare`` of :meth:`Source.network`.
 
     Raises:
@@ -295,9 +307,7 @@ def build_model(
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
-    """Load the tokenizer (no weights), with the image and the padding token present.
-
-    It comes from ``spec.checkpoint`` where that has one, else from the language model.
+    """Load the tokenizer of a spec's checkpoint, or language model, with image and padding token.
 
     Raises:
         CheckpointError: there is no tokenizer at the source.
@@ -319,113 +329,63 @@ def _open_hf(source: str, path: Path, tower: str, chat_template: str | None) -> 
         if chat_template:
             meta = replace(meta, chat_template=chat_template)
     else:
-        meta = ExportMeta(
-            stage="released",
-            chat_template=chat_template or infer_chat_template(tokenizer, source),
-            image_aspect="pad",
-            image_size=config.vision_config.image_size,
-            image_seq_length=config.image_seq_length,
-            feature_layers=feature_layers_of(config),
-            vision_tower=tower or DEFAULT_TOWER,
-            language_model=source,
-        )
-    if added_tokens(tokenizer).get(meta.image_token) != config.image_token_id:
+        meta = _meta_of(config, tokenizer, source, tower, chat_template)
+    num_tokens, num_rows = len(tokenizer), config.text_config.vocab_size
+    image_id = config.image_token_id
+    if added_tokens(tokenizer).get(meta.image_token) != image_id or num_tokens > num_rows:
         raise CheckpointError(
             f"{source} mixes two models: its tokenizer has no token {meta.image_token!r} with id "
-            f"{config.image_token_id}; write or download it again"
-        )
-    if len(tokenizer) > config.text_config.vocab_size:
-        raise CheckpointError(
-            f"{source} mixes two models: its tokenizer has {len(tokenizer)} tokens, its vocabulary "
-            f"{config.text_config.vocab_size} rows; write or download it again"
+            f"{image_id}, or its {num_tokens} tokens exceed a vocabulary of {num_rows} rows; write "
+            "or download it again"
         )
     tensors = hf_to_hf(open_tensors(path, "checkpoint"), source)
     generation = generation_config_for(str(path), tokenizer)
     return Source("hf", source, config, tensors, tokenizer, meta, generation)
 
 
-def _open_llava(path: Path, spec: ModelSpec, tower_config: Any) -> Source:
-    tokenizer = add_tokens(read_tokenizer(str(path), "checkpoint"))
-    opened = read_llava(path, vision_tower=local_folder(spec.vision_tower, "vision_tower"))
-    return _assembled(
-        "llava", spec, tower_config, opened.text_config, tokenizer, opened.tensors, path
-    )
+def _put_on_base(under: Source, base: str, source: str, path: Path, kind: Kind) -> Source:
+    """Put an adapter folder of ours, or what a run trained, on the opened base."""
+    changed = replace(under, kind=kind, path=source)
+    if kind == "training_state":
+        from vipllava.checkpoints.training_state import read_training_state
 
-
-def _open_adapter(source: str, path: Path, base: str | None, **options: Any) -> Source:
-    """Open the base under an adapter folder of ours; its own metadata win."""
-    base = base or _named_base(path)
-    if base is None:
-        raise _needs_base(source, "lora", "the VipLlava", "runs/7b-pretrain/export")
-    under = open_source(base, **options)
+        return replace(changed, tensors={**under.tensors, **read_training_state(path)})
     if under.adapter is not None:
         raise CheckpointError(
             f"base={base!r} of the adapter {source} is an adapter itself: merge it first with "
             f"`vipllava convert {base} FOLDER --format lora-merged`"
         )
     meta = load_meta(path) if (path / META_NAME).is_file() else under.meta
-    return replace(under, kind="lora", path=source, meta=meta, adapter=path)
-
-
-def _open_training_state(source: str, path: Path, base: str | None, **options: Any) -> Source:
-    """Put a training checkpoint's weights over those that training began with."""
-    from vipllava.checkpoints.training_state import read_training_state
-
-    if base is None:
-        raise _needs_base(source, "training_state", "what the run started from", "FOLDER_OR_ID")
-    under = open_source(base, **options)
-    return replace(
-        under,
-        kind="training_state",
-        path=source,
-        tensors={**under.tensors, **read_training_state(path)},
-    )
-
-
-def _needs_base(source: str, kind: Kind, what: str, example: str) -> CheckpointError:
-    return CheckpointError(
-        f"{source} is {KINDS[kind]}, which needs {what} under it: pass base={example}"
-    )
+    return replace(changed, meta=meta, adapter=path)
 
 
 def _named_base(path: Path) -> str | None:
-    """Return the base that an adapter folder names, if it names one."""
-    config = path / "adapter_config.json" if path.is_dir() else None
-    if config is None or not config.is_file():
-        return None
-    base = read_json(config).get("base_model_name_or_path")
-    return base if isinstance(base, str) and base else None
+    config = path / "adapter_config.json"
+    return (config.is_file() and read_json(config).get("base_model_name_or_path")) or None
 
 
-def _is_deepspeed(path: Path) -> bool:
-    return (path / PARTS_INDEX).is_file() or any(path.glob("**/*model_states.pt"))
+def _has(folder: Path, *patterns: str) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
 
 
 def _check_same_architecture(opened: Source, spec: ModelSpec) -> None:
     """Raise unless the opened checkpoint is of the architecture that the spec's sources give."""
-    tower_config: Any = load_tower_config(spec.vision_tower)
-    text_config: Any = load_config(spec.language_model, "language_model")
     config: Any = opened.config
     vision, text = config.vision_config, config.text_config
+    text_config: Any = load_config(spec.language_model, "language_model")
     pairs: list[tuple[str, object, object]] = [
         ("feature layers", feature_layers_of(config), spec.feature_layers),
-        ("vision tower type", vision.model_type, tower_config.model_type),
         ("image size", vision.image_size, spec.image_size),
         ("image token id", config.image_token_id, token_id(opened.tokenizer, spec.image_token)),
-        ("language model type", text.model_type, text_config.model_type),
     ]
-    for what in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"):
-        pairs.append((f"tower {what}", getattr(vision, what), getattr(tower_config, what)))
-    for what in (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
+    heads = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    for part, found, expected, names in (
+        ("vision tower", vision, load_tower_config(spec.vision_tower), (*heads, "patch_size")),
+        ("language model", text, text_config, (*heads, "intermediate_size", "num_key_value_heads")),
     ):
-        pairs.append(
-            (f"language model {what}", getattr(text, what, None), getattr(text_config, what, None))
-        )
+        for name in names:
+            what = f"{part} {name.removeprefix('model_')}"
+            pairs.append((what, getattr(found, name, None), getattr(expected, name, None)))
     different = [
         f"{what} {found} (model {expected})" for what, found, expected in pairs if found != expected
     ]

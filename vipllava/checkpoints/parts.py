@@ -1,24 +1,26 @@
 """A training state in parts: what each process holds of every weight that trains, in its own file.
 
-The folder does not depend on how the state was spread. Each file says which stretch of which
-weight it has, so that another number of processes, or another way of sharding, takes what belongs
-to each of its own. Files are mapped into memory, no process reads more than it needs; they hold
-plain values and tensors.
+Each file says which stretch of which weight it has, so that another number of processes, or another
+way of sharding, takes what belongs to each of its own. They hold plain values and tensors, and are
+mapped into memory: no process reads more than it needs.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from vipllava.checkpoints.folders import write_json
 from vipllava.checkpoints.plain_pickles import load_plain
-from vipllava.types import CheckpointError
+from vipllava.files.atomic import sync
+from vipllava.models.hub_models import read_json
+from vipllava.models.tensor_files import ComputedTensor
+from vipllava.types import CheckpointError, first_line
 
 INDEX: Final = "checkpoint.json"
 """Written last: the names of the folder's files and their sizes in bytes."""
@@ -39,11 +41,6 @@ class Part:
 
     start: int
     tensors: dict[str, torch.Tensor]
-
-    @property
-    def stop(self) -> int:
-        """End of the stretch."""
-        return self.start + len(self.tensors[WEIGHT])
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +65,6 @@ def write_part(folder: Path, rank: int, parts: Mapping[str, Part]) -> dict[str, 
 
     Returns:
         The file's name and size, for :func:`write_index`.
-
-    Raises:
-        OSError: it cannot be written.
     """
     plain = {name: {"start": part.start, "tensors": part.tensors} for name, part in parts.items()}
     return _write(folder / f"rank-{rank:05d}.pt", {"parts": plain})
@@ -82,24 +76,21 @@ def write_shared(folder: Path, shared: Shared) -> dict[str, int]:
 
 
 def write_index(folder: Path, sizes: Mapping[str, int]) -> None:
-    """Write the index, which makes the folder a checkpoint.
-
-    Args:
-        folder: holds the files.
-        sizes: of all files in bytes.
-    """
-    text = json.dumps({"version": 1, "files": dict(sizes)}, indent=2, sort_keys=True)
-    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+    """Write the index, all files' sizes in bytes, which makes the folder a checkpoint."""
+    write_json(folder / INDEX, {"version": 1, "files": dict(sizes)})
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
     """Return the size that each file of a folder has to have, by its name.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: the index cannot be read.
+        CheckpointError: the index cannot be read.
     """
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    return {Path(str(name)).name: int(size) for name, size in index["files"].items()}
+    try:
+        files = read_json(folder / INDEX)["files"]
+        return {Path(name).name: int(size) for name, size in files.items()}
+    except (CheckpointError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"its index {INDEX} cannot be read ({error})") from error
 
 
 def read_shared(folder: Path) -> Shared:
@@ -108,9 +99,8 @@ def read_shared(folder: Path) -> Shared:
     Raises:
         CheckpointError: the file is missing, cut short, or holds something else.
     """
-    loaded = load_plain(folder / RUN_STATE)
     try:
-        return Shared(**loaded)
+        return Shared(**load_plain(folder / RUN_STATE))
     except TypeError as error:
         raise CheckpointError(f"{folder / RUN_STATE} is of another program ({error})") from error
 
@@ -119,74 +109,51 @@ def read_parts(folder: Path) -> list[dict[str, Part]]:
     """Open the files of all processes; tensors stay in them until they are used.
 
     Raises:
-        CheckpointError: a file is missing, cut short, or holds something else.
+        CheckpointError: a file is missing, cut short, or holds code.
     """
-    files: list[dict[str, Part]] = []
-    for name in sorted(file_sizes(folder).keys() - {RUN_STATE}):
-        loaded = load_plain(folder / name, mapped=True)
-        try:
-            files.append({key: Part(**value) for key, value in loaded["parts"].items()})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder / name} is of another program ({error})") from error
-    return files
+    names = sorted(file_sizes(folder).keys() - {RUN_STATE})
+    files = [load_plain(folder / name, mapped=True)["parts"] for name in names]
+    return [{name: Part(**part) for name, part in parts.items()} for parts in files]
 
 
-class Spread:
-    """A weight that lies in several files, put together when it is used, as ``spread[...]``."""
-
-    def __init__(self, name: str, shape: list[int], parts: list[Part]) -> None:
-        self.name = name
-        self.shape = shape
-        self.parts = parts
-
-    def get_shape(self) -> list[int]:
-        """Return the shape."""
-        return self.shape
-
-    def get_dtype(self) -> str:
-        """Return the dtype, by its name in safetensors."""
-        return "F32"
-
-    def __getitem__(self, key: Any) -> torch.Tensor:
-        whole = torch.empty(torch.Size(self.shape).numel())
-        copied = sum(copy_overlap(part, 0, {WEIGHT: whole}) for part in self.parts)
-        check_complete(self.name, copied, len(whole))
-        return whole.view(self.shape)[key]
-
-
-def read_weights(folder: Path) -> dict[str, Spread]:
+def read_weights(folder: Path) -> dict[str, ComputedTensor]:
     """Open the weights of a training state, by their names in the LightningModule.
 
     Raises:
-        CheckpointError: a file is missing, cut short, or holds something else.
+        CheckpointError: as :func:`read_shared` and :func:`read_parts`.
     """
     shared, files = read_shared(folder), read_parts(folder)
-    found = {
-        name: Spread(name, shape, [parts[name] for parts in files if name in parts])
-        for name, shape in shared.shapes.items()
-    }
+    found: dict[str, ComputedTensor] = {}
+    for name, shape in shared.shapes.items():
+        parts = [held[name] for held in files if name in held]
+        join = partial(_join, name, tuple(shape), parts)
+        found[name] = ComputedTensor(tuple(shape), torch.float32, join)
     return found | {name: found[first] for name, first in shared.tied.items()}
 
 
+def _join(name: str, shape: tuple[int, ...], parts: list[Part]) -> torch.Tensor:
+    whole = torch.empty(torch.Size(shape).numel())
+    copied = sum(copy_overlap(part, 0, {WEIGHT: whole}) for part in parts)
+    check_complete(name, copied, len(whole))
+    return whole.view(shape)
+
+
 def copy_overlap(part: Part, start: int, into: Mapping[str, torch.Tensor]) -> int:
-    """Copy what a part has of a stretch.
+    """Copy what a part has of a stretch; return the number of the weight's elements in it.
 
     Args:
         part: of a file.
         start: of the stretch in the weight.
         into: tensors of the stretch, by the names in the part; those that it lacks stay.
-
-    Returns:
-        The number of elements of the weight that were copied.
     """
-    first, last = max(start, part.start), min(start + len(into[WEIGHT]), part.stop)
+    stop = part.start + len(part.tensors[WEIGHT])
+    first, last = max(start, part.start), min(start + len(into[WEIGHT]), stop)
     if last <= first:
         return 0
     for name, tensor in part.tensors.items():
         if name in into:
-            into[name][first - start : last - start] = tensor[
-                first - part.start : last - part.start
-            ]
+            stretch = tensor[first - part.start : last - part.start]
+            into[name][first - start : last - start] = stretch
     return last - first
 
 
@@ -200,11 +167,10 @@ def check_complete(name: str, copied: int, wanted: int) -> None:
 
 
 def _write(path: Path, value: dict[str, Any]) -> dict[str, int]:
-    with path.open("wb") as file:
-        try:
+    try:
+        with path.open("wb") as file:
             torch.save(value, file)
-        except RuntimeError as error:  # torch's writer says so on a full disk
-            raise OSError(str(error).strip().split("\n", 1)[0]) from error
-        file.flush()
-        os.fsync(file.fileno())
+    except RuntimeError as error:  # torch's writer says so on a full disk
+        raise OSError(first_line(error)) from error
+    sync(path)
     return {path.name: path.stat().st_size}

@@ -33,24 +33,25 @@ _METADATA_VALUES: Final = {
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
 }
+UNREADABLE: Final = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
+"""What torch's readers raise of a file that is cut short, changed, or holds code."""
+_CHANGED_BYTES: Final = (ImportError, AttributeError, LookupError, TypeError, ArithmeticError)
+"""What a changed pickle raises besides, by 9000 changes of one."""
 
 
 def load_plain(path: Path, *, mapped: bool = False) -> dict[str, Any]:
-    """Read a file of ``torch.save``.
+    """Read a mapping of plain values and tensors, which come to the CPU, from ``torch.save``.
 
     Args:
-        path: of a mapping with plain values and tensors.
+        path: of the file.
         mapped: leave the tensors in the file until they are used.
-
-    Returns:
-        The mapping, tensors on the CPU.
 
     Raises:
         CheckpointError: it cannot be read, holds something else, or code, which is not run.
     """
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint of plain values and tensors "
             f"({first_line(error)}): it is cut short, or holds code, which is not run"
@@ -64,15 +65,14 @@ def load_plain(path: Path, *, mapped: bool = False) -> dict[str, Any]:
 def plain_values_only() -> Generator[None]:
     """Hold every ``torch.load`` to ``weights_only``, DeepSpeed's own with its few classes."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    known: list[Any] = []
+    known: list[Any] = [(_enum_member, "builtins.getattr")]
     for module, attribute in _DEEPSPEED_VALUES:
-        with contextlib.suppress(ImportError):  # another release of it
-            known += [getattr(importlib.import_module(module), attribute, None)]
+        with contextlib.suppress(ImportError, AttributeError):  # another release of it
+            known.append(getattr(importlib.import_module(module), attribute))
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        plain = [value for value in known if value is not None]
-        with torch.serialization.safe_globals([*plain, (_enum_member, "builtins.getattr")]):
+        with torch.serialization.safe_globals(known):
             yield
     finally:
         if before is None:
@@ -82,19 +82,22 @@ def plain_values_only() -> Generator[None]:
 
 
 def read_metadata(folder: Path) -> Any:
-    """Read the index of a distributed checkpoint: its own classes, dtypes and paths only.
-
-    Args:
-        folder: of the checkpoint.
-
-    Returns:
-        PyTorch's ``Metadata``.
+    """Read the index of a distributed checkpoint, PyTorch's ``Metadata``.
 
     Raises:
-        pickle.UnpicklingError: it holds something else; what half a pickle raises is open.
+        CheckpointError: the index cannot be read or holds something else.
     """
-    with (folder / ".metadata").open("rb") as file:
-        return MetadataUnpickler(file).load()
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    try:
+        with (folder / ".metadata").open("rb") as file:
+            index = MetadataUnpickler(file).load()
+        if isinstance(index, Metadata) and index.storage_data is not None:
+            return index
+        reason = f"it holds a {type(index).__name__}"
+    except (*UNREADABLE, *_CHANGED_BYTES, MemoryError) as error:
+        reason = first_line(error)
+    raise CheckpointError(f"its index .metadata cannot be read ({reason})")
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -116,6 +119,5 @@ class MetadataUnpickler(pickle.Unpickler):
 def _enum_member(kind: object, name: str) -> enum.Enum:
     """Stand in for ``getattr``, as which early releases of Python 3.11 pickle an enum's member."""
     if isinstance(kind, enum.EnumMeta) and name in kind.__members__:
-        members = cast("type[enum.Enum]", kind)
-        return members[name]
+        return cast("type[enum.Enum]", kind)[name]
     raise pickle.UnpicklingError(f"{name} of {kind} is no plain value")

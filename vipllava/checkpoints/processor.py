@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Final
 
 from PIL import Image
@@ -22,28 +23,20 @@ from vipllava.conversation.templates import ChatTemplate, get_template
 from vipllava.models.towers import preprocessing_of, tower_of
 from vipllava.types import Turn
 
-_QUESTION: Final = "What is the person marked with the red scribble holding?"
-_ANSWER: Final = "A cup of coffee, I think."
+_ASKED: Final = Turn(
+    "user", "What is the person marked with the red scribble holding?", has_image=True
+)
+_SAID: Final = Turn("assistant", "A cup of coffee, I think.")
+_STEAM: Final = Turn("assistant", "It is white, and there is steam.")
 _PROBES: Final[dict[str, tuple[Turn, ...]]] = {
-    "a question about a picture": (Turn("user", _QUESTION, has_image=True),),
+    "a question about a picture": (_ASKED,),
     "a question without a picture": (Turn("user", "What is the capital of France?"),),
-    "a second question": (
-        Turn("user", _QUESTION, has_image=True),
-        Turn("assistant", _ANSWER),
-        Turn("user", "Are you sure?\nAnswer yes or no."),
-    ),
+    "a second question": (_ASKED, _SAID, Turn("user", "Are you sure?\nAnswer yes or no.")),
     "a picture in the second question": (
-        Turn("user", "Can you see?"),
-        Turn("assistant", "Yes."),
-        Turn("user", _QUESTION, has_image=True),
+        Turn("user", "Can you see?"), Turn("assistant", "Yes."), _ASKED
     ),
-    "a whole conversation": (
-        Turn("user", _QUESTION, has_image=True),
-        Turn("assistant", _ANSWER),
-        Turn("user", "Why?"),
-        Turn("assistant", "It is white, and there is steam."),
-    ),
-}
+    "a whole conversation": (_ASKED, _SAID, Turn("user", "Why?"), _STEAM),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +71,15 @@ def build_processor(
     # The Pillow one; the class without suffix needs torchvision.
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    side = meta.image_size
-    square = {"height": side, "width": side}
-    network_config: Any = config
-    vision = network_config.vision_config
+    network: Any = config
+    vision = network.vision_config
     pixels = preprocessing_of(vision)
+    square = {"height": meta.image_size, "width": meta.image_size}
+    crops = meta.image_aspect == "square"
     image_processor: Any = LlavaImageProcessorPil(
         do_pad=meta.image_aspect == "pad",
-        do_center_crop=meta.image_aspect == "square",
-        size={"shortest_edge": side} if meta.image_aspect == "square" else square,
+        do_center_crop=crops,
+        size={"shortest_edge": meta.image_size} if crops else square,
         crop_size=square,
         resample=Image.Resampling[pixels.resampling.upper()],
         image_mean=list(pixels.mean),
@@ -105,7 +98,7 @@ def build_processor(
     encoder = ConversationEncoder(
         tokenizer,
         meta.chat_template,
-        int(config.image_token_id),
+        int(network.image_token_id),
         meta.image_seq_length,
         max_length=meta.image_seq_length + 4096,
     )
@@ -117,9 +110,8 @@ def build_processor(
             best, chosen = agreement, candidate
         if not agreement.different:
             break
-    processor.chat_template = chosen
     # The tokenizer alone, too: engines read it for conversations without a picture.
-    processor.tokenizer.chat_template = chosen
+    processor.chat_template = processor.tokenizer.chat_template = chosen
     return processor, best
 
 
@@ -129,26 +121,24 @@ def compare_ids(processor: Any, encoder: ConversationEncoder) -> IdAgreement:
     different: dict[str, str] = {}
     for kind, turns in _PROBES.items():
         asked = turns[-1].role == "user"
-        ours = encoder.encode_generation_prompt(turns) if asked else encoder.encode(turns).input_ids
-        theirs = processor_ids(processor, turns, add_generation_prompt=asked)
-        place = _first_difference(ours.tolist(), theirs)
-        if place is None:
+        ids = encoder.encode_generation_prompt(turns) if asked else encoder.encode(turns).input_ids
+        ours, theirs = ids.tolist(), processor_ids(processor, turns, add_generation_prompt=asked)
+        if ours == theirs:
             equal.append(kind)
-        else:
-            different[kind] = place
+            continue
+        pairs = enumerate(zip_longest(ours, theirs))
+        place = next(i for i, (mine, other) in pairs if mine != other)
+        different[kind] = (
+            f"{len(theirs)} ids instead of {len(ours)}; from position {place}: "
+            f"{_few(theirs[place:])} instead of {_few(ours[place:])}"
+        )
     return IdAgreement(tuple(equal), different)
 
 
 def processor_ids(
     processor: Any, turns: Sequence[Turn], *, add_generation_prompt: bool = True
 ) -> list[int]:
-    """Return the ids that ``apply_chat_template`` gives a conversation.
-
-    Args:
-        processor: with a chat template.
-        turns: the conversation.
-        add_generation_prompt: end with the role string of the answer to come.
-    """
+    """Return the ids that ``apply_chat_template`` gives a conversation, or a question."""
     picture = Image.new("RGB", (32, 32))
     messages: list[dict[str, Any]] = []
     for turn in turns:
@@ -157,10 +147,7 @@ def processor_ids(
             content.insert(0, {"type": "image", "image": picture})
         messages.append({"role": turn.role, "content": content})
     batch = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        tokenize=True,
-        return_dict=True,
+        messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
     )
     ids = batch["input_ids"]
     return [int(token_id) for token_id in (ids[0] if isinstance(ids[0], list) else ids)]
@@ -175,23 +162,10 @@ def _spellings(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -> It
     call: Any = tokenizer
     bos = str(call.bos_token or "")
     adds_bos = bool(bos) and call("").input_ids[:1] == [call.bos_token_id]
-    starts = ["", bos, f"{bos} "] if adds_bos and not template.bos else [""]
-    # From behind: "" stays as the last resort where a beginning has to be said.
-    for start in (*starts[1:], starts[0]):
+    # "" stays as the last resort where a beginning has to be said.
+    for start in (bos, f"{bos} ", "") if adds_bos and not template.bos else ("",):
         for after_image in ("", " "):
             yield jinja_template(template, bos=start, after_image=after_image)
-
-
-def _first_difference(ours: list[int], theirs: list[int]) -> str | None:
-    if ours == theirs:
-        return None
-    pairs = zip(ours, theirs, strict=False)
-    shorter = min(len(ours), len(theirs))
-    place = next((i for i, (mine, other) in enumerate(pairs) if mine != other), shorter)
-    return (
-        f"{len(theirs)} ids instead of {len(ours)}; from position {place}: "
-        f"{_few(theirs[place:])} instead of {_few(ours[place:])}"
-    )
 
 
 def _few(ids: list[int]) -> str:

@@ -1,12 +1,10 @@
 """A checkpoint that is opened and not yet read: the one thing that every format becomes.
 
-Config, tokenizer and metadata are small and here; weights stay in their files until a network is
-made of them, so that they are never in memory twice.
+Weights stay in their files until a network is made of them, so that they are in memory once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,40 +64,41 @@ class Source:
         self,
         *,
         dtype: torch.dtype = torch.float32,
-        attn_implementation: str = "sdpa",
-        quantization_config: Any = None,
         placement: Placement | None = None,
-        prepare: Callable[[VipLlavaForConditionalGeneration], None] | None = None,
+        quantization_config: Any = None,
         merge_adapter: bool = True,
+        **options: Any,
     ) -> VipLlavaForConditionalGeneration:
         """Make the network, its adapter with it.
 
         Args:
             dtype: of the parameters.
-            attn_implementation: attention of tower and language model.
-            quantization_config: transformers' own, for weights held in fewer bits.
             placement: where to put the weights; the CPU if not given.
-            prepare: decides, before weights are read, what each is held in and what trains.
+            quantization_config: transformers' own, for weights held in fewer bits.
             merge_adapter: add an adapter to the weights; else it stays beside them. Weights that
                 are placed and not in few bits have it added in any case.
+            options: ``attn_implementation`` and ``prepare`` of
+                :func:`vipllava.models.building.materialise`.
 
         Raises:
             CheckpointError: weights are missing, left over or misshapen; the message lists them.
         """
         tensors, adapter = self.tensors, self.adapter
         if adapter is not None and placement is not None and quantization_config is None:
-            # Added on the host, in `dtype`, by the processes that read: rounded only after that.
-            tensors, adapter = self._merged(dtype) if placement.reads else tensors, None
+            if placement.reads:
+                # Added on the host, in `dtype`, by the processes that read: rounded after that.
+                merged = hf_to_hf(self.network(dtype=dtype).state_dict(), self.path)
+                tensors = {name: tensor for name, tensor in merged.items() if name in tensors}
+            adapter = None
         model = materialise(
             self.config,
             tensors,
             source=self.path,
             stored_name=lambda name: map_name(name, HF_TO_HF),
             dtype=dtype,
-            attn_implementation=attn_implementation,
-            quantization_config=quantization_config,
             placement=placement,
-            prepare=prepare,
+            quantization_config=quantization_config,
+            **options,
         )
         if adapter is not None:
             from vipllava.checkpoints.adapter_format import load_adapter
@@ -111,28 +110,21 @@ class Source:
         model.generation_config = self.generation_config
         return model
 
-    def _merged(self, dtype: torch.dtype) -> dict[str, LazyTensor]:
-        """Return the weights with the adapter added to them, in memory."""
-        state = hf_to_hf(self.network(dtype=dtype).state_dict(), self.path)
-        return {name: tensor for name, tensor in state.items() if name in self.tensors}
-
 
 def infer_chat_template(tokenizer: PreTrainedTokenizerFast, source: str) -> str:
     """Return the template whose role tokens a tokenizer has; Vicuna's if it is a Llama's.
 
-    For checkpoints that do not say what they were trained with. The vocabulary decides, never a
-    name.
+    For checkpoints that do not say what they were trained with; a name never decides.
 
     Raises:
         CheckpointError: no template is known for such a vocabulary.
     """
-    added = set(added_tokens(tokenizer))
-    marks = {
-        "llama_3": {"<|start_header_id|>", "<|eot_id|>"},
-        "phi_3": {"<|user|>", "<|assistant|>", "<|end|>"},
-        "chatml": {"<|im_start|>", "<|im_end|>"},
-    }
-    for template, tokens in marks.items():
+    added = added_tokens(tokenizer).keys()
+    for template, tokens in (
+        ("llama_3", {"<|start_header_id|>", "<|eot_id|>"}),
+        ("phi_3", {"<|user|>", "<|assistant|>", "<|end|>"}),
+        ("chatml", {"<|im_start|>", "<|im_end|>"}),
+    ):
         if tokens <= added:
             return template
     if tokenizer.bos_token == "<s>" and tokenizer.eos_token == "</s>":

@@ -1,10 +1,7 @@
 """Weights out of a training checkpoint: Lightning's file, DeepSpeed's or FSDP2's folder.
 
-A run's own export is the ordinary way out. This is for the run that ended early: the newest
-checkpoint has what trained, and what it leaves out comes from what the run started from.
-
-All of them are pickles in part. None is read in a way that could run code from it: the libraries'
-own readers would, and are held to plain values here.
+For the run that ended before its export: the newest checkpoint has what trained. All are pickles in
+part; the libraries' own readers would run code from them, and are held to plain values here.
 """
 
 from __future__ import annotations
@@ -14,15 +11,15 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 
 from vipllava.checkpoints.names import HF_TO_HF, map_name
-from vipllava.checkpoints.parts import INDEX, file_sizes, read_weights
+from vipllava.checkpoints.parts import INDEX, RUN_STATE, file_sizes, read_weights
 from vipllava.checkpoints.plain_pickles import (
+    UNREADABLE,
     load_plain,
     plain_values_only,
     read_metadata,
@@ -42,31 +39,29 @@ def find_damage(path: Path) -> str | None:
         path: Lightning's file, or the folder that is written in its place under FSDP2 or DeepSpeed.
 
     Returns:
-        What is missing or cut short, to be put behind the checkpoint's name; None if it seems
-        whole.
+        What is missing or cut short, or None.
     """
     if not path.is_dir():
         return _find_cut(path)
-    if (path / ".metadata").is_file():
-        try:
-            sizes = _distributed_sizes(path)
-        except Exception as error:  # noqa: BLE001 - whatever half of a pickle brings about
-            return f"its index .metadata cannot be read ({first_line(error)})"
-        archives = ["meta.pt"]
-    elif (path / INDEX).is_file():
-        try:
+    try:
+        if (path / ".metadata").is_file():
+            sizes: dict[str, int] = {}
+            for stored in read_metadata(path).storage_data.values():
+                end = stored.offset + stored.length
+                sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
+            archives = [RUN_STATE]
+        elif (path / INDEX).is_file():
             sizes = file_sizes(path)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return f"its index {INDEX} cannot be read"
-        archives = [*sizes]
-    else:
-        if any(path.glob("**/*model_states.pt")):
+            archives = [*sizes]
+        elif any(path.glob("**/*model_states.pt")):
             return (
-                "it is in DeepSpeed's own format, whose pickles may hold code and which fits one "
-                "number of processes: make a model of it with `vipllava convert` and start from "
-                "that"
+                "it is in DeepSpeed's own format, which fits one number of processes: make a model "
+                "of it with `vipllava convert` and start from that"
             )
-        return "it has no index of its files"
+        else:
+            return "it has no index of its files"
+    except CheckpointError as error:
+        return str(error)
     for name, size in sizes.items():
         if not (path / name).is_file():
             return f"{name} is missing"
@@ -76,18 +71,9 @@ def find_damage(path: Path) -> str | None:
 
 
 def check_whole(path: Path) -> None:
-    """Raise CheckpointError that names what is missing, if :func:`find_damage` finds something."""
+    """Raise CheckpointError with what :func:`find_damage` finds."""
     if damage := find_damage(path):
         raise CheckpointError(f"{path} cannot be gone on from: {damage}")
-
-
-def _distributed_sizes(path: Path) -> dict[str, int]:
-    """Return how many bytes each file of a distributed checkpoint has at least."""
-    sizes: dict[str, int] = {}
-    for stored in read_metadata(path).storage_data.values():
-        end = stored.offset + stored.length
-        sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
-    return sizes
 
 
 def _find_cut(path: Path) -> str | None:
@@ -115,7 +101,9 @@ def read_training_state(path: Path) -> dict[str, LazyTensor]:
         CheckpointError: it is none of these, is damaged, or holds adapters.
     """
     if path.is_file():
-        tensors = _read_lightning(path)
+        tensors: Any = load_plain(path, mapped=True).get("state_dict")
+        if not isinstance(tensors, dict):
+            raise CheckpointError(f"{path} has no state_dict: it is no checkpoint of Lightning's")
     elif (path / ".metadata").is_file():
         tensors = _read_distributed(path)
     elif (path / INDEX).is_file():
@@ -140,14 +128,7 @@ def read_training_state(path: Path) -> dict[str, LazyTensor]:
     return named
 
 
-def _read_lightning(path: Path) -> Mapping[str, torch.Tensor]:
-    state = load_plain(path, mapped=True).get("state_dict")
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} has no state_dict: it is no checkpoint of Lightning's")
-    return cast("dict[str, torch.Tensor]", state)
-
-
-def _read_deepspeed(path: Path) -> Mapping[str, torch.Tensor]:
+def _read_deepspeed(path: Path) -> dict[str, torch.Tensor]:
     try:
         zero_to_fp32: Any = importlib.import_module("deepspeed.utils.zero_to_fp32")
     except ImportError as error:
@@ -163,8 +144,7 @@ def _read_deepspeed(path: Path) -> Mapping[str, torch.Tensor]:
             return dict(read(str(path), tag=tag))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds code, or something else that is no plain value, and is not read "
-            f"({first_line(error)})"
+            f"{path} holds code, or something else that is no plain value ({first_line(error)})"
         ) from error
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise CheckpointError(
@@ -173,30 +153,35 @@ def _read_deepspeed(path: Path) -> Mapping[str, torch.Tensor]:
         ) from error
 
 
-def _read_distributed(path: Path) -> Mapping[str, torch.Tensor]:
+def _read_distributed(path: Path) -> dict[str, torch.Tensor]:
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     distributed: Any = checkpoint
-
+    refused = f"{path} cannot be read as a distributed checkpoint"
     try:
         # Looked through here; the reader opens the same file again without such care.
         entries: dict[str, Any] = read_metadata(path).state_dict_metadata
-        reader = distributed.FileSystemReader(path)
-        # Weights only: the optimizer's state is twice as large.
-        state: dict[str, torch.Tensor] = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata)
-            and _WRAPPERS.sub("", name).startswith(_ATTRIBUTE)
-        }
+    except CheckpointError as error:
+        raise error.at(refused) from error
+    # Weights only: the optimizer's state is twice as large.
+    state: dict[str, torch.Tensor] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+        and _WRAPPERS.sub("", name).startswith(_ATTRIBUTE)
+    }
+    try:
         with warnings.catch_warnings():
             # It says that one process reads what several wrote; that is what is wanted.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            distributed.load(state, storage_reader=reader, no_dist=True)
-    except (Exception, checkpoint.api.CheckpointException) as error:  # which is no Exception
+            distributed.load(state, checkpoint_id=path, no_dist=True)
+    except checkpoint.api.CheckpointException as error:  # no Exception, whatever the reason
+        reason, _ = next(iter(error.failures.values()))
+        if not isinstance(reason, UNREADABLE):
+            raise reason from error
         raise CheckpointError(
-            f"{path} cannot be read as a distributed checkpoint ({first_line(error)}): a rank's "
-            "file is missing or cut short; use an earlier one"
+            f"{refused} ({first_line(reason)}): a rank's file is missing or cut short; use an "
+            "earlier one"
         ) from error
     return state

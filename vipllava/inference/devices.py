@@ -1,8 +1,4 @@
-"""Which device to run on, and in which dtype.
-
-The explicit choice is checked, never changed: what is not there or cannot be computed is an error
-that names what can.
-"""
+"""Which device to run on, and in which dtype; an explicit choice is checked, never changed."""
 
 from __future__ import annotations
 
@@ -57,28 +53,16 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """
     if dtype != "auto" and dtype not in FLOATS:
         raise ConfigError(f"dtype={dtype!r} is not one of auto, {', '.join(FLOATS)}")
-    has_bf16 = _has_bf16(device)
+    has_bf16, name = True, device.type
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= _FIRST_WITH_BF16
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "mps":
+        has_bf16 = torch.backends.mps.is_macos_or_newer(14, 0)  # which brought it
     if dtype == "bfloat16" and not has_bf16:
-        raise ConfigError(
-            f"dtype=bfloat16 is not computed by {_named(device)}: use auto, float16 or float32"
-        )
+        raise ConfigError(f"dtype=bfloat16 is not computed by {name}: use auto, float16 or float32")
     if dtype != "auto":
         return FLOATS[dtype]
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if has_bf16 and device.type == "cuda" else torch.float16
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= _FIRST_WITH_BF16
-    if device.type == "mps":
-        # macOS 14 brought it.
-        return torch.backends.mps.is_macos_or_newer(14, 0)
-    return True
-
-
-def _named(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} on this machine"

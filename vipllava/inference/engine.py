@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,7 +23,7 @@ from vipllava.models.image_features import normalise_pixels
 from vipllava.models.placing import OnDevice
 from vipllava.models.quantization import QuantizationSettings, quantization_config
 from vipllava.models.towers import preprocessing_of
-from vipllava.stream.image_transform import ImageAspect, ImageTransform
+from vipllava.stream.image_transform import ImageTransform
 from vipllava.types import ConfigError, Request, VipLlavaError
 
 _STOP_WINDOW = 16
@@ -99,20 +99,16 @@ class Engine:
             str(source), vision_tower=vision_tower, base=base, chat_template=chat_template
         )
         torch_dtype = resolve_dtype(dtype, device)
-        few_bits: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if bits is not None:
             name = str(torch_dtype).removeprefix("torch.")
             settings = QuantizationSettings(bits=bits, compute_dtype=name)
-            few_bits = {
-                "quantization_config": quantization_config(settings),
-                "placement": OnDevice(torch.device(device)),
-            }
-        model = opened.network(
-            dtype=torch_dtype,
-            attn_implementation=attn_implementation,
+            options["quantization_config"] = quantization_config(settings)
+            options["placement"] = OnDevice(device)
             # Added to weights in few bits, an adapter would make them whole again.
-            merge_adapter=bits is None,
-            **few_bits,
+            options["merge_adapter"] = False
+        model = opened.network(
+            dtype=torch_dtype, attn_implementation=attn_implementation, **options
         )
         config: Any = model.config
         meta = opened.meta
@@ -123,11 +119,8 @@ class Engine:
             image_seq_length=meta.image_seq_length,
             max_length=config.text_config.max_position_embeddings,
         )
-        transform = ImageTransform(
-            meta.image_size,
-            cast("ImageAspect", meta.image_aspect),
-            preprocessing_of(config.vision_config),
-        )
+        preprocessing = preprocessing_of(config.vision_config)
+        transform = ImageTransform(meta.image_size, meta.image_aspect, preprocessing)
         return cls(model, opened.tokenizer, encoder, transform, device)
 
     def answer(
@@ -174,10 +167,10 @@ class Engine:
     def _encode(self, request: Request, max_new_tokens: int) -> list[int]:
         num_images = sum(turn.has_image for turn in request.turns)
         if num_images != (request.image is not None):
-            have = "a picture" if request.image is not None else "no picture"
             raise VipLlavaError(
-                f"request {request.key!r} has {have}, but {num_images} of its turns say "
-                "has_image: mark the first user turn, or leave the picture out"
+                f"request {request.key!r} has {'no' if request.image is None else 'a'} picture, "
+                f"but {num_images} of its turns say has_image: mark the first user turn, or leave "
+                "the picture out"
             )
         if self.encoder.template.drops_user_text and not num_images:
             raise VipLlavaError(
@@ -199,15 +192,13 @@ class Engine:
     def _generate(
         self, prompts: Sequence[list[int]], images: Sequence[Image.Image], max_new_tokens: int
     ) -> list[str]:
-        width = max(len(ids) for ids in prompts)
-        pad = self._pad_token_id
-        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])
-        attention_mask = torch.tensor(
-            [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
-        )
+        width, pad = max(len(ids) for ids in prompts), self.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        padded = [[pad] * (width - len(ids)) + ids for ids in prompts]
+        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
         inputs: dict[str, Any] = {
-            "input_ids": input_ids.to(self.device),
-            "attention_mask": attention_mask.to(self.device),
+            "input_ids": torch.tensor(padded, device=self.device),
+            "attention_mask": torch.tensor(mask, device=self.device),
         }
         if images:
             pixels = torch.stack([self.image_transform(image.convert("RGB")) for image in images])
@@ -216,9 +207,6 @@ class Engine:
                 self.model.dtype,
                 preprocessing_of(self.model.config.vision_config),
             )
-        criteria = StoppingCriteriaList()
-        if self.encoder.stop_strings:
-            criteria.append(_StopStrings(self.encoder, width))
         generated = self.model.generate(
             **inputs,
             generation_config=GenerationConfig(
@@ -228,21 +216,13 @@ class Engine:
                 pad_token_id=pad,
                 eos_token_id=list(self.encoder.stop_token_ids),
             ),
-            stopping_criteria=criteria,
+            stopping_criteria=StoppingCriteriaList(
+                [_StopStrings(self.encoder, width)] if self.encoder.stop_strings else []
+            ),
         )
-        return [self._decode(row[width:].tolist()) for row in generated]
-
-    def _decode(self, ids: list[int]) -> str:
         # A row that stopped at a string, not at a token, is padded until its batch is done.
-        pad = self._pad_token_id
-        kept = ids[: ids.index(pad)] if pad in ids else ids
-        return self.encoder.decode_answer(kept).strip()
-
-    @property
-    def _pad_token_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        assert isinstance(pad, int)
-        return pad
+        rows = [[*row[width:].tolist(), pad] for row in generated]
+        return [self.encoder.decode_answer(row[: row.index(pad)]).strip() for row in rows]
 
 
 class _StopStrings(StoppingCriteria):
