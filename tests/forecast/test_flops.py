@@ -46,7 +46,7 @@ def test_shipped_sizes_are_the_published_ones(name):
     assert counts == COUNTS[name]
     assert found.tower.num_parameters == 303_507_456
     blocks = model.num_blocks * model.block_parameters
-    assert model.num_parameters - blocks - 2 * model.embedding_parameters == model.width
+    assert model.num_parameters - blocks - 2 * model.head_parameters == model.width
 
 
 def test_fused_layers_and_grouped_queries_are_seen():

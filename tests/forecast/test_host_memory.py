@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from vipllava.forecast.host_memory import HostMemory, host_memory, machine_memory
-from vipllava.forecast.memory import Setup, device_memory
+from vipllava.forecast.memory import HostMemory, Setup, device_memory, host_memory, machine_memory
 from vipllava.forecast.published import published_architecture
 
 EVERY = 7_080_214_528  # weights of a 7B with tower and projector
@@ -49,7 +48,7 @@ def test_a_node_under_every_strategy(seven, strategy, copies, trained, saving):
     # Two GB of each process, 0.3 of each of its loaders.
     assert found.processes == 8 * 3.2e9
     assert found.files == 2 * EVERY
-    assert found.start == found.processes + copies
+    assert found.total >= found.processes + copies
 
 
 def test_nodes_share_processes_and_what_is_offloaded(seven):

@@ -18,7 +18,7 @@ import torch
 from vipllava.config.composing import compose_job
 from vipllava.models.adapters import AdapterSettings, add_adapters
 from vipllava.models.building import empty_network, load_tower_config, network_config
-from vipllava.models.opening import load_config
+from vipllava.models.hub_models import load_config
 
 CLIP = {
     "model_type": "clip",

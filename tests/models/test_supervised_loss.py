@@ -148,7 +148,7 @@ def test_normalise_pixels_is_clips():
 def test_embeddings_hold_the_features_in_row_order(model):
     samples = three_samples()
     batch = batch_of([[samples[0]], [samples[2]]])
-    embeddings = embed_inputs(model, batch.input_ids, batch.pixel_values)
+    embeddings = embed_inputs(model, batch)
     features = model.get_image_features(
         pixel_values=normalise_pixels(batch.pixel_values, torch.float32, CLIP.preprocessing)
     ).pooler_output

@@ -6,6 +6,7 @@ Started as ``python -m tests.training.loading_job JOB.json`` with the variables 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ def main(path: str) -> None:
     from tests.training.toy_training import Loader, make_samples
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.models.building import ModelSpec
-    from vipllava.models.freezing import num_elements
+    from vipllava.models.freezing import whole_shape
     from vipllava.training.lit_module import VipLlavaLitModule
 
     class Measured(VipLlavaLitModule):
@@ -44,7 +45,7 @@ def main(path: str) -> None:
                 super().configure_model()
             facts = {
                 "peak": peak.value - before,
-                "whole": sum(4 * num_elements(p) for p in self.network.parameters()),
+                "whole": sum(4 * math.prod(whole_shape(p)) for p in self.network.parameters()),
             }
             (Path(job.folder) / f"{self.trainer.global_rank}.json").write_text(json.dumps(facts))
             raise Built

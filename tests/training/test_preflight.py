@@ -25,7 +25,7 @@ from vipllava.config import hardware
 from vipllava.config.checks import check_plan_config
 from vipllava.config.composing import compose_job
 from vipllava.config.hardware import CudaDevice, Hardware
-from vipllava.forecast import host_memory as host_memory_module
+from vipllava.forecast import memory as memory_forecast
 from vipllava.shards.tars import write_shards
 from vipllava.training import preflight as preflight_module
 from vipllava.training.job import build_datamodule, model_spec
@@ -361,7 +361,7 @@ def test_the_nodes_own_memory(real, monkeypatch):
     assert report.host_capacity is None  # of a machine that is not here
 
     monkeypatch.setattr(hardware, "detect", lambda: Hardware((A100,) * 8, num_cpus=16))
-    monkeypatch.setattr(host_memory_module, "machine_memory", lambda: 64 * 2**30)
+    monkeypatch.setattr(memory_forecast, "machine_memory", lambda: 64 * 2**30)
     report = examine(job([*real, "stage=finetune", "strategy=zero3_offload"]))
     (problem,) = [problem for problem in report.problems if "node's memory" in problem]
     assert "GiB of the node's memory (what stays while it trains: 113.6), which" in problem

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import vipllava
 from vipllava.models.hub_models import read_json
-from vipllava.models.opening import feature_layers_of
+from vipllava.models.towers import feature_layers_of
 from vipllava.stream.image_transform import ImageAspect
 from vipllava.types import CheckpointError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vipllava.models.hub_models import reason_of, web_error
-from vipllava.types import CheckpointError
+from vipllava.models.hub_models import web_error
+from vipllava.types import CheckpointError, first_line
 
 
 def upload(directory: Path, repository: str, *, private: bool = True) -> str:
@@ -32,7 +32,7 @@ def upload(directory: Path, repository: str, *, private: bool = True) -> str:
         api.upload_folder(repo_id=repository, folder_path=str(directory))
     except (web_error(), OSError, ValueError) as error:
         raise CheckpointError(
-            f"{directory} could not be uploaded to {repository} ({reason_of(error)}): log in "
+            f"{directory} could not be uploaded to {repository} ({first_line(error)}): log in "
             f"with `hf auth login` and a token that may write, then `hf upload {repository} "
             f"{directory}`; the folder itself is finished"
         ) from error

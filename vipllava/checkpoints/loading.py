@@ -43,10 +43,9 @@ from vipllava.models.building import (
     read_tower_config,
     token_id,
 )
-from vipllava.models.hub_models import local_folder, read_json
-from vipllava.models.opening import feature_layers_of, load_config
+from vipllava.models.hub_models import load_config, local_folder, read_json
 from vipllava.models.tensor_files import LazyTensor, open_tensors, shape_of
-from vipllava.models.towers import tower_of
+from vipllava.models.towers import feature_layers_of, tower_of
 from vipllava.types import CheckpointError
 
 DEFAULT_TOWER = "openai/clip-vit-large-patch14-336"

@@ -199,8 +199,7 @@ def _row(
 ) -> MachineRow:
     from vipllava.config.batch import largest_micro_batch as largest_dividing
     from vipllava.forecast import job as forecasts
-    from vipllava.forecast.host_memory import host_memory
-    from vipllava.forecast.memory import Setup, device_memory
+    from vipllava.forecast.memory import Setup, device_memory, host_memory
     from vipllava.models.adapters import AdapterSettings
     from vipllava.models.quantization import QuantizationSettings
     from vipllava.training.optim import uses_fused_adamw

@@ -6,20 +6,15 @@ placeholders of its image, and S of them supervised, a step's useful floating-po
 the language model are
 
 ========== ======================== =============================================================
-workload   language model           why
-========== ======================== =============================================================
 projector  4 L T + 4 H S            forward 2, gradients of the inputs 2; frozen weights get none
-lora       4 L T + 4 H S + 6 A T    the adapters get all three
-qlora      as lora                  few bits save memory, not work
+lora       4 L T + 4 H S + 6 A T    the adapters get all three; of qlora, too
 full       6 L T + 6 H S            forward 2, gradients of the inputs 2, of the weights 2
 ========== ======================== =============================================================
 
-and the same for every workload: attention among the T tokens under the causal mask, in all three
-passes; the projector on every patch; the tower's forward pass up to the deepest layer that the
-projector reads. The embedding table is looked up, which is no work, and the head runs at supervised
-positions only. What is done twice (gradient checkpointing), padding and what a causal mask hides
-never count, nor do norms, activations and the optimizer. A multiplication and an addition are two
-operations.
+and for every workload: attention among the T tokens under the causal mask, in all three passes; the
+projector on every patch; the tower's forward pass up to the deepest layer that is read. What is
+done twice (gradient checkpointing), padding and what a causal mask hides never count, nor do norms,
+activations and the optimizer. A multiplication and an addition are two operations.
 """
 
 from __future__ import annotations
@@ -27,42 +22,20 @@ from __future__ import annotations
 import re
 from typing import Final, Literal
 
-from vipllava.forecast.architecture import Architecture, Tower
+from vipllava.forecast.architecture import Architecture, VisionTower
 from vipllava.types import ConfigError
 
 Workload = Literal["projector", "full", "lora", "qlora"]
 WORKLOADS: Final[tuple[Workload, ...]] = ("projector", "full", "lora", "qlora")
 
 DEVICE_PEAKS: Final[dict[str, float]] = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H20": 148e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 6000 Ada": 364.25e12,
-    "RTX A6000": 154.8e12,
-    "A6000": 154.8e12,
-    "RTX A5000": 111.1e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090 Ti": 80e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
+    "GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12,
+    "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12, "H800": 989e12, "A100": 312e12,
+    "A800": 312e12, "A40": 149.7e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12,
+    "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364.25e12, "RTX A6000": 154.8e12,
+    "A6000": 154.8e12, "RTX A5000": 111.1e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12,
+    "RTX 3090 Ti": 80e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
+}  # fmt: skip
 """Dense peak in FLOP/s by a piece of the device's name: bf16 with float32 sums, as the makers'
 data sheets say without sparsity; of V100 and T4, which have no bf16, fp16."""
 
@@ -110,18 +83,17 @@ def useful_flops(
     # passes, also through frozen weights.
     attention_width = model.num_heads * model.head_dim
     flops += 3 * 2 * model.num_blocks * attention_width * squared_tokens
-    images = num_samples if num_images is None else num_images
-    return flops + images * (
-        _projector_flops(architecture) + tower_flops(architecture.tower, trains=tower_trains)
-    )
+    # The projector's norm trains: of what goes into its first layer a gradient is asked for, too.
+    projector = sum(inputs * outputs for inputs, outputs in architecture.projector_linears)
+    image = 6.0 * projector * architecture.tower.num_patches
+    image += tower_flops(architecture.tower, trains=tower_trains)
+    return flops + image * (num_samples if num_images is None else num_images)
 
 
-def tower_flops(tower: Tower, *, trains: bool = False) -> float:
+def tower_flops(tower: VisionTower, *, trains: bool = False) -> float:
     """Return the operations of the tower over one image, as far as it is read.
 
-    Args:
-        tower: its sizes.
-        trains: with the backward pass; else it is frozen and has none.
+    One that ``trains`` has a backward pass, too.
     """
     length = tower.num_positions
     block = 2 * tower.block_linear_parameters * length + 4 * tower.width * length**2
@@ -131,20 +103,8 @@ def tower_flops(tower: Tower, *, trains: bool = False) -> float:
 
 
 def device_peak(device_name: str) -> float | None:
-    """Return a device's dense half-precision peak in FLOP/s, or None for an unknown one.
-
-    Args:
-        device_name: as the driver reports it, e.g. ``NVIDIA A100-SXM4-80GB``.
-    """
+    """Return the peak in FLOP/s of a device, named as its driver does; None if it is unknown."""
     words = re.sub(r"[^a-z0-9]+", " ", device_name.lower()).strip()
     # The longest name first: `H100 PCIe` is no `H100`, an `A100` no `A10`.
-    for name in sorted(DEVICE_PEAKS, key=len, reverse=True):
-        if re.search(rf"(?:^| ){name.lower()}(?: |$)", words):
-            return DEVICE_PEAKS[name]
-    return None
-
-
-def _projector_flops(architecture: Architecture) -> float:
-    # Its norm trains: of what goes into the first layer a gradient is asked for, too.
-    weights = sum(inputs * outputs for inputs, outputs in architecture.projector_linears)
-    return 6.0 * weights * architecture.tower.num_patches
+    names = sorted(DEVICE_PEAKS, key=len, reverse=True)
+    return next((DEVICE_PEAKS[n] for n in names if f" {n.lower()} " in f" {words} "), None)

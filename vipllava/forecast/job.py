@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 from vipllava.forecast.architecture import Architecture
 from vipllava.forecast.flops import device_peak, useful_flops
-from vipllava.forecast.host_memory import HostMemory, host_memory
-from vipllava.forecast.memory import DeviceMemory, Setup, device_memory, parameter_rows
+from vipllava.forecast.memory import (
+    DeviceMemory,
+    HostMemory,
+    Setup,
+    device_memory,
+    host_memory,
+    parameter_rows,
+    weight_counts,
+)
 from vipllava.models.freezing import ParameterRow
 
-MFU: Final = 0.4
-"""Share of the peak that is expected unless told otherwise; see docs/machines.md."""
-
-_USABLE: Final = 0.985
-"""A device "of 80 GB" tells of 79.2 GiB, one of 24 of 23.7."""
-
-_MARGIN: Final = 0.1
-"""Left free where memory is used to recompute less: a forecast is no measurement."""
-
-_HEADROOM: Final = 0.05
-"""Left free by what is recommended; below it a job may run, or not."""
-
-_OPTIMIZER_BYTES: Final = 8  # Adam's moments in a checkpoint, per trained weight
-_MASTER_BYTES: Final = 4
+MFU: Final = 0.4  # share of the peak expected unless told otherwise; see docs/machines.md
+_USABLE: Final = 0.985  # a device "of 80 GB" tells of 79.2 GiB, one of 24 of 23.7
+_MARGIN: Final = 0.1  # left free where memory is used to recompute less: it is no measurement
+_HEADROOM: Final = 0.05  # left free by what is recommended; below it a job may run, or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +83,7 @@ class Forecast:
     samples_per_step: float  # of a whole global batch
     tokens_per_step: float  # on average, padding left out
     flops_per_step: float  # useful ones, see :mod:`vipllava.forecast.flops`
-    # Of training at the plan's MFU; None where size or the device's peak is not known.
-    hours: float | None
+    hours: float | None  # of training; None where size or the device's peak is not known
     times_seen: Mapping[str, float]  # how often each data set's samples are seen in the whole run
 
 
@@ -101,14 +97,7 @@ class Choice:
 
 
 def forecast(architecture: Architecture, setup: Setup, corpus: Corpus, plan: RunPlan) -> Forecast:
-    """Say what a job will need and take.
-
-    Args:
-        architecture: the network's sizes.
-        setup: how it is trained.
-        corpus: an epoch of data.
-        plan: epochs, batch and machine.
-    """
+    """Say what a job will need and take."""
     samples = plan.global_rows * plan.samples_per_row
     flops = useful_flops(
         architecture,
@@ -128,8 +117,7 @@ def forecast(architecture: Architecture, setup: Setup, corpus: Corpus, plan: Run
         if peak is not None:
             whole = flops * plan.epochs * corpus.num_samples / samples
             hours = whole / (plan.mfu * peak * setup.num_devices) / 3600
-    checkpoint = checkpoint_bytes(architecture, setup)
-    export = export_bytes(architecture, setup)
+    checkpoint, export = (size(architecture, setup) for size in (checkpoint_bytes, export_bytes))
     return Forecast(
         parameters=parameter_rows(architecture, setup),
         memory=device_memory(architecture, setup),
@@ -157,26 +145,18 @@ def forecast(architecture: Architecture, setup: Setup, corpus: Corpus, plan: Run
 
 
 def checkpoint_bytes(architecture: Architecture, setup: Setup) -> float:
-    """Return the size of one training checkpoint: what trains, as it is updated, and Adam's state.
-
-    Args:
-        architecture: the network's sizes.
-        setup: how it is trained.
-    """
-    trained = sum(row.num_trainable for row in parameter_rows(architecture, setup))
-    if not setup.is_zero:
-        return float(trained * (setup.weight_bytes + 2 * setup.weight_bytes))
-    return float(trained * (_MASTER_BYTES + _OPTIMIZER_BYTES))
+    """Return the size of a training checkpoint: what trains, as it is updated, and Adam's state."""
+    _, trained = weight_counts(architecture, setup)
+    # DeepSpeed updates float32 masters.
+    return float(trained * 3 * (4 if setup.is_zero else setup.weight_bytes))
 
 
 def export_bytes(architecture: Architecture, setup: Setup) -> float:
     """Return the size of what a finished run leaves: the whole model, and what was trained."""
-    beside = 0
-    if setup.rank:
-        beside = architecture.language_model.adapter_parameters(setup.rank)
+    count, _ = weight_counts(architecture, setup)
     if setup.rank or setup.trainable == ("projector",):
-        beside += architecture.projector_parameters
-    return float(setup.weight_bytes * (architecture.num_parameters + beside))
+        count += architecture.projector_parameters
+    return float(setup.weight_bytes * count)
 
 
 def device_capacity(memory_gb: float) -> float:
@@ -192,39 +172,23 @@ def fits(memory: DeviceMemory, capacity: float) -> bool:
 def micro_batches(global_rows: int, num_devices: int) -> list[int]:
     """Return the micro-batches that divide the global batch on so many devices, ascending."""
     per_device, rest = divmod(global_rows, num_devices)
-    if rest or per_device < 1:
-        return []
-    return [m for m in range(1, per_device + 1) if per_device % m == 0]
+    return [] if rest else [m for m in range(1, per_device + 1) if per_device % m == 0]
 
 
 def largest_micro_batch(
-    architecture: Architecture, setup: Setup, capacity: float, sizes: Sequence[int]
+    architecture: Architecture, setup: Setup, capacity: float, global_rows: int
 ) -> int | None:
-    """Return the largest micro-batch that :func:`fits`, or None.
-
-    Args:
-        architecture: the network's sizes.
-        setup: how it is trained; its own micro-batch does not matter.
-        capacity: bytes of a device.
-        sizes: micro-batches to choose from.
-    """
-    fitting = [
-        size
-        for size in sizes
-        if fits(device_memory(architecture, replace(setup, micro_batch_size=size)), capacity)
-    ]
-    return max(fitting, default=None)
+    """Return the largest micro-batch that divides the global batch and :func:`fits`, or None."""
+    for size in reversed(micro_batches(global_rows, setup.num_devices)):
+        if fits(device_memory(architecture, replace(setup, micro_batch_size=size)), capacity):
+            return size
+    return None
 
 
 def fewest_recomputed(architecture: Architecture, setup: Setup, capacity: float) -> int:
     """Return how many decoder blocks have to be recomputed for a step to fit, with a margin.
 
-    All of them, where nothing fits.
-
-    Args:
-        architecture: the network's sizes.
-        setup: how it is trained; what it recomputes itself does not matter.
-        capacity: bytes of a device.
+    All of them, where nothing fits; what the setup itself recomputes does not matter.
     """
     num_blocks = architecture.language_model.num_blocks
     for count in range(num_blocks):
@@ -255,28 +219,19 @@ def choose_strategy(
     """Choose the least sharded strategy that fits the setup's micro-batch.
 
     Where none does, the one that fits the largest micro-batch; offloading, which is slow, only
-    where nothing else fits at all; None where nothing fits.
-
-    Args:
-        architecture: the network's sizes.
-        setup: how it is to be trained; its strategy is among those tried.
-        capacity: bytes of a device.
-        global_rows: rows of an optimizer step, which the micro-batch divides.
+    where nothing else fits at all; None where nothing fits. The setup's own is among those tried.
     """
-    sizes = micro_batches(global_rows, setup.num_devices)
     best: Choice | None = None
     for strategy in possible_strategies(setup):
         if best is not None and strategy.endswith("offload"):
             break
         tried = replace(setup, strategy=strategy)
-        largest = largest_micro_batch(architecture, tried, capacity, sizes)
-        if largest is None:
+        largest = largest_micro_batch(architecture, tried, capacity, global_rows)
+        if largest is None or (best is not None and largest <= best.micro_batch_size):
             continue
         wanted = min(setup.micro_batch_size, largest)
         memory = device_memory(architecture, replace(tried, micro_batch_size=wanted))
-        choice = Choice(strategy, largest, memory)
+        best = Choice(strategy, largest, memory)
         if largest >= setup.micro_batch_size:
-            return choice
-        if best is None or largest > best.micro_batch_size:
-            best = choice
+            break
     return best

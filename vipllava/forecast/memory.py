@@ -1,10 +1,9 @@
-"""What a training step holds on each device, computed from sizes alone; nothing is built.
+"""What a job holds on each device and in its first node, computed from sizes alone.
 
 The figures follow what the code does. Without sharding (``single``, ``ddp``) and with FSDP2 the
 weights that train are float32 and are computed with as half-precision copies, the others are held
 in half precision; DeepSpeed holds all of them so, with float32 masters beside Adam's moments.
-Activations are the tensors that autograd keeps for the backward pass of a Llama-like block, counted
-one by one:
+Activations are the tensors that autograd keeps for the backward pass of a Llama-like block:
 
 ====================== ====================================== =====================================
 in a block             frozen weights                         trained weights keep also
@@ -14,17 +13,15 @@ attention              queries, keys, values, result          the input of the p
 MLP                    gate, its activation, up               the input, and their product
 ====================== ====================================== =====================================
 
-Autocast makes a half-precision copy of a trained float32 weight for every product (Lightning's
-precision plugin has its cache off), and the product keeps it for its own backward pass.
-
-Gradient checkpointing keeps the input of each block instead, and one block's tensors, copies of its
-weights among them, at a time.
-Logits exist at supervised positions only.
+Gradient checkpointing keeps the input of each block instead, and one block's tensors at a time.
 """
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Final
 
 from vipllava.config.attention import keeps_no_mask
@@ -42,6 +39,10 @@ _COMMUNICATOR_BYTES: Final = 600_000_000  # NCCL's buffers
 _FRAGMENTED: Final = 0.05  # of what comes and goes
 _NF4_BYTES: Final = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 """Bytes of a weight in 4 bits with its block's scale, by whether scales are quantised, too."""
+_PROCESS_BYTES: Final = 700_000_000  # Python and torch
+_CUDA_BYTES: Final = 1_300_000_000  # CUDA's and NCCL's share of the host, for each process
+_WORKER_BYTES: Final = 300_000_000  # of a loader process, what it does not share
+_STORED_BYTES: Final = 2  # of a weight in the files of published models
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +58,24 @@ class Setup:
     row_tokens: int  # tokens of a row, padding among them; of the longest that is to fit
     row_images: float = 1.0  # images of a row
     row_supervised: float = 0.0  # positions of a row that carry loss
-    # How many decoder blocks are computed again in the backward pass, the first ones; None: all.
-    recomputed_blocks: int | None = None
+    recomputed_blocks: int | None = None  # in the backward pass, the first ones; None: all
     attention: str = "sdpa"  # as transformers names it
     adapter_rank: int = 0  # of LoRA, or 0
     adapter_dropout: bool = True  # whether adapters drop any of their input
-    # That the weights are loaded in, where neither strategy nor precision changes it.
-    weights_dtype: str = "float32"
-    # Of the language model's linear layers if they are quantised, else None.
-    bits: int | None = None
+    weights_dtype: str = "float32"  # loaded in, where strategy and precision leave it so
+    bits: int | None = None  # of the language model's linear layers, if they are quantised
     double_quantization: bool = True  # of 4 bits
     fused_optimizer: bool = False  # AdamW without temporary copies
 
     def __post_init__(self) -> None:
         """Check the strategy's name; raises ConfigError."""
         if self.strategy not in STRATEGIES:
-            known = ", ".join(STRATEGIES)
-            raise ConfigError(f"strategy={self.strategy!r} is not one of {known}")
+            raise ConfigError(f"strategy={self.strategy!r} is not one of {', '.join(STRATEGIES)}")
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether every device holds everything."""
+        return self.strategy in ("single", "ddp")
 
     @property
     def is_zero(self) -> bool:
@@ -109,9 +111,21 @@ class Setup:
         return self.weight_bytes if self.trains_language_model else self.frozen_bytes
 
     @property
-    def casts(self) -> bool:
-        """Whether autocast makes a half-precision copy of a trained weight for each product."""
-        return self.strategy in ("single", "ddp") and self.weight_bytes != self.compute_bytes
+    def copy_bytes(self) -> int:
+        """Bytes of the half-precision copy that autocast makes of a trained weight."""
+        # Each product keeps its own for its backward pass: Lightning switches the cache off.
+        casts = self.is_replica and self.weight_bytes != self.compute_bytes
+        return self.compute_bytes if casts else 0
+
+    @property
+    def norm_bytes(self) -> float:
+        """Bytes that a norm keeps of each number, which it takes as float32."""
+        if not self.trains_language_model:
+            return 4.0
+        # What it multiplies its weights with, and the result where the next product reads it.
+        whole = self.stream_bytes == 4
+        result = 0 if whole and self.compute_bytes != 4 else self.stream_bytes
+        return 4.0 + self.stream_bytes + result
 
     @property
     def trains_language_model(self) -> bool:
@@ -136,12 +150,8 @@ class DeviceMemory:
     weights: float  # as they are held, or this device's part of them
     gradients: float  # of what trains
     optimizer: float  # Adam's moments, and float32 masters where the weights are none
-    # What is kept for the backward pass, autocast's copies of weights among it, with a block's
-    # intermediate results.
-    activations: float
-    # Weights that come and go: gathered, or made whole from few bits; buckets of gradients, and the
-    # optimizer's temporaries.
-    working: float
+    activations: float  # kept for the backward pass, autocast's copies of weights among them
+    working: float  # weights gathered or made whole, buckets of gradients, the optimizer's copies
     overhead: float  # an allowance for CUDA's context, NCCL and fragmentation
     host: float = 0.0  # on the host, of all devices together: what is offloaded
 
@@ -156,35 +166,49 @@ class DeviceMemory:
         return sum(getattr(self, f.name) for f in fields(self) if f.name != "host")
 
 
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Bytes of the node that needs most: the job's first one."""
+
+    processes: float  # of all processes and their loader processes, with nothing of the network
+    copies: float  # of weights, while they are loaded; gone when they are where they train
+    trained: float  # stays while a job trains: what is offloaded; without devices all
+    saving: float  # a checkpoint written beside the training, or the export if that is larger
+    files: float  # pages of mapped weight files, which the kernel may take back
+
+    @property
+    def total(self) -> float:
+        """What the node has to have, while weights are loaded and later."""
+        return max(self.processes + self.copies, self.processes + self.trained + self.saving)
+
+
 def parameter_rows(architecture: Architecture, setup: Setup) -> tuple[ParameterRow, ...]:
     """Count the parameters of each part and those that train, adapters among them."""
-    model = architecture.language_model
-    adapters = model.adapter_parameters(setup.rank) if setup.rank else 0
-    counts = {
-        "vision_tower": architecture.tower.num_parameters,
-        "projector": architecture.projector_parameters,
-        "language_model": model.num_parameters,
-    }
-    trainable = counts | {"vision_tower": architecture.tower.read_parameters}
-    trained = {part: count * (part in setup.trainable) for part, count in trainable.items()}
-    if adapters:
-        trained["language_model"] = adapters
-        counts["language_model"] += adapters
-    return tuple(ParameterRow(part, counts[part], trained[part]) for part in counts)
+
+    def row(part: str, count: int, trainable: int) -> ParameterRow:
+        return ParameterRow(part, count, trainable * (part in setup.trainable))
+
+    tower, model = architecture.tower, architecture.language_model
+    language_model = row("language_model", model.num_parameters, model.num_parameters)
+    if adapters := model.adapter_parameters(setup.rank):
+        language_model = ParameterRow("language_model", model.num_parameters + adapters, adapters)
+    return (
+        row("vision_tower", tower.num_parameters, tower.read_parameters),
+        row("projector", architecture.projector_parameters, architecture.projector_parameters),
+        language_model,
+    )
+
+
+def weight_counts(architecture: Architecture, setup: Setup) -> tuple[int, int]:
+    """Return the sums of :func:`parameter_rows`: all weights, and those that train."""
+    rows = parameter_rows(architecture, setup)
+    return sum(row.num_parameters for row in rows), sum(row.num_trainable for row in rows)
 
 
 def device_memory(architecture: Architecture, setup: Setup) -> DeviceMemory:
-    """Forecast the peak of one device.
-
-    Args:
-        architecture: the network's sizes.
-        setup: how it is trained.
-    """
-    rows = parameter_rows(architecture, setup)
-    count = sum(row.num_parameters for row in rows)
-    trained = sum(row.num_trainable for row in rows)
-    shards = setup.num_devices
-    held = setup.weight_bytes
+    """Forecast the peak of one device."""
+    count, trained = weight_counts(architecture, setup)
+    shards, held = setup.num_devices, setup.weight_bytes
     weights = float(held * trained + setup.frozen_bytes * (count - trained))
     if setup.bits is not None:
         few = architecture.language_model.linear_parameters
@@ -192,7 +216,7 @@ def device_memory(architecture: Architecture, setup: Setup) -> DeviceMemory:
         weights += (each - setup.frozen_bytes) * few
     if setup.strategy in ("zero3", "zero3_offload", "fsdp2"):
         weights /= shards
-    own = trained if setup.strategy in ("single", "ddp") else trained / shards
+    own = trained if setup.is_replica else trained / shards
     # DeepSpeed keeps gradients as the weights are, and masters beside Adam's moments.
     gradients, optimizer, host = own * held, own * 2 * held, 0.0
     if setup.is_zero:
@@ -209,6 +233,55 @@ def device_memory(architecture: Architecture, setup: Setup) -> DeviceMemory:
     if shards > 1:
         overhead += _COMMUNICATOR_BYTES
     return DeviceMemory(weights, gradients, optimizer, activations, working, overhead, host)
+
+
+def host_memory(
+    architecture: Architecture,
+    setup: Setup,
+    *,
+    num_nodes: int = 1,
+    num_workers: int = 0,
+    on_devices: bool = True,
+) -> HostMemory:
+    """Forecast what the job's first node needs beside its devices.
+
+    Nodes share the processes equally, each of which has ``num_workers`` loader processes; where not
+    ``on_devices`` it is the host that trains.
+    """
+    per_node = setup.num_devices / num_nodes
+    count, trained = weight_counts(architecture, setup)
+    weights = float(setup.weight_bytes * count)
+    memory = device_memory(architecture, setup)
+    held = memory.host / num_nodes
+    if not on_devices:
+        held += (memory.total - memory.overhead) * per_node
+    # One process writes, from a copy; of DeepSpeed's parts every process, one flat tensor after the
+    # other. The export is gathered whole where no process has all of it.
+    saving = 3.0 * setup.weight_bytes * trained if setup.is_replica else 0.0
+    if setup.is_zero and setup.strategy != "zero3_offload":
+        saving = 4.0 * trained / num_nodes
+    if setup.strategy in ("fsdp2", "zero3", "zero3_offload"):
+        saving = max(saving, weights)
+    process = _PROCESS_BYTES + num_workers * _WORKER_BYTES + on_devices * _CUDA_BYTES
+    return HostMemory(
+        processes=per_node * process,
+        # The first process reads all; else each weight goes from the mapped file to its device.
+        copies=weights if setup.strategy == "fsdp2" else 0.0,
+        trained=held,
+        saving=saving,
+        files=float(_STORED_BYTES * count),
+    )
+
+
+def machine_memory() -> float | None:
+    """Return the bytes that this machine, or the container, may use; None where it does not say."""
+    known: list[float] = []
+    with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
+        known.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # `max`: no limit
+            known.append(float(Path(path).read_text(encoding="ascii")))
+    return min(known, default=None)
 
 
 def _working(
@@ -236,9 +309,8 @@ def _working(
         block = model.block_parameters + model.adapter_parameters(setup.rank) / model.num_blocks
         sums = 4.0 * block if setup.trains_language_model else 0.0
         return compute * (rest + 2 * block) + sums, step / shards
-    largest = max(i * o for i, o in model.block_linears)
-    # A frozen weight is cast for each product, or made whole from its few bits.
-    return 0.0 if setup.bits is None else float(compute * largest), step
+    # A frozen weight in few bits is made whole for each product.
+    return 0.0 if setup.bits is None else float(compute * model.largest_linear), step
 
 
 def _activations(architecture: Architecture, setup: Setup) -> tuple[float, float]:
@@ -251,9 +323,9 @@ def _activations(architecture: Architecture, setup: Setup) -> tuple[float, float
     # A block's backward pass: three gradients as wide as its MLP, in trained ones one of them in
     # the room of what the down projection read; that of its input.
     passing = tokens * ((2 if trained else 3) * setup.compute_bytes * model.mlp_width) + stream
-    if setup.rank and setup.casts:
+    if setup.rank and setup.copy_bytes:
         passing += tokens * 4.0 * model.mlp_width  # an adapter's input in the adapter's float32
-    last_norm = _norm_bytes(setup, tokens * model.width)
+    last_norm = setup.norm_bytes * tokens * model.width
     # The embeddings with the features laid in, and the angles of all positions.
     kept = _feature_bytes(architecture, setup) + stream
     kept += tokens * 2 * model.head_dim * setup.stream_bytes
@@ -263,10 +335,11 @@ def _activations(architecture: Architecture, setup: Setup) -> tuple[float, float
     logits = setup.micro_batch_size * setup.row_supervised * model.vocabulary
     head_copy = loss = 0.0
     if trained:
-        head = model.vocabulary * model.width
-        head_copy = _copied(setup, head)
-        loss = logits * setup.compute_bytes + _gradient_bytes(setup, head)
-        passing += _gradient_bytes(setup, max(i * o for i, o in model.block_linears))
+        # A layer's gradient, before it is added to the others: where autocast has made a copy, in
+        # the room that the copy had.
+        head_copy = float(setup.copy_bytes * model.head_parameters)
+        loss = logits * setup.compute_bytes + setup.stream_bytes * model.head_parameters
+        passing += setup.stream_bytes * model.largest_linear
     stored = kept + (model.num_blocks - again) * block
     forward = stored + last_norm + head_copy + max(12.0 * logits, loss)
     backward = 0.0
@@ -280,23 +353,6 @@ def _activations(architecture: Architecture, setup: Setup) -> tuple[float, float
     return forward, max(forward, backward)
 
 
-def _copied(setup: Setup, weights: float) -> float:
-    """Return the bytes of the half-precision copy of trained weights that autocast multiplies with.
-
-    Each product makes its own (Lightning's precision plugin keeps no cache of them) and keeps it
-    where its input, too, gets a gradient.
-    """
-    return setup.compute_bytes * weights if setup.casts else 0.0
-
-
-def _gradient_bytes(setup: Setup, weights: float) -> float:
-    """Return the bytes of one trained layer's gradient before it is added to the others.
-
-    Where autocast has made a copy it was in half precision first, in the room that the copy had.
-    """
-    return float(setup.stream_bytes * weights)
-
-
 def _block_bytes(model: LanguageModel, setup: Setup, tokens: float) -> float:
     """Return what one decoder block keeps for its backward pass."""
     compute, trained = setup.compute_bytes, setup.trains_language_model
@@ -305,12 +361,12 @@ def _block_bytes(model: LanguageModel, setup: Setup, tokens: float) -> float:
     flash = keeps_no_mask(setup.attention)
     keys = model.head_dim * (model.num_key_value_heads if flash else model.num_heads)
     numbers = 2 * queries + 2 * keys + 3 * model.mlp_width
-    kept = 2 * _norm_bytes(setup, tokens * model.width) + compute * tokens * numbers
+    kept = 2 * setup.norm_bytes * tokens * model.width + compute * tokens * numbers
     if trained:
         kept += compute * tokens * model.mlp_width  # what the down projection reads
         if setup.stream_bytes != compute:
             # Every product casts its float32 input for itself.
-            readers = sum(1 for inputs, _ in model.block_linears if inputs == model.width)
+            readers = sum(inputs == model.width for inputs, _ in model.block_linears)
             readers -= int(queries == model.width)  # the output projection's is half already
             kept += compute * tokens * readers * model.width
     if setup.rank:
@@ -319,15 +375,14 @@ def _block_bytes(model: LanguageModel, setup: Setup, tokens: float) -> float:
         inputs = sum(i for i, _ in model.block_linears)
         if setup.adapter_dropout:
             kept += tokens * inputs * (compute + 1)
-        elif setup.casts:
+        elif setup.copy_bytes:
             # peft casts the input to the adapter's float32, autocast back: a copy for each.
             kept += tokens * inputs * compute
         else:
             kept += tokens * (2 * model.width + model.mlp_width) * compute
         kept += tokens * len(model.block_linears) * setup.rank * compute
-    linears = sum(i * o for i, o in model.block_linears)
     adapters = model.adapter_parameters(setup.rank) / model.num_blocks
-    kept += _copied(setup, linears if trained else adapters)
+    kept += setup.copy_bytes * (model.block_linear_parameters if trained else adapters)
     squares = setup.micro_batch_size * setup.row_tokens**2
     if setup.attention == "eager":
         kept += squares * model.num_heads * (4 if compute == 4 else 4 + compute)
@@ -336,31 +391,21 @@ def _block_bytes(model: LanguageModel, setup: Setup, tokens: float) -> float:
     return kept
 
 
-def _norm_bytes(setup: Setup, numbers: float) -> float:
-    """Return what one norm keeps of so many numbers, which it takes as float32."""
-    if not setup.trains_language_model:
-        return 4.0 * numbers
-    # What it multiplies its weights with, and the result where the next product reads it.
-    whole = setup.stream_bytes == 4
-    result = 0 if whole and setup.compute_bytes != 4 else setup.stream_bytes
-    return (4.0 + setup.stream_bytes + result) * numbers
-
-
 def _feature_bytes(architecture: Architecture, setup: Setup) -> float:
     """Return what projector and tower keep for the backward pass."""
     tower, compute, stream = architecture.tower, setup.compute_bytes, setup.stream_bytes
     images = setup.micro_batch_size * setup.row_images
     patches = images * tower.num_patches
-    read = tower.num_feature_layers * tower.width
+    read = architecture.projector_linears[0][0]
     hidden = sum(outputs for _, outputs in architecture.projector_linears)
     kept = patches * (read * stream + hidden * compute)
     if "projector" in setup.trainable:
         kept += patches * (read * compute + architecture.projector_linears[0][1] * compute)
-        kept += _copied(setup, sum(i * o for i, o in architecture.projector_linears))
+        kept += setup.copy_bytes * sum(i * o for i, o in architecture.projector_linears)
     if "vision_tower" in setup.trainable:
         # Norms, attention and MLP of every block, as of the language model's.
         length = images * tower.num_positions
         numbers = 8 * tower.width + 3 * tower.mlp_width
         kept += tower.deepest_block * length * (numbers * compute + 2 * stream * tower.width)
-        kept += _copied(setup, tower.deepest_block * tower.block_linear_parameters)
+        kept += setup.copy_bytes * tower.deepest_block * tower.block_linear_parameters
     return kept

@@ -1,7 +1,4 @@
-"""Sizes of the published parts, so that a forecast needs neither weights nor a hub.
-
-Of each ``config.json`` only what sizes follow from, and how many tokens its tokenizer has.
-"""
+"""Sizes of the published parts, so that a forecast needs neither weights nor a hub."""
 
 from __future__ import annotations
 
@@ -11,25 +8,15 @@ from typing import Any, Final
 from transformers import AutoConfig, CLIPVisionConfig, VipLlavaConfig
 
 from vipllava.forecast.architecture import Architecture, architecture_of
-from vipllava.models.building import (
-    ModelSpec,
-    check_tower_config,
-    network_config,
-)
+from vipllava.models.building import ModelSpec, check_tower_config, network_config
 from vipllava.types import ConfigError
-
-_NEW_TOKENS: Final = 2  # image and padding
 
 TOWERS: Final[Mapping[str, Mapping[str, int]]] = {
     "openai/clip-vit-large-patch14-336": {
-        "hidden_size": 1024,
-        "image_size": 336,
-        "intermediate_size": 4096,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "patch_size": 14,
+        "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
+        "num_hidden_layers": 24, "image_size": 336, "patch_size": 14,
     },
-}
+}  # fmt: skip
 """Vision towers by their id."""
 
 _LLAMA_SIZES: Final = (
@@ -58,13 +45,8 @@ def published_config(
 ) -> VipLlavaConfig:
     """Return the config of a network of published parts, as far as sizes follow from it.
 
-    Args:
-        vision_tower: an id of :data:`TOWERS`.
-        language_model: an id of :data:`LANGUAGE_MODELS`.
-        feature_layers: tower layers that the projector reads.
-
     Raises:
-        ConfigError: one of them is not known here.
+        ConfigError: the sizes of a part are in neither :data:`TOWERS` nor :data:`LANGUAGE_MODELS`.
     """
     for role, name, known in (
         ("vision_tower", vision_tower, TOWERS),
@@ -78,12 +60,11 @@ def published_config(
     sizes = dict(LANGUAGE_MODELS[language_model])
     num_tokens = int(sizes.pop("num_tokens"))
     make_tower: Any = CLIPVisionConfig  # its signature knows no plain mapping
-    tower = make_tower(**TOWERS[vision_tower])
     return network_config(
-        tower,
+        make_tower(**TOWERS[vision_tower]),
         AutoConfig.for_model(**sizes, tie_word_embeddings=False),
         feature_layers=feature_layers,
-        num_tokens=num_tokens + _NEW_TOKENS,
+        num_tokens=num_tokens + 2,  # image and padding
         image_token_id=num_tokens,
     )
 
@@ -101,12 +82,7 @@ def is_published(spec: ModelSpec) -> bool:
 
 
 def sizes_of_published(spec: ModelSpec) -> Architecture:
-    """Return the sizes of a job's network without any file of it.
-
-    Raises:
-        ConfigError: a part is not known here; or ``image_size`` or the feature layers are not the
-            tower's.
-    """
+    """Return the sizes of a spec's network without any file of it; checks it like its files."""
     config: Any = published_config(spec.vision_tower, spec.language_model, spec.feature_layers)
     check_tower_config(config.vision_config, spec)
     return architecture_of(config)

@@ -1,7 +1,7 @@
 """LoRA on the language model: where adapters go, and how they become weights again.
 
-peft does the arithmetic. What is decided here is the targets: every linear layer of the decoder
-blocks, found by its type, and nothing of the tower, whose layers have the same names.
+The targets are every linear layer of the decoder blocks, found by its type, and nothing of the
+tower, whose layers have the same names. peft does the rest.
 """
 
 from __future__ import annotations
@@ -23,23 +23,17 @@ BLOCKS: Final = "model.language_model.layers"
 """Where the decoder blocks lie in the network."""
 
 _INSTALL: Final = 'pip install "vipllava-lightning[lora]"'
+_FACTOR: Final = re.compile(r"\.lora_[AB]\.")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSettings:
-    """The numbers of LoRA.
+    """The numbers of LoRA."""
 
-    Attributes:
-        r: rank.
-        alpha: the update is scaled by ``alpha / r``.
-        dropout: of an adapter's input, in training.
-        bias: ``none``; the published recipe trains no bias.
-    """
-
-    r: int = 128
-    alpha: float = 256
-    dropout: float = 0.05
-    bias: str = "none"
+    r: int = 128  # rank
+    alpha: float = 256  # the update is scaled by ``alpha / r``
+    dropout: float = 0.05  # of an adapter's input, in training
+    bias: str = "none"  # the published recipe trains no bias
 
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError that lists all problems."""
@@ -57,19 +51,13 @@ class AdapterSettings:
 
 
 def adapter_targets(model: VipLlavaForConditionalGeneration) -> tuple[str, ...]:
-    """Return the names, in the network, of all linear layers of the decoder blocks.
-
-    Layers held in fewer bits are linear layers, too; Phi-3's fused projections are found as they
-    are.
-    """
-    blocks = model.get_submodule(BLOCKS)
-    names = (
+    """Return the names, in the network, of all linear layers of the decoder blocks."""
+    return tuple(
         # What is adapted has its layer and the factors inside it.
-        name.removesuffix(".base_layer")
-        for name, module in blocks.named_modules()
-        if isinstance(module, nn.Linear) and not re.search(r"\.lora_[AB]\.", name)
+        f"{BLOCKS}.{name.removesuffix('.base_layer')}"
+        for name, module in model.get_submodule(BLOCKS).named_modules()
+        if isinstance(module, nn.Linear) and not _FACTOR.search(name)
     )
-    return tuple(f"{BLOCKS}.{name}" for name in names)
 
 
 def target_pattern(model: VipLlavaForConditionalGeneration) -> str:
@@ -83,9 +71,7 @@ def target_pattern(model: VipLlavaForConditionalGeneration) -> str:
     targets = adapter_targets(model)
     kinds = sorted({name.removeprefix(f"{BLOCKS}.").split(".", 1)[1] for name in targets})
     pattern = rf"{re.escape(BLOCKS)}\.\d+\.(?:{'|'.join(map(re.escape, kinds))})"
-    matched = {
-        name for name, module in model.named_modules() if re.fullmatch(pattern, name) and module
-    }
+    matched = {name for name, _ in model.named_modules() if re.fullmatch(pattern, name)}
     if matched != set(targets):
         raise ConfigError(
             f"the decoder blocks differ: {sorted(matched ^ set(targets))[:5]} are linear layers in "
@@ -104,13 +90,12 @@ def add_adapters(
 ) -> None:
     """Put an adapter beside every target, in place; the network keeps its class.
 
-    They change nothing until they are trained: one of the two factors is zero. The other is drawn
-    on the CPU, so that it depends on the seed only.
+    They change nothing until they are trained: one of the two factors is zero.
 
     Args:
         model: without adapters.
         settings: rank, scale and dropout.
-        seed: decides the other factor.
+        seed: decides the other factor, which is drawn on the CPU.
         config: peft's own, of a stored adapter, in place of the settings.
         dtype: of the adapters; the projector's, which trains as they do, if not given.
 
@@ -121,7 +106,7 @@ def add_adapters(
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError(f"LoRA needs peft, which is not installed: {_INSTALL}") from error
-    if has_adapters(model):
+    if adapter_parameters(model):
         raise ConfigError("the network has adapters already: merge them first")
     pattern = target_pattern(model)
     if config is None:
@@ -150,12 +135,9 @@ def _weights_aside(model: VipLlavaForConditionalGeneration, dtype: torch.dtype) 
     trains in float32 beside a frozen weight in bfloat16. Nor can it see the shape of a weight
     that ZeRO-3 has taken apart; it only needs the device. Weights in few bits stay where they are.
     """
-    layers = [model.get_submodule(name) for name in adapter_targets(model)]
-    weights = [layer.weight for layer in layers]
-    aside = [
-        (layer, weight)
-        for layer, weight in zip(layers, weights, strict=True)
-        if isinstance(weight, nn.Parameter) and weight.is_floating_point()
+    layers: list[Any] = [model.get_submodule(name) for name in adapter_targets(model)]
+    aside: list[tuple[Any, nn.Parameter]] = [
+        (layer, layer.weight) for layer in layers if layer.weight.is_floating_point()
     ]
     for layer, weight in aside:
         hollow = torch.empty(0, dtype=dtype, device=weight.device)
@@ -167,28 +149,18 @@ def _weights_aside(model: VipLlavaForConditionalGeneration, dtype: torch.dtype) 
             layer.weight = weight
 
 
-def has_adapters(model: nn.Module) -> bool:
-    """Whether the network has adapters beside its weights."""
-    return bool(adapter_parameters(model))
-
-
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the adapters' factors by their names in the network."""
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if re.search(r"\.lora_[AB]\.", name)
-    }
+    return {name: value for name, value in model.named_parameters() if _FACTOR.search(name)}
 
 
 @torch.no_grad()
 def merge_adapters(model: VipLlavaForConditionalGeneration) -> None:
     """Add every adapter to its weight, in place; what was adapted is a plain linear layer again.
 
-    A weight held in fewer bits is brought to the projector's dtype first and stays so: rounding
-    the sum to few bits again would not be the trained model.
+    A weight in fewer bits gets the projector's dtype: rounded again it would not be what trained.
     """
-    if not has_adapters(model):
+    if not adapter_parameters(model):
         return
     from peft.tuners.lora import LoraLayer
 
@@ -203,19 +175,16 @@ def merge_adapters(model: VipLlavaForConditionalGeneration) -> None:
         weight = _whole_weight(base, dtype)
         # The sum in float32: bfloat16 would round the small update away before it is added.
         merged = (weight.float() + delta.float().to(weight.device)).to(weight.dtype)
-        plain = nn.Linear(
-            merged.shape[1], merged.shape[0], bias=base.bias is not None, device="meta"
-        )
+        has_bias = base.bias is not None
+        plain = nn.Linear(*reversed(merged.shape), bias=has_bias, device="meta")
         plain.weight = nn.Parameter(merged, requires_grad=False)
-        if base.bias is not None:
+        if has_bias:
             plain.bias = nn.Parameter(base.bias.data.to(merged.dtype), requires_grad=False)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, plain.train(layer.training))
     _forget_quantization(model)
-    network: Any = model
-    if hasattr(network, "peft_config"):
-        del network.peft_config
-    network._hf_peft_config_loaded = False
+    model.__dict__.pop("peft_config", None)
+    model._hf_peft_config_loaded = False
 
 
 def _whole_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -1,10 +1,9 @@
 """PyTorch's own flash kernel for rows of several samples, as an attention of transformers.
 
-Machines without flash-attn have it, too. transformers hands its language models' keyword arguments
-through to the attention; with the segments' bounds among them
-(:func:`vipllava.models.supervised_loss.flash_bounds`) the kernel keeps samples apart and no mask
-is made. Where no bounds come, as in generating with padding and a cache, PyTorch's ``sdpa`` does
-the work with the mask that it needs. The vision tower has nothing to bound and always uses that.
+With the segments' bounds among the keyword arguments that transformers hands through
+(:func:`vipllava.models.supervised_loss.flash_bounds`) the kernel keeps samples apart and no mask is
+made. Without them, as in generating with padding and a cache, ``sdpa`` does the work with the mask
+that it needs, as always in the vision tower.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
-from typing import Any, Final, Protocol
+from typing import Any, Final, TypeAlias
 
 import torch
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -24,44 +23,14 @@ from transformers.masking_utils import sdpa_mask
 from vipllava.config.attention import FALLBACK, TORCH_VARLEN
 from vipllava.types import first_line
 
-_TOLERANCE: Final = 0.05
-"""Of the largest number: bf16 has three digits."""
+_TOLERANCE: Final = 0.05  # of the largest number: bf16 has three digits
 
-
-class Kernel(Protocol):
-    """Causal attention inside segments that lie behind each other."""
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bounds: torch.Tensor,
-        longest: int,
-        *,
-        scale: float | None,
-        window: int | None,
-    ) -> torch.Tensor:
-        """Return the mixed values, [tokens, heads, size].
-
-        Args:
-            query: [tokens, heads, size].
-            key: [tokens, key-value heads, size].
-            value: as ``key``.
-            bounds: int32 [segments + 1], where segments begin, and the end of the last.
-            longest: no segment has more tokens.
-            scale: of the scores; None for 1 / sqrt(size).
-            window: how many tokens a token sees, itself included; None for all before it.
-        """
-        ...
+Kernel: TypeAlias = Callable[..., torch.Tensor]
+"""Causal attention inside segments that lie behind each other, as :func:`adapt_kernel` makes it."""
 
 
 def attention_settings(name: str) -> str | dict[str, str]:
-    """Return an implementation as transformers' ``attn_implementation`` takes it.
-
-    Args:
-        name: of :data:`vipllava.config.schema.ATTENTIONS`; ``torch_varlen`` is registered.
-    """
+    """Return an implementation as transformers' ``attn_implementation`` takes it."""
     if name != TORCH_VARLEN:
         return name
     AttentionInterface.register(TORCH_VARLEN, partial(varlen_attention, load_kernel()))
@@ -77,12 +46,14 @@ def load_kernel() -> Kernel:
 
 
 def adapt_kernel(varlen_attn: Callable[..., Any]) -> Kernel:
-    """Return a ``varlen_attn`` behind one signature; releases of PyTorch differ in theirs.
+    """Return ``torch.nn.attention.varlen``'s function behind one signature; releases differ.
 
-    Args:
-        varlen_attn: of ``torch.nn.attention.varlen``. It is causal by ``window_size``; 2.11 has no
-            ``enable_gqa`` and wants as many key-value heads as heads.
+    The kernel takes queries [tokens, heads, size], keys and values [tokens, key-value heads, size],
+    ``bounds`` int32 [segments + 1], where segments begin and the last ends, and ``longest``, which
+    no segment exceeds; ``scale`` None is 1 / sqrt(size); ``window`` is how many tokens a token
+    sees, itself included, None for all before it. It returns [tokens, heads, size].
     """
+    # 2.11 has no `enable_gqa` and wants as many key-value heads as heads.
     known = inspect.signature(varlen_attn).parameters
 
     def kernel(
@@ -116,13 +87,7 @@ def find_kernel_problem(
 ) -> str | None:
     """Compute a few segments forward and backward, and say what is wrong with them.
 
-    Args:
-        kernel: to try.
-        device: to try it on.
-        dtype: of its numbers.
-
-    Returns:
-        What it raised, or how far it is from ``sdpa``; None where it is right.
+    What the kernel raised, or how far it is from ``sdpa``; None where it is right.
     """
     generator = torch.Generator().manual_seed(0)
     bounds, heads, groups, size = [0, 3, 40, 41, 168], 8, 2, 64
@@ -135,26 +100,18 @@ def find_kernel_problem(
         (mixed * weight.to(device, dtype)).sum().backward()
         return [mixed.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
-    def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        parts = []
-        for begin, end in pairwise(bounds):
-            q, k, v = (x[begin:end].transpose(0, 1).float() for x in (query, key, value))
-            k, v = (x.repeat_interleave(heads // groups, dim=0) for x in (k, v))
-            part = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            parts.append(part.transpose(0, 1))
-        return torch.cat(parts)
+    def plain(*tensors: torch.Tensor) -> torch.Tensor:
+        attend = partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+        parts = [x.transpose(0, 1).float().tensor_split(bounds[1:-1], dim=1) for x in tensors]
+        return torch.cat(list(map(attend, *parts)), dim=1).transpose(0, 1)
 
     try:
         places = torch.tensor(bounds, dtype=torch.int32, device=device)
         found = learn(partial(kernel, bounds=places, longest=bounds[-1], scale=None, window=None))
     except Exception as error:  # noqa: BLE001 - a kernel may fail in any way
         return f"{type(error).__name__}: {first_line(error)}"
-    for name, mine, wanted in zip(
-        ("its values", "a query's gradient", "a key's gradient", "a value's gradient"),
-        found,
-        learn(plain),
-        strict=True,
-    ):
+    names = ("its values", "a query's gradient", "a key's gradient", "a value's gradient")
+    for name, mine, wanted in zip(names, found, learn(plain), strict=True):
         difference = (mine.float() - wanted.float()).abs().max() / wanted.float().abs().max()
         if not difference < _TOLERANCE:
             return f"{name} differ from those of sdpa by {float(difference):.2g} of the largest"
@@ -173,22 +130,11 @@ def varlen_attention(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend inside the segments, as transformers calls an attention.
+    """Attend inside the segments that ``cu_seq_lens_q`` bounds, as transformers calls an attention.
 
-    Args:
-        kernel: what computes it.
-        module: the attention module.
-        query: [rows, heads, length, size].
-        key: [rows, key-value heads, length, size].
-        value: as ``key``.
-        attention_mask: what :func:`mask_for_sdpa` returned; used without bounds only.
-        dropout: of the scores, which the kernel has not: sdpa does it.
-        scaling: of the scores.
-        sliding_window: how many tokens a token sees; None for all.
-        **options: ``cu_seq_lens_q`` and ``max_length_q`` where segments are bounded.
-
-    Returns:
-        The mixed values, [rows, length, heads, size], and no scores.
+    From [rows, heads, length, size] to the mixed values, [rows, length, heads, size], and no
+    scores. Without bounds, or with dropout of the scores, which the kernel has not, ``sdpa`` does
+    it with what :func:`mask_for_sdpa` returned.
     """
     bounds = options.get("cu_seq_lens_q")
     if bounds is None or dropout:

@@ -1,11 +1,7 @@
-"""The network from a config and tensors: what a VipLlava is made of, and how its weights come in.
+"""What a VipLlava is made of: its config and token ids, its new weights, and the network itself.
 
-The network itself is ``transformers.VipLlavaForConditionalGeneration``. Wherever weights come from
-(:mod:`vipllava.checkpoints.loading` knows the formats), they arrive here as one dict of tensors
-that are read when they are needed, so that nothing is ever in memory twice. What is decided here
-is which token ids the parts agree on and how the new weights (projector, embedding rows) start.
-
-Importing this module imports transformers (seconds): entry points do it late.
+Wherever weights come from (:mod:`vipllava.checkpoints.loading` knows the formats), they arrive here
+as one dict of tensors that are read when they are needed. Importing this takes seconds.
 """
 
 from __future__ import annotations
@@ -13,12 +9,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AddedToken,
@@ -29,11 +26,12 @@ from transformers import (
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
+from transformers.models.vipllava.modeling_vipllava import VipLlavaMultiModalProjector
+from transformers.utils import logging as transformers_logging
 
 from vipllava.models.attention import attention_settings
-from vipllava.models.hub_models import local_folder, read_json
+from vipllava.models.hub_models import load_config, local_folder, read_json
 from vipllava.models.modeling_vipllava_patches import VipLlavaPatchesForConditionalGeneration
-from vipllava.models.opening import feature_layers_of, load_config, load_strictly
 from vipllava.models.placing import OnDevice, Placement, fill, hollow_network, one_to_one
 from vipllava.models.tensor_files import (
     FLOATS,
@@ -52,6 +50,7 @@ VOCABULARY_MULTIPLE = 64
 PROJECTOR = "multi_modal_projector"
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
+_SHOWN = 20  # names in a message
 _IN_MEMORY = {
     "vision_tower.vision_model.": "model.vision_tower.",
     f"{PROJECTOR}.": f"model.{PROJECTOR}.",
@@ -68,19 +67,19 @@ class ModelSpec:
         vision_tower: Hugging Face id or folder of a tower, or of a model that has one, of a kind
             that :mod:`vipllava.models.towers` knows.
         language_model: Hugging Face id or folder of a causal language model with its tokenizer.
-        feature_layers: the tower's hidden states that the projector reads, in this order; 0 is the
-            embedding output, k the output of block k, negatives count from the end.
+        feature_layers: the tower's hidden states that the projector reads, in this order; 0 is
+            the embedding output, k the output of block k, negatives count from the end.
         chat_template: name of the template the language model answers in.
         image_size: side of the square image, pixels.
-        checkpoint: a VipLlava to open instead of assembling the two sources, in any format that
-            :func:`vipllava.checkpoints.loading.open_source` knows; it must be of the same
-            architecture as the sources say. A projector alone is put between them.
-        dtype: dtype of the parameters. Training wants ``float32`` (master weights); the
-            trainer's precision decides what is computed in.
-        attn_implementation: attention of tower and language model, as transformers names them, or
-            ``torch_varlen``, see :mod:`vipllava.models.attention`.
-        image_token: the placeholder's token; added to the tokenizer once.
-        pad_token: the padding token; added to the tokenizer once.
+        checkpoint: a VipLlava of the same architecture to open instead of the two sources, in any
+            format of :func:`vipllava.checkpoints.loading.open_source`; a projector alone is put
+            between them.
+        dtype: of the parameters. Training wants ``float32`` (master weights); the trainer's
+            precision decides what is computed in.
+        attn_implementation: as transformers names it, or ``torch_varlen``, see
+            :mod:`vipllava.models.attention`.
+        image_token: the placeholder's token, added to the tokenizer if it is not there.
+        pad_token: the padding token, likewise.
         name: the variant's name, for messages only.
     """
 
@@ -99,10 +98,9 @@ class ModelSpec:
     def __post_init__(self) -> None:
         """Normalise what configuration files write as lists or paths, and check the values."""
         object.__setattr__(self, "feature_layers", tuple(int(k) for k in self.feature_layers))
-        object.__setattr__(self, "vision_tower", str(self.vision_tower))
-        object.__setattr__(self, "language_model", str(self.language_model))
-        if self.checkpoint is not None:
-            object.__setattr__(self, "checkpoint", str(self.checkpoint))
+        for name in ("vision_tower", "language_model", "checkpoint"):
+            if (source := getattr(self, name)) is not None:
+                object.__setattr__(self, name, str(source))
         if not self.feature_layers:
             raise ConfigError("feature_layers is empty: name a hidden state of the tower")
         if self.dtype not in FLOATS:
@@ -115,18 +113,15 @@ class ModelSpec:
 
 
 def read_tokenizer(source: str, role: str) -> PreTrainedTokenizerFast:
-    """Read a tokenizer as it is stored.
-
-    Args:
-        source: folder or id.
-        role: the setting that names it, for the message.
-
-    Raises:
-        CheckpointError: there is none, or it is not backed by the tokenizers library.
-    """
+    """Read a tokenizer as it is stored at a folder or id, which the setting ``role`` names."""
     folder = local_folder(source, role, weights=False)
+    config = folder / "config.json"
+    # Of a config that transformers does not know (the original format's) it would warn.
+    known = not config.is_file() or read_json(config).get("model_type") in CONFIG_MAPPING
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=_unknown_config(folder))
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, config=None if known else PreTrainedConfig()
+        )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"no tokenizer could be read from {role}={source!r} ({first_line(error)}): the folder "
@@ -140,26 +135,12 @@ def read_tokenizer(source: str, role: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _unknown_config(folder: Path) -> PreTrainedConfig | None:
-    """Return an empty config where the folder's is of a kind that transformers does not know.
-
-    Such as the original format's: the tokenizer is then read by its own files, and nobody is
-    warned of what is meant to be so.
-    """
-    try:
-        model_type = read_json(folder / "config.json").get("model_type")
-    except CheckpointError:
-        return None
-    return None if model_type in CONFIG_MAPPING else PreTrainedConfig()
-
-
 def add_tokens(
     tokenizer: PreTrainedTokenizerFast, image_token: str = "<image>", pad_token: str = "<pad>"
 ) -> PreTrainedTokenizerFast:
     """Make sure that both tokens exist, in place, and return the tokenizer.
 
-    Tokens that are already there keep their ids; new ones take the first free ids, the image
-    token first (Vicuna: 32000 and 32001).
+    New ones take the first free ids, the image token first (Vicuna: 32000 and 32001).
     """
     for token in (image_token, pad_token):
         if token not in added_tokens(tokenizer):
@@ -171,11 +152,7 @@ def add_tokens(
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
-    """Return the id of one added token.
-
-    Raises:
-        CheckpointError: the tokenizer does not have it.
-    """
+    """Return the id of one added token; a CheckpointError where the tokenizer does not have it."""
     found = added_tokens(tokenizer).get(token)
     if found is None:
         raise CheckpointError(
@@ -190,28 +167,19 @@ def added_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 def image_seq_length(spec: ModelSpec) -> int:
-    """Return the number of placeholders of one image; see :func:`read_tower_config`."""
+    """Return the number of placeholders of one image."""
     return num_patches(read_tower_config(spec))
 
 
 def read_tower_config(spec: ModelSpec) -> Any:
-    """Read the tower's ``config.json``, and ``preprocessor_config.json`` if it is there.
-
-    Raises:
-        CheckpointError: the source is no tower that is known.
-        ConfigError: ``image_size`` or the feature layers are not the tower's.
-    """
+    """Read the config of a spec's tower, and check it, see :func:`check_tower_config`."""
     config = load_tower_config(spec.vision_tower)
     check_tower_config(config, spec)
     return config
 
 
 def check_tower_config(config: Any, spec: ModelSpec) -> None:
-    """Check that a tower has what a spec asks of it.
-
-    Raises:
-        ConfigError: ``image_size`` or the feature layers are not the tower's.
-    """
+    """Raise ConfigError where a spec's image size or feature layers are not those of its tower."""
     if config.image_size != spec.image_size:
         raise ConfigError(
             f"image_size={spec.image_size} is not that of vision_tower={spec.vision_tower!r}, "
@@ -228,11 +196,7 @@ def check_tower_config(config: Any, spec: ModelSpec) -> None:
 
 
 def load_tower_config(source: str) -> Any:
-    """Read the config of a vision tower; of a whole model that of its vision half.
-
-    Raises:
-        CheckpointError: the source is no tower that is known.
-    """
+    """Read a vision tower's config and preprocessing; of a whole model those of its vision half."""
     config: Any = load_config(source, "vision_tower")
     config = getattr(config, "vision_config", config)
     try:
@@ -241,11 +205,6 @@ def load_tower_config(source: str) -> Any:
         raise error.at(f"vision_tower={source!r}") from None
     read_preprocessing(local_folder(source, "vision_tower", weights=False), config)
     return config
-
-
-def padded_rows(num_rows: int, num_tokens: int) -> int:
-    """Return the embedding rows for ``num_tokens`` ids; never fewer than there are."""
-    return math.ceil(max(num_tokens, num_rows) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def network_config(
@@ -263,37 +222,29 @@ def network_config(
         tower_config: of a vision tower.
         text_config: of a causal language model, with its own vocabulary.
         feature_layers: see :class:`ModelSpec`.
-        num_tokens: ids of the tokenizer, image and padding token included; the vocabulary grows
-            to hold them, see :func:`padded_rows`.
+        num_tokens: ids of the tokenizer, image and padding token included, for which the
+            vocabulary grows to a multiple of :data:`VOCABULARY_MULTIPLE`; it never shrinks.
         image_token_id: the placeholder's id.
         special_ids: the tokenizer's ``pad_token_id``, ``bos_token_id`` and ``eos_token_id``.
     """
     tower_config, text_config = copy.deepcopy(tower_config), copy.deepcopy(text_config)
-    text_config.vocab_size = padded_rows(text_config.vocab_size, num_tokens)
+    rows = max(num_tokens, text_config.vocab_size)
+    text_config.vocab_size = math.ceil(rows / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     for part in (tower_config, text_config):
-        # Else an export would carry this machine's folders; where the parts came from stands in
-        # the export's own metadata.
-        part._name_or_path = ""
+        part._name_or_path = ""  # else an export would carry this machine's folders
     make_config: Any = VipLlavaConfig  # its signature leaves out what every config takes
+    # The name from transformers 5.23 on, where the plural is an alias that will go; before it.
+    singular, plural = "vision_feature_layer", "vision_feature_layers"
+    layers_name = singular if hasattr(make_config, singular) else plural
     return make_config(
         vision_config=tower_config,
         text_config=text_config,
         image_token_index=image_token_id,
         image_seq_length=num_patches(tower_config),
         tie_word_embeddings=bool(getattr(text_config, "tie_word_embeddings", False)),
-        **{feature_layers_field(): list(feature_layers)},
+        **{layers_name: list(feature_layers)},
         **(special_ids or {}),
     )
-
-
-@lru_cache(maxsize=1)
-def feature_layers_field() -> str:
-    """Return how this release of transformers names the feature layers in the config.
-
-    Plural up to 5.22, singular from 5.23 on (the plural then is an alias that will go).
-    """
-    singular = "vision_feature_layer"
-    return singular if hasattr(VipLlavaConfig(), singular) else singular + "s"
 
 
 def network_class(config: Any) -> type[VipLlavaForConditionalGeneration]:
@@ -316,7 +267,6 @@ def materialise(
     *,
     source: str,
     stored_name: Callable[[str], str | None],
-    role: str = "checkpoint",
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     quantization_config: Any = None,
@@ -325,42 +275,51 @@ def materialise(
 ) -> VipLlavaForConditionalGeneration:
     """Make the network and read its weights into it, strict both ways.
 
-    Nothing here draws from torch's global generator.
-
     Args:
         config: of the network; it is copied.
         tensors: by the names of the Hugging Face format.
         source: where they come from, for messages.
         stored_name: gives the name in that format of a weight by its name in the network.
-        role: the setting that names the source, for messages.
         dtype: of the parameters.
         attn_implementation: attention of tower and language model.
         quantization_config: transformers' own, for weights held in fewer bits.
         placement: where the weights go; the CPU if not given.
-        prepare: decides on the network, before a weight is read, what each is held in and what
-            trains. Not for weights held in fewer bits.
+        prepare: decides, before a weight is read, what each is held in and what trains; not for
+            weights held in fewer bits.
 
     Raises:
         CheckpointError: keys are missing, left over or misshapen; the message lists them.
     """
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "attn_implementation": attention_settings(attn_implementation),
-    }
-    # Initial values are drawn even for weights that are then read; and a caller's default device
-    # (Lightning sets its own) is not where the reading goes on.
+    whole_config: Any = config
+    attention = attention_settings(attn_implementation)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+
+    def load_by_transformers() -> VipLlavaForConditionalGeneration:
+        # Of published names transformers knows those with CLIP's tower.
+        known = whole_config.vision_config.model_type == CLIP.model_type
+        state = {
+            name if known else _name_in_memory(name): (
+                read_tensor(lazy) if isinstance(lazy, ComputedTensor) else lazy
+            )
+            for name, lazy in tensors.items()
+        }
+        cls = network_class(config)
+        return load_strictly(cls, source, config=config, state_dict=state, **options)
+
+    # Initial values are drawn even for weights that are then read, from a generator of their own;
+    # and a caller's default device (Lightning sets its own) is not where the reading goes on.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         if quantization_config is not None:
             options["quantization_config"] = quantization_config
             if placement is not None:
                 options["device_map"] = {"": placement.device}
-            model = _load_by_transformers(config, tensors, source, role, options)
+            model = load_by_transformers()
         else:
             model = hollow_network(network_class(config), config, **options)
             read = one_to_one(model, tensors, stored_name)
             if read is None:
                 # It does not fit, which is reported here, or fits in a way that transformers knows.
-                model = _load_by_transformers(config, tensors, source, role, options)
+                model = load_by_transformers()
                 read = model.get_parameter
             if prepare is not None:
                 prepare(model)
@@ -369,23 +328,41 @@ def materialise(
     return model.eval()
 
 
-def _load_by_transformers(
-    config: VipLlavaConfig,
-    tensors: Mapping[str, LazyTensor],
-    source: str,
-    role: str,
-    options: dict[str, Any],
-) -> VipLlavaForConditionalGeneration:
-    whole: Any = config
-    if whole.vision_config.model_type != CLIP.model_type:
-        # Of published names transformers knows those with CLIP's tower.
-        tensors = {_name_in_memory(name): lazy for name, lazy in tensors.items()}
-    state = {
-        name: read_tensor(lazy) if isinstance(lazy, ComputedTensor) else lazy
-        for name, lazy in tensors.items()
+def load_strictly(cls: Any, source: str, **options: Any) -> Any:
+    """Make a network by ``cls.from_pretrained``; an error where weights and config do not fit."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its table of what does not fit is raised below
+    try:
+        # Misshapen weights are to be reported with the others, not to end the loading.
+        model, report = cls.from_pretrained(
+            None, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"checkpoint={source!r} cannot be loaded ({first_line(error)}): the folder is damaged "
+            "or of another kind: write or download it again"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(before)
+    problems = {
+        "missing": sorted(report["missing_keys"]),
+        "unexpected": sorted(report["unexpected_keys"]),
+        "misshapen": [
+            f"{key} {tuple(found)} (model {tuple(expected)})"
+            for key, found, expected in sorted(report["mismatched_keys"])
+        ],
     }
-    cls = network_class(config)
-    return load_strictly(cls, source, role, config=config, state_dict=state, **options)
+    lines = [
+        f"{kind} ({len(keys)}): {', '.join(keys[:_SHOWN])}" + (" ..." if len(keys) > _SHOWN else "")
+        for kind, keys in problems.items()
+        if keys
+    ]
+    if lines:
+        raise CheckpointError(
+            f"the weights of checkpoint={source!r} do not fit its config.json: {'; '.join(lines)}. "
+            "The folder is incomplete or mixes two models: write or download it again"
+        )
+    return model
 
 
 def _name_in_memory(name: str) -> str:
@@ -395,23 +372,14 @@ def _name_in_memory(name: str) -> str:
     return name
 
 
-def generation_config_for(
-    source: str | None, tokenizer: PreTrainedTokenizerFast
-) -> GenerationConfig:
-    """Return the token ids of a language model's generation config and nothing else.
+def generation_config_for(source: str, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    """Return the token ids of a folder's generation config, or else the tokenizer's, and no more.
 
     Vicuna's holds sampling values without ``do_sample``, which transformers refuses to save.
-
-    Args:
-        source: folder or id with a ``generation_config.json``; without one the tokenizer's ids.
-        tokenizer: with the padding token.
     """
     old = None
-    if source is not None:
-        try:
-            old = GenerationConfig.from_pretrained(source)
-        except (OSError, ValueError):
-            old = None  # not every model has one
+    with suppress(OSError, ValueError):  # not every model has one
+        old = GenerationConfig.from_pretrained(source)
     bos, eos = getattr(old, "bos_token_id", None), getattr(old, "eos_token_id", None)
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id if bos is None else bos,
@@ -421,49 +389,35 @@ def generation_config_for(
 
 
 def initial_projector(config: VipLlavaConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Return a projector with PyTorch's default initial values, drawn from ``seed``.
+    """Return a projector with PyTorch's default initial values, by its published names.
 
-    Drawn on the CPU in float32, so that the values do not depend on device or dtype.
-
-    Returns:
-        By the names of the Hugging Face format.
+    They are drawn on the CPU in float32, and depend on neither device nor dtype.
     """
     generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, shape in projector_shapes(config).items():
-        layer, _, kind = name.removeprefix(f"{PROJECTOR}.").partition(".")
-        if layer == "projector_layernorm":
-            make = torch.ones if kind == "weight" else torch.zeros
-            tensors[name] = make(shape, dtype=torch.float32, device="cpu")
-            continue
-        # nn.Linear.reset_parameters, with a generator of its own.
-        num_inputs = projector_shapes(config)[f"{PROJECTOR}.{layer}.weight"][1]
-        bound = 1.0 / math.sqrt(num_inputs)
-        drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
-        tensors[name] = drawn.uniform_(-bound, bound, generator=generator)
+    shapes, tensors = projector_shapes(config), dict[str, torch.Tensor]()
+    for name, shape in shapes.items():
+        tensor = tensors[name] = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        if "layernorm" not in name:
+            # nn.Linear.reset_parameters, with a generator of its own.
+            _, num_inputs = shapes[name.replace("bias", "weight")]
+            bound = 1.0 / math.sqrt(num_inputs)
+            tensor.uniform_(-bound, bound, generator=generator)
+        elif name.endswith("weight"):
+            tensor.fill_(1.0)
     return tensors
 
 
 def projector_shapes(config: VipLlavaConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every projector weight, in the order in which they are drawn."""
-    sizes: Any = config
-    inputs = len(feature_layers_of(config)) * sizes.vision_config.hidden_size
-    width = sizes.text_config.hidden_size
-    return {
-        f"{PROJECTOR}.projector_layernorm.weight": (inputs,),
-        f"{PROJECTOR}.projector_layernorm.bias": (inputs,),
-        f"{PROJECTOR}.linear_1.weight": (width, inputs),
-        f"{PROJECTOR}.linear_1.bias": (width,),
-        f"{PROJECTOR}.linear_2.weight": (width, width),
-        f"{PROJECTOR}.linear_2.bias": (width,),
-    }
+    with torch.device("meta"):
+        projector = VipLlavaMultiModalProjector(config)
+    return {f"{PROJECTOR}.{name}": tuple(p.shape) for name, p in projector.named_parameters()}
 
 
 def grow_vocabulary(tensors: dict[str, LazyTensor], num_rows: int) -> None:
-    """Make both embeddings ``num_rows`` high, in place.
+    """Make both embeddings at least ``num_rows`` high, in place.
 
-    New rows are the mean of the old ones: the head then gives added tokens a middling logit
-    instead of a random one. Never shrinks.
+    New rows are the mean of the old ones: the head then gives added tokens a middling logit.
     """
     for name in (EMBEDDINGS, HEAD):
         lazy = tensors.get(name)  # a tied head is not stored
@@ -482,7 +436,7 @@ def _grown(lazy: LazyTensor, num_rows: int) -> torch.Tensor:
 
 
 def mean_row(weight: torch.Tensor, rows_at_once: int = 4096) -> torch.Tensor:
-    """Return the mean over the rows, float32; a float32 copy of all of them never exists."""
+    """Return the mean over the rows in float32, without a float32 copy of all of them."""
     total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     for rows in weight.split(rows_at_once):
         total += rows.double().sum(dim=0)

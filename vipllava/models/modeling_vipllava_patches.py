@@ -22,11 +22,7 @@ class VipLlavaPatchesModel(VipLlavaModel):
     ) -> Any:
         """Return the tower's outputs, projected features as ``pooler_output``.
 
-        Args:
-            pixel_values: [num_images, 3, height, width].
-            vision_feature_layer: the hidden states to read; the config's if not given.
-            kwargs: ``vision_feature_layers``, as transformers before 5.23 calls them; the others
-                are not used.
+        Feature layers not given, under their name of transformers 5.23 or before, are the config's.
         """
         layers = vision_feature_layer or kwargs.get("vision_feature_layers")
         if layers is None:

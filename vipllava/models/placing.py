@@ -1,15 +1,14 @@
 """A network read weight by weight, each straight to where it is going to be.
 
 The network is first made hollow: its weights have names, shapes and dtypes and no memory. What
-trains and what each weight is held in is decided on that; then one weight after the other is read,
-put in its place and cast there. No more than one of them is ever in two places.
+trains and what each weight is held in is decided on that; then one after the other is read, put in
+its place and cast there, so that no more than one is ever in two places.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -20,39 +19,23 @@ from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from vipllava.models.tensor_files import LazyTensor, read_tensor, shape_of
 
-Names = Mapping[str, tuple[str, ...]]
-"""By the first name of a weight in the network: all its names there (a tied head has two)."""
-
 
 class Placement(Protocol):
     """Where this process's weights go, one after the other as they are read."""
 
-    @property
-    def device(self) -> torch.device:
-        """Of this process."""
-        ...
-
-    @property
-    def reads(self) -> bool:
-        """Whether this process reads the files, or is handed its part of what another one reads."""
-        ...
+    device: torch.device  # of this process
+    reads: bool  # the files, or is handed its part of what another one reads
 
     def put(self, hollow: nn.Parameter, read: Callable[[], torch.Tensor]) -> nn.Parameter:
-        """Make the parameter that takes a hollow one's place.
-
-        Args:
-            hollow: says shape, dtype and whether it trains.
-            read: reads the whole weight; called on processes that read.
-        """
+        """Make what takes a hollow parameter's place; ``read`` reads the whole weight."""
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class OnDevice:
     """Every process reads every weight to its own device.
 
-    The weight goes there as the file has it and is cast there: what is on the host is the file,
-    mapped into memory, which all processes of a machine share.
+    On the host is the file alone, mapped into memory that all processes of a machine share.
     """
 
     device: torch.device
@@ -67,24 +50,28 @@ class OnDevice:
 def hollow_network(
     make: Any, config: VipLlavaConfig, dtype: torch.dtype, attn_implementation: Any
 ) -> VipLlavaForConditionalGeneration:
-    """Make a network whose parameters are on the meta device and whose buffers hold their values.
+    """Make a network of class ``make``: parameters on the meta device, buffers computed."""
+    register = nn.Module.register_parameter
 
-    Args:
-        make: class of the network.
-        config: of the network; it is copied.
-        dtype: of the parameters.
-        attn_implementation: as transformers takes it.
-    """
-    # Buffers follow from the config, and are computed on the CPU whatever the caller's default is.
-    with torch.device("cpu"), _parameters_on_meta():
-        model = make._from_config(
-            copy.deepcopy(config), dtype=dtype, attn_implementation=attn_implementation
-        )
+    def register_hollow(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_hollow
+    try:
+        # Buffers follow from the config; computed on the CPU whatever the caller's default is.
+        with torch.device("cpu"):
+            model = make._from_config(
+                copy.deepcopy(config), dtype=dtype, attn_implementation=attn_implementation
+            )
+    finally:
+        nn.Module.register_parameter = register
     return model.eval()
 
 
-def weight_names(model: nn.Module) -> Names:
-    """Return the names of every weight."""
+def _weight_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return, by the first name of each weight, all its names (a tied head has two)."""
     first: dict[int, str] = {}
     names: dict[str, tuple[str, ...]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -98,7 +85,7 @@ def one_to_one(
     tensors: Mapping[str, LazyTensor],
     stored_name: Callable[[str], str | None],
 ) -> Callable[[str], torch.Tensor] | None:
-    """Match a network's weights with the tensors that are stored for them.
+    """Match a hollow network's weights with the tensors that are stored for them.
 
     Args:
         model: hollow.
@@ -106,18 +93,18 @@ def one_to_one(
         stored_name: gives that of a weight by its name in the network.
 
     Returns:
-        What reads a weight by its first name; None if one of either is without its match, or
-        misshapen.
+        What reads a weight by its first name; None if any is without its match, or misshapen.
     """
     found: dict[str, LazyTensor] = {}
-    for first, names in weight_names(model).items():
+    every = _weight_names(model)
+    for first, names in every.items():
         stored = [key for key in map(stored_name, names) if key is not None and key in tensors]
         if len(stored) != 1:
             return None
         found[first] = tensors[stored[0]]
         if shape_of(found[first]) != tuple(model.get_parameter(first).shape):
             return None
-    num_names = sum(map(len, weight_names(model).values()))
+    num_names = sum(map(len, every.values()))
     if len(found) != len(tensors) or num_names != len(model.state_dict()):
         return None
     return lambda name: read_tensor(found[name])
@@ -126,32 +113,16 @@ def one_to_one(
 def fill(model: nn.Module, read: Callable[[str], torch.Tensor], placement: Placement) -> None:
     """Replace every parameter by what is read for it, and move the buffers, in place.
 
-    Args:
-        model: hollow, or whole on the host.
-        read: reads a weight by its first name in the network.
-        placement: where they go.
+    The model is hollow, or whole on the host; ``read`` takes a weight's first name in it.
     """
-    for first, names in weight_names(model).items():
+
+    def put(name: str, value: torch.Tensor) -> None:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, value)
+
+    for first, names in _weight_names(model).items():
         parameter = placement.put(model.get_parameter(first), partial(read, first))
         for name in names:
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, parameter)
+            put(name, parameter)
     for name, buffer in list(model.named_buffers()):
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, buffer.to(placement.device))
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    register = nn.Module.register_parameter
-
-    def register_hollow(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        register(self, name, param)
-
-    nn.Module.register_parameter = register_hollow
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
+        put(name, buffer.to(placement.device))

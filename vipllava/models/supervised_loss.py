@@ -2,16 +2,12 @@
 
 Two choices differ from ``VipLlavaForConditionalGeneration.forward`` and give the same numbers:
 
-* The head runs on the supervised positions only. In stage 1 these are about 25 of 600 tokens, so
-  most of the logits would be thrown away.
-* Rows are kept apart by ``position_ids`` that restart with every segment; there is no attention
-  mask and no cache. transformers builds the block mask only in that combination: an all-ones
-  mask or ``use_cache=True`` makes packed samples see each other without any error. Flash attention
-  reads restarts only in a batch of one row; in any other it sees them by the segments' bounds,
-  which are given along.
+* The head runs on the supervised positions only: in stage 1 about 25 of 600 tokens.
+* Rows are kept apart by ``position_ids`` that restart with every segment, without attention mask
+  and cache: an all-ones mask or ``use_cache=True`` makes packed samples see each other without any
+  error. Flash attention sees the segments by their bounds, which are given along.
 
-The sum is not divided here: the right denominator is the count over all ranks and accumulation
-steps, and the caller has it.
+The sum is not divided here: the denominator is the count over all ranks and accumulation steps.
 """
 
 from __future__ import annotations
@@ -30,19 +26,12 @@ from vipllava.types import IGNORE_INDEX, Batch, VipLlavaError
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """What the network said at the supervised positions of a micro-batch; no graph.
+    """What the network said at the supervised positions of a micro-batch; no graph."""
 
-    Attributes:
-        supervised: bool [rows, length - 1]; position ``i`` predicts the id at ``i + 1``.
-        logits: float32 [num_supervised, vocabulary].
-        targets: int64 [num_supervised].
-        loss_sum: float32 scalar, the summed cross entropy.
-    """
-
-    supervised: torch.Tensor
-    logits: torch.Tensor
-    targets: torch.Tensor
-    loss_sum: torch.Tensor
+    supervised: torch.Tensor  # see :func:`supervised_positions`
+    logits: torch.Tensor  # float32 [num_supervised, vocabulary]
+    targets: torch.Tensor  # int64 [num_supervised]
+    loss_sum: torch.Tensor  # float32 scalar, the summed cross entropy
 
 
 class Observer(Protocol):
@@ -53,26 +42,12 @@ class Observer(Protocol):
         ...
 
 
-def embed_inputs(
-    model: VipLlavaForConditionalGeneration,
-    input_ids: torch.Tensor,
-    pixel_values: torch.Tensor,
-    *,
-    always_run_tower: bool = False,
-    keys: tuple[str, ...] = (),
-) -> torch.Tensor:
+def embed_inputs(model: VipLlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
     """Embed the ids and put the image features at the image tokens, in row order.
 
-    Args:
-        model: the network.
-        input_ids: int64 [rows, length].
-        pixel_values: uint8 [num_images, 3, height, width]; may hold no image.
-        always_run_tower: without an image, run tower and projector on a blank one and add its
-            features with weight zero. In training every rank must call the same modules: with
-            ZeRO-3 and FSDP each call is a collective, and a rank whose batch is all text would
-            leave the others waiting for ever. The gradient of the projector then is zero, not
-            absent, which keeps DDP content, too.
-        keys: the samples, for the error.
+    Without an image tower and projector run on a blank one, whose features get weight zero: every
+    rank must call the same modules, which are collectives with ZeRO-3 and FSDP, and DDP waits for
+    every gradient.
 
     Returns:
         [rows, length, hidden].
@@ -81,60 +56,42 @@ def embed_inputs(
         VipLlavaError: image tokens and image features differ in number.
     """
     config: Any = model.config
-    embeddings = model.get_input_embeddings()(input_ids)
-    placeholders = input_ids == config.image_token_id
-    num_images = pixel_values.shape[0]
-    num_expected = num_images * config.image_seq_length
-    num_placeholders = int(placeholders.sum())
-    if num_placeholders != num_expected:
+    embeddings = model.get_input_embeddings()(batch.input_ids)
+    placeholders = batch.input_ids == config.image_token_id
+    num_images, each = len(batch.pixel_values), config.image_seq_length
+    if (found := int(placeholders.sum())) != num_images * each:
         raise VipLlavaError(
-            f"{num_placeholders} image tokens, but {num_expected} image features ({num_images} "
-            f"pictures x {config.image_seq_length}) in samples {list(keys)}: the data was "
-            "encoded for a model of another image_seq_length"
+            f"{found} image tokens, but {num_images * each} image features ({num_images} images x "
+            f"{each}) in samples {list(batch.keys)}: the data was encoded for a model of another "
+            "image_seq_length"
         )
     if num_images:
-        features = image_features(model, pixel_values).to(embeddings.dtype)
+        features = image_features(model, batch.pixel_values).to(embeddings.dtype)
         return embeddings.masked_scatter(placeholders.unsqueeze(-1), features)
-    if not always_run_tower:
-        return embeddings
     side = config.vision_config.image_size
-    blank = torch.zeros((1, 3, side, side), dtype=torch.uint8, device=input_ids.device)
+    blank = torch.zeros((1, 3, side, side), dtype=torch.uint8, device=embeddings.device)
     return embeddings + 0.0 * image_features(model, blank).sum().to(embeddings.dtype)
 
 
 def flash_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
     """Return the segments' bounds as flash attention wants them; the others ignore them.
 
-    Args:
-        position_ids: int64 [rows, length]; each 0 begins a segment, and each row begins with one.
-
-    Returns:
-        Keyword arguments of transformers' language models; the bounds count through all rows.
+    Keyword arguments of transformers' language models; bounds count through all rows. Each 0 of the
+    ids, [rows, length], begins a segment, and each row begins with one.
     """
     starts = (position_ids.flatten() == 0).nonzero().flatten()
     bounds = functional.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
     # No segment is longer than a row. The longest one's own length would have to be waited for, and
     # compiled code be made anew for each.
-    longest = position_ids.shape[1]
-    return {
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    longest = {"max_length_q": position_ids.shape[1], "max_length_k": position_ids.shape[1]}
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, **longest}
 
 
 def supervised_positions(batch: Batch) -> torch.Tensor:
     """Return where something is to be predicted; nothing waits for the device.
 
-    A position predicts the next id where that one's label is supervised and belongs to the same
-    segment; the first id of a segment has nothing to be predicted from.
-
-    Args:
-        batch: padded or packed rows.
-
-    Returns:
-        bool [rows, length - 1]; position ``i`` predicts the id at ``i + 1``.
+    bool [rows, length - 1]: position ``i`` predicts the id at ``i + 1`` where that one's label is
+    supervised and belongs to the same segment.
     """
     same = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
     return (batch.labels[:, 1:] != IGNORE_INDEX) & same
@@ -143,9 +100,7 @@ def supervised_positions(batch: Batch) -> torch.Tensor:
 def supervised_loss_sum(
     model: VipLlavaForConditionalGeneration, batch: Batch, observers: Sequence[Observer] = ()
 ) -> tuple[torch.Tensor, int]:
-    """Return the summed cross entropy of a micro-batch and the number of its terms.
-
-    Its terms are :func:`supervised_positions`.
+    """Return the summed cross entropy at :func:`supervised_positions`, and their number.
 
     Args:
         model: the network.
@@ -153,26 +108,22 @@ def supervised_loss_sum(
         observers: see the logits, which exist nowhere else.
 
     Returns:
-        The sum as a float32 scalar with a graph (0 for a batch without supervised positions,
-        still connected to every trainable weight), and the count.
+        The sum, a float32 scalar with a graph to every trainable weight, also where it is 0; and
+        the count.
 
     Raises:
         VipLlavaError: image tokens and pictures do not match.
     """
-    embeddings = embed_inputs(
-        model, batch.input_ids, batch.pixel_values, always_run_tower=True, keys=batch.keys
-    )
     hidden = model.model.language_model(
-        inputs_embeds=embeddings,
+        inputs_embeds=embed_inputs(model, batch),
         attention_mask=None,
         position_ids=batch.position_ids,
         use_cache=False,
         **flash_bounds(batch.position_ids),
     ).last_hidden_state
-    targets = batch.labels[:, 1:]
     supervised = supervised_positions(batch)
-    logits = model.lm_head(hidden[:, :-1][supervised])
-    logits, targets = logits.float(), targets[supervised]
+    logits = model.lm_head(hidden[:, :-1][supervised]).float()
+    targets = batch.labels[:, 1:][supervised]
     loss_sum = functional.cross_entropy(logits, targets, reduction="sum")
     if observers:
         predictions = Predictions(supervised, logits.detach(), targets, loss_sum.detach())

@@ -14,33 +14,20 @@ from typing import Any, Final
 from vipllava.models.hub_models import read_json
 from vipllava.types import CheckpointError, ConfigError, Preprocessing
 
-_RESAMPLINGS: Final[dict[Any, str]] = {2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers, as in ``preprocessor_config.json``."""
+_RESAMPLINGS: Final[dict[Any, str]] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """A kind of vision tower.
+    """A kind of vision tower; modules and weights are named as in transformers' class."""
 
-    Attributes:
-        model_type: of its config.
-        preprocessing: how pixels become its input, unless its folder says otherwise, see
-            :func:`read_preprocessing`.
-        num_prefix_tokens: positions of its hidden states before those of the patches, which are
-            dropped: 1 for a class token, 0 where there is none.
-        before_blocks: names of the modules that run one after the other on the pixels; the last
-            one's output is hidden state 0.
-        blocks: name of the list of blocks; block k takes hidden state k to k + 1.
-        unread: names of weights that no feature depends on, and that cannot train.
-        feature_layers: hidden states for the projector, where neither job nor checkpoint says.
-    """
-
-    model_type: str
-    preprocessing: Preprocessing
-    num_prefix_tokens: int
-    before_blocks: tuple[str, ...]
-    blocks: str = "encoder.layers"
-    unread: tuple[str, ...] = ()
+    model_type: str  # of its config
+    preprocessing: Preprocessing  # of its input, unless its folder says otherwise
+    num_prefix_tokens: int  # positions before those of the patches: 1 for a class token, or 0
+    before_blocks: tuple[str, ...]  # modules in order, from pixels to hidden state 0
+    blocks: str = "encoder.layers"  # the list of blocks; block k takes hidden state k to k + 1
+    unread: tuple[str, ...] = ()  # weights that no feature depends on, and that cannot train
+    # Hidden states for the projector, where neither job nor checkpoint says.
     feature_layers: tuple[int, ...] = (-2, -5, -8, -11, 6)
 
 
@@ -64,22 +51,14 @@ _TOWERS: Final = {tower.model_type: tower for tower in (CLIP, SIGLIP)}
 
 
 def register_tower(tower: Tower) -> None:
-    """Make a tower known to building, training, forecasts, export and inference.
-
-    Raises:
-        ConfigError: its ``model_type`` is registered already.
-    """
+    """Make a tower known; a ConfigError where its ``model_type`` is registered already."""
     if tower.model_type in _TOWERS:
         raise ConfigError(f"a tower of model_type={tower.model_type!r} is registered already")
     _TOWERS[tower.model_type] = tower
 
 
 def tower_of(vision_config: Any) -> Tower:
-    """Return the tower that a config is of.
-
-    Raises:
-        CheckpointError: none is registered for its ``model_type``; the message lists the known.
-    """
+    """Return the tower that a config is of; a CheckpointError lists the known where none is."""
     model_type = vision_config.model_type
     if model_type not in _TOWERS:
         raise CheckpointError(
@@ -87,6 +66,14 @@ def tower_of(vision_config: Any) -> Tower:
             "one of these, or add yours with vipllava.models.towers.register_tower"
         )
     return _TOWERS[model_type]
+
+
+def feature_layers_of(config: Any) -> tuple[int, ...]:
+    """Return the feature layers of a VipLlava config, whatever its release calls the field."""
+    value = getattr(config, "vision_feature_layer", None)
+    if value is None:
+        value = config.vision_feature_layers
+    return (value,) if isinstance(value, int) else tuple(value)
 
 
 def num_patches(vision_config: Any) -> int:
@@ -105,12 +92,8 @@ def preprocessing_of(vision_config: Any) -> Preprocessing:
 def read_preprocessing(folder: Path, vision_config: Any) -> None:
     """Note in a tower's config, in place, where ``preprocessor_config.json`` differs from its kind.
 
-    The file is taken, not refused: SigLIP 2 resizes with another filter than SigLIP and is of the
-    same ``model_type``. The config carries it into training, exports and inference.
-
-    Args:
-        folder: of the tower; the file need not be there.
-        vision_config: of the tower.
+    SigLIP 2 resizes with another filter than SigLIP and is of the same ``model_type``. The config
+    carries it into training, exports and inference. A folder need not have the file.
 
     Raises:
         CheckpointError: the file cannot be read, or asks for what is not done here.
@@ -134,9 +117,7 @@ def read_preprocessing(folder: Path, vision_config: Any) -> None:
         ) from error
     problems = [f"{name}=false" for name in switches]
     if len(mean) != 3 or len(std) != 3:
-        problems.append(
-            f"image_mean={list(mean)} and image_std={list(std)} of other than 3 colours"
-        )
+        problems.append(f"image_mean={list(mean)}, image_std={list(std)} of other than 3 colours")
     if abs(factor * 255 - 1) > 1e-3:
         problems.append(f"rescale_factor={factor:g} instead of 1/255")
     if resample is not None and resample not in _RESAMPLINGS:

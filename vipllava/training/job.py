@@ -83,7 +83,7 @@ def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
     """Return the sizes of the network that a spec describes; reads config files only."""
     from vipllava.forecast.architecture import architecture_of
     from vipllava.models.building import network_config, read_tower_config, token_id
-    from vipllava.models.opening import load_config
+    from vipllava.models.hub_models import load_config
 
     config = network_config(
         read_tower_config(spec),

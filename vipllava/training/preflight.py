@@ -92,7 +92,7 @@ def examine(cfg: DictConfig) -> PreflightReport:
         VipLlavaError: config or tokenizer of a model whose sizes do not ship cannot be had.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from vipllava.forecast.job import choose_strategy, fits, forecast
+    from vipllava.forecast.job import choose_strategy, fits, forecast, largest_micro_batch
     from vipllava.forecast.memory import device_memory
     from vipllava.training.preflight_data import assumed_corpus, lint_data, look_at_data
 
@@ -128,7 +128,7 @@ def examine(cfg: DictConfig) -> PreflightReport:
     if capacity is not None:
         choosable = every if cfg.stage.gradient_checkpointing == AUTO else setup
         choice = choose_strategy(architecture, choosable, capacity, plan.global_rows)
-        largest = _largest(architecture, choosable, capacity, plan.global_rows)
+        largest = largest_micro_batch(architecture, choosable, capacity, plan.global_rows)
         reason = _want_of_memory(setup, expected, capacity, choice, largest)
         if expected.memory.total > capacity:
             problems.append(reason)
@@ -358,7 +358,7 @@ def _is_here(cfg: DictConfig) -> bool:
 
 
 def _host_capacity(cfg: DictConfig) -> float | None:
-    from vipllava.forecast.host_memory import machine_memory
+    from vipllava.forecast.memory import machine_memory
 
     return machine_memory() if _is_here(cfg) else None
 
@@ -371,15 +371,6 @@ def _free_disk(folder: Path) -> float:
 
 
 # Memory.
-
-
-def _largest(
-    architecture: Architecture, setup: Setup, capacity: float, global_rows: int
-) -> int | None:
-    from vipllava.forecast.job import largest_micro_batch, micro_batches
-
-    sizes = micro_batches(global_rows, setup.num_devices)
-    return largest_micro_batch(architecture, setup, capacity, sizes)
 
 
 def _want_of_memory(
