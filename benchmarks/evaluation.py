@@ -16,8 +16,9 @@ from vipllava.models.building import image_seq_length, token_id
 from vipllava.models.towers import CLIP
 from vipllava.sample_world.build import ensure_sample_world
 from vipllava.sample_world.tiny import TINY_POLICIES
+from vipllava.shards.manifest import load_manifest
 from vipllava.stream.image_transform import ImageTransform
-from vipllava.stream.sample_encoder import iter_samples
+from vipllava.stream.sample_encoder import SampleSource
 from vipllava.types import Request
 
 _NUM_QUESTIONS, _MAX_NEW_TOKENS = 64, 8
@@ -42,7 +43,8 @@ def run(data_root: Path = Path("data")) -> dict[str, Any]:
         ImageTransform(spec.image_size, "pad", CLIP.preprocessing),
         "cpu",
     )
-    samples = iter_samples("sample_regions", ROOT / "data_manifests", data_root, seed=42)
+    manifest = load_manifest("sample_regions", ROOT / "data_manifests")
+    samples = SampleSource.open(manifest, data_root, seed=42)
     questions = read_questions(islice(samples, _NUM_QUESTIONS), TINY_POLICIES, seed=42)
     requests = [Request(question.marked, question.turns, question.key) for question in questions]
     rows: list[dict[str, Any]] = []

@@ -43,7 +43,7 @@ from vipllava.stream.collate import EncodedSample
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.loader import StepLoader, StepSampler
 from vipllava.stream.order import MixEntry, SampleOrder, plan_parts
-from vipllava.stream.packing import plan_packs
+from vipllava.stream.pack_planner import plan_packs
 from vipllava.stream.sample_encoder import (
     SampleEncoder,
     SampleSource,

@@ -50,7 +50,7 @@ from vipllava.models.image_features import normalise_pixels
 from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.models.towers import CLIP
 from vipllava.stream.collate import Collator
-from vipllava.stream.packing import plan_packs
+from vipllava.stream.pack_planner import plan_packs
 from vipllava.training.metrics import BatchFlops
 from vipllava.training.optim import OptimizerSettings, build_optimizer, parameter_groups
 from vipllava.types import PADDING_SEGMENT, Batch

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from vipllava.checkpoints.loading import load_tokenizer
 from vipllava.commands.inspect import look_at
@@ -18,11 +18,11 @@ from vipllava.models.building import ModelSpec, read_tower_config
 from vipllava.models.towers import preprocessing_of
 from vipllava.report.inspected import InspectedSample, RefusedSample
 from vipllava.shards.manifest import MANIFEST_VERSION, Manifest, load_manifest, parse_manifest
-from vipllava.stream.batching import Batching, PackedBatches, SampleBatches
+from vipllava.stream.batching import Batching
 from vipllava.stream.image_transform import ImageAspect, ImageTransform
 from vipllava.stream.loader import StepLoader, StepSampler
 from vipllava.stream.order import MixEntry, SampleOrder, parse_mix, plan_parts
-from vipllava.stream.pack_planner import PackPlanner
+from vipllava.stream.pack_planner import plan_batches
 from vipllava.stream.quarantine import BadSamplePolicy, OnFault
 from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
 from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
@@ -102,7 +102,7 @@ def open_dataset(
 
         ensure_sample_world(root)
     cache = None if cache_dir is None else ShardCache(Path(cache_dir), int(cache_gb * 10**9), ONCE)
-    return cast("Dataset", Dataset.open(manifest, root, seed, cache=cache))
+    return Dataset.open(manifest, root, seed, cache=cache)
 
 
 def sample_encoder(
@@ -185,13 +185,14 @@ def open_stream(
     samples = VisualPromptDataset(sources, encoder, BadSamplePolicy(on_fault))
     sizes = {each.name: each.shards.shard_sizes for each in opened}
     order = SampleOrder(plan_parts(sizes, entries, samples_per_epoch), encoder.seed)
-    if batching == "packed":
-        limits = {"pack_length": pack_length, "max_images": max_images_per_pack}
-        planner = PackPlanner(samples, **limits)
-        plan = PackedBatches(order, global_batch_size, planner, identity=limits)
-    else:
-        lengths = samples.estimate_lengths if batching == "length_grouped" else None
-        plan = SampleBatches(order, global_batch_size, lengths)
+    plan = plan_batches(
+        batching,
+        order,
+        global_batch_size,
+        samples,
+        pack_length=pack_length,
+        max_images=max_images_per_pack,
+    )
     collator = encoder.collator(pack_length=pack_length if batching == "packed" else None)
     sampler = StepSampler(plan, accumulate=accumulate)
     return StepLoader(samples, sampler, collator, num_workers=num_workers)

@@ -1,17 +1,14 @@
-"""The records that travel between the rooms of this package.
+"""The records that travel between the rooms of this package, and its errors.
 
-All of them are frozen except :class:`Batch`, which moves to a device. The way of a sample:
-a shard's record becomes a :class:`Sample`; its regions become a :class:`VisualPromptPlan`;
-renderer and text both read that plan; the finished :class:`Turn` texts become
-:class:`Encoded` ids and labels; several of those become a :class:`Batch`.
-
-This module is floor 0: it imports no other room, and torch only for type checking.
+The way of a sample: a shard's record becomes a :class:`Sample`; its regions a
+:class:`VisualPromptPlan`, which renderer and text both read; the finished :class:`Turn` texts
+:class:`Encoded` ids and labels; several of those a :class:`Batch`. Imports no other room.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (PyTorch's ``cross_entropy`` convention)."""
-
 PADDING_SEGMENT = -1
 """Segment id of padding positions in a :class:`Batch`."""
 
@@ -75,9 +71,7 @@ class RecordError(VipLlavaError):
 class StorageError(VipLlavaError):
     """What holds the data does not answer, or cannot be read: never a fault of a sample.
 
-    It is tried again for a stated time and then ends the job; no sample is put in place of one that
-    could not be read for this. The message names file or address, cause, how long it was tried, and
-    the remedy.
+    It is tried again for a stated time and then ends the job, under any policy for bad samples.
     """
 
 
@@ -103,17 +97,11 @@ class Interrupted(VipLlavaError):
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How pixels become what a vision tower reads: resized, divided by 255, normalised.
+    """How pixels become what a vision tower reads: resized, divided by 255, normalised."""
 
-    Attributes:
-        mean: of red, green and blue, 0..1.
-        std: of red, green and blue, 0..1.
-        resampling: filter of the resizing.
-    """
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    resampling: Literal["bicubic", "bilinear"] = "bicubic"
+    mean: tuple[float, float, float]  # of red, green and blue, 0..1
+    std: tuple[float, float, float]  # of red, green and blue, 0..1
+    resampling: Literal["bicubic", "bilinear"] = "bicubic"  # filter of the resizing
 
     @property
     def pad_colour(self) -> RGB:
@@ -140,54 +128,35 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Stroke:
-    """One drawing primitive, fully determined: the renderer draws no random numbers.
+    """One drawing primitive, fully determined: the renderer draws no random numbers."""
 
-    Attributes:
-        kind: ``line`` (open polyline), ``polygon`` (closed), ``box`` or ``ellipse`` (``points``
-            are the top-left and bottom-right corners of the bounds).
-        points: pixels of the stored image.
-        width: line width in pixels; 0 fills the primitive.
-    """
-
+    # ``line`` (open polyline), ``polygon`` (closed), ``box`` or ``ellipse`` (``points`` are the
+    # top-left and bottom-right corners of the bounds).
     kind: Literal["line", "polygon", "box", "ellipse"]
-    points: tuple[Point, ...]
-    width: int = 0
+    points: tuple[Point, ...]  # pixels of the stored image
+    width: int = 0  # line width in pixels; 0 fills the primitive
 
 
 @dataclass(frozen=True, slots=True)
 class VisualPrompt:
-    """One mark: what is drawn, and by which words the text names it.
+    """One mark: what is drawn, and by which words the text names it."""
 
-    Attributes:
-        region: index into ``Sample.regions``.
-        shape: one of the eight shapes.
-        rgb: colour of the mark.
-        colour_name: the palette's name for ``rgb``, or None when the text must not name it.
-        alpha: opacity, 0..255.
-        strokes: the primitives, painted in order as one layer.
-        article: whether the words say "the" before colour and shape.
-    """
-
-    region: int
-    shape: Shape
-    rgb: RGB
+    region: int  # index into ``Sample.regions``
+    shape: Shape  # one of the eight shapes
+    rgb: RGB  # colour of the mark
+    # The palette's name for ``rgb``, or None when the text must not name it.
     colour_name: str | None
-    alpha: int
-    strokes: tuple[Stroke, ...]
-    article: bool = True
+    alpha: int  # opacity, 0..255
+    strokes: tuple[Stroke, ...]  # the primitives, painted in order as one layer
+    article: bool = True  # whether the words say "the" before colour and shape
 
 
 @dataclass(frozen=True, slots=True)
 class VisualPromptPlan:
-    """Every mark of one sample, sampled once and read by renderer and text alike.
+    """Every mark of one sample, sampled once and read by renderer and text alike."""
 
-    Attributes:
-        size: width and height of the stored image, pixels.
-        prompts: the marks in drawing order; at most one per region.
-    """
-
-    size: tuple[int, int]
-    prompts: tuple[VisualPrompt, ...] = ()
+    size: tuple[int, int]  # width and height of the stored image, pixels
+    prompts: tuple[VisualPrompt, ...] = ()  # the marks in drawing order; at most one per region
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,17 +178,11 @@ class Mention:
 
 @dataclass(frozen=True, slots=True)
 class DraftTurn:
-    """One turn before its mentions are replaced by words.
+    """One turn before its mentions are replaced by words."""
 
-    Attributes:
-        role: who speaks.
-        parts: texts and mentions, concatenated without separators.
-        has_image: whether the picture stands in front of this turn.
-    """
-
-    role: Role
-    parts: tuple[str | Mention, ...]
-    has_image: bool = False
+    role: Role  # who speaks
+    parts: tuple[str | Mention, ...]  # texts and mentions, concatenated without separators
+    has_image: bool = False  # whether the picture stands in front of this turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,19 +235,13 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Ids and labels of one conversation, born together.
+    """Ids and labels of one conversation, born together."""
 
-    Attributes:
-        input_ids: int64 [length], image placeholders already expanded.
-        labels: int64 [length]; equal to ``input_ids`` where supervised, else ``IGNORE_INDEX``.
-        num_images: pictures in this conversation (0 or 1).
-        num_dropped_turns: trailing turns left out to respect the length limit.
-    """
-
-    input_ids: npt.NDArray[np.int64]
+    input_ids: npt.NDArray[np.int64]  # int64 [length], image placeholders already expanded
+    # int64 [length]; equal to ``input_ids`` where supervised, else ``IGNORE_INDEX``.
     labels: npt.NDArray[np.int64]
-    num_images: int
-    num_dropped_turns: int = 0
+    num_images: int  # pictures in this conversation (0 or 1)
+    num_dropped_turns: int = 0  # trailing turns left out to respect the length limit
 
     @property
     def length(self) -> int:
@@ -299,11 +256,10 @@ class Encoded:
 
 @dataclass(slots=True)
 class Batch:
-    """One micro-batch as the LightningModule receives it.
+    """One micro-batch: rows of one padded sample or several packed ones.
 
-    Rows hold one padded sample or several packed ones. There is no attention mask:
-    ``position_ids`` restart at 0 with every segment (padding is a segment of its own), which is
-    what transformers reads to keep packed samples apart.
+    There is no attention mask: ``position_ids`` restart at 0 with every segment (padding is a
+    segment of its own), which is what transformers reads to keep packed samples apart.
 
     Attributes:
         input_ids: int64 [rows, length].
@@ -328,8 +284,8 @@ class Batch:
     pixel_values: torch.Tensor
     num_supervised_global: int = 0
     progress: float | None = None
-    keys: tuple[str, ...] = field(default=())
-    datasets: tuple[str, ...] = field(default=())
+    keys: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
     num_repeats: int = 0
 
     @property

@@ -295,7 +295,7 @@ class TestRefusals:
         [
             ({"max_length": 1}, "max_length=1 must be at least 2"),
             ({"image_seq_length": 0}, "image_seq_length=0 must be at least 1"),
-            ({"image_token_id": -200}, "image_token_id=-200 must not be negative"),
+            ({"image_token_id": -200}, "image_token_id=-200 must be at least 0"),
             ({"image_token_id": 265}, "image_token_id=265 is the ordinary token '&'"),
             ({"template": "nope"}, "unknown chat template 'nope'"),
             (

@@ -102,10 +102,10 @@ def check_words(made: Made) -> None:
 def check_pixels(made: Made) -> None:
     """Every region has its mark, and where that lies on top it shows in its colour."""
     assert [p.region for p in made.plan.prompts] == list(range(len(made.sample.regions)))
-    before = np.asarray(made.image).astype(np.float64)
+    before = np.asarray(made.picture).astype(np.float64)
     expected = before.copy()
     for prompt in made.plan.prompts:
-        painted = mark_opacity(prompt, made.image.size)
+        painted = mark_opacity(prompt, made.picture.size)
         assert painted is not None
         opacity, (left, top) = painted
         share = np.asarray(opacity, dtype=np.float64)[..., None] / 255

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vipllava.stream.packing import plan_packs
+from vipllava.stream.pack_planner import plan_packs
 from vipllava.types import RecordError
 
 HISTOGRAM = Path(__file__).with_name("length_histogram.json")

@@ -14,7 +14,7 @@ from vipllava.models.towers import CLIP
 from vipllava.shards.tars import write_shards
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.order import Item
-from vipllava.stream.sample_encoder import SampleEncoder, iter_samples
+from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
 from vipllava.types import RecordError, VipLlavaError
 
 REGION = {"bboxes": [[5, 5, 40, 30]], "conversations": said("<image>\nWhat is <bbox0>?", "yes")}
@@ -71,18 +71,16 @@ def _decoded(data: bytes):
     return decode_image(data, "k")
 
 
-def test_iter_samples_keeps_the_order_and_the_words(tmp_path: Path) -> None:
+def test_iterating_keeps_the_order_and_the_words(tmp_path: Path) -> None:
     write_shards(toy_samples(12), tmp_path / "toy", max_samples=5)
-    first, second = (
-        list(iter_samples(make_manifest(), "unused", tmp_path, seed=1)) for _ in range(2)
-    )
+    first, second = (list(SampleSource.open(make_manifest(), tmp_path, seed=1)) for _ in range(2))
     assert [sample.key for sample in first] == [key for key, *_ in toy_samples(12)]
     assert first == second
 
 
 def test_a_manifest_may_name_the_policy(tmp_path: Path) -> None:
     write_shards(toy_samples(2), tmp_path / "toy")
-    samples = iter_samples(make_manifest(policy="mine"), "unused", tmp_path, seed=1)
+    samples = SampleSource.open(make_manifest(policy="mine"), tmp_path, seed=1)
     assert {sample.policy for sample in samples} == {"mine"}
 
 

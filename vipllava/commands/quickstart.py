@@ -140,7 +140,8 @@ def _examples(output: Path, data_root: Path, seed: int) -> list[Example]:
     from vipllava.evaluation.benches.regions import read_questions
     from vipllava.report.quickstart_page import Example
     from vipllava.sample_world.tiny import TINY_POLICIES
-    from vipllava.stream.sample_encoder import iter_samples
+    from vipllava.shards.manifest import load_manifest
+    from vipllava.stream.sample_encoder import SampleSource
 
     path = output / "eval" / "regions" / "predictions.jsonl"
     predictions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -151,8 +152,9 @@ def _examples(output: Path, data_root: Path, seed: int) -> list[Example]:
         rows = by_shape[shapes[place % len(shapes)]]
         if place // len(shapes) < len(rows):
             shown.append(rows[place // len(shapes)])
-    samples = list(iter_samples("sample_regions", MANIFESTS_DIR, data_root, seed))
-    questions = read_questions([samples[n] for n in shown], TINY_POLICIES, seed)
+    manifest = load_manifest("sample_regions", MANIFESTS_DIR)
+    source = SampleSource.open(manifest, data_root, seed)
+    questions = read_questions(map(source.sample, shown), TINY_POLICIES, seed)
     return [
         Example(
             image=question.marked,

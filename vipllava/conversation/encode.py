@@ -52,17 +52,15 @@ Ids = Sequence[int] | npt.NDArray[np.int64]
 
 
 class ConversationEncoder:
-    """Encodes conversations with one tokenizer and one template.
-
-    A worker process rebuilds it from its arguments; threads may share it.
+    """Encodes conversations with one tokenizer and one template; threads may share it.
 
     Args:
         tokenizer: a transformers tokenizer backed by the tokenizers library. It is not changed.
             One BOS is placed where the tokenizer adds one or the template spells it.
         template: the template or its name.
         image_token_id: id of every position that holds an image feature. Not a token of text.
-        image_seq_length: number of these positions for one picture.
-        max_length: greatest number of ids of a training sample, the picture's included.
+        image_seq_length: number of these positions for one image.
+        max_length: greatest number of ids of a training sample, the image's included.
 
     Raises:
         ConfigError: unknown template, impossible lengths, or a tokenizer that does not fit the
@@ -77,12 +75,13 @@ class ConversationEncoder:
         image_seq_length: int,
         max_length: int,
     ) -> None:
-        if image_token_id < 0:
-            raise ConfigError(f"image_token_id={image_token_id} must not be negative")
-        if image_seq_length < 1:
-            raise ConfigError(f"image_seq_length={image_seq_length} must be at least 1")
-        if max_length < 2:
-            raise ConfigError(f"max_length={max_length} must be at least 2")
+        for name, value, least in (
+            ("image_token_id", image_token_id, 0),
+            ("image_seq_length", image_seq_length, 1),
+            ("max_length", max_length, 2),
+        ):
+            if value < least:
+                raise ConfigError(f"{name}={value} must be at least {least}")
         self.tokenizer = tokenizer
         self.template = get_template(template) if isinstance(template, str) else template
         self.image_token_id = image_token_id
@@ -94,9 +93,8 @@ class ConversationEncoder:
         self._text_end, self._token_end = self.template.assistant_end, ""
         if self.template.ends_with_token:
             self._text_end, self._token_end = self._token_end, self._text_end
-        closing = self._token_end + self.template.after_assistant
-        self._closing = closing
-        self._to_user = closing + self.template.user_prefix_later
+        self._closing = self._token_end + self.template.after_assistant
+        self._to_user = self._closing + self.template.user_prefix_later
         self._to_assistant = self.template.user_end + self.template.assistant_prefix
         # Made now, so that the tokenizer is not touched again (threads may share the encoder).
         for text, before in itertools.product(
@@ -104,27 +102,18 @@ class ConversationEncoder:
         ):
             self._pieces.fixed(text, before)
 
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        return self.template, self.image_token_id, self.image_seq_length, self.max_length
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """Rebuild from the arguments: each copy of the tokenizer would carry the vocabulary."""
-        arguments = (
-            self.tokenizer,
-            self.template,
-            self.image_token_id,
-            self.image_seq_length,
-            self.max_length,
-        )
-        return type(self), arguments
+        # From the arguments: each copy of the tokenizer would carry the vocabulary.
+        return type(self), (self.tokenizer, *self._settings)
 
     @property
     def identity(self) -> str:
         """Hex digest of all that decides which ids a conversation gets."""
-        parts = (
-            self.tokenizer.backend_tokenizer.to_str(),
-            self.template,
-            self.image_token_id,
-            self.image_seq_length,
-            self.max_length,
-        )
+        parts = (self.tokenizer.backend_tokenizer.to_str(), *self._settings)
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
     @property
@@ -143,11 +132,11 @@ class ConversationEncoder:
         """Return ids and labels of a training sample.
 
         A conversation over ``max_length`` loses whole trailing pairs of question and answer,
-        never a part of a text and never the picture.
+        never a part of a text and never the image.
 
         Args:
             turns: user and assistant in alternation, user first, assistant last; at most one
-                picture, in front of a user turn.
+                image, in front of a user turn.
             key: the record's key, for errors.
 
         Raises:
@@ -235,11 +224,7 @@ class ConversationEncoder:
     def decode_answer(self, ids: Ids) -> str:
         """Return the answer in generated ids: up to the first stop, without the lead."""
         stops = set(self.stop_token_ids)
-        kept: list[int] = []
-        for token_id in ids:
-            if int(token_id) in stops:
-                break
-            kept.append(int(token_id))
+        kept = list(itertools.takewhile(lambda token_id: token_id not in stops, map(int, ids)))
         # Without a role string (plain) the answer starts a part.
         at_part = Before.NOTHING if not self._to_assistant else Before.TEXT
         text = self._pieces.decode(kept, self._pieces.fixed(self._to_assistant, at_part)[1])
@@ -291,9 +276,8 @@ class ConversationEncoder:
     def _too_long(self, turns: Sequence[Turn], length: int, key: str) -> RecordError:
         """Build the error of a sample whose first pair does not fit."""
         user, assistant = turns[0], turns[1]
-        num_user = len(self._pieces.typed(user.text, Before.TEXT))
-        if self.template.drops_user_text:
-            num_user = 0
+        asked = "" if self.template.drops_user_text else user.text
+        num_user = len(self._pieces.typed(asked, Before.TEXT))
         num_assistant = len(self._pieces.typed(assistant.text, Before.TEXT))
         num_image = self.image_seq_length if user.has_image else 0
         num_template = length - num_user - num_assistant - num_image

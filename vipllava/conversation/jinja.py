@@ -35,7 +35,6 @@ def jinja_template(template: ChatTemplate, *, bos: str = "", after_image: str = 
             ids that a checkpoint was trained with, see
             :func:`vipllava.checkpoints.processor.build_processor`.
     """
-    before, text, behind = _around_system_text(template)
     image = _quote(IMAGE_PLACEHOLDER + after_image + template.image_suffix)
     user_text = "" if template.drops_user_text else "{{- text_of(message) -}}\n"
     lines = [
@@ -43,20 +42,16 @@ def jinja_template(template: ChatTemplate, *, bos: str = "", after_image: str = 
         _say(template.bos or bos),
         "{%- if messages[0]['role'] == 'system' -%}\n",
     ]
-    if text:
-        lines += [
-            _say(before),
-            "{{- text_of(messages[0]) -}}\n",
-            _say(behind),
-            "{%- set turns = messages[1:] -%}\n{%- else -%}\n",
-            _say(template.system),
-        ]
+    own = next((text for text in SYSTEM_TEXTS if text in template.system), None)
+    if own is None:
+        lines.append("{{- raise_exception('this chat template has no system message') -}}\n")
     else:
-        lines += [
-            "{{- raise_exception('this chat template has no system message') -}}\n",
-            "{%- else -%}\n",
-        ]
+        before, _, behind = template.system.partition(own)
+        lines += [_say(before), "{{- text_of(messages[0]) -}}\n", _say(behind)]
+        lines.append("{%- set turns = messages[1:] -%}\n")
     lines += [
+        "{%- else -%}\n",
+        _say(template.system),
         "{%- set turns = messages -%}\n{%- endif -%}\n",
         "{%- for message in turns -%}\n",
         "{%- if message['role'] == 'user' -%}\n",
@@ -82,14 +77,6 @@ def jinja_template(template: ChatTemplate, *, bos: str = "", after_image: str = 
         "{%- endif -%}",
     ]
     return "".join(lines)
-
-
-def _around_system_text(template: ChatTemplate) -> tuple[str, str, str]:
-    for text in SYSTEM_TEXTS:
-        before, found, behind = template.system.partition(text)
-        if found:
-            return before, found, behind
-    return template.system, "", ""
 
 
 def _say(text: str) -> str:

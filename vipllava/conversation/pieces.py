@@ -96,9 +96,8 @@ class PieceTokenizer:
         try:
             return self._bare(before).encode(text, add_special_tokens=False).ids
         except TypeError:
-            raise ValueError(
-                "it holds half of a surrogate pair, which no tokenizer reads"
-            ) from None
+            wrong = "it holds half of a surrogate pair, which no tokenizer reads"
+            raise ValueError(wrong) from None
 
     def fixed(self, text: str, before: Before) -> tuple[list[int], Before]:
         """Return the ids of one of the template's own strings, and what then stands before.
@@ -107,10 +106,9 @@ class PieceTokenizer:
         around them (Phi-3's swallow the newline that follows). The answer is remembered; do not
         change the list.
         """
-        found = self._fixed.get((text, before))
-        if found is None:
-            found = self._fixed[text, before] = self._encode_fixed(text, before)
-        return found
+        if (text, before) not in self._fixed:
+            self._fixed[text, before] = self._encode_fixed(text, before)
+        return self._fixed[text, before]
 
     def _encode_fixed(self, text: str, before: Before) -> tuple[list[int], Before]:
         pieces = self._template.split_special_tokens(text)
@@ -145,9 +143,8 @@ class PieceTokenizer:
     def _special_id(self, token: str) -> int:
         token_id = self.optional_token_id(token)
         if token_id is None:
-            known = ", ".join(
-                sorted(added.content for added in self._backend.get_added_tokens_decoder().values())
-            )
+            added = self._backend.get_added_tokens_decoder().values()
+            known = ", ".join(sorted(token.content for token in added))
             raise ConfigError(
                 f"chat template {self._template.name!r} needs the special token {token!r}, which "
                 f"this tokenizer lacks (it has: {known or 'none'}): choose the template that the "

@@ -1,9 +1,7 @@
 """Chat templates as values: the exact strings that checkpoints were trained with.
 
-A template is data only. How its strings become ids is written once, in
-:mod:`vipllava.conversation.encode`, for all templates alike; adding a template is adding a value
-to the registry below. The template belongs to the checkpoint (it is saved beside the weights) and
-is never guessed from a path.
+How their strings become ids is written once, in :mod:`vipllava.conversation.encode`. The template
+belongs to the checkpoint (it is saved beside the weights) and is never guessed from a path.
 
 A rendered conversation is::
 
@@ -31,45 +29,26 @@ IMAGE_PLACEHOLDER = "<image>"
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """One chat template.
+    """One chat template."""
 
-    Attributes:
-        name: key in the registry; what a checkpoint stores.
-        bos: the beginning-of-sequence token where the template spells it; empty where that is
-            the tokenizer's habit.
-        system: everything before the first user turn.
-        user_prefix: role string of the first user turn.
-        user_prefix_later: role string of a user turn that follows an assistant turn.
-        user_lead: separator between role string and user text (or the picture before it).
-        image_suffix: separator between the picture and the text after it.
-        user_end: end of a user turn.
-        assistant_prefix: role string of an assistant turn; the generation prompt ends with it.
-        assistant_lead: separator between role string and assistant text; supervised with it.
-        assistant_end: end of an assistant turn; supervised. A special token, or plain text.
-        after_assistant: what follows the end before the next turn; not supervised.
-        stop_tokens: tokens that end generation, those that the tokenizer has. Its own
-            end-of-sequence token always does, too.
-        stop_strings: texts that end generation where the end is not a token.
-        drops_user_text: the user's text is left out (stage 1 sees picture and caption only).
-        special_tokens: the special tokens that the strings above contain; a tokenizer must have
-            each as one token.
-    """
-
-    name: str
-    user_prefix: str
-    user_prefix_later: str
-    assistant_prefix: str
-    assistant_end: str
+    name: str  # key in the registry; what a checkpoint stores
+    user_prefix: str  # role string of the first user turn
+    user_prefix_later: str  # role string of a user turn that follows an assistant turn
+    assistant_prefix: str  # role string of an assistant turn; ends the generation prompt
+    assistant_end: str  # end of an assistant turn; supervised. A special token, or plain text
+    # The beginning-of-sequence token where the template spells it, not the tokenizer.
     bos: str = ""
-    system: str = ""
-    user_lead: str = ""
-    image_suffix: str = "\n"
-    user_end: str = ""
-    assistant_lead: str = ""
-    after_assistant: str = ""
+    system: str = ""  # everything before the first user turn
+    user_lead: str = ""  # between role string and user text (or the image before it)
+    image_suffix: str = "\n"  # between the image and the text after it
+    user_end: str = ""  # end of a user turn
+    assistant_lead: str = ""  # between role string and assistant text; supervised with it
+    after_assistant: str = ""  # what follows the end before the next turn; not supervised
+    # Tokens that end generation, those that the tokenizer has. Its own EOS always does, too.
     stop_tokens: tuple[str, ...] = ()
-    stop_strings: tuple[str, ...] = ()
-    drops_user_text: bool = False
+    stop_strings: tuple[str, ...] = ()  # texts that end generation where the end is not a token
+    drops_user_text: bool = False  # stage 1 sees image and caption only
+    # The special tokens in the strings above; a tokenizer must have each as one token.
     special_tokens: tuple[str, ...] = ()
 
     @property
@@ -81,25 +60,19 @@ class ChatTemplate:
         """Return the conversation as one string, for people and for tests.
 
         Ids are not made from this string: in it, text that a user typed and the template's own
-        strings can no longer be told apart.
-
-        Args:
-            turns: the conversation.
-            generation_prompt: end with the role string of the assistant turn to come.
+        strings can no longer be told apart. With ``generation_prompt`` it ends with the role string
+        of the assistant turn to come.
         """
         pieces = [self.bos, self.system]
-        previous_role = ""
-        for turn in turns:
+        for number, turn in enumerate(turns):
             if turn.role == "user":
-                pieces.append(self.user_prefix_later if previous_role else self.user_prefix)
-                pieces.append(self.user_lead)
+                pieces += (self.user_prefix_later if number else self.user_prefix, self.user_lead)
                 if turn.has_image:
                     pieces += (IMAGE_PLACEHOLDER, self.image_suffix)
                 pieces += ("" if self.drops_user_text else turn.text, self.user_end)
             else:
                 pieces += (self.assistant_prefix, self.assistant_lead, turn.text)
                 pieces += (self.assistant_end, self.after_assistant)
-            previous_role = turn.role
         if generation_prompt:
             pieces.append(self.assistant_prefix)
         return "".join(pieces)
@@ -108,7 +81,7 @@ class ChatTemplate:
         """Cut one of the template's own strings around the special tokens it contains."""
         if not self.special_tokens:
             return [text] if text else []
-        pattern = "|".join(re.escape(token) for token in self.special_tokens)
+        pattern = "|".join(map(re.escape, self.special_tokens))
         return [piece for piece in re.split(f"({pattern})", text) if piece]
 
 
@@ -214,13 +187,8 @@ def template_names() -> tuple[str, ...]:
 
 
 def get_template(name: str) -> ChatTemplate:
-    """Return the template called ``name``.
-
-    Raises:
-        ConfigError: no template has this name; the message lists those that exist.
-    """
-    try:
-        return _TEMPLATES[name]
-    except KeyError:
+    """Return the template called ``name``; ConfigError lists those that exist."""
+    if name not in _TEMPLATES:
         known = ", ".join(template_names())
-        raise ConfigError(f"unknown chat template {name!r}: use one of {known}") from None
+        raise ConfigError(f"unknown chat template {name!r}: use one of {known}")
+    return _TEMPLATES[name]

@@ -1,7 +1,7 @@
 """Record kinds: foreign records to :class:`vipllava.types.Sample`.
 
-A kind is one :class:`RecordKind` value in a file of its own. Those of the package are imported and
-listed here; a program adds its own with :func:`register_kind`.
+A kind is one :class:`RecordKind` value. Those of the package are imported and listed here; a
+program adds its own with :func:`register_kind`.
 """
 
 from __future__ import annotations
@@ -12,19 +12,16 @@ from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 
-from vipllava.records.fields import Fields
-from vipllava.records.kind import CONVERSATIONS, NO_POLICY, RecordKind, list_or_empty
+from vipllava.records.fields import Fields, list_or_empty
+from vipllava.records.kind import CONVERSATIONS, NO_POLICY, RecordKind
+from vipllava.records.kinds.dialogues import IMAGE_LEVEL, TEXT_ONLY
 from vipllava.records.kinds.flickr30k import FLICKR30K
-from vipllava.records.kinds.image_level import IMAGE_LEVEL
 from vipllava.records.kinds.pointqa_twice import POINTQA_TWICE
-from vipllava.records.kinds.refcocog import REFCOCOG
-from vipllava.records.kinds.refcocog_gpt4v import REFCOCOG_GPT4V
+from vipllava.records.kinds.refcocog import REFCOCOG, REFCOCOG_GPT4V
 from vipllava.records.kinds.regions import REGIONS
-from vipllava.records.kinds.text_only import TEXT_ONLY
 from vipllava.records.kinds.v7w import V7W
 from vipllava.records.kinds.vcr import VCR
-from vipllava.records.kinds.vg_rel import VG_REL
-from vipllava.records.kinds.vg_rel_gpt4v import VG_REL_GPT4V
+from vipllava.records.kinds.vg_rel import VG_REL, VG_REL_GPT4V
 from vipllava.records.version import check_version
 from vipllava.types import RecordError, Sample, VipLlavaError
 
@@ -47,31 +44,20 @@ _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
 _OWN: Final = (
-    IMAGE_LEVEL,
-    TEXT_ONLY,
-    REFCOCOG,
-    REFCOCOG_GPT4V,
-    VG_REL,
-    VG_REL_GPT4V,
-    FLICKR30K,
-    VCR,
-    V7W,
-    POINTQA_TWICE,
-    REGIONS,
-)
+    IMAGE_LEVEL, TEXT_ONLY, REFCOCOG, REFCOCOG_GPT4V, VG_REL, VG_REL_GPT4V, FLICKR30K, VCR, V7W,
+    POINTQA_TWICE, REGIONS,
+)  # fmt: skip
 
 
 class Kinds(dict[str, RecordKind]):
     """The known kinds by name, in the order in which messages list them.
 
-    What is sent to another process holds them if it needs them there: pickled, they carry what was
-    registered, and unpickled they add that to the kinds of the process they arrive in. So a spawned
-    worker knows what a forked one inherits. Like all that is pickled, the functions of a registered
-    kind are found by their module's name.
+    What is sent to another process holds them if it needs them there: unpickled, they add what was
+    registered to the kinds of the process they arrive in, so that a spawned worker knows what a
+    forked one inherits. The functions of a registered kind are found by their module's name.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return how the other process makes its kinds complete."""
         return _arrive, (tuple(self.values())[len(_OWN) :],)
 
 
@@ -86,10 +72,10 @@ def _arrive(registered: tuple[RecordKind, ...]) -> Kinds:
 
 def with_kinds(work: Callable[[_Job], _Result]) -> Callable[[_Job], _Result]:
     """Return ``work`` for other processes, where it finds the kinds of this one."""
-    return partial(_call, KINDS, work)
+    return partial(_call, work, kinds=KINDS)
 
 
-def _call(kinds: Kinds, work: Callable[[_Job], _Result], job: _Job) -> _Result:
+def _call(work: Callable[[_Job], _Result], job: _Job, kinds: Kinds) -> _Result:
     return work(job)
 
 
@@ -129,12 +115,7 @@ def kind_of(record: Mapping[str, Any], has_image: bool = False) -> str:
 
 
 def find_kind(record: Mapping[str, Any], kind: str, has_image: bool) -> RecordKind:
-    """Return the kind of a stored record.
-
-    Args:
-        record: the JSON object.
-        kind: one of ``KINDS``, or ``auto``.
-        has_image: whether an image lies beside the record.
+    """Return the kind of a stored record, given its name or ``auto``; see :func:`kind_of`.
 
     Raises:
         RecordError: the kind is unknown; lists the known ones.
@@ -182,11 +163,11 @@ def parse_record(
     Raises:
         RecordError: naming data set, key, field, what was found and what is expected.
     """
-    where = f"{dataset}/{key}"
-    check_version(record, where)
+    fields = Fields(record, key, dataset, image, size)
+    check_version(record, fields.where)
     try:
         found = find_kind(record, kind, image is not None)
     except RecordError as error:
-        raise error.at(where) from None
-    parsed = found.parse(Fields(record, key, dataset, image, size), rng)
+        raise error.at(fields.where) from None
+    parsed = found.parse(fields, rng)
     return Sample(key, dataset, image, parsed.regions, parsed.turns, found.policy, parsed.fixed)

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn, TypeVar, cast
+from typing import Any, Final, NoReturn, cast
 
 from vipllava.records.image_decode import image_size
 from vipllava.types import (
@@ -37,57 +37,55 @@ class Parsed:
 
 @dataclass(slots=True)
 class Fields:
-    """A record under reading.
+    """A record under reading."""
 
-    Attributes:
-        record: the foreign object; never changed.
-        key: the sample's key.
-        dataset: the manifest's name.
-        image: the encoded image, or None.
-        known_size: its upright width and height, pixels, once they are known.
-    """
-
-    record: Mapping[str, Any]
-    key: str
-    dataset: str
-    image: bytes | None
+    record: Mapping[str, Any]  # the foreign object; never changed
+    key: str  # the sample's
+    dataset: str  # the manifest's name
+    image: bytes | None  # encoded
+    # Width and height of the stored, upright image, pixels, once they are known.
     known_size: tuple[int, int] | None = None
+
+    @property
+    def where(self) -> str:
+        """The sample's name in messages."""
+        return f"{self.dataset}/{self.key}"
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of the stored, upright image, pixels."""
         if self.known_size is None:
-            self.require_image()
-            assert self.image is not None
-            self.known_size = image_size(self.image, key=f"{self.dataset}/{self.key}")
+            self.known_size = image_size(self.require_image(), key=self.where)
         return self.known_size
+
+    def refuse(self, reason: str, fault: str = "record-invalid") -> NoReturn:
+        """Raise a RecordError about this record."""
+        raise RecordError(f"{self.where}: {reason}", fault)
 
     def fail(
         self, name: str, found: object, expected: str, fault: str = "record-invalid"
     ) -> NoReturn:
-        """Raise a RecordError about field ``name``."""
+        """Raise a RecordError about the value of field ``name``."""
         shown = repr(found)
         if len(shown) > _SHOWN:
             shown = f"{shown[:_SHOWN]}..."
-        raise RecordError(
-            f"{self.dataset}/{self.key}: field `{name}` is {shown}; expected {expected}", fault
-        )
+        self.refuse(f"field `{name}` is {shown}; expected {expected}", fault)
 
-    def require_image(self) -> None:
-        """Refuse a record of an image whose shard holds none."""
+    def require_image(self) -> bytes:
+        """Return the image; refuse a record of one whose shard holds none."""
         if self.image is None:
-            named = self.record.get("image")
-            raise RecordError(
-                f"{self.dataset}/{self.key}: no image beside the record (it names {named!r}); "
+            self.refuse(
+                f"no image beside the record (it names {self.record.get('image')!r}); "
                 "expected KEY.jpg, .jpeg, .png or .webp in the same shard",
                 "image-missing",
             )
+        return self.image
 
     def require(self, name: str, expected: str) -> Any:
         """Return a field that has to be there."""
         if name not in self.record:
-            raise RecordError(
-                f"{self.dataset}/{self.key}: field `{name}` is missing; expected {expected}; "
+            self.refuse(
+                f"field `{name}` is missing; expected {expected}; "
                 f"the record has: {', '.join(map(str, self.record)) or 'no fields'}"
             )
         return self.record[name]
@@ -106,8 +104,7 @@ class Fields:
 
     def items(self, name: str, expected: str, count: int | None = None) -> list[Any]:
         """Return a field that is a list, of ``count`` items where given."""
-        value = self.require(name, expected)
-        return self.as_list(value, name, expected, count)
+        return self.as_list(self.require(name, expected), name, expected, count)
 
     def as_list(
         self,
@@ -122,17 +119,15 @@ class Fields:
             self.fail(name, value, expected, fault)
         values = cast("list[Any]", value)
         if count is not None and len(values) != count:
-            found = f"a list of {len(values)}"
-            raise RecordError(
-                f"{self.dataset}/{self.key}: field `{name}` is {found}; expected {expected}"
-            )
+            self.refuse(f"field `{name}` is a list of {len(values)}; expected {expected}")
         return values
 
     def index(self, name: str, length: int) -> int:
         """Return a field that is an index into ``length`` things."""
-        value = self.require(name, f"an index from 0 to {length - 1}")
+        expected = f"an index from 0 to {length - 1}"
+        value = self.require(name, expected)
         if type(value) is not int or not 0 <= value < length:
-            self.fail(name, value, f"an index from 0 to {length - 1}")
+            self.fail(name, value, expected)
         return value
 
     # Geometry.
@@ -140,8 +135,7 @@ class Fields:
     def bbox(self, value: object, name: str, extra: int = 0) -> BBox:
         """Check one box and clip it to the image.
 
-        A box partly outside is clipped; one that is wholly outside, empty, reversed or not
-        finite is refused.
+        A box wholly outside, empty, reversed or not finite is refused.
 
         Args:
             value: ``[x1, y1, x2, y2]``, then ``extra`` numbers that are ignored (a score).
@@ -158,18 +152,13 @@ class Fields:
         if x1 == x2 or y1 == y2:
             self.fail(name, numbers, "a box with an area: this one is empty", "box-empty")
         width, height = self.size
-        clipped = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-        if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
-            expected = f"a box inside the {width} x {height} image"
-            self.fail(name, numbers, expected, "box-outside")
-        return clipped
+        x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+        if x1 >= x2 or y1 >= y2:
+            self.fail(name, numbers, f"a box inside the {width} x {height} image", "box-outside")
+        return x1, y1, x2, y2
 
     def polygons(self, value: object, name: str) -> tuple[Polygon, ...]:
-        """Check one region's segmentation: a list of flat ``x, y, x, y`` lists, maybe empty.
-
-        Each polygon needs three points. Points outside are moved to the image's edge; a
-        polygon wholly outside is refused.
-        """
+        """Check one region's segmentation: a list of flat ``x, y, x, y`` lists, maybe empty."""
         return tuple(
             self.polygon(self.points(flat, where), where) for where, flat in self.flats(value, name)
         )
@@ -179,28 +168,27 @@ class Fields:
         flats = self.as_list(value, name, _POLYGONS, fault="polygon-invalid")
         return [(f"{name}[{number}]", flat) for number, flat in enumerate(flats)]
 
-    def points(self, flat: object, name: str) -> list[tuple[Any, Any]]:
+    def points(self, flat: object, name: str) -> list[list[Any]]:
         """Return the points of one flat list."""
         numbers = self.as_list(flat, name, _POLYGONS, fault="polygon-invalid")
         if len(numbers) % 2:
             even = f"an even count of coordinates, not {len(numbers)}"
             self.fail(name, numbers, even, "polygon-invalid")
-        return list(zip(numbers[::2], numbers[1::2], strict=True))
+        return [numbers[start : start + 2] for start in range(0, len(numbers), 2)]
 
     def polygon(self, points: Sequence[Any], name: str) -> Polygon:
-        """Check one ring of ``(x, y)`` pairs and move points outside to the image's edge."""
+        """Check one ring of at least three ``[x, y]`` and move points outside to the image's edge.
+
+        One wholly outside is refused.
+        """
         width, height = self.size
         checked: list[Point] = []
         for point in points:
-            if (
-                not isinstance(point, (list, tuple))
-                or len(cast("Sequence[Any]", point)) != 2
-                or not all(map(_is_number, cast("Sequence[Any]", point)))
-            ):
+            pair = list_or_empty(point)
+            if len(pair) != 2 or not all(map(_is_number, pair)):
                 expected = "finite x, y coordinates in pixels"
-                self.fail(name, cast("object", point), expected, "polygon-invalid")
-            x, y = cast("tuple[float, float]", point)
-            checked.append((float(x), float(y)))
+                self.fail(name, point, expected, "polygon-invalid")
+            checked.append((float(pair[0]), float(pair[1])))
         if len(checked) < 3:
             expected = f"at least 3 points, not {len(checked)}"
             self.fail(name, list(points), expected, "polygon-invalid")
@@ -211,7 +199,7 @@ class Fields:
         right, bottom = float(width), float(height)
         return tuple((min(max(x, 0.0), right), min(max(y, 0.0), bottom)) for x, y in checked)
 
-    def regions(self, *, count: int | None = None, masks: bool | None = None) -> list[Region]:
+    def regions(self, *, count: int | None = None, masks: bool | None = None) -> tuple[Region, ...]:
         """Read ``bboxes`` and ``segmentations``.
 
         Args:
@@ -222,18 +210,17 @@ class Fields:
         boxes = self.items("bboxes", f"a list of boxes [x1, y1, x2, y2], {many} of them", count)
         segmentations: list[Any] = [None] * len(boxes)
         if masks or (masks is None and self.record.get("segmentations") is not None):
-            segmentations = self.items(
-                "segmentations", f"one list of polygons per box ({len(boxes)})", len(boxes)
-            )
-        return [
+            expected = f"one list of polygons per box ({len(boxes)})"
+            segmentations = self.items("segmentations", expected, len(boxes))
+        return tuple(
             Region(
                 self.bbox(box, f"bboxes[{number}]"),
-                ()
-                if mask is None and not masks
-                else self.polygons(mask, f"segmentations[{number}]"),
+                self.polygons(mask, f"segmentations[{number}]")
+                if masks or mask is not None
+                else (),
             )
             for number, (box, mask) in enumerate(zip(boxes, segmentations, strict=True))
-        ]
+        )
 
     # Conversations.
 
@@ -255,23 +242,6 @@ class Fields:
         speakers = [speaker for _, speaker, _ in said]
         if speakers != ["human", "gpt"] * (len(said) // 2):
             self.fail("conversations", speakers, "human and gpt taking turns")
-        return self._draft(said, num_regions)
-
-    def _said(self, item: object, where: str) -> tuple[str, str, str]:
-        """Return place, speaker and text of one entry of ``conversations``."""
-        if not isinstance(item, Mapping):
-            self.fail(where, item, "an object {from, value}")
-        turn = cast("Mapping[str, Any]", item)
-        speaker, value = turn.get("from"), turn.get("value")
-        if speaker not in ("human", "gpt"):
-            self.fail(f"{where}.from", speaker, "human or gpt")
-        if not isinstance(value, str):
-            self.fail(f"{where}.value", value, "a text")
-        return where, speaker, value
-
-    def _draft(
-        self, said: Sequence[tuple[str, str, str]], num_regions: int | None
-    ) -> tuple[DraftTurn, ...]:
         named = [n for n, (_, speaker, value) in enumerate(said)
                  if speaker == "human" and IMAGE_PLACEHOLDER in value]  # fmt: skip
         if self.image is not None and len(named) > 1:
@@ -285,21 +255,32 @@ class Fields:
             parts: tuple[str | Mention, ...] = (value,)
             if num_regions is not None:
                 parts = self.mentions(value, num_regions, f"{where}.value")
-            role = "user" if speaker == "human" else "assistant"
-            turns.append(DraftTurn(role, parts, has_image))
+            turns.append(DraftTurn("user" if speaker == "human" else "assistant", parts, has_image))
         return tuple(turns)
+
+    def _said(self, item: object, where: str) -> tuple[str, Any, str]:
+        """Return place, speaker and text of one entry of ``conversations``."""
+        if not isinstance(item, Mapping):
+            self.fail(where, item, "an object {from, value}")
+        turn = cast("Mapping[str, Any]", item)
+        speaker, value = turn.get("from"), turn.get("value")
+        if speaker not in ("human", "gpt"):
+            self.fail(f"{where}.from", speaker, "human or gpt")
+        if not isinstance(value, str):
+            self.fail(f"{where}.value", value, "a text")
+        return where, speaker, value
 
     def mentions(self, text: str, num_regions: int, name: str) -> tuple[str | Mention, ...]:
         """Split a text at ``<bboxN>``; a bare ``<bbox>`` means the only region."""
         parts: list[str | Mention] = []
         start = 0
         for match in REGION_PLACEHOLDER.finditer(text):
+            region, expected = int(match.group(1) or 0), ""
             if not match.group(1) and num_regions != 1:
                 expected = f"<bbox0> to <bbox{num_regions - 1}>: bare is unclear"
-                self.fail(name, match.group(), expected, "placeholder-without-region")
-            region = int(match.group(1) or 0)
-            if region >= num_regions:
+            elif region >= num_regions:
                 expected = f"a region of this record, which has {num_regions} boxes"
+            if expected:
                 self.fail(name, match.group(), expected, "placeholder-without-region")
             parts += [text[start : match.start()], Mention(region)]
             start = match.end()
@@ -307,10 +288,7 @@ class Fields:
         return tuple(part for part in parts if part != "")
 
 
-_Turns = TypeVar("_Turns", bound=list[tuple[Any, Any, str]])
-
-
-def kept_turns(turns: _Turns) -> _Turns:
+def kept_turns(turns: list[tuple[str, Any, str]]) -> list[tuple[str, Any, str]]:
     """Remove (place, speaker, text) of answers before the first question, and of a last question.
 
     As in the released data: they carry nothing to learn.
@@ -320,6 +298,11 @@ def kept_turns(turns: _Turns) -> _Turns:
     if turns and turns[-1][1] == "human":
         turns.pop()
     return turns
+
+
+def list_or_empty(value: object) -> list[Any]:
+    """Return a list as it is, nothing for anything else: that is the parser's to refuse."""
+    return cast("list[Any]", value) if isinstance(value, list) else []
 
 
 def _is_number(value: object) -> bool:

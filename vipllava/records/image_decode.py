@@ -18,15 +18,7 @@ import warnings
 from typing import Final
 
 import numpy as np
-from PIL import (
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    JpegImagePlugin,
-    PngImagePlugin,
-    UnidentifiedImageError,
-    WebPImagePlugin,
-)
+from PIL import Image, UnidentifiedImageError
 
 from vipllava.types import RecordError
 
@@ -36,12 +28,9 @@ except ImportError:  # optional: same pixels as Pillow, about three times faster
     simplejpeg = None
 
 MAX_PIXELS: Final = 100_000_000
-# Pillow loads its readers on demand; naming formats needs them loaded.
-_READERS: Final = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin)
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _FIX: Final = "replace the file or remove the record"
 _ORIENTATION: Final = 0x0112
-_SIDEWAYS: Final = (5, 6, 7, 8)
 _UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -62,18 +51,15 @@ def image_size(data: bytes, *, key: str) -> tuple[int, int]:
     """
     image = _open(data, key)
     width, height = image.size
-    return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+    return (height, width) if _orientation(image) >= 5 else (width, height)  # on its side
 
 
 def decode_image(data: bytes, key: str) -> Image.Image:
-    """Decode an image.
+    """Return the upright image, mode RGB.
 
     Args:
         data: JPEG, PNG, WebP, GIF or BMP bytes; the content decides, not the extension.
         key: the sample's key, for messages.
-
-    Returns:
-        The upright image, mode RGB.
 
     Raises:
         RecordError: the bytes are no image, are truncated, hold more than 100 megapixels, or
@@ -81,45 +67,41 @@ def decode_image(data: bytes, key: str) -> Image.Image:
     """
     image = _open(data, key)
     orientation = _orientation(image)
-    fast = _decode_jpeg(data, image)
-    if fast is None:
+    rgb = _decode_jpeg(data, image)
+    if rgb is None:
         try:
             image.load()
-            fast = _to_rgb(image, key)
+            rgb = _to_rgb(image, key)
         except (*_BROKEN, Image.DecompressionBombError) as error:
-            raise RecordError(
-                f"{key}: the image cannot be decoded ({error}); {_FIX}", "image-corrupt"
-            ) from error
-    return fast.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else fast
+            raise _corrupt(f"{key}: the image cannot be decoded ({error})") from error
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
 def _open(data: bytes, key: str) -> Image.Image:
+    too_large = f"the limit is {MAX_PIXELS} pixels; {_FIX}"
     try:
         with warnings.catch_warnings():  # Pillow warns below our limit, which is checked here
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
         width, height = image.size
     except Image.DecompressionBombError as error:
-        raise RecordError(
-            f"{key}: {error}; the limit is {MAX_PIXELS} pixels; {_FIX}", "image-too-large"
-        ) from error
+        raise RecordError(f"{key}: {error}; {too_large}", "image-too-large") from error
     except UnidentifiedImageError as error:
-        start = bytes(data[:8])
-        raise RecordError(
-            f"{key}: {len(data)} bytes starting with {start!r} are no image; expected "
-            f"{', '.join(_FORMATS)}; {_FIX}",
-            "image-corrupt",
+        raise _corrupt(
+            f"{key}: {len(data)} bytes starting with {bytes(data[:8])!r} are no image; expected "
+            f"{', '.join(_FORMATS)}"
         ) from error
     except _BROKEN as error:
-        raise RecordError(
-            f"{key}: the image's header is broken ({error}); {_FIX}", "image-corrupt"
-        ) from error
+        raise _corrupt(f"{key}: the image's header is broken ({error})") from error
     if width * height > MAX_PIXELS:
         raise RecordError(
-            f"{key}: the image has {width} x {height} pixels; the limit is {MAX_PIXELS}; {_FIX}",
-            "image-too-large",
+            f"{key}: the image has {width} x {height} pixels; {too_large}", "image-too-large"
         )
     return image
+
+
+def _corrupt(what: str) -> RecordError:
+    return RecordError(f"{what}; {_FIX}", "image-corrupt")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Final, Literal, NamedTuple, cast
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
-from vipllava.records.fields import Fields, Parsed
+from vipllava.records.fields import Fields, Parsed, list_or_empty
 from vipllava.types import VipLlavaError
 
 NO_POLICY: Final = "none"
@@ -18,25 +18,13 @@ CONVERSATIONS: Final = "conversations"
 
 
 class Outline(NamedTuple):
-    """A box or polygon as it stands in a record, not checked.
+    """A box or polygon as it stands in a record, not checked."""
 
-    Attributes:
-        form: ``box`` is ``[x1, y1, x2, y2]``, ``mask`` a list of flat ``x, y, x, y`` lists,
-            ``ring`` a list of ``[x, y]`` points.
-        value: what the record has.
-        name: the field, for messages.
-        extra: how many numbers may follow the four of a box.
-    """
-
+    # ``[x1, y1, x2, y2]``, a list of flat ``x, y, x, y`` lists, or a list of ``[x, y]`` points.
     form: Literal["box", "mask", "ring"]
-    value: Any
-    name: str
-    extra: int = 0
-
-
-def no_outlines(record: Mapping[str, Any]) -> Iterable[Outline]:
-    """Return nothing: the kind has no regions."""
-    return ()
+    value: Any  # what the record has
+    name: str  # the field, for messages
+    extra: int = 0  # how many numbers may follow the four of a box
 
 
 def boxes(record: Mapping[str, Any]) -> Iterator[Outline]:
@@ -53,9 +41,9 @@ def boxes_and_masks(record: Mapping[str, Any], *, all_masks: bool = False) -> It
             yield Outline("mask", mask, f"segmentations[{number}]")
 
 
-def list_or_empty(value: object) -> list[Any]:
-    """Return a list as it is, nothing for anything else: that is the parser's to refuse."""
-    return cast("list[Any]", value) if isinstance(value, list) else []
+def no_outlines(record: Mapping[str, Any]) -> Iterable[Outline]:
+    """Return nothing: the kind has no regions."""
+    return ()
 
 
 @dataclass(frozen=True, slots=True)

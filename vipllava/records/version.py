@@ -1,8 +1,7 @@
 """The version of stored records.
 
-A record in a shard carries ``schema_version``; one without (the published lists, tars made by other
-tools) is of version 1, the only one so far. Whoever changes what a field of a stored record means
-raises the number.
+A record without ``schema_version`` (published lists, tars of other tools) is of version 1, the only
+one so far. Whoever changes what a field of a stored record means raises the number.
 """
 
 from __future__ import annotations
@@ -17,15 +16,7 @@ VERSION_FIELD: Final = "schema_version"
 
 
 def check_version(record: Mapping[str, Any], where: str) -> None:
-    """Raise unless this release knows the version of a record.
-
-    Args:
-        record: as stored.
-        where: data set and key, for messages.
-
-    Raises:
-        RecordError: the version is none, or newer than this release.
-    """
+    """Raise RecordError, beginning with ``where``, unless this release knows the version."""
     version = record.get(VERSION_FIELD, RECORD_VERSION)
     if type(version) is not int or version != RECORD_VERSION:
         raise RecordError(

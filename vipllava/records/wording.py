@@ -10,10 +10,9 @@ import numpy as np
 from vipllava.types import DraftTurn, Mention
 
 LETTERS: Final = "ABCD"
+# LLaVA-1.5's constants for short answers and for multiple choice.
 SHORT_ANSWER: Final = "Answer the question using a single word or phrase."
-"""LLaVA-1.5's constant for short answers."""
 OPTION_LETTER: Final = "Answer with the option's letter from the given choices directly."
-"""LLaVA-1.5's constant for multiple choice."""
 
 Parts = tuple[str | Mention, ...]
 _T = TypeVar("_T")
@@ -47,6 +46,12 @@ def join(parts: Sequence[str | Mention]) -> Parts:
     return tuple(part for part in merged if part != "")
 
 
+def capitalised(parts: Parts) -> Parts:
+    """Return a text whose first letter is a capital, unless a mention comes first."""
+    first, *others = parts
+    return (first[:1].upper() + first[1:], *others) if isinstance(first, str) else parts
+
+
 def multiple_choice(question: Parts, options: Sequence[Parts]) -> Parts:
     """Write a question with lettered options the way LLaVA-1.5 does."""
     parts: list[str | Mention] = [*question, "\n"]
@@ -55,7 +60,9 @@ def multiple_choice(question: Parts, options: Sequence[Parts]) -> Parts:
     return join([*parts, OPTION_LETTER])
 
 
-def exchange(question: Parts, answer: Parts | str, *, has_image: bool = True) -> list[DraftTurn]:
+def exchange(
+    question: Parts, answer: Parts | str, *, has_image: bool = True
+) -> tuple[DraftTurn, DraftTurn]:
     """Return a question and its answer as two turns."""
     answered = (answer,) if isinstance(answer, str) else answer
-    return [DraftTurn("user", question, has_image), DraftTurn("assistant", answered)]
+    return DraftTurn("user", question, has_image), DraftTurn("assistant", answered)

@@ -1,9 +1,8 @@
 """Which samples make a global batch: shuffled, grouped by length, or packed.
 
 The sequence of global batches is a pure function of (seed, epoch). A batch is a list of *rows*: a
-row is one sample, or with packing several that share it. Whoever reads the sequence gets a
-:class:`Cursor` with every batch: a few numbers from which it goes on exactly behind that batch,
-without replaying what came before.
+row is one sample, or with packing several that share it. With every batch comes a :class:`Cursor`,
+from which the sequence goes on exactly behind it, without replaying what came before.
 
 * ``shuffled``: the order, cut.
 * ``length_grouped``: within a window of batches samples are sorted by length, cut, and the batches
@@ -17,10 +16,10 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -59,22 +58,18 @@ class GlobalBatch:
     progress: float  # share of the epoch's samples consumed when this step is done, 0..1
 
 
+@dataclass(eq=False)
 class BatchPlan(ABC):
-    """A sequence of global batches for every epoch.
+    """A sequence of global batches for every epoch."""
 
-    Args:
-        order: of the samples.
-        rows_per_batch: rows of a full global batch.
-    """
-
-    exact = True
+    order: SampleOrder  # of the samples
+    rows_per_batch: int  # rows of a full global batch
+    exact: ClassVar = True
     """Whether ``max_steps`` is the number of steps, not a bound."""
 
-    def __init__(self, order: SampleOrder, rows_per_batch: int) -> None:
-        if rows_per_batch < 1:
-            raise ConfigError(f"global_batch_size={rows_per_batch} must be at least 1")
-        self.order = order
-        self.rows_per_batch = rows_per_batch
+    def __post_init__(self) -> None:
+        if self.rows_per_batch < 1:
+            raise ConfigError(f"global_batch_size={self.rows_per_batch} must be at least 1")
 
     def max_steps(self) -> int:
         """Return a number of steps that no epoch exceeds: as if every row were one sample."""
@@ -89,23 +84,12 @@ class BatchPlan(ABC):
         """Return what has to be equal for a cursor to mean the same place."""
 
 
+@dataclass(eq=False)
 class SampleBatches(BatchPlan):
-    """``shuffled`` and ``length_grouped``: every row is one sample.
+    """``shuffled`` and ``length_grouped``: every row is one sample."""
 
-    Args:
-        order: of the samples.
-        batch_size: samples of a global batch.
-        lengths: gives the (estimated) total length of items; None leaves them shuffled.
-    """
-
-    def __init__(
-        self,
-        order: SampleOrder,
-        batch_size: int,
-        lengths: Callable[[Epoch], Lengths] | None = None,
-    ) -> None:
-        super().__init__(order, batch_size)
-        self.lengths = lengths
+    # Gives the (estimated) total length of an epoch's samples; None leaves them shuffled.
+    lengths: Callable[[Epoch], Lengths] | None = None
 
     def batches(self, start: Cursor) -> Iterator[GlobalBatch]:
         """Yield the global batches from ``start`` on."""
@@ -118,7 +102,7 @@ class SampleBatches(BatchPlan):
             yield GlobalBatch(rows, Cursor(start.epoch, step + 1, done), done / total)
 
     def identity(self) -> dict[str, Any]:
-        """Return what has to be equal for a cursor to mean the same place."""
+        """Return batching and batch size."""
         batching = "shuffled" if self.lengths is None else "length_grouped"
         return {"batching": batching, "global_batch_size": self.rows_per_batch}
 
@@ -143,42 +127,26 @@ class SampleBatches(BatchPlan):
 
 
 WindowPlanner = Callable[[Sequence[Item], np.random.Generator, str], tuple[Row, ...]]
-"""Makes the packs of a window, a pure function of its arguments: the window's samples, a generator
-that shuffles the packs, and a name that tells the window from any other. Every sample, or its
-substitute, is in one pack."""
+"""Makes the packs of a window, a pure function of its samples, a generator that shuffles the packs,
+and a name that tells the window from any other. Every sample, or its substitute, is in one pack."""
 
 
+@dataclass(eq=False)
 class PackedBatches(BatchPlan):
-    """``packed``: every row is a pack.
+    """``packed``: every row is a pack."""
 
-    Args:
-        order: of the samples.
-        rows_per_batch: packs of a global batch.
-        planner: makes the packs of a window.
-        window_samples: samples of a window.
-        ahead: plan the next window in a thread meanwhile; False where another process plans it.
-        identity: what else a cursor depends on, e.g. the pack length.
-    """
+    planner: WindowPlanner  # makes the packs of a window
+    _: KW_ONLY
+    window_samples: int = PACK_WINDOW_SAMPLES  # samples of a window
+    ahead: bool = True  # plan the next window in a thread; False where another process plans it
+    # What else a cursor depends on, e.g. the pack length.
+    depends_on: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    exact: ClassVar = False
 
-    exact = False
-
-    def __init__(
-        self,
-        order: SampleOrder,
-        rows_per_batch: int,
-        planner: WindowPlanner,
-        *,
-        window_samples: int = PACK_WINDOW_SAMPLES,
-        ahead: bool = True,
-        identity: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(order, rows_per_batch)
-        if window_samples < 1:
-            raise ConfigError(f"window_samples={window_samples} must be at least 1")
-        self.planner = planner
-        self.window_samples = window_samples
-        self.ahead = ahead
-        self._identity = dict(identity or {})
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window_samples < 1:
+            raise ConfigError(f"window_samples={self.window_samples} must be at least 1")
 
     def batches(self, start: Cursor) -> Iterator[GlobalBatch]:
         """Yield the global batches from ``start`` on."""
@@ -200,12 +168,12 @@ class PackedBatches(BatchPlan):
             yield GlobalBatch(tuple(rows), after, 1.0)
 
     def identity(self) -> dict[str, Any]:
-        """Return what has to be equal for a cursor to mean the same place."""
+        """Return batching and batch size."""
         return {
             "batching": "packed",
             "packs_per_batch": self.rows_per_batch,
             "pack_window": self.window_samples,
-            **self._identity,
+            **self.depends_on,
         }
 
     @property

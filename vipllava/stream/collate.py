@@ -42,10 +42,7 @@ class Collator:
     pack_length: int | None = None
 
     def __call__(self, packs: Sequence[Sequence[EncodedSample]]) -> Batch:
-        """Return a batch whose ``pixel_values`` are in row order.
-
-        Args:
-            packs: the samples of each row, at least one a row.
+        """Return a batch of rows, given the samples of each, at least one a row.
 
         Raises:
             RecordError: a row is longer than ``pack_length``; names its samples.
@@ -83,10 +80,7 @@ class Collator:
         )
         block = torch.as_tensor(columns)
         return Batch(
-            block[0],
-            block[1],
-            block[2],
-            block[3],
+            *block,
             pixel_values,
             keys=tuple(sample.key for sample in samples),
             datasets=tuple(sample.dataset for sample in samples),

@@ -18,7 +18,7 @@ from vipllava.conversation.label_proof import prove_labels
 from vipllava.files.cache import ShardCache
 from vipllava.files.retries import Patience
 from vipllava.shards.manifest import Manifest, load_manifest
-from vipllava.stream.batching import Batching, BatchPlan, Cursor, PackedBatches, SampleBatches
+from vipllava.stream.batching import Batching, BatchPlan, Cursor
 from vipllava.stream.held_out import HeldOutLoader
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.loader import StepLoader, StepSampler, stream_identity
@@ -30,14 +30,14 @@ from vipllava.stream.order import (
     parse_mix,
     plan_parts,
 )
-from vipllava.stream.pack_planner import PackPlanner, SharedPlans
+from vipllava.stream.pack_planner import SharedPlans, plan_batches
 from vipllava.stream.prefetch import ShardPrefetcher
 from vipllava.stream.quarantine import QUARANTINE_FILE, BadSamplePolicy, OnFault, QuarantineLog
 from vipllava.stream.ranks import Ranks, gather_objects
 from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
 from vipllava.stream.step_again import ReplayedMicroBatch, replay_step
 from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
-from vipllava.types import Batch, ConfigError
+from vipllava.types import Batch, ConfigError, Encoded
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
 log = logging.getLogger(__name__)
@@ -89,10 +89,8 @@ class VisualPromptDataModule(lightning.LightningDataModule):
             raise ConfigError(f"batching={self.batching}: expected one of {known}")
         entries = parse_mix(self.mix) if self.mix else {str(self.manifest): MixEntry(epochs=1.0)}
         self.manifests = [load_manifest(name, self.manifests_dir) for name in entries]
-        self.mix_entries = {
-            manifest.name: entry
-            for manifest, entry in zip(self.manifests, entries.values(), strict=True)
-        }
+        names = [manifest.name for manifest in self.manifests]
+        self.mix_entries = dict(zip(names, entries.values(), strict=True))
         if len(self.mix_entries) < len(entries):
             raise ConfigError(f"the mix names a data set twice: {', '.join(entries)}")
         self.held_out_manifest = (
@@ -107,12 +105,11 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         )
         self.bad_sample_policy = BadSamplePolicy(self.on_fault, self.max_fault_rate)
         self.patience = Patience(max_attempts=None, total_s=60 * self.storage_patience_minutes)
-        self.cache = (
-            None
-            if self.cache_dir is None
-            else ShardCache(Path(self.cache_dir), int(self.cache_gb * 10**9), self.patience)
-        )
+        self.cache: ShardCache | None = None
+        if self.cache_dir is not None:
+            self.cache = ShardCache(Path(self.cache_dir), int(self.cache_gb * 10**9), self.patience)
         self.dataset: VisualPromptDataset | None = None
+        self.proved: list[tuple[Item, Encoded]] = []
         self._loader: StepLoader | None = None
         self._restored: dict[str, Any] | None = None
         self._num_shared = 0
@@ -131,18 +128,17 @@ class VisualPromptDataModule(lightning.LightningDataModule):
 
     def _open_and_prove(self) -> VisualPromptDataset:
         dataset = self.open_dataset()
-        num_proved = 0
+        self.proved = []
         for item in self.first_items(dataset, self.num_proved):
             _, good, _ = dataset.measure(item)
             sample = dataset.sources[good.part].sample(good.position, good.epoch_pass)
             turns, encoded = self.sample_encoder.encode_text(sample, good.epoch_pass)
-            prove_labels(
-                self.conversation_encoder, turns, encoded, key=f"{sample.dataset}/{sample.key}"
-            )
-            num_proved += 1
+            key = f"{sample.dataset}/{sample.key}"
+            prove_labels(self.conversation_encoder, turns, encoded, key=key)
+            self.proved.append((good, encoded))
         for source in dataset.sources:
             log.info("%s: %d samples", source.name, len(source))
-        log.info("labels of %d samples proved", num_proved)
+        log.info("labels of %d samples proved", len(self.proved))
         return dataset
 
     def open_dataset(self) -> VisualPromptDataset:
@@ -181,11 +177,8 @@ class VisualPromptDataModule(lightning.LightningDataModule):
                 f"batch of {self.global_batch_size} with micro-batches of {self.micro_batch_size} "
                 f"on {trainer.world_size} ranks needs {accumulate}"
             )
-        device: torch.device = trainer.strategy.root_device
-        quarantine_log = QuarantineLog(
-            None if self.run_dir is None else Path(self.run_dir) / QUARANTINE_FILE,
-            self.bad_sample_policy,
-        )
+        path = None if self.run_dir is None else Path(self.run_dir) / QUARANTINE_FILE
+        quarantine_log = QuarantineLog(path, self.bad_sample_policy)
         order = self._order(self.dataset)
         ranks = self._ranks()
         shared = self._shared_plans(ranks.rank) if trainer.world_size > 1 else None
@@ -199,17 +192,14 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         self._loader = StepLoader(
             self.dataset,
             StepSampler(
-                plan,
-                accumulate=accumulate,
-                world_size=trainer.world_size,
-                rank=trainer.global_rank,
+                plan, accumulate=accumulate, world_size=trainer.world_size, rank=trainer.global_rank
             ),
             self.collator,
             num_workers=self.num_workers,
             ranks=ranks,
             quarantine_log=quarantine_log,
             prefetcher=ShardPrefetcher([s.shards for s in self.dataset.sources], order),
-            pin_memory=device.type == "cuda",
+            pin_memory=trainer.strategy.root_device.type == "cuda",
         )
         if self._restored is not None:
             self._loader.load_state_dict(self._restored)
@@ -245,12 +235,7 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         return batch.to(device, non_blocking=True)
 
     def replay(
-        self,
-        place: Mapping[str, int],
-        data: Mapping[str, Any],
-        *,
-        world_size: int,
-        accumulate: int,
+        self, place: Mapping[str, int], data: Mapping[str, Any], *, world_size: int, accumulate: int
     ) -> list[ReplayedMicroBatch]:
         """Make the micro-batches of one step again, of every rank.
 
@@ -266,15 +251,8 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         """
         self.dataset = dataset = self.dataset or self.open_dataset()
         plan = self._plan(dataset, self._order(dataset))
-        return replay_step(
-            dataset,
-            plan,
-            self.collator,
-            Cursor(**place),
-            data,
-            world_size=world_size,
-            accumulate=accumulate,
-        )
+        begins, division = Cursor(**place), {"world_size": world_size, "accumulate": accumulate}
+        return replay_step(dataset, plan, self.collator, begins, data, **division)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been consumed, for Lightning's checkpoint."""
@@ -309,19 +287,16 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         quarantine_log: QuarantineLog | None = None,
         shared: SharedPlans | None = None,
     ) -> BatchPlan:
-        if self.batching != "packed":
-            lengths = dataset.estimate_lengths if self.batching == "length_grouped" else None
-            return SampleBatches(order, self.global_batch_size, lengths)
-        planner = PackPlanner(
+        return plan_batches(
+            self.batching,
+            order,
+            self.global_batch_size,
             dataset,
             pack_length=self.pack_length,
             max_images=self.max_images_per_pack,
             shared=shared,
             on_faults=None if quarantine_log is None else quarantine_log.add,
         )
-        identity = {"pack_length": self.pack_length, "max_images": self.max_images_per_pack}
-        ahead = shared is None or shared.plans
-        return PackedBatches(order, self.global_batch_size, planner, ahead=ahead, identity=identity)
 
     def _shared_plans(self, rank: int) -> SharedPlans | None:
         if self.batching != "packed":
@@ -331,8 +306,7 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         # A connection of its own: who waits for an answer on the job's keeps others waiting.
         store = distributed.group.WORLD.get_group_store().clone()
         store = distributed.PrefixStore(f"packs-{self._num_shared}", store)
-        timeout_s = self.patience.total_s + _SLOW_SAMPLE_S
-        return SharedPlans(store, rank=rank, timeout_s=timeout_s)
+        return SharedPlans(store, rank=rank, timeout_s=self.patience.total_s + _SLOW_SAMPLE_S)
 
     def _ranks(self) -> Ranks:
         trainer: Any = self.trainer

@@ -1,8 +1,6 @@
 """Held-out samples for the loss between training steps: always the same, in the same order.
 
-They are a stream as training has it, without shuffling and without substitutes: every rank runs the
-same number of batches, as sharded networks need, and where the samples do not divide, some come
-again without labels and count for nothing.
+They are a stream as training has it, without shuffling and without substitutes.
 """
 
 from __future__ import annotations
@@ -69,5 +67,4 @@ class HeldOutLoader:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches in order; raises what :meth:`StepLoader.__iter__` raises."""
         return iter(self._steps)

@@ -1,17 +1,15 @@
-"""Images to the network's input: uint8, normalised later on the device.
-
-Three aspects (sizes as in LLaVA-1.5):
+"""Images to the network's input: uint8, normalised later on the device. Three aspects:
 
 * ``square``: short side to ``size``, centre crop (stage 1; what ``CLIPImageProcessor`` does).
 * ``pad``: pad to a square in the mean colour, then resize (stages 2 and 3, inference).
 * ``resize``: to ``size`` x ``size`` whatever the aspect (VCR evaluation).
 
-The fast path resizes with torch's uint8 kernels, within one level of Pillow's. Padding comes
-first: resizing first would shift the image by part of a pixel.
+The fast path resizes with torch's uint8 kernels, within one level of Pillow's.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -27,24 +25,20 @@ ImageAspect = Literal["square", "pad", "resize"]
 Pixels = npt.NDArray[np.uint8]
 
 
+@dataclass(frozen=True)
 class ImageTransform:
-    """Turns an image into uint8 [3, size, size].
+    """Turns an image into uint8 [3, size, size]."""
 
-    Args:
-        size: side of the network's input, pixels.
-        aspect: one of ``square``, ``pad``, ``resize``.
-        preprocessing: of the vision tower: its resampling, and the colour of the padding.
-    """
+    size: int  # side of the network's input, pixels
+    aspect: ImageAspect
+    preprocessing: Preprocessing  # of the vision tower: its resampling, and the padding's colour
 
-    def __init__(self, size: int, aspect: ImageAspect, preprocessing: Preprocessing) -> None:
-        if size < 1:
-            raise ConfigError(f"image size is {size}; it must be positive")
-        if aspect not in get_args(ImageAspect):
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ConfigError(f"image size is {self.size}; it must be positive")
+        if self.aspect not in get_args(ImageAspect):
             known = ", ".join(get_args(ImageAspect))
-            raise ConfigError(f"unknown image aspect `{aspect}`; known: {known}")
-        self.size = size
-        self.aspect: ImageAspect = aspect
-        self.preprocessing = preprocessing
+            raise ConfigError(f"unknown image aspect `{self.aspect}`; known: {known}")
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Transform one RGB image; the result is contiguous uint8 [3, size, size]."""
@@ -52,10 +46,10 @@ class ImageTransform:
             # Wider and lower at once: releases of Pillow differ in which pass comes first.
             return reference_transform(image, self.size, self.aspect, self.preprocessing)
         pixels = np.array(image)
-        if self.aspect == "pad":
+        if self.aspect == "pad":  # first: padding after resizing would shift the image
             pixels = _pad(pixels, self.preprocessing.pad_colour)
-        stored = pixels.shape[1], pixels.shape[0]
-        width, height = _resized_size(stored, self.size, self.aspect)
+        height, width = pixels.shape[:2]
+        width, height = _resized_size(width, height, self.size, self.aspect)
         # A contiguous [height, width, 3] array is channels-last, torch's fast layout here.
         planes = torch.as_tensor(pixels).permute(2, 0, 1)[None]
         if (height, width) != tuple(planes.shape[2:]):
@@ -80,19 +74,11 @@ class ImageTransform:
             side = max(size)
             left, top = (side - width) // 2, (side - height) // 2
             width = height = side
-        new_width, new_height = _resized_size((width, height), self.size, self.aspect)
-        x_scale, y_scale = new_width / width, new_height / height
+        new_width, new_height = _resized_size(width, height, self.size, self.aspect)
         dx, dy = (new_width - self.size) // 2, (new_height - self.size) // 2
-        x1, y1, x2, y2 = bbox
-        return (
-            (x1 + left) * x_scale - dx,
-            (y1 + top) * y_scale - dy,
-            (x2 + left) * x_scale - dx,
-            (y2 + top) * y_scale - dy,
-        )
-
-    def __repr__(self) -> str:
-        return f"ImageTransform(size={self.size}, aspect={self.aspect!r})"
+        x1, x2 = ((x + left) * (new_width / width) - dx for x in bbox[::2])
+        y1, y2 = ((y + top) * (new_height / height) - dy for y in bbox[1::2])
+        return x1, y1, x2, y2
 
 
 def reference_transform(
@@ -105,15 +91,9 @@ def reference_transform(
         canvas = Image.new("RGB", (side, side), preprocessing.pad_colour)
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = canvas
-    if aspect == "square":
-        short, long = sorted(image.size)
-        longer = int(size * long / short)
-        wide = image.width > image.height
-        resized = image.resize((longer, size) if wide else (size, longer), resampling)
-        left, top = (resized.width - size) // 2, (resized.height - size) // 2
-        image = resized.crop((left, top, left + size, top + size))
-    else:
-        image = image.resize((size, size), resampling)
+    image = image.resize(_resized_size(*image.size, size, aspect), resampling)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    image = image.crop((left, top, left + size, top + size))
     return torch.as_tensor(np.array(image)).permute(2, 0, 1).contiguous()
 
 
@@ -133,8 +113,7 @@ def _pad(pixels: Pixels, colour: RGB) -> Pixels:
     return canvas
 
 
-def _resized_size(stored: tuple[int, int], size: int, aspect: ImageAspect) -> tuple[int, int]:
-    width, height = stored
+def _resized_size(width: int, height: int, size: int, aspect: ImageAspect) -> tuple[int, int]:
     if aspect != "square":
         return size, size
     longer = int(size * max(height, width) / min(height, width))

@@ -11,9 +11,8 @@ a rank's rows are cut into ``accumulate`` micro-batches. The loader's unit is on
 one optimizer step, because the loss's denominator, the supervised tokens of the whole global batch,
 must be known before the first backward pass of the step.
 
-The remainder of an epoch is one last, smaller global batch of ``R`` rows. It has as many
-micro-batches on every rank as any other (DeepSpeed counts them), so where ``R`` does not divide,
-or is smaller than ranks x micro-batches, rows of the same batch are repeated with every label
+The last global batch of an epoch may be smaller. It has as many micro-batches on every rank as any
+other (DeepSpeed counts them), so where it does not divide, rows of it are repeated with every label
 ignored: each sample is learnt from exactly as often as the mix says, and no micro-batch is empty.
 """
 
@@ -80,11 +79,7 @@ class StepSampler(Sampler[StepShare]):
         self.world_size = world_size
         self.rank = rank
         self.start = Cursor()
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the next iteration."""
-        return self.start.epoch
+        self._prepared: Iterator[StepShare] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration (Lightning calls this)."""
@@ -111,34 +106,20 @@ class StepSampler(Sampler[StepShare]):
             progress=batch.progress,
         )
 
-    def __iter__(self) -> Iterator[StepShare]:
-        """Yield this rank's shares of the epoch, from ``start`` on."""
-        return map(self.share, self.plan.batches(self.start))
-
-
-class _ShareSampler(Sampler[StepShare]):
-    """The shares of a sampler; an error that it raises comes behind them, as a value."""
-
-    def __init__(self, sampler: StepSampler) -> None:
-        self.sampler = sampler
-        self._prepared: Iterator[StepShare] | None = None
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
     def prepare(self) -> None:
         """Make the first share of the next iteration, which may have to plan a window of packs."""
-        shares = self._all()
+        shares = self._shares()
         self._prepared = chain(list(islice(shares, 1)), shares)
 
     def __iter__(self) -> Iterator[StepShare]:
+        """Yield this rank's shares of the epoch, from ``start`` on; an error is the last."""
         # A generator: torch makes more iterators than it goes through.
         prepared, self._prepared = self._prepared, None
-        yield from self._all() if prepared is None else prepared
+        yield from self._shares() if prepared is None else prepared
 
-    def _all(self) -> Iterator[StepShare]:
+    def _shares(self) -> Iterator[StepShare]:
         try:
-            yield from self.sampler
+            yield from map(self.share, self.plan.batches(self.start))
         except Exception as error:  # noqa: BLE001 - a rank that raised alone would leave the others
             yield StepShare(error=_sendable(error))
 
@@ -197,19 +178,15 @@ class _StepDataset(Dataset[Any]):
         return batch
 
 
-def _unchanged(value: Any) -> Any:
-    return value
-
-
 class StepLoader:
     """Micro-batches in order, each stamped with the global batch's supervised tokens.
 
     Has a length, so Lightning fetches nothing ahead and ``state_dict`` counts what was consumed.
     The number of workers never changes what comes out.
 
-    Lightning saves and loads the state of a loader, but forgets to load it where the loader was
-    made before the checkpoint was read (asking for ``estimated_stepping_batches`` makes it). So the
-    data module saves and loads it, too; loading twice is loading once.
+    Lightning forgets to load the state of a loader that was made before the checkpoint was read
+    (asking for ``estimated_stepping_batches`` makes it). So the data module saves and loads it,
+    too; loading twice is loading once.
 
     Args:
         dataset: finished samples.
@@ -249,12 +226,10 @@ class StepLoader:
         self.prefetcher = prefetcher
         self.seconds_waited = 0.0
         self.began = Cursor()
-        self._shares = _ShareSampler(sampler)
         self._loader: DataLoader[Any] = DataLoader(
             _StepDataset(dataset, collator),
-            sampler=self._shares,
+            sampler=sampler,
             batch_size=None,
-            collate_fn=_unchanged,
             num_workers=num_workers,
             persistent_workers=persistent_workers and num_workers > 0,
             prefetch_factor=prefetch_factor if num_workers else None,
@@ -278,25 +253,21 @@ class StepLoader:
             VipLlavaError: the first bad sample, or storage that failed for too long, with place and
                 remedy; on every rank, so that none waits for the one that met it.
         """
-        epoch, offset = self.sampler.epoch, 0
-        self._place = Cursor(epoch)
-        if self._resume is not None and self._resume[0].epoch == epoch:
+        self._place, offset = Cursor(self.sampler.start.epoch), 0
+        if self._resume is not None and self._resume[0].epoch == self._place.epoch:
             self._place, offset = self._resume
-        self._resume = None
-        self._micro_batches = offset
+        self._resume, self._micro_batches = None, offset
         self.sampler.start = self._place
         self._prefetch()
         for step in self._steps():
             total = self._agree(step)
             self.began = self._place
             batches: list[Batch] = step.batches
-            for number, batch in enumerate(batches):
-                if number < offset:
-                    continue
+            for number, batch in enumerate(batches[offset:], offset + 1):
                 batch.num_supervised_global = total
                 batch.progress = None if self.sampler.plan.exact else step.share.progress
-                self._micro_batches = number + 1
-                if self._micro_batches == len(batches):
+                self._micro_batches = number
+                if number == len(batches):
                     self._place, self._micro_batches = step.share.after, 0
                 yield batch
             offset = 0
@@ -308,7 +279,7 @@ class StepLoader:
             began = time.perf_counter()
             try:
                 if steps is None:
-                    self._shares.prepare()  # storage may be waited for, and signals be heard
+                    self.sampler.prepare()  # storage may be waited for, and signals be heard
                     with signals_held():
                         steps = iter(self._loader)
                 step = next(steps, None)  # raises where a worker was killed
@@ -341,8 +312,7 @@ class StepLoader:
     def close(self) -> None:
         """End the workers; the next iteration starts new ones.
 
-        Left to the garbage collector, which meets trainer, loader and queues as one cycle in any
-        order, this takes five seconds of waiting.
+        Left to the garbage collector this takes five seconds of waiting.
         """
         # torch has no public way; Lightning does the same to the loaders it knows.
         iterator: Any = getattr(self._loader, "_iterator", None)
@@ -353,8 +323,8 @@ class StepLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return what has been consumed, and of which data: a few numbers."""
         place, micro_batch = self._resume or (self._place, self._micro_batches)
-        if place.epoch != self.sampler.epoch:  # the next epoch was announced and has not begun
-            place, micro_batch = Cursor(self.sampler.epoch), 0
+        if place.epoch != self.sampler.start.epoch:  # the next one was announced, and has not begun
+            place, micro_batch = Cursor(self.sampler.start.epoch), 0
         return {
             "version": STATE_VERSION,
             **self.identity(),
@@ -371,8 +341,8 @@ class StepLoader:
             CheckpointError: the state is of other data, another order or another version, or
                 stands within a step; names each difference.
         """
-        different = list_differences(state, {"version": STATE_VERSION, **self.identity()})
-        if different:
+        now = {"version": STATE_VERSION, **self.identity()}
+        if different := list_differences(state, now):
             raise CheckpointError(
                 "the data of this run is not that of the checkpoint; resume with the same data, "
                 "seed and global batch, or start a new run:\n- " + "\n- ".join(different)
@@ -384,8 +354,7 @@ class StepLoader:
                 f"run has {self.sampler.accumulate} per step; resume with the same ranks and "
                 "micro-batch, or from a checkpoint at the end of a step"
             )
-        names = ("epoch", "step", "samples", "window", "row")
-        place = Cursor(**{name: int(state[name]) for name in names})
+        place = Cursor(**{name: int(state[name]) for name in asdict(Cursor())})
         self.sampler.set_epoch(place.epoch)
         self._resume = (place, micro_batch)
         self.quarantine_log.total = int(state["num_faults"])

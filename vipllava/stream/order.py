@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
@@ -29,17 +29,11 @@ Ints = npt.NDArray[np.int64]
 
 
 class Item(NamedTuple):
-    """One sample to be read.
+    """One sample to be read."""
 
-    Attributes:
-        part: number of the data set in the mix.
-        epoch_pass: which pass over that data set this is; the epoch of its wordings and marks.
-        position: place of the sample in the data set.
-    """
-
-    part: int
-    epoch_pass: int
-    position: int
+    part: int  # number of the data set in the mix
+    epoch_pass: int  # which pass over that data set this is; the epoch of its wordings and marks
+    position: int  # place of the sample in the data set
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +68,6 @@ class Epoch:
     position: Ints
 
     def __len__(self) -> int:
-        """Return the number of samples."""
         return len(self.position)
 
     def items(self, places: slice | Ints) -> list[Item]:
@@ -98,11 +91,10 @@ def parse_mix(mix: Mapping[str, Mapping[str, Any]]) -> dict[str, MixEntry]:
             problems.append(f"{name} has {dict(value)}; give either epochs or weight")
             continue
         ((key, number),) = given.items()
-        good = isinstance(number, (int, float)) and math.isfinite(number) and number > 0
-        if not good or isinstance(number, bool):
+        if type(number) in (int, float) and math.isfinite(number) and number > 0:
+            entries[name] = MixEntry(**{key: float(number)})
+        else:
             problems.append(f"{name}.{key} is {number!r}; give a number above 0")
-            continue
-        entries[name] = MixEntry(**{key: float(number)})
     if not mix:
         problems.append("it is empty; name at least one data set")
     if len({entry.weight is None for entry in entries.values()}) > 1:
@@ -135,48 +127,35 @@ def plan_parts(
             f"samples_per_epoch={samples_per_epoch} belongs to a mix by weight; this one "
             "gives epochs, its size follows from them"
         )
-    counts: dict[str, int] = {}
-    if by_weight:
-        size = samples_per_epoch or sum(totals[name] for name in mix)
-        whole = sum(entry.weight or 0.0 for entry in mix.values())
-        for name, entry in mix.items():
-            counts[name] = round(size * (entry.weight or 0.0) / whole)
-    else:
-        for name, entry in mix.items():
-            counts[name] = round(totals[name] * (entry.epochs or 0.0))
-    for name, count in counts.items():
+    size = samples_per_epoch or sum(totals[name] for name in mix)
+    whole = sum(entry.weight or 0.0 for entry in mix.values())
+    parts: list[Part] = []
+    for name, entry in mix.items():
+        count = round(totals[name] * (entry.epochs or 0.0))
+        if by_weight:
+            count = round(size * (entry.weight or 0.0) / whole)
         if count < 1:
             raise ConfigError(
                 f"the mix gives `{name}` ({totals[name]} samples) no sample in an epoch; raise "
                 "its share or leave it out"
             )
-    return tuple(Part(name, tuple(shard_sizes[name]), counts[name]) for name in mix)
+        parts.append(Part(name, tuple(shard_sizes[name]), count))
+    return tuple(parts)
 
 
+@dataclass(frozen=True)
 class SampleOrder:
-    """The order of every epoch.
+    """The order of every epoch."""
 
-    Args:
-        parts: the data sets.
-        seed: of all orders.
-        window_samples: see :data:`WINDOW_SAMPLES`.
-        shuffle: False keeps shard order, data set after data set.
-    """
+    parts: Sequence[Part]  # the data sets
+    seed: int  # of all orders
+    _: KW_ONLY
+    window_samples: int = WINDOW_SAMPLES  # that are shuffled among each other
+    shuffle: bool = True  # False keeps shard order, data set after data set
 
-    def __init__(
-        self,
-        parts: Sequence[Part],
-        seed: int,
-        *,
-        window_samples: int = WINDOW_SAMPLES,
-        shuffle: bool = True,
-    ) -> None:
-        if window_samples < 1:
-            raise ConfigError(f"window_samples is {window_samples}; it must be at least 1")
-        self.parts = tuple(parts)
-        self.seed = seed
-        self.window_samples = window_samples
-        self.shuffle = shuffle
+    def __post_init__(self) -> None:
+        if self.window_samples < 1:
+            raise ConfigError(f"window_samples is {self.window_samples}; it must be at least 1")
 
     def __len__(self) -> int:
         """Return the samples of an epoch."""
@@ -194,29 +173,25 @@ class SampleOrder:
 
     def pass_order(self, part: Part, epoch_pass: int) -> Ints:
         """Return the positions of one pass over a data set, int64 [num_samples]."""
-        ends = list(accumulate(part.shard_sizes))
-        starts = [0, *ends]
         if not self.shuffle:
             return np.arange(part.num_samples, dtype=np.int64)
         rng = generator_for(self.seed, epoch_pass, part.name, "order")
+        bounds = [0, *accumulate(part.shard_sizes)]
         order: list[Ints] = []
         window: list[Ints] = []
-        gathered = 0
-        shuffled: list[int] = rng.permutation(len(ends)).tolist()
+        shuffled: list[int] = rng.permutation(len(part.shard_sizes)).tolist()
         for shard in shuffled:
-            window.append(np.arange(starts[shard], ends[shard], dtype=np.int64))
-            gathered += len(window[-1])
-            if gathered >= self.window_samples:
+            window.append(np.arange(bounds[shard], bounds[shard + 1], dtype=np.int64))
+            if sum(map(len, window)) >= self.window_samples:
                 order.append(rng.permutation(np.concatenate(window)))
-                window, gathered = [], 0
+                window = []
         if window:
             order.append(rng.permutation(np.concatenate(window)))
         return np.concatenate(order)
 
     def _stretch(self, part: Part, epoch: int) -> tuple[npt.NDArray[np.int32], Ints]:
         """Return pass and position of what an epoch takes of one data set's sequence."""
-        start = epoch * part.num_per_epoch
-        end = start + part.num_per_epoch
+        start, end = epoch * part.num_per_epoch, (epoch + 1) * part.num_per_epoch
         passes: list[npt.NDArray[np.int32]] = []
         positions: list[Ints] = []
         size = part.num_samples
@@ -230,10 +205,5 @@ class SampleOrder:
     def _places(self, epoch: int) -> npt.NDArray[np.float64]:
         """Return where in the epoch (0..1) each sample goes: spread evenly, with jitter."""
         rng = generator_for(self.seed, epoch, *(part.name for part in self.parts), "mix")
-        return np.concatenate(
-            [
-                (np.arange(part.num_per_epoch) + rng.random(part.num_per_epoch))
-                / part.num_per_epoch
-                for part in self.parts
-            ]
-        )
+        counts = [part.num_per_epoch for part in self.parts]
+        return np.concatenate([(np.arange(count) + rng.random(count)) / count for count in counts])

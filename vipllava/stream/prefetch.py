@@ -35,12 +35,7 @@ class ShardPrefetcher:
             _check_room(shards, order.window_samples)
 
     def consumed(self, epoch: int, samples: int) -> None:
-        """Fetch on, given the place of training.
-
-        Args:
-            epoch: the epoch.
-            samples: samples of it that were consumed.
-        """
+        """Fetch on, once so many samples of an epoch were consumed."""
         if not self._remote:
             return
         horizon = self.order.window_samples
@@ -60,12 +55,11 @@ class ShardPrefetcher:
 def _check_room(shards: ShardSet, window_samples: int) -> None:
     """A window is read in any order; if it does not fit, every read fetches a whole shard."""
     assert shards.cache is not None
-    mean = len(shards) / len(shards.paths)
-    per_window = min(len(shards.paths), math.ceil(window_samples / mean))
-    needed = int(np.sort(shards.tar_sizes)[-per_window:].sum())
-    if needed > shards.cache.max_bytes:
+    per_window = math.ceil(window_samples * len(shards.paths) / len(shards))
+    sizes = np.sort(shards.tar_sizes)[-per_window:]
+    if (needed := int(sizes.sum())) > shards.cache.max_bytes:
         raise ConfigError(
             f"cache_gb={shards.cache.max_bytes / 10**9:g} is less than the "
-            f"{needed / 10**9:.3g} GB of the {per_window} shards of `{shards.name}` that are "
+            f"{needed / 10**9:.3g} GB of the {len(sizes)} shards of `{shards.name}` that are "
             "shuffled together; raise it, or lower window_samples"
         )

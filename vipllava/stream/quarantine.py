@@ -1,23 +1,19 @@
 """What happens to a sample that cannot be read or made: an error, or quarantine.
 
-``error`` ends the job at the first one. ``quarantine`` puts a substitute in its place, drawn from
-the same data set by the sample's own key, so that every run and every division over ranks gets the
-same one; writes a line to ``quarantine.jsonl``; and ends the job once more than a stated share of
-the samples is bad. Evaluation never substitutes.
-
-Only faults of the data are bad samples: ``RecordError``, which covers records, images and
-checksums. Whatever else fails, storage above all, fails for other samples too, and not in every
-run; it ends the job.
+``error`` ends the job at the first one. ``quarantine`` puts a substitute in its place, the same one
+in every run and division over ranks; writes a line to ``quarantine.jsonl``; and ends the job once
+more than a stated share of the samples is bad. Only faults of the data are bad samples:
+``RecordError``, which covers records, images and checksums. Whatever else fails, storage above all,
+fails for other samples too, and not in every run; it ends the job.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, get_args
 
@@ -57,7 +53,6 @@ class BadSamplePolicy:
     max_fault_rate: float = 0.001  # share of bad samples above which quarantine gives up
 
     def __post_init__(self) -> None:
-        """Check the values."""
         if self.on_fault not in get_args(OnFault):
             known = ", ".join(get_args(OnFault))
             raise ConfigError(f"on_fault={self.on_fault}: expected one of {known}")
@@ -72,9 +67,9 @@ def candidates(item: Item, num_samples: int, *, seed: int, name: str) -> Iterato
 
     Args:
         item: the bad sample.
-        num_samples: of its data set.
+        num_samples: of its data set, called ``name``.
         seed: the stream's.
-        name: the data set's.
+        name: part of the random key.
     """
     rng = generator_for(seed, item.epoch_pass, name, item.position, "substitute")
     for _ in range(_ATTEMPTS):
@@ -92,7 +87,8 @@ def with_substitute(
 
     Args:
         item: the sample.
-        make: makes it; raises RecordError for a bad one and for an unfit substitute.
+        make: raises RecordError for a bad sample and for an unfit substitute; whatever else it
+            raises is no fault of the sample, and raised under any policy.
         describe: writes the fault down.
         policy: what to do.
         substitutes: see :func:`candidates`.
@@ -102,7 +98,6 @@ def with_substitute(
 
     Raises:
         RecordError: the sample's own, by policy, or because no substitute is good either.
-        VipLlavaError: what is no fault of the sample, e.g. StorageError; under any policy.
     """
     try:
         return make(item), item, None
@@ -121,19 +116,16 @@ def with_substitute(
     ) from first
 
 
+@dataclass(eq=False)
 class QuarantineLog:
-    """Counts faults over the job and writes this process's ones down.
+    """Counts faults over the job and writes this process's ones down."""
 
-    Args:
-        path: the quarantine file; None keeps counting only. Every process appends whole lines.
-        policy: gives the rate at which to stop.
-    """
+    path: Path | None  # the quarantine file, to which every process appends; None only counts
+    policy: BadSamplePolicy  # gives the rate at which to stop
+    total: int = field(default=0, init=False)  # faults of all ranks
+    num_samples: int = field(default=0, init=False)  # of all ranks, bad ones included
 
-    def __init__(self, path: Path | None, policy: BadSamplePolicy) -> None:
-        self.path = path
-        self.policy = policy
-        self.total = 0
-        self.num_samples = 0
+    def __post_init__(self) -> None:
         self._pending = 0
         self._lock = threading.Lock()  # plans are made in a thread
         self._written: set[tuple[str, str, int]] | None = None
@@ -160,19 +152,15 @@ class QuarantineLog:
             self._written = {
                 (line["dataset"], line["key"], line["epoch_pass"]) for line in read_quarantine(path)
             }
-        for fault in faults:
-            identity = (fault.dataset, fault.key, fault.epoch_pass)
-            if identity in self._written:
-                continue
-            self._written.add(identity)
-            log.warning("quarantined %s/%s: %s", fault.dataset, fault.key, fault.reason)
-            line = json.dumps(asdict(fault), ensure_ascii=False) + "\n"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                os.write(file, line.encode())  # one write: lines of several processes stay whole
-            finally:
-                os.close(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            for fault in faults:
+                identity = (fault.dataset, fault.key, fault.epoch_pass)
+                if identity not in self._written:
+                    self._written.add(identity)
+                    log.warning("quarantined %s/%s: %s", fault.dataset, fault.key, fault.reason)
+                    line = json.dumps(asdict(fault), ensure_ascii=False) + "\n"
+                    file.write(line.encode())  # one write: lines of several processes stay whole
 
     def add(self, faults: list[BadSample]) -> None:
         """Write faults met outside a step (while planning); the next step counts them."""

@@ -18,21 +18,13 @@ from vipllava.types import VipLlavaError
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return a value of every process, in their order; each of them has to call this.
-
-    Args:
-        value: this process's; anything that can be pickled.
-    """
+    """Return a (picklable) value of every process, in their order; each has to call this."""
     distributed: Any = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return [value]
     found: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(found, value)
     return found
-
-
-def _gather_of_one(value: Any) -> list[Any]:
-    return [value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +35,16 @@ class Ranks:
     # Adds numbers up over all ranks; called by every rank.
     sum: Callable[[Sequence[int]], list[int]] = list
     # Returns a value of every rank, in their order; called by every rank.
-    gather: Callable[[Any], list[Any]] = _gather_of_one
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
     def end_together(self, error: Exception | None) -> None:
         """Raise on every rank if one has an error; called by every rank.
 
-        Args:
-            error: this rank's.
-
         Raises:
-            Exception: ``error``, as it is.
+            Exception: ``error``, this rank's, as it is.
             VipLlavaError: it is another rank's; the message says which and what.
         """
-        mine = None if error is None else f"{type(error).__name__}: {error}"
-        found = self.gather(mine)
+        found = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
         told = [f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None]

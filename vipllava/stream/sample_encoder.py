@@ -15,9 +15,9 @@ in any process, worker or order, and another wording never moves a mark.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ from vipllava.conversation.encode import ConversationEncoder
 from vipllava.files.cache import ShardCache
 from vipllava.files.retries import ONCE, Patience
 from vipllava.keyed_random import generator_for
-from vipllava.records import KINDS, parse_record
+from vipllava.records import KINDS, Kinds, parse_record
 from vipllava.records.image_decode import decode_image, image_size
-from vipllava.shards.manifest import AUTO_POLICY, Manifest, load_manifest
+from vipllava.shards.manifest import AUTO_POLICY, Manifest
 from vipllava.shards.tars import Entry, ShardSet, open_shards
 from vipllava.stream.collate import Collator, EncodedSample
 from vipllava.stream.image_transform import ImageTransform
@@ -50,6 +50,7 @@ def marks_generator(seed: int, epoch: int, dataset: str, key: str) -> np.random.
     return generator_for(seed, epoch, dataset, key, "marks")
 
 
+@dataclass(eq=False)
 class SampleSource:
     """The samples of one data set, drafted for any (epoch, position).
 
@@ -60,12 +61,12 @@ class SampleSource:
         seed: of wordings and marks.
     """
 
-    def __init__(self, shards: ShardSet, record_kind: str, policy: str, seed: int) -> None:
-        self.shards = shards
-        self.record_kind = record_kind
-        self.kinds = KINDS  # a spawned worker knows them, because they travel with its sources
-        self.policy = policy
-        self.seed = seed
+    shards: ShardSet
+    record_kind: str
+    policy: str
+    seed: int
+    # A spawned worker knows the registered ones, because they travel with its sources.
+    kinds: Kinds = field(default_factory=lambda: KINDS, init=False, repr=False)
 
     @classmethod
     def open(
@@ -76,7 +77,7 @@ class SampleSource:
         *,
         cache: ShardCache | None = None,
         patience: Patience = ONCE,
-    ) -> SampleSource:
+    ) -> Self:
         """Open the shards of a manifest; see :func:`vipllava.shards.tars.open_shards`."""
         shards = open_shards(manifest, data_root, cache=cache, patience=patience)
         return cls(shards, manifest.record_kind, manifest.policy, seed)
@@ -121,18 +122,6 @@ class SampleSource:
         return map(self.sample, range(len(self)))
 
 
-def iter_samples(
-    manifest: str | Path | Manifest,
-    manifests_dir: str | Path,
-    data_root: str | Path,
-    seed: int,
-) -> Iterator[Sample]:
-    """Yield every sample once in shard order, for evaluation: no shuffling, no substitutes."""
-    if not isinstance(manifest, Manifest):
-        manifest = load_manifest(manifest, manifests_dir)
-    yield from SampleSource.open(manifest, data_root, seed)
-
-
 def plan_sample(
     sample: Sample,
     size: tuple[int, int],
@@ -158,7 +147,7 @@ def plan_sample(
             plan = sample_plan(sample.regions, size, policy, rng, sample.fixed)
         return plan, refer_turns(sample.turns, plan)
     except VipLlavaError as error:
-        raise error.at(f"{sample.dataset}/{sample.key}") from error
+        raise error.at(_name(sample)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +164,7 @@ class SampleTrace:
     pixel_values: torch.Tensor | None
 
 
+@dataclass(eq=False)
 class SampleEncoder:
     """Marks, writes, encodes and transforms samples.
 
@@ -185,17 +175,13 @@ class SampleEncoder:
         seed: of the marks.
     """
 
-    def __init__(
-        self,
-        policies: Mapping[str, VisualPromptPolicy],
-        conversation_encoder: ConversationEncoder,
-        transform: ImageTransform,
-        seed: int,
-    ) -> None:
-        self.policies = dict(policies)
-        self.conversation_encoder = conversation_encoder
-        self.transform = transform
-        self.seed = seed
+    policies: Mapping[str, VisualPromptPolicy]
+    conversation_encoder: ConversationEncoder
+    transform: ImageTransform
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.policies = dict(self.policies)  # workers get it pickled, which a proxy cannot be
 
     def collator(self, *, multiple_of: int = 1, pack_length: int | None = None) -> Collator:
         """Return what makes rows of these samples; for the arguments see :class:`Collator`."""
@@ -207,16 +193,13 @@ class SampleEncoder:
 
     def encode_text(self, sample: Sample, epoch: int = 0) -> tuple[tuple[Turn, ...], Encoded]:
         """Return texts and ids without decoding the image; equal to what training gets."""
-        name = f"{sample.dataset}/{sample.key}"
-        size = (0, 0) if sample.image is None else image_size(sample.image, key=name)
-        _, turns = plan_sample(sample, size, self.policies, self._marks(sample, epoch))
-        return turns, self._encode(sample, turns)
+        size = (0, 0) if sample.image is None else image_size(sample.image, key=_name(sample))
+        return self._encode(sample, size, epoch)[1:]
 
     def encode(self, sample: Sample, epoch: int = 0) -> EncodedSample:
         """Return the finished sample; raises what :meth:`trace` raises."""
         trace = self.trace(sample, epoch)
-        key = f"{sample.dataset}/{sample.key}"
-        return EncodedSample(key, trace.encoded, trace.pixel_values, sample.dataset)
+        return EncodedSample(_name(sample), trace.encoded, trace.pixel_values, sample.dataset)
 
     def trace(self, sample: Sample, epoch: int = 0) -> SampleTrace:
         """Return the finished sample with all that led to it.
@@ -225,19 +208,17 @@ class SampleEncoder:
             RecordError: an unreadable image, regions that cannot be told apart, or a conversation
                 without a supervised token; names data set and key.
         """
-        name = f"{sample.dataset}/{sample.key}"
-        image = None if sample.image is None else decode_image(sample.image, name)
+        image = None if sample.image is None else decode_image(sample.image, _name(sample))
         size = (0, 0) if image is None else image.size
-        plan, turns = plan_sample(sample, size, self.policies, self._marks(sample, epoch))
-        encoded = self._encode(sample, turns)
+        plan, turns, encoded = self._encode(sample, size, epoch)
         pixels = None if image is None else self.transform(render_plan(image, plan))
         return SampleTrace(sample, plan, turns, encoded, image, pixels)
 
-    def _marks(self, sample: Sample, epoch: int) -> np.random.Generator:
-        return marks_generator(self.seed, epoch, sample.dataset, sample.key)
-
-    def _encode(self, sample: Sample, turns: tuple[Turn, ...]) -> Encoded:
-        name = f"{sample.dataset}/{sample.key}"
+    def _encode(
+        self, sample: Sample, size: tuple[int, int], epoch: int
+    ) -> tuple[VisualPromptPlan, tuple[Turn, ...], Encoded]:
+        name, marks = _name(sample), marks_generator(self.seed, epoch, sample.dataset, sample.key)
+        plan, turns = plan_sample(sample, size, self.policies, marks)
         encoded = self.conversation_encoder.encode(turns, key=name)
         if encoded.num_supervised == 0:
             raise RecordError(
@@ -249,4 +230,8 @@ class SampleEncoder:
                 f"{name}: the conversation places {encoded.num_images} images, the sample has "
                 f"{int(sample.image is not None)}; the turn with the image was lost"
             )
-        return encoded
+        return plan, turns, encoded
+
+
+def _name(sample: Sample) -> str:
+    return f"{sample.dataset}/{sample.key}"

@@ -38,18 +38,7 @@ def replay_step(
 ) -> list[ReplayedMicroBatch]:
     """Make the micro-batches of the step that begins at ``place``, rank by rank.
 
-    Args:
-        dataset: finished samples.
-        plan: the sequence of global batches.
-        collator: makes the rows.
-        place: where the step begins.
-        identity: of the stream that it was taken from, see
-            :meth:`vipllava.stream.loader.StepLoader.identity`.
-        world_size: ranks.
-        accumulate: micro-batches of each rank.
-
-    Raises:
-        CheckpointError: the stream is another one now, or no step begins there.
+    See :meth:`vipllava.stream.datamodule.VisualPromptDataModule.replay`.
     """
     now = json.loads(json.dumps(stream_identity(dataset, plan)))
     if different := list_differences(identity, now):
@@ -58,26 +47,22 @@ def replay_step(
             + "\n- ".join(different)
         )
     in_pack, one_sample = collator.pack_length is not None, replace(collator, pack_length=None)
+    batch = next(plan.batches(place), None)
+    if batch is None:
+        raise CheckpointError(f"no step of the data begins at {place}")
     found: list[ReplayedMicroBatch] = []
     for rank in range(world_size):
-        sampler = StepSampler(plan, accumulate=accumulate, world_size=world_size, rank=rank)
-        sampler.start = place
-        share = next(iter(sampler), None)
-        if share is None:
-            raise CheckpointError(f"no step of the data begins at {place}")
-        parts = zip(share.micro_batches, share.repeats, strict=True)
-        for number, (rows, repeats) in enumerate(parts):
+        share = StepSampler(plan, accumulate=accumulate, world_size=world_size, rank=rank).share(
+            batch
+        )
+        for number, (rows, repeats) in enumerate(
+            zip(share.micro_batches, share.repeats, strict=True)
+        ):
             rows = rows[: len(rows) - repeats]
             if not rows:
                 continue
             packs = [[dataset.load(item, in_pack=in_pack)[0] for item in row] for row in rows]
-            found.append(
-                ReplayedMicroBatch(
-                    rank=rank,
-                    number=number,
-                    batch=collator(packs),
-                    items=tuple(item for row in rows for item in row),
-                    single_samples=tuple(one_sample([[s]]) for pack in packs for s in pack),
-                )
-            )
+            items = tuple(item for row in rows for item in row)
+            singles = tuple(one_sample([[sample]]) for pack in packs for sample in pack)
+            found.append(ReplayedMicroBatch(rank, number, collator(packs), items, singles))
     return found

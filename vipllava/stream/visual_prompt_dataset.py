@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -17,24 +18,13 @@ from vipllava.types import RecordError, Sample, VipLlavaError
 _Made = TypeVar("_Made")
 
 
+@dataclass(eq=False)
 class VisualPromptDataset:
-    """Finished samples of a mix.
+    """Finished samples of a mix."""
 
-    Args:
-        sources: the data sets, in the order of the mix.
-        encoder: makes samples.
-        policy: what to do about bad ones.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[SampleSource],
-        encoder: SampleEncoder,
-        policy: BadSamplePolicy | None = None,
-    ) -> None:
-        self.sources = tuple(sources)
-        self.sample_encoder = encoder
-        self.policy = policy or BadSamplePolicy()
+    sources: Sequence[SampleSource]  # the data sets, in the order of the mix
+    sample_encoder: SampleEncoder  # makes samples
+    policy: BadSamplePolicy = field(default_factory=BadSamplePolicy)  # what to do about bad ones
 
     def make(self, item: Item) -> EncodedSample:
         """Return one finished sample.
@@ -59,15 +49,11 @@ class VisualPromptDataset:
         """
 
         def make(other: Item) -> EncodedSample:
-            if in_pack and other != item:
-                length, room = self._length(other), self._room(item)
-                if length > room:
-                    raise RecordError(f"{length} ids do not fit into the {room} of the sample")
+            if in_pack and other != item and (length := self._length(other)) > self._room(item):
+                raise RecordError(f"{length} ids do not fit into the place of the sample")
             return self.make(other)
 
-        made, _, fault = with_substitute(
-            item, make, self._describe, self.policy, self._candidates(item)
-        )
+        made, _, fault = self._or_substitute(item, make)
         return made, fault
 
     def measure(self, item: Item) -> tuple[int, Item, BadSample | None]:
@@ -76,9 +62,7 @@ class VisualPromptDataset:
         Returns:
             The length, the item (a substitute by the policy) and what was wrong with the first.
         """
-        return with_substitute(
-            item, self._length, self._describe, self.policy, self._candidates(item)
-        )
+        return self._or_substitute(item, self._length)
 
     def estimate_lengths(self, epoch: Epoch) -> npt.NDArray[np.int32]:
         """Return the estimated total length of samples, text and image, int32 [samples]."""
@@ -93,8 +77,7 @@ class VisualPromptDataset:
 
     def has_image(self, item: Item) -> bool:
         """Return whether a sample has an image."""
-        positions = np.array([item.position])
-        return bool(self.sources[item.part].shards.has_image(positions)[0])
+        return bool(self.sources[item.part].shards.has_image(np.array([item.position]))[0])
 
     def _room(self, item: Item) -> int:
         """Return the length that a sample was planned with; its text was good then."""
@@ -118,9 +101,12 @@ class VisualPromptDataset:
             shard, _ = source.shards.locate(item.position)
             raise error.at(source.shards.paths[shard]) from error
 
-    def _candidates(self, item: Item) -> Iterator[Item]:
-        source = self.sources[item.part]
-        return candidates(item, len(source), seed=self.sample_encoder.seed, name=source.name)
+    def _or_substitute(
+        self, item: Item, make: Callable[[Item], _Made]
+    ) -> tuple[_Made, Item, BadSample | None]:
+        source, seed = self.sources[item.part], self.sample_encoder.seed
+        others = candidates(item, len(source), seed=seed, name=source.name)
+        return with_substitute(item, make, self._describe, self.policy, others)
 
     def _describe(self, item: Item, error: RecordError, substitute: Item) -> BadSample:
         shards = self.sources[item.part].shards

@@ -17,15 +17,10 @@ from vipllava.visual_prompts.shapes import prompt_words
 
 
 class Drawn(NamedTuple):
-    """An image with marks, and by which words a text names them, e.g. ``within the red arrow``.
+    """An image with marks, and by which words a text names them, e.g. ``within the red arrow``."""
 
-    Attributes:
-        image: RGB, of the size of the given one.
-        words: one text per region.
-    """
-
-    image: Image.Image
-    words: tuple[str, ...]
+    image: Image.Image  # RGB, of the size of the given one
+    words: tuple[str, ...]  # one text per region
 
 
 def draw(

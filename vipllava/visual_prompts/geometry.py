@@ -66,7 +66,7 @@ def sample_points(
 def sample_central_point(
     polygons: Sequence[Polygon], bbox: BBox, rng: np.random.Generator
 ) -> Point:
-    """Draw a point near the centre of the box or mask, inside one randomly chosen polygon.
+    """Draw a point near the centre of the box, or inside one randomly chosen polygon.
 
     Gaussian around the centre of the bounds, sigma an eighth of their extent.
     """
@@ -76,7 +76,10 @@ def sample_central_point(
     x1, y1, x2, y2 = bbox
     centre, sigma = ((x1 + x2) / 2, (y1 + y2) / 2), ((x2 - x1) / 8, (y2 - y1) / 8)
     drawn = rng.normal(centre, sigma, size=(_POINTS_PER_ATTEMPT, 2))
-    inside = contains(polygons[0], drawn) if polygons else _within(bbox, drawn)
+    if polygons:
+        inside = contains(polygons[0], drawn)
+    else:
+        inside = np.all((drawn >= (x1, y1)) & (drawn <= (x2, y2)), axis=1)
     if inside.any():
         x, y = drawn[inside][0]
         return float(x), float(y)
@@ -100,8 +103,8 @@ def largest_angle(triangle: Sequence[Point]) -> float:
 def cubic_bezier(control: Sequence[Point]) -> tuple[Point, ...]:
     """Flatten a cubic Bezier curve of 4 control points into a polyline.
 
-    The polyline stays within a quarter of a pixel of the curve: the gap is at most an eighth of
-    the second derivative over the square of the number of segments.
+    It stays within a quarter of a pixel of the curve: the gap is at most an eighth of the second
+    derivative over the square of the number of segments.
     """
     ring = np.array(control)
     second = 6.0 * float(np.linalg.norm(np.diff(ring, n=2, axis=0), axis=1).max())
@@ -109,9 +112,3 @@ def cubic_bezier(control: Sequence[Point]) -> tuple[Point, ...]:
     t = np.linspace(0.0, 1.0, segments + 1)[:, None]
     basis = np.concatenate([(1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3], axis=1)
     return tuple((float(x), float(y)) for x, y in basis @ ring)
-
-
-def _within(bbox: BBox, points: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    x1, y1, x2, y2 = bbox
-    inside = (points >= (x1, y1)) & (points <= (x2, y2))
-    return np.logical_and.reduce(inside, axis=1)

@@ -23,11 +23,9 @@ PALETTE: Final[dict[str, RGB]] = {
 
 def named_colour(name: str) -> RGB:
     """Return the RGB value of a palette colour; an unknown name lists the known ones."""
-    try:
-        return PALETTE[name]
-    except KeyError:
-        known = ", ".join(PALETTE)
-        raise VipLlavaError(f"unknown colour `{name}`; the palette has: {known}") from None
+    if name not in PALETTE:
+        raise VipLlavaError(f"unknown colour `{name}`; the palette has: {', '.join(PALETTE)}")
+    return PALETTE[name]
 
 
 def sample_unnamed_colour(rng: np.random.Generator) -> RGB:

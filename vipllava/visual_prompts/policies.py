@@ -1,14 +1,14 @@
 """How marks are sampled for one data set: shapes, ranges, colours, wording.
 
-A job's values come from ``conf/visual_prompts``; the published ones are :data:`POLICIES` of
-:mod:`vipllava.visual_prompts.published`, too. The defaults here are of them.
+A job's values come from ``conf/visual_prompts``; :mod:`vipllava.visual_prompts.published` has the
+published ones, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from vipllava.types import Shape, VipLlavaError
 from vipllava.visual_prompts.palette import named_colour
@@ -106,29 +106,27 @@ def build_policies(
         VipLlavaError: naming every unknown field, unknown shape or colour, and reversed range.
     """
     problems: list[str] = []
-    common = dict(ranges or {})
     built: dict[str, VisualPromptPolicy] = {}
     for name, spec in policies.items():
-        where = f"visual_prompts.policies.{name}"
         try:
-            own: dict[str, Any] = {**common, **(spec.get("ranges") or {})}
-            values = {key: value for key, value in spec.items() if key != "ranges"}
-            _known_fields(VisualPromptPolicy, values, where)
+            values = dict(spec)
+            own: dict[str, Any] = {**(ranges or {}), **(values.pop("ranges", None) or {})}
+            _known_fields(VisualPromptPolicy, values)
             if "shapes" in values:
                 values["shapes"] = tuple(check_shape(shape) for shape in values["shapes"])
                 if not values["shapes"]:
-                    raise VipLlavaError(f"{where}.shapes is empty; name at least one shape")
+                    raise VipLlavaError("shapes is empty; name at least one shape")
             if values.get("colour") is not None:
                 named_colour(values["colour"])
             for key in ("named_colour_rate", "article_rate"):
                 if not 0 <= float(values.get(key, 0)) <= 1:
-                    raise VipLlavaError(f"{where}.{key} is {values[key]}; a rate lies in 0..1")
+                    raise VipLlavaError(f"{key} is {values[key]}; a rate lies in 0..1")
             alpha = values.get("fixed_alpha")
             if alpha is not None and (type(alpha) is not int or not 1 <= alpha <= 255):
-                raise VipLlavaError(f"{where}.fixed_alpha is {alpha}; opacity lies in 1..255")
-            built[name] = VisualPromptPolicy(**values, ranges=_build_ranges(own, where))
+                raise VipLlavaError(f"fixed_alpha is {alpha}; opacity lies in 1..255")
+            built[name] = VisualPromptPolicy(**values, ranges=_build_ranges(own))
         except VipLlavaError as error:
-            problems.append(f"{where}: {error}")
+            problems.append(f"visual_prompts.policies.{name}: {error}")
     if problems:
         raise VipLlavaError("\n".join(problems))
     return built
@@ -136,44 +134,32 @@ def build_policies(
 
 def get_policy(policies: Mapping[str, VisualPromptPolicy], name: str) -> VisualPromptPolicy:
     """Return the policy called ``name``; an unknown name lists the known ones."""
-    try:
-        return policies[name]
-    except KeyError:
+    if name not in policies:
         known = ", ".join(sorted(policies)) or "none"
-        raise VipLlavaError(f"unknown visual-prompt policy `{name}`; known: {known}") from None
+        raise VipLlavaError(f"unknown visual-prompt policy `{name}`; known: {known}")
+    return policies[name]
 
 
-def _known_fields(kind: type, values: Mapping[str, Any], where: str) -> None:
+def _known_fields(kind: type, values: Mapping[str, Any], where: str = "") -> None:
     known = [f.name for f in fields(kind)]
     if unknown := sorted(set(values) - set(known)):
-        raise VipLlavaError(f"{where} has unknown fields {unknown}; known: {', '.join(known)}")
+        raise VipLlavaError(f"{where}unknown fields {unknown}; known: {', '.join(known)}")
 
 
-def _build_ranges(values: Mapping[str, Any], where: str) -> ShapeRanges:
-    _known_fields(ShapeRanges, values, f"{where}.ranges")
-    checked: dict[str, Any] = {}
-    defaults = ShapeRanges()
+def _build_ranges(values: dict[str, Any]) -> ShapeRanges:
+    _known_fields(ShapeRanges, values, "ranges: ")
     for key, value in values.items():
-        if not isinstance(getattr(defaults, key), tuple):
-            checked[key] = value
+        if not isinstance(getattr(ShapeRanges(), key), tuple):
             continue
-        pair = _as_pair(value)
+        pair = cast("tuple[Any, ...]", tuple(value) if isinstance(value, (list, tuple)) else ())
         # arrow_length mixes a fraction and pixels: its bounds may be reversed for big boxes.
-        if pair is None or (pair[0] > pair[1] and key != "arrow_length"):
+        if len(pair) != 2 or (pair[0] > pair[1] and key != "arrow_length"):
             raise VipLlavaError(f"ranges.{key} is {value}; give [low, high] with low <= high")
-        checked[key] = pair
-    if checked.get("anchor", 1) <= 0:
-        raise VipLlavaError(f"ranges.anchor is {checked['anchor']}; it must be positive")
-    alphas: list[Literal["alpha", "mask_alpha"]] = ["alpha", "mask_alpha"]
-    for key in alphas:
-        low, high = checked.get(key, getattr(defaults, key))
+        values[key] = pair
+    built = ShapeRanges(**values)
+    if built.anchor <= 0:
+        raise VipLlavaError(f"ranges.anchor is {built.anchor}; it must be positive")
+    for key, (low, high) in (("alpha", built.alpha), ("mask_alpha", built.mask_alpha)):
         if not 1 <= low <= high <= 255:
             raise VipLlavaError(f"ranges.{key} is [{low}, {high}]; opacity lies in 1..255")
-    return ShapeRanges(**checked)
-
-
-def _as_pair(value: Any) -> tuple[Any, Any] | None:
-    if not isinstance(value, (list, tuple)):
-        return None
-    items = cast("Sequence[Any]", value)
-    return (items[0], items[1]) if len(items) == 2 else None
+    return built

@@ -1,8 +1,4 @@
-"""The published policies as values, for those who have no ``conf/``.
-
-``conf/visual_prompts`` says the same to a job, whose every value can be overridden; a test compares
-them.
-"""
+"""The published policies as values, for those who have no ``conf/``; a test compares the two."""
 
 from __future__ import annotations
 

@@ -17,16 +17,12 @@ def refer_turns(turns: Sequence[DraftTurn], plan: VisualPromptPlan) -> tuple[Tur
     words = {prompt.region: prompt_words(prompt) for prompt in plan.prompts}
 
     def text_of(part: str | Mention) -> str:
-        if isinstance(part, str):
-            return part
-        if part.region not in words:
+        if isinstance(part, Mention) and part.region not in words:
             raise RecordError(
                 f"the text mentions region {part.region}, the plan marks {sorted(words)}; "
                 "every mentioned region needs a box",
                 "placeholder-without-region",
             )
-        return words[part.region]
+        return part if isinstance(part, str) else words[part.region]
 
-    return tuple(
-        Turn(turn.role, "".join(map(text_of, turn.parts)), turn.has_image) for turn in turns
-    )
+    return tuple(Turn(t.role, "".join(map(text_of, t.parts)), t.has_image) for t in turns)

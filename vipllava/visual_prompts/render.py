@@ -2,7 +2,7 @@
 
 Each mark is one layer: its strokes are painted with the mark's opacity into a single-channel
 mask of the mark's own bounds, and the colour is pasted through that mask. Nothing outside the
-bounds is touched, which is what makes drawing cheap on large pictures.
+bounds is touched, which makes drawing cheap on large images.
 """
 
 from __future__ import annotations
@@ -18,12 +18,8 @@ from vipllava.visual_prompts.shapes import mark_bounds
 def render_plan(image: Image.Image, plan: VisualPromptPlan) -> Image.Image:
     """Return a copy of ``image`` with the plan's marks alpha-composited over it.
 
-    Args:
-        image: RGB picture of the plan's size; left unchanged.
-        plan: the marks; pixels of this very picture.
-
     Raises:
-        RecordError: the picture has another size than the plan, or is not RGB.
+        RecordError: the image has another size than the plan, or is not RGB.
     """
     if image.size != plan.size or image.mode != "RGB":
         raise RecordError(

@@ -1,8 +1,7 @@
 """Regions to a plan of marks: every random choice about pixels and words is made here, once.
 
-``sample_plan`` first gives each region a *style* (shape, colour, opacity, width), because colours
-depend on how often a shape occurs in the picture, then turns each style into strokes. Renderer
-and text only read the result.
+Each region first gets a *style* (shape, colour, opacity, width), because colours depend on how
+often a shape occurs in the image; then each style is turned into strokes.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def sample_plan(
     rng: np.random.Generator,
     fixed: Sequence[FixedVisualPrompt] = (),
 ) -> VisualPromptPlan:
-    """Sample one mark per region.
+    """Sample one mark per region, in the regions' order.
 
     Args:
         regions: boxes and masks in pixels of the stored image.
@@ -74,9 +73,6 @@ def sample_plan(
         policy: shapes, ranges and colour rules.
         rng: the only source of randomness; see :func:`vipllava.keyed_random.generator_for`.
         fixed: what the user fixed, one per region, or empty.
-
-    Returns:
-        A plan with one prompt per region, in the regions' order.
 
     Raises:
         RecordError: regions cannot be told apart by words although the policy demands it, be it
@@ -88,8 +84,8 @@ def sample_plan(
         raise RecordError(
             f"{len(fixed)} fixed visual prompts for {len(regions)} regions; give one per region"
         )
-    scale = max(size) / policy.ranges.anchor
-    styles = _sample_styles(regions, fixed, policy, scale, rng)
+    sampler = _Sampler(policy, size, rng, fixed)
+    styles = sampler.styles(regions)
     if policy.distinguishable:
         _check_words(regions, styles)
     prompts = tuple(
@@ -99,90 +95,224 @@ def sample_plan(
             rgb=style.rgb,
             colour_name=style.colour_name,
             alpha=style.alpha,
-            strokes=_sample_strokes(region, style, policy, size, rng),
+            strokes=sampler.strokes(region, style),
             article=style.article,
         )
         for index, (region, style) in enumerate(zip(regions, styles, strict=True))
     )
-    return VisualPromptPlan(size=size, prompts=prompts)
+    return VisualPromptPlan(size, prompts)
 
 
-def _sample_styles(
-    regions: Sequence[Region],
-    fixed: Sequence[FixedVisualPrompt],
-    policy: VisualPromptPolicy,
-    scale: float,
-    rng: np.random.Generator,
-) -> list[_Style]:
-    own = [index for index, region in enumerate(regions) if region.style_of is None]
-    shapes = _sample_shapes(own, fixed, policy, rng)
-    colours = _sample_colours(shapes, fixed, policy, rng)
-    styles: dict[int, _Style] = {}
-    for index, shape in shapes.items():
-        choice = fixed[index]
-        rgb, colour_name = colours[index]
-        ranges = policy.ranges
-        alpha = choice.alpha or policy.fixed_alpha
-        if alpha is None:
-            alpha = _uniform_int(ranges.mask_alpha if shape == "mask" else ranges.alpha, rng)
-        round_point = policy.constant_style or rng.random() < 0.5
-        aspect = 1.0 if round_point else _uniform(ranges.point_aspect, rng)
-        width = choice.width or _sample_width(shape, policy, scale, rng)
-        article = bool(rng.random() < policy.article_rate)
-        styles[index] = _Style(shape, rgb, colour_name, alpha, width, aspect, article)
-    for index, region in enumerate(regions):
-        if region.style_of is not None:
-            if region.style_of not in styles or region.style_of >= index:
-                raise RecordError(
-                    f"region {index} repeats the style of region {region.style_of}; "
-                    "name an earlier region"
+@dataclass(frozen=True, slots=True)
+class _Sampler:
+    """The random choices about one sample; every method draws from the same generator."""
+
+    policy: VisualPromptPolicy
+    size: tuple[int, int]
+    rng: np.random.Generator
+    fixed: Sequence[FixedVisualPrompt]
+
+    @property
+    def scale(self) -> float:
+        return max(self.size) / self.policy.ranges.anchor
+
+    def styles(self, regions: Sequence[Region]) -> list[_Style]:
+        own = [index for index, region in enumerate(regions) if region.style_of is None]
+        shapes = self.shapes(own)
+        colours = self.colours(shapes)
+        styles: dict[int, _Style] = {}
+        ranges = self.policy.ranges
+        for index, shape in shapes.items():
+            choice = self.fixed[index]
+            alpha = choice.alpha or self.policy.fixed_alpha
+            if alpha is None:
+                alpha = self.integer(ranges.mask_alpha if shape == "mask" else ranges.alpha)
+            round_point = self.policy.constant_style or self.rng.random() < 0.5
+            aspect = 1.0 if round_point else self.number(ranges.point_aspect)
+            width = choice.width or self.width(shape)
+            article = bool(self.rng.random() < self.policy.article_rate)
+            styles[index] = _Style(shape, *colours[index], alpha, width, aspect, article)
+        for index, region in enumerate(regions):
+            if region.style_of is not None:
+                if region.style_of not in styles or region.style_of >= index:
+                    raise RecordError(
+                        f"region {index} repeats the style of region {region.style_of}; "
+                        "name an earlier region"
+                    )
+                styles[index] = styles[region.style_of]
+        return [styles[index] for index in range(len(regions))]
+
+    def shapes(self, own: Sequence[int]) -> dict[int, Shape]:
+        """Choose a shape per style; a distinguishable policy gives none more marks than names."""
+        policy, fixed = self.policy, self.fixed
+        names = len(PALETTE) if policy.name_colour and policy.colour is None else 1
+        said: dict[Shape, set[str]] = {shape: set() for shape in SHAPES}
+        undecided: Counter[Shape] = Counter()
+
+        def is_free(shape: Shape, colour_name: str | None) -> bool:
+            if colour_name == "":
+                return "" not in said[shape]
+            room = len(PALETTE) - len(said[shape] - {""}) - undecided[shape]
+            return room > 0 and colour_name not in said[shape]
+
+        # What is fixed comes first, so that nothing sampled takes its words.
+        spoken = {index: _spoken_colour(fixed[index], policy) for index in own}
+        order = sorted(own, key=lambda i: (fixed[i].shape is None, spoken[i] is None))
+        shapes: dict[int, Shape] = {}
+        for index in order:
+            colour_name = spoken[index]
+            if (fixed_shape := fixed[index].shape) is not None:
+                shape: Shape = check_shape(fixed_shape)
+            else:
+                free: list[Shape] = [
+                    s
+                    for s in policy.shapes
+                    if not policy.distinguishable or is_free(s, colour_name)
+                ]
+                if not free:
+                    raise RecordError(
+                        f"{len(own)} regions cannot be told apart by words: {len(policy.shapes)} "
+                        f"shapes with {names} colour names each; use more shapes or fewer regions",
+                        "same-words",
+                    )
+                shape = free[int(self.rng.integers(len(free)))]
+            shapes[index] = shape
+            if colour_name is None:
+                undecided[shape] += 1
+            else:
+                said[shape].add(colour_name)
+        return {index: shapes[index] for index in own}
+
+    def colours(self, shapes: dict[int, Shape]) -> dict[int, tuple[RGB, str | None]]:
+        """Choose colour and spoken name per style.
+
+        A shape used more than once gets distinct names while they last; a shape used once gets a
+        name at ``named_colour_rate``. Fixed colours are set first, so that nobody else takes them.
+        """
+        fixed = self.fixed
+        colours: dict[int, tuple[RGB, str | None]] = {}
+        taken: dict[Shape, set[str]] = {shape: set() for shape in shapes.values()}
+        for index, shape in shapes.items():
+            colour = fixed[index].colour if fixed[index].colour is not None else self.policy.colour
+            if isinstance(colour, str):
+                rgb = named_colour(colour)
+                colours[index] = (rgb, colour if self.policy.name_colour else None)
+                taken[shape].add(colour)
+            elif colour is not None:
+                colours[index] = (colour, None)
+        uses = Counter(shapes.values())
+        for index, shape in shapes.items():
+            if index in colours:
+                continue
+            free = [name for name in PALETTE if name not in taken[shape]]
+            wants_name = uses[shape] > 1 or self.rng.random() < self.policy.named_colour_rate
+            if self.policy.name_colour and wants_name and free:
+                name = free[int(self.rng.integers(len(free)))]
+                taken[shape].add(name)
+                colours[index] = (PALETTE[name], name)
+            else:
+                colours[index] = (sample_unnamed_colour(self.rng), None)
+        return colours
+
+    def width(self, shape: Shape) -> int:
+        ranges, scale = self.policy.ranges, self.scale
+        if shape == "rectangle" and self.policy.constant_style:
+            return max(1, int(ranges.constant_rectangle_width * scale))
+        if shape == "point" and self.policy.constant_style:
+            return max(1, int(ranges.constant_point_radius * scale))
+        widths: dict[Shape, IntRange] = {
+            "rectangle": ranges.rectangle_width,
+            "ellipse": ranges.ellipse_width,
+            "triangle": ranges.triangle_width,
+            "scribble": ranges.scribble_width,
+            "arrow": ranges.arrow_width,
+            "point": ranges.point_radius,
+            "mask contour": ranges.contour_width,
+            "mask": (0, 0),
+        }
+        low, high = widths[shape]
+        return max(1, self.integer((int(low * scale), int(high * scale))))
+
+    def strokes(self, region: Region, style: _Style) -> tuple[Stroke, ...]:
+        bbox, polygons, width = region.bbox_xyxy, region.polygons, style.width
+        match style.shape:
+            case "rectangle":
+                return (Stroke("box", (bbox[:2], bbox[2:]), width),)
+            case "ellipse":
+                bounds = _enlarge(
+                    _bounds(region), self.number(self.policy.ranges.ellipse_scale), self.size
                 )
-            styles[index] = styles[region.style_of]
-    return [styles[index] for index in range(len(regions))]
+                return (Stroke("ellipse", (bounds[:2], bounds[2:]), width),)
+            case "triangle":
+                return (Stroke("polygon", self.triangle(region), width),)
+            case "point":
+                x, y = sample_central_point(polygons, bbox, self.rng)
+                radius_y = max(1.0, width * style.aspect)
+                corners = ((x - width, y - radius_y), (x + width, y + radius_y))
+                return (Stroke("ellipse", corners),)
+            case "scribble":
+                return (Stroke("line", self.scribble(region), width),)
+            case "mask":
+                return tuple(Stroke("polygon", ring) for ring in _outlines(region))
+            case "mask contour":
+                stroke = 2 * width + 1
+                return tuple(Stroke("polygon", ring, stroke) for ring in _outlines(region))
+            case "arrow":
+                return self.arrow(bbox, width)
 
+    def triangle(self, region: Region) -> tuple[Point, ...]:
+        for _ in range(_ATTEMPTS):
+            corners = sample_points(region.polygons, region.bbox_xyxy, 3, self.rng)
+            if largest_angle(corners) <= _LARGEST_TRIANGLE_ANGLE and _is_seen(corners, self.scale):
+                return tuple(corners)
+        # Regions too thin or small for such a triangle: the one that fills their bounds.
+        x1, y1, x2, y2 = _bounds(region)
+        return ((x1 + x2) / 2, y1), (x2, y2), (x1, y2)
 
-def _sample_shapes(
-    own: Sequence[int],
-    fixed: Sequence[FixedVisualPrompt],
-    policy: VisualPromptPolicy,
-    rng: np.random.Generator,
-) -> dict[int, Shape]:
-    """Choose a shape per style; a distinguishable policy leaves no shape more marks than names."""
-    names = len(PALETTE) if policy.name_colour and policy.colour is None else 1
-    said: dict[Shape, set[str]] = {shape: set() for shape in SHAPES}
-    undecided: Counter[Shape] = Counter()
+    def scribble(self, region: Region) -> tuple[Point, ...]:
+        polygons = region.polygons
+        for _ in range(_ATTEMPTS):
+            chosen = (polygons[int(self.rng.integers(len(polygons)))],) if polygons else ()
+            curve = cubic_bezier(sample_points(chosen, region.bbox_xyxy, 4, self.rng))
+            if _is_seen(curve, self.scale):
+                return curve
+        # Regions too small for a curve of any size: one through all of their bounds.
+        x1, y1, x2, y2 = _bounds(region)
+        return cubic_bezier(((x1, y1), (x2, y1), (x1, y2), (x2, y2)))
 
-    def is_free(shape: Shape, colour_name: str | None) -> bool:
-        if colour_name == "":
-            return "" not in said[shape]
-        room = len(PALETTE) - len(said[shape] - {""}) - undecided[shape]
-        return room > 0 and colour_name not in said[shape]
-
-    # What is fixed comes first, so that nothing sampled takes its words.
-    spoken = {index: _spoken_colour(fixed[index], policy) for index in own}
-    order = sorted(own, key=lambda i: (fixed[i].shape is None, spoken[i] is None))
-    shapes: dict[int, Shape] = {}
-    for index in order:
-        colour_name = spoken[index]
-        if (fixed_shape := fixed[index].shape) is not None:
-            shape: Shape = check_shape(fixed_shape)
+    def arrow(self, bbox: BBox, width: int) -> tuple[Stroke, ...]:
+        ranges, scale = self.policy.ranges, self.scale
+        x1, y1, x2, y2 = bbox
+        tip = np.array([(x1 + x2) / 2, (y1 + y2) / 2])
+        tip += self.rng.uniform(-0.25, 0.25, size=2) * (x2 - x1, y2 - y1)
+        near, far = ranges.arrow_length[0] * min(x2 - x1, y2 - y1), ranges.arrow_length[1] * scale
+        length = self.number((min(near, far), max(near, far)))
+        head = max(self.number(ranges.arrow_head) * length, ranges.arrow_head_min * scale)
+        length = max(length, head)
+        angle = float(self.rng.uniform(0, 2 * math.pi))
+        back = np.array([math.cos(angle), math.sin(angle)])
+        barbs = [tip + head * _rotate(back, side * _ARROW_BARB_ANGLE) for side in (-1, 1)]
+        tail = tip + length * back
+        bent, filled = self.rng.random(size=2) < 0.5
+        # A filled head covers the shaft's end; an open one needs the shaft up to the tip.
+        shaft_end = tip + head * math.cos(_ARROW_BARB_ANGLE) * back if filled else tip
+        shaft = [tail, shaft_end]
+        if bent:
+            sideways = (
+                _rotate(back, math.pi / 2) * self.rng.uniform(-1, 1) * ranges.arrow_bend * scale
+            )
+            shaft.insert(1, (tail + shaft_end) / 2 + sideways)
+        if filled:
+            head_stroke = Stroke("polygon", _points([barbs[0], tip, barbs[1]]))
         else:
-            free: list[Shape] = [
-                s for s in policy.shapes if not policy.distinguishable or is_free(s, colour_name)
-            ]
-            if not free:
-                raise RecordError(
-                    f"{len(own)} regions cannot be told apart by words: {len(policy.shapes)} "
-                    f"shapes with {names} colour names each; use more shapes or fewer regions",
-                    "same-words",
-                )
-            shape = free[int(rng.integers(len(free)))]
-        shapes[index] = shape
-        if colour_name is None:
-            undecided[shape] += 1
-        else:
-            said[shape].add(colour_name)
-    return {index: shapes[index] for index in own}
+            head_stroke = Stroke("line", _points([barbs[0], tip, barbs[1]]), width)
+        return Stroke("line", _points(shaft), width), head_stroke
+
+    def number(self, bounds: FloatRange) -> float:
+        return float(self.rng.uniform(*bounds))
+
+    def integer(self, bounds: IntRange) -> int:
+        return int(self.rng.integers(bounds[0], bounds[1] + 1))
 
 
 def _spoken_colour(choice: FixedVisualPrompt, policy: VisualPromptPolicy) -> str | None:
@@ -191,42 +321,6 @@ def _spoken_colour(choice: FixedVisualPrompt, policy: VisualPromptPolicy) -> str
     if not policy.name_colour or (colour is not None and not isinstance(colour, str)):
         return ""
     return colour
-
-
-def _sample_colours(
-    shapes: dict[int, Shape],
-    fixed: Sequence[FixedVisualPrompt],
-    policy: VisualPromptPolicy,
-    rng: np.random.Generator,
-) -> dict[int, tuple[RGB, str | None]]:
-    """Choose colour and spoken name per style.
-
-    A shape used more than once gets distinct names while they last; a shape used once gets a
-    name at ``named_colour_rate``. Fixed colours are set first, so that nobody else takes them.
-    """
-    colours: dict[int, tuple[RGB, str | None]] = {}
-    taken: dict[Shape, set[str]] = {shape: set() for shape in shapes.values()}
-    for index, shape in shapes.items():
-        colour = fixed[index].colour if fixed[index].colour is not None else policy.colour
-        if isinstance(colour, str):
-            rgb = named_colour(colour)
-            colours[index] = (rgb, colour if policy.name_colour else None)
-            taken[shape].add(colour)
-        elif colour is not None:
-            colours[index] = (colour, None)
-    uses = Counter(shapes.values())
-    for index, shape in shapes.items():
-        if index in colours:
-            continue
-        free = [name for name in PALETTE if name not in taken[shape]]
-        wants_name = uses[shape] > 1 or rng.random() < policy.named_colour_rate
-        if policy.name_colour and wants_name and free:
-            name = free[int(rng.integers(len(free)))]
-            taken[shape].add(name)
-            colours[index] = (PALETTE[name], name)
-        else:
-            colours[index] = (sample_unnamed_colour(rng), None)
-    return colours
 
 
 def _check_words(regions: Sequence[Region], styles: Sequence[_Style]) -> None:
@@ -244,117 +338,9 @@ def _check_words(regions: Sequence[Region], styles: Sequence[_Style]) -> None:
             )
 
 
-def _sample_width(
-    shape: Shape, policy: VisualPromptPolicy, scale: float, rng: np.random.Generator
-) -> int:
-    ranges = policy.ranges
-    if shape == "rectangle" and policy.constant_style:
-        return max(1, int(ranges.constant_rectangle_width * scale))
-    if shape == "point" and policy.constant_style:
-        return max(1, int(ranges.constant_point_radius * scale))
-    widths: dict[Shape, IntRange] = {
-        "rectangle": ranges.rectangle_width,
-        "ellipse": ranges.ellipse_width,
-        "triangle": ranges.triangle_width,
-        "scribble": ranges.scribble_width,
-        "arrow": ranges.arrow_width,
-        "point": ranges.point_radius,
-        "mask contour": ranges.contour_width,
-        "mask": (0, 0),
-    }
-    low, high = widths[shape]
-    return max(1, _uniform_int((int(low * scale), int(high * scale)), rng))
-
-
-def _sample_strokes(
-    region: Region,
-    style: _Style,
-    policy: VisualPromptPolicy,
-    size: tuple[int, int],
-    rng: np.random.Generator,
-) -> tuple[Stroke, ...]:
-    bbox, polygons, width = region.bbox_xyxy, region.polygons, style.width
-    scale = max(size) / policy.ranges.anchor
-    match style.shape:
-        case "rectangle":
-            return (Stroke("box", _corners(bbox), width),)
-        case "ellipse":
-            bounds = bounds_of(polygons) if polygons else bbox
-            enlarged = _enlarge(bounds, _uniform(policy.ranges.ellipse_scale, rng))
-            enlarged = _keep_in_sight(enlarged, size)
-            return (Stroke("ellipse", _corners(enlarged), width),)
-        case "triangle":
-            return (Stroke("polygon", _sample_triangle(region, scale, rng), width),)
-        case "point":
-            x, y = sample_central_point(polygons, bbox, rng)
-            radius_y = max(1.0, width * style.aspect)
-            corners = ((x - width, y - radius_y), (x + width, y + radius_y))
-            return (Stroke("ellipse", corners),)
-        case "scribble":
-            return (Stroke("line", _sample_scribble(region, scale, rng), width),)
-        case "mask":
-            return tuple(Stroke("polygon", ring) for ring in _outlines(region))
-        case "mask contour":
-            stroke = 2 * width + 1
-            return tuple(Stroke("polygon", ring, stroke) for ring in _outlines(region))
-        case "arrow":
-            return _sample_arrow(bbox, width, policy, scale, rng)
-
-
-def _sample_triangle(region: Region, scale: float, rng: np.random.Generator) -> tuple[Point, ...]:
-    for _ in range(_ATTEMPTS):
-        corners = sample_points(region.polygons, region.bbox_xyxy, 3, rng)
-        if largest_angle(corners) <= _LARGEST_TRIANGLE_ANGLE and _is_seen(corners, scale):
-            return tuple(corners)
-    # Regions too thin or small for such a triangle: the one that fills their bounds.
-    x1, y1, x2, y2 = bounds_of(region.polygons) if region.polygons else region.bbox_xyxy
-    return ((x1 + x2) / 2, y1), (x2, y2), (x1, y2)
-
-
-def _sample_scribble(region: Region, scale: float, rng: np.random.Generator) -> tuple[Point, ...]:
-    polygons = region.polygons
-    for _ in range(_ATTEMPTS):
-        chosen = (polygons[int(rng.integers(len(polygons)))],) if polygons else ()
-        curve = cubic_bezier(sample_points(chosen, region.bbox_xyxy, 4, rng))
-        if _is_seen(curve, scale):
-            return curve
-    # Regions too small for a curve of any size: one through all of their bounds.
-    x1, y1, x2, y2 = bounds_of(polygons) if polygons else region.bbox_xyxy
-    return cubic_bezier(((x1, y1), (x2, y1), (x1, y2), (x2, y2)))
-
-
 def _is_seen(points: Sequence[Point], scale: float) -> bool:
     x1, y1, x2, y2 = bounds_of((tuple(points),))
     return max(x2 - x1, y2 - y1) >= _LEAST_SPAN * max(1.0, scale)
-
-
-def _sample_arrow(
-    bbox: BBox, width: int, policy: VisualPromptPolicy, scale: float, rng: np.random.Generator
-) -> tuple[Stroke, ...]:
-    ranges = policy.ranges
-    x1, y1, x2, y2 = bbox
-    tip = np.array([(x1 + x2) / 2, (y1 + y2) / 2])
-    tip += rng.uniform(-0.25, 0.25, size=2) * (x2 - x1, y2 - y1)
-    near, far = ranges.arrow_length[0] * min(x2 - x1, y2 - y1), ranges.arrow_length[1] * scale
-    length = _uniform((min(near, far), max(near, far)), rng)
-    head = max(_uniform(ranges.arrow_head, rng) * length, ranges.arrow_head_min * scale)
-    length = max(length, head)
-    angle = float(rng.uniform(0, 2 * math.pi))
-    back = np.array([math.cos(angle), math.sin(angle)])
-    barbs = [tip + head * _rotate(back, side * _ARROW_BARB_ANGLE) for side in (-1, 1)]
-    tail = tip + length * back
-    bent, filled = rng.random(size=2) < 0.5
-    # A filled head covers the shaft's end; an open one needs the shaft up to the tip.
-    shaft_end = tip + head * math.cos(_ARROW_BARB_ANGLE) * back if filled else tip
-    shaft = [tail, shaft_end]
-    if bent:
-        sideways = _rotate(back, math.pi / 2) * rng.uniform(-1, 1) * ranges.arrow_bend * scale
-        shaft.insert(1, (tail + shaft_end) / 2 + sideways)
-    if filled:
-        head_stroke = Stroke("polygon", _points([barbs[0], tip, barbs[1]]))
-    else:
-        head_stroke = Stroke("line", _points([barbs[0], tip, barbs[1]]), width)
-    return Stroke("line", _points(shaft), width), head_stroke
 
 
 def _outlines(region: Region) -> tuple[Polygon, ...]:
@@ -365,27 +351,20 @@ def _outlines(region: Region) -> tuple[Polygon, ...]:
     return (((x1, y1), (x2, y1), (x2, y2), (x1, y2)),)
 
 
-def _corners(bbox: BBox) -> tuple[Point, Point]:
-    x1, y1, x2, y2 = bbox
-    return (x1, y1), (x2, y2)
+def _bounds(region: Region) -> BBox:
+    return bounds_of(region.polygons) if region.polygons else region.bbox_xyxy
 
 
-def _enlarge(bbox: BBox, factor: float) -> BBox:
-    x1, y1, x2, y2 = bbox
-    dx, dy = (x2 - x1) * (factor - 1) / 2, (y2 - y1) * (factor - 1) / 2
-    return x1 - dx, y1 - dy, x2 + dx, y2 + dy
+def _enlarge(bbox: BBox, factor: float, size: tuple[int, int]) -> BBox:
+    """Enlarge the bounds of an ellipse; one out of the image on all four sides is fitted into it.
 
-
-def _keep_in_sight(bbox: BBox, size: tuple[int, int]) -> BBox:
-    """Fit an ellipse that reaches out of the picture on all four sides into it.
-
-    Of an ellipse around a picture, slivers in the corners are seen, or nothing at all.
+    Of an ellipse around an image, slivers in the corners are seen, or nothing at all.
     """
     x1, y1, x2, y2 = bbox
-    width, height = size
-    if x1 < 0 and y1 < 0 and x2 > width and y2 > height:
-        return 0.0, 0.0, width - 1.0, height - 1.0
-    return bbox
+    dx, dy = (x2 - x1) * (factor - 1) / 2, (y2 - y1) * (factor - 1) / 2
+    if x1 < dx and y1 < dy and x2 + dx > size[0] and y2 + dy > size[1]:
+        return 0.0, 0.0, size[0] - 1.0, size[1] - 1.0
+    return x1 - dx, y1 - dy, x2 + dx, y2 + dy
 
 
 def _rotate(vector: np.ndarray, angle: float) -> np.ndarray:
@@ -395,11 +374,3 @@ def _rotate(vector: np.ndarray, angle: float) -> np.ndarray:
 
 def _points(vertices: Sequence[np.ndarray]) -> tuple[Point, ...]:
     return tuple((float(x), float(y)) for x, y in vertices)
-
-
-def _uniform(bounds: FloatRange, rng: np.random.Generator) -> float:
-    return float(rng.uniform(*bounds))
-
-
-def _uniform_int(bounds: IntRange, rng: np.random.Generator) -> int:
-    return int(rng.integers(bounds[0], bounds[1] + 1))

@@ -31,10 +31,9 @@ _PREPOSITIONS: Final[dict[Shape, str]] = {
 
 def check_shape(name: str) -> Shape:
     """Return ``name`` as a shape; an unknown one lists the known ones."""
-    for shape in SHAPES:
-        if shape == name:
-            return shape
-    raise VipLlavaError(f"unknown shape `{name}`; the shapes are: {', '.join(SHAPES)}")
+    if name not in SHAPES:
+        raise VipLlavaError(f"unknown shape `{name}`; the shapes are: {', '.join(SHAPES)}")
+    return name
 
 
 def shape_words(shape: Shape, colour_name: str | None, *, article: bool = True) -> str:
@@ -54,13 +53,6 @@ def mark_bounds(prompt: VisualPrompt) -> BBox:
     A line's round joints and square ends reach at most its width beyond its points; one pixel
     more covers rounding.
     """
-    xs: list[float] = []
-    ys: list[float] = []
-    reach = 0
-    for stroke in prompt.strokes:
-        xs.extend(x for x, _ in stroke.points)
-        ys.extend(y for _, y in stroke.points)
-        if stroke.kind in ("line", "polygon"):
-            reach = max(reach, stroke.width)
-    reach += 1
+    xs, ys = zip(*(point for stroke in prompt.strokes for point in stroke.points), strict=True)
+    reach = 1 + max((s.width for s in prompt.strokes if s.kind in ("line", "polygon")), default=0)
     return min(xs) - reach, min(ys) - reach, max(xs) + reach, max(ys) + reach

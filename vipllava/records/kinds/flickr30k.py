@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from vipllava.records.fields import Fields, Parsed
-from vipllava.records.kind import Outline, RecordKind, list_or_empty
-from vipllava.records.wording import choose, exchange, join
+from vipllava.records.fields import Fields, Parsed, list_or_empty
+from vipllava.records.kind import Outline, RecordKind
+from vipllava.records.wording import capitalised, choose, exchange, join
 from vipllava.types import Mention, Region
 
 _HINT_RATE: Final = 0.5
@@ -62,19 +62,17 @@ def parse_flickr30k(fields: Fields, rng: np.random.Generator) -> Parsed:
         for number, box in enumerate(boxes):
             style_of = first[phrase] if number else None
             regions.append(Region(fields.bbox(box, f"{where}[{number}]"), (), style_of))
-    mentions = [Mention(first[phrase]) for phrase in order]
-
     name_marks = rng.random() < _MARKS_RATE
     question: list[str | Mention] = [choose(_NAME_BOTH if name_marks else _NAME_OBJECTS, rng)]
     if rng.random() < _HINT_RATE:
         question.append(choose(_HINTS, rng))
-        for number, mention in enumerate(mentions):
-            if number:
-                question.append(" and " if number == len(mentions) - 1 else ", ")
-            question.append(mention)
-        question.append(".")
+        for phrase in order:
+            question += [Mention(first[phrase]), ", "]
+        question[-1] = "."
+        if len(order) > 1:
+            question[-3] = " and "
     answer = _answer(caption, first if name_marks else None)
-    return Parsed(tuple(exchange(join(question), answer)), tuple(regions))
+    return Parsed(exchange(join(question), answer), tuple(regions))
 
 
 def _answer(caption: str, first: dict[int, int] | None) -> tuple[str | Mention, ...]:
@@ -85,25 +83,22 @@ def _answer(caption: str, first: dict[int, int] | None) -> tuple[str | Mention, 
             parts.append(_SPACE_BEFORE_END.sub(r"\1", piece))
         elif first is not None:
             parts += [" ", Mention(first[int(piece)])]
-    parts = list(join(parts))
-    if parts and isinstance(parts[0], str):
-        parts[0] = parts[0][:1].upper() + parts[0][1:]
+    parts = list(capitalised(join(parts)))
     if not isinstance(parts[-1], str) or not parts[-1].rstrip().endswith((".", "!", "?")):
         parts.append(".")
     return join(parts)
 
 
 def _marked_phrases(caption: str) -> list[int]:
-    return list(dict.fromkeys(int(number) for number in _PHRASE_END.findall(caption)))
+    return list(dict.fromkeys(map(int, _PHRASE_END.findall(caption))))
 
 
 def _outlines(record: Mapping[str, Any]) -> Iterator[Outline]:
     """Yield the boxes of the phrases that the caption marks."""
     caption, phrases = record.get("grounding"), list_or_empty(record.get("bbox"))
     for phrase in _marked_phrases(caption) if isinstance(caption, str) else ():
-        for number, box in enumerate(
-            list_or_empty(phrases[phrase]) if phrase < len(phrases) else ()
-        ):
+        boxes = list_or_empty(phrases[phrase]) if phrase < len(phrases) else ()
+        for number, box in enumerate(boxes):
             yield Outline("box", box, f"bbox[{phrase}][{number}]")
 
 

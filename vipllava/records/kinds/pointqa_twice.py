@@ -19,7 +19,7 @@ def parse_pointqa_twice(fields: Fields, rng: np.random.Generator) -> Parsed:
     question = fields.text("general_question")
     regions = fields.regions(count=1, masks=False)
     text = fill(f"{{}} The exemplary object is {{}}.\n{SHORT_ANSWER}", question, Mention(0))
-    return Parsed(tuple(exchange(text, fields.answer())), tuple(regions))
+    return Parsed(exchange(text, fields.answer()), regions)
 
 
 POINTQA_TWICE = RecordKind(

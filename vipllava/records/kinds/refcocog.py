@@ -1,17 +1,19 @@
-"""RefCOCOg: a short phrase that describes the marked object.
+"""RefCOCOg: a short phrase that describes the marked object, or GPT-4V's dialogue about it.
 
-``{"bboxes": [1], "segmentations": [1], "answer"}``
+``{"bboxes": [1], "segmentations": [1], "answer"}``, or instead of ``answer`` ``conversations`` in
+which ``<bbox>`` stands for the mark.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
 import numpy as np
 
 from vipllava.records.fields import Fields, Parsed
-from vipllava.records.kind import RecordKind, boxes_and_masks
+from vipllava.records.kind import CONVERSATIONS, RecordKind, boxes_and_masks
 from vipllava.records.wording import choose, exchange, fill
 from vipllava.types import Mention
 
@@ -40,7 +42,13 @@ def parse_refcocog(fields: Fields, rng: np.random.Generator) -> Parsed:
     answer = fields.text("answer")
     generic = rng.random() < _GENERIC_RATE
     question = (choose(_GENERIC, rng),) if generic else fill(choose(_MARKED, rng), Mention(0))
-    return Parsed(tuple(exchange(question, answer)), tuple(regions))
+    return Parsed(exchange(question, answer), regions)
+
+
+def parse_refcocog_gpt4v(fields: Fields, rng: np.random.Generator) -> Parsed:
+    """Return the dialogue with mentions."""
+    regions = fields.regions(count=1, masks=True)
+    return Parsed(fields.conversation(num_regions=1), regions)
 
 
 REFCOCOG = RecordKind(
@@ -50,4 +58,12 @@ REFCOCOG = RecordKind(
     policy="refcocog",
     prefix="refcocog",
     outlines=partial(boxes_and_masks, all_masks=True),
+)
+REFCOCOG_GPT4V = replace(
+    REFCOCOG,
+    name="refcocog-gpt4v",
+    parse=parse_refcocog_gpt4v,
+    texts=(CONVERSATIONS,),
+    prefix="refcocog-gpt4v",
+    mentions=(CONVERSATIONS, "bboxes"),
 )

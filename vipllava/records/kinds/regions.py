@@ -14,8 +14,8 @@ from typing import Any, Final, cast
 import numpy as np
 
 from vipllava.records.fields import Fields, Parsed
-from vipllava.records.kind import RecordKind, boxes_and_masks
-from vipllava.types import RGB, FixedVisualPrompt, RecordError, Shape, VipLlavaError
+from vipllava.records.kind import CONVERSATIONS, RecordKind, boxes_and_masks
+from vipllava.types import FixedVisualPrompt, VipLlavaError
 from vipllava.visual_prompts.palette import named_colour
 from vipllava.visual_prompts.shapes import check_shape
 
@@ -32,7 +32,7 @@ def parse_regions(fields: Fields, rng: np.random.Generator) -> Parsed:
     if fields.record.get("visual_prompts") is not None:
         values = fields.items("visual_prompts", f"one entry per box ({len(regions)})", len(regions))
         fixed = tuple(_fixed(fields, v, f"visual_prompts[{n}]") for n, v in enumerate(values))
-    return Parsed(turns, tuple(regions), fixed)
+    return Parsed(turns, regions, fixed)
 
 
 def _fixed(fields: Fields, value: object, name: str) -> FixedVisualPrompt:
@@ -48,44 +48,27 @@ def _fixed(fields: Fields, value: object, name: str) -> FixedVisualPrompt:
         fields.fail(f"{name}.width", width, "a line width of at least 1 pixel")
     if alpha is not None and (type(alpha) is not int or not 1 <= alpha <= 255):
         fields.fail(f"{name}.alpha", alpha, "an opacity from 1 to 255")
-    return FixedVisualPrompt(
-        _shape(fields, given.get("shape"), name),
-        _colour(fields, given.get("colour"), name),
-        width,
-        alpha,
-    )
-
-
-def _shape(fields: Fields, value: object, name: str) -> Shape | None:
-    if value is None:
-        return None
+    colour: Any = given.get("colour")
     try:
-        return check_shape(str(value))
+        shape = None if given.get("shape") is None else check_shape(str(given["shape"]))
+        if isinstance(colour, str):
+            named_colour(colour)
     except VipLlavaError as error:
-        raise RecordError(f"{fields.dataset}/{fields.key}: {name}.shape: {error}") from error
-
-
-def _colour(fields: Fields, value: object, name: str) -> str | RGB | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        try:
-            named_colour(value)
-        except VipLlavaError as error:
-            raise RecordError(f"{fields.dataset}/{fields.key}: {name}.colour: {error}") from error
-        return value
-    expected = "a palette name or [red, green, blue], each from 0 to 255"
-    channels = fields.as_list(value, f"{name}.colour", expected, 3)
-    if not all(type(channel) is int and 0 <= channel <= 255 for channel in channels):
-        fields.fail(f"{name}.colour", channels, expected)
-    return cast("RGB", tuple(channels))
+        fields.refuse(f"{name}: {error}")
+    if colour is not None and not isinstance(colour, str):
+        expected = "a palette name or [red, green, blue], each from 0 to 255"
+        channels = fields.as_list(colour, f"{name}.colour", expected, 3)
+        if not all(type(channel) is int and 0 <= channel <= 255 for channel in channels):
+            fields.fail(f"{name}.colour", channels, expected)
+        colour = tuple(channels)
+    return FixedVisualPrompt(shape, colour, width, alpha)
 
 
 REGIONS = RecordKind(
     "regions",
     parse_regions,
-    texts=("conversations",),
+    texts=(CONVERSATIONS,),
     policy="regions",
     outlines=boxes_and_masks,
-    mentions=("conversations", "bboxes"),
+    mentions=(CONVERSATIONS, "bboxes"),
 )

@@ -21,15 +21,12 @@ def parse_v7w(fields: Fields, rng: np.random.Generator) -> Parsed:
     """Letter the four marks in the record's order."""
     question = fields.text("question")
     regions = fields.regions(count=_CHOICES, masks=False)
-    boxes: list[Any] = fields.record["bboxes"]
+    given: list[Any] = fields.record["bboxes"]
     answer: Any = fields.require("answer", "one of the four boxes")
-    right = [number for number, box in enumerate(boxes) if box == answer]
-    if len(right) != 1:
-        expected = f"exactly one of the boxes {boxes}"
-        fields.fail("answer", answer, expected)
-    options = [("The object ", Mention(number)) for number in range(_CHOICES)]
-    text = multiple_choice((question,), options)
-    return Parsed(tuple(exchange(text, LETTERS[right[0]])), tuple(regions))
+    if given.count(answer) != 1:
+        fields.fail("answer", answer, f"exactly one of the boxes {given}")
+    text = multiple_choice((question,), [("The object ", Mention(n)) for n in range(_CHOICES)])
+    return Parsed(exchange(text, LETTERS[given.index(answer)]), regions)
 
 
 V7W = RecordKind("v7w", parse_v7w, texts=("question",), policy="v7w", prefix="v7w", outlines=boxes)

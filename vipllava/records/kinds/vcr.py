@@ -14,10 +14,10 @@ from typing import Any, Final, cast
 
 import numpy as np
 
-from vipllava.records.fields import Fields, Parsed
-from vipllava.records.kind import Outline, RecordKind, list_or_empty
-from vipllava.records.wording import LETTERS, Parts, choose, exchange, fill, join
-from vipllava.types import Mention, RecordError, Region
+from vipllava.records.fields import Fields, Parsed, list_or_empty
+from vipllava.records.kind import Outline, RecordKind
+from vipllava.records.wording import LETTERS, Parts, capitalised, choose, exchange, fill, join
+from vipllava.types import DraftTurn, Mention, Region
 
 _CHOICE_RATE: Final = 0.5
 _CLASS_NAME_RATE: Final = 0.5
@@ -49,19 +49,14 @@ _CHOOSE: Final = (
 
 
 class _Speaker:
-    """Turns lists of words and object indices into text with mentions.
-
-    Attributes:
-        regions: the mentioned objects, in the order of their first mention.
-    """
+    """Turns lists of words and object indices into text with mentions."""
 
     def __init__(self, fields: Fields, rng: np.random.Generator) -> None:
         self.fields = fields
         self.rng = rng
         self.class_names = fields.items("class_names", "a list with the class of each object")
         self.boxes, self.rings = _geometry(fields, len(self.class_names))
-        self.regions: list[Region] = []
-        self._numbers: dict[int, int] = {}
+        self.regions: dict[int, Region] = {}  # by object, in the order of their first mention
 
     def check(self, tokens: object, name: str) -> _Tokens:
         """Check one question or choice, whether it will be said or not."""
@@ -90,9 +85,7 @@ class _Speaker:
             if parts and not (isinstance(token, str) and token in _CLOSE):
                 parts.append(" ")
             parts += (token,) if isinstance(token, str) else self._objects(token)
-        text = join(parts)
-        first = text[0]
-        return (first[:1].upper() + first[1:], *text[1:]) if isinstance(first, str) else text
+        return capitalised(join(parts))
 
     def _objects(self, indices: list[int]) -> list[str | Mention]:
         parts: list[str | Mention] = []
@@ -106,18 +99,18 @@ class _Speaker:
         return parts
 
     def _region(self, index: int) -> int:
-        if index not in self._numbers:
-            self._numbers[index] = len(self.regions)
+        """Return the number of an object's region."""
+        if index not in self.regions:
             box = self.fields.bbox(self.boxes[index], f"boxes[{index}]", extra=1)
             where = f"segms[{index}]"
             rings = self.fields.as_list(self.rings[index], where, "a list of rings")
             polygons = tuple(
-                self.fields.polygon(cast("list[Any]", ring), f"{where}[{number}]")
+                self.fields.polygon(ring, f"{where}[{number}]")
                 for number, ring in enumerate(rings)
                 if len(self.fields.as_list(ring, where, "a list of points")) >= _SHORTEST_RING
             )
-            self.regions.append(Region(box, polygons))
-        return self._numbers[index]
+            self.regions[index] = Region(box, polygons)
+        return list(self.regions).index(index)
 
 
 def parse_vcr(fields: Fields, rng: np.random.Generator) -> Parsed:
@@ -128,14 +121,11 @@ def parse_vcr(fields: Fields, rng: np.random.Generator) -> Parsed:
     """
     speaker = _Speaker(fields, rng)
     question = speaker.check(fields.require("question", "a list of words"), "question")
-    turns = [
-        *_ask(speaker, speaker.say(question), "answer"),
-        *_ask(speaker, None, "rationale"),
-    ]
-    return Parsed(tuple(turns), tuple(speaker.regions))
+    turns = _ask(speaker, speaker.say(question), "answer") + _ask(speaker, None, "rationale")
+    return Parsed(turns, tuple(speaker.regions.values()))
 
 
-def _ask(speaker: _Speaker, question: Parts | None, what: str) -> list[Any]:
+def _ask(speaker: _Speaker, question: Parts | None, what: str) -> tuple[DraftTurn, ...]:
     """Write one exchange; ``question`` None asks why."""
     fields, rng = speaker.fields, speaker.rng
     name = f"{what}_choices"
@@ -160,17 +150,15 @@ def _geometry(fields: Fields, num_objects: int) -> tuple[list[Any], list[Any]]:
     clip = _clip(fields.record)
     if clip is None:
         fields.fail("meta", fields.record["meta"], "an object with `boxes` and `segms`")
+    expected = f"one entry per object of class_names ({num_objects})"
     found: list[list[Any]] = []
     for name in ("boxes", "segms"):
-        value = clip.get(name)
-        if value is None:
-            raise RecordError(
-                f"{fields.dataset}/{fields.key}: `{name}` of the clip is missing; expected it "
-                f"under `meta` (shards carry the content of meta_dir, "
-                f"{fields.record.get('meta_dir')!r})"
+        if clip.get(name) is None:
+            fields.refuse(
+                f"`{name}` of the clip is missing; expected it under `meta` (shards carry the "
+                f"content of meta_dir, {fields.record.get('meta_dir')!r})"
             )
-        expected = f"one entry per object of class_names ({num_objects})"
-        found.append(fields.as_list(value, name, expected, num_objects))
+        found.append(fields.as_list(clip[name], name, expected, num_objects))
     return found[0], found[1]
 
 

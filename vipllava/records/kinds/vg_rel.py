@@ -1,16 +1,18 @@
 """Visual Genome relations: how the first marked object relates to the second.
 
-``{"bboxes": [2], "answer"}``; the answer is the triplet as text.
+``{"bboxes": [2], "answer"}``, the answer being the triplet as text, or instead of it GPT-4V's
+``conversations`` with ``<bbox0>`` and ``<bbox1>``.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 
 from vipllava.records.fields import Fields, Parsed
-from vipllava.records.kind import RecordKind, boxes
+from vipllava.records.kind import CONVERSATIONS, RecordKind, boxes
 from vipllava.records.wording import choose, exchange, fill
 from vipllava.types import Mention
 
@@ -32,9 +34,24 @@ def parse_vg_rel(fields: Fields, rng: np.random.Generator) -> Parsed:
     regions = fields.regions(count=2, masks=False)
     answer = fields.text("answer")
     question = fill(choose(_QUESTIONS, rng), Mention(0), Mention(1))
-    return Parsed(tuple(exchange(question, answer)), tuple(regions))
+    return Parsed(exchange(question, answer), regions)
+
+
+def parse_vg_rel_gpt4v(fields: Fields, rng: np.random.Generator) -> Parsed:
+    """Return the dialogue with mentions."""
+    regions = fields.regions(count=2, masks=False)
+    return Parsed(fields.conversation(num_regions=2), regions)
 
 
 VG_REL = RecordKind(
     "vg_rel", parse_vg_rel, texts=("answer",), policy="vg_rel", prefix="vg_rel", outlines=boxes
+)
+VG_REL_GPT4V = replace(
+    VG_REL,
+    name="vg_rel-gpt4v",
+    parse=parse_vg_rel_gpt4v,
+    texts=(CONVERSATIONS,),
+    policy="vg_rel-gpt4v",
+    prefix="vg_rel-gpt4v",
+    mentions=(CONVERSATIONS, "bboxes"),
 )
