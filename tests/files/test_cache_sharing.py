@@ -48,10 +48,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cache(folder: Path) -> Iterator[ShardCache]:
-    made = ShardCache(folder, ROOMY, QUICK)
-    yield made
-    made.close()
+def cache(folder: Path) -> ShardCache:
+    return ShardCache(folder, ROOMY, QUICK)
 
 
 def _read_one(cache: ShardCache, url: str) -> None:
@@ -65,7 +63,6 @@ def _read_files(cache: ShardCache, urls: list[str], answer: Any) -> None:
 def _prefetch_and_read(cache: ShardCache, urls: list[str], answer: Any) -> None:
     cache.prefetch(urls)
     _read_files(cache, urls, answer)
-    cache.close()
 
 
 def run_all(target: Callable[..., None], jobs: list[tuple[Any, ...]]) -> list[list[str]]:
@@ -104,7 +101,7 @@ def test_two_jobs_in_a_small_cache(server: FileServer, folder: Path) -> None:
         nonlocal largest
         while not ended.wait(0.002):
             with locked(folder / ".lock"):
-                largest = max(largest, sum(file.size for file in shard_cache._held(folder)))
+                largest = max(largest, sum(s.st_size for *_, s in shard_cache._held(folder)))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -192,5 +189,4 @@ def test_no_sample_is_lost_or_doubled(server: FileServer, folder: Path) -> None:
                 content = tar.extractfile(member)
                 assert content is not None
                 found[json.load(content)["id"]] += 1
-    cache.close()
     assert found == {f"{number}-{row}": 1 for number in range(6) for row in range(5)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +10,6 @@ from vipllava.files.retries import (
     BrokenError,
     GivenUpError,
     Patience,
-    StoppedError,
     Trial,
     retry,
 )
@@ -51,13 +49,6 @@ def test_the_end_names_attempts_and_reason():
 def test_other_errors_end_it():
     with pytest.raises(ZeroDivisionError):
         retry(lambda: 1 / 0, Trial(QUICK), "a file")
-
-
-def test_a_stop_ends_the_pause():
-    stop = threading.Event()
-    stop.set()
-    with pytest.raises(StoppedError):
-        retry(failing(1), Trial(Patience(backoff_s=3600)), "a file", stop=stop)
 
 
 def test_pauses_double_and_follow_the_other_side():

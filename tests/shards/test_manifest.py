@@ -9,13 +9,12 @@ import yaml
 from vipllava.shards.manifest import (
     Manifest,
     ManifestError,
-    Source,
     is_remote,
     list_manifests,
     load_manifest,
     parse_manifest,
 )
-from vipllava.shards.sources import PictureList, SourceFile
+from vipllava.shards.sources import DataSource, PictureList, SourceFile
 
 KNOWN = Path(__file__).parents[2] / "data_manifests"
 
@@ -104,7 +103,7 @@ def test_values_and_defaults(tmp_path: Path) -> None:
     write(tmp_path, GOOD)
     manifest = load_manifest("mine", tmp_path)
     assert manifest.shards == ("mine/*.tar",)
-    assert manifest.sources == (Source("somewhere", "pictures", "public"),)
+    assert manifest.sources == (DataSource("somewhere", "pictures", "public"),)
     assert (manifest.record_kind, manifest.policy, manifest.num_samples) == ("auto", "auto", None)
 
 
@@ -152,9 +151,8 @@ def test_sources_in_files_of_their_own(tmp_path: Path) -> None:
     own = tmp_path / "elsewhere"
     own.mkdir()
     path = write(own, GOOD.replace("[{name: somewhere, what: pictures}]", "[coco]"))
-    expected = (
-        Source("COCO", "pictures", files=(SourceFile("coco", url="http://x/a.zip", unpack="a"),)),
-    )
+    file = SourceFile("coco", url="http://x/a.zip", unpack="a")
+    expected = (DataSource("COCO", "pictures", files=(file,)),)
     assert load_manifest(path, tmp_path).sources == expected
     write(tmp_path, GOOD.replace("[{name: somewhere, what: pictures}]", "[coco]"))
     assert load_manifest("mine", tmp_path).sources == expected
@@ -162,7 +160,7 @@ def test_sources_in_files_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(ManifestError) as error:
         load_manifest(path, tmp_path)
     assert "sources names `vg`, which is not there; known: coco" in str(error.value)
-    assert "sources has {'name': 'x'}; missing: what" in str(error.value)
+    assert "sources: missing fields: what in {'name': 'x'}" in str(error.value)
     (tmp_path / "sources" / "coco.yaml").write_text("a: [")
     with pytest.raises(ManifestError, match=r"coco\.yaml is not readable YAML"):
         load_manifest("mine", tmp_path)
@@ -181,7 +179,7 @@ def test_all_that_a_source_can_say() -> None:
         "picture_list": {"file": "a/l.json", "url_field": "url", "into": "a/images"},
     }
     assert parse(sources=[source]).sources == (
-        Source(
+        DataSource(
             "Big Set (2017)",
             "pictures",
             "form",
@@ -205,8 +203,8 @@ def test_all_that_a_source_can_say() -> None:
         ({"access": "form"}, "address is missing"),
         ({"address": 3}, "address is 3; expected a text"),
         ({"files": "x.zip"}, "files has 'x.zip'; expected a mapping"),
-        ({"files": [{"url": "http://x/a"}]}, "missing: into"),
-        ({"files": [{"into": "a"}]}, "expected exactly one of `file` and `url`"),
+        ({"files": [{"url": "http://x/a"}]}, "missing fields: into"),
+        ({"files": [{"into": "a"}]}, "has to have exactly one of `file` and `url`"),
         ({"files": [{"into": "a", "url": "ftp://x/a"}]}, "url is 'ftp://x/a'; expected an http"),
         ({"files": [{"into": "a", "file": "a.zip"}]}, "`a.zip` needs the source's `hub`"),
         ({"files": [{"into": "../a", "url": "http://x/a"}]}, "into is '../a'; expected a path ins"),
@@ -216,8 +214,8 @@ def test_all_that_a_source_can_say() -> None:
             {"files": [{"into": "a", "url": "http://x/a", "md5": "xyz"}]},
             "md5 is 'xyz'; expected 32",
         ),
-        ({"picture_list": {"file": "a", "into": "b"}}, "missing: url_field"),
-        ({"picture_list": {"file": "../a", "into": "b", "url_field": "c"}}, "picture_list.file is"),
+        ({"picture_list": {"file": "a", "into": "b"}}, "missing fields: url_field"),
+        ({"picture_list": {"file": "../a", "into": "b", "url_field": "c"}}, "_list: file is"),
         ({"picture_list": 5}, "picture_list has 5"),
     ],
 )
@@ -261,7 +259,7 @@ def test_shards_may_be_addresses(pattern: str) -> None:
 
 @pytest.mark.parametrize("name", ["folder", "annotation_file", "image_roots"])
 def test_other_paths_stay_inside_the_data_root(name: str) -> None:
-    with pytest.raises(ManifestError, match=f"{name} is `../x`; expected a path inside"):
+    with pytest.raises(ManifestError, match=f"{name} is [`']../x[`']; expected a path inside"):
         parse(**{name: "../x"})
 
 

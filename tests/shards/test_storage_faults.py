@@ -25,7 +25,7 @@ from vipllava.files.locks import locked
 from vipllava.files.openers import CacheError
 from vipllava.files.retries import Patience
 from vipllava.models.towers import CLIP
-from vipllava.shards import open_files
+from vipllava.shards import tars as shard_tars
 from vipllava.shards.tar_index import index_path
 from vipllava.shards.tars import UnreadableError, write_shards
 from vipllava.stream.batching import SampleBatches
@@ -272,7 +272,7 @@ def damage_reads(monkeypatch: pytest.MonkeyPatch, dataset: VisualPromptDataset, 
             raise OSError(code, os.strerror(code))
         return pread(descriptor, size, offset)
 
-    monkeypatch.setattr(open_files.os, "pread", fail_on_one)
+    monkeypatch.setattr(shard_tars.os, "pread", fail_on_one)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vipllava.ingest.check.availability import Availability
     from vipllava.ingest.fetch.fetching import Outcome
     from vipllava.shards.manifest import Manifest
-    from vipllava.shards.sources import Source
+    from vipllava.shards.sources import DataSource
 
 EXIT_INCOMPLETE: Final = 1
 _COLOURS: Final = {
@@ -208,7 +208,7 @@ def _here(manifest: Manifest, data_root: str) -> str:
     return "-" if not present else some or f"{len(present)} tars"
 
 
-def _source_facts(source: Source) -> list[tuple[str, str]]:
+def _source_facts(source: DataSource) -> list[tuple[str, str]]:
     ways = {"public": "vipllava data fetch", "form": "ask by a form", "by_hand": "with a browser"}
     places = dict.fromkeys(file.into for file in source.files)
     if source.picture_list is not None:

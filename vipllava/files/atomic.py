@@ -28,9 +28,7 @@ _LOST: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 @contextlib.contextmanager
 def new_file(path: Path, *, durable: bool = False) -> Generator[Path]:
-    """Have a file written beside its place; it gets its name when the block ends well.
-
-    What was under the name stays until then.
+    """Have a file written beside its place; it replaces what is there when the block ends well.
 
     Args:
         path: of the file; its folder is made.
@@ -93,11 +91,7 @@ def put_folder(unfinished: Path, folder: Path, *, replace: bool = False) -> None
 
 
 def move(source: Path, target: Path) -> Path:
-    """Give a file or folder another name on its file system; a file there is replaced.
-
-    Returns:
-        ``target``.
-    """
+    """Give a file or folder another name on its file system, which is returned; replaces a file."""
     return source.replace(target)
 
 
@@ -111,11 +105,7 @@ def remove(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a small file that appears under its name only when it is whole, and on the disk.
-
-    Args:
-        path: of the file; its folder is made. What was there stays until the new one is whole.
-        text: what it holds, written as UTF-8.
+    """Write a small UTF-8 file that replaces what is there only when it is whole, and on the disk.
 
     Raises:
         OSError: it could not be written; the error names the file.
@@ -139,10 +129,9 @@ def write_json(path: Path, values: Any, *, indent: int | None = 2) -> None:
 
 
 def read_text(path: Path) -> str | None:
-    """Return what a small file says, without white space around it.
+    """Return what a small file says, stripped; None if it is absent, empty or unreadable.
 
-    Returns:
-        None if the file is absent; also if it is empty or unreadable, which the log says.
+    The log tells of all but absence.
     """
     try:
         text = path.read_text(encoding="utf-8").strip()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, NoReturn
 from urllib.parse import urlsplit
 
 from vipllava import __version__
@@ -34,7 +34,7 @@ Progress = Callable[[int, "int | None"], None]
 
 _CHUNK: Final = 1 << 20
 _TEMPORARY: Final = (408, 425, 429, 500, 502, 503, 504)
-_RANGE: Final = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")
+_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 class DownloadError(StorageError):
@@ -42,15 +42,12 @@ class DownloadError(StorageError):
 
 
 class RefusedError(DownloadError):
-    """The server answered that it will not send the file.
+    """The server answered that it will not send the file, with an HTTP status and a reason."""
 
-    Attributes:
-        status: its HTTP status.
-    """
-
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int = 0, reason: str = "") -> None:
         super().__init__(message)
         self.status = status
+        self.reason = reason
 
 
 class DiskError(DownloadError):
@@ -59,47 +56,6 @@ class DiskError(DownloadError):
 
 class _StaleError(BrokenError):
     """The bytes so far are of another file than the server has now."""
-
-
-@dataclass(slots=True)
-class _Partial:
-    """The bytes so far and what they belong to."""
-
-    path: Path
-    url: str
-    immutable: bool = False
-    headers: Mapping[str, str] = field(default_factory=dict[str, str])
-    validator: str | None = None
-    total: int | None = None
-
-    @property
-    def note(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.json")
-
-    def load(self) -> None:
-        """Take up what an earlier call left; anything doubtful is dropped."""
-        try:
-            raw: Any = json.loads(self.note.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raw = None
-        known = cast("Mapping[str, Any]", raw) if isinstance(raw, dict) else dict[str, Any]()
-        validator, total = known.get("validator"), known.get("total")
-        if known.get("url") == self.url and (self.immutable or isinstance(validator, str)):
-            self.validator, self.total = validator, total if isinstance(total, int) else None
-        else:
-            self.drop()
-
-    def save(self) -> None:
-        note = {"url": self.url, "validator": self.validator, "total": self.total}
-        self.note.write_text(json.dumps(note), encoding="utf-8")
-
-    def size(self) -> int:
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def drop(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self.note.unlink(missing_ok=True)
-        self.validator = self.total = None
 
 
 def download(
@@ -112,7 +68,6 @@ def download(
     immutable: bool = False,
     headers: Mapping[str, str] | None = None,
     patience: Patience = PATIENT,
-    trial: Trial | None = None,
     on_progress: Progress | None = None,
 ) -> int:
     """Download one file.
@@ -126,7 +81,6 @@ def download(
             then a partial file is continued without the server's word.
         headers: further headers, e.g. of a login; not passed on when the server redirects.
         patience: bounds on waiting and trying.
-        trial: the attempts so far, instead of ``patience``, if it has been tried before.
         on_progress: told about every megabyte or so.
 
     Returns:
@@ -140,181 +94,208 @@ def download(
     """
     if urlsplit(url).scheme not in ("http", "https"):
         raise DownloadError(f"{url} is no http or https address")
-    partial_path = target.with_name(f".{target.name}.part")
-    part = _Partial(partial_path, url, immutable, headers or {})
+    path = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part.load()
-        # One of thousands of pictures, or the one that somebody waits for.
-        level = logging.INFO if trial is None else logging.WARNING
-        trial = trial or Trial(patience, part.size())
-        retry(partial(_attempt, part, size, trial, on_progress), trial, url, level=level)
-        received = part.size()
-        _check(part, received, size, {"md5": md5, "sha256": sha256})
-        move(part.path, target)
+        part = PartialFile(url, path, size, immutable, headers, on_progress)
+        trial = Trial(patience, part.num_bytes)
+        # One of thousands of images: only the end of the attempts is worth a warning.
+        received = retry(partial(part.fetch, trial), trial, url, level=logging.INFO)
+        part.check({"md5": md5, "sha256": sha256})
+        move(path, target)
         part.note.unlink(missing_ok=True)
     except GivenUpError as error:
-        raise DownloadError(f"{error}. {_kept(part)}") from error
+        kept = path.stat().st_size if path.exists() else 0
+        remedy = (
+            f"{kept} bytes are kept in {path}: run the same command again to go on"
+            if kept
+            else "Check the address and the network, then run the same command again"
+        )
+        raise DownloadError(f"{error}. {remedy}") from error
     except OSError as error:
         raise disk_error(error, url, target) from error
     return received
 
 
-def _kept(part: _Partial) -> str:
-    size = part.size()
-    return (
-        f"{size} bytes are kept in {part.path}: run the same command again to go on"
-        if size
-        else "Check the address and the network, then run the same command again"
-    )
+@dataclass
+class PartialFile:
+    """A file under way; takes up what an earlier call left, and drops what is doubtful of it.
 
+    Attributes:
+        url: http or https.
+        path: of the bytes so far; beside it lies a note of what they belong to.
+        size, immutable, headers, on_progress: see :func:`download`.
+    """
 
-def _attempt(part: _Partial, size: int | None, trial: Trial, on_progress: Progress | None) -> None:
-    try:
-        _transfer(part, size, trial, on_progress)
-    except BrokenError as error:
-        error.size = part.size()  # a long download over a shaky line may break often, if it moves
-        if isinstance(error, _StaleError):
-            part.drop()
-        raise
+    url: str
+    path: Path
+    size: int | None = None
+    immutable: bool = False
+    headers: Mapping[str, str] | None = None
+    on_progress: Progress | None = None
+    _validator: str | None = field(default=None, init=False)
+    _total: int | None = field(default=None, init=False)
 
+    def __post_init__(self) -> None:
+        try:
+            known: Any = json.loads(self.note.read_text(encoding="utf-8"))
+            if known["url"] != self.url or not (self.immutable or known["validator"]):
+                raise ValueError("of another file")
+            self._validator, self._total = known["validator"], known["total"]
+        except (OSError, ValueError, LookupError, TypeError):
+            self.drop()
 
-def _transfer(part: _Partial, size: int | None, trial: Trial, on_progress: Progress | None) -> None:
-    """Make one attempt; returns when every byte that the server announced is there."""
-    start = part.size()
-    if start and part.total is not None and start >= part.total:
-        if start == part.total:
-            return
-        raise _StaleError(f"the partial file has {start} bytes, the server said {part.total}")
-    headers = {"User-Agent": f"vipllava/{__version__}", "Accept-Encoding": "identity"}
-    if start and part.immutable:
-        headers["Range"] = f"bytes={start}-"
-    elif start and part.validator is not None:
-        headers |= {"Range": f"bytes={start}-", "If-Range": part.validator}
-    trial.begin()
-    request = urllib.request.Request(part.url, headers=headers)
-    for name, value in part.headers.items():
-        request.add_unredirected_header(name, value)
-    try:
-        response = urllib.request.urlopen(request, timeout=trial.timeout_s)
-    except urllib.error.HTTPError as error:
-        with error:
-            _refused(part, error)
-    except (OSError, http.client.HTTPException) as error:
-        raise BrokenError(_reason(error)) from error
-    with response:
-        start = _begin(part, response, start, size)
-        _receive(part, response, start, trial, on_progress)
+    @property
+    def note(self) -> Path:
+        """Where it is written what the bytes belong to."""
+        return self.path.with_name(f"{self.path.name}.json")
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes so far."""
+        return self.path.stat().st_size if self.path.exists() else 0
 
-def _begin(part: _Partial, response: http.client.HTTPResponse, start: int, size: int | None) -> int:
-    """Read the headers; return where the body belongs."""
-    headers = response.headers
-    length = headers.get("Content-Length", "")
-    rest = int(length) if length.isdigit() else None
-    if response.status == http.HTTPStatus.PARTIAL_CONTENT:
-        match = _RANGE.match(headers.get("Content-Range", ""))
-        if match is None or match.group(1) is None or int(match.group(1)) != start:
-            raise _StaleError(f"asked for bytes from {start}, got {headers.get('Content-Range')!r}")
-        total = int(match.group(2)) if match.group(2) != "*" else None
-        if total is not None and part.total not in (None, total):
-            raise _StaleError(f"the file had {part.total} bytes and has {total} now")
-        part.total = part.total if total is None else total
-    else:  # the whole file, whether it was asked for or has changed
-        start, part.total = 0, rest
-        part.path.unlink(missing_ok=True)
-    if part.total is not None and size not in (None, part.total):
-        received = part.total
-        part.drop()
-        raise DownloadError(
-            f"{part.url} has {received} bytes, the manifest says {size}: the publisher has changed "
-            "the file, or the manifest is wrong. Check the address in a browser and correct `size` "
-            "and the checksums"
-        )
-    etag = headers.get("ETag", "")
-    weak = not etag or etag.startswith("W/")
-    part.validator = (headers.get("Last-Modified") if weak else etag) or None
-    part.save()
-    free = shutil.disk_usage(part.path.parent).free
-    if part.total is not None and free < part.total - start:
-        raise OSError(errno.ENOSPC, f"{part.total - start} bytes are to come, {free} are free")
-    return start
+    def drop(self) -> None:
+        """Remove what came so far."""
+        self.path.unlink(missing_ok=True)
+        self.note.unlink(missing_ok=True)
+        self._validator = self._total = None
 
+    def fetch(self, trial: Trial) -> int:
+        """Make one attempt at the rest; returns the file's bytes, all that the server announced.
 
-def _receive(
-    part: _Partial,
-    response: http.client.HTTPResponse,
-    start: int,
-    trial: Trial,
-    on_progress: Progress | None,
-) -> None:
-    received = start
-    with part.path.open("r+b" if start else "wb") as file:
-        file.seek(start)
-        while True:
-            try:
-                # read1 hands over what has come; read would lose it when the connection breaks.
-                chunk = response.read1(_CHUNK)
-            except (OSError, http.client.HTTPException) as error:
-                raise BrokenError(f"{_reason(error)} (after {received} bytes)") from error
-            if not chunk:
-                break
-            file.write(chunk)
-            file.flush()  # so that a killed process leaves what it has got
-            received += len(chunk)
-            if on_progress is not None:
-                on_progress(received, part.total)
-            trial.moved_to(received)
-            if trial.overdue:
-                raise BrokenError(
-                    f"too few bytes came in the time that it is tried ({received} now)"
-                )
-        os.fsync(file.fileno())
-    if part.total is not None and received < part.total:
-        raise BrokenError(f"the connection ended after {received} of {part.total} bytes")
-    if part.total is not None and received > part.total:
-        raise _StaleError(f"{received} bytes came where {part.total} were announced")
+        Raises:
+            BrokenError: this attempt failed; the next one may not.
+            RefusedError: the server will not send the file.
+            DownloadError: it has another size than stated.
+            OSError: the disk is full or cannot be written.
+        """
+        try:
+            self._fetch(trial)
+        except BrokenError as error:
+            error.size = self.num_bytes  # a shaky line may break often, if the file grows
+            if isinstance(error, _StaleError):
+                self.drop()
+            raise
+        return self.num_bytes
 
+    def check(self, digests: Mapping[str, str | None]) -> None:
+        """Compare the whole file with what is known of it; what differs is of no use later."""
+        received = self.num_bytes
+        wrong = None
+        if self.size not in (None, received):
+            wrong = f"it has {received} bytes, the manifest says {self.size}"
+        for name, expected in digests.items():
+            if expected is None or wrong is not None:
+                continue
+            create = partial(hashlib.new, name, usedforsecurity=False)
+            with self.path.open("rb") as file:
+                found = hashlib.file_digest(file, create).hexdigest()
+            if found != expected:
+                wrong = f"its {name} is {found}, the manifest says {expected}"
+        if wrong is not None:
+            self.drop()
+            raise DownloadError(
+                f"{self.url}: what came is not the file that was meant ({wrong}); it was "
+                "discarded. Run the same command again; if this stays so, check the address and "
+                "the manifest"
+            )
 
-def _refused(part: _Partial, error: urllib.error.HTTPError) -> NoReturn:
-    if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-        raise _StaleError("the server no longer has a file of that length")
-    message = f"the server answered {error.code} {error.reason}"
-    if error.code in _TEMPORARY:
-        after = error.headers.get("Retry-After", "")
-        raise BrokenError(message, pause_s=float(after) if after.isdigit() else 0.0)
-    remedy = {
-        401: "it wants a login: get the file with a browser",
-        403: "it denies access: get the file with a browser",
-        404: "the file has moved: correct the address in the manifest's sources",
-        410: "the file has been removed: correct the address in the manifest's sources",
-    }.get(error.code, "check the address in a browser")
-    raise RefusedError(f"{part.url}: {message}; {remedy}", error.code) from error
+    def _fetch(self, trial: Trial) -> None:
+        start = self.num_bytes
+        if start and self._total is not None and start >= self._total:
+            if start == self._total:
+                return
+            raise _StaleError(f"the partial file has {start} bytes, the server said {self._total}")
+        headers = {"User-Agent": f"vipllava/{__version__}", "Accept-Encoding": "identity"}
+        if start and (self.immutable or self._validator is not None):
+            headers["Range"] = f"bytes={start}-"
+            if not self.immutable:
+                headers["If-Range"] = self._validator or ""
+        trial.begin()
+        request = urllib.request.Request(self.url, headers=headers)
+        for name, value in (self.headers or {}).items():
+            request.add_unredirected_header(name, value)
+        try:
+            response = urllib.request.urlopen(request, timeout=trial.timeout_s)
+        except urllib.error.HTTPError as error:
+            with error:
+                self._refused(error)
+        except (OSError, http.client.HTTPException) as error:
+            raise BrokenError(_reason(error)) from error
+        with response:
+            self._receive(response, self._begin(response, start), trial)
 
+    def _begin(self, response: http.client.HTTPResponse, start: int) -> int:
+        """Read the headers; return where the body belongs."""
+        headers = response.headers
+        if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+            match = _RANGE.match(headers.get("Content-Range", ""))
+            if match is None or int(match[1]) != start:
+                got = headers.get("Content-Range")
+                raise _StaleError(f"asked for bytes from {start}, got {got!r}")
+            total = self._total if match[2] == "*" else int(match[2])
+            if self._total not in (None, total):
+                raise _StaleError(f"the file had {self._total} bytes and has {total} now")
+        else:  # the whole file, whether it was asked for or has changed
+            length = headers.get("Content-Length", "")
+            start, total = 0, int(length) if length.isdigit() else None
+            self.path.unlink(missing_ok=True)
+        if total is not None and self.size not in (None, total):
+            self.drop()
+            raise DownloadError(
+                f"{self.url} has {total} bytes, the manifest says {self.size}: the publisher has "
+                "changed the file, or the manifest is wrong. Check the address in a browser and "
+                "correct `size` and the checksums"
+            )
+        self._total = total
+        etag = headers.get("ETag", "")
+        weak = not etag or etag.startswith("W/")
+        self._validator = (headers.get("Last-Modified") if weak else etag) or None
+        note = {"url": self.url, "validator": self._validator, "total": total}
+        self.note.write_text(json.dumps(note), encoding="utf-8")
+        rest, free = (total or 0) - start, shutil.disk_usage(self.path.parent).free
+        if free < rest:
+            raise OSError(errno.ENOSPC, f"{rest} bytes are to come, {free} are free")
+        return start
 
-def _check(
-    part: _Partial, received: int, size: int | None, digests: Mapping[str, str | None]
-) -> None:
-    """Compare the whole file with what is known of it; what differs is of no use later."""
-    wrong: str | None = None
-    if size is not None and received != size:
-        wrong = f"it has {received} bytes, the manifest says {size}"
-    for name, expected in digests.items():
-        if expected is None or wrong:
-            continue
-        with part.path.open("rb") as file:
-            digest = hashlib.file_digest(file, partial(hashlib.new, name, usedforsecurity=False))
-        found = digest.hexdigest()
-        if found != expected:
-            wrong = f"its {name} is {found}, the manifest says {expected}"
-    if wrong is None:
-        return
-    url = part.url
-    part.drop()
-    raise DownloadError(
-        f"{url}: what came is not the file that was meant ({wrong}); it was discarded. Run the "
-        "same command again; if this stays so, check the address and the manifest"
-    )
+    def _receive(self, response: http.client.HTTPResponse, received: int, trial: Trial) -> None:
+        with self.path.open("r+b" if received else "wb") as file:
+            file.seek(received)
+            while True:
+                try:
+                    # read1 hands over what has come; read would lose it when the connection breaks.
+                    chunk = response.read1(_CHUNK)
+                except (OSError, http.client.HTTPException) as error:
+                    raise BrokenError(f"{_reason(error)} (after {received} bytes)") from error
+                if not chunk:
+                    break
+                file.write(chunk)
+                file.flush()  # so that a killed process leaves what it has got
+                received += len(chunk)
+                if self.on_progress is not None:
+                    self.on_progress(received, self._total)
+                trial.check(received)
+            os.fsync(file.fileno())
+        if self._total is not None and received < self._total:
+            raise BrokenError(f"the connection ended after {received} of {self._total} bytes")
+        if self._total is not None and received > self._total:
+            raise _StaleError(f"{received} bytes came where {self._total} were announced")
+
+    def _refused(self, error: urllib.error.HTTPError) -> NoReturn:
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise _StaleError("the server no longer has a file of that length")
+        message = f"the server answered {error.code} {error.reason}"
+        if error.code in _TEMPORARY:
+            after = error.headers.get("Retry-After", "")
+            raise BrokenError(message, pause_s=float(after) if after.isdigit() else 0.0)
+        remedy = "check the address in a browser"
+        if error.code in (401, 403):
+            remedy = "it wants a login or denies access: get the file with a browser"
+        elif error.code in (404, 410):
+            remedy = "the file has moved or is gone: correct the address in the manifest's sources"
+        text = f"{self.url}: {message}; {remedy}"
+        raise RefusedError(text, error.code, error.reason) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -6,11 +6,11 @@ import errno
 import logging
 import math
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +50,17 @@ def locked(
         thread_local=False,
         fallback_to_soft=False,  # a lock that only is a file would outlive a killed process
     )
+    free = False
     try:
-        free = _acquire(lock, 0)
+        with suppress(Timeout):
+            lock.acquire(0)
+            free = True
         if not free and wait_s > 0:
             if waiting is not None:
                 log.warning("%s", waiting)
-            free = _acquire(lock, -1 if wait_s == math.inf else wait_s)
+            with suppress(Timeout):
+                lock.acquire(-1 if wait_s == math.inf else wait_s)
+                free = True
     except OSError as error:
         if without is None or error.errno not in _NO_LOCKS:
             raise
@@ -65,11 +70,3 @@ def locked(
         yield free
     finally:
         lock.release()
-
-
-def _acquire(lock: BaseFileLock, timeout: float) -> bool:
-    try:
-        lock.acquire(timeout)
-    except Timeout:
-        return False
-    return True

@@ -1,7 +1,7 @@
 """The bytes of one address, whatever its scheme, in one attempt.
 
-http and https go through :mod:`vipllava.files.download`, ``pipe:COMMAND`` through the opener of
-webdataset, every other scheme (s3, gs, ...) through fsspec.
+http and https go through :mod:`vipllava.files.download`, ``pipe:COMMAND`` through a shell, every
+other scheme (s3, gs, ...) through fsspec.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from vipllava.files.atomic import move
-from vipllava.files.download import Progress, download
+from vipllava.files.download import PartialFile, Progress
 from vipllava.files.retries import BrokenError, Trial
 from vipllava.types import StorageError
 
@@ -33,17 +32,13 @@ class MissingError(CacheError):
     """There is nothing under the address."""
 
 
-class WrongError(Exception):
-    """A whole answer came, and it is not the file that is expected; more attempts rarely help."""
-
-
-def transfer(url: str, staged: Path, trial: Trial, on_progress: Progress) -> int:
-    """Fetch a file into ``staged``.
+def transfer(url: str, path: Path, trial: Trial, on_progress: Progress) -> int:
+    """Make one attempt to fetch a file.
 
     Args:
         url: address.
-        staged: path of the whole file.
-        trial: the attempts at this file; http makes all that are left, others one.
+        path: where its bytes go. What an attempt over http leaves there, the next one continues.
+        trial: the attempts so far.
         on_progress: told the bytes so far and in all; what it raises ends the attempt.
 
     Returns:
@@ -51,62 +46,52 @@ def transfer(url: str, staged: Path, trial: Trial, on_progress: Progress) -> int
 
     Raises:
         BrokenError: this attempt failed; the next one may not.
-        CacheError: there is no use in another one.
-        DownloadError: every attempt failed, or the disk did.
+        CacheError, RefusedError: there is no use in another one.
         OSError: the local disk failed.
     """
     scheme = url.partition(":")[0].lower()
     if scheme in ("http", "https"):
-        return download(url, staged, trial=trial, on_progress=on_progress)
-    part = staged.with_name(f".{staged.name}.part")
+        return PartialFile(url, path, on_progress=on_progress).fetch(trial)
     trial.begin()
-    chunks = _read_pipe(url, trial) if scheme == "pipe" else _read_fsspec(url, trial)
     received = 0
-    with closing(chunks), part.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            received += len(chunk)
-            on_progress(received, None)
-            trial.moved_to(received)
-            if trial.overdue:
-                raise BrokenError(f"only {received} bytes came in the time that it is tried")
-        file.flush()
-        os.fsync(file.fileno())
-    move(part, staged)
+    try:
+        chunks = _read_pipe(url, trial) if scheme == "pipe" else _read_fsspec(url, trial)
+        with closing(chunks), path.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                received += len(chunk)
+                on_progress(received, None)
+                trial.check(received)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     return received
 
 
 def _read_pipe(url: str, trial: Trial) -> Generator[bytes]:
     """Yield what a command prints; it has to end with status 0."""
-    from webdataset.gopen import gopen
-
-    try:
-        pipe: Any = gopen(url, "rb")
-    except OSError as error:
-        raise BrokenError(f"the command cannot be started: {error}") from error
-    timeout_s = trial.timeout_s
-    try:
-        while True:
-            timeout_s = trial.timeout_s
-            if not select.select([pipe.stream], [], [], timeout_s)[0]:
-                raise BrokenError(f"the command printed nothing for {timeout_s:.3g} seconds")
-            # read1 goes past the buffer, of which select knows nothing.
-            chunk: bytes = pipe.stream.read1(_CHUNK)
-            if not chunk:
-                break
-            yield chunk
-        # gopen's own check takes a command killed by a closed pipe for success.
-        status = pipe.proc.wait(timeout_s)
-        if status != 0:
-            raise BrokenError(f"the command ended with status {status}; see what it printed")
-    except subprocess.TimeoutExpired as error:
-        raise BrokenError(
-            f"the command does not end {timeout_s:.3g} seconds after its output"
-        ) from error
-    finally:
-        pipe.proc.kill()  # no harm if it has ended
-        with suppress(OSError):
-            pipe.close()
+    command = url.partition(":")[2]
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        printed = process.stdout.fileno()
+        try:
+            while True:
+                timeout_s = trial.timeout_s
+                if not select.select([printed], [], [], timeout_s)[0]:
+                    raise BrokenError(f"the command printed nothing for {timeout_s:.3g} seconds")
+                if not (chunk := os.read(printed, _CHUNK)):
+                    break
+                yield chunk
+            if (status := process.wait(trial.timeout_s)) != 0:
+                raise BrokenError(f"the command ended with status {status}; see what it printed")
+        except subprocess.TimeoutExpired as error:
+            raise BrokenError(
+                f"the command does not end {error.timeout:.3g} seconds after its output"
+            ) from error
+        finally:
+            process.kill()  # no harm if it has ended
 
 
 def _read_fsspec(url: str, trial: Trial) -> Generator[bytes]:

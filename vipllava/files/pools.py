@@ -7,7 +7,6 @@ import os
 import pickle
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -22,9 +21,7 @@ from typing import Any, Final, TypeVar
 
 from vipllava.types import VipLlavaError
 
-_IN_FLIGHT: Final = (
-    4  # jobs per worker: none waits for one, and 200 thousand are not queued at once
-)
+_IN_FLIGHT: Final = 4  # jobs per worker: none waits for one, and 200 thousand are not queued
 _MOST: Final = 16
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
@@ -49,11 +46,9 @@ def run_jobs(
 ) -> Generator[_Result]:
     """Yield results of jobs that run in processes.
 
-    ``jobs`` is read as far as the workers get, so that it may be long.
-
     Args:
         work: a function of a module, or an object that can be pickled: each process gets it once.
-        jobs: its arguments; they and the results travel between processes.
+        jobs: its arguments, read as far as the workers get; they and the results travel.
         num_workers: processes; 0 works in this one, in the jobs' order.
         ordered: yield in the jobs' order instead of as they come.
 
@@ -97,14 +92,12 @@ def _in_pool(
     ordered: bool,
 ) -> Generator[_Result]:
     """The first error ends it; what has not begun by then is left."""
-    pending: deque[Future[_Result]] = deque()
+    pending: list[Future[_Result]] = []
 
     def take() -> _Result:
-        if ordered:
-            return pending.popleft().result()
-        done = wait(pending, return_when=FIRST_COMPLETED).done.pop()
-        pending.remove(done)
-        return done.result()
+        first = pending[0] if ordered else wait(pending, None, FIRST_COMPLETED).done.pop()
+        pending.remove(first)
+        return first.result()
 
     try:
         for job in jobs:
@@ -122,9 +115,8 @@ _work: Callable[[Any], Any]
 
 
 def _start_worker(work: bytes) -> None:
-    """Prepare a pool's process: Ctrl-C is its parent's, and it ends with that one."""
     global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the jobs
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the jobs
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ FRUITFUL: Final = 1 << 20
 _LONGEST_PAUSE_S: Final = 60.0
 _LAST_S: Final = 1.0  # a last attempt begun at the very end of the time still gets so long
 _MOST_DOUBLINGS: Final = 16
+_MOST_WRONG: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +63,15 @@ class BrokenError(Exception):
         self.pause_s = pause_s
 
 
-class GivenUpError(StorageError):
-    """Every attempt failed.
+class WrongError(BrokenError):
+    """A whole answer came that is not the file that is expected; few attempts at it are enough."""
 
-    Attributes:
-        reason: what the last one failed of, where that is known.
-    """
+
+class GivenUpError(StorageError):
+    """Every attempt failed."""
 
     reason: BaseException | None = None
-
-
-class StoppedError(Exception):
-    """Whoever wanted the file has ended the attempts."""
+    """What the last one failed of, where that is known."""
 
 
 PATIENT: Final = Patience()
@@ -85,28 +82,22 @@ class Trial:
     """The attempts at one file, from the moment it is wanted.
 
     Its text says how often and for how long it has been tried: ``3 attempts in 12 s``.
+
+    Args:
+        patience: the bounds.
+        size: bytes of the file that are there already.
     """
 
     def __init__(self, patience: Patience, size: int = 0) -> None:
-        """Begin.
-
-        Args:
-            patience: the bounds.
-            size: bytes of the file that are there already.
-        """
         self.patience = patience
         self.num_failed = 0
+        self._num_wrong = 0
         self._best = size
         self._moved = self._began = time.monotonic()
 
     def begin(self) -> None:
         """Note that an attempt begins."""
         self._began = time.monotonic()
-
-    @property
-    def overdue(self) -> bool:
-        """Whether the present attempt is to end, although bytes still come now and then."""
-        return self.left_s == 0 and time.monotonic() - self._began > _LAST_S
 
     @property
     def left_s(self) -> float:
@@ -125,17 +116,21 @@ class Trial:
             self._moved = time.monotonic()
             self.num_failed = 0
 
-    def pause_after_failure(self, error: BrokenError) -> float | None:
-        """Count a failed attempt.
+    def check(self, size: int) -> None:
+        """Note how many bytes are there; raises BrokenError if they came too slowly."""
+        self.moved_to(size)
+        if self.left_s == 0 and time.monotonic() - self._began > _LAST_S:
+            raise BrokenError(f"only {size} bytes came in the time that it is tried")
 
-        Returns:
-            Seconds before the next attempt; None if there is to be none.
-        """
+    def pause_after_failure(self, error: BrokenError) -> float | None:
+        """Count a failed attempt; return the seconds before the next one, None if there is none."""
         self.moved_to(error.size)
         self._best = max(self._best, error.size)
         self.num_failed += 1
+        self._num_wrong += isinstance(error, WrongError)
         left_s = self.left_s
-        if left_s == 0 or self.num_failed == self.patience.max_attempts:
+        ended = self.num_failed == self.patience.max_attempts or self._num_wrong == _MOST_WRONG
+        if left_s == 0 or ended:
             return None
         doublings = min(self.num_failed - 1, _MOST_DOUBLINGS)
         pause_s = max(self.patience.backoff_s * 2**doublings, error.pause_s)
@@ -148,12 +143,7 @@ class Trial:
 
 
 def retry(
-    attempt: Callable[[], _Result],
-    trial: Trial,
-    what: str,
-    *,
-    stop: threading.Event | None = None,
-    level: int = logging.WARNING,
+    attempt: Callable[[], _Result], trial: Trial, what: str, *, level: int = logging.WARNING
 ) -> _Result:
     """Return the result of the first attempt that does not break.
 
@@ -161,14 +151,11 @@ def retry(
         attempt: raises :class:`BrokenError` where another one may help; other errors end it.
         trial: the attempts so far.
         what: the file, for messages.
-        stop: ends the pauses when it is set.
         level: of the log's line about each failed attempt.
 
     Raises:
         GivenUpError: the patience is at its end.
-        StoppedError: ``stop`` was set.
     """
-    stop = stop or threading.Event()
     while True:
         try:
             return attempt()
@@ -179,5 +166,4 @@ def retry(
                 given_up.reason = error.__cause__
                 raise given_up from error
             log.log(level, "%s: %s; trying again in %.0f s", what, error, pause_s)
-        if stop.wait(pause_s):
-            raise StoppedError
+        time.sleep(pause_s)

@@ -33,22 +33,16 @@ from vipllava.shards.tar_index import (
     ShardIndex,
     ensure_index,
     index_path,
-    split_keys,
 )
 
 log = logging.getLogger(__name__)
 
 DATASET_INDEX_VERSION: Final = 1
 INDEX_FOLDER: Final = ".vipllava"
-TAR: Final = np.dtype(
-    [
-        ("tar_size", "<u8"),
-        ("head_crc", "<u4"),
-        ("content_crc", "<u4"),
-        ("sample_end", "<i8"),
-        ("key_end", "<i8"),
-    ]
-)
+TAR: Final = np.dtype([
+    ("tar_size", "<u8"), ("head_crc", "<u4"), ("content_crc", "<u4"),
+    ("sample_end", "<i8"), ("key_end", "<i8"),
+])  # fmt: skip
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "tars": TAR, "samples": SAMPLE, "keys": np.dtype(np.uint8),
 }  # fmt: skip
@@ -88,12 +82,7 @@ class DatasetIndex:
 
     @classmethod
     def open(cls, folder: Path) -> DatasetIndex:
-        """Map the arrays of a folder.
-
-        Raises:
-            FileNotFoundError: there is no such folder.
-            ShardError: it is damaged.
-        """
+        """Map the arrays of a folder; raises ShardError if it is damaged."""
         try:
             arrays: dict[str, Any] = {
                 name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
@@ -110,8 +99,8 @@ class DatasetIndex:
             raise ShardError(
                 f"{folder} is damaged ({error}); delete it to have it made anew"
             ) from error
-        samples, keys = (np.asarray(arrays[name]) for name in ("samples", "keys"))  # still mapped
-        return cls(tars, samples, keys, folder)
+        # As plain arrays, still mapped.
+        return cls(tars, np.asarray(arrays["samples"]), np.asarray(arrays["keys"]), folder)
 
     def save(self, folder: Path) -> None:
         """Write the arrays into a folder."""
@@ -119,7 +108,6 @@ class DatasetIndex:
             np.save(folder / f"{name}.npy", getattr(self, name))
 
     def __len__(self) -> int:
-        """Return the number of samples."""
         return len(self.samples)
 
     def row(self, position: int) -> SampleRow:
@@ -137,7 +125,9 @@ class DatasetIndex:
         """Yield the keys of one tar, UTF-8."""
         first, base = self._start(tar)
         last, end = int(self.tars["sample_end"][tar]), int(self.tars["key_end"][tar])
-        yield from split_keys(self.keys[base:end].tobytes(), self.samples["key_end"][first:last])
+        keys = self.keys[base:end].tobytes()
+        ends = self.samples["key_end"][first:last].tolist()
+        yield from (keys[start:end] for start, end in zip([0, *ends], ends, strict=False))
 
     def find_duplicate(self) -> tuple[str, int, int] | None:
         """Return a key that occurs twice and the numbers of its tars, or None."""
@@ -149,12 +139,10 @@ class DatasetIndex:
             count=len(self),
         )
         order = np.argsort(hashes, kind="stable")
-        equal = hashes[order]
-        doubtful = np.zeros(len(self), dtype=bool)
-        same = equal[1:] == equal[:-1]
-        doubtful[order[1:][same]] = doubtful[order[:-1][same]] = True
+        equal = np.flatnonzero(np.diff(hashes[order]) == 0)
         seen: dict[str, int] = {}
-        for position in np.flatnonzero(doubtful).tolist():
+        doubtful: npt.NDArray[np.intp] = np.union1d(order[equal], order[equal + 1])
+        for position in doubtful.tolist():
             tar = int(np.searchsorted(self.tars["sample_end"], position, side="right"))
             key = self.key(tar, position)
             if (first := seen.setdefault(key, tar)) != tar:
@@ -163,12 +151,9 @@ class DatasetIndex:
 
     def _start(self, tar: int) -> tuple[int, int]:
         """Return the first sample and the first byte of the keys of a tar."""
-        if tar == 0:
-            return 0, 0
-        return int(self.tars["sample_end"][tar - 1]), int(self.tars["key_end"][tar - 1])
+        return self.tars[["sample_end", "key_end"]][tar - 1].item() if tar else (0, 0)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Send the folder instead of the arrays."""
         if self.folder is None:
             return type(self), (self.tars, self.samples, self.keys)
         return _reopen, (self.folder,)
@@ -199,10 +184,8 @@ def open_dataset_index(
 ) -> DatasetIndex:
     """Map the index of a data set; make it if there is none for the tars as they are.
 
-    Several processes may come at once: one makes the index, or the first to finish is taken.
-
     Args:
-        name: the data set's, for the folder's name.
+        name: of the data set.
         tars: paths, and addresses of tars that are taken never to change.
         homes: folders to look in and to write to, the first that can be written.
         root: folder that the data set may move with: paths below count relative to it.
@@ -214,7 +197,7 @@ def open_dataset_index(
     """
     if (index := _find(name, tars, root, homes)) is not None:
         return index
-    built: tuple[DatasetIndex, str] | None = None
+    index, folder = None, ""
     for home in homes:
         try:
             home.mkdir(parents=True, exist_ok=True)
@@ -222,10 +205,18 @@ def open_dataset_index(
                 # What builds that were killed left.
                 for stale in home.glob(f".{glob.escape(name)}-{_ANY}.*{UNFINISHED}"):
                     shutil.rmtree(stale, ignore_errors=True)
-                if (index := _find(name, tars, root, homes)) is not None:
-                    return index  # another process made it meanwhile
-                built = built or _build(tars, root, load or _load_all)
-                return _keep(built[0], home, f"{name}-{built[1]}")
+                if (found := _find(name, tars, root, homes)) is not None:
+                    return found  # another process made it meanwhile
+                if index is None:
+                    index, digest = _build(tars, root, load or _load_all)
+                    folder = f"{name}-{digest}"
+                try:
+                    with new_folder(home / folder) as unfinished:
+                        index.save(unfinished)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # the first one stays
+                        raise
+                return DatasetIndex.open(home / folder)
         except OSError as error:
             log.info("no index of `%s` can be kept in %s: %s", name, home, error)
     log.warning(
@@ -234,7 +225,7 @@ def open_dataset_index(
         name,
         " or ".join(map(str, homes)),
     )
-    return (built or _build(tars, root, load or _load_all))[0]
+    return _build(tars, root, load or _load_all)[0] if index is None else index
 
 
 def _find(
@@ -266,8 +257,7 @@ def _digest(tars: Sequence[Path | str], root: Path | None) -> str:
             stat = (beside if beside.is_file() else tar).stat()
         except OSError as error:
             raise ShardError(f"{tar} cannot be read: {error}") from error
-        inside = root is not None and tar.is_relative_to(root)
-        place = tar.relative_to(root) if inside and root is not None else tar
+        place = tar.relative_to(root) if root is not None and tar.is_relative_to(root) else tar
         states.append([str(place), size, stat.st_size, stat.st_mtime_ns])
     return hashlib.blake2b(json.dumps(states).encode(), digest_size=8).hexdigest()
 
@@ -299,15 +289,3 @@ def _build(
 
 def _load_all(tars: Sequence[Path | str]) -> list[ShardIndex]:
     return [ensure_index(Path(tar)) for tar in tars]
-
-
-def _keep(index: DatasetIndex, home: Path, name: str) -> DatasetIndex:
-    """Write an index under its name at once and map it; the first one there stays."""
-    folder = home / name
-    try:
-        with new_folder(folder) as unfinished:
-            index.save(unfinished)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-    return DatasetIndex.open(folder)

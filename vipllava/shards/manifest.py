@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, cast
@@ -17,20 +17,8 @@ from typing import Any, Final, cast
 import yaml
 
 from vipllava.records import AUTO, KINDS, kind_of
-from vipllava.shards.sources import SOURCES_FOLDER, Source, is_inside, read_sources
+from vipllava.shards.sources import SOURCES_FOLDER, DataSource, Fields, is_inside, read_sources
 from vipllava.types import ConfigError
-
-__all__ = [
-    "AUTO_POLICY",
-    "MANIFEST_VERSION",
-    "Manifest",
-    "ManifestError",
-    "Source",
-    "is_remote",
-    "list_manifests",
-    "load_manifest",
-    "parse_manifest",
-]
 
 MANIFEST_VERSION: Final = 2
 STAGES: Final = ("pretrain", "finetune", "gpt4v", "task", "evaluation")
@@ -68,9 +56,9 @@ class Manifest:
         annotation_file: the published annotation list the shards are built from, relative to the
             data root.
         annotation_kinds: only its records of these kinds belong to the data set; empty: all.
-        image_roots: folders of the pictures, relative to the data root. A record names its picture
+        image_roots: folders of the images, relative to the data root. A record names its image
             either with the root (``coco/train2017/x.jpg``) or within one (``00453/x.jpg``).
-        sources: where annotations and pictures come from.
+        sources: where annotations and images come from.
         notes: what a reader should know.
     """
 
@@ -90,7 +78,7 @@ class Manifest:
     annotation_file: str | None = None
     annotation_kinds: tuple[str, ...] = ()
     image_roots: tuple[str, ...] = ()
-    sources: tuple[Source, ...] = ()
+    sources: tuple[DataSource, ...] = ()
     notes: str = ""
 
     @property
@@ -163,85 +151,37 @@ def parse_manifest(
         ManifestError: listing every problem.
     """
     problems: list[str] = []
-    known = {f.name: f for f in fields(Manifest)}
-    if unknown := sorted(str(key) for key in raw if key not in known):
-        problems.append(f"unknown fields {unknown}; known: {', '.join(known)}")
-    missing = [n for n, f in known.items() if f.default is MISSING and n not in raw]
-    if missing:
-        problems.append(f"missing fields: {', '.join(missing)}")
-    values = {name: raw[name] for name in known if name in raw}
-
-    def expect(name: str, good: bool, expected: str) -> None:
-        if name in values and not good:
-            problems.append(f"{name} is {values[name]!r}; expected {expected}")
-
-    def one_of(name: str, allowed: tuple[str, ...]) -> None:
-        expect(name, values.get(name) in allowed, f"one of {', '.join(allowed)}")
-
-    expect(
-        "schema_version",
-        values.get("schema_version") == MANIFEST_VERSION,
-        f"{MANIFEST_VERSION}, which this release reads",
-    )
-    expect("name", isinstance(values.get("name"), str), "a text")
+    read = Fields(raw, Manifest, "", problems)
+    values = read.values
+    version = f"{MANIFEST_VERSION}, which this release reads"
+    read.expect("schema_version", values.get("schema_version") == MANIFEST_VERSION, version)
     if stem is not None:
-        expect("name", values.get("name") == stem, f"`{stem}`, the file's own name")
-    one_of("stage", STAGES)
-    one_of("format", FORMATS)
+        read.expect("name", values.get("name") == stem, f"`{stem}`, the file's own name")
+    read.expect_one_of("stage", STAGES)
+    read.expect_one_of("format", FORMATS)
     if (module := values.get("kind_module")) is not None:
         try:
             import_module(module)
         except (ImportError, TypeError, ValueError, AttributeError) as error:
             importable = f"the name of a module that Python can import ({error}): install it, or "
-            expect("kind_module", False, f"{importable}put its folder on PYTHONPATH")
-    one_of("record_kind", (AUTO, *KINDS))
-    for name in ("licence", "policy", "notes"):
-        expect(name, isinstance(values.get(name), str), "a text")
-    for name in ("folder", "annotation_file"):
-        expect(name, values.get(name) is None or isinstance(values[name], str), "a text or null")
-    for name in ("num_samples", "approximate_samples"):
-        number = values.get(name)
-        good = number is None or (type(number) is int and number > 0)
-        expect(name, good, "a positive number or null")
-    expect("made_by", values.get("made_by") in (None, *MAKERS), f"null or {', '.join(MAKERS)}")
-    for name in ("shards", "image_roots", "annotation_kinds"):
-        _freeze_texts(values, name, problems)
+            read.expect("kind_module", False, f"{importable}put its folder on PYTHONPATH")
+    read.expect_one_of("record_kind", (AUTO, *KINDS))
+    if values.get("made_by") is not None:
+        read.expect_one_of("made_by", MAKERS)
     if "sources" in values:
         values["sources"] = read_sources(values["sources"], sources_dirs, problems)
-    for name in ("shards", "folder", "annotation_file", "image_roots"):
-        for path in _as_texts(values.get(name)):
+    read.expect_inside("folder", "annotation_file")
+    for name in ("shards", "image_roots"):
+        for path in values.get(name, ()):
             if not is_inside(path) and not (name == "shards" and is_remote(path)):
-                problems.append(f"{name} is `{path}`; expected a path inside the data root")
+                read.problem(f"{name} is `{path}`; expected a path inside the data root")
     if unknown := sorted(set(values.get("annotation_kinds", ())) - set(KINDS)):
-        problems.append(f"annotation_kinds has {unknown}; known: {', '.join(KINDS)}")
+        read.problem(f"annotation_kinds has {unknown}; known: {', '.join(KINDS)}")
     if values.get("format", "shards") == "shards" and not values.get("shards"):
-        problems.append("shards is empty; format `shards` needs at least one pattern")
+        read.problem("shards is empty; format `shards` needs at least one pattern")
     if values.get("format") == "vip_bench" and not values.get("folder"):
-        problems.append("folder is empty; format `vip_bench` needs the folder of its layout")
+        read.problem("folder is empty; format `vip_bench` needs the folder of its layout")
     if problems:
         listed = "\n".join(f"- {problem}" for problem in problems)
         raise ManifestError(f"{where} is not a valid manifest:\n{listed}")
     return Manifest(**values)
-
-
-def _as_texts(value: object) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, (list, tuple)):
-        items = cast("list[Any] | tuple[Any, ...]", value)
-        return tuple(item for item in items if isinstance(item, str))
-    return ()
-
-
-def _freeze_texts(values: dict[str, Any], name: str, problems: list[str]) -> None:
-    """Accept one text or a list of texts; store a tuple."""
-    if name not in values:
-        return
-    value = values[name]
-    texts = _as_texts(value)
-    if not isinstance(value, str) and (
-        not isinstance(value, (list, tuple))
-        or len(texts) != len(cast("list[Any] | tuple[Any, ...]", value))
-    ):
-        problems.append(f"{name} is {value!r}; expected a text or a list of texts")
-    values[name] = texts

@@ -1,4 +1,4 @@
-"""Tars at an address: their names, and their indices by way of the cache."""
+"""The indices of tars at an address, by way of the cache."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
-
-import braceexpand
 
 from vipllava.files.cache import CacheError, MissingError, ShardCache
 from vipllava.files.download import RefusedError
@@ -28,28 +26,7 @@ from vipllava.shards.tar_index import (
 
 log = logging.getLogger(__name__)
 
-CACHED_INDICES: Final = "index"
-"""Folder of a cache for what is made from its tars."""
-
 _THREADS: Final = 8
-
-
-def expand_address(pattern: str, name: str) -> list[str]:
-    """Return the addresses that a pattern names.
-
-    Args:
-        pattern: with braces; what follows ``?`` is a query.
-        name: the data set's, for messages.
-
-    Raises:
-        ShardError: it has a wildcard; there is no list of what lies at an address.
-    """
-    if not pattern.startswith("pipe:") and re.search(r"[*\[]", pattern):
-        raise ShardError(
-            f"`{name}`: {pattern} has a wildcard, and an address cannot be searched; name the tars "
-            "with braces: shard-{000000..000041}.tar"
-        )
-    return list(braceexpand.braceexpand(pattern))
 
 
 def index_address(tar: str) -> str | None:
@@ -62,73 +39,63 @@ def index_address(tar: str) -> str | None:
     return f"{index_name(path)}{mark}{query}"
 
 
-class IndexLoader:
-    """Loads the indices of tars; those at an address through a cache.
-
-    An address without an index has its tar fetched and indexed. What is made that way is kept, so
-    that an interrupted run goes on where it was.
+def load_indices(tars: Sequence[Path | str], cache: ShardCache, folder: Path) -> list[ShardIndex]:
+    """Return the indices of tars; a tar at an address without an index is fetched and indexed.
 
     Args:
+        tars: paths and addresses.
         cache: fetches indices and tars.
-        folder: where indices are kept that had to be made.
+        folder: where indices of addresses are kept, so that an interrupted run goes on.
     """
 
-    def __init__(self, cache: ShardCache, folder: Path) -> None:
-        self.cache = cache
-        self.folder = folder
+    def load(tar: Path | str) -> ShardIndex:
+        return ensure_index(tar) if isinstance(tar, Path) else _load(tar, cache, folder)
 
-    def __call__(self, tars: Sequence[Path | str]) -> list[ShardIndex]:
-        """Return the tars' indices.
+    return list(run_threads(load, tars, _THREADS, ordered=True))
 
-        Raises:
-            ShardError: a tar or an index cannot be used.
-            CacheError: a tar cannot be had.
-        """
-        return list(run_threads(self._load, tars, _THREADS, ordered=True))
 
-    def _load(self, tar: Path | str) -> ShardIndex:
-        if isinstance(tar, Path):
-            return ensure_index(tar)
-        digest = hashlib.blake2b(tar.encode(), digest_size=16).hexdigest()
-        made = self.folder / f"{digest}.index.npz"
-        with suppress(OSError, ShardError), made.open("rb") as file:
-            return read_index(file, str(made), "delete it")
-        index = self._published_index(tar)
-        if index is None:
-            log.info("%s has no index; fetching it to make one", tar)
-            with self.cache.open(tar) as content:
-                index = index_tar(content, tar)
+def _load(tar: str, cache: ShardCache, folder: Path) -> ShardIndex:
+    digest = hashlib.blake2b(tar.encode(), digest_size=16).hexdigest()
+    made = folder / f"{digest}.index.npz"
+    with suppress(ShardError):
+        return read_index(made, str(made), "delete it")
+    index = _published_index(tar, cache)
+    if index is None:
+        log.info("%s has no index; fetching it to make one", tar)
+        with cache.open(tar) as content:
+            index = index_tar(content, tar)
+    try:
+        save_index(index, made)
+    except OSError as error:
+        log.warning("%s could not be written: %s", made, error)
+    return index
+
+
+def _published_index(tar: str, cache: ShardCache) -> ShardIndex | None:
+    """Read the index beside a tar; None if there is none."""
+    address = index_address(tar)
+    if address is None:
+        return None
+    patience = cache.patience
+    if is_command := address.startswith("pipe:"):
+        # One that fails does not tell why: no index there, most likely.
+        patience = replace(patience, max_attempts=1)
+    try:
+        file = cache.open(address, patience=patience)
+    except MissingError:
+        return None
+    except CacheError as error:
+        cause = error.__cause__
+        # Storages that do not list their files say so of missing ones, too.
+        forbidden = isinstance(cause, RefusedError) and cause.status in (401, 403)
+        if not (is_command or forbidden):
+            raise
+        log.info("%s", error)
+        return None
+    remake = "make it again with `vipllava shards index` and put it beside the tar"
+    with file:
         try:
-            save_index(index, made)
-        except OSError as error:
-            log.warning("%s could not be written: %s", made, error)
-        return index
-
-    def _published_index(self, tar: str) -> ShardIndex | None:
-        """Read the index beside a tar; None if there is none."""
-        address = index_address(tar)
-        if address is None:
-            return None
-        patience = self.cache.patience
-        if is_command := address.startswith("pipe:"):
-            # One that fails does not tell why: no index there, most likely.
-            patience = replace(patience, max_attempts=1)
-        try:
-            file = self.cache.open(address, patience=patience)
-        except MissingError:
-            return None
-        except CacheError as error:
-            cause = error.__cause__
-            # Storages that do not list their files say so of missing ones, too.
-            forbidden = isinstance(cause, RefusedError) and cause.status in (401, 403)
-            if not (is_command or forbidden):
-                raise
-            log.info("%s", error)
-            return None
-        remake = "make it again with `vipllava shards index` and put it beside the tar"
-        with file:
-            try:
-                return read_index(file, address, remake)
-            except ShardError:
-                self.cache.path(address).unlink(missing_ok=True)
-                raise
+            return read_index(file, address, remake)
+        except ShardError:
+            cache.path(address).unlink(missing_ok=True)
+            raise

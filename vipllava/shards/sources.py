@@ -1,14 +1,14 @@
 """Where the parts of a data set come from, as its manifest says.
 
-One part (a set of pictures, an annotation list) is a :class:`Source`. Parts that several data sets
-share are files of their own, ``data_manifests/sources/NAME.yaml``, and manifests name them. What
-the fields mean for somebody who writes one is in ``docs/manifests.md``.
+One part (a set of images, an annotation list) is a :class:`DataSource`. Parts that several data
+sets share are files of their own, ``data_manifests/sources/NAME.yaml``, and manifests name them.
+What the fields mean for somebody who writes one is in ``docs/manifests.md``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, cast
@@ -20,6 +20,15 @@ ACCESS: Final = ("public", "form", "by_hand")
 SOURCES_FOLDER: Final = "sources"
 _HEX: Final = {"md5": 32, "sha256": 64}
 _WEB: Final = ("http", "https")
+_CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "str": (lambda value: isinstance(value, str), "a text"),
+    "str | None": (lambda value: isinstance(value, str | None), "a text or null"),
+    "int | None": (
+        lambda value: value is None or (type(value) is int and value > 0),
+        "a positive number or null",
+    ),
+}
+"""How a field of a type is checked, and what is expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +74,7 @@ class PictureList:
     Attributes:
         file: JSON object of id to entry, relative to the data root.
         url_field: the entry's field that holds the address.
-        into: folder of the pictures, relative to the data root; each ends as ``ID.jpg``, a real
+        into: folder of the images, relative to the data root; each ends as ``ID.jpg``, a real
             JPEG whatever was downloaded.
     """
 
@@ -75,7 +84,7 @@ class PictureList:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class DataSource:
     """Where a part of a data set comes from.
 
     Attributes:
@@ -106,9 +115,72 @@ class Source:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") or "source"
 
 
+class Fields:
+    """The fields of a mapping, checked against those of a dataclass.
+
+    Args:
+        raw: what should be the mapping.
+        kind: the dataclass. A field of the type ``tuple[str, ...]`` may be given as one text.
+        where: named in what is wrong; may be empty.
+        problems: gets a line for each thing that is wrong.
+    """
+
+    def __init__(self, raw: object, kind: type[Any], where: str, problems: list[str]) -> None:
+        self.values: dict[str, Any] = {}
+        self._kind = kind
+        self._prefix = f"{where}: " if where else ""
+        self._problems = problems
+        self._found = len(problems)
+        known = {f.name: f for f in fields(kind)}
+        if not isinstance(raw, Mapping):
+            problems.append(f"{where} has {raw!r}; expected a mapping with {', '.join(known)}")
+            return
+        given = {str(name): value for name, value in cast("Mapping[Any, Any]", raw).items()}
+        if unknown := sorted(set(given) - set(known)):
+            self.problem(f"unknown fields {unknown}; known: {', '.join(known)}")
+        if missing := [n for n, f in known.items() if f.default is MISSING and n not in given]:
+            content = f" in {raw!r}" if where else ""
+            self.problem(f"missing fields: {', '.join(missing)}{content}")
+        self.values = {name: given[name] for name in known if name in given}
+        for name, value in self.values.items():
+            type_name = str(known[name].type)
+            if type_name in _CHECKS:
+                check, expected = _CHECKS[type_name]
+                self.expect(name, check(value), expected)
+            elif type_name == "tuple[str, ...]":
+                texts: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
+                good = all(isinstance(text, str) for text in texts)
+                self.expect(name, good, "a text or a list of texts")
+                self.values[name] = tuple(texts) if good else ()
+
+    def problem(self, text: str) -> None:
+        """Note something that is wrong."""
+        self._problems.append(self._prefix + text)
+
+    def expect(self, name: str, good: bool, expected: str) -> None:
+        """Note a field that is given and not good."""
+        if name in self.values and not good:
+            self.problem(f"{name} is {self.values[name]!r}; expected {expected}")
+
+    def expect_one_of(self, name: str, allowed: Sequence[str]) -> None:
+        """Note a field that has none of some values."""
+        self.expect(name, self.values.get(name) in allowed, f"one of {', '.join(allowed)}")
+
+    def expect_inside(self, *names: str) -> None:
+        """Note fields that lead out of the data root."""
+        for name in names:
+            value = self.values.get(name)
+            good = value is None or (isinstance(value, str) and value != "" and is_inside(value))
+            self.expect(name, good, "a path inside the data root")
+
+    def make(self) -> Any:
+        """Return the dataclass; None if anything is wrong."""
+        return self._kind(**self.values) if len(self._problems) == self._found else None
+
+
 def read_sources(
     value: object, sources_dirs: tuple[Path, ...], problems: list[str]
-) -> tuple[Source, ...]:
+) -> tuple[DataSource, ...]:
     """Check the ``sources`` of a manifest and freeze them.
 
     Args:
@@ -116,141 +188,69 @@ def read_sources(
         sources_dirs: where ``NAME.yaml`` is looked for; the first that has it counts.
         problems: gets a line for each thing that is wrong.
     """
-    sources: list[Source] = []
-    for item in cast("list[Any]", value) if isinstance(value, list) else [value]:
-        source = (
-            _load_source(item, sources_dirs, problems)
-            if isinstance(item, str)
-            else _read_source(item, "sources", problems)
-        )
-        if source is not None:
-            sources.append(source)
-    return tuple(sources)
+    sources: list[DataSource | None] = []
+    for item in _as_list(value):
+        where = "sources"
+        if isinstance(item, str):
+            path = next((p for f in sources_dirs if (p := f / f"{item}.yaml").is_file()), None)
+            if path is None:
+                known = sorted({p.stem for folder in sources_dirs for p in folder.glob("*.yaml")})
+                problems.append(
+                    f"sources names `{item}`, which is not there; known: "
+                    f"{', '.join(known) or 'none'}"
+                )
+                continue
+            where = f"source {path.name}"
+            try:
+                item = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+                problems.append(f"source {path} is not readable YAML: {error}")
+                continue
+        sources.append(_read_source(item, where, problems))
+    return tuple(source for source in sources if source is not None)
 
 
-def _load_source(name: str, folders: tuple[Path, ...], problems: list[str]) -> Source | None:
-    path = next((p for f in folders if (p := f / f"{name}.yaml").is_file()), None)
-    if path is None:
-        known = sorted({p.stem for folder in folders for p in folder.glob("*.yaml")})
-        problems.append(
-            f"sources names `{name}`, which is not there; known: {', '.join(known) or 'none'}"
-        )
-        return None
-    try:
-        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        problems.append(f"source {path} is not readable YAML: {error}")
-        return None
-    return _read_source(raw, f"source {path.name}", problems)
-
-
-def _read_source(raw: object, where: str, problems: list[str]) -> Source | None:
-    values = _fields_of(raw, Source, where, problems)
-    if values is None:
-        return None
-    found = len(problems)
-    for name in ("name", "what", "address", "licence", "hub", "revision"):
-        _expect(values, name, str, "a text", where, problems, null=name not in ("name", "what"))
-    if "access" in values and values["access"] not in ACCESS:
-        problems.append(
-            f"{where}: access is {values['access']!r}; expected one of {', '.join(ACCESS)}"
-        )
-    elif values.get("access", "public") != "public" and not values.get("address"):
-        problems.append(
-            f"{where}: address is missing; access `{values['access']}` needs the page where a "
-            "person gets the files"
+def _read_source(raw: object, where: str, problems: list[str]) -> DataSource | None:
+    read = Fields(raw, DataSource, where, problems)
+    values = read.values
+    read.expect_one_of("access", ACCESS)
+    access = values.get("access")
+    if access in ACCESS[1:] and not values.get("address"):
+        read.problem(
+            f"address is missing; access `{access}` needs the page where a person gets the files"
         )
     if "files" in values:
-        items: Any = values["files"]
-        read = [
-            _read_file(item, values, f"{where}: files", problems)
-            for item in (cast("list[Any]", items) if isinstance(items, list) else [items])
-        ]
-        values["files"] = tuple(file for file in read if file is not None)
+        files = [_read_file(item, values, where, problems) for item in _as_list(values["files"])]
+        values["files"] = tuple(file for file in files if file is not None)
     if values.get("picture_list") is not None:
-        values["picture_list"] = _read_picture_list(values["picture_list"], where, problems)
-    return Source(**values) if len(problems) == found else None
+        images = Fields(values["picture_list"], PictureList, f"{where}: picture_list", problems)
+        images.expect_inside("file", "into")
+        values["picture_list"] = images.make()
+    return read.make()
 
 
 def _read_file(
     raw: object, source: Mapping[str, Any], where: str, problems: list[str]
 ) -> SourceFile | None:
-    values = _fields_of(raw, SourceFile, where, problems)
-    if values is None:
-        return None
-    found = len(problems)
-    for name in ("file", "url", "unpack"):
-        _expect(values, name, str, "a text", where, problems)
-    for name in ("num_files", "size"):
-        number = values.get(name)
-        if number is not None and (type(number) is not int or number <= 0):
-            problems.append(f"{where}: {name} is {number!r}; expected a positive number")
+    read = Fields(raw, SourceFile, f"{where}: files", problems)
+    values = read.values
     for name, length in _HEX.items():
         digest = values.get(name)
-        good = isinstance(digest, str) and re.fullmatch(f"[0-9a-f]{{{length}}}", digest)
-        if digest is not None and not good:
-            problems.append(f"{where}: {name} is {digest!r}; expected {length} hex digits")
-    for name in ("into", "file", "unpack"):
-        if name == "into" or values.get(name) is not None:
-            _expect_inside(values[name], f"{where}: {name}", problems)
+        good = digest is None or re.fullmatch(f"[0-9a-f]{{{length}}}", str(digest)) is not None
+        read.expect(name, good, f"{length} hex digits")
+    read.expect_inside("into", "file", "unpack")
     file, url = values.get("file"), values.get("url")
     if (file is None) == (url is None):
-        problems.append(f"{where} has {raw!r}; expected exactly one of `file` and `url`")
-    elif url is not None and (not isinstance(url, str) or urlsplit(url).scheme not in _WEB):
-        problems.append(f"{where}: url is {url!r}; expected an http or https address")
-    elif file is not None and not source.get("hub") and source.get("access", "public") == "public":
-        problems.append(f"{where}: `{file}` needs the source's `hub`, or a `url` instead")
-    return SourceFile(**values) if len(problems) == found else None
+        read.problem(f"{raw!r} has to have exactly one of `file` and `url`")
+    elif url is not None:
+        read.expect("url", urlsplit(str(url)).scheme in _WEB, "an http or https address")
+    elif not source.get("hub") and source.get("access", "public") == "public":
+        read.problem(f"`{file}` needs the source's `hub`, or a `url` instead")
+    return read.make()
 
 
-def _read_picture_list(raw: object, where: str, problems: list[str]) -> PictureList | None:
-    values = _fields_of(raw, PictureList, f"{where}: picture_list", problems)
-    if values is None:
-        return None
-    found = len(problems)
-    _expect(values, "url_field", str, "a text", where, problems, null=False)
-    for name in ("file", "into"):
-        _expect_inside(values[name], f"{where}: picture_list.{name}", problems)
-    return PictureList(**values) if len(problems) == found else None
-
-
-def _fields_of(
-    raw: object, kind: type[Any], where: str, problems: list[str]
-) -> dict[str, Any] | None:
-    """Return the known fields, or None after saying why the rest cannot be read."""
-    known = {f.name: f for f in fields(kind)}
-    if not isinstance(raw, Mapping):
-        problems.append(f"{where} has {raw!r}; expected a mapping with {', '.join(known)}")
-        return None
-    values = {str(name): value for name, value in cast("Mapping[Any, Any]", raw).items()}
-    wrong: list[str] = []
-    if unknown := sorted(set(values) - set(known)):
-        wrong.append(f"{where} has unknown fields {unknown}; known: {', '.join(known)}")
-    missing = [n for n, f in known.items() if f.default is MISSING and n not in values]
-    if missing:
-        wrong.append(f"{where} has {raw!r}; missing: {', '.join(missing)}")
-    problems += wrong
-    return None if wrong else values
-
-
-def _expect(
-    values: Mapping[str, Any],
-    name: str,
-    kind: type[Any],
-    expected: str,
-    where: str,
-    problems: list[str],
-    *,
-    null: bool = True,
-) -> None:
-    value = values.get(name)
-    if not isinstance(value, kind) and not (null and value is None):
-        problems.append(f"{where}: {name} is {value!r}; expected {expected}")
-
-
-def _expect_inside(path: object, where: str, problems: list[str]) -> None:
-    if not isinstance(path, str) or not path or not is_inside(path):
-        problems.append(f"{where} is {path!r}; expected a path inside the data root")
+def _as_list(value: object) -> list[Any]:
+    return cast("list[Any]", value) if isinstance(value, list) else [value]
 
 
 def is_inside(path: str) -> bool:

@@ -2,7 +2,6 @@
 
 ``NAME.index.npz`` holds ``samples`` (one row per sample, see ``SAMPLE``), ``keys`` (all keys, one
 after the other) and ``meta``, a JSON text with the format version and what identifies the tar.
-35 bytes a sample and the key.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, cast
 
@@ -37,24 +38,7 @@ BYTES_PER_TOKEN: Final = 3.6
 """UTF-8 bytes of English text per token of a Llama tokenizer, about."""
 
 MOST: Final = 65535
-"""Largest stored side of a picture and length of a text; it stands for all above, too."""
-
-SAMPLE: Final = np.dtype(
-    [
-        ("key_end", "<u4"),
-        ("record_block", "<u4"),
-        ("record_size", "<u4"),
-        ("record_crc", "<u4"),
-        ("image_block", "<u4"),
-        ("image_size", "<u4"),
-        ("image_crc", "<u4"),
-        ("width", "<u2"),
-        ("height", "<u2"),
-        ("text_tokens", "<u2"),
-        ("extension", "u1"),
-    ]
-)
-"""A sample in an index: the fields of :class:`SampleRow`."""
+"""Largest stored side of an image and length of a text; it stands for all above, too."""
 
 _HEAD_BYTES: Final = 4096
 _LARGEST: Final = (1 << 32) - 1
@@ -70,10 +54,10 @@ class SampleRow(NamedTuple):
     Attributes:
         key_end: where its key ends among the keys of its tar.
         record_block, record_size, record_crc: first block, bytes and CRC-32 of the JSON member.
-        image_block, image_size, image_crc: the same of the picture; block 0 without one.
-        width, height: of the upright picture, pixels, at most ``MOST``; 0 if unreadable or none.
+        image_block, image_size, image_crc: the same of the image; block 0 without one.
+        width, height: of the upright image, pixels, at most ``MOST``; 0 if unreadable or none.
         text_tokens: see :func:`estimate_tokens`.
-        extension: index into ``IMAGE_EXTENSIONS``; 0 without a picture.
+        extension: index into ``IMAGE_EXTENSIONS``; 0 without an image.
     """
 
     key_end: int
@@ -87,6 +71,12 @@ class SampleRow(NamedTuple):
     height: int = 0
     text_tokens: int = 0
     extension: int = 0
+
+
+SAMPLE: Final = np.dtype(
+    {"names": SampleRow._fields, "formats": [*["<u4"] * 7, *["<u2"] * 3, "u1"]}
+)
+"""A sample in an index, 35 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +96,6 @@ class ShardIndex:
     samples: npt.NDArray[np.void]
 
     def __len__(self) -> int:
-        """Return the number of samples."""
         return len(self.samples)
 
     @property
@@ -116,14 +105,6 @@ class ShardIndex:
         for name in ("record_crc", "image_crc"):
             crc = zlib.crc32(self.samples[name].tobytes(), crc)
         return crc
-
-
-def split_keys(keys: bytes, ends: npt.NDArray[Any]) -> Iterator[bytes]:
-    """Cut keys that lie one after the other."""
-    start = 0
-    for end in ends.tolist():
-        yield keys[start:end]
-        start = end
 
 
 def index_name(tar_name: str) -> str:
@@ -137,11 +118,10 @@ def index_path(tar: Path) -> Path:
 
 
 def estimate_tokens(record: Mapping[str, Any]) -> int:
-    """Estimate how many tokens the texts of a record make.
+    """Estimate how many tokens the texts of a record make, be it valid or not.
 
-    The UTF-8 bytes of its texts (see :func:`vipllava.records.record_texts`) divided by
-    ``BYTES_PER_TOKEN``, rounded up, at most ``MOST``. Not counted are the image, the system prompt
-    and the wording of instructions. The record need not be valid.
+    The UTF-8 bytes of :func:`vipllava.records.record_texts` divided by ``BYTES_PER_TOKEN``, rounded
+    up, at most ``MOST``; without the image, the system prompt and the wording of instructions.
     """
     num_bytes = sum(map(_text_bytes, record_texts(record)))
     return min(MOST, math.ceil(num_bytes / BYTES_PER_TOKEN))
@@ -155,17 +135,6 @@ def _text_bytes(value: object) -> int:
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    extension: str
-    offset: int
-    size: int
-    crc: int
-    width: int = 0
-    height: int = 0
-    text_tokens: int = 0
-
-
 def build_index(path: Path, *, name: str | None = None) -> ShardIndex:
     """Read a tar from start to end and index it.
 
@@ -175,7 +144,7 @@ def build_index(path: Path, *, name: str | None = None) -> ShardIndex:
 
     Raises:
         ShardError: the tar is missing, truncated, broken or empty, a sample has no record or two
-            pictures, a key occurs twice, or a record is no JSON object.
+            images, a key occurs twice, or a record is no JSON object.
     """
     where = path.with_name(name) if name else path
     try:
@@ -186,33 +155,50 @@ def build_index(path: Path, *, name: str | None = None) -> ShardIndex:
 
 
 def index_tar(file: BinaryIO, where: str) -> ShardIndex:
-    """Index a tar that is open for reading; see :func:`build_index`.
-
-    Args:
-        file: the tar.
-        where: its path or address, for messages.
-    """
-    samples: dict[str, dict[str, _Member]] = {}
+    """Index an open tar as :func:`build_index`; ``where`` is its path or address, for messages."""
+    samples: dict[str, dict[str, int]] = {}  # key to the fields of its row
     ignored: set[str] = set()
     last = None
-    for key, member in _walk(file, where):
-        if member.extension not in ("json", *IMAGE_EXTENSIONS):
-            ignored.add(member.extension)
-            continue
-        if key != last and key in samples:
-            raise ShardError(
-                f"{where}: key `{key}` occurs twice, or its members are not side by side; build "
-                "the shard again with unique keys"
-            )
-        last = key
-        members = samples.setdefault(key, {})
-        kind = "record" if member.extension == "json" else "image"
-        if kind in members:
-            raise ShardError(
-                f"{where}: sample `{key}` has two members of kind {kind}; keep one of them and "
-                "build the shard again"
-            )
-        members[kind] = member
+    try:
+        for member in iter_members(file):
+            key, extension = member.key, member.extension
+            if key is None or extension is None:
+                raise ShardError(
+                    f"{where}: member `{member.name}` is not a file called KEY.EXTENSION; build "
+                    "the shard again without it"
+                )
+            if extension not in ("json", *IMAGE_EXTENSIONS):
+                ignored.add(extension)
+                continue
+            if key != last and key in samples:
+                raise ShardError(
+                    f"{where}: key `{key}` occurs twice, or its members are not side by side; "
+                    "build the shard again with unique keys"
+                )
+            last = key
+            row = samples.setdefault(key, {})
+            kind = "record" if extension == "json" else "image"
+            if f"{kind}_block" in row:
+                raise ShardError(
+                    f"{where}: sample `{key}` has two members of kind {kind}; keep one of them and "
+                    "build the shard again"
+                )
+            file.seek(member.offset)
+            data = file.read(member.size)
+            row[f"{kind}_block"] = member.offset // BLOCK
+            row[f"{kind}_size"] = len(data)
+            row[f"{kind}_crc"] = zlib.crc32(data)
+            if kind == "record":
+                row["text_tokens"] = estimate_tokens(parse_object(data, f"{where}: {key}.json"))
+                continue
+            row["extension"] = IMAGE_EXTENSIONS.index(extension)
+            try:
+                width, height = image_size(data, key=key)
+                row |= {"width": min(MOST, width), "height": min(MOST, height)}
+            except RecordError as error:  # an index describes what is there; reading it complains
+                log.warning("%s: %s", where, error)
+    except BrokenTarError as error:
+        raise ShardError(f"{where} {error}; restore it or build it again") from error
     if ignored:
         log.warning("%s: members with extensions %s are not read", where, sorted(ignored))
     if not samples:
@@ -220,20 +206,25 @@ def index_tar(file: BinaryIO, where: str) -> ShardIndex:
             f"{where} holds no sample; expected KEY.json and KEY.jpg|jpeg|png|webp. Build it "
             "again, or remove it"
         )
-    for key, members in samples.items():
-        if "record" not in members:
+    keys = [key.encode() for key in samples]
+    rows: list[SampleRow] = []
+    for (key, row), key_end in zip(samples.items(), accumulate(map(len, keys)), strict=True):
+        if "record_block" not in row:
             raise ShardError(
-                f"{where}: sample `{key}` has a picture and no `{key}.json`; add the record"
+                f"{where}: sample `{key}` has an image and no `{key}.json`; add the record"
             )
-    index = _to_index(samples, *_identify(file), where)
-    if num_blank := int((index.samples["text_tokens"] == 0).sum()):
+        rows.append(SampleRow(key_end, **row))
+        if max(rows[-1]) > _LARGEST:
+            raise ShardError(f"{where}: sample `{key}` is too large; make smaller tars")
+    if num_blank := sum(row.text_tokens == 0 for row in rows):
         log.warning(
             "%s: %d of %d records have no text in a field that a known record kind reads; their "
             "lengths are estimated as 0. For a kind of your own: name its module as kind_module in "
             "the manifest, delete the index, and open the data set by that manifest",
-            where, num_blank, len(index),
+            where, num_blank, len(rows),
         )  # fmt: skip
-    return index
+    joined = np.frombuffer(b"".join(keys), dtype=np.uint8)
+    return ShardIndex(*_identify(file), joined, np.array(rows, dtype=SAMPLE))
 
 
 def _identify(file: BinaryIO) -> tuple[int, int]:
@@ -242,41 +233,8 @@ def _identify(file: BinaryIO) -> tuple[int, int]:
     return os.fstat(file.fileno()).st_size, zlib.crc32(file.read(_HEAD_BYTES))
 
 
-def _walk(file: BinaryIO, where: str) -> Iterator[tuple[str, _Member]]:
-    """Yield key and member in order; the first fault ends it."""
-    try:
-        for member in iter_members(file):
-            if member.key is None or member.extension is None:
-                raise ShardError(
-                    f"{where}: member `{member.name}` is not a file called KEY.EXTENSION; "
-                    "build the shard again without it"
-                )
-            file.seek(member.offset)
-            data = file.read(member.size)
-            yield member.key, _read_member(data, member.offset, member.extension, member.key, where)
-    except BrokenTarError as error:
-        raise ShardError(f"{where} {error}; restore it or build it again") from error
-
-
-def _read_member(data: bytes, offset: int, extension: str, key: str, where: str) -> _Member:
-    crc = zlib.crc32(data)
-    width = height = tokens = 0
-    if extension == "json":
-        tokens = estimate_tokens(parse_object(data, f"{where}: {key}.json"))
-    elif extension in IMAGE_EXTENSIONS:
-        try:
-            width, height = image_size(data, key=key)
-        except RecordError as error:  # an index describes what is there; reading it complains
-            log.warning("%s: %s", where, error)
-    return _Member(extension, offset, len(data), crc, width, height, tokens)
-
-
 def parse_object(data: bytes, where: str) -> dict[str, Any]:
-    """Read a stored record.
-
-    Raises:
-        ShardError: it is no JSON object.
-    """
+    """Read a stored record; raises ShardError if it is no JSON object."""
     try:
         record: Any = json.loads(data)
     except ValueError as error:
@@ -289,33 +247,6 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
             "and build the shard again"
         )
     return cast("dict[str, Any]", record)
-
-
-def _to_index(
-    samples: Mapping[str, Mapping[str, _Member]], tar_size: int, head_crc: int, where: str
-) -> ShardIndex:
-    keys = [key.encode() for key in samples]
-    rows: list[SampleRow] = []
-    key_end = 0
-    for key, members in zip(keys, samples.values(), strict=True):
-        key_end += len(key)
-        record = members["record"]
-        row = SampleRow(key_end, record.offset // BLOCK, record.size, record.crc)
-        row = row._replace(text_tokens=record.text_tokens)
-        if (image := members.get("image")) is not None:
-            row = row._replace(
-                image_block=image.offset // BLOCK,
-                image_size=image.size,
-                image_crc=image.crc,
-                width=min(MOST, image.width),
-                height=min(MOST, image.height),
-                extension=IMAGE_EXTENSIONS.index(image.extension),
-            )
-        if max(row) > _LARGEST:
-            raise ShardError(f"{where}: sample `{key.decode()}` is too large; make smaller tars")
-        rows.append(row)
-    joined = np.frombuffer(b"".join(keys), dtype=np.uint8)
-    return ShardIndex(tar_size, head_crc, joined, np.array(rows, dtype=SAMPLE))
 
 
 def save_index(index: ShardIndex, path: Path) -> None:
@@ -331,7 +262,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
         np.savez(file, meta=np.array(json.dumps(meta)), keys=index.keys, samples=index.samples)
 
 
-def read_index(file: BinaryIO, where: str, remake: str) -> ShardIndex:
+def read_index(file: BinaryIO | Path, where: str, remake: str) -> ShardIndex:
     """Read an index without its tar.
 
     Args:
@@ -340,11 +271,13 @@ def read_index(file: BinaryIO, where: str, remake: str) -> ShardIndex:
         remake: how it is made again, for messages.
 
     Raises:
-        ShardError: it is damaged, or of another version than this release writes.
+        ShardError: it is missing, damaged, or of another version than this release writes.
     """
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            meta = cast("dict[str, Any]", json.loads(str(stored["meta"])))
+        # numpy leaves a broken file open that it has opened itself.
+        opened = file.open("rb") if isinstance(file, Path) else nullcontext(file)
+        with opened as content, np.load(content, allow_pickle=False) as stored:
+            meta: dict[str, Any] = json.loads(str(stored["meta"]))
             if meta["version"] != INDEX_VERSION:
                 raise ShardError(
                     f"{where} has version {meta['version']!r}, this release reads {INDEX_VERSION}; "
@@ -353,7 +286,13 @@ def read_index(file: BinaryIO, where: str, remake: str) -> ShardIndex:
             index = ShardIndex(
                 int(meta["tar_size"]), int(meta["head_crc"]), stored["keys"], stored["samples"]
             )
-        _check(index, int(meta["content_crc"]))
+        if index.samples.dtype != SAMPLE or index.keys.dtype != np.uint8 or not len(index):
+            raise ValueError("its columns are of other types, or it is empty")
+        ends = index.samples["key_end"].astype(np.int64)
+        if ends[-1] != len(index.keys) or (np.diff(ends, prepend=0) <= 0).any():
+            raise ValueError("its keys are cut off")
+        if meta["content_crc"] != index.content_crc:
+            raise ValueError("its rows do not match its checksum")
     except (
         OSError, ValueError, KeyError, IndexError, TypeError, EOFError, OverflowError,
         AttributeError, zipfile.BadZipFile,
@@ -369,11 +308,7 @@ def load_index(path: Path, tar: Path) -> ShardIndex:
         ShardError: it is damaged, of another version, or made from another tar.
     """
     remake = f"delete {path} to have it made again"
-    try:
-        with path.open("rb") as file:
-            index = read_index(file, str(path), remake)
-    except OSError as error:
-        raise ShardError(f"{path} is not a shard index ({error}); {remake}") from error
+    index = read_index(path, str(path), remake)
     try:
         with tar.open("rb") as content:
             size, head_crc = _identify(content)
@@ -388,11 +323,7 @@ def load_index(path: Path, tar: Path) -> ShardIndex:
 
 
 def ensure_index(tar: Path) -> ShardIndex:
-    """Read the index of a tar; make it where there is none.
-
-    Raises:
-        ShardError: tar or index cannot be used.
-    """
+    """Read the index of a tar, or make it; raises ShardError if one of them cannot be used."""
     path = index_path(tar)
     if path.is_file():
         return load_index(path, tar)
@@ -403,16 +334,6 @@ def ensure_index(tar: Path) -> ShardIndex:
     except OSError as error:  # a read-only data folder still works, only slower next time
         log.warning("%s could not be written (%s); the index is kept in memory", path, error)
     return index
-
-
-def _check(index: ShardIndex, content_crc: int) -> None:
-    if index.samples.dtype != SAMPLE or index.keys.dtype != np.uint8 or not len(index):
-        raise ValueError("its columns are of other types, or it is empty")
-    ends = index.samples["key_end"].astype(np.int64)
-    if ends[-1] != len(index.keys) or (np.diff(ends, prepend=0) <= 0).any():
-        raise ValueError("its keys are cut off")
-    if content_crc != index.content_crc:
-        raise ValueError("its rows do not match its checksum")
 
 
 def tar_name(tar: Path | str) -> str:

@@ -20,13 +20,9 @@ class BrokenTarError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A member.
+    """A member: its name as stored, and where its content lies, bytes.
 
-    Attributes:
-        name: as stored.
-        key, extension: its two parts, the extension in small letters; None where the member is not
-            a file called ``KEY.EXTENSION``.
-        offset, size: where its content lies, bytes.
+    ``key`` and ``extension`` (in small letters) are None if it is no file ``KEY.EXTENSION``.
     """
 
     name: str
@@ -37,10 +33,7 @@ class TarMember:
 
 
 def iter_members(file: BinaryIO) -> Iterator[TarMember]:
-    """Yield the members of a tar, folders apart, from its headers.
-
-    Args:
-        file: the tar; between two members it may be read elsewhere.
+    """Yield the members of a tar, folders apart; between two of them it may be read elsewhere.
 
     Raises:
         BrokenTarError: it is truncated or no tar; tarfile takes some of that for the end.

@@ -15,6 +15,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,9 +31,8 @@ from vipllava.shards.dataset_index import (
     user_index_folder,
 )
 from vipllava.shards.manifest import Manifest, is_remote
-from vipllava.shards.open_files import OpenFile, OpenFiles
-from vipllava.shards.patterns import match_patterns
-from vipllava.shards.remote import CACHED_INDICES, IndexLoader, expand_address
+from vipllava.shards.patterns import expand_address, match_patterns
+from vipllava.shards.remote import load_indices
 from vipllava.shards.tar_index import (
     IMAGE_EXTENSIONS,
     MOST,
@@ -45,20 +45,8 @@ from vipllava.shards.tar_index import (
     tar_name,
 )
 from vipllava.shards.tar_members import BLOCK
-from vipllava.shards.writing import write_shards
+from vipllava.shards.writing import write_shards as write_shards
 from vipllava.types import RecordError, StorageError
-
-__all__ = [
-    "IMAGE_EXTENSIONS",
-    "DamagedError",
-    "Entry",
-    "ShardError",
-    "ShardSet",
-    "UnreadableError",
-    "index_shard",
-    "open_shards",
-    "write_shards",
-]
 
 _OPEN_FILES: Final = 64
 _OPEN_CACHED: Final = 24  # an open copy takes room even after the cache has dropped it
@@ -68,8 +56,7 @@ class DamagedError(ShardError, RecordError):
     """The bytes of a sample are not the indexed ones: a fault of the data, in every run."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.fault = "shard-broken"
+        RecordError.__init__(self, message, "shard-broken")
 
 
 class UnreadableError(ShardError, StorageError):
@@ -83,10 +70,10 @@ class Entry:
     Attributes:
         key: unique within the data set.
         record: the JSON object.
-        image: the encoded picture, or None for a text-only record.
+        image: encoded; None for a text-only record.
         image_extension: as in the tar, without the dot; the bytes may be of another format.
         shard: the tar's path or address, for messages.
-        image_size: width and height of the upright picture, pixels, where the index knows them.
+        image_size: width and height of the upright image, pixels, where the index knows them.
     """
 
     key: str
@@ -98,11 +85,7 @@ class Entry:
 
 
 def index_shard(path: str | Path) -> ShardIndex:
-    """Read a whole tar, check it, and write its index beside it.
-
-    Raises:
-        ShardError: the tar is missing, truncated or broken, or a sample in it is none.
-    """
+    """Write the index of a tar beside it; raises ShardError as :func:`.tar_index.build_index`."""
     index = build_index(Path(path))
     save_index(index, index_path(Path(path)))
     return index
@@ -112,15 +95,20 @@ class ShardSet:
     """The tars of one data set as one sequence.
 
     The index is mapped from disk and shared by all processes; a few files are open per process.
-    Threads may read at the same time. It can be forked and sent to other processes.
+    Threads may read at the same time. It can be forked and sent to other processes. Made by
+    :func:`open_shards`, which checks the tars.
 
-    Attributes:
+    Args:
         name: of the data set.
         paths: of the tars; an address as text.
+        index: of all of them, or theirs one by one.
+        cache: where tars at an address are kept; None if all are files.
+        patience: how long a tar is tried that cannot be opened or read.
+
+    Attributes:
         shard_ends: int64 [shards], number of samples up to the end of each tar.
         shard_sizes: number of samples in each tar.
         tar_sizes: int64 [shards], bytes of each tar.
-        cache: where tars at an address are kept; None if all are files.
     """
 
     def __init__(
@@ -132,15 +120,6 @@ class ShardSet:
         cache: ShardCache | None = None,
         patience: Patience = ONCE,
     ) -> None:
-        """Join tars; use :func:`open_shards`, which checks them.
-
-        Args:
-            name: of the data set.
-            paths: of the tars, or their addresses.
-            index: of all of them, or theirs one by one.
-            cache: where tars at an address are kept.
-            patience: how long a tar is tried that cannot be opened or read.
-        """
         self.name = name
         self.paths = tuple(paths)
         self.index = index if isinstance(index, DatasetIndex) else DatasetIndex.join(index)
@@ -150,25 +129,16 @@ class ShardSet:
         self._ends: list[int] = self.shard_ends.tolist()
         self.cache = cache
         self.patience = patience
-        self._files = OpenFiles(_OPEN_FILES if cache is None else _OPEN_CACHED)
+        self._open = lru_cache(_OPEN_FILES if cache is None else _OPEN_CACHED)(_open)
 
     def __len__(self) -> int:
-        """Return the number of samples."""
         return len(self.index)
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of the name and the tars' names, sizes and content: other data, other digest.
-
-        Wherever the tars lie, and whether or not at an address, it is the same.
-        """
-        tars = self.index.tars
-        columns = (
-            map(tar_name, self.paths),
-            tars["tar_size"].tolist(),
-            tars["content_crc"].tolist(),
-        )
-        parts = list(zip(*columns, strict=True))
+        """Hex digest of the name and the tars' names, sizes and content, wherever they lie."""
+        names, contents = map(tar_name, self.paths), self.index.tars["content_crc"].tolist()
+        parts = list(zip(names, self.tar_sizes.tolist(), contents, strict=True))
         return hashlib.blake2b(json.dumps([self.name, parts]).encode(), digest_size=8).hexdigest()
 
     def locate(self, position: int) -> tuple[int, int]:
@@ -188,18 +158,15 @@ class ShardSet:
             yield from (key.decode() for key in self.index.tar_keys(shard))
 
     def text_tokens(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """Return the estimated lengths of texts, tokens, int32 [n].
-
-        See :func:`vipllava.shards.tar_index.estimate_tokens`.
-        """
+        """Return what :func:`.tar_index.estimate_tokens` says of samples, int32 [n]."""
         return self.index.samples["text_tokens"][positions].astype(np.int32)
 
     def has_image(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Return which samples have a picture, bool [n]."""
+        """Return which samples have an image, bool [n]."""
         return self.index.samples["image_block"][positions] > 0
 
     def picture_sizes(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """Return widths and heights of upright pictures, pixels, int32 [n, 2]; 0 for none."""
+        """Return widths and heights of upright images, pixels, int32 [n, 2]; 0 for none."""
         sides = [self.index.samples[name][positions] for name in ("width", "height")]
         return np.stack(sides, axis=-1).astype(np.int32)
 
@@ -222,81 +189,47 @@ class ShardSet:
             CacheError: the tar cannot be fetched.
         """
         shard, _ = self.locate(position)
+        path, key = self.paths[shard], self.index.key(shard, position)
         row = self.index.row(position)
-        key = self.index.key(shard, position)
-        places = [
-            ("record", row.record_block * BLOCK, row.record_size, row.record_crc),
-            ("picture", row.image_block * BLOCK, row.image_size, row.image_crc),
-        ][: 2 if row.image_block else 1]
-        members = self._read(shard, [(offset, size) for _, offset, size, _ in places])
-        for data, (kind, offset, size, checksum) in zip(members, places, strict=True):
-            if len(data) != size or zlib.crc32(data) != checksum:
-                raise self._damaged(shard, f"{kind} of sample `{key}`", offset, size)
+        text = self._read(shard, key, "record", row.record_block, row.record_size, row.record_crc)
         try:
-            record = parse_object(members[0], f"{self.paths[shard]}: {key}.json")
+            record = parse_object(text, f"{path}: {key}.json")
         except ShardError as error:  # so it was indexed by something else
             raise DamagedError(str(error)) from error
         if not row.image_block:
-            return Entry(key, record, None, None, self.paths[shard])
+            return Entry(key, record, None, None, path)
+        image = self._read(shard, key, "image", row.image_block, row.image_size, row.image_crc)
         known = 0 < row.width < MOST and row.height < MOST
         image_size = (row.width, row.height) if known else None
-        extension = IMAGE_EXTENSIONS[row.extension]
-        return Entry(key, record, members[1], extension, self.paths[shard], image_size)
-
-    def verify(self) -> None:
-        """Read every sample once.
-
-        Raises:
-            ShardError: the first damaged sample, or a tar that cannot be read.
-            CacheError: a tar cannot be fetched.
-        """
-        for position in range(len(self)):
-            self.read(position)
+        return Entry(key, record, image, IMAGE_EXTENSIONS[row.extension], path, image_size)
 
     def close(self) -> None:
         """Close the files this process holds open."""
-        self._files = OpenFiles(self._files.most)
+        self._open.cache_clear()
 
-    def _read(self, shard: int, places: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return what lies at some places of a tar: offset and size, bytes."""
-        path = self.paths[shard]
+    def _read(self, shard: int, key: str, kind: str, block: int, size: int, crc: int) -> bytes:
+        """Read a member of a tar and compare it with its index."""
+        path, offset = self.paths[shard], block * BLOCK
         trial = Trial(self.patience)
 
-        def attempt() -> list[bytes]:
+        def attempt() -> bytes:
             try:
-                file = self._open(shard)
-                return [file.read(offset, size) for offset, size in places]
+                file = self._open(path, int(self.tar_sizes[shard]), self.cache)
+                return file.read(offset, size)
             except OSError as error:
-                self._files.drop(shard)  # a file server that has forgotten a file knows a new one
+                self.close()  # a file server that has forgotten a file knows a new one
                 raise BrokenError(str(error)) from error
 
         try:
-            return retry(attempt, trial, str(path))
+            data = retry(attempt, trial, str(path))
         except GivenUpError as error:
             raise UnreadableError(
                 f"{path} cannot be read: {error.reason} ({trial}). Check the disk or the mount "
                 "that it lies on and its permissions, and restore the tar if it is gone; then "
                 "start again"
             ) from error.reason
-
-    def _open(self, shard: int) -> OpenFile:
-        if self._files.process != os.getpid():
-            self.close()  # forked: another thread may have held the lock
-        files = self._files
-        if (file := files.get(shard)) is not None:
-            return file
-        path = self.paths[shard]
-        if isinstance(path, Path):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        else:
-            assert self.cache is not None
-            size = int(self.index.tars["tar_size"][shard])
-            with self.cache.open(path, size=size) as copy:
-                descriptor = os.dup(copy.fileno())
-        return files.put(shard, OpenFile(descriptor))
-
-    def _damaged(self, shard: int, what: str, offset: int, size: int) -> DamagedError:
-        path = self.paths[shard]
+        if len(data) == size and zlib.crc32(data) == crc:
+            return data
         if isinstance(path, Path):
             name = index_path(path).name
             remedy = "Restore the tar, or delete the index to have it made anew"
@@ -307,19 +240,45 @@ class ShardSet:
                 f"Delete the copy {self.cache.path(path)} to have it fetched again; if the tar was "
                 "replaced at its address, the index, too"
             )
-        return DamagedError(
-            f"{path}: {what} (bytes {offset}..{offset + size}) is not what {name} recorded: the "
-            f"tar was damaged or replaced. {remedy}"
+        raise DamagedError(
+            f"{path}: {kind} of sample `{key}` (bytes {offset}..{offset + size}) is not what "
+            f"{name} recorded: the tar was damaged or replaced. {remedy}"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind when sent to another process."""
-        return {**self.__dict__, "_files": self._files.most}
+        return {**self.__dict__, "_open": self._open.cache_parameters()["maxsize"]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start without open files."""
         self.__dict__.update(state)
-        self._files = OpenFiles(state["_files"])
+        self._open = lru_cache(state["_open"])(_open)
+
+
+class _OpenFile:
+    """A file that stays open as long as someone holds this object."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Read at a place, without a position that threads or processes would share."""
+        data = b""
+        while len(data) < size:
+            more = os.pread(self.descriptor, size - len(data), offset + len(data))
+            if not more:
+                break
+            data = data + more if data else more
+        return data
+
+
+def _open(path: Path | str, size: int, cache: ShardCache | None) -> _OpenFile:
+    if isinstance(path, Path):
+        return _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    assert cache is not None
+    with cache.open(path, size=size) as copy:
+        return _OpenFile(os.dup(copy.fileno()))
 
 
 def open_shards(
@@ -347,35 +306,25 @@ def open_shards(
     """
     if manifest.format != "shards":
         raise ShardError(f"`{manifest.name}` is a `{manifest.format}` layout, not shards")
-    place = str(data_root)
-    tars: list[Path | str] = []
-    for pattern in manifest.shards:
-        if is_remote(pattern):
-            tars += expand_address(pattern, manifest.name)
-        elif is_remote(place):
-            tars += expand_address(f"{place.rstrip('/')}/{pattern}", manifest.name)
-        else:
-            tars += _find(pattern, Path(data_root), manifest)
+    tars = list(_find_tars(manifest, data_root))
     if any(isinstance(tar, str) for tar in tars):
         if cache is None:
             raise ShardError(
                 f"`{manifest.name}` has tars at an address and no cache: set cache_dir, or copy "
                 "them into a folder and set data_root to it"
             )
-        home = cache.directory / CACHED_INDICES
-        index = open_dataset_index(
-            manifest.name, tars, homes=[home], load=IndexLoader(cache, home / "tars")
-        )
+        home = cache.directory / "index"
+        load = partial(load_indices, cache=cache, folder=home / "tars")
+        index = open_dataset_index(manifest.name, tars, homes=[home], load=load)
     else:
-        root = Path(data_root)
+        root, cache = Path(data_root), None
         digest = hashlib.blake2b(str(root.resolve()).encode(), digest_size=8).hexdigest()
         homes = [root / INDEX_FOLDER, user_index_folder() / digest]
         index = open_dataset_index(manifest.name, tars, homes=homes, root=root)
-        cache = None
     if manifest.num_samples is not None and manifest.num_samples != len(index):
         raise ShardError(
-            f"`{manifest.name}` has {len(index)} samples in {len(tars)} tars under {place}, its "
-            f"manifest says {manifest.num_samples}; complete the tars or correct `num_samples`"
+            f"`{manifest.name}` has {len(index)} samples in {len(tars)} tars under {data_root}, "
+            f"its manifest says {manifest.num_samples}; complete the tars or correct `num_samples`"
         )
     return ShardSet(manifest.name, tars, index, cache=cache, patience=patience)
 
@@ -389,16 +338,21 @@ def _remedy(manifest: Manifest) -> str:
     return f"set data_root, or run {' and '.join(ways)}" if ways else "set data_root"
 
 
-def _find(pattern: str, root: Path, manifest: Manifest) -> list[Path]:
-    """Resolve one pattern; a brace names each tar, so each has to be there."""
-    if not root.is_dir():
-        raise ShardError(f"data root {root} does not exist; {_remedy(manifest)}")
-    paths: list[Path] = []
-    for _, name, tars in match_patterns([pattern], root):
-        if not tars:
-            raise ShardError(
-                f"`{manifest.name}`: {root / name} does not exist (pattern `{pattern}`); "
-                f"{_remedy(manifest)}"
-            )
-        paths += tars
-    return paths
+def _find_tars(manifest: Manifest, data_root: str | Path) -> Iterator[Path | str]:
+    """Yield the tars of a manifest; a brace names each one, so each has to be there."""
+    place, root = str(data_root), Path(data_root)
+    for pattern in manifest.shards:
+        if is_remote(pattern):
+            yield from expand_address(pattern, manifest.name)
+        elif is_remote(place):
+            yield from expand_address(f"{place.rstrip('/')}/{pattern}", manifest.name)
+        elif not root.is_dir():
+            raise ShardError(f"data root {root} does not exist; {_remedy(manifest)}")
+        else:
+            for _, name, tars in match_patterns([pattern], root):
+                if not tars:
+                    raise ShardError(
+                        f"`{manifest.name}`: {root / name} does not exist (pattern `{pattern}`); "
+                        f"{_remedy(manifest)}"
+                    )
+                yield from tars

@@ -34,26 +34,23 @@ def write_shards(
     max_bytes: int = 1 << 30,
     check_images: bool = True,
 ) -> list[Path]:
-    """Write samples as tars with their indices.
+    """Write samples as tars with their indices; returns the tars' paths, in order.
 
     The same samples give the same bytes (fixed times and owners). A tar appears under its final
     name only when it is whole.
 
     Args:
-        samples: key, record, encoded picture or None, the picture's extension or None. A key has
+        samples: key, record, encoded image or None, the image's extension or None. A key has
             letters, digits, ``_``, ``-`` and ``/`` only: WebDataset cuts names at the first dot.
         directory: made if missing; must hold no tars of this prefix yet.
         prefix: tars are called ``PREFIX-000000.tar`` and so on.
         max_samples: samples per tar.
         max_bytes: a tar is closed once its members reach this size.
-        check_images: refuse a picture whose header cannot be read.
-
-    Returns:
-        The tars' paths, in order.
+        check_images: refuse an image whose header cannot be read.
 
     Raises:
-        RecordError: a key, record or picture that cannot be stored, naming the key.
-        ShardError: the folder already holds tars of this prefix.
+        RecordError: a key, record or image that cannot be stored, naming the key.
+        ShardError: the folder already holds tars of this prefix, or there is no sample.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -69,10 +66,7 @@ def write_shards(
     while item is not None:
         path = directory / f"{prefix}-{len(paths):06d}.tar"
         with new_file(path) as unfinished:
-            with (
-                unfinished.open("wb") as file,
-                TarWriter(file, encoder=False, mtime=0) as writer,
-            ):
+            with unfinished.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
                 count = size = 0
                 while item is not None and count < max_samples and size < max_bytes:
                     members = _members(*item, seen=seen, check_images=check_images)
@@ -96,7 +90,6 @@ def _members(
     seen: set[str],
     check_images: bool,
 ) -> dict[str, str | bytes]:
-    """Check one sample and return its tar members."""
     if not _KEY.fullmatch(key) or len(key) > _LONGEST_KEY:
         raise RecordError(
             f"key `{key}` cannot be stored; use at most {_LONGEST_KEY} letters, digits, `_`, `-` "
@@ -114,8 +107,8 @@ def _members(
         return members
     if extension not in IMAGE_EXTENSIONS:
         raise RecordError(
-            f"picture of key `{key}` has extension {extension!r}; "
-            f"expected one of {', '.join(IMAGE_EXTENSIONS)}"
+            f"image of key `{key}` has extension {extension!r}; expected one of "
+            f"{', '.join(IMAGE_EXTENSIONS)}"
         )
     if check_images:
         image_size(image, key=key)

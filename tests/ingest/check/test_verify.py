@@ -62,7 +62,7 @@ def test_all_damage_is_listed(tmp_path: Path):
     ]  # fmt: skip
     assert verdict.num_samples == 17
     assert "record of sample `s001`" in verdict.damages[0].reason
-    assert "picture of sample `s003`" in verdict.damages[1].reason
+    assert "image of sample `s003`" in verdict.damages[1].reason
     assert not verdict.ok
     content = verdict.to_json()
     assert content["ok"] is False

@@ -26,7 +26,7 @@ from vipllava.ingest.fetch.hub import HubFile, fetch_hub_file, list_hub_files
 from vipllava.ingest.fetch.image_lists import ImageListOutcome, fetch_images, make_jpegs
 from vipllava.ingest.fetch.unpacking import DamagedArchiveError, unpack
 from vipllava.shards.manifest import Manifest, is_remote
-from vipllava.shards.sources import PictureList, Source, SourceFile
+from vipllava.shards.sources import DataSource, PictureList, SourceFile
 from vipllava.types import ConfigError, VipLlavaError
 
 DOWNLOADS: Final = "downloads"
@@ -123,7 +123,7 @@ def fetch_data(
 class _SourceJob:
     """The parts of one source."""
 
-    def __init__(self, source: Source, root: Path, options: FetchOptions, tell: Tell) -> None:
+    def __init__(self, source: DataSource, root: Path, options: FetchOptions, tell: Tell) -> None:
         self.source = source
         self.root = root
         self.options = options
