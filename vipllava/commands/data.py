@@ -196,7 +196,7 @@ def _summary(manifest: Manifest) -> dict[str, str]:
 
 def _here(manifest: Manifest, data_root: str) -> str:
     """Say in a word what is there; ``check`` looks closer."""
-    from vipllava.ingest.check.availability import find_tars
+    from vipllava.ingest.tar_listing import find_tars
     from vipllava.shards.manifest import is_remote
 
     if is_remote(data_root) or any(map(is_remote, manifest.patterns)):

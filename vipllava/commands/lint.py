@@ -48,8 +48,8 @@ def lint(
 
     forget_missing_checkpoint(cfg)
     values: Any = OmegaConf.to_container(cfg.lint, resolve=True)
-    limits = LintLimits.from_mapping(values)
     with naming_keys(cfg):
+        limits = LintLimits.from_mapping(values)
         datamodule = build_datamodule(cfg)
     reports: list[LintReport] = []
     with ProgressBars() as bars:

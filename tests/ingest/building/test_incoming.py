@@ -14,12 +14,11 @@ from tests.toy_data import encode_picture, make_manifest, said
 from vipllava.ingest.building.annotations import Annotation
 from vipllava.ingest.building.incoming import (
     Ingested,
-    image_paths,
     ingest,
     input_names,
+    input_paths,
     input_states,
     make_key,
-    metadata_paths,
 )
 from vipllava.shards.manifest import Manifest
 from vipllava.types import RecordError
@@ -72,21 +71,21 @@ def test_keys_are_safe_and_bear_the_position(record: Any, key: str):
 
 
 def test_a_picture_is_named_with_its_root_or_within_one(tmp_path: Path):
-    places = image_paths("coco/train2017/1.jpg", tmp_path, ROOTS)
+    places = input_paths("coco/train2017/1.jpg", tmp_path, ROOTS)
     assert places[0] == tmp_path / "coco/train2017/1.jpg"
-    places = image_paths("00453/1.jpg", tmp_path, ROOTS)
+    places = input_paths("00453/1.jpg", tmp_path, ROOTS)
     assert places == [
         tmp_path / "coco/train2017/00453/1.jpg",
         tmp_path / "LLaVA-Pretrain/images/00453/1.jpg",
         tmp_path / "00453/1.jpg",
     ]
-    assert image_paths("a.jpg", tmp_path, ()) == [tmp_path / "a.jpg"]
+    assert input_paths("a.jpg", tmp_path, ()) == [tmp_path / "a.jpg"]
 
 
 @pytest.mark.parametrize("name", ["", "/etc/x.jpg", "../x.jpg", "coco/../../x.jpg", "a\0b"])
 def test_a_picture_outside_the_data_root_is_refused(tmp_path: Path, name: str):
     with pytest.raises(RecordError, match="expected a path inside the data root"):
-        image_paths(name, tmp_path, ROOTS)
+        input_paths(name, tmp_path, ROOTS)
     with pytest.raises(RecordError, match="toy/000000033471-7: field `image`"):
         take(image_level(name), tmp_path)
 
@@ -95,13 +94,13 @@ def test_a_picture_outside_the_data_root_is_refused(tmp_path: Path, name: str):
     "name", ["./dataset/vcr1images/m/1.json", "dataset/vcr1images/m/1.json", "vcr1images/m/1.json"]
 )
 def test_metadata_is_named_from_dataset(tmp_path: Path, name: str):
-    places = metadata_paths(name, tmp_path, ("vcr1images",))
+    places = input_paths(name, tmp_path, ("vcr1images",), "meta_dir")
     assert places[0] == tmp_path / "vcr1images/m/1.json"
 
 
 def test_metadata_outside_is_refused(tmp_path: Path):
     with pytest.raises(RecordError, match=r"`meta_dir` is './dataset/\.\./x'"):
-        metadata_paths("./dataset/../x", tmp_path, ())
+        input_paths("./dataset/../x", tmp_path, (), "meta_dir")
 
 
 # Pictures.
@@ -156,7 +155,7 @@ def test_the_content_names_the_extension(
 def test_a_missing_picture(tmp_path: Path):
     with pytest.raises(
         RecordError,
-        match=r"toy/0+33471-7: picture 1\.jpg is missing: looked for coco/train2017/1\.jpg, "
+        match=r"toy/0+33471-7: image 1\.jpg is missing: looked for coco/train2017/1\.jpg, "
         r"LLaVA-Pretrain/images/1\.jpg, 1\.jpg under",
     ) as caught:
         take(image_level("1.jpg"), tmp_path)
@@ -173,7 +172,7 @@ def test_a_broken_picture(tmp_path: Path, data: bytes):
 
 def test_a_folder_in_the_place_of_a_picture(tmp_path: Path):
     (tmp_path / "coco/train2017/1.jpg").mkdir(parents=True)
-    with pytest.raises(RecordError, match=r"picture .* cannot be read: .*directory"):
+    with pytest.raises(RecordError, match=r"image .* cannot be read: .*directory"):
         take(image_level("coco/train2017/1.jpg"), tmp_path)
 
 
@@ -229,7 +228,7 @@ def test_vcr_metadata_goes_inside(tmp_path: Path):
     ("meta", "fault", "message"),
     [
         (None, "meta-missing", r"metadata \./dataset/vcr1images/m/1\.json is missing: looked for"),
-        (b"{", "meta-corrupt", "is not JSON"),
+        (b"{", "meta-corrupt", "cannot be used"),
         (b"[]", "meta-corrupt", "holds list; expected an object"),
         (b"{}", "record-invalid", "`boxes` of the clip is missing"),
     ],

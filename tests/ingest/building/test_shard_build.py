@@ -157,7 +157,7 @@ def test_above_the_rate_the_build_fails_and_lists_everything(data_root: Path):
         (1, "r01-1", "pictures/1.jpg", "image-missing"),
         (7, "r07-7", "pictures/7.jpg", "image-corrupt"),
     ]
-    assert "toy/r01-1: picture pictures/1.jpg is missing" in rows[0]["reason"]
+    assert "toy/r01-1: image pictures/1.jpg is missing" in rows[0]["reason"]
     assert set(rows[0]) == {"position", "key", "image", "fault", "reason"}
 
 

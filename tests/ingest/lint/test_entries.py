@@ -106,7 +106,7 @@ def test_the_level_of_contrast(encoder: ConversationEncoder) -> None:
     assert look(12) == []
     assert look(12.1) == [
         "region 0, marked `with the mask`: rgb (112, 140, 205) at opacity 255 changes the image "
-        "by 12 levels (lint.min_contrast=12.1); use another colour or more opacity"
+        "by 12 levels (min_contrast=12.1); use another colour or more opacity"
     ]
 
 
@@ -188,7 +188,7 @@ def test_a_picture_that_a_crop_cuts_off(encoder: ConversationEncoder) -> None:
     assert [(f.code, f.message.split(";")[0].split(": ")[1]) for f in findings] == [
         (
             "mark-small",
-            "the mark is 0.0 pixels long in the input of 224 (lint.min_mark_pixels=4)",
+            "the mark is 0.0 pixels long in the input of 224 (min_mark_pixels=4)",
         )
     ]
 
@@ -286,15 +286,15 @@ def test_limits_of_geometry(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"min_contrast": 256}, "lint.min_contrast is 256; expected a number from 0 to 255"),
-        ({"min_mark_pixels": -1}, "lint.min_mark_pixels is -1; expected a number from 0$"),
-        ({"min_mark_pixels": "4"}, "lint.min_mark_pixels is '4'"),
-        ({"min_mark_pixels": True}, "lint.min_mark_pixels is True"),
-        ({"min_polygon_area": float("nan")}, "lint.min_polygon_area is nan"),
-        ({"max_outside_pixels": float("inf")}, "lint.max_outside_pixels is inf"),
+        ({"min_contrast": 256}, "min_contrast is 256; expected a number from 0 to 255"),
+        ({"min_mark_pixels": -1}, "min_mark_pixels is -1; expected a number from 0$"),
+        ({"min_mark_pixels": "4"}, "min_mark_pixels is '4'"),
+        ({"min_mark_pixels": True}, "min_mark_pixels is True"),
+        ({"min_polygon_area": float("nan")}, "min_polygon_area is nan"),
+        ({"max_outside_pixels": float("inf")}, "max_outside_pixels is inf"),
         (
             {"min_contrast": -1, "min_mark_pixels": None},
-            "(?s)lint.min_mark_pixels is None.*lint.min_contrast is -1",
+            "(?s)min_mark_pixels is None.*min_contrast is -1",
         ),
         ({"min_size": 4}, "lint has no limit min_size; known: min_mark_pixels, min_contrast, max_"),
     ],

@@ -147,11 +147,11 @@ def test_a_sample_that_is_not_what_was_indexed(
         ),
         (
             [*texts("a"), ("b.jpg", picture())],
-            [("shard-broken", "b", "sample `b` has a picture and no `b.json`")],
+            [("shard-broken", "b", "sample `b` has an image and no `b.json`")],
         ),
         (
             [*marked("a"), ("a.png", picture())],
-            [("shard-broken", "a", "sample `a` has a second picture")],
+            [("shard-broken", "a", "sample `a` has a second image")],
         ),
         (
             [*marked("a")[:1], *texts("b"), *marked("a")[1:]],
@@ -207,7 +207,7 @@ def test_tars_that_are_not_there(tmp_path: Path, encoder: ConversationEncoder) -
         ("shard-broken", "toy/3.tar"),
         ("shard-broken", "else/*.tar"),
     ]
-    assert "does not exist (pattern `toy/{0..3}.tar`)" in report.findings[0].message
+    assert "does not exist; get it" in report.findings[0].message
     assert report.num_checked == 2
 
 
@@ -233,6 +233,8 @@ def test_no_data_at_all(tmp_path: Path, encoder: ConversationEncoder) -> None:
     layout = {"format": "vip_bench", "folder": "x", "shards": []}
     with pytest.raises(ShardError, match="lint reads shards"):
         lint(tmp_path, samples, manifest=layout)
+    with pytest.raises(ShardError, match="`toy` has tars at an address; copy them"):
+        lint(tmp_path, samples, manifest={"shards": ["s3://bucket/{0..3}.tar"]})
     report = lint(tmp_path, samples)
     assert [f.code for f in report.findings] == ["shard-broken"]
     assert (report.num_samples, report.num_checked) == (0, 0)

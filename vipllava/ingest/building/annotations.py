@@ -1,12 +1,8 @@
 """Published annotation lists, read record by record in bounded memory.
 
-A list of 1.2 million records is over a gigabyte as text and several as Python objects. Here no
-more than one record and a piece of the file are held: at most twice ``LONGEST_RECORD``, in
-practice a few megabytes. A ``.json`` file is one JSON list; a ``.jsonl`` file has one record a
-line.
-
-Records are known by their position in the list, and a stretch of them (``AnnotationRange``) by its
-bytes, so that processes read their own part without reading what stands before it.
+A ``.json`` file is one JSON list; a ``.jsonl`` file has one record a line. At most twice
+``LONGEST_RECORD`` of a file is held, in practice a few megabytes: a list of 1.2 million records is
+over a gigabyte. Processes read stretches of a list by their bytes.
 """
 
 from __future__ import annotations
@@ -15,8 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import chain, groupby
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
@@ -27,7 +22,6 @@ LONGEST_RECORD: Final = 64 << 20
 _PIECE: Final = 1 << 20
 _SPACE: Final = re.compile(r"[ \t\n\r]*")
 _BOM: Final = b"\xef\xbb\xbf"
-_LOOKAHEAD: Final = 16  # a cut-off literal or escape is reported at most this far before the cut
 _DECODER: Final = json.JSONDecoder()
 _AGAIN: Final = "get the file again (`vipllava data fetch` checks what it gets), or correct it"
 
@@ -38,12 +32,9 @@ class AnnotationError(VipLlavaError):
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One item of the list.
+    """One item of the list: its position, its first byte and its bytes in the file.
 
     Attributes:
-        position: in the list, from 0.
-        start: its first byte in the file.
-        text: its bytes.
         record: the JSON object; None if the item is something else.
         problem: why it is no record; None for a record.
     """
@@ -60,14 +51,12 @@ class AnnotationRange:
     """A stretch of the list that becomes one shard.
 
     Attributes:
-        number: of the stretch, from 0.
         first: position of its first item.
         num_samples: selected items in it, broken ones included.
         start, stop: its bytes in the file.
         digest: of its selected items' positions and bytes, hex.
     """
 
-    number: int
     first: int
     num_samples: int
     start: int
@@ -77,12 +66,7 @@ class AnnotationRange:
 
 @dataclass(frozen=True, slots=True)
 class AnnotationPlan:
-    """The whole list, cut into stretches.
-
-    Attributes:
-        ranges: in the list's order.
-        num_records: items of the list, those of other data sets included.
-    """
+    """The whole list of ``num_records`` items, those of other data sets included, in stretches."""
 
     ranges: tuple[AnnotationRange, ...]
     num_records: int
@@ -106,15 +90,14 @@ Select = Callable[[Mapping[str, Any]], bool]
 def iter_annotations(
     path: Path, *, start: int = 0, stop: int | None = None, first: int = 0
 ) -> Iterator[Annotation]:
-    """Yield the items of a list, or of a stretch of it.
+    """Yield the items of a list, or of the stretch from byte ``start`` to ``stop``.
 
     A line of a ``.jsonl`` file that is no JSON, and an item that is no object, come out as items
-    with a ``problem``. A ``.json`` list that breaks off or is no JSON raises: nothing behind the
-    break can be told.
+    with a ``problem``.
 
     Args:
         path: ``.json`` or ``.jsonl``.
-        start, stop: bytes of the stretch; the whole list without ``stop``.
+        start, stop: the stretch; the whole list without ``stop``.
         first: position of the item at ``start``.
 
     Raises:
@@ -142,11 +125,11 @@ def plan_ranges(
     select: Select | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> AnnotationPlan:
-    """Cut a list into stretches of ``max_samples`` selected items; the last may be shorter.
+    """Cut a list into stretches.
 
     Args:
         path: the list.
-        max_samples: items per stretch.
+        max_samples: selected items per stretch; the last may have fewer.
         select: whether a record belongs to the data set; None for all.
         on_progress: told bytes read and bytes in all, once in a while.
 
@@ -157,24 +140,25 @@ def plan_ranges(
         raise AnnotationError(f"max_samples is {max_samples}; a shard holds at least 1 sample")
     size = path.stat().st_size if path.is_file() else 0
     num_records = 0
-
-    def selected() -> Iterator[Annotation]:
-        nonlocal num_records
-        for item in iter_annotations(path):
-            num_records += 1
-            if on_progress is not None and num_records % 1000 == 0:
-                on_progress(item.start, size)
-            if _is_selected(item, select):
-                yield item
-
-    numbered = groupby(enumerate(selected()), lambda pair: pair[0] // max_samples)
-    ranges = tuple(_range_of(number, (item for _, item in group)) for number, group in numbered)
+    ranges: list[AnnotationRange] = []
+    digest = hashlib.blake2b(digest_size=16)
+    for num_records, item in enumerate(iter_annotations(path), start=1):
+        if on_progress is not None and num_records % 1000 == 0:
+            on_progress(item.start, size)
+        if not _is_selected(item, select):
+            continue
+        if not ranges or ranges[-1].num_samples == max_samples:
+            digest = hashlib.blake2b(digest_size=16)
+            ranges.append(AnnotationRange(item.position, 0, item.start, 0, ""))
+        _add_to(digest, item)
+        count, stop = ranges[-1].num_samples + 1, item.start + len(item.text)
+        ranges[-1] = replace(ranges[-1], num_samples=count, stop=stop, digest=digest.hexdigest())
     if not ranges:
         what = "is an empty list" if num_records == 0 else "has no record of the data set's kinds"
         raise AnnotationError(f"annotation list {path} {what}; {_AGAIN}")
     if on_progress is not None:
         on_progress(size, size)
-    return AnnotationPlan(ranges, num_records)
+    return AnnotationPlan(tuple(ranges), num_records)
 
 
 def iter_range(
@@ -202,16 +186,6 @@ def _is_selected(item: Annotation, select: Select | None) -> bool:
     return item.record is None or select is None or select(item.record)
 
 
-def _range_of(number: int, items: Iterator[Annotation]) -> AnnotationRange:
-    digest, count = hashlib.blake2b(digest_size=16), 0
-    first = last = next(items)
-    for last in chain([first], items):
-        _add_to(digest, last)
-        count += 1
-    stop = last.start + len(last.text)
-    return AnnotationRange(number, first.position, count, first.start, stop, digest.hexdigest())
-
-
 def _add_to(digest: hashlib.blake2b, item: Annotation) -> None:
     digest.update(b"%d:%d:" % (item.position, len(item.text)))
     digest.update(item.text)
@@ -221,7 +195,7 @@ class _Window:
     """The piece of the file that is being read.
 
     It is held as Latin-1, in which a character is a byte: the JSON scanner then says at which
-    byte a value ends. Values that are not ASCII are read once more as the UTF-8 that they are.
+    byte a value ends. Values that are not ASCII are read once more, as UTF-8.
     """
 
     def __init__(self, file: BinaryIO, path: Path, start: int, stop: int | None) -> None:
@@ -241,9 +215,11 @@ class _Window:
             if not self._refill():
                 return ""
 
-    def skip(self) -> None:
-        """Pass the character that ``peek`` returned."""
-        self._at += 1
+    def take(self) -> str:
+        """Return what ``peek`` returns and pass it."""
+        char = self.peek()
+        self._at += len(char)
+        return char
 
     def item(self, position: int) -> Annotation:
         """Return the JSON value that starts here as the list's item at ``position``."""
@@ -251,11 +227,10 @@ class _Window:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                # It may only lack what follows the piece.
-                near_end = error.pos >= len(self._text) - _LOOKAHEAD
-                if (near_end or error.msg.startswith("Unterminated")) and self._refill():
+                if self._refill():  # it may only lack what follows the piece
                     continue
-                raise self.error(position, f"is not JSON ({error.msg})") from error
+                within = f" within {LONGEST_RECORD} bytes" if self._is_full else ""
+                raise self.error(position, f"is not JSON{within} ({error.msg})") from error
             except (RecursionError, ValueError) as error:  # ValueError: a number of 5000 digits
                 raise self.error(position, f"cannot be read ({error})") from error
             # A number may go on behind the piece; an object has its brace.
@@ -281,15 +256,16 @@ class _Window:
             f"annotation list {self.path}: record {position} (byte {at}) {what}; {_AGAIN}"
         )
 
+    @property
+    def _is_full(self) -> bool:
+        return len(self._text) - self._at > LONGEST_RECORD
+
     def _refill(self) -> bool:
-        """Read on, dropping what is done; False at the end."""
+        """Read on, dropping what is done; False at the end, and where no record is so long."""
+        if self._is_full:
+            return False
         rest = self._text[self._at :]
         self._start += self._at
-        if len(rest) > LONGEST_RECORD:
-            raise AnnotationError(
-                f"annotation list {self.path}: no record ends within {LONGEST_RECORD} bytes from "
-                f"byte {self._start} on; it is no list of records, or it is damaged. {_AGAIN}"
-            )
         # Twice as much each time: a long record is not parsed again for every piece of it.
         wanted = max(_PIECE, len(rest))
         if self._stop is not None:
@@ -300,27 +276,24 @@ class _Window:
 
 
 def _iter_list(window: _Window, first: int, whole: bool) -> Iterator[Annotation]:
-    if whole:
-        found = window.peek()
-        if found != "[":
-            shown = f"starts with `{found}`" if found else "is empty"
-            raise AnnotationError(
-                f"annotation list {window.path} {shown}; expected a JSON list `[{{...}}, ...]`. "
-                "One record a line is read from a file called .jsonl"
-            )
-        window.skip()
+    """Yield the items of a ``whole`` list, or of a stretch of it, which has no brackets."""
+    if whole and (found := window.take()) != "[":
+        shown = f"starts with `{found}`" if found else "is empty"
+        raise AnnotationError(
+            f"annotation list {window.path} {shown}; expected a JSON list `[{{...}}, ...]`. "
+            "One record a line is read from a file called .jsonl"
+        )
     position = first
     while (char := window.peek()) or whole:
         if char == "]" and whole:
-            window.skip()
+            window.take()
             if window.peek():
                 raise window.error(position, "is followed by more than the end of the list")
             return
         if position > first:
-            if char != ",":
-                cut = f"starts with `{char}`" if char else "is missing: the file breaks off"
-                raise window.error(position, cut)
-            window.skip()
+            if char and char != ",":
+                raise window.error(position, f"starts with `{char}`")
+            window.take()
         if not window.peek():
             raise window.error(position, "is missing: the file breaks off")
         yield window.item(position)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
@@ -17,6 +17,8 @@ SUMMARY_FILE: Final = "build.json"
 REJECTED_FILE: Final = "rejected.jsonl"
 FORMAT: Final = 1
 """Goes up with any change of what a build writes from the same inputs; older parts are redone."""
+_HEAD: Final = {"format": "vipllava-build", "version": FORMAT}
+_NOT_ONE: Final = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,38 +39,35 @@ class Rejected:
     image: str | None
     fault: str
     reason: str
-    inputs: Mapping[str, FileState] = field(default_factory=dict[str, FileState])
+    inputs: Mapping[str, FileState]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class ShardReport:
-    """What became of one stretch of the annotation list.
+    """What became of one stretch of the annotation list; names as in :class:`BuildSummary`.
 
     Attributes:
         name: the tar's name without ``.tar``.
         inputs: fingerprint of the stretch and of the settings that matter.
         first: position of its first record.
-        num_samples: stored samples.
-        num_text_only: of them, without an image.
         tar_size: bytes of the tar; 0 where no record was good and there is no tar.
-        kinds: stored samples by record kind.
-        changes: images by what was changed about them.
-        rejected: the rest.
+        rejected: the records that are not stored.
     """
 
     name: str
     inputs: str
     first: int
-    num_samples: int
-    num_text_only: int
-    tar_size: int
-    kinds: Mapping[str, int]
-    changes: Mapping[str, int]
-    rejected: tuple[Rejected, ...]
+    num_samples: int = 0
+    num_text_only: int = 0
+    tar_size: int = 0
+    kinds: Counter[str] = field(default_factory=Counter[str])
+    changes: Counter[str] = field(default_factory=Counter[str])
+    rejected: list[Rejected] = field(default_factory=list[Rejected])
 
     def save(self, path: Path) -> None:
         """Write the report; it appears under its name only when it is whole."""
-        write_json(path, asdict(self), indent=None)
+        rows = [asdict(row) for row in self.rejected]
+        write_json(path, {**vars(self), "rejected": rows}, indent=None)
 
     @classmethod
     def load(cls, path: Path) -> ShardReport | None:
@@ -76,12 +75,12 @@ class ShardReport:
         try:
             raw = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
             rows = cast("list[dict[str, Any]]", raw.pop("rejected"))
-            return cls(**raw, rejected=tuple(Rejected(**row) for row in rows))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return cls(**raw, rejected=[Rejected(**row) for row in rows])
+        except _NOT_ONE:
             return None
 
 
-@dataclass(slots=True)
+@dataclass
 class BuildSummary:
     """A build in numbers; written to ``build.json``.
 
@@ -91,14 +90,14 @@ class BuildSummary:
         inputs: fingerprint of the annotation list and of the settings that matter.
         num_records: items of the annotation list.
         num_selected: those that belong to the data set: stored and rejected.
+        max_samples: records per tar.
         num_samples: stored samples.
         num_text_only: of them, without an image.
         num_rejected: see ``rejected.jsonl``.
-        rejected_by_fault: the same by class of fault.
+        num_bytes: of all tars.
+        rejected_by_fault: rejected records by class of fault.
         kinds: stored samples by record kind.
         changes: images by what was changed about them.
-        num_bytes: of all tars.
-        max_samples: records per tar.
         shards: per tar its name, first position, samples, rejected records and bytes.
     """
 
@@ -140,8 +139,8 @@ class BuildSummary:
     def save(self, folder: Path) -> None:
         """Write ``build.json``, tars in order."""
         self.shards.sort(key=lambda row: row["first"])
-        head = {"format": "vipllava-build", "version": FORMAT, "record_version": RECORD_VERSION}
-        write_json(folder / SUMMARY_FILE, {**head, **asdict(self)}, indent=1)
+        values = {**_HEAD, "record_version": RECORD_VERSION, **vars(self)}
+        write_json(folder / SUMMARY_FILE, values, indent=1)
 
     @classmethod
     def load(cls, folder: Path) -> BuildSummary | None:
@@ -149,11 +148,9 @@ class BuildSummary:
         try:
             raw = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
             values = cast("dict[str, Any]", raw)
-            if values.pop("format") != "vipllava-build" or values.pop("version") != FORMAT:
-                return None
-            values.pop("record_version")
-            return cls(**values)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            head = {name: values.pop(name) for name in (*_HEAD, "record_version")}
+            return cls(**values) if head.items() >= _HEAD.items() else None
+        except _NOT_ONE:
             return None
 
 
@@ -163,16 +160,10 @@ def _sum(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
 
 def write_rejected(path: Path, reports: Iterable[ShardReport]) -> None:
     """Write one line per rejected record, in the order of the reports."""
-
-    def lines() -> Iterator[str]:
-        for report in reports:
-            for row in report.rejected:
-                values = asdict(row)
-                del values["inputs"]
-                yield json.dumps(values, ensure_ascii=False) + "\n"
-
     with (
         new_file(path) as unfinished,
         unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file,
     ):
-        file.writelines(lines())
+        for row in (row for report in reports for row in report.rejected):
+            values = {name: value for name, value in asdict(row).items() if name != "inputs"}
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")

@@ -1,11 +1,9 @@
 """Building the shards of a data set from its annotation list and images.
 
-The list is cut by position into stretches of a fixed number of records, one tar each; worker
-processes make one tar at a time. Everything is put into ``OUTPUT.building``, and the folder gets
-its name ``OUTPUT`` when the build is whole and good enough, so that a build that was killed or that
-failed never passes for a data set. Run again, it keeps every tar whose report says that it was made
-from the same stretch with the same settings, unless a file that a rejected record lacked has
-changed.
+The list is cut into stretches, one tar each; processes make one tar at a time in
+``OUTPUT.building``, which is called ``OUTPUT`` once it is whole and good enough. Run again, a build
+keeps each tar that was made from the same stretch with the same settings, unless a file that a
+rejected record lacked has changed.
 """
 
 from __future__ import annotations
@@ -14,18 +12,17 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Final
 
-from vipllava.files.atomic import move
+from vipllava.files.atomic import move, sync
 from vipllava.files.locks import locked
 from vipllava.files.pools import default_num_workers, run_jobs
 from vipllava.ingest.building.annotations import AnnotationRange, iter_range, plan_ranges
@@ -71,12 +68,9 @@ class BuildError(VipLlavaError):
 
 @dataclass(frozen=True, slots=True)
 class BuildProgress:
-    """How far a build is.
+    """How far a build is: bytes of the annotation list (phase ``list``) or records (``shards``).
 
-    Attributes:
-        phase: ``list`` (reading the annotation list, in bytes) or ``shards`` (in records).
-        done, total: of the phase's unit.
-        num_rejected: records so far that cannot be used.
+    ``num_rejected`` of the records so far cannot be used.
     """
 
     phase: str
@@ -87,27 +81,14 @@ class BuildProgress:
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
-    """One tar to be made.
-
-    Attributes:
-        manifest: of the data set.
-        data_root: folder that its paths are relative to, absolute.
-        work: folder of the tar.
-        name: of the tar, without ``.tar``.
-        part: the stretch of the annotation list.
-    """
+    """The tar ``NAME.tar`` to be made in the folder ``work`` of a stretch of the list."""
 
     manifest: Manifest
     data_root: Path
+    annotation_file: Path
     work: Path
     name: str
     part: AnnotationRange
-
-    @property
-    def annotation_file(self) -> Path:
-        """The annotation list."""
-        assert self.manifest.annotation_file is not None
-        return self.data_root / self.manifest.annotation_file
 
     @property
     def report_path(self) -> Path:
@@ -145,8 +126,8 @@ def build_shards(
         The summary, which is in ``build.json`` beside the tars.
 
     Raises:
-        BuildError: nothing to build from, an output that is something else, another build at work
-            there, no space left, or too many rejected records.
+        BuildError: there is nothing to build from, the output cannot be used, or too many records
+            are bad.
         AnnotationError: the annotation list is missing or damaged.
         WorkerDied: a worker process was killed.
     """
@@ -159,15 +140,12 @@ def build_shards(
     if is_remote(str(data_root)):
         raise BuildError(f"data_root is {data_root}; shards are built in a local folder")
     root = Path(data_root).expanduser().resolve()
+    annotation_file = root / manifest.annotation_file
     folder, prefix = build_target(manifest, root, output)
     _refuse_foreign(folder)
-
-    def tell(progress: BuildProgress) -> None:
-        if on_progress is not None:
-            on_progress(progress)
-
+    tell = on_progress or (lambda progress: None)
     plan = plan_ranges(
-        root / manifest.annotation_file,
+        annotation_file,
         max_samples,
         select=manifest.has_record,
         on_progress=lambda done, total: tell(BuildProgress("list", done, total)),
@@ -186,22 +164,19 @@ def build_shards(
         if (finished := _finished(folder, summary)) is not None:  # by a build that ran meanwhile
             shutil.rmtree(work, ignore_errors=True)  # that build may have renamed it
             return finished
-        names = [f"{prefix}-{part.number:06d}" for part in plan.ranges]
         jobs = [
-            ShardJob(manifest, root, work, name, part)
-            for name, part in zip(names, plan.ranges, strict=True)
+            ShardJob(manifest, root, annotation_file, work, f"{prefix}-{number:06d}", part)
+            for number, part in enumerate(plan.ranges)
         ]
-        with _disk_errors(work):
-            _drop_others(work, set(names))
+        _drop_others(work, {job.name for job in jobs})
         try:
             _build(jobs, summary, num_workers, max_bad_rate, tell)
-        finally:
-            with _disk_errors(work):
-                write_rejected(work / REJECTED_FILE, _reports(jobs))
-        with _disk_errors(folder):
-            summary.save(work)
-            move(work, folder)
-            _drop_traces(folder)
+        finally:  # one by one: the rejected records of all may be many
+            reports = (ShardReport.load(job.report_path) for job in jobs)
+            write_rejected(work / REJECTED_FILE, filter(None, reports))
+        summary.save(work)
+        move(work, folder)
+        _drop_traces(folder)
     return summary
 
 
@@ -211,34 +186,26 @@ def manifest_lines(
     summary: BuildSummary,
     output: str | Path | None = None,
 ) -> list[str]:
-    """Return the lines that make the manifest open a finished build and notice a lost tar.
+    """Return the lines of YAML that the manifest lacks to open a build and to notice a lost tar.
 
     Args:
         manifest: that the build was made with, as are ``data_root`` and ``output``.
         summary: of the build.
-
-    Returns:
-        Lines of YAML for the manifest; none if it has them.
     """
     root = Path(data_root).expanduser().resolve()
     folder, prefix = target = build_target(manifest, root, output)
     lines: list[str] = []
-    if not _opens(manifest, root, target):
-        tars = f"{prefix}-*.tar"
-        if folder.is_relative_to(root):
-            lines.append(f"shards: {(folder / tars).relative_to(root).as_posix()}")
-        else:
-            lines.append(f"shards: {folder.name}/{tars} # with data_root={folder.parent}")
+    try:
+        opens = build_target(manifest, root) == target
+    except BuildError:  # the pattern names no folder to build in
+        opens = False
+    if not opens and folder.is_relative_to(root):
+        lines.append(f"shards: {(folder.relative_to(root) / prefix).as_posix()}-*.tar")
+    elif not opens:
+        lines.append(f"shards: {folder.name}/{prefix}-*.tar # with data_root={folder.parent}")
     if manifest.num_samples != summary.num_samples:
         lines.append(f"num_samples: {summary.num_samples}")
     return lines
-
-
-def _opens(manifest: Manifest, data_root: Path, target: tuple[Path, str]) -> bool:
-    try:
-        return build_target(manifest, data_root) == target
-    except BuildError:  # the pattern names no folder to build in
-        return False
 
 
 def _build(
@@ -261,83 +228,62 @@ def _build(
 
 
 def build_shard(job: ShardJob) -> ShardReport:
-    """Make one tar with its index, unless it is there already.
-
-    Raises:
-        AnnotationError: the list changed since it was cut.
-        BuildError: the tar cannot be written.
-    """
+    """Make one tar with its index, unless it is there already."""
     report = ShardReport.load(job.report_path)
     if report is not None and _is_current(report, job):
         return report
-    with _disk_errors(job.work):
-        job.report_path.unlink(missing_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=job.work))
-        try:
-            report = _write_shard(job, scratch)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        report.save(job.report_path)
+    job.report_path.unlink(missing_ok=True)
+    with TemporaryDirectory(prefix=_SCRATCH, dir=job.work, ignore_cleanup_errors=True) as scratch:
+        report = _write_shard(job, Path(scratch))
+    report.save(job.report_path)
     return report
 
 
 def _write_shard(job: ShardJob, scratch: Path) -> ShardReport:
-    rejected: list[Rejected] = []
-    kinds, changes = Counter[str](), Counter[str]()
-    num_text_only = 0
-
-    def stored() -> Iterator[Ingested]:
-        nonlocal num_text_only
-        for item in iter_range(job.annotation_file, job.part, job.manifest.has_record):
-            try:
-                sample = ingest(item, job.manifest, job.data_root)
-            except RecordError as error:
-                image = item.record.get("image") if item.record is not None else None
-                names = input_names(item.record, job.data_root, job.manifest.image_roots)
-                rejected.append(
-                    Rejected(
-                        position=item.position,
-                        key=make_key(item.record, item.position),
-                        image=image if isinstance(image, str) else None,
-                        fault=error.fault,
-                        reason=str(error),
-                        inputs=input_states(names, job.data_root),
-                    )
-                )
-                continue
-            kinds[sample.kind] += 1
-            changes.update([sample.change] if sample.change else [])
-            num_text_only += sample.image is None
-            yield sample
-
-    samples = stored()
-    tar = job.work / f"{job.name}.tar"
-    size = 0
-    if (first := next(samples, None)) is not None:
-        paths = write_shards(
-            ((s.key, s.record, s.image, s.extension) for s in chain([first], samples)),
-            scratch,
-            prefix=_PREFIX,
-            max_samples=job.part.num_samples,
-            max_bytes=_NO_LIMIT,
-            check_images=False,  # decoded a moment ago
-        )
-        with paths[0].open("rb") as file:
-            os.fsync(file.fileno())
-        for path in scratch.iterdir():  # the tar and what belongs to it
-            move(path, job.work / path.name.replace(paths[0].stem, job.name, 1))
-        size = tar.stat().st_size
-    return ShardReport(
-        name=job.name,
-        inputs=job.inputs,
-        first=job.part.first,
-        num_samples=sum(kinds.values()),
-        num_text_only=num_text_only,
-        tar_size=size,
-        kinds=dict(kinds),
-        changes=dict(changes),
-        rejected=tuple(rejected),
+    report = ShardReport(job.name, job.inputs, job.part.first)
+    samples = _ingested(job, report)
+    if (first := next(samples, None)) is None:
+        return report
+    (made,) = write_shards(
+        ((s.key, s.record, s.image, s.extension) for s in chain([first], samples)),
+        scratch,
+        prefix=_PREFIX,
+        max_samples=job.part.num_samples,
+        max_bytes=_NO_LIMIT,
+        check_images=False,  # decoded a moment ago
     )
+    sync(made)
+    report.tar_size = made.stat().st_size
+    for path in scratch.iterdir():  # the tar and what belongs to it
+        move(path, job.work / path.name.replace(made.stem, job.name, 1))
+    return report
+
+
+def _ingested(job: ShardJob, report: ShardReport) -> Iterator[Ingested]:
+    """Yield the samples of a stretch, counting in its report what they are and what is none."""
+    for item in iter_range(job.annotation_file, job.part, job.manifest.has_record):
+        try:
+            sample = ingest(item, job.manifest, job.data_root)
+        except RecordError as error:
+            image = (item.record or {}).get("image")
+            names = input_names(item.record, job.data_root, job.manifest.image_roots)
+            report.rejected.append(
+                Rejected(
+                    position=item.position,
+                    key=make_key(item.record, item.position),
+                    image=image if isinstance(image, str) else None,
+                    fault=error.fault,
+                    reason=str(error),
+                    inputs=input_states(names, job.data_root),
+                )
+            )
+            continue
+        report.num_samples += 1
+        report.num_text_only += sample.image is None
+        report.kinds[sample.kind] += 1
+        if sample.change:
+            report.changes[sample.change] += 1
+        yield sample
 
 
 def _is_current(report: ShardReport, job: ShardJob) -> bool:
@@ -345,13 +291,11 @@ def _is_current(report: ShardReport, job: ShardJob) -> bool:
     if report.inputs != job.inputs:
         return False
     tar = job.work / f"{job.name}.tar"
-    if report.tar_size:
-        try:
-            if tar.stat().st_size != report.tar_size:
-                return False
-            load_index(index_path(tar), tar)
-        except (OSError, ShardError):
+    try:
+        if report.tar_size and load_index(index_path(tar), tar).tar_size != report.tar_size:
             return False
+    except ShardError:
+        return False
     return all(
         row.fault != UNREADABLE and input_states(row.inputs, job.data_root) == row.inputs
         for row in report.rejected
@@ -361,11 +305,7 @@ def _is_current(report: ShardReport, job: ShardJob) -> bool:
 def build_target(
     manifest: Manifest, data_root: Path, output: str | Path | None = None
 ) -> tuple[Path, str]:
-    """Return the folder of the tars and the first part of their names; see :func:`build_shards`.
-
-    Raises:
-        BuildError: there is no ``output``, and the manifest's shards name no folder to build in.
-    """
+    """Return the folder of the tars and the first part of their names; see :func:`build_shards`."""
     if output is not None:
         return Path(output).expanduser().resolve(), _PREFIX
     pattern = PurePosixPath(manifest.shards[0] if len(manifest.shards) == 1 else "")
@@ -384,12 +324,10 @@ def build_target(
 def _refuse_foreign(folder: Path) -> None:
     """Refuse an output that holds something else, before the long work."""
     try:
-        foreign = (
-            folder.exists() and not (folder / SUMMARY_FILE).is_file() and any(folder.iterdir())
-        )
+        present = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
     except OSError as error:
         raise BuildError(f"output {folder} is no folder that can be used: {error}") from error
-    if foreign:
+    if present and SUMMARY_FILE not in present:
         raise BuildError(
             f"output {folder} holds files that no build made; tars get a folder of their own: "
             "correct the manifest's `shards`, or pass another output=FOLDER"
@@ -414,12 +352,11 @@ def _finished(folder: Path, summary: BuildSummary) -> BuildSummary | None:
                 f"remove {folder} to build it anew"
             )
     _drop_traces(folder)  # of a build that was killed when it was as good as done
-    log.info("%s is built already", folder)
-    if present.num_rejected:
-        log.info(
-            "%d records were rejected; if they are corrected, remove the folder to build it anew",
-            present.num_rejected,
-        )
+    log.info(
+        "%s is built already. %d records were rejected; if they are corrected, remove the folder "
+        "to build it anew",
+        folder, present.num_rejected,
+    )  # fmt: skip
     return present
 
 
@@ -427,38 +364,29 @@ def _finished(folder: Path, summary: BuildSummary) -> BuildSummary | None:
 def _work_folder(folder: Path) -> Generator[Path]:
     """Make or find the folder of the unfinished build and keep others out of it."""
     work = folder.with_name(f"{folder.name}{_WORK}")
-    with ExitStack() as stack:
-        with _disk_errors(work):
-            (work / _REPORTS).mkdir(parents=True, exist_ok=True)
-            lock = locked(work / _LOCK, 0, without="do not run two builds there")
-            free = stack.enter_context(lock)
-        if not free:
-            raise BuildError(
-                f"another build is at work in {work}; wait for it, or pass another output=FOLDER"
-            )
-        yield work
+    with _disk_errors(work):
+        (work / _REPORTS).mkdir(parents=True, exist_ok=True)
+        with locked(work / _LOCK, 0, without="do not run two builds there") as is_free:
+            if not is_free:
+                raise BuildError(
+                    f"another build is at work in {work}; wait for it, or pass another "
+                    "output=FOLDER"
+                )
+            yield work
 
 
 def _drop_others(work: Path, names: set[str]) -> None:
     """Remove what an interrupted or an earlier, different build left."""
-    for path in work.iterdir():
-        if path.name.startswith(_SCRATCH):
-            shutil.rmtree(path)
-        elif not path.name.startswith(".") and path.name.split(".")[0] not in names:
-            path.unlink()
-    for path in (work / _REPORTS).iterdir():
-        if path.suffix != ".json" or path.stem not in names:
+    for path in work.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(path)
+    for path in (*work.glob("[!.]*"), *(work / _REPORTS).iterdir()):
+        if path.name.split(".")[0] not in names:
             path.unlink()
 
 
 def _drop_traces(folder: Path) -> None:
     shutil.rmtree(folder / _REPORTS, ignore_errors=True)
     (folder / _LOCK).unlink(missing_ok=True)
-
-
-def _reports(jobs: Iterable[ShardJob]) -> Iterator[ShardReport]:
-    """Read the reports one by one: the rejected records of all may be many."""
-    return filter(None, (ShardReport.load(job.report_path) for job in jobs))
 
 
 def _fingerprint(manifest: Manifest, name: str, digest: str) -> str:

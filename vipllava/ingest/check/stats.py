@@ -1,4 +1,4 @@
-"""A data set in numbers: lengths, pictures, tars, record kinds. Read from the index, mostly."""
+"""A data set in numbers: lengths, images, tars, record kinds. Read from the index, mostly."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from vipllava.shards.tars import ShardSet
 STATS_VERSION: Final = 1
 NUM_RECORDS: Final = 2000
 _BINS: Final = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 65536)
+_BIN_NAMES: Final = tuple(f"{low}-{high - 1}" for low, high in pairwise(_BINS))
+_SHAPES: Final = ("landscape", "portrait", "square", "unreadable")
 _SQUARE: Final = 1.1  # width over height up to this, or down to its inverse, counts as square
 
 
@@ -48,12 +50,12 @@ class ShardStats:
     Attributes:
         dataset: its name.
         num_samples: in all tars.
-        num_text_only: of them, without a picture.
+        num_text_only: of them, without an image.
         num_shards: tars.
-        text_tokens: estimated tokens of a sample's texts, without those of its picture.
+        text_tokens: estimated tokens of a sample's texts, without those of its image.
         text_tokens_histogram: samples per bin, by the bin's label ``from-to``.
-        picture_width, picture_height: pixels, of upright pictures.
-        picture_shapes: pictures that are ``landscape``, ``portrait``, ``square`` or ``unreadable``.
+        picture_width, picture_height: pixels, of upright images.
+        picture_shapes: images that are ``landscape``, ``portrait``, ``square`` or ``unreadable``.
         shard_samples: samples per tar.
         shard_bytes: bytes per tar.
         kinds: samples by record kind.
@@ -80,16 +82,13 @@ class ShardStats:
 
     @property
     def text_only_share(self) -> float:
-        """Share of the samples without a picture."""
+        """Share of the samples without an image."""
         return self.num_text_only / self.num_samples if self.num_samples else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``shards stats --json`` prints."""
-        return {
-            "schema_version": STATS_VERSION,
-            **asdict(self),
-            "text_only_share": self.text_only_share,
-        }
+        values = {"schema_version": STATS_VERSION, **asdict(self)}
+        return {**values, "text_only_share": self.text_only_share}
 
 
 def shard_stats(
@@ -114,6 +113,7 @@ def shard_stats(
     pictured = shards.has_image(positions)
     sizes = shards.picture_sizes(positions)[pictured]
     readable = sizes[(sizes > 0).all(axis=1)]
+    histogram, _ = np.histogram(tokens, bins=(*_BINS[:-1], 1 << 31))
     kinds, how, num_read = _kinds(shards, record_kind, num_records, on_progress)
     return ShardStats(
         dataset=shards.name,
@@ -121,7 +121,7 @@ def shard_stats(
         num_text_only=count - int(pictured.sum()),
         num_shards=len(shards.paths),
         text_tokens=Spread.of(tokens),
-        text_tokens_histogram=_histogram(tokens),
+        text_tokens_histogram=dict(zip(_BIN_NAMES, histogram.tolist(), strict=True)),
         picture_width=Spread.of(readable[:, 0]),
         picture_height=Spread.of(readable[:, 1]),
         picture_shapes=_shapes(sizes),
@@ -133,22 +133,11 @@ def shard_stats(
     )
 
 
-def _histogram(tokens: npt.NDArray[np.int32]) -> dict[str, int]:
-    counts, _ = np.histogram(tokens, bins=(*_BINS[:-1], 1 << 31))
-    labels = [f"{low}-{high - 1}" for low, high in pairwise(_BINS)]
-    return dict(zip(labels, counts.tolist(), strict=True))
-
-
 def _shapes(sizes: npt.NDArray[np.int32]) -> dict[str, int]:
-    width, height = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
-    unreadable = (width <= 0) | (height <= 0)
-    landscape = ~unreadable & (width > _SQUARE * height)
-    portrait = ~unreadable & (height > _SQUARE * width)
-    square = ~(unreadable | landscape | portrait)
-    shapes = {
-        "landscape": landscape, "portrait": portrait, "square": square, "unreadable": unreadable,
-    }  # fmt: skip
-    return {name: int(mask.sum()) for name, mask in shapes.items()}
+    width, height = sizes.astype(np.float64).T
+    cases = [(sizes <= 0).any(axis=1), width > _SQUARE * height, height > _SQUARE * width]
+    shapes = np.select(cases, ["unreadable", "landscape", "portrait"], "square")
+    return {name: int((shapes == name).sum()) for name in _SHAPES}
 
 
 def _kinds(
@@ -157,7 +146,7 @@ def _kinds(
     num_records: int | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[Mapping[str, int], str, int]:
-    """Return samples by record kind, how that is known, and how many records were read for it."""
+    """Return ``kinds``, ``kinds_from`` and ``num_records_read``."""
     count = len(shards)
     if record_kind != AUTO:
         return {record_kind: count}, "manifest", 0

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vipllava.files.pools import default_num_workers, run_jobs
-from vipllava.ingest.check.availability import find_tars
-from vipllava.ingest.tar_listing import list_tar
+from vipllava.ingest.tar_listing import find_tars, list_tar
 from vipllava.records import with_kinds
 from vipllava.records.image_decode import decode_image
 from vipllava.shards.manifest import Manifest, is_remote
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from vipllava.files.cache import ShardCache
 
 VERIFY_VERSION: Final = 1
-Progress = Callable[[int, int], None]
-"""Told tars done and tars in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +41,10 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was found in a data set.
+    """What was found in a data set, or in one of its tars.
 
     Attributes:
-        dataset: the manifest's name.
+        dataset: the manifest's name, or the tar's path.
         num_shards: tars.
         num_samples: samples that were read and are whole.
         num_unindexed: tars without an index, whose samples could not be compared with checksums.
@@ -70,16 +67,6 @@ class Verdict:
         return {"schema_version": VERIFY_VERSION, **asdict(self), "ok": self.ok}
 
 
-@dataclass(frozen=True, slots=True)
-class _TarVerdict:
-    """What was found in one tar; without an index there are no checksums."""
-
-    shard: str
-    num_samples: int
-    is_indexed: bool
-    damages: tuple[Damage, ...]
-
-
 def verify_shards(
     manifest: Manifest,
     data_root: str | Path,
@@ -87,7 +74,7 @@ def verify_shards(
     num_workers: int | None = None,
     decode: bool = False,
     cache: ShardCache | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Verdict:
     """Read every sample and compare it with its checksums; then open the set as training does.
 
@@ -95,14 +82,15 @@ def verify_shards(
         manifest: the data set.
         data_root: folder or address that its patterns are relative to.
         num_workers: processes; 0 works in this one, None takes one per core, at most 16.
-        decode: decode every picture, too.
+        decode: decode every image, too.
         cache: where tars from an address are kept.
-        on_progress: told about the progress.
+        on_progress: told tars done and tars in all.
 
     Raises:
         ShardError: tars from an address cannot be opened; with a local data root everything that
             is wrong is in the verdict.
     """
+    root = Path(data_root)
     jobs: list[Path | tuple[ShardSet, int]] = []
     damages: list[Damage] = []
     remote = is_remote(str(data_root)) or any(map(is_remote, manifest.shards))
@@ -110,74 +98,63 @@ def verify_shards(
         shards = open_shards(manifest, data_root, cache=cache)
         jobs += [(shards, number) for number in range(len(shards.paths))]
     else:
-        present, absent = find_tars(manifest, Path(data_root))
-        jobs += [Path(data_root) / name for name in present]
+        present, absent = find_tars(manifest, root)
+        jobs += [root / name for name in present]
         lost = "does not exist; build it, or get it again"
-        damages += [Damage(str(Path(data_root) / name), None, lost) for name in absent]
+        damages += [Damage(str(root / name), None, lost) for name in absent]
     workers = default_num_workers() if num_workers is None else num_workers
-    verdicts: list[_TarVerdict] = []
+    verdicts: list[Verdict] = []
     work = partial(_verify_tar, decode=decode)
     with closing(run_jobs(work, jobs, min(workers, len(jobs)))) as results:
         for verdict in results:
             verdicts.append(verdict)
             if on_progress is not None:
                 on_progress(len(verdicts), len(jobs))
-    verdicts.sort(key=lambda verdict: verdict.shard)
-    damages += [damage for verdict in verdicts for damage in verdict.damages]
+    for verdict in sorted(verdicts, key=lambda verdict: verdict.dataset):
+        damages += verdict.damages
     if not remote and not any(damage.key is None for damage in damages):
         try:  # what concerns all tars together: keys that occur twice, the count
             open_shards(manifest, data_root).close()
         except ShardError as error:
             damages.append(Damage(manifest.name, None, str(error)))
     return Verdict(
-        dataset=manifest.name,
-        num_shards=len(verdicts),
-        num_samples=sum(verdict.num_samples for verdict in verdicts),
-        num_unindexed=sum(not verdict.is_indexed for verdict in verdicts),
-        damages=tuple(damages),
+        manifest.name,
+        len(verdicts),
+        sum(verdict.num_samples for verdict in verdicts),
+        sum(verdict.num_unindexed for verdict in verdicts),
+        tuple(damages),
     )
 
 
-def _verify_tar(job: Path | tuple[ShardSet, int], *, decode: bool) -> _TarVerdict:
+def _verify_tar(job: Path | tuple[ShardSet, int], *, decode: bool) -> Verdict:
     """Read all of a local tar, or of a tar of a data set at an address."""
+    damages: list[Damage] = []
+    reads: list[tuple[str, Callable[[], Entry]]]
     if isinstance(job, tuple):
         shards, number = job
-        ends = [0, *shards.shard_ends.tolist()]
-        positions = range(ends[number], ends[number + 1])
-        reads = ((shards.key(place), partial(shards.read, place)) for place in positions)
-        return _read_all(str(shards.paths[number]), True, [], reads, decode)
-    listing = list_tar(job, str(job))
-    damages = [
-        Damage(listing.name, key or None, text)
-        for code, key, text in listing.faults
-        if code != "index-missing"
-    ]
-    indexed = index_path(job).is_file()
-    if not listing.keys:
-        return _TarVerdict(listing.name, 0, indexed, tuple(damages))
-    with job.open("rb") as file:
-        reads = ((key, partial(listing.read, file, row)) for row, key in enumerate(listing.keys))
-        return _read_all(listing.name, indexed, damages, reads, decode)
-
-
-def _read_all(
-    shard: str,
-    indexed: bool,
-    damages: list[Damage],
-    reads: Iterable[tuple[str, Callable[[], Entry]]],
-    decode: bool,
-) -> _TarVerdict:
+        name, unindexed = str(shards.paths[number]), False
+        end = int(shards.shard_ends[number])
+        positions = range(end - shards.shard_sizes[number], end)
+        reads = [(shards.key(place), partial(shards.read, place)) for place in positions]
+    else:
+        listing = list_tar(job, str(job))
+        name, unindexed = listing.name, not index_path(job).is_file()
+        damages += [
+            Damage(name, problem.key or None, problem.message)
+            for problem in listing.problems
+            if problem.code != "index-missing"
+        ]
+        reads = [(key, partial(listing.read, row)) for row, key in enumerate(listing.keys)]
     good = 0
     for key, read in reads:
         try:
             entry = read()
             if decode and entry.image is not None:
                 decode_image(entry.image, entry.key)
-        except (ShardError, RecordError) as error:
-            damages.append(Damage(shard, key, str(error)))
-        else:
             good += 1
-    return _TarVerdict(shard, good, indexed, tuple(damages))
+        except (ShardError, RecordError) as error:
+            damages.append(Damage(name, key, str(error)))
+    return Verdict(name, 1, good, int(unindexed), tuple(damages))
 
 
 @dataclass(frozen=True, slots=True)

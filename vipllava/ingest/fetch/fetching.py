@@ -1,9 +1,8 @@
 """``data fetch``: the parts of a data set to where its manifest says they lie.
 
-Under the data root: ``downloads/SOURCE/`` holds archives while they are needed, and those that a
-person has put there; ``.vipllava/fetched/`` a receipt for every archive and list that is done, so
-that nothing is fetched twice though the archive is gone. Everything may be broken off at any time
-and run again; one process at a time works on a source.
+``downloads/SOURCE/`` under the data root holds archives while they are needed, and those that a
+person has put there; ``.vipllava/fetched/`` a receipt for every archive and list that is done.
+Everything may be broken off and run again; one process at a time works on a source.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
-from vipllava.files.atomic import write_json
+from vipllava.files.atomic import write_json, write_whole
 from vipllava.files.download import DiskError, DownloadError, disk_error, download
 from vipllava.files.locks import locked
 from vipllava.files.pools import run_threads
 from vipllava.files.retries import PATIENT, Patience
 from vipllava.ingest.fetch.hub import HubFile, fetch_hub_file, list_hub_files
-from vipllava.ingest.fetch.image_lists import ImageListOutcome, fetch_images, make_jpegs
+from vipllava.ingest.fetch.image_lists import fetch_images, make_jpegs
 from vipllava.ingest.fetch.unpacking import DamagedArchiveError, unpack
 from vipllava.shards.manifest import Manifest, is_remote
 from vipllava.shards.sources import DataSource, PictureList, SourceFile
@@ -40,11 +39,9 @@ Tell = Callable[[str, str, int, "int | None"], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one part.
+    """What became of one part: a file, archive or list of a source.
 
     Attributes:
-        source: the source's name.
-        part: the file, archive or list.
         place: where it lies or belongs, relative to the data root.
         status: ``present`` before, ``fetched`` now, ``missing``: a person has to get it, or
             ``failed``.
@@ -97,9 +94,6 @@ def fetch_data(
         options: how.
         tell: hears about progress.
 
-    Returns:
-        One outcome per part, in the manifest's order.
-
     Raises:
         ConfigError: the data root is an address.
         DiskError: the data root cannot be written, or is full: nothing else could work either.
@@ -120,30 +114,30 @@ def fetch_data(
     return outcomes
 
 
+@dataclass
 class _SourceJob:
     """The parts of one source."""
 
-    def __init__(self, source: DataSource, root: Path, options: FetchOptions, tell: Tell) -> None:
-        self.source = source
-        self.root = root
-        self.options = options
-        self.tell = tell
-        self.downloads = root / DOWNLOADS / source.key
-        self.receipts = _Receipts(root / _STATE / "fetched" / source.key)
+    source: DataSource
+    root: Path
+    options: FetchOptions
+    tell: Tell
+
+    @property
+    def downloads(self) -> Path:
+        return self.root / DOWNLOADS / self.source.key
 
     def run(self) -> list[Outcome]:
         source, images = self.source, self.source.picture_list
         outcomes: list[Outcome] = []
         for file in source.files:
-            place = self._place(file)
-            if images is not None and place == images.file and self._is_by_hand(file):
-                continue  # of use to the list only: `_fetch_list` asks for it if need be
+            place = (PurePosixPath(file.into) / file.name).as_posix()
             if file.unpack is not None:
                 work, place = self._fetch_archive, file.into
-            elif self._is_by_hand(file):
-                work = self._await_file
-            elif file.is_pattern:
+            elif file.is_pattern and not self._is_by_hand(file):
                 work, place = self._fetch_matching, file.into
+            elif images is not None and place == images.file and self._is_by_hand(file):
+                continue  # of use to the list only: `_fetch_list` asks for it if need be
             else:
                 work = self._fetch_file
             outcomes.append(self._attempt(file.name, place, partial(work, file)))
@@ -165,51 +159,45 @@ class _SourceJob:
             status, detail = "failed", str(error)
         return Outcome(self.source.name, part, place, status, detail)
 
-    def _place(self, file: SourceFile) -> str:
-        return (PurePosixPath(file.into) / file.name).as_posix()
-
     def _is_by_hand(self, file: SourceFile) -> bool:
         return file.url is None and self.source.hub is None
 
-    def _ask(self, place: Path, *, then: str = "") -> tuple[Status, str]:
+    def _ask(self, place: Path, then: str = "") -> tuple[Status, str]:
         ways = {"form": "ask for it by the form at", "by_hand": "get it with a browser from"}
         way = ways.get(self.source.access, "get it from")
         return "missing", f"{way} {self.source.address} and put it at {place}{then}"
 
-    def _await_file(self, file: SourceFile) -> tuple[Status, str]:
-        path = self.root / self._place(file)
-        return ("present", "") if path.is_file() else self._ask(path)
-
     def _fetch_file(self, file: SourceFile) -> tuple[Status, str]:
-        """Fetch one file that is kept as it is."""
-        path = self.root / self._place(file)
-        if path.is_file() and not self.options.again:
+        """Fetch one file that is kept as it is, or ask for it."""
+        path = self.root / file.into / file.name
+        by_hand = self._is_by_hand(file)
+        if path.is_file() and (by_hand or not self.options.again):
             size = path.stat().st_size
             if file.size not in (None, size):
                 raise DownloadError(
                     f"{path} has {size} bytes, the manifest says {file.size}: it is not whole, or "
-                    "another file. again=true fetches it anew"
+                    "another file. Remove it and run the same command again"
                 )
             return "present", f"{size} bytes"
+        if by_hand:
+            return self._ask(path)
         self._get(file, path)
         return "fetched", f"{path.stat().st_size} bytes"
 
     def _fetch_matching(self, file: SourceFile) -> tuple[Status, str]:
         """Fetch the files of a hub repository that match a pattern."""
         into = self.root / file.into
-        done = self.receipts.read(file)
-        if done is not None and _has_any(into) and not self.options.again:
-            return "present", f"{done.num_files} files"
-        patience, task = self.options.patience, f"{self.source.name} {file.name}"
+        if (done := self._receipt(file, into)) is not None:
+            return "present", f"{done['num_files']} files"
         listed = self._list(file)
 
         def fetch(item: HubFile) -> None:
-            fetch_hub_file(item, into / item.path, patience=patience)
+            fetch_hub_file(item, into / item.path, patience=self.options.patience)
 
         fetched = run_threads(fetch, listed, self.options.num_workers)
         for number, _ in enumerate(fetched, start=1):
-            self.tell(task, "files", number, len(listed))
-        self.receipts.write(file, len(listed))
+            self.tell(f"{self.source.name} {file.name}", "files", number, len(listed))
+        self._write_receipt(file, len(listed))
         return "fetched", f"{len(listed)} files"
 
     def _fetch_archive(self, file: SourceFile) -> tuple[Status, str]:
@@ -219,10 +207,10 @@ class _SourceJob:
             return "present", present
         if by_hand and not archive.is_file():
             then = f", then run this command again; or unpack it yourself into {into}"
-            return self._ask(archive, then=then)
+            return self._ask(archive, then)
         if not by_hand and (again or not archive.is_file()):
             self._get(file, archive)
-        self.receipts.write(file, None)
+        self._write_receipt(file, None)
         try:
             count = unpack(
                 archive,
@@ -238,7 +226,7 @@ class _SourceJob:
             raise DamagedArchiveError(
                 f"{error}. It was deleted: run the same command again to download it anew"
             ) from error
-        self.receipts.write(file, count)
+        self._write_receipt(file, count)
         if not by_hand and not self.options.keep_archives:
             archive.unlink()
         less = file.num_files is not None and count < file.num_files
@@ -246,11 +234,11 @@ class _SourceJob:
 
     def _unpacked(self, file: SourceFile, into: Path) -> str | None:
         """Say what an archive has left already, or None if there is something to do."""
-        receipt = self.receipts.read(file)
-        if not _has_any(into) or (receipt is not None and receipt.num_files is None):
-            return None  # nothing, or broken off while unpacking
-        if receipt is not None:
-            return f"{receipt.num_files} files"
+        if not _has_any(into):
+            return None
+        if (receipt := self._read_receipt(file)) is not None:
+            count = receipt["num_files"]
+            return None if count is None else f"{count} files"  # None: broken off
         count = count_files(into)
         if file.num_files is not None and count < file.num_files:
             return None
@@ -268,21 +256,18 @@ class _SourceJob:
             download(file.url, path, size=file.size, md5=file.md5, sha256=file.sha256, **how)
 
     def _list(self, file: SourceFile) -> list[HubFile]:
-        source = self.source
-        assert source.hub is not None
-        return list_hub_files(
-            source.hub, file.name, revision=source.revision, patience=self.options.patience
-        )
+        hub, revision = self.source.hub, self.source.revision
+        assert hub is not None
+        return list_hub_files(hub, file.name, revision=revision, patience=self.options.patience)
 
     def _fetch_list(self, images: PictureList) -> tuple[Status, str]:
         """Fetch images one by one; what is there already becomes real JPEG in any case."""
         into, listed = self.root / images.into, self.root / images.file
-        receipt = self.receipts.read(images)
-        if receipt is not None and _has_any(into) and not self.options.again:
-            return "present", receipt.note
+        if (done := self._receipt(images, into)) is not None:
+            return "present", done["note"]
         if not listed.is_file():
             if not _has_any(into):
-                return self._ask(listed, then=", then run this command again")
+                return self._ask(listed, ", then run this command again")
             converted, failures = make_jpegs(into)
             return "present", (
                 f"{count_files(into)} files, {converted} of them made JPEG, {len(failures)} not "
@@ -294,50 +279,39 @@ class _SourceJob:
             num_workers=self.options.num_workers,
             on_progress=partial(self.tell, f"pictures of {self.source.name}", "files"),
         )
-        note = self._note(outcome)
-        self.receipts.write(images, outcome.num_listed - len(outcome.failures), note)
-        return "fetched", note
-
-    def _note(self, outcome: ImageListOutcome) -> str:
+        failures, count = outcome.failures, outcome.num_listed - len(outcome.failures)
         note = (
-            f"{outcome.num_listed - len(outcome.failures)} of {outcome.num_listed} pictures, "
-            f"{outcome.num_converted} of them made JPEG"
+            f"{count} of {outcome.num_listed} pictures, {outcome.num_converted} of them made JPEG"
         )
         path = self.downloads / "failures.jsonl"
-        if not outcome.failures:
+        if failures:
+            lines = (json.dumps(asdict(failure), ensure_ascii=False) for failure in failures)
+            write_whole(path, "".join(f"{line}\n" for line in lines))
+            note += f"; {len(failures)} could not be had (see {path}; again=true retries)"
+        else:
             path.unlink(missing_ok=True)
-            return note
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(asdict(failure), ensure_ascii=False) for failure in outcome.failures)
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        return f"{note}; {len(outcome.failures)} could not be had (see {path}; again=true retries)"
+        self._write_receipt(images, count, note)
+        return "fetched", note
 
+    # Receipts: one small JSON file for each part.
 
-@dataclass(frozen=True, slots=True)
-class _Receipt:
-    """What was unpacked or fetched: files in all, None while it is under way."""
+    def _receipt(self, part: SourceFile | PictureList, into: Path) -> dict[str, Any] | None:
+        """Return the receipt of a part that is done and need not be fetched again, else None."""
+        return self._read_receipt(part) if _has_any(into) and not self.options.again else None
 
-    num_files: int | None
-    note: str
-
-
-class _Receipts:
-    """The receipts of one source, one small JSON file each."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def read(self, part: SourceFile | PictureList) -> _Receipt | None:
-        """Return the receipt of a part, or None: also where it is of another place or damaged."""
+    def _read_receipt(self, part: SourceFile | PictureList) -> dict[str, Any] | None:
+        """Return a receipt, or None: also where it is of another place or damaged."""
         try:
-            known = cast("dict[str, Any]", json.loads(self._path(part).read_text(encoding="utf-8")))
-            if (known["schema_version"], known["into"]) != (_RECEIPT_VERSION, part.into):
-                return None
-            return _Receipt(known["num_files"], known["note"])
+            known: Any = json.loads(self._receipt_path(part).read_text(encoding="utf-8"))
+            same = (known["schema_version"], known["into"]) == (_RECEIPT_VERSION, part.into)
+            return {name: known[name] for name in ("num_files", "note")} if same else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def write(self, part: SourceFile | PictureList, num_files: int | None, note: str = "") -> None:
+    def _write_receipt(
+        self, part: SourceFile | PictureList, num_files: int | None, note: str = ""
+    ) -> None:
+        """Note what was unpacked or fetched: files in all, None while it is under way."""
         receipt = {
             "schema_version": _RECEIPT_VERSION,
             "file": _name(part),
@@ -345,10 +319,11 @@ class _Receipts:
             "num_files": num_files,
             "note": note,
         }
-        write_json(self._path(part), receipt)
+        write_json(self._receipt_path(part), receipt)
 
-    def _path(self, part: SourceFile | PictureList) -> Path:
-        return self._folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', _name(part))}.json"
+    def _receipt_path(self, part: SourceFile | PictureList) -> Path:
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", _name(part))
+        return self.root / _STATE / "fetched" / self.source.key / f"{name}.json"
 
 
 def _name(part: SourceFile | PictureList) -> str:

@@ -1,25 +1,22 @@
 """Files of a data set repository on the Hugging Face hub: listed, downloaded, compared.
 
 ``huggingface_hub`` lists the commit, addresses its files and knows the user's login. The bytes come
-through :mod:`vipllava.files.download`: the hub's own client starts a file anew in each process,
-and 27 GB of pictures should not.
+through :mod:`vipllava.files.download`: the hub's own client starts a file anew in each process.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from vipllava import __version__
 from vipllava.files.download import DownloadError, Progress, RefusedError, download
 from vipllava.files.retries import PATIENT, BrokenError, GivenUpError, Patience, Trial, retry
 from vipllava.types import first_line
 
-_Result = TypeVar("_Result")
 _TYPE: Final = "dataset"
 _LASTING: Final = (400, 401, 403, 404, 410)
 
@@ -29,9 +26,6 @@ class HubFile:
     """A file of one commit.
 
     Attributes:
-        repo: the repository.
-        commit: full hash.
-        path: within the repository.
         size: bytes.
         sha256: of its bytes, for large files.
         git_oid: git's blob hash, for the others.
@@ -59,20 +53,42 @@ def list_hub_files(
     Raises:
         DownloadError: the repository cannot be read, or nothing matches.
     """
-    from huggingface_hub import HfApi, constants
+    import huggingface_hub
 
-    def attempt() -> tuple[str, list[Any]]:
-        api = HfApi(endpoint=constants.ENDPOINT)
-        commit = api.repo_info(repo, repo_type=_TYPE, revision=revision).sha
-        tree = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type=_TYPE)
-        return str(commit), list(tree)
+    hub: Any = huggingface_hub
+    web_error: Any = vars(hub.errors)["HTTPError"]  # of the HTTP client that this release uses
 
-    commit, entries = _try(attempt, repo, patience)
-    found = [
-        HubFile(repo, commit, entry.path, entry.size, _sha256(entry), entry.blob_id)
-        for entry in entries
-        if hasattr(entry, "blob_id") and fnmatch.fnmatchcase(entry.path, pattern)
-    ]
+    def attempt() -> list[HubFile]:
+        api = hub.HfApi(endpoint=hub.constants.ENDPOINT)
+        try:
+            commit = str(api.repo_info(repo, repo_type=_TYPE, revision=revision).sha)
+            tree = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type=_TYPE)
+            return [
+                HubFile(
+                    repo,
+                    commit,
+                    entry.path,
+                    entry.size,
+                    None if entry.lfs is None else entry.lfs.sha256,
+                    entry.blob_id,
+                )
+                for entry in tree
+                if hasattr(entry, "blob_id") and fnmatch.fnmatchcase(entry.path, pattern)
+            ]
+        except hub.errors.OfflineModeIsEnabled as error:
+            raise DownloadError(
+                f"{repo}: the hub is switched off by HF_HUB_OFFLINE; unset it to fetch"
+            ) from error
+        except web_error as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in _LASTING:
+                raise DownloadError(f"{repo}: {_refusal(error, status)}") from error
+            raise BrokenError(first_line(error)) from error
+
+    try:
+        found = retry(attempt, Trial(patience), repo)
+    except GivenUpError as error:
+        raise DownloadError(f"{error}. Run the same command again to go on") from error.reason
     if not found:
         raise DownloadError(
             f"{_page(repo)} has no file `{pattern}` at {revision or 'its main branch'}; correct "
@@ -88,13 +104,7 @@ def fetch_hub_file(
     patience: Patience = PATIENT,
     on_progress: Progress | None = None,
 ) -> None:
-    """Download one file, or take up its download again.
-
-    Args:
-        file: from :func:`list_hub_files`.
-        target: its final path.
-        patience: bounds on trying.
-        on_progress: told the bytes so far and in all.
+    """Download one file to ``target``, or take up its download again.
 
     Raises:
         DownloadError: the hub refuses or keeps failing, or the file is not the stated one.
@@ -102,14 +112,18 @@ def fetch_hub_file(
     """
     import huggingface_hub
 
-    hub: Any = huggingface_hub
-    endpoint: str = hub.constants.ENDPOINT
-    url: str = hub.hf_hub_url(
-        file.repo, file.path, repo_type=_TYPE, revision=file.commit, endpoint=endpoint
-    )
-    headers = hub.utils.build_hf_headers(library_name="vipllava", library_version=__version__)
     if _is_whole(target, file):
         return
+    hub: Any = huggingface_hub
+    url: str = hub.hf_hub_url(
+        file.repo,
+        file.path,
+        repo_type=_TYPE,
+        revision=file.commit,
+        endpoint=hub.constants.ENDPOINT,
+    )
+    headers = hub.utils.build_hf_headers(library_name="vipllava", library_version=__version__)
+    where = f"{file.path} of {_page(file.repo)}"
     try:
         download(
             url,
@@ -122,40 +136,13 @@ def fetch_hub_file(
             on_progress=on_progress,
         )
     except RefusedError as error:
-        raise DownloadError(
-            f"{file.path} of {_page(file.repo)}: {_refusal(error, error.status)}"
-        ) from error
+        raise DownloadError(f"{where}: {_refusal(error, error.status)}") from error
     if not _is_whole(target, file):
         target.unlink()
         raise DownloadError(
-            f"{file.path} of {_page(file.repo)} is not the file that was meant (its git hash is "
-            f"not {file.git_oid}); it was discarded. Run the same command again"
+            f"{where} is not the file that was meant (its git hash is not {file.git_oid}); it was "
+            "discarded. Run the same command again"
         )
-
-
-def _try(attempt: Callable[[], _Result], what: str, patience: Patience) -> _Result:
-    """Try until it works, as far as another attempt can help."""
-    from huggingface_hub import errors
-
-    web_error: Any = vars(errors)["HTTPError"]  # of the HTTP client that this release uses
-
-    def attempt_once() -> _Result:
-        try:
-            return attempt()
-        except errors.OfflineModeIsEnabled as error:
-            raise DownloadError(
-                f"{what}: the hub is switched off by HF_HUB_OFFLINE; unset it to fetch"
-            ) from error
-        except web_error as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if status in _LASTING:
-                raise DownloadError(f"{what}: {_refusal(error, status)}") from error
-            raise BrokenError(first_line(error)) from error
-
-    try:
-        return retry(attempt_once, Trial(patience), what)
-    except GivenUpError as error:
-        raise DownloadError(f"{error}. Run the same command again to go on") from error.reason
 
 
 def _refusal(error: BaseException, status: int | None) -> str:
@@ -171,15 +158,8 @@ def _page(repo: str) -> str:
     return f"https://huggingface.co/datasets/{repo}"
 
 
-def _sha256(entry: Any) -> str | None:
-    return None if entry.lfs is None else str(entry.lfs.sha256)
-
-
 def _is_whole(path: Path, file: HubFile) -> bool:
-    """Whether the file is there with the stated size and, if it is a small one, hash.
-
-    Large files are compared with their SHA-256 while they are downloaded, once.
-    """
+    """Whether the file is there; a large one was compared with its SHA-256 when it came."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
     if file.sha256 is not None:

@@ -1,8 +1,7 @@
 """Images that are published one by one (OCR-VQA), ending as real JPEG files.
 
-The published way saves each image under the extension of its address and then renames all to
-``.jpg``; some of those are GIF or PNG inside, some are error pages. Here the content decides: what
-is no JPEG is decoded and encoded anew, what cannot be decoded is no image.
+The published way renames all to ``.jpg``, GIF, PNG and error pages included. Here the content
+decides: what is no JPEG is encoded anew, what cannot be decoded is no image.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -20,11 +19,11 @@ from vipllava.files.atomic import new_file
 from vipllava.files.download import DiskError, DownloadError, disk_error, download
 from vipllava.files.pools import run_threads
 from vipllava.files.retries import Patience
+from vipllava.ingest.image_format import format_of
 from vipllava.records.image_decode import decode_image
 from vipllava.shards.sources import PictureList
 from vipllava.types import RecordError, VipLlavaError
 
-_JPEG_START: Final = b"\xff\xd8\xff"
 _EXTENSIONS: Final = frozenset({".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ""})
 _QUALITY: Final = 95
 _BRIEF: Final = Patience(max_attempts=3, timeout_s=30)
@@ -56,15 +55,11 @@ class ImageListOutcome:
 
     Attributes:
         num_listed: entries of the list.
-        num_present: images that were there before.
-        num_fetched: images downloaded now.
-        num_converted: of both, those that were no JPEG and are now.
-        failures: the rest, by name.
+        num_converted: images, present before or fetched now, that were no JPEG and are now.
+        failures: images that are not there, by name.
     """
 
     num_listed: int
-    num_present: int
-    num_fetched: int
     num_converted: int
     failures: tuple[Failure, ...]
 
@@ -77,16 +72,13 @@ def fetch_images(
     patience: Patience = _BRIEF,
     on_progress: Callable[[int, int | None], None] | None = None,
 ) -> ImageListOutcome:
-    """Download what is not there, and make a real ``ID.jpg`` of everything.
-
-    Images of an earlier run stay; images that somebody else's script left as ``ID.gif`` and the
-    like, or as a ``.jpg`` that is none, are converted.
+    """Download what is not there, and make a real ``ID.jpg`` of that and of all that is there.
 
     Args:
         images: the list and where its images go.
         data_root: folder that its paths are relative to.
         num_workers: downloads at a time.
-        patience: bounds on each.
+        patience: bounds on each download.
         on_progress: told the number of images done and in all.
 
     Raises:
@@ -102,25 +94,33 @@ def fetch_images(
         present -= {Path(failure.name).stem for failure in unreadable}
         wanted = {key: url for key, url in listed.items() if key not in present}
         failures = [bad for bad in unreadable if Path(bad.name).stem not in wanted]
-        num_present, fetched = len(listed) - len(wanted), 0
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=into) as scratch:
 
             def fetch(item: tuple[str, str]) -> bool | Failure:
-                return _fetch_one(*item, Path(scratch), into, patience)
+                key, url = item
+                raw = Path(scratch) / key
+                try:
+                    download(url, raw, patience=patience)
+                    return _store(raw.read_bytes(), into / f"{key}.jpg", key)
+                except DiskError:
+                    raise
+                except (DownloadError, RecordError) as error:
+                    return Failure(key, url, str(error))
+                finally:
+                    raw.unlink(missing_ok=True)
 
             results = run_threads(fetch, wanted.items(), num_workers)
-            for done, result in enumerate(results, start=num_present + 1):
+            for done, result in enumerate(results, start=len(listed) - len(wanted) + 1):
                 if isinstance(result, Failure):
                     failures.append(result)
                 else:
-                    fetched += 1
                     converted += result
                 if on_progress is not None:
                     on_progress(done, len(listed))
     except OSError as error:
         raise disk_error(error, images.file, into) from error
     failures.sort(key=lambda failure: failure.name)
-    return ImageListOutcome(len(listed), num_present, fetched, converted, tuple(failures))
+    return ImageListOutcome(len(listed), converted, tuple(failures))
 
 
 def read_image_list(path: Path, url_field: str) -> dict[str, str]:
@@ -131,15 +131,13 @@ def read_image_list(path: Path, url_field: str) -> dict[str, str]:
     """
     try:
         raw: Any = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ImageListError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ImageListError(f"{path} is not JSON ({error}); get it again") from error
+    except (OSError, ValueError) as error:
+        raise ImageListError(f"{path} cannot be read as JSON ({error}); get it again") from error
     if not isinstance(raw, dict):
         raise ImageListError(f"{path} holds {type(raw).__name__}; expected an object of images")
     urls: dict[str, str] = {}
     for key, entry in cast("dict[str, Any]", raw).items():
-        url = cast("Mapping[str, Any]", entry).get(url_field) if isinstance(entry, dict) else None
+        url = cast("dict[str, Any]", entry).get(url_field) if isinstance(entry, dict) else None
         if not isinstance(url, str) or not _SAFE.fullmatch(key):
             raise ImageListError(
                 f"{path}: entry `{key}` has {url_field} {url!r}; expected an address, and an id of "
@@ -155,44 +153,29 @@ def make_jpegs(folder: Path) -> tuple[int, list[Failure]]:
     Returns:
         The number of converted images, and those that cannot be decoded; these stay as they are.
     """
-    converted, failures = 0, list[Failure]()
+    num_converted, failures = 0, list[Failure]()
     for path in sorted(folder.iterdir()):
         hidden = path.name.startswith(".")
         if hidden or path.suffix.lower() not in _EXTENSIONS or not path.is_file():
             continue
-        with path.open("rb") as file:
-            real = file.read(len(_JPEG_START)) == _JPEG_START
         target = path.with_suffix(".jpg")
-        if real and path == target:
-            continue
+        with path.open("rb") as file:
+            if path == target and format_of(file.read(16)) == "jpg":
+                continue
         try:
-            _store(path.read_bytes(), target, path.name)
+            num_converted += _store(path.read_bytes(), target, path.name)
         except RecordError as error:
             failures.append(Failure(path.name, None, str(error)))
             continue
         if path != target:
             path.unlink()
-        converted += not real
-    return converted, failures
-
-
-def _fetch_one(key: str, url: str, scratch: Path, into: Path, patience: Patience) -> bool | Failure:
-    raw = scratch / key
-    try:
-        download(url, raw, patience=patience)
-        return _store(raw.read_bytes(), into / f"{key}.jpg", key)
-    except DiskError:
-        raise
-    except (DownloadError, RecordError) as error:
-        return Failure(key, url, str(error))
-    finally:
-        raw.unlink(missing_ok=True)
+    return num_converted, failures
 
 
 def _store(data: bytes, target: Path, name: str) -> bool:
     """Write an image as JPEG; returns whether it had to be encoded anew."""
     image = decode_image(data, name)
-    converted = not data.startswith(_JPEG_START)
+    converted = format_of(data) != "jpg"
     if converted:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=_QUALITY, subsampling=0)

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Final, cast
 
@@ -78,15 +79,13 @@ def unpack(
     try:
         with _open(archive) as (members, total):
             for member in members:
-                path = PurePosixPath(member.name)
-                seen.add(path.parts[0] if path.parts else "")
-                if path.parts[: len(parts)] != parts or _is_litter(path):
+                path = PurePosixPath(member.name).parts
+                seen.update(path[:1])
+                if path[: len(parts)] != parts or path == parts or any(map(_is_litter, path)):
                     continue
-                relative = PurePosixPath(*path.parts[len(parts) :])
-                if not relative.parts:
-                    continue
-                target = into / relative
-                if overwrite or not _has_size(target, member.size):
+                target = into.joinpath(*path[len(parts) :])
+                whole = target.is_file() and target.stat().st_size == member.size
+                if overwrite or not whole:
                     _write(member, target)
                 count += 1
                 if on_progress is not None:
@@ -105,10 +104,6 @@ def unpack(
     return count
 
 
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
-
-
 def _write(member: _Member, target: Path) -> None:
     with new_file(target) as unfinished:
         with member.open() as source, unfinished.open("wb") as file:
@@ -117,8 +112,8 @@ def _write(member: _Member, target: Path) -> None:
             raise EOFError(f"`{member.name}` is truncated")
 
 
-def _is_litter(path: PurePosixPath) -> bool:
-    return any(part in _LITTER or part.startswith("._") for part in path.parts)
+def _is_litter(part: str) -> bool:
+    return part in _LITTER or part.startswith("._")
 
 
 @contextmanager
@@ -142,7 +137,7 @@ def _zip_members(file: zipfile.ZipFile, archive: Path) -> Iterator[_Member]:
     for info in file.infolist():
         _check_place(info.filename, archive)
         if not info.is_dir():
-            yield _Member(info.filename, info.file_size, lambda info=info: file.open(info))
+            yield _Member(info.filename, info.file_size, partial(file.open, info))
 
 
 def _tar_members(file: tarfile.TarFile, archive: Path) -> Iterator[_Member]:
@@ -151,10 +146,11 @@ def _tar_members(file: tarfile.TarFile, archive: Path) -> Iterator[_Member]:
     while (info := file.next()) is not None:
         _check_place(info.name, archive)
         if info.isfile():
-            yield _Member(info.name, info.size, lambda info=info: _extract(file, info))
+            # Regular files have a stream.
+            yield _Member(info.name, info.size, cast("Any", partial(file.extractfile, info)))
         elif not info.isdir():
             raise UnpackError(
-                f"{archive}: `{info.name}` is a link or a device; an archive of pictures holds "
+                f"{archive}: `{info.name}` is a link or a device; an archive of images holds "
                 "files only. Unpack it by hand if you trust it"
             )
     # tarfile takes a missing or broken header for the end; the true end is a block of zeros.
@@ -173,12 +169,6 @@ class _LastRead:
     def read(self, size: int = -1) -> bytes:
         self.last = self._stream.read(size)
         return self.last
-
-
-def _extract(file: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
-    stream = file.extractfile(info)
-    assert stream is not None  # regular files have one
-    return stream
 
 
 def _check_place(name: str, archive: Path) -> None:

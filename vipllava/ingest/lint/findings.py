@@ -1,13 +1,20 @@
-"""What lint can find, how grave it is, and the thresholds."""
+"""What lint can find, how grave it is, the thresholds, and the report with its table."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal, NamedTuple
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from vipllava.types import ConfigError
+
+REPORT_VERSION: Final = 1
 
 Severity = Literal["error", "warning"]
 
@@ -98,14 +105,13 @@ class LintLimits:
     min_polygon_area: float = 1.0
 
     def __post_init__(self) -> None:
-        highest = {"min_contrast": 255.0}
         problems: list[str] = []
         for name, value in asdict(self).items():
-            high = highest.get(name, math.inf)
-            good = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not good or not math.isfinite(value) or not 0 <= value <= high:
-                wanted = "a number from 0" + (f" to {high:g}" if high < math.inf else "")
-                problems.append(f"lint.{name} is {value!r}; expected {wanted}")
+            high = 255 if name == "min_contrast" else math.inf
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value) or not 0 <= value <= high:
+                wanted = "a number from 0" + (f" to {high}" if high < math.inf else "")
+                problems.append(f"{name} is {value!r}; expected {wanted}")
         if problems:
             raise ConfigError("\n".join(problems))
 
@@ -120,3 +126,73 @@ class LintLimits:
         if unknown := sorted(str(name) for name in values if name not in known):
             raise ConfigError(f"lint has no limit {', '.join(unknown)}; known: {', '.join(known)}")
         return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class LintReport:
+    """The findings of one data set.
+
+    Attributes:
+        dataset: the manifest's name.
+        num_samples: samples in the tars that could be read.
+        num_checked: how many of them were looked at.
+        findings: in the order of the data.
+    """
+
+    dataset: str
+    num_samples: int
+    num_checked: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Findings by code, in the order of ``CODES``; codes without a finding are left out."""
+        counted = Counter(finding.code for finding in self.findings)
+        return {code: counted[code] for code in CODES if counted[code]}
+
+    def num_of(self, severity: Severity) -> int:
+        """Return how many findings are of one severity."""
+        return sum(finding.severity == severity for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``vipllava lint`` writes as JSON."""
+        return {
+            "schema_version": REPORT_VERSION,
+            "dataset": self.dataset,
+            "num_samples": self.num_samples,
+            "num_checked": self.num_checked,
+            "num_errors": self.num_of("error"),
+            "num_warnings": self.num_of("warning"),
+            "counts": self.counts,
+            "findings": [
+                {"code": finding.code, "severity": finding.severity, **asdict(finding)}
+                for finding in self.findings
+            ],
+        }
+
+
+def report_table(report: LintReport, max_keys: int = 3) -> Table:
+    """Return counts by code with severity, meaning and the first keys of each."""
+    table = Table("code", "severity", "count", "meaning", "first", title=f"lint {report.dataset}")
+    table.columns[2].justify = "right"
+    for code, count in report.counts.items():
+        severity, meaning = CODES[code]
+        style = "red" if severity == "error" else "yellow"
+        places = [
+            finding.key or finding.shard or finding.dataset
+            for finding in report.findings
+            if finding.code == code
+        ]
+        first = Text("\n".join(list(dict.fromkeys(places))[:max_keys]))  # keys are no markup
+        table.add_row(Text(code, style), Text(severity, style), str(count), meaning, first)
+    return table
+
+
+def print_report(report: LintReport, console: Console, max_keys: int = 3) -> None:
+    """Write the table and one line of totals to ``console``."""
+    if report.findings:
+        console.print(report_table(report, max_keys))
+    errors, warnings = report.num_of("error"), report.num_of("warning")
+    found = f"{errors} errors, {warnings} warnings" if report.findings else "nothing found"
+    checked = f"{report.num_checked} of {report.num_samples} samples checked"
+    console.print(Text(f"{report.dataset}: {checked}, {found}"))

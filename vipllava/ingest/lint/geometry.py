@@ -59,12 +59,11 @@ def _box(fields: Fields, box: Outline, limits: LintLimits) -> Iterator[Problem]:
 
 
 def _mask(fields: Fields, mask: Outline, limits: LintLimits) -> Iterator[Problem]:
+    def flat_problems(flat: object, name: str) -> Iterator[Problem]:
+        yield from _ring(fields, Outline("ring", fields.points(flat, name), name), limits)
+
     for name, flat in fields.flats(mask.value, mask.name):
-        yield from _asked(_flat(fields, flat, name, limits))
-
-
-def _flat(fields: Fields, flat: object, name: str, limits: LintLimits) -> Iterator[Problem]:
-    yield from _ring(fields, Outline("ring", fields.points(flat, name), name), limits)
+        yield from _asked(flat_problems(flat, name))
 
 
 def _ring(fields: Fields, ring: Outline, limits: LintLimits) -> Iterator[Problem]:
@@ -86,9 +85,6 @@ def _ring(fields: Fields, ring: Outline, limits: LintLimits) -> Iterator[Problem
 
 
 _CHECKS: Final = {"box": _box, "mask": _mask, "ring": _ring}
-
-
-# Rings.
 
 
 def ring_area(ring: _Vertices) -> float:

@@ -23,32 +23,29 @@ def placeholder_problems(record: Mapping[str, Any], kind: RecordKind) -> Iterato
 
     What a kind leaves as text where it reads no placeholders, :func:`leftover_problems` tells.
     """
-    if kind.mentions is None:
-        return
-    field, listed = kind.mentions
+    field, listed = kind.mentions or (None, None)
     count = len(list_or_empty(record.get(listed))) if listed else 0
-    if listed and not count:
-        return  # the parser's to refuse
+    if field is None or (listed and not count):
+        return  # no regions in the list are the parser's to refuse
     texts, complete = _texts(record, field)
-    mentioned: set[int] = set()
+    unmentioned = set(range(count))
     for where, text in texts:
         for match in REGION_PLACEHOLDER.finditer(text):
             bare = not match.group(1)
             region = int(match.group(1) or 0)
             if region < count and (count == 1 or not bare):
-                mentioned.add(region)
+                unmentioned.discard(region)
                 continue
             complete = False  # a wrong number explains why another region is never mentioned
-            known = {0: "no regions", 1: "one region, <bbox0>"}.get(
-                count, f"{count} regions, <bbox0> to <bbox{count - 1}>"
-            )
+            known = "one region, <bbox0>" if count == 1 else f"{count} regions"
+            known += f", <bbox0> to <bbox{count - 1}>" if count > 1 else ""
             remedy = f"correct the number, or add the box to `{listed}`" if listed else "remove it"
             yield Problem(
                 "placeholder-without-region",
                 f"{where} has {match.group()}; this record has {known}: {remedy}",
             )
-    if complete and (silent := sorted(set(range(count)) - mentioned)):
-        named = ", ".join(f"<bbox{region}>" for region in silent)
+    if complete and unmentioned:
+        named = ", ".join(f"<bbox{region}>" for region in sorted(unmentioned))
         yield Problem(
             "region-unmentioned",
             f"no text that is learnt mentions {named}; the mark is drawn all the same: mention "
@@ -135,10 +132,13 @@ def _says(text: str, word: str) -> bool:
     return re.search(rf"\b{word}\b", text, re.IGNORECASE) is not None
 
 
-def blank_answers(turns: Sequence[Turn]) -> list[int]:
-    """Return the numbers, from 1, of the answers without a visible character."""
-    return [
-        number
+def blank_problems(turns: Sequence[Turn]) -> Iterator[Problem]:
+    """Yield the answers without a visible character."""
+    blank = [
+        str(number)
         for number, turn in enumerate(turns, 1)
         if turn.role == "assistant" and not turn.text.strip()
     ]
+    if blank:
+        message = f"the answer of turn {', '.join(blank)} is blank; remove the turn"
+        yield Problem("unsupervised", message)
