@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from vipllava.processes import RANK_VARIABLES, end_with_parent, is_first_process, shell_code
-from vipllava.training.stopping import hold_signals_of_starting
+from vipllava.training.ending import hold_signals_of_starting
 
 ROOT = Path(__file__).resolve().parents[1]
 BOUND_S = 60

@@ -2,10 +2,8 @@
 
 Whoever starts several processes ends them when one of them fails. If it is killed itself, nobody
 does: under NCCL the others wait in a collective until its timeout, half an hour, and hold their
-devices so long. So each of them asks the kernel to be ended with its parent.
-
-What ends a job (a terminal, a queue, ``timeout``) signals all of its processes at once. The main
-process listens; those that load data wait for it to end them.
+devices so long. So each of them asks the kernel to be ended with its parent. What ends a job (a
+terminal, a queue, ``timeout``) signals all of its processes at once: the main process listens.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -29,21 +27,18 @@ PARENT_VARIABLE: Final = "VIPLLAVA_PARENT"
 """The process that started this one, which may have died before this one can ask."""
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 """What a shell says of a program that Ctrl-C has ended."""
-STOP_SIGNALS: Final = tuple(
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-    if hasattr(signal, name)  # Windows has the first two
-)
+_NAMES: Final = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # Windows has two of them
+STOP_SIGNALS: Final = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 """What asks a job to stop: a person, a closed terminal, or a queue, before the time is up."""
+_HELD: Final = {n for n in STOP_SIGNALS if n != signal.SIGTERM or hasattr(signal, "sigwaitinfo")}
+"""Signals a worker does not hear; it cannot tell who sent SIGTERM without a wait for it (macOS)."""
 RANK_VARIABLES: Final = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 """What launchers number processes by; all of them are 0 in the first one."""
 _TORCHRUN: Final = "TORCHELASTIC_RUN_ID"
-_PR_SET_PDEATHSIG: Final = 1
 SAME_CTRL_C_S: Final = 1.0
 """Seconds in which a second Ctrl-C is taken for the first: launchers hand on what they get."""
 _ENDING_S: Final = 30.0
 """Seconds in which a parent has ended that Ctrl-C has asked to; an error told later is another."""
-_SHOW_CURSOR: Final = b"\x1b[?25h"
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -51,8 +46,8 @@ Handler = Callable[[int, FrameType | None], Any]
 def is_first_process() -> bool:
     """Whether this is the first process of its job, by what its launcher says.
 
-    Before a trainer is there, which then knows better. Lightning's own guess takes the first
-    process of every node for it where only ``NODE_RANK`` tells the nodes apart.
+    Lightning's own guess, before a trainer is there, takes the first process of every node for it
+    where only ``NODE_RANK`` tells the nodes apart.
     """
     # torchrun numbers nodes as they come, whatever Slurm says of them.
     names = ("RANK",) if _TORCHRUN in os.environ else RANK_VARIABLES
@@ -66,27 +61,24 @@ def begin() -> None:
     130 unless somebody else listens; a second one ends it at once, even if it hangs in a library.
     """
     ends = end_with_parent()
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        _hear()
-        return  # begun already, or Ctrl-C is ignored: a shell's background job
-    # Lightning kills the first process of a node for one that ends before it.
-    waits = ends and os.environ.get("LOCAL_RANK", "0") != "0" and _TORCHRUN not in os.environ
-    signal.signal(signal.SIGINT, _leave_to_parent if waits else _end)
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    threading.Thread(target=_end_at_second, args=(read,), daemon=True, name="ctrl-c").start()
-    _hear()
+    # Else it has begun already, or Ctrl-C is ignored: a shell's background job.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Lightning kills the first process of a node for one that ends before it.
+        waits = ends and os.environ.get("LOCAL_RANK", "0") != "0" and _TORCHRUN not in os.environ
+        signal.signal(signal.SIGINT, _leave_to_parent if waits else _end)
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=_end_at_second, args=(read,), daemon=True, name="ctrl-c").start()
+    # What the process that started this one has held, see :func:`signals_held`.
+    _mask("SIG_UNBLOCK", STOP_SIGNALS)
 
 
 def end_with_parent() -> bool:
     """Ask the kernel to kill this process when its parent dies, if the job started it.
 
-    SIGKILL, because SIGTERM asks for a checkpoint, and that needs the others.
-
-    Returns:
-        Whether it will; False in the process that a person started, and where there is no such
-        thing (macOS, Windows).
+    SIGKILL, because SIGTERM asks for a checkpoint, and that needs the others. Returns whether it
+    will: not in the process that a person started, and not on macOS and Windows.
     """
     named = os.environ.pop(PARENT_VARIABLE, None)
     # torchrun sets LOCAL_RANK for what it starts, Lightning too; srun looks after its own.
@@ -95,7 +87,7 @@ def end_with_parent() -> bool:
     parent = os.getppid()
     if not _end_with_parent():
         return False
-    if os.getppid() != parent or (named is not None and not _runs(int(named))):
+    if os.getppid() != parent or (named is not None and not _runs(named)):
         os.kill(os.getpid(), signal.SIGKILL)  # it died before
     return True
 
@@ -111,10 +103,7 @@ def naming_parent() -> Generator[None]:
 
 
 def run_child(command: Sequence[str]) -> tuple[int, signal.Signals | None]:
-    """Run a command of this project, hand on to it what asks to stop, and wait for its end.
-
-    Args:
-        command: of a program that calls :func:`begin`, which ends it when this process is killed.
+    """Run a command that calls :func:`begin`, hand on what asks to stop, and wait for its end.
 
     Returns:
         Its exit code, negative for a signal, and the first signal that asked it to stop.
@@ -144,9 +133,7 @@ def shell_code(code: int) -> int:
 def listen(handler: Handler) -> dict[int, Any]:
     """Have a function called by whatever asks to stop; what is ignored (``nohup``) stays so.
 
-    Returns:
-        Who listened before, for :func:`stop_listening`; nobody outside the main thread, where
-        Python allows none.
+    Returns who listened before, for :func:`stop_listening`; nobody outside the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -184,24 +171,16 @@ def signals_held() -> Generator[None]:
     Python itself would end with a traceback where Ctrl-C meets it before it has begun; those that
     call :func:`begin` hear again from then on.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _held())
+    before = _mask("SIG_BLOCK", _HELD)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _mask("SIG_SETMASK", before)
 
 
 def start_worker(worker_id: int = 0) -> None:
-    """Prepare a loader's process (a ``worker_init_fn``): only its main process ends it.
-
-    Args:
-        worker_id: torch's number of it.
-    """
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, _held())
+    """Prepare a loader's process (a ``worker_init_fn``): only its main process ends it."""
+    _mask("SIG_BLOCK", _HELD)
     parent = multiprocessing.parent_process()
     assert parent is not None
     if _end_with_parent() and not parent.is_alive():
@@ -218,25 +197,19 @@ def start_worker(worker_id: int = 0) -> None:
     threading.Thread(target=obey, daemon=True).start()
 
 
-def _hear() -> None:
-    """Hear what the process that started this one has held, see :func:`signals_held`."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-
-def _held() -> set[int]:
-    """Signals a worker does not hear; it cannot tell who sent SIGTERM where there is no wait."""
-    return set(STOP_SIGNALS) - (set() if hasattr(signal, "sigwaitinfo") else {signal.SIGTERM})
+def _mask(how: str, signals: Iterable[int]) -> Iterable[int]:
+    """Change which signals this process does not hear; return those of before."""
+    has_masks = hasattr(signal, "pthread_sigmask")  # Windows has none
+    return signal.pthread_sigmask(getattr(signal, how), signals) if has_masks else ()
 
 
 def _end_with_parent() -> bool:
     if not sys.platform.startswith("linux"):
         return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    return libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
+    return ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0) == 0  # PR_SET_PDEATHSIG
 
 
-def _runs(process: int) -> bool:
+def _runs(process: str) -> bool:
     """Whether there is such a process, and it is not only waiting to be taken note of."""
     try:
         state = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2]
@@ -269,8 +242,7 @@ def _end_at_second(read: int) -> None:
             continue
         first = first or time.monotonic()
         if time.monotonic() - first > SAME_CTRL_C_S:
-            for stream in (1, 2):
-                if os.isatty(stream):
-                    os.write(stream, _SHOW_CURSOR)  # a progress bar has hidden it
+            for stream in filter(os.isatty, (1, 2)):
+                os.write(stream, b"\x1b[?25h")  # show the cursor, which a progress bar has hidden
             say("ended at once by a second Ctrl-C")
             os._exit(EXIT_INTERRUPTED)

@@ -91,7 +91,7 @@ def test_auto_strategy_is_the_preset_itself():
     ],
 )
 def test_learning_rates(job: str, rate: float, projector: float | None):
-    keys = ("module.learning_rate", "module.projector_learning_rate")
+    keys = ("module.optimizer.learning_rate", "module.optimizer.projector_learning_rate")
     assert _resolve(*job.split(), keys=keys) == [rate, projector]
 
 

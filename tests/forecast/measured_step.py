@@ -28,6 +28,7 @@ from vipllava.models.blocks import decoder_blocks
 from vipllava.models.building import ModelSpec, network_config
 from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.training.lit_module import VipLlavaLitModule
+from vipllava.training.optim import OptimizerSettings
 from vipllava.types import Batch
 
 PROJECTOR, BOTH = ("projector",), ("projector", "language_model")
@@ -131,7 +132,7 @@ class Module(VipLlavaLitModule):
         super().__init__(
             ModelSpec(str(folder), str(folder), (0,), "plain", 0),
             TRAINABLE[step.workload],
-            learning_rate=1e-5,
+            OptimizerSettings(1e-5),
             gradient_checkpointing=True if step.recomputed is None else step.recomputed,
             adapter=step.adapter if adapts else None,
         )

@@ -22,6 +22,7 @@ def main(path: str) -> None:
     from vipllava.models.adapters import AdapterSettings
     from vipllava.models.building import ModelSpec
     from vipllava.training.lit_module import VipLlavaLitModule
+    from vipllava.training.optim import OptimizerSettings
 
     held: dict[str, int] = {}
 
@@ -31,7 +32,9 @@ def main(path: str) -> None:
             held.update(_held(self.network, self.trainer))
 
     adapter = AdapterSettings(**job["adapter"]) if job["adapter"] else None
-    module = Measuring(ModelSpec(**job["spec"]), job["trainable"], 1e-3, seed=3, adapter=adapter)
+    module = Measuring(
+        ModelSpec(**job["spec"]), job["trainable"], OptimizerSettings(1e-3), seed=3, adapter=adapter
+    )
     trainer = make_cpu_trainer(
         job["folder"],
         devices=2,

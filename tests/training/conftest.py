@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import lightning
@@ -17,6 +18,7 @@ from vipllava.config.resolvers import register_resolvers
 from vipllava.models.building import ModelSpec
 from vipllava.shards.tars import write_shards
 from vipllava.training.lit_module import VipLlavaLitModule
+from vipllava.training.optim import OptimizerSettings
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 MANIFEST = {"schema_version": 2, "name": "toy", "stage": "finetune", "licence": "none"}
@@ -36,10 +38,12 @@ def spec(tiny_sources) -> ModelSpec:
 @pytest.fixture
 def make_module(spec) -> Callable[..., VipLlavaLitModule]:
     def make(**changes: object) -> VipLlavaLitModule:
+        names = {field.name for field in fields(OptimizerSettings)} & changes.keys()
+        settings: dict = {"learning_rate": 1e-2, **{name: changes.pop(name) for name in names}}
         arguments: dict = {
             "model": spec,
             "trainable": ["projector", "language_model"],
-            "learning_rate": 1e-2,
+            "optimizer": OptimizerSettings(**settings),
             "seed": 3,
         }
         return VipLlavaLitModule(**{**arguments, **changes})

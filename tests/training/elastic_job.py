@@ -59,6 +59,7 @@ def _train(job: Job, half: Half) -> dict[str, Any]:
     from vipllava.models.building import ModelSpec
     from vipllava.training.csv_log import CsvLog
     from vipllava.training.lit_module import VipLlavaLitModule
+    from vipllava.training.optim import OptimizerSettings
     from vipllava.types import CheckpointError
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -83,8 +84,9 @@ def _train(job: Job, half: Half) -> dict[str, Any]:
     tokenizer = load_tokenizer(spec)
     samples = make_samples(STEPS_OF_HALF * MICRO_BATCHES * MICRO_BATCH)
     module = VipLlavaLitModule(
-        replace(spec, dtype=weights), TRAINABLE, 1e-3, 3e-3, 0.1, seed=3, tokenizer=tokenizer,
-        schedule="constant",
+        replace(spec, dtype=weights), TRAINABLE,
+        OptimizerSettings(1e-3, 3e-3, weight_decay=0.1, schedule="constant"),
+        seed=3, tokenizer=tokenizer,
     )  # fmt: skip
     precision: Any = half.precision
     trainer: Any = make_cpu_trainer(

@@ -37,6 +37,7 @@ def main(path: str) -> None:
     from vipllava.models.building import ModelSpec
     from vipllava.models.freezing import whole_shape
     from vipllava.training.lit_module import VipLlavaLitModule
+    from vipllava.training.optim import OptimizerSettings
 
     class Measured(VipLlavaLitModule):
         def configure_model(self) -> None:
@@ -57,7 +58,7 @@ def main(path: str) -> None:
         strategy=make_sharded_strategy("zero3"),
         max_epochs=1,
     )
-    module = Measured(spec, ["projector"], 1e-3, tokenizer=load_tokenizer(spec))
+    module = Measured(spec, ["projector"], OptimizerSettings(1e-3), tokenizer=load_tokenizer(spec))
     try:
         trainer.fit(module, Loader(make_samples(4), 2, 2))
     except Built:

@@ -57,6 +57,7 @@ def _train(job: Job, strategy: str, precision: str, action: str) -> dict[str, An
     from vipllava.training.csv_log import CsvLog
     from vipllava.training.guard import LossGuard
     from vipllava.training.lit_module import VipLlavaLitModule
+    from vipllava.training.optim import OptimizerSettings
     from vipllava.types import VipLlavaError
     from vipllava.visual_prompts.policies import VisualPromptPolicy
 
@@ -104,11 +105,10 @@ def _train(job: Job, strategy: str, precision: str, action: str) -> dict[str, An
     module = Noting(
         spec,
         ["projector", "language_model"],
-        1e-2,
+        OptimizerSettings(1e-2, warmup_ratio=0.0),
         seed=3,
         tokenizer=tokenizer,
         guard=guard,
-        warmup_ratio=0.0,
     )
     log = CsvLog(folder / "csv")
     trainer = make_cpu_trainer(

@@ -80,6 +80,7 @@ def _run(job: Job) -> None:
     from vipllava.training import checkpointing
     from vipllava.training.csv_log import CsvLog, cut_csv
     from vipllava.training.lit_module import VipLlavaLitModule
+    from vipllava.training.optim import OptimizerSettings
     from vipllava.training.restart import prepare_run
     from vipllava.types import Interrupted
     from vipllava.visual_prompts.policies import VisualPromptPolicy
@@ -122,7 +123,7 @@ def _run(job: Job) -> None:
     module = Noting(
         job.spec,
         ["projector", "language_model"],
-        1e-2,
+        OptimizerSettings(1e-2),
         seed=3,
         tokenizer=tokenizer,
         **job.module,

@@ -61,6 +61,7 @@ def main(path: str) -> None:
     from vipllava.training.ending import RunEnd
     from vipllava.training.lit_module import VipLlavaLitModule
     from vipllava.training.metrics import Throughput
+    from vipllava.training.optim import OptimizerSettings
     from vipllava.training.sample_log import SampleTable
 
     losses: dict[int, float] = {}
@@ -93,7 +94,14 @@ def main(path: str) -> None:
 
     # Sharded, all weights are the first process's: what another one would draw must not matter.
     drawn = seed + rank if sharded else seed
-    module = Noting(spec, job.trainable, 1e-3, seed=drawn, tokenizer=tokenizer, adapter=adapter)
+    module = Noting(
+        spec,
+        job.trainable,
+        OptimizerSettings(1e-3),
+        seed=drawn,
+        tokenizer=tokenizer,
+        adapter=adapter,
+    )
     folder = Path(job.folder)
     # Samples 2, 3 and 6, 7 are text only: all that the second process ever gets.
     samples = make_samples(job.num_samples, text_only=lambda i: i % 4 >= 2)

@@ -14,7 +14,12 @@ from tests.training.rank_jobs import RankJob, RankLoader, leave_rows, make_cpu_t
 
 NUM_STEPS = 20
 MICRO_BATCH = 2
-CHANGES = {"projector_learning_rate": 5e-3, "weight_decay": 0.5, "betas": (0.5, 0.9), "eps": 1e-3}
+CHANGES: dict[str, Any] = {
+    "projector_learning_rate": 5e-3,
+    "weight_decay": 0.5,
+    "betas": (0.5, 0.9),
+    "eps": 1e-3,
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
     from vipllava.training.csv_log import CsvLog
     from vipllava.training.guard import LossGuard, Refusal
     from vipllava.training.lit_module import VipLlavaLitModule
-    from vipllava.training.optim import uses_fused_adamw
+    from vipllava.training.optim import OptimizerSettings, uses_fused_adamw
 
     class Noting(CsvLog):
         def log_metrics(self, metrics: Any, step: int | None = None) -> None:
@@ -95,7 +100,7 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
     one = job.strategy == "one"
     fused = case.fused and not one
     on = "cuda" if fused else "cpu"
-    lit_module.uses_fused_adamw = lambda _, precision: uses_fused_adamw(on, precision)
+    lit_module.optim.uses_fused_adamw = lambda _, precision: uses_fused_adamw(on, precision)
     tokenizer = load_tokenizer(spec)
     size = 2 * MICRO_BATCH * case.accumulate
     num_epochs = 2 if case.stops else 1
@@ -107,11 +112,16 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
         changed = case.changes and checkpoint is not None
         now = replace(case, clip=0.2) if changed else case
         strategy, weights = ("auto", "float32") if one else make_strategy(job.strategy, now)
+        schedule = "constant" if case.stops else "cosine"
+        settings = OptimizerSettings(1e-3, schedule=schedule, **(CHANGES if changed else {}))
         module = VipLlavaLitModule(
-            replace(spec, dtype=weights), case.trainable, 1e-3, seed=3, tokenizer=tokenizer,
-            guard=Skipping(), schedule="constant" if case.stops else "cosine",
-            **(CHANGES if changed else {}),
-        )  # fmt: skip
+            replace(spec, dtype=weights),
+            case.trainable,
+            settings,
+            seed=3,
+            tokenizer=tokenizer,
+            guard=Skipping(),
+        )
         trainer = make_cpu_trainer(
             job.folder,
             devices=1 if one else 2,

@@ -13,10 +13,9 @@ from lightning.pytorch.callbacks import Callback
 
 from tests.training.resume_job import CONTEXT
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
-from vipllava.training import checkpointing, stopping
+from vipllava.training import checkpointing, ending
 from vipllava.training.checkpointing import AtomicCheckpointIO, CheckpointCallback
-from vipllava.training.ending import RunEnd
-from vipllava.training.stopping import StopRequest
+from vipllava.training.ending import RunEnd, StopRequest
 from vipllava.types import CheckpointError, Interrupted
 
 pytestmark = LIGHTNING_WARNINGS
@@ -37,9 +36,8 @@ def full_disk(monkeypatch):
     monkeypatch.setattr(torch, "save", write)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_file_has_its_name_when_it_is_whole(tmp_path, asynchronous):
-    plugin = AtomicCheckpointIO(asynchronous)
+def test_a_file_has_its_name_when_it_is_whole(tmp_path):
+    plugin = AtomicCheckpointIO()
     weight = torch.ones(3)
     plugin.save_checkpoint({"weight": weight}, tmp_path / "000001.ckpt")
     weight += 1  # training goes on while the file is written
@@ -48,10 +46,9 @@ def test_a_file_has_its_name_when_it_is_whole(tmp_path, asynchronous):
     assert torch.load(tmp_path / "000001.ckpt")["weight"].tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_full_disk_keeps_the_one_before(tmp_path, full_disk, asynchronous):
+def test_a_full_disk_keeps_the_one_before(tmp_path, full_disk):
     (tmp_path / "000001.ckpt").write_bytes(b"whole")
-    plugin = AtomicCheckpointIO(asynchronous)
+    plugin = AtomicCheckpointIO()
 
     def save_and_wait() -> None:
         plugin.save_checkpoint({}, tmp_path / "000002.ckpt")
@@ -170,7 +167,7 @@ def test_without_our_entry_point_a_second_ctrl_c_is_pythons_own(monkeypatch):
     try:
         signal.raise_signal(signal.SIGINT)
         assert (request.name, request.exit_code) == ("Ctrl-C", 130)
-        monkeypatch.setattr(stopping, "SAME_CTRL_C_S", -1)
+        monkeypatch.setattr(ending, "SAME_CTRL_C_S", -1)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:

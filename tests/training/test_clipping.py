@@ -41,7 +41,7 @@ def test_a_fused_step_is_clipped_and_gives_the_same_losses(
     for device_type in ("cpu", "cuda"):
         # What is decided for a CUDA device, on this one.
         monkeypatch.setattr(
-            lit_module,
+            lit_module.optim,
             "uses_fused_adamw",
             lambda _, precision, here=device_type: uses_fused_adamw(here, precision),
         )
@@ -94,7 +94,7 @@ def test_with_loss_scaling_the_norm_is_that_of_the_unscaled_gradient(
         decided.append((precision, uses_fused_adamw("cuda", precision)))
         return decided[-1][1]
 
-    monkeypatch.setattr(lit_module, "uses_fused_adamw", decide)
+    monkeypatch.setattr(lit_module.optim, "uses_fused_adamw", decide)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     half = MixedPrecision("16-mixed", "cpu", scaler)
     trainer = make_trainer("half", plugins=[half], gradient_clip_val=0.05)

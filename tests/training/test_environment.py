@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
-from vipllava.training.environment import StartLog
+from vipllava.training.callbacks import StartLog
 from vipllava.types import CheckpointError
 
 pytestmark = LIGHTNING_WARNINGS

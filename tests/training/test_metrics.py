@@ -19,14 +19,15 @@ from vipllava.forecast.flops import useful_flops
 from vipllava.models.adapters import AdapterSettings
 from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.training import metrics
-from vipllava.training.dataset_losses import DatasetLosses, sample_of_position
 from vipllava.training.metrics import (
     METRICS,
     BatchFlops,
+    DatasetLosses,
     Throughput,
     WindowSums,
     count_flops_of,
     dataset_loss,
+    sample_of_position,
     segment_lengths,
     window_metrics,
 )

@@ -17,15 +17,15 @@ import pytest
 
 from tests.training.resume_job import CONTEXT
 from vipllava.config.resolvers import register_resolvers
+from vipllava.training.restart import hold_run
 from vipllava.training.run import run_training
-from vipllava.training.run_lock import hold_run
 from vipllava.types import VipLlavaError
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from vipllava.training.run_lock import hold_run
+from vipllava.training.restart import hold_run
 
 with hold_run(Path(sys.argv[1])):
     child = os.fork()

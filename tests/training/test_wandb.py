@@ -15,7 +15,7 @@ import pytest
 
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.checkpoints.loading import load_tokenizer
-from vipllava.training.environment import StartLog
+from vipllava.training.callbacks import StartLog
 from vipllava.training.metrics import Throughput
 from vipllava.training.run import run_training
 from vipllava.training.sample_log import SampleTable

@@ -1,10 +1,22 @@
-"""Callbacks of a stage: the table of what trains, and the export at the end."""
+"""Callbacks of a stage: what a run starts with, the table of what trains, and the export."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import logging
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Final
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
@@ -12,9 +24,12 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerFast, VipLlavaForConditionalGeneration
 
 from vipllava.checkpoints.adapter_format import save_adapter
-from vipllava.checkpoints.export_meta import ExportMeta
+from vipllava.checkpoints.export_meta import ExportMeta, code_version
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.llava_format import save_projector
+from vipllava.config import hardware
+from vipllava.config.attention import attention_candidates, explain_attention
+from vipllava.files.atomic import write_whole
 from vipllava.models.adapters import merge_adapters
 from vipllava.models.freezing import ParameterRow, parameter_table
 from vipllava.training.first_alone import first_alone
@@ -24,19 +39,74 @@ from vipllava.types import VipLlavaError
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FOLDER = "adapter"
-"""Name of the folder of a run's adapters, beside its export."""
+_PACKAGES: Final = (
+    "torch", "lightning", "transformers", "tokenizers", "safetensors", "webdataset", "numpy",
+    "pillow", "hydra-core", "omegaconf", "deepspeed", "peft", "bitsandbytes", "flash-attn",
+    "flash-attn-3", "flash-attn-4", "wandb",
+)  # fmt: skip
 
-PROJECTOR_FOLDER = "projector"
-"""Name of the folder of what a stage-1 run trained, beside its export."""
+
+@dataclass(eq=False)
+class StartLog(Callback):
+    """Writes down what a run starts with, before any weight is loaded.
+
+    It goes to ``RUN_DIR/environment.json`` and as hyper-parameters to every logger; which attention
+    was chosen, and why, is also a line of the log.
+    """
+
+    run_dir: str | Path  # the run's folder
+    configuration: Mapping[str, Any]  # the resolved job as plain values
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write, on the first process."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        module: Any = pl_module
+        attention = _explain_attention(module.spec.attn_implementation, trainer)
+        logger.info("attention: %s", attention)
+        ranks = {"processes": trainer.world_size, "nodes": trainer.num_nodes}
+        environment = _environment() | ranks | {"attention": attention}
+        about = {"code": code_version(), "environment": environment}
+        values = {**about, "configuration": self.configuration}
+        path = Path(self.run_dir) / "environment.json"
+        write_whole(path, json.dumps(values, indent=1, default=str) + "\n")
+        for log in trainer.loggers:
+            log.log_hyperparams({**self.configuration, **about})
+
+
+def _explain_attention(used: str, trainer: Trainer) -> str:
+    """Say which attention a run's network gets, and why not a faster one."""
+    machine = hardware.detect()
+    on_cuda = trainer.strategy.root_device.type == "cuda"
+    capability = machine.least_capability if on_cuda else None
+    rows = attention_candidates(machine.installed, capability, str(trainer.precision))
+    return explain_attention(used, rows)
+
+
+def _environment() -> dict[str, Any]:
+    packages: dict[str, str] = {}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
+    cuda = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    return {
+        "command": shlex.join(sys.argv),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "cuda": torch.version.cuda,
+        "devices": cuda or [platform.machine()],
+        "cpus": os.cpu_count(),
+    }
 
 
 def render_parameter_table(rows: tuple[ParameterRow, ...]) -> Table:
     """Return the table of parts, their weights and those that train."""
     table = Table(title="Parameters")
     table.add_column("part")
-    table.add_column("parameters", justify="right")
-    table.add_column("trainable", justify="right")
+    for header in ("parameters", "trainable"):
+        table.add_column(header, justify="right")
     for row in rows:
         table.add_row(row.part, f"{row.num_parameters:,}", f"{row.num_trainable:,}")
     table.add_section()
@@ -45,28 +115,25 @@ def render_parameter_table(rows: tuple[ParameterRow, ...]) -> Table:
     return table
 
 
+@dataclass(eq=False)
 class ParameterTable(Callback):
-    """Shows which parts train when fit starts, on the first rank.
+    """Shows which parts train when fit starts, on the first rank."""
 
-    Args:
-        console: where to print it; stderr if not given, beside the log.
-    """
-
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console
+    console: Console | None = None  # where to print it; stderr if not given, beside the log
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""
         if not trainer.is_global_zero:
             return
-        rows = parameter_table(_network_of(pl_module).network)
-        (self._console or Console(stderr=True)).print(render_parameter_table(rows))
+        rows = parameter_table(_ours(pl_module).network)
+        (self.console or Console(stderr=True)).print(render_parameter_table(rows))
         for row in rows:
             logger.info(
                 "%s: %s parameters, %s trainable", row.part, row.num_parameters, row.num_trainable
             )
 
 
+@dataclass(eq=False)
 class ExportCallback(Callback):
     """Writes the trained network as a Hugging Face folder when training has ended.
 
@@ -74,29 +141,16 @@ class ExportCallback(Callback):
     run with adapters writes these, with the projector, into ``adapter`` beside the folder, and the
     folder holds them merged. One that trains the projector alone (stage 1) writes it into
     ``projector``, too.
-
-    Args:
-        directory: the folder to write; one of an earlier run is replaced.
-        tokenizer: saved with the weights.
-        meta: what the folder says about itself.
-        base: what adapters belong on: the folder or id that the run started from.
     """
 
-    def __init__(
-        self,
-        directory: str | Path,
-        tokenizer: PreTrainedTokenizerFast,
-        meta: ExportMeta,
-        base: str = "",
-    ) -> None:
-        self.directory = Path(directory)
-        self.tokenizer = tokenizer
-        self.meta = meta
-        self.base = base
+    directory: Path  # the folder to write; one of an earlier run is replaced
+    tokenizer: PreTrainedTokenizerFast  # saved with the weights
+    meta: ExportMeta  # what the folder says about itself
+    base: str = ""  # what adapters belong on: the folder or id that the run started from
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder on the first rank; the others wait, see :func:`first_alone`."""
-        module = _network_of(pl_module)
+        module = _ours(pl_module)
         network = whole_network(module.network, trainer.strategy, module.adapter)
 
         def export() -> None:
@@ -107,18 +161,18 @@ class ExportCallback(Callback):
 
     def _export(self, network: VipLlavaForConditionalGeneration, module: VipLlavaLitModule) -> None:
         if module.adapter is not None:
-            adapter = self.directory.with_name(ADAPTER_FOLDER)
+            adapter = self.directory.with_name("adapter")
             save_adapter(network, adapter, self.meta, base=self.base, settings=module.adapter)
             logger.info("wrote the adapter to %s", adapter)
             merge_adapters(network)
         save_export(network, self.tokenizer, self.directory, self.meta)
         logger.info("exported the model to %s", self.directory)
         if tuple(module.trainable) == ("projector",):
-            folder = save_projector(network, self.directory.with_name(PROJECTOR_FOLDER))
+            folder = save_projector(network, self.directory.with_name("projector"))
             logger.info("wrote what was trained, the projector alone, to %s", folder)
 
 
-def _network_of(module: LightningModule) -> VipLlavaLitModule:
+def _ours(module: LightningModule) -> VipLlavaLitModule:
     if not isinstance(module, VipLlavaLitModule):
         raise VipLlavaError(
             f"this callback belongs to VipLlavaLitModule, not to {type(module).__name__}"

@@ -1,9 +1,7 @@
 """Training checkpoints that a kill, a full disk or a lost node cannot spoil.
 
-A checkpoint has its name only when it is whole: it is written beside its place, brought to the
-disk, and renamed. Older ones go after that, so at least one good one is always there. Weights that
-are on one process are copied to the CPU and written while training goes on; sharded ones are
-written by all processes together.
+A checkpoint is written beside its place, brought to the disk, and renamed; older ones go after
+that. Weights that are on one process are written while training goes on, sharded ones by all.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -28,10 +27,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from vipllava.checkpoints.plain_pickles import load_plain
 from vipllava.files.atomic import UNFINISHED, new_file, put_folder, remove
+from vipllava.training.ending import StopRequest
 from vipllava.training.first_alone import first_alone
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.training.restart import SUFFIX, list_checkpoints
-from vipllava.training.stopping import StopRequest
 from vipllava.types import CheckpointError, Interrupted, first_line
 
 logger = logging.getLogger(__name__)
@@ -39,21 +38,17 @@ logger = logging.getLogger(__name__)
 BEST: Final = "best.ckpt"
 
 
+@dataclass(eq=False)
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes one file per checkpoint: beside its place, to the disk, then renamed.
 
-    Args:
-        asynchronous: write from a thread, from a copy on the CPU; the next save waits for it.
-
-    Attributes:
-        on_written: called behind every file that is whole, in the thread that wrote it.
+    From a thread, from a copy on the CPU; the next save waits for it.
     """
 
-    def __init__(self, asynchronous: bool = True) -> None:
-        self.asynchronous = asynchronous
-        self.on_written: Callable[[], None] = _do_nothing
-        self._executor: ThreadPoolExecutor | None = None
-        self._pending: Future[None] | None = None
+    # Called behind every file that is whole, in the thread that wrote it.
+    on_written: Callable[[], None] = lambda: None
+    _executor: ThreadPoolExecutor | None = field(default=None, init=False)
+    _pending: Future[None] | None = field(default=None, init=False)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -64,16 +59,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: this one or the one before it could not be written.
         """
         self.wait()
-        if not self.asynchronous:
-            self._write(checkpoint, Path(path))
-            return
-        copy = apply_to_collection(checkpoint, torch.Tensor, _to_cpu)
+        copy = apply_to_collection(
+            checkpoint, torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True)
+        )
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = self._executor.submit(self._write, copy, Path(path))
 
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
-        _write(checkpoint, path)
+        try:
+            with new_file(path, durable=True) as unfinished, unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError on a full disk
+            raise _unwritten(path, error) from error
         self.on_written()
 
     def load_checkpoint(
@@ -118,68 +116,51 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 self._executor = None
 
 
+@dataclass(eq=False)
 class CheckpointCallback(Checkpoint):
     """Saves at steps, at times, at the last step, and before a run that is asked to stop does so.
 
     The last step is the one behind which the trainer is told to stop, see
     :class:`vipllava.training.ending.RunEnd`.
-
-    Args:
-        dirpath: folder of the run's checkpoints.
-        every_n_steps: optimizer steps between two; None: not by steps.
-        every_n_minutes: minutes between two, on the first process's clock; None: not by time.
-        keep_last: how many stay, at least one.
-        keep_best: also keep the one with the lowest ``val/loss``, as ``best.ckpt``.
     """
 
-    def __init__(
-        self,
-        dirpath: str | Path,
-        every_n_steps: int | None = 500,
-        every_n_minutes: float | None = None,
-        keep_last: int = 2,
-        keep_best: bool = True,
-    ) -> None:
-        self.dirpath = Path(dirpath)
-        self.every_n_steps = every_n_steps
-        self.every_n_minutes = every_n_minutes
-        self.keep_last = max(1, keep_last)
-        self.keep_best = keep_best
+    dirpath: str | Path  # folder of the run's checkpoints
+    every_n_steps: int | None = 500  # optimizer steps between two; None: not by steps
+    # Minutes between two, on the first process's clock; None: not by time.
+    every_n_minutes: float | None = None
+    keep_last: int = 2  # how many stay, at least one
+    keep_best: bool = True  # also keep the one with the lowest ``val/loss``, as ``best.ckpt``
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.dirpath)
         self.best_loss: float | None = None
         self._deferred = False
-        self._last_step = 0
-        self._saved_step = 0
+        self._last_step = self._saved_step = 0
         self._last_time = time.monotonic()
         self._stop = StopRequest()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep Lightning from listening to signals.
+        """Keep Lightning from listening to signals, for which there is no setting.
 
-        It would from before the first step on, there is no setting for it, and its handler talks to
-        the other processes, which may be anywhere, and ends a run as if nothing had happened.
+        Its handler talks to the other processes, which may be anywhere, and ends a run as if
+        nothing had happened.
         """
         connector: Any = trainer._signal_connector
-        connector.register_signal_handlers = _do_nothing
+        connector.register_signal_handlers = lambda: None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Clear what a killed save left, and listen to the signals that ask to stop.
-
-        Raises:
-            CheckpointError: the processes have gone on from different checkpoints.
-        """
-        self._last_step, self._last_time = trainer.global_step, time.monotonic()
-        self._saved_step = trainer.global_step
+        """Clear what a killed save left, and listen to the signals that ask to stop."""
+        self._last_step = self._saved_step = trainer.global_step
+        self._last_time = time.monotonic()
         _check_same_step(trainer)
         if isinstance(plugin := trainer.strategy.checkpoint_io, AtomicCheckpointIO):
             plugin.on_written = self._remove_older
-        if trainer.is_global_zero and self.dirpath.is_dir():
-            for path in self.dirpath.glob(f".*{UNFINISHED}"):
+        if trainer.is_global_zero and self.folder.is_dir():
+            for path in self.folder.glob(f".*{UNFINISHED}"):
                 remove(path)
         self._stop.listen()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Save if this micro-batch completed a step that is due."""
         step = trainer.global_step
         if step == self._last_step:
@@ -198,8 +179,7 @@ class CheckpointCallback(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what was due before the validation, and the best so far; stop if asked to."""
         loss = float(trainer.callback_metrics.get("val/loss", math.inf))
-        is_best = loss < (math.inf if self.best_loss is None else self.best_loss)
-        if is_best:
+        if is_best := loss < (math.inf if self.best_loss is None else self.best_loss):
             self.best_loss = loss
         in_training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         asked = self._decide(trainer, trainer.global_step)[0] if in_training else 0
@@ -228,44 +208,34 @@ class CheckpointCallback(Checkpoint):
         if trainer.should_stop:
             _wait(trainer)  # the export comes next
 
-    def save(self, trainer: Trainer, name: str | None = None) -> Path:
-        """Save now; every process has to call this.
-
-        Args:
-            trainer: of the run.
-            name: of the checkpoint; by its step if not given.
-
-        Returns:
-            The checkpoint.
+    def save(self, trainer: Trainer, name: str | None = None) -> None:
+        """Save now, by the step's name if none is given; every process has to call this.
 
         Raises:
             CheckpointError: it cannot be written; those of before stay.
         """
-        path = self.dirpath / (name or f"{trainer.global_step:06d}{SUFFIX}")
+        path = self.folder / (name or f"{trainer.global_step:06d}{SUFFIX}")
         if isinstance(trainer.lightning_module, VipLlavaLitModule):
             # Lightning would log this step only after the callbacks, and a kill in between lose it.
             trainer.lightning_module.log_step()
         if trainer.is_global_zero:
             for log in trainer.loggers:
                 log.save()
-            self.dirpath.mkdir(parents=True, exist_ok=True)
-        sharded = isinstance(trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy))
+            self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            if sharded:
+            if isinstance(trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy)):
                 _save_sharded(trainer, path)
             else:
                 trainer.save_checkpoint(path, weights_only=False)
         except (OSError, CheckpointException) as error:  # the latter of FSDP2's writer
-            raise CheckpointError(_unwritten(path, error)) from error
+            raise _unwritten(path, error) from error
         self._last_time = time.monotonic()
-        if trainer.is_global_zero and not isinstance(
-            trainer.strategy.checkpoint_io, AtomicCheckpointIO
-        ):
+        plugin = trainer.strategy.checkpoint_io
+        if trainer.is_global_zero and not isinstance(plugin, AtomicCheckpointIO):
             self._remove_older()  # that one does so itself, when the new file is whole
-        return path
 
     def _remove_older(self) -> None:
-        for old in list_checkpoints(self.dirpath)[: -self.keep_last]:
+        for old in list_checkpoints(self.folder)[: -max(1, self.keep_last)]:
             try:
                 remove(old)
             except OSError as error:
@@ -275,31 +245,28 @@ class CheckpointCallback(Checkpoint):
         """Give the signals back."""
         self._stop.stop_listening()
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *_: Any) -> None:
         """Give the signals back; nothing is torn down after an error."""
         self._stop.stop_listening()
 
     def _interrupt(self, trainer: Trainer, exit_code: int) -> NoReturn:
         _wait(trainer)
+        by = self._stop.name or "a signal to another process"
         raise Interrupted(
-            f"stopped at step {trainer.global_step} by "
-            f"{self._stop.name or 'a signal to another process'}; the checkpoint is in "
-            f"{self.dirpath}: start the same command again to go on",
+            f"stopped at step {trainer.global_step} by {by}; the checkpoint is in {self.folder}: "
+            "start the same command again to go on",
             exit_code,
         )
 
     def _decide(self, trainer: Trainer, step: int) -> tuple[int, bool]:
         """Return the exit code to stop with, or 0, and whether to save; alike on all processes."""
-        asked = self._stop.exit_code
-        due = bool(self.every_n_steps) and step % int(self.every_n_steps or 1) == 0
+        due = bool(self.every_n_steps and step % self.every_n_steps == 0)
         late = (
             self.every_n_minutes is not None
             and trainer.is_global_zero
             and time.monotonic() - self._last_time >= 60 * self.every_n_minutes
         )
-        asked, late = _greatest(trainer, asked, int(late))
+        asked, late = _greatest(trainer, self._stop.exit_code, int(late))
         return asked, due or bool(late)
 
 
@@ -327,10 +294,8 @@ def _validation_follows(trainer: Trainer) -> bool:
         return False
     if trainer.should_stop and trainer.fit_loop._can_stop_early:
         return True
-    every = trainer.val_check_batch
-    if not every or every == float("inf"):
-        return False
-    return (trainer.fit_loop.total_batch_idx + 1) % int(every) == 0
+    every = trainer.val_check_batch or math.inf
+    return every < math.inf and (trainer.fit_loop.total_batch_idx + 1) % int(every) == 0
 
 
 def _save_sharded(trainer: Trainer, path: Path) -> None:
@@ -340,36 +305,18 @@ def _save_sharded(trainer: Trainer, path: Path) -> None:
     trainer.strategy.barrier("before saving")
     trainer.save_checkpoint(unfinished, weights_only=False)
     trainer.strategy.barrier("saved")
-
     # Storage may take longer to have all of it than a collective waits.
     give_name = partial(put_folder, unfinished, path, replace=True)
     first_alone(trainer.is_global_zero, f"{path.name} on the disk", give_name)
 
 
-def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    try:
-        with new_file(path, durable=True) as unfinished, unfinished.open("wb") as file:
-            torch.save(checkpoint, file)
-    except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError on a full disk
-        raise CheckpointError(_unwritten(path, error)) from error
-
-
-def _unwritten(path: Path, error: BaseException) -> str:
-    return (
+def _unwritten(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
         f"the checkpoint {path} could not be written ({first_line(error)}): free some space; "
         "those of before are whole, and the same command goes on from the newest"
     )
 
 
-def _do_nothing() -> None:
-    pass
-
-
 def _wait(trainer: Trainer) -> None:
-    plugin: Any = trainer.strategy.checkpoint_io
-    if isinstance(plugin, AtomicCheckpointIO):
+    if isinstance(plugin := trainer.strategy.checkpoint_io, AtomicCheckpointIO):
         plugin.wait()
-
-
-def _to_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)

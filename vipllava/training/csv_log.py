@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,16 +15,12 @@ from lightning.pytorch.loggers import Logger
 from vipllava.files.atomic import write_whole
 
 FILE_NAME: Final = "metrics.csv"
-_FIRST: Final = ("epoch", "step")
 
 
 class CsvLog(Logger):
     """Writes one row per step; metrics of one step that come later join its row.
 
     Lightning's own deletes the file of the run before, which here is the same run.
-
-    Args:
-        folder: of the file.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -44,37 +40,29 @@ class CsvLog(Logger):
         """There is one version: a run is resumed, or its files are moved away."""
         return ""
 
-    @property
-    def log_dir(self) -> str:
-        """The folder of the file."""
-        return str(self.path.parent)
-
-    @property
-    def save_dir(self) -> str:
-        """The folder of the file."""
-        return str(self.path.parent)
-
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run's folder has the whole configuration."""
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Write a step's row, or complete it."""
-        if not self._columns and self.path.is_file():
-            self._continue()
+        exists = self.path.is_file()
+        if exists and not self._columns:
+            with self.path.open(newline="", encoding="utf-8") as file:
+                self._columns = next(csv.reader(file), [])
         if self._row.get("step") != step:
             self._row = {"step": step}
-            self._row_start = self.path.stat().st_size if self.path.is_file() else 0
-        self._row |= {name: _number(value) for name, value in metrics.items()}
-        new = [name for name in self._row if name not in self._columns]
-        if new:
-            self._widen(new)
+            self._row_start = self.path.stat().st_size if exists else 0
+        for name, value in metrics.items():
+            self._row[name] = value.item() if hasattr(value, "item") else value
+        if self._row.keys() - set(self._columns):
+            self._widen()
         try:
             with self.path.open("r+", newline="", encoding="utf-8") as file:
                 file.seek(self._row_start)
                 file.truncate()
-                file.write(_line([self._row.get(name, "") for name in self._columns]))
+                file.write(_text(self._columns, [self._row]))
         except OSError as error:  # a full disk names no file
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
@@ -85,48 +73,32 @@ class CsvLog(Logger):
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
-    def _continue(self) -> None:
-        with self.path.open(newline="", encoding="utf-8") as file:
-            self._columns = next(csv.reader(file), [])
-
-    def _widen(self, names: list[str]) -> None:
+    def _widen(self) -> None:
         """Write the file again with more columns; the row at its end is written afterwards."""
-        rows: list[dict[str, str]] = []
-        if self.path.is_file():
-            with self.path.open("rb") as file:
-                text = file.read(self._row_start).decode()
-            rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        known = set(self._columns) | set(names)
-        first = [name for name in _FIRST if name in known]
-        self._columns = [*first, *sorted(known - set(_FIRST))]
-        lines = [_line(self._columns)]
-        lines += [_line([row.get(name, "") for name in self._columns]) for row in rows]
-        write_whole(self.path, "".join(lines))
+        before = self.path.read_bytes() if self.path.is_file() else b""
+        rows = csv.DictReader(io.StringIO(before[: self._row_start].decode(), newline=""))
+        known = self._row.keys() | set(self._columns)
+        self._columns = sorted(known, key=lambda name: (name not in ("epoch", "step"), name))
+        write_whole(self.path, _text(self._columns, rows, header=True))
         self._row_start = self.path.stat().st_size
 
 
 def cut_csv(path: Path, num_steps: int) -> None:
-    """Remove the rows of steps that a run is going to do again, and a row cut short by a kill.
+    """Remove the rows of steps behind ``num_steps``, and a row cut short by a kill.
 
-    Args:
-        path: of ``metrics.csv``; nothing happens if it is not there.
-        num_steps: steps that the checkpoint has done; their rows stay.
+    Nothing happens if there is no file.
     """
     if not path.is_file():
         return
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    rows = list(csv.reader(io.StringIO(whole, newline="")))
-    if not rows or "step" not in rows[0]:
+    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+    columns = list(rows.fieldnames or ())
+    if "step" not in columns:
         path.unlink()
         return
-    column = rows[0].index("step")
-    kept = [
-        row
-        for row in rows[1:]
-        if len(row) == len(rows[0]) and row[column].isdecimal() and int(row[column]) < num_steps
-    ]
-    write_whole(path, "".join(map(_line, [rows[0], *kept])))
+    whole = (row for row in rows if None not in row and None not in row.values())
+    kept = [row for row in whole if row["step"].isdecimal() and int(row["step"]) < num_steps]
+    write_whole(path, _text(columns, kept, header=True))
 
 
 def count_rows(path: Path) -> int:
@@ -137,11 +109,10 @@ def count_rows(path: Path) -> int:
         return max(0, sum(1 for _ in file) - 1)
 
 
-def _number(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
-
-
-def _line(values: list[Any]) -> str:
+def _text(columns: list[str], rows: Iterable[Mapping[str, Any]], *, header: bool = False) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()

@@ -1,9 +1,7 @@
-"""DeepSpeed whose checkpoints another number of processes goes on from.
+"""DeepSpeed whose checkpoints another number of processes, or another stage, goes on from.
 
-DeepSpeed's own fit the number of processes and the stage that wrote them, and are pickles that its
-reader runs. These hold, for each process, the stretches of weights and of Adam's state that it
-keeps, under the weights' names; whoever reads them takes what belongs to its own stretches. The
-half-precision weights are made of the float32 ones again. What is frozen is in no checkpoint.
+They hold, for each process, the stretches of trained weights and of Adam's state that it keeps, by
+the weights' names; whoever reads takes what belongs to its own. No code is run in reading them.
 """
 
 from __future__ import annotations
@@ -17,30 +15,16 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from vipllava.checkpoints.parts import (
-    INDEX,
-    WEIGHT,
-    Part,
-    Shared,
-    check_complete,
-    copy_overlap,
-    read_parts,
-    read_shared,
-    write_index,
-    write_part,
-    write_shared,
-)
+from vipllava.checkpoints import parts as store
+from vipllava.checkpoints.parts import INDEX, WEIGHT, Part, Shared
 from vipllava.checkpoints.training_state import check_whole
 from vipllava.stream.ranks import gather_objects
 from vipllava.types import CheckpointError, ConfigError
 
-_COUNTERS: Final = ("global_steps", "global_samples", "skipped_steps")
-"""Of DeepSpeed's engine."""
+_COUNTERS: Final = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
+# Of its dynamic loss scaling, which only float16 has.
 _SCALING: Final = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""Of its dynamic loss scaling, which only float16 has."""
 _STEP: Final = "step"
-_IN_PARTS: Final = ("state_dict", "optimizer_states")
-"""Of Lightning's checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +68,13 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         def write() -> dict[str, int]:
             folder.mkdir(parents=True, exist_ok=True)
             parts = {name: self._part(stretch) for name, stretch in stretches.items()}
-            sizes = write_part(folder, self.global_rank, parts)
+            sizes = store.write_part(folder, self.global_rank, parts)
             if self.is_global_zero:
-                sizes |= write_shared(folder, self._shared(checkpoint))
+                sizes |= store.write_shared(folder, self._shared(checkpoint))
             return sizes
 
         sizes = {name: size for files in _on_all(write) for name, size in files.items()}
-        _on_all(lambda: write_index(folder, sizes) if self.is_global_zero else None)
+        _on_all(lambda: store.write_index(folder, sizes) if self.is_global_zero else None)
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
@@ -109,13 +93,12 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
                 f"{path} is no checkpoint of a DeepSpeed strategy: go on with the strategy that "
                 "wrote it, or make a model of it with `vipllava convert` and start from that"
             )
-        module = self.lightning_module
-        assert module is not None
+        module: Any = self.lightning_module
         if module.trainer.state.fn != TrainerFn.FITTING:
             raise CheckpointError(
                 f"{path} can only be trained on: make a model of it with `vipllava convert`"
             )
-        shared = read_shared(path)
+        shared = store.read_shared(path)
         self._check_weights(path, shared)
         with torch.no_grad():
             self._read_parts(path, shared.engine[_STEP])
@@ -125,16 +108,13 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
     def _stretches(self) -> dict[str, _Stretch]:
         """Return what this process keeps, by the weights' names."""
         zero: Any = self.deepspeed_engine.optimizer
-        found: dict[str, _Stretch] = {}
-        for name, weight in self._trained():
-            stretch = _stretch_of(weight, zero)
-            if stretch is not None:
-                found[name] = stretch
-        return found
+        found = ((name, _stretch_of(weight, zero)) for name, weight in self._trained())
+        return {name: stretch for name, stretch in found if stretch is not None}
 
-    def _trained(self) -> Iterator[tuple[str, Any]]:
+    def _trained(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Any]]:
         assert self.lightning_module is not None
-        return ((n, p) for n, p in self.lightning_module.named_parameters() if p.requires_grad)
+        weights = self.lightning_module.named_parameters(remove_duplicate=remove_duplicate)
+        return ((name, weight) for name, weight in weights if weight.requires_grad)
 
     def _state(self) -> dict[torch.Tensor, dict[str, Any]]:
         """Return AdamW's state, by the flat tensors; empty before the first step."""
@@ -142,22 +122,23 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         return zero.optimizer.state
 
     def _part(self, stretch: _Stretch) -> Part:
-        state = self._state().get(stretch.flat, {})
-        of_weights = {k: v for k, v in state.items() if v.shape == stretch.flat.shape}
-        tensors = {name: stretch.of(value) for name, value in of_weights.items()}
-        return Part(stretch.start, {WEIGHT: stretch.of(stretch.flat), **tensors})
+        tensors = {WEIGHT: stretch.of(stretch.flat)}
+        for name, value in self._state().get(stretch.flat, {}).items():
+            if value.shape == stretch.flat.shape:
+                tensors[name] = stretch.of(value)
+        return Part(stretch.start, tensors)
 
     def _shared(self, checkpoint: dict[str, Any]) -> Shared:
         engine: Any = self.deepspeed_engine
         scaler = engine.optimizer.loss_scaler
         steps = {float(state[_STEP]) for state in self._state().values()}
         assert len(steps) <= 1, steps
-        assert self.lightning_module is not None
         first: dict[int, str] = {id(weight): name for name, weight in self._trained()}
-        every = self.lightning_module.named_parameters(remove_duplicate=False)
-        tied = {n: first[id(p)] for n, p in every if p.requires_grad and first[id(p)] != n}
+        every = self._trained(remove_duplicate=False)
+        tied = {name: first[id(weight)] for name, weight in every if first[id(weight)] != name}
+        in_parts = ("state_dict", "optimizer_states")
         return Shared(
-            run={key: value for key, value in checkpoint.items() if key not in _IN_PARTS},
+            run={key: value for key, value in checkpoint.items() if key not in in_parts},
             shapes={name: _shape(weight) for name, weight in self._trained()},
             tied=tied,
             engine={
@@ -176,11 +157,11 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
             for name, shape in here.items()
             if shared.shapes[name] != shape
         ]
+        shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
         raise CheckpointError(
-            f"{path} has other weights that train than this run ({', '.join(names[:5])}"
-            f"{' ...' if len(names) > 5 else ''}): keep the parts that train, the model and the "
-            "adapter as they were, or make a model of it with `vipllava convert` and start from "
-            "that"
+            f"{path} has other weights that train than this run ({shown}): keep the parts that "
+            "train, the model and the adapter as they were, or make a model of it with `vipllava "
+            "convert` and start from that"
         )
 
     def _read_parts(self, path: Path, step: float) -> None:
@@ -188,19 +169,25 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         weights_sharded = hasattr(zero, "checkpoint_event_prologue")
         if weights_sharded:
             zero.checkpoint_event_prologue()
-        files = read_parts(path)
+            flats = zero.fp32_partitioned_groups_flat
+        else:
+            flats = zero.single_partition_of_fp32_groups
+        files = store.read_parts(path)
         keys = {key for parts in files for part in parts.values() for key in part.tensors}
+        keys.discard(WEIGHT)
         # All of them, with the few that are padding here: they count the steps, too.
-        for flat in _flats(zero):
-            _prepare_state(zero.optimizer, flat, keys - {WEIGHT}, step)
+        for flat in flats if keys else ():
+            _prepare_state(zero.optimizer, flat, keys, step)
         for name, stretch in self._stretches().items():
             state = self._state().get(stretch.flat, {})
-            into = {key: stretch.of(state[key]) for key in keys - {WEIGHT}}
+            into = {key: stretch.of(state[key]) for key in keys}
             into[WEIGHT] = stretch.of(stretch.flat)
             copied = sum(
-                copy_overlap(parts[name], stretch.start, into) for parts in files if name in parts
+                store.copy_overlap(parts[name], stretch.start, into)
+                for parts in files
+                if name in parts
             )
-            check_complete(name, copied, stretch.length)
+            store.check_complete(name, copied, stretch.length)
         if weights_sharded:
             for number in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(number)
@@ -236,21 +223,12 @@ def _stretch_of(weight: Any, zero: Any) -> _Stretch | None:
     )
 
 
-def _flats(zero: Any) -> list[torch.Tensor]:
-    name = "single_partition_of_fp32_groups"
-    return getattr(zero, name) if hasattr(zero, name) else zero.fp32_partitioned_groups_flat
-
-
 def _prepare_state(optimizer: Any, flat: torch.Tensor, keys: set[str], step: float) -> None:
     """Make AdamW's state of a flat tensor as it makes it itself in its first step."""
-    if not keys:
-        return
-    state = optimizer.state[flat]
     group = optimizer.param_groups[0]
     beside = flat.device if group.get("fused") or group.get("capturable") else "cpu"
-    state[_STEP] = torch.tensor(step, dtype=torch.float32, device=beside)
-    for key in keys:
-        state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format).detach()
+    steps = torch.tensor(step, dtype=torch.float32, device=beside)
+    optimizer.state[flat].update({_STEP: steps, **{key: torch.zeros_like(flat) for key in keys}})
 
 
 def _shape(weight: Any) -> list[int]:
@@ -262,16 +240,15 @@ def _on_all(action: Callable[[], Any]) -> list[Any]:
 
     A process that only raised would leave the others waiting for it.
     """
-    result: tuple[Any, str | None]
     try:
-        result = action(), None
+        result = action()
     except OSError as error:
-        result = None, str(error)
+        result = error
     results = gather_objects(result)
-    for rank, (_, error) in enumerate(results):
-        if error is not None:
-            raise OSError(f"process {rank}: {error}")
-    return [value for value, _ in results]
+    for rank, found in enumerate(results):
+        if isinstance(found, OSError):
+            raise OSError(f"process {rank}: {found}")
+    return results
 
 
 def _check_config(config: Any) -> None:

@@ -1,19 +1,25 @@
-"""Where a run ends, and what belongs to its last step, whatever it is that ends it.
+"""Where a run ends: by its epochs, by ``max_steps``, by the clock, early, or by a signal.
 
-A run ends by its epochs, whose number of steps is not known before with packing, by ``max_steps``,
-by the clock, or early. Its last step is validated and saved before the export, so that an export
-that fails costs no step, and a run that has done all its steps goes to its end when it is started
-again.
+Its last step is validated and saved before the export, so that an export that fails costs no step,
+and a run that has done all its steps goes to its end when it is started again.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import time
+from types import FrameType
 from typing import Any, Final
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+
+from vipllava import processes
+from vipllava.processes import EXIT_INTERRUPTED, SAME_CTRL_C_S, leave_closed_terminal, say
+from vipllava.types import Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +50,8 @@ class RunEnd(Callback):
         Lightning would end at once where nothing is left, without the hooks of an end, and there
         would be no export. And it would take an epoch that a limit cut short for a whole one.
         """
-        loops = checkpoint["loops"]["fit_loop"]
+        fit, loops = trainer.fit_loop, checkpoint["loops"]["fit_loop"]
         steps, epochs = checkpoint["global_step"], loops["epoch_progress"]["current"]["processed"]
-        fit = trainer.fit_loop
         now = str(trainer.limit_train_batches)
         limit = checkpoint.get(_LIMIT, now)
         if limit != now:
@@ -87,9 +92,8 @@ class RunEnd(Callback):
             return
         in_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
         # Packing: the trainer knows a bound of the epoch's steps only, the batch its share.
-        epoch_ends = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or (
-            getattr(batch, "progress", None) == 1.0
-        )
+        is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        epoch_ends = is_last or getattr(batch, "progress", None) == 1.0
         if trainer.global_step == trainer.max_steps or (in_last_epoch and epoch_ends):
             trainer.should_stop = True
 
@@ -97,8 +101,7 @@ class RunEnd(Callback):
 class EarlyStop(EarlyStopping):
     """Ends a run whose held-out loss no longer falls; one that it has ended stays ended.
 
-    Args:
-        patience: validations without a lower loss; of this start, not of the checkpoint's.
+    ``patience``, validations without a lower loss, is of this start, not of the checkpoint's.
     """
 
     def __init__(self, patience: int) -> None:
@@ -110,9 +113,54 @@ class EarlyStop(EarlyStopping):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End before the first step if the run had come to its end."""
-        if (
-            self.wait_count >= self.patience
-            or self.stopping_reason is EarlyStoppingReason.NON_FINITE_METRIC
-        ):
+        not_a_number = self.stopping_reason is EarlyStoppingReason.NON_FINITE_METRIC
+        if not_a_number or self.wait_count >= self.patience:
             logger.info("the held-out loss had ended this run: only the export is made")
             trainer.should_stop = True
+
+
+def hold_signals_of_starting(launcher: Any) -> None:
+    """Have the processes that a strategy's launcher starts hear what asks to stop when they can."""
+    if (start := getattr(launcher, "_call_children_scripts", None)) is not None:
+        launcher._call_children_scripts = processes.signals_held()(start)
+
+
+class StopRequest:
+    """Notes the first signal that asks this process to stop.
+
+    A second Ctrl-C is for others: where :func:`vipllava.processes.begin` was called it ends the
+    process, elsewhere (a notebook) it raises ``KeyboardInterrupt``.
+
+    Attributes:
+        name: of the signal, None until it has come.
+        exit_code: that it asks for: 75 for one that a queue sends, 130 for Ctrl-C; 0 until then.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.exit_code = 0
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Begin; in place of Lightning's handlers, which talk to other processes from within."""
+        self._before = processes.listen(self._note)
+
+    def stop_listening(self) -> None:
+        """Give the signals back."""
+        processes.stop_listening(self._note, self._before)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        leave_closed_terminal()
+        is_ctrl_c = number == signal.SIGINT
+        if self.name is not None:
+            alone = self._before.get(number) is signal.default_int_handler
+            if is_ctrl_c and alone and time.monotonic() - self._since > SAME_CTRL_C_S:
+                raise KeyboardInterrupt
+            return
+        self.name = "Ctrl-C" if is_ctrl_c else signal.Signals(number).name
+        self.exit_code = EXIT_INTERRUPTED if is_ctrl_c else Interrupted.exit_code
+        self._since = time.monotonic()
+        if is_ctrl_c and os.environ.get("LOCAL_RANK", "0") == "0":
+            say("Ctrl-C: the run stops when this step is saved; once more ends it at once")

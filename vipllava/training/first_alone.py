@@ -1,8 +1,7 @@
 """What the first process does alone, and how the others wait for it.
 
-Not in a collective: that has a limit of its own (NCCL's watchdog ends every process after half an
-hour), which knows nothing of the work, and a process in it hears neither signals nor that the first
-one has failed. The store by which the processes found each other has no such limit.
+Not in a collective: NCCL's watchdog would end every process after half an hour, and a process in it
+hears neither signals nor that the first one has failed. They ask the store that they met by.
 """
 
 from __future__ import annotations
@@ -22,10 +21,8 @@ logger = logging.getLogger(__name__)
 
 LIMIT: Final = timedelta(hours=3)
 """How long the others wait: an export of 100 GB to storage that takes 10 MB a second."""
-
 _HEARD_LIMIT: Final = timedelta(seconds=30)
 """How long the first process, which may hold the store, stays for the others to read from it."""
-
 _POLL_SECONDS: Final = 0.1
 _DONE: Final = "done"
 _numbers = itertools.count()
@@ -39,12 +36,11 @@ def first_alone(
     Args:
         is_first: whether this is the first process of the job.
         what: names the work in messages, as in "waiting for the first process: WHAT".
-        work: is called on the first process only.
+        work: is called on the first process only; what it raises is raised there.
         limit: how long the others wait.
 
     Raises:
-        VipLlavaError: on the others: the work failed, the first process is gone, or the limit is
-            over. What ``work`` raises is raised on the first process.
+        VipLlavaError: on the others: the work failed, the first process is gone, or it took longer.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         if is_first:

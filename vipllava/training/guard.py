@@ -1,8 +1,7 @@
 """What happens when a step's loss is not finite, or far above what it was.
 
-The loss of the whole global batch is known on every process before the weights change, so all of
-them decide alike. A run stops with the weights as they were, or leaves the step out; either way a
-file names the samples, and ``train.py ... replay=FILE`` goes through them one by one.
+Every process knows the global batch's loss before the weights change, so all decide alike: a run
+stops, or leaves the step out. A file names the samples; ``train.py ... replay=FILE`` looks at each.
 """
 
 from __future__ import annotations
@@ -48,25 +47,20 @@ class StepRecord:
     losses: Sequence[Sequence[float | str]]
     checkpoint: str | None = None  # the newest one when it happened, or None
 
-    def write(self, folder: Path) -> Path:
-        """Write the record into a folder; one of an earlier try of the step is replaced."""
-        path = self.path(folder)
-        values = asdict(self) | {"loss": spell_loss(self.loss)}
-        values["losses"] = [[spell_loss(loss) for loss in losses] for losses in self.losses]
-        write_whole(path, json.dumps(values, indent=1) + "\n")
-        return path
-
     def path(self, folder: Path) -> Path:
         """Return the record's path in a folder."""
         return folder / f"step-{self.step:06d}.json"
 
+    def write(self, folder: Path) -> Path:
+        """Write the record into a folder; one of an earlier try of the step is replaced."""
+        losses = [[_spell(loss) for loss in losses] for losses in self.losses]
+        values = asdict(self) | {"loss": _spell(self.loss), "losses": losses}
+        write_whole(self.path(folder), json.dumps(values, indent=1) + "\n")
+        return self.path(folder)
+
     @classmethod
     def read(cls, path: Path) -> StepRecord:
-        """Read what :meth:`write` wrote.
-
-        Raises:
-            CheckpointError: there is no such file, or it is another one.
-        """
+        """Read what :meth:`write` wrote; raises CheckpointError where it is not that."""
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
@@ -86,73 +80,49 @@ class Refusal:
 
 @dataclass(eq=False)
 class LossGuard:
-    """Decides whether a step may change the weights.
+    """Decides whether a step may change the weights; raises ConfigError for impossible values.
 
     A loss is a spike if it is far above the median of the last ones and above ``spike_floor``. The
     first steps have few to compare with: there it has to be worse than chance, too. Far above
     chance it is a spike in every step, the first one too, however slowly it got there.
-
-    Args:
-        folder: where records go; None writes none.
-        on_nonfinite: ``stop`` the run, or ``skip`` the step, at a loss that is no number.
-        on_spike: the same, or ``ignore``, at a loss far above the last ones.
-        spike_factor: how many times their median, or chance, is far.
-        window: how many steps that median is of.
-        max_skipped: steps that may be left out in one run.
-        spike_floor: a loss up to this is no spike: where all losses are near 0, one hard batch is
-            many times their median. At 1.0 the right token still has a probability of 37 %.
-
-    Attributes:
-        chance_loss: of a model that takes all tokens for equally likely, ln(vocabulary); the
-            LightningModule sets that of its network.
-
-    Raises:
-        ConfigError: a value is impossible.
     """
 
-    folder: str | Path | None = None
-    on_nonfinite: OnNonfinite = "stop"
-    on_spike: OnSpike = "stop"
-    spike_factor: float = 10.0
-    window: int = 100
-    max_skipped: int = 20
+    folder: str | Path | None = None  # where records go; None writes none
+    on_nonfinite: OnNonfinite = "stop"  # the run, or ``skip`` the step, at a loss that is no number
+    on_spike: OnSpike = "stop"  # the same, or ``ignore``, at a loss far above the last ones
+    spike_factor: float = 10.0  # how many times their median, or chance, is far
+    window: int = 100  # how many steps that median is of
+    max_skipped: int = 20  # steps that may be left out in one run
+    # A loss up to this is no spike: where all losses are near 0, one hard batch is many times their
+    # median. At 1.0 the right token still has a probability of 37 %.
     spike_floor: float = 1.0
+    # Of a model that takes all tokens for equally likely, ln(vocabulary); the LightningModule sets
+    # that of its network.
     chance_loss: float = field(default=math.log(32_000), init=False)
     num_skipped: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        """Check the values; raises ConfigError."""
-        for name, known in (("on_nonfinite", OnNonfinite), ("on_spike", OnSpike)):
-            if (value := getattr(self, name)) not in get_args(known):
-                allowed = ", ".join(get_args(known))
-                raise ConfigError(f"guard.{name}={value} is not one of {allowed}")
+        for name, choices in (("on_nonfinite", OnNonfinite), ("on_spike", OnSpike)):
+            if (value := getattr(self, name)) not in get_args(choices):
+                known = ", ".join(get_args(choices))
+                raise ConfigError(f"{name}={value} is not one of {known}")
         if self.spike_factor <= 1 or self.window < _LEAST:
             raise ConfigError(
-                f"guard.spike_factor={self.spike_factor} must be above 1, "
-                f"guard.window={self.window} at least {_LEAST}"
+                f"spike_factor={self.spike_factor} must be above 1, window={self.window} at least "
+                f"{_LEAST}"
             )
         if not 0 <= self.spike_floor < math.inf:
-            raise ConfigError(
-                f"guard.spike_floor={self.spike_floor} must be a number of at least 0"
-            )
+            raise ConfigError(f"spike_floor={self.spike_floor} must be a number of at least 0")
         self._losses: deque[float] = deque(maxlen=self.window)
 
     def judge(self, loss: float) -> Refusal | None:
-        """Say what is to be done about a step, and why; None where nothing is wrong.
-
-        Args:
-            loss: of the global batch, the same on every process.
-        """
+        """Say what is to be done about a step by its global batch's loss; None: nothing."""
         if not math.isfinite(loss):
             return self._refuse(self.on_nonfinite, f"the loss is {loss}")
-        reference = self._far_below(loss)
-        if reference is not None:
-            verdict = self._refuse(
-                self.on_spike,
-                f"the loss is {loss:.4g}, more than {self.spike_factor:g} times the {reference}",
-            )
-            if verdict is not None:
-                return verdict
+        if (reference := self._far_below(loss)) is not None:
+            far = f"more than {self.spike_factor:g} times the {reference}"
+            if refusal := self._refuse(self.on_spike, f"the loss is {loss:.4g}, {far}"):
+                return refusal
         self._losses.append(loss)
         return None
 
@@ -167,14 +137,9 @@ class LossGuard:
         return None
 
     def judge_gradient(self, norm: float) -> Refusal | None:
-        """Say what is to be done about a step whose loss was right.
-
-        Args:
-            norm: of the whole gradient, the same on every process.
-        """
-        if math.isfinite(norm):
-            return None
-        return self._refuse(self.on_nonfinite, f"the gradient's norm is {norm}")
+        """Say what is to be done about a step whose loss was right, by its gradient's norm."""
+        reason = f"the gradient's norm is {norm}"
+        return None if math.isfinite(norm) else self._refuse(self.on_nonfinite, reason)
 
     def _refuse(self, action: OnSpike, reason: str) -> Refusal | None:
         if action == "ignore":
@@ -197,7 +162,7 @@ class LossGuard:
         self.num_skipped = int(state["num_skipped"])
 
 
-def spell_loss(loss: float | str) -> float | str:
+def _spell(loss: float | str) -> float | str:
     """Return a loss as JSON can hold it: NaN and infinity as texts."""
     return loss if isinstance(loss, str) or math.isfinite(loss) else str(loss)
 
@@ -210,7 +175,7 @@ def refuse_step(
     loss: float,
     micro_batches: Sequence[tuple[tuple[str, ...], torch.Tensor]],
 ) -> str:
-    """Write down a refused step and say what a person should know; every process has to call this.
+    """Write down a refused step and return the message about it; every process has to call this.
 
     Args:
         trainer: of the run.
@@ -219,13 +184,27 @@ def refuse_step(
         step: optimizer steps before it; DeepSpeed's norm is known when the trainer has counted on.
         loss: of the global batch.
         micro_batches: keys and loss of this process's micro-batches.
-
-    Returns:
-        The message, on every process.
     """
     where = f"its samples: {', '.join(key for keys, _ in micro_batches for key in keys)}"
-    if guard.folder is not None and isinstance(trainer.train_dataloader, StepLoader):
-        record = _record(trainer, refusal.reason, step, loss, micro_batches)
+    loader = trainer.train_dataloader
+    if guard.folder is not None and isinstance(loader, StepLoader):
+        ranks = gather_objects([(keys, float(value)) for keys, value in micro_batches])
+        if (wait := getattr(trainer.strategy.checkpoint_io, "wait", None)) is not None:
+            wait()  # the newest checkpoint may still be being written
+        saved_in = getattr(trainer.checkpoint_callback, "dirpath", None)
+        found = [] if saved_in is None else list_checkpoints(Path(saved_in))
+        record = StepRecord(
+            reason=refusal.reason,
+            step=step,
+            loss=loss,
+            place=asdict(loader.began),
+            data=loader.identity(),
+            world_size=trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
+            keys=[[keys for keys, _ in rank] for rank in ranks],
+            losses=[[value for _, value in rank] for rank in ranks],
+            checkpoint=str(found[-1]) if found else None,
+        )
         path = record.path(Path(guard.folder))
         if trainer.is_global_zero:
             record.write(path.parent)
@@ -236,31 +215,4 @@ def refuse_step(
     return (
         f"{message}. The weights are as they were before it: lower the learning rate, repair these "
         "records, or pass on_nonfinite=skip or on_spike=skip (or ignore)"
-    )
-
-
-def _record(
-    trainer: Any,
-    reason: str,
-    step: int,
-    loss: float,
-    micro_batches: Sequence[tuple[tuple[str, ...], torch.Tensor]],
-) -> StepRecord:
-    ranks = gather_objects([(keys, float(value)) for keys, value in micro_batches])
-    wait = getattr(trainer.strategy.checkpoint_io, "wait", None)
-    if wait is not None:
-        wait()  # the newest one may still be being written
-    saved_in = getattr(trainer.checkpoint_callback, "dirpath", None)
-    found = list_checkpoints(Path(saved_in)) if saved_in is not None else []
-    return StepRecord(
-        reason=reason,
-        step=step,
-        loss=loss,
-        place=asdict(trainer.train_dataloader.began),
-        data=trainer.train_dataloader.identity(),
-        world_size=trainer.world_size,
-        accumulate=trainer.accumulate_grad_batches,
-        keys=[[keys for keys, _ in rank] for rank in ranks],
-        losses=[[value for _, value in rank] for rank in ranks],
-        checkpoint=str(found[-1]) if found else None,
     )

@@ -7,15 +7,19 @@ that knows configuration objects; everything below takes plain arguments.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 
-    from vipllava.conversation import ConversationEncoder
-    from vipllava.forecast.architecture import Architecture
-    from vipllava.models.building import ModelSpec
-    from vipllava.stream.datamodule import VisualPromptDataModule
+from vipllava.checkpoints.loading import load_tokenizer
+from vipllava.conversation import ConversationEncoder
+from vipllava.forecast.architecture import Architecture, architecture_of
+from vipllava.models.building import ModelSpec, network_config, read_tower_config, token_id
+from vipllava.models.hub_models import load_config
+from vipllava.models.towers import num_patches, preprocessing_of
+from vipllava.stream.datamodule import VisualPromptDataModule
+from vipllava.stream.image_transform import ImageTransform
 
 
 def partial(node: DictConfig) -> Any:
@@ -23,8 +27,6 @@ def partial(node: DictConfig) -> Any:
 
     Objects go to the bound constructor rather than to ``instantiate``, which would copy them.
     """
-    from hydra.utils import instantiate
-
     return instantiate(node, _convert_="all", _partial_=True)
 
 
@@ -36,18 +38,10 @@ def model_spec(cfg: DictConfig) -> ModelSpec:
 def build_datamodule(
     cfg: DictConfig, tokenizer: Any = None, spec: ModelSpec | None = None
 ) -> VisualPromptDataModule:
-    """Build a job's data module; ids and pictures are made for its model.
+    """Build a job's data module; ids and images are made for its model.
 
-    Args:
-        cfg: what Hydra composed from ``conf/train.yaml``, checked.
-        tokenizer: the model's, if it is loaded already.
-        spec: of the job's network; read from ``cfg`` if not given.
+    Tokenizer and spec are those of the configuration unless they are there already.
     """
-    from vipllava.checkpoints.loading import load_tokenizer
-    from vipllava.models.building import read_tower_config
-    from vipllava.models.towers import preprocessing_of
-    from vipllava.stream.image_transform import ImageTransform
-
     spec = spec or model_spec(cfg)
     tower = read_tower_config(spec)
     tokenizer = tokenizer or load_tokenizer(spec)
@@ -66,10 +60,6 @@ def conversation_encoder(
     spec: ModelSpec, tokenizer: Any, chat_template: str, max_length: int
 ) -> ConversationEncoder:
     """Return what makes ids for a model; reads the tower's config, no weights."""
-    from vipllava.conversation import ConversationEncoder
-    from vipllava.models.building import read_tower_config, token_id
-    from vipllava.models.towers import num_patches
-
     return ConversationEncoder(
         tokenizer,
         chat_template,
@@ -81,10 +71,6 @@ def conversation_encoder(
 
 def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
     """Return the sizes of the network that a spec describes; reads config files only."""
-    from vipllava.forecast.architecture import architecture_of
-    from vipllava.models.building import network_config, read_tower_config, token_id
-    from vipllava.models.hub_models import load_config
-
     config = network_config(
         read_tower_config(spec),
         load_config(spec.language_model, "language_model"),
@@ -98,10 +84,8 @@ def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
 def forget_missing_checkpoint(cfg: DictConfig) -> Path | None:
     """Let a job whose earlier stage has not run yet take config and tokenizer from the parts.
 
-    Looking at a job needs no weights, and a stage's export has the base's tokenizer.
-
-    Returns:
-        The export that is not there and was taken out of the configuration; None if it was not.
+    Looking at a job needs no weights, and a stage's export has the base's tokenizer. Returns the
+    export that is not there and was taken out of the configuration, if there was one.
     """
     folder = cfg.stage.checkpoint
     if folder is None or not Path(folder).is_relative_to(cfg.paths.runs) or Path(folder).is_dir():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,42 +26,16 @@ from vipllava.models.freezing import check_parts, hold_frozen, modules_of, set_t
 from vipllava.models.placing import Placement
 from vipllava.models.quantization import QuantizationSettings, quantization_config
 from vipllava.models.supervised_loss import Observer, supervised_loss_sum
+from vipllava.training import optim, sharding
 from vipllava.training.guard import LossGuard, Refusal, refuse_step
-from vipllava.training.optim import (
-    OptimizerSettings,
-    backward_scale,
-    build_optimizer,
-    build_schedule,
-    gradient_norm,
-    learning_rates,
-    parameter_groups,
-    uses_fused_adamw,
-)
+from vipllava.training.optim import OptimizerSettings
 from vipllava.training.restart import rescale_progress
-from vipllava.training.sharding import (
-    LOSS_METHOD,
-    HandedOut,
-    build_fsdp2,
-    check_rotary_precision,
-    is_fsdp2,
-    placement_for,
-    zero3_paused,
-)
 from vipllava.types import Batch, ConfigError, VipLlavaError
 
 logger = logging.getLogger(__name__)
 
 HALF_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """What is computed in, by the trainer's precision, where weights are held in more."""
-
-_ACCUMULATE = "accumulate_grad_batches"
-"""Key of a checkpoint: micro-batches per optimizer step of the run that wrote it."""
-
-_GUARD = "loss_guard"
-"""Key of a checkpoint: what the guard knows."""
-
-_PROGRESS = "stream_progress"
-"""Key of a checkpoint: the share of the epoch's samples that is done, None where steps say it."""
 
 
 @dataclass(slots=True)
@@ -89,49 +62,34 @@ class VipLlavaLitModule(lightning.LightningModule):
     ``ModelSpec.dtype``: with float32 and a trainer precision of ``bf16-mixed`` they and Adam's
     state are float32 master copies, without which updates at a rate of 2e-7 would be rounded away.
 
-    Logged once per optimizer step: ``train/loss`` (cross entropy per supervised token of the
-    global batch), ``train/lr`` (the highest; with ``train/lr/PART`` where parts differ),
-    ``train/grad_norm`` (before clipping) and ``train/supervised_tokens``. After a pass over
-    held-out samples: ``val/loss``.
-    Callbacks that want more than the loss put an observer of the predictions into ``observers``.
+    Logged once per optimizer step: ``train/loss``, ``train/lr``, ``train/grad_norm`` and
+    ``train/supervised_tokens``; after a pass over held-out samples ``val/loss``; see
+    :data:`vipllava.training.metrics.METRICS`. Callbacks that want more than the loss put an
+    observer of the predictions into ``observers``.
 
     Args:
         model: what to build.
         trainable: the parts that train, of :data:`vipllava.models.freezing.PARTS`.
-        learning_rate: peak learning rate.
-        projector_learning_rate: that of the projector; None for the same.
-        vision_tower_learning_rate: that of the tower where it trains; None for the same.
-        weight_decay: decoupled decay of matrices and embeddings; norms and biases never decay.
-        betas: decay rates of Adam's two moments.
-        eps: Adam's epsilon.
-        warmup_ratio: share of the steps over which the rate rises linearly from 0.
-        schedule: ``cosine`` (to zero) or ``constant``, both after the warm-up.
+        optimizer: rates, decay and schedule.
         gradient_checkpointing: recompute the language model's blocks in the backward pass: all of
             them, none, or the first so many.
-        compile_blocks: have ``torch.compile`` make each decoder block faster; for rows of one
-            length.
-        guard: decides about steps whose loss is not finite or far too high.
         seed: of the projector's first weights.
         tokenizer: that of the data; loaded from the spec's source if not given.
         adapter: LoRA on the language model, whose own weights then stay as they are.
         quantization: hold those weights in fewer bits; only with an adapter.
+        compile_blocks: have ``torch.compile`` make each decoder block faster; for rows of one
+            length.
+        guard: decides about steps whose loss is not finite or far too high.
     """
 
     def __init__(
         self,
         model: ModelSpec,
         trainable: Sequence[str],
-        learning_rate: float,
-        projector_learning_rate: float | None = None,
-        weight_decay: float = 0.0,
-        betas: Sequence[float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        warmup_ratio: float = 0.03,
-        schedule: str = "cosine",
+        optimizer: OptimizerSettings,
         gradient_checkpointing: bool | int = False,
         seed: int = 42,
         tokenizer: PreTrainedTokenizerFast | None = None,
-        vision_tower_learning_rate: float | None = None,
         adapter: AdapterSettings | None = None,
         quantization: QuantizationSettings | None = None,
         compile_blocks: bool = False,
@@ -142,19 +100,9 @@ class VipLlavaLitModule(lightning.LightningModule):
             raise ConfigError(
                 f"weights held in {quantization.bits} bits cannot train: give them adapter=SETTINGS"
             )
-        beta1, beta2 = betas
         self.spec = model
         self.trainable = check_parts(trainable)
-        self.settings = OptimizerSettings(
-            learning_rate=learning_rate,
-            projector_learning_rate=projector_learning_rate,
-            vision_tower_learning_rate=vision_tower_learning_rate,
-            weight_decay=weight_decay,
-            betas=(beta1, beta2),
-            eps=eps,
-            warmup_ratio=warmup_ratio,
-            schedule=schedule,
-        )
+        self.settings = optimizer
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_blocks = compile_blocks
         self.guard = guard or LossGuard()
@@ -171,11 +119,7 @@ class VipLlavaLitModule(lightning.LightningModule):
 
     @property
     def network(self) -> VipLlavaForConditionalGeneration:
-        """The network.
-
-        Raises:
-            VipLlavaError: ``configure_model`` has not run.
-        """
+        """The network; raises VipLlavaError before ``configure_model`` has run."""
         if self.model is None:
             raise VipLlavaError(
                 "the network is not built yet: Lightning builds it when fit starts; call "
@@ -190,20 +134,21 @@ class VipLlavaLitModule(lightning.LightningModule):
         strategy = self._strategy
         # Lightning's default device here is the strategy's; the values of what is drawn on the CPU
         # would depend on it.
-        with torch.device("cpu"), zero3_paused(strategy) if strategy is not None else nullcontext():
-            if strategy is not None and is_fsdp2(strategy):
-                self.model = build_fsdp2(
+        with torch.device("cpu"), sharding.zero3_paused(strategy):
+            if sharding.is_fsdp2(strategy):
+                mesh: Any = strategy.device_mesh
+                self.model = sharding.build_fsdp2(
                     self._build,
                     self._prepare,
-                    strategy.device_mesh["data_parallel"],
+                    mesh["data_parallel"],
                     device=strategy.root_device,
                     precision=str(self.trainer.precision),
                 )
             else:
-                placement = placement_for(strategy)
+                placement = sharding.placement_for(strategy)
                 self.model = self._build(placement)
                 self._prepare(self.model)
-                if isinstance(placement, HandedOut):
+                if isinstance(placement, sharding.HandedOut):
                     placement.take_apart(self.model.parameters())  # adapters
                     self.to(placement.device)  # DeepSpeed leaves to us what is in parts
         self.train(self.training)
@@ -233,7 +178,6 @@ class VipLlavaLitModule(lightning.LightningModule):
 
     @property
     def _strategy(self) -> Any:
-        """The trainer's strategy, with the attributes that only some strategies have."""
         return self.trainer.strategy if self._trainer is not None else None
 
     @property
@@ -275,8 +219,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         """Return the loss whose gradients add up to that of the global batch's mean.
 
         Raises:
-            VipLlavaError: the guard stops at the step's loss, or the batch does not say how many
-                supervised tokens the global batch has; both name the samples.
+            VipLlavaError: the guard stops, or there is no supervised token; names the samples.
         """
         if batch.num_supervised_global < 1:
             raise VipLlavaError(
@@ -298,7 +241,7 @@ class VipLlavaLitModule(lightning.LightningModule):
             if step.is_skipped and self._under_deepspeed:
                 # It leaves a step out only if it finds an overflow in the gradients.
                 loss = loss * float("nan")
-        return loss * backward_scale(
+        return loss * optim.backward_scale(
             self.trainer.world_size,
             self.trainer.accumulate_grad_batches,
             is_deepspeed=self._under_deepspeed,
@@ -307,7 +250,7 @@ class VipLlavaLitModule(lightning.LightningModule):
     def _loss_sum(
         self, batch: Batch, observers: Sequence[Observer] = ()
     ) -> tuple[torch.Tensor, int]:
-        method = getattr(self.network, LOSS_METHOD, None)
+        method = getattr(self.network, sharding.LOSS_METHOD, None)
         return (method or partial(supervised_loss_sum, self.network))(batch, observers)
 
     def on_validation_epoch_start(self) -> None:
@@ -334,9 +277,8 @@ class VipLlavaLitModule(lightning.LightningModule):
             return
         step = self._step
         loss, _ = step.sums or self._sum_over_ranks()
-        message = refuse_step(
-            self.trainer, self.guard, refusal, step.number, loss, step.micro_batches
-        )
+        known = (step.number, loss, step.micro_batches)
+        message = refuse_step(self.trainer, self.guard, refusal, *known)
         if refusal.action == "stop":
             raise VipLlavaError(message)
         step.is_skipped = True
@@ -344,19 +286,17 @@ class VipLlavaLitModule(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note the gradient norm, which clipping changes, and the rate, which the step changes."""
-        step, strategy = self._step, self._strategy
-        step.values |= learning_rates(optimizer.param_groups)
-        if self._under_deepspeed:
+        step = self._step
+        step.values |= optim.learning_rates(optimizer.param_groups)
+        if not self._under_deepspeed:
+            if not step.is_skipped:
+                step.gradient_norm = optim.gradient_norm(_parameters(optimizer))
+                self._judge_gradient(float(step.gradient_norm))
             if step.is_skipped:
-                # In float32 it looks for an overflow only if told to.
-                strategy.deepspeed_engine.optimizer.check_grad_overflow = True
-            return
-        if not step.is_skipped:
-            step.gradient_norm = gradient_norm(_parameters(optimizer))
-            self._note_gradient_norm(float(step.gradient_norm))
-        if step.is_skipped:
-            for parameter in self.network.parameters():
-                parameter.grad = None
+                self.network.zero_grad()
+        elif step.is_skipped:
+            # In float32 it looks for an overflow only if told to.
+            self._strategy.deepspeed_engine.optimizer.check_grad_overflow = True
 
     def configure_gradient_clipping(
         self,
@@ -367,29 +307,27 @@ class VipLlavaLitModule(lightning.LightningModule):
         """Clip by the norm that is known already; DeepSpeed clips by itself.
 
         Lightning's own way computes the norm again, and in mixed precision it refuses a fused
-        optimizer, though only a loss scale would be in the way: :func:`uses_fused_adamw`.
+        optimizer, though only a loss scale would be in the way.
         """
         if not gradient_clip_val or self._step.is_skipped or self._under_deepspeed:
             return
+        weights, norm = _parameters(optimizer), self._step.gradient_norm
         if gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
-            nn.utils.clip_grad_value_(_parameters(optimizer), gradient_clip_val)
+            nn.utils.clip_grad_value_(weights, gradient_clip_val)
         else:
-            nn.utils.clip_grads_with_norm_(
-                _parameters(optimizer), gradient_clip_val, self._step.gradient_norm
-            )
+            nn.utils.clip_grads_with_norm_(weights, gradient_clip_val, norm)
 
-    def _note_gradient_norm(self, norm: float) -> None:
+    def _judge_gradient(self, norm: float) -> None:
         self._step.values["train/grad_norm"] = norm
         if self.trainer.precision != "16-mixed":  # whose scaling overflows now and then
             self._act_on(self.guard.judge_gradient(norm))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log what belongs to the optimizer step, if this micro-batch completed one."""
-        if self.trainer.global_step != self._last_global_step:
-            self.log_step()
+        self.log_step()
 
     def log_step(self) -> None:
-        """Log the step that has just ended, once; every process has to call this.
+        """Log the step that has just ended, if one has, and once; every process has to call this.
 
         To the loggers at once: Lightning's own way goes there after all callbacks, and a run that
         is killed behind a checkpoint would lack the row.
@@ -401,12 +339,11 @@ class VipLlavaLitModule(lightning.LightningModule):
         if self._under_deepspeed and not self._step.is_skipped:
             norm = self._strategy.deepspeed_engine.get_global_grad_norm()
             if norm is not None:
-                self._note_gradient_norm(float(norm))
+                self._judge_gradient(float(norm))
         values = {"train/loss": loss, "train/supervised_tokens": num_tokens, **self._step.values}
-        shown = {name: values[name] for name in ("train/loss", "train/lr") if name in values}
-        self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
-        rest = {name: value for name, value in values.items() if name not in shown}
-        self.log_dict(rest, logger=False, batch_size=1)
+        for name, value in values.items():
+            on_bar = name in ("train/loss", "train/lr")
+            self.log(name, value, prog_bar=on_bar, logger=False, batch_size=1)
         for log in self.trainer.loggers:
             # Numbered as Lightning does: by the steps before this one.
             row = {**values, "epoch": self.current_epoch}
@@ -414,7 +351,6 @@ class VipLlavaLitModule(lightning.LightningModule):
         self._step = _Step()
 
     def _sum_over_ranks(self) -> tuple[float, float]:
-        """Return loss and supervised tokens of the step so far, of all ranks together."""
         mine = self._step.loss
         # Every rank's sum is already divided by the global count: the ranks' values add up.
         sums = torch.stack([mine.float(), mine.new_tensor(self._step.num_tokens)])
@@ -427,7 +363,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         Raises:
             VipLlavaError: the strategy has cast what has to stay float32.
         """
-        check_rotary_precision(self.network)
+        sharding.check_rotary_precision(self.network)
         config: Any = self.network.config
         self.guard.chance_loss = math.log(config.text_config.vocab_size)
         self._step = _Step()
@@ -435,10 +371,10 @@ class VipLlavaLitModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make AdamW and its schedule over the steps that the trainer is going to do."""
-        groups = parameter_groups(modules_of(self.network), self.settings)
-        device_type = self.trainer.strategy.root_device.type
-        fused = uses_fused_adamw(device_type, str(self.trainer.precision))
-        optimizer = build_optimizer(groups, self.settings, fused=fused)
+        groups = optim.parameter_groups(modules_of(self.network), self.settings)
+        device: torch.device = self._strategy.root_device
+        fused = optim.uses_fused_adamw(device.type, str(self.trainer.precision))
+        adamw = optim.build_optimizer(groups, self.settings, fused=fused)
         num_steps = int(self.trainer.estimated_stepping_batches)
 
         def steps_done(step: int) -> float:
@@ -448,8 +384,8 @@ class VipLlavaLitModule(lightning.LightningModule):
             num_epochs = self.trainer.max_epochs or 1
             return num_steps * (self.current_epoch + self._progress) / num_epochs
 
-        schedule = build_schedule(optimizer, self.settings, num_steps, steps_done)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        schedule = optim.build_schedule(adamw, self.settings, num_steps, steps_done)
+        return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _key_random_state(self, batch_idx: int) -> None:
         """Make dropout a function of seed, step and rank: a resumed run draws the same masks.
@@ -463,9 +399,9 @@ class VipLlavaLitModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out: they are read from their source again, and are most of a 7B."""
-        checkpoint[_ACCUMULATE] = self.trainer.accumulate_grad_batches
-        checkpoint[_GUARD] = self.guard.state_dict()
-        checkpoint[_PROGRESS] = self._progress
+        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
+        checkpoint["loss_guard"] = self.guard.state_dict()
+        checkpoint["stream_progress"] = self._progress
         state, kept = checkpoint.get("state_dict", {}), self._trainable_keys()
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in kept}
 
@@ -475,11 +411,10 @@ class VipLlavaLitModule(lightning.LightningModule):
         Lightning counts an epoch's progress in micro-batches; with other ranks or micro-batches
         the same step is another count, so it is put into this run's unit.
         """
-        if _GUARD in checkpoint:
-            self.guard.load_state_dict(checkpoint[_GUARD])
-        self._progress = checkpoint.get(_PROGRESS)
-        saved = checkpoint.get(_ACCUMULATE)
-        if saved is not None:
+        if (known := checkpoint.get("loss_guard")) is not None:
+            self.guard.load_state_dict(known)
+        self._progress = checkpoint.get("stream_progress")
+        if (saved := checkpoint.get("accumulate_grad_batches")) is not None:
             rescale_progress(checkpoint, saved, self.trainer.accumulate_grad_batches)
         present, state = self.state_dict(), checkpoint.setdefault("state_dict", {})
         for key in set(present) - self._trainable_keys():
@@ -487,12 +422,8 @@ class VipLlavaLitModule(lightning.LightningModule):
 
     def _trainable_keys(self) -> set[str]:
         """Return the names of what trains; the networks have no other state worth keeping."""
-        trainable = {id(p) for p in self.parameters() if p.requires_grad}
-        return {
-            name
-            for name, parameter in self.named_parameters(remove_duplicate=False)
-            if id(parameter) in trainable
-        }
+        every = self.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in every if parameter.requires_grad}
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -1,8 +1,7 @@
 """What a run logs, by name, and the callback that measures how fast it goes.
 
 These names are the same in every logger; ``docs/logging.md`` explains them. What belongs to one
-optimizer step is logged by the module; what needs a stretch of time, or a sum over ranks that no
-step can spare, is measured here over a window of steps.
+optimizer step is logged by the module, what needs a stretch of time or a sum over ranks here.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from typing import Any, Final
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch.nn import functional
 
 from vipllava.forecast.architecture import Architecture, architecture_of
 from vipllava.forecast.flops import Workload, device_peak, useful_flops
-from vipllava.models.supervised_loss import supervised_positions
+from vipllava.models.supervised_loss import Predictions, supervised_positions
 from vipllava.stream.loader import StepLoader
 from vipllava.stream.ranks import gather_objects
-from vipllava.training.dataset_losses import DatasetLosses
 from vipllava.training.lit_module import VipLlavaLitModule
 from vipllava.types import PADDING_SEGMENT, Batch
 
@@ -57,21 +56,19 @@ METRICS: Final[Mapping[str, str]] = {
 where parts differ, their rates (:func:`vipllava.training.optim.learning_rates`)."""
 
 
+_ROWS = 256
+"""Logits looked at together: 0.13 GB of a vocabulary of 128,000 in float32."""
+
+
 def dataset_loss(name: str) -> str:
     """Return the metric of one data set's loss: the mean over a window's supervised tokens."""
     return f"{LOSS}/{name}"
 
 
 def segment_lengths(batch: Batch) -> torch.Tensor:
-    """Return at the last position of every sample its length, and 0 elsewhere.
+    """Return at the last position of every sample its length, else 0: int64 [rows, length].
 
     A shape that does not depend on the values: on a device nothing has to wait for it.
-
-    Args:
-        batch: padded or packed rows; padding may lie anywhere.
-
-    Returns:
-        int64 [rows, length].
     """
     real = batch.segment_ids != PADDING_SEGMENT
     ends = batch.position_ids.roll(-1, 1) == 0
@@ -94,17 +91,17 @@ class BatchFlops:
         See :func:`vipllava.forecast.flops.useful_flops`.
         """
         lengths = segment_lengths(batch).double()
-        num_tokens: Any = lengths.sum()
-        squared_tokens: Any = lengths.square().sum()
-        num_supervised: Any = supervised_positions(batch).sum()
+        counts: dict[str, Any] = {
+            "num_samples": len(batch.keys),
+            "num_tokens": lengths.sum(),
+            "num_supervised": supervised_positions(batch).sum(),
+            "num_images": len(batch.pixel_values),
+            "squared_tokens": lengths.square().sum(),
+        }
         flops: Any = useful_flops(
             self.architecture,
             self.workload,
-            num_samples=len(batch.keys),
-            num_tokens=num_tokens,
-            num_supervised=num_supervised,
-            num_images=len(batch.pixel_values),
-            squared_tokens=squared_tokens,
+            **counts,
             adapter_rank=self.adapter_rank,
             tower_trains=self.tower_trains,
         )
@@ -112,11 +109,7 @@ class BatchFlops:
 
 
 def count_flops_of(module: VipLlavaLitModule) -> BatchFlops:
-    """Return what counts the operations of a module's micro-batches.
-
-    Args:
-        module: its network is built.
-    """
+    """Return what counts the operations of a module's micro-batches; its network is built."""
     adapter = module.adapter
     workload: Workload = "full"
     if "language_model" not in module.trainable:
@@ -131,32 +124,70 @@ def count_flops_of(module: VipLlavaLitModule) -> BatchFlops:
     )
 
 
+class DatasetLosses:
+    """Adds up losses and supervised tokens by data set on this rank; an observer of predictions.
+
+    In a micro-batch of several, tokens' losses are worked out again without a graph, some rows of
+    logits at a time: the peak of memory stays where it was. Nothing waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def observe(self, batch: Batch, predictions: Predictions) -> None:
+        """Add a micro-batch; one without names of data sets is passed over."""
+        known = list(dict.fromkeys(batch.datasets))
+        total = predictions.loss_sum
+        if len(known) < 2:
+            count = torch.full_like(total, len(predictions.targets))
+            sums = torch.stack([total, count])[None]
+        else:
+            device = predictions.logits.device
+            numbers = torch.tensor([known.index(name) for name in batch.datasets]).to(device)
+            sample = sample_of_position(batch.segment_ids)[:, 1:][predictions.supervised]
+            sums = torch.zeros(len(known), 2, device=device)
+            for logits, targets, dataset in zip(
+                predictions.logits.split(_ROWS),
+                predictions.targets.split(_ROWS),
+                numbers[sample].split(_ROWS),
+                strict=True,
+            ):
+                losses = functional.cross_entropy(logits, targets, reduction="none")
+                both = torch.stack([losses, torch.ones_like(losses)], dim=1)
+                sums.index_add_(0, dataset, both)
+        for name, values in zip(known, sums, strict=False):
+            self._sums[name] = self._sums[name] + values if name in self._sums else values
+
+    def take(self) -> dict[str, tuple[float, float]]:
+        """Return by data set the summed loss and the number of tokens since the last call."""
+        sums, self._sums = self._sums, {}
+        return {name: (float(total), float(count)) for name, (total, count) in sums.items()}
+
+
+def sample_of_position(segment_ids: torch.Tensor) -> torch.Tensor:
+    """Return which of a batch's samples, in the order of its keys, each position belongs to.
+
+    Of ``segment_ids``, int64 [rows, length], in which samples of a row count from 0 and padding is
+    -1; the result has their shape and means nothing on padding.
+    """
+    per_row = segment_ids.amax(dim=1) + 1
+    first = per_row.cumsum(0) - per_row
+    return segment_ids + first[:, None]
+
+
 @dataclass(slots=True)
-class _Window:
-    """What one rank adds up between two logs; ``waited`` is the loader's clock at its start."""
-
-    began: float
-    waited: float
-    num_steps: int = 0
-    num_samples: int = 0
-    num_supervised: int = 0
-    num_tokens: int | torch.Tensor = 0
-    useful_flops: float | torch.Tensor = 0.0
-    idle: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class WindowSums:
     """What one rank did in a window of optimizer steps."""
 
-    seconds: float  # how long it took, validation left out
-    seconds_waited: float | None  # for data; None where the loader does not say
-    num_samples: int  # of this rank
-    num_supervised: int  # supervised tokens of the global batches: all ranks together
-    num_tokens: int  # of this rank, without padding
-    useful_flops: float | None = None  # of this rank; None where nothing counts them
-    # Most bytes allocated on its device; None where the device does not say.
-    memory: int | None = None
+    seconds: float = 0.0  # how long it took, validation left out
+    seconds_waited: float | None = None  # for data; None where the loader does not say
+    num_samples: int = 0  # of this rank
+    num_supervised: int = 0  # supervised tokens of the global batches: all ranks together
+    num_tokens: int | torch.Tensor = 0  # of this rank, without padding
+    # Of this rank; None where nothing counts them.
+    useful_flops: float | torch.Tensor | None = None
+    memory: int | None = None  # most bytes allocated on its device, if the device says
     # By data set the summed loss and the number of its tokens, of this rank.
     losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -164,20 +195,18 @@ class WindowSums:
 def window_metrics(ranks: list[WindowSums], peak_flops: float | None = None) -> dict[str, float]:
     """Return the metrics of a window from what every rank did in it.
 
-    Args:
-        ranks: one for each rank.
-        peak_flops: of one device, FLOP/s.
+    ``peak_flops`` is of one device, FLOP/s.
     """
     seconds = max(rank.seconds for rank in ranks)
     metrics: dict[str, float] = {}
     if seconds > 0:
         metrics[SAMPLES_PER_SECOND] = sum(rank.num_samples for rank in ranks) / seconds
         metrics[SUPERVISED_TOKENS_PER_SECOND] = ranks[0].num_supervised / seconds
-        metrics[TOKENS_PER_SECOND] = sum(rank.num_tokens for rank in ranks) / seconds
+        metrics[TOKENS_PER_SECOND] = sum(int(rank.num_tokens) for rank in ranks) / seconds
         waits = [rank.seconds_waited for rank in ranks if rank.seconds_waited is not None]
         if waits:
             metrics[WAIT_SHARE] = max(waits) / seconds
-        flops = [rank.useful_flops for rank in ranks if rank.useful_flops is not None]
+        flops = [float(rank.useful_flops) for rank in ranks if rank.useful_flops is not None]
         if flops and peak_flops:
             metrics[MFU] = sum(flops) / seconds / (peak_flops * len(ranks))
     memory = [rank.memory for rank in ranks if rank.memory is not None]
@@ -185,41 +214,31 @@ def window_metrics(ranks: list[WindowSums], peak_flops: float | None = None) -> 
         metrics[MEMORY] = max(memory) / 1e9
     for name in sorted({name for rank in ranks for name in rank.losses}):
         pairs = [rank.losses[name] for rank in ranks if name in rank.losses]
-        total, count = (sum(values) for values in zip(*pairs, strict=True))
-        if count:
-            metrics[dataset_loss(name)] = total / count
+        if count := sum(tokens for _, tokens in pairs):
+            metrics[dataset_loss(name)] = sum(loss for loss, _ in pairs) / count
     return metrics
 
 
+@dataclass(eq=False)
 class Throughput(Callback):
     """Measures speed, waiting, memory and the loss of each data set over windows of steps.
 
-    The ranks meet once a window, not every step. A window ends every so many optimizer steps of the
-    run, and with the training; time spent in validation is left out. The first one has the start-up
-    in it.
-
-    Args:
-        every_n_steps: optimizer steps of a window.
-        useful_flops: FLOPs of a micro-batch that count as useful; those of the module by default.
-        peak_flops: of one device, FLOP/s; that of the device's published peak by default. Where it
-            is not known no MFU is logged.
-        clock: seconds that only grow.
+    The ranks meet once a window, not every step; time spent in validation is left out. The first
+    window has the start-up in it.
     """
 
-    def __init__(
-        self,
-        every_n_steps: int = 10,
-        useful_flops: Callable[[Batch], float | torch.Tensor] | None = None,
-        peak_flops: float | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.every_n_steps = every_n_steps
-        self.useful_flops = useful_flops
-        self.peak_flops = peak_flops
-        self._clock = clock
+    every_n_steps: int = 10  # optimizer steps of a window
+    # FLOPs of a micro-batch that count as useful; those of the module by default.
+    useful_flops: Callable[[Batch], float | torch.Tensor] | None = None
+    # Of one device, FLOP/s; its published one by default. Without it there is no MFU.
+    peak_flops: float | None = None
+    clock: Callable[[], float] = time.perf_counter  # seconds that only grow
+
+    def __post_init__(self) -> None:
         self._losses = DatasetLosses()
-        self._window = _Window(0.0, 0.0)
-        self._paused_at = 0.0
+        self._window = WindowSums()
+        self._num_steps = 0  # of this window
+        self._began = self._waited_before = self._paused_at = 0.0
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,11 +255,11 @@ class Throughput(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
-        self._paused_at = self._clock()
+        self._paused_at = self.clock()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on."""
-        self._window.idle += self._clock() - self._paused_at
+        self._began += self.clock() - self._paused_at
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -251,40 +270,40 @@ class Throughput(Callback):
         # Added up on the device, and read at the window's end: no step waits for it.
         window.num_tokens += (batch.segment_ids != PADDING_SEGMENT).sum()
         if self.useful_flops is not None:
-            window.useful_flops += self.useful_flops(batch)
+            before = 0.0 if window.useful_flops is None else window.useful_flops
+            window.useful_flops = before + self.useful_flops(batch)
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        window.num_steps += 1
+        self._num_steps += 1
         window.num_supervised += batch.num_supervised_global
         if trainer.global_step % self.every_n_steps == 0:
             self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left."""
-        if self._window.num_steps:
+        if self._num_steps:
             self._log(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
-        self._window = _Window(self._clock(), _seconds_waited(trainer) or 0.0)
+        self._window, self._num_steps = WindowSums(), 0
+        loader = trainer.train_dataloader
+        self._waited_before = loader.seconds_waited if isinstance(loader, StepLoader) else 0.0
+        self._began = self.clock()
 
     def _log(self, trainer: Trainer) -> None:
-        device = trainer.strategy.root_device
+        device, mine = trainer.strategy.root_device, self._window
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # what is queued belongs to this window
-        window, waited = self._window, _seconds_waited(trainer)
-        mine = WindowSums(
-            seconds=self._clock() - window.began - window.idle,
-            seconds_waited=None if waited is None else waited - window.waited,
-            num_samples=window.num_samples,
-            num_supervised=window.num_supervised,
-            num_tokens=int(window.num_tokens),
-            useful_flops=None if self.useful_flops is None else float(window.useful_flops),
-            memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-            losses=self._losses.take(),
-        )
-        metrics = window_metrics(gather_objects(mine), self.peak_flops)
+            mine.memory = torch.cuda.max_memory_allocated(device)
+        mine.seconds = self.clock() - self._began
         loader = trainer.train_dataloader
+        if isinstance(loader, StepLoader):
+            mine.seconds_waited = loader.seconds_waited - self._waited_before
+        mine.num_tokens = int(mine.num_tokens)
+        mine.useful_flops = None if mine.useful_flops is None else float(mine.useful_flops)
+        mine.losses = self._losses.take()
+        metrics = window_metrics(gather_objects(mine), self.peak_flops)
         if isinstance(loader, StepLoader):
             metrics[QUARANTINED] = float(loader.quarantine_log.total)
         for logger in trainer.loggers:
@@ -296,8 +315,3 @@ class Throughput(Callback):
 def peak_of(device: torch.device) -> float | None:
     """Return the published peak of a device, FLOP/s; None where it is not known."""
     return device_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def _seconds_waited(trainer: Trainer) -> float | None:
-    loader = trainer.train_dataloader
-    return loader.seconds_waited if isinstance(loader, StepLoader) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -29,21 +29,22 @@ class OptimizerSettings:
 
     learning_rate: float  # peak learning rate
     projector_learning_rate: float | None = None  # that of the projector, or None for the same
-    # That of the vision tower where it trains, or None for the same.
-    vision_tower_learning_rate: float | None = None
+    vision_tower_learning_rate: float | None = None  # that of the tower where it trains, likewise
     weight_decay: float = 0.0  # decoupled weight decay; norms and biases are never decayed
-    betas: tuple[float, float] = (0.9, 0.999)  # decay rates of Adam's two moments
+    betas: Sequence[float] = (0.9, 0.999)  # decay rates of Adam's two moments
     eps: float = 1e-8  # Adam's epsilon
     warmup_ratio: float = 0.03  # share of the steps over which the rate rises linearly from 0
     schedule: str = "cosine"  # ``cosine`` (to zero) or ``constant``, both after the warm-up
 
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError that lists all problems."""
-        problems: list[str] = []
-        for name in ("learning_rate", "projector_learning_rate", "vision_tower_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                problems.append(f"{name}={value} must be positive")
+        rates = ("learning_rate", "projector_learning_rate", "vision_tower_learning_rate")
+        values = {name: getattr(self, name) for name in rates}
+        problems = [
+            f"{name}={value} must be positive"
+            for name, value in values.items()
+            if value is not None and not (math.isfinite(value) and value > 0)
+        ]
         if self.weight_decay < 0:
             problems.append(f"weight_decay={self.weight_decay} must not be negative")
         if not 0 <= self.warmup_ratio < 1:
@@ -63,8 +64,8 @@ def parameter_groups(
     """Sort the trainable parameters into groups of one rate and one weight decay.
 
     Args:
-        parts: the modules of each part, see :func:`vipllava.models.freezing.modules_of`; frozen
-            parameters are left out, tied ones come once.
+        parts: the modules of each part, see :func:`vipllava.models.freezing.modules_of`; tied
+            parameters come once.
         settings: the rates.
 
     Returns:
@@ -96,32 +97,20 @@ def parameter_groups(
 
 
 def learning_rates(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the metrics of the rates in this step: the highest, and each part's where they differ.
-
-    Args:
-        groups: of an optimizer that :func:`build_schedule` has a schedule for.
-
-    Returns:
-        ``train/lr``, and ``train/lr/PART`` where parts have other peak rates.
-    """
+    """Return the highest rate as ``train/lr``, and ``train/lr/PART`` where peak rates differ."""
     rates: dict[str, float] = {}
     peaks: set[float] = set()
     for group in groups:
         rates[f"train/lr/{str(group['name']).removesuffix(_NO_DECAY)}"] = float(group["lr"])
         peaks.add(float(group["initial_lr"]))
-    highest = {"train/lr": max(rates.values())}
-    return highest | rates if len(peaks) > 1 else highest
+    return {"train/lr": max(rates.values()), **(rates if len(peaks) > 1 else {})}
 
 
 def uses_fused_adamw(device_type: str, precision: str) -> bool:
     """Whether a run's AdamW is one kernel for the whole step, without temporary copies.
 
-    Under every strategy alike. Not with a loss scale: Lightning leaves it to a fused step to divide
-    by it, and that is behind the clipping.
-
-    Args:
-        device_type: of the devices that compute, e.g. ``cuda``.
-        precision: Lightning's name, e.g. ``bf16-mixed``.
+    Not with a loss scale: Lightning leaves it to a fused step to divide by it, and that is behind
+    the clipping.
     """
     return device_type == "cuda" and precision != "16-mixed"
 
@@ -129,17 +118,14 @@ def uses_fused_adamw(device_type: str, precision: str) -> bool:
 def build_optimizer(
     groups: list[dict[str, Any]], settings: OptimizerSettings, *, fused: bool = False
 ) -> AdamW:
-    """Make AdamW over the groups.
+    """Make AdamW over groups of :func:`parameter_groups`.
 
     What it loads are the moments of a checkpoint; rates, betas, epsilon and decay stay its own.
-
-    Args:
-        groups: see :func:`parameter_groups`.
-        settings: the numbers.
-        fused: see :func:`uses_fused_adamw`.
     """
-    betas = settings.betas
-    optimizer = AdamW(groups, settings.learning_rate, betas, settings.eps, fused=fused or None)
+    beta1, beta2 = settings.betas
+    optimizer = AdamW(
+        groups, settings.learning_rate, (beta1, beta2), settings.eps, fused=fused or None
+    )
     optimizer.register_load_state_dict_pre_hook(_keep_settings)
     return optimizer
 
@@ -158,17 +144,11 @@ def build_schedule(
     num_steps: int,
     steps_done: Callable[[int], float] = float,
 ) -> LambdaLR:
-    """Make the schedule over ``num_steps`` optimizer steps, warm-up rounded up.
+    """Make the schedule of a run of ``num_steps`` optimizer steps, warm-up rounded up.
 
-    The first step of a run with a warm-up has rate 0: the rate of step k is k / warm-up steps, as
-    in the released training.
-
-    Args:
-        optimizer: whose groups' rates are scaled.
-        settings: warm-up and shape.
-        num_steps: of the whole run.
-        steps_done: turns the count of steps into the share of the run that is done, in steps: for
-            a stream that knows its progress and not its number of steps.
+    The rate of step k of a warm-up is k / warm-up steps, 0 in the first, as in the released
+    training. ``steps_done`` turns the count of steps into the share of the run that is done, in
+    steps: for a stream that knows its progress and not its number of steps.
     """
     num_warmup = math.ceil(settings.warmup_ratio * num_steps)
     shape = _SCHEDULES[settings.schedule]
@@ -199,26 +179,15 @@ def backward_scale(world_size: int, accumulate: int, *, is_deepspeed: bool = Fal
     """Return what a micro-batch's loss is multiplied with to undo what the framework divides by.
 
     The gradient wanted is that of the sum over the global batch, divided by its number of
-    supervised tokens. Between ``training_step`` and the optimizer the gradient is averaged over
-    the ranks (DDP, FSDP and DeepSpeed alike: a factor 1 / ``world_size``), and Lightning divides
-    every loss by the accumulation steps. DeepSpeed divides by them once more in its own
-    ``backward``; the two together make a gradient ``accumulate`` times too small, which Adam
-    hides and clipping does not.
-
-    Args:
-        world_size: number of ranks.
-        accumulate: micro-batches per optimizer step.
-        is_deepspeed: the strategy is DeepSpeed's.
+    supervised tokens. DDP, FSDP and DeepSpeed average over the ``world_size`` ranks, and Lightning
+    divides every loss by the ``accumulate`` micro-batches of a step. DeepSpeed's own ``backward``
+    divides by them once more: a gradient too small, which Adam hides and clipping does not.
     """
     return float(world_size * accumulate * (accumulate if is_deepspeed else 1))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     """Return the 2-norm over all gradients together, float32; 0 where there is none."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return torch.zeros(())
-    norm = nn.utils.get_total_norm(gradients)
+    norm: Any = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     # A sharded gradient (FSDP2) has a norm that still is to be summed over its shards.
-    full = getattr(norm, "full_tensor", None)
-    return (full() if full is not None else norm).float()
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()

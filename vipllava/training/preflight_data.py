@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
 
-    from vipllava.forecast.job import Corpus
-    from vipllava.stream.datamodule import VisualPromptDataModule
-    from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
-
-LINTED_SAMPLES: Final = 64
-"""Samples of each data set that lint looks at."""
+from vipllava.forecast.job import Corpus, DataSetShare
+from vipllava.ingest.lint import LintLimits, lint_shards
+from vipllava.shards.manifest import is_remote, load_manifest
+from vipllava.stream.datamodule import VisualPromptDataModule
+from vipllava.stream.order import SampleOrder, parse_mix, plan_parts
+from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 
 
 def look_at_data(cfg: DictConfig, datamodule: VisualPromptDataModule) -> tuple[Corpus, int]:
-    """Open the shards, prove the first labels, and measure an epoch.
-
-    Returns:
-        The epoch, and how many samples were proved.
+    """Open the shards, prove the first labels, and measure an epoch; return how many were proved.
 
     Raises:
         VipLlavaError: the data cannot be opened, or labels are not what they should be.
@@ -27,31 +24,20 @@ def look_at_data(cfg: DictConfig, datamodule: VisualPromptDataModule) -> tuple[C
     datamodule.setup("fit")
     dataset = datamodule.dataset
     assert dataset is not None
+    image_tokens = datamodule.conversation_encoder.image_seq_length
     texts = estimated = supervised = 0
-    share, num_proved = 0.0, 0
-    for item in datamodule.first_items(dataset, datamodule.num_proved):
-        _, good, _ = dataset.measure(item)
-        source = dataset.sources[good.part]
-        _, encoded = datamodule.sample_encoder.encode_text(
-            source.sample(good.position, good.epoch_pass), good.epoch_pass
-        )
-        texts += (
-            encoded.length - encoded.num_images * datamodule.conversation_encoder.image_seq_length
-        )
-        estimated += _text_tokens(source, good.position)
+    share = 0.0
+    for item, encoded in datamodule.proved:
+        texts += encoded.length - encoded.num_images * image_tokens
+        shards = dataset.sources[item.part].shards
+        estimated += int(shards.text_tokens(np.array([item.position]))[0])
         supervised += encoded.num_supervised
         share = max(share, encoded.num_supervised / encoded.length)
-        num_proved += 1
     # The index estimates lengths for a real vocabulary; this tokenizer's are known for a few.
     ratio = texts / estimated if estimated else 1.0
     of_text = supervised / texts if texts else None
-    return measured_corpus(cfg, datamodule, dataset, ratio, share or None, of_text), num_proved
-
-
-def _text_tokens(source: Any, position: int) -> int:
-    import numpy as np
-
-    return int(source.shards.text_tokens(np.array([position]))[0])
+    corpus = measured_corpus(cfg, datamodule, dataset, ratio, share or None, of_text)
+    return corpus, len(datamodule.proved)
 
 
 def measured_corpus(
@@ -72,44 +58,30 @@ def measured_corpus(
         supervised_share: of a dense sample's tokens; the stage's, if not measured.
         supervised_text: share of all texts' tokens that carries loss; assumed, if not measured.
     """
-    import numpy as np
-
-    from vipllava.forecast.job import Corpus, DataSetShare
-    from vipllava.stream.order import SampleOrder, plan_parts
-
     sizes = {source.name: source.shards.shard_sizes for source in dataset.sources}
     parts = plan_parts(sizes, datamodule.mix_entries, datamodule.samples_per_epoch)
     epoch = SampleOrder(parts, datamodule.seed, window_samples=datamodule.window_samples).epoch(0)
-    pictured = np.empty(len(epoch), dtype=np.int64)
+    num_images = np.empty(len(epoch), dtype=np.int64)
     for number, source in enumerate(dataset.sources):
         chosen = epoch.part == number
-        pictured[chosen] = source.shards.has_image(epoch.position[chosen])
-    placeholders = pictured * datamodule.conversation_encoder.image_seq_length
+        num_images[chosen] = source.shards.has_image(epoch.position[chosen])
+    placeholders = num_images * datamodule.conversation_encoder.image_seq_length
     texts = ratio * (dataset.estimate_lengths(epoch) - placeholders)
     lengths = np.minimum(placeholders + texts, int(cfg.stage.max_length)).astype(np.float64)
+    mean_text = float((lengths - placeholders).clip(min=0).mean())
     return Corpus(
         datasets=tuple(DataSetShare(p.name, p.num_samples, p.num_per_epoch) for p in parts),
         mean_tokens=float(lengths.mean()),
         mean_squared_tokens=float((lengths**2).mean()),
-        images_per_sample=float(pictured.mean()),
+        images_per_sample=float(num_images.mean()),
         longest=int(np.ceil(lengths.max())),
         supervised_share=supervised_share or float(cfg.stage.supervised_share),
-        mean_supervised=(supervised_text or _supervised_text(cfg))
-        * float((lengths - placeholders).clip(min=0).mean()),
+        mean_supervised=(supervised_text or _supervised_text(cfg)) * mean_text,
     )
 
 
 def assumed_corpus(cfg: DictConfig, image_tokens: int) -> Corpus:
-    """Return the recipe's lengths and the manifests' sizes, for data that cannot be opened.
-
-    Args:
-        cfg: the job.
-        image_tokens: placeholders of one picture.
-    """
-    from vipllava.forecast.job import Corpus, DataSetShare
-    from vipllava.shards.manifest import load_manifest
-    from vipllava.stream.order import parse_mix, plan_parts
-
+    """Return the recipe's lengths and the manifests' sizes, for data that cannot be opened."""
     mix: Any = parse_mix(cfg.data.mix) if cfg.data.mix else {cfg.data.manifest: None}
     manifests = {name: load_manifest(name, cfg.data.manifests_dir) for name in mix}
     sizes = {m.name: m.num_samples or m.approximate_samples or 0 for m in manifests.values()}
@@ -136,47 +108,26 @@ def _supervised_text(cfg: DictConfig) -> float:
 
 
 def lint_data(
-    cfg: DictConfig, datamodule: VisualPromptDataModule, notes: list[str]
-) -> tuple[int, list[str]]:
-    """Lint a few samples of each data set.
-
-    Args:
-        cfg: the job.
-        datamodule: its data.
-        notes: what is worth a word is added to them.
-
-    Returns:
-        How many samples, and the errors found.
-    """
-    from omegaconf import OmegaConf
-
-    from vipllava.ingest.lint import LintLimits, lint_shards
-    from vipllava.shards.manifest import is_remote
-
+    cfg: DictConfig, datamodule: VisualPromptDataModule, notes: list[str], problems: list[str]
+) -> int:
+    """Lint a few samples of each data set, add to notes and problems, and return how many."""
     values: Any = OmegaConf.to_container(cfg.lint, resolve=True)
-    limits, problems, count = LintLimits.from_mapping(values), [], 0
+    limits, root, count = LintLimits.from_mapping(values), datamodule.data_root, 0
     for manifest in datamodule.manifests:
-        if is_remote(str(datamodule.data_root)) or any(map(is_remote, manifest.patterns)):
+        if is_remote(str(root)) or any(map(is_remote, manifest.patterns)):
             notes.append(f"{manifest.name} lies at an address and was not linted")
             continue
         found = lint_shards(
-            manifest,
-            datamodule.data_root,
-            datamodule.sample_encoder,
-            limits,
-            int(cfg.seed),
-            num_samples=LINTED_SAMPLES,
+            manifest, root, datamodule.sample_encoder, limits, int(cfg.seed), num_samples=64
         )
         count += found.num_checked
+        severities = {finding.code: finding.severity for finding in found.findings}
         for severity, into in (("error", problems), ("warning", notes)):
-            counted = [
-                f"{number} {code}"
-                for code, number in found.counts.items()
-                if any(f.code == code and f.severity == severity for f in found.findings)
-            ]
+            counts = found.counts.items()
+            counted = [f"{n} {code}" for code, n in counts if severities.get(code) == severity]
             if counted:
                 into.append(
                     f"lint of {found.num_checked} samples of {manifest.name}: "
                     f"{', '.join(counted)}; `vipllava lint --data {manifest.name}` shows each"
                 )
-    return count, problems
+    return count

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,10 +18,7 @@ from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.models.tensor_files import read_tensor
 from vipllava.stream.step_again import ReplayedMicroBatch
 from vipllava.training.lit_module import VipLlavaLitModule
-from vipllava.types import CheckpointError
-
-if TYPE_CHECKING:
-    from vipllava.types import Batch
+from vipllava.types import Batch, CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +42,17 @@ class ReplayedStep:
 
 
 def load_weights(module: VipLlavaLitModule, checkpoint: Path) -> None:
-    """Put a training checkpoint's weights into a module that is built.
-
-    Args:
-        module: built by its ``configure_model``; what the checkpoint leaves out stays.
-        checkpoint: a file, or the folder of a sharded one.
+    """Put the weights of a training checkpoint, a file or a folder, into a module that is built.
 
     Raises:
         CheckpointError: it cannot be read, or is of another model.
     """
-    network = module.network
     if checkpoint.is_file():
-        loaded = load_plain(checkpoint, mapped=True)
-        unexpected = module.load_state_dict(loaded["state_dict"], strict=False).unexpected_keys
+        into, state = module, load_plain(checkpoint, mapped=True)["state_dict"]
     else:
-        tensors = {n: read_tensor(lazy) for n, lazy in read_training_state(checkpoint).items()}
-        unexpected = network.load_state_dict(tensors, strict=False).unexpected_keys
+        lazy = read_training_state(checkpoint)
+        into, state = module.network, {name: read_tensor(value) for name, value in lazy.items()}
+    unexpected = into.load_state_dict(state, strict=False).unexpected_keys
     if unexpected:
         raise CheckpointError(
             f"{checkpoint} is of another model: it has {', '.join(unexpected[:5])}; pass the "
@@ -78,9 +70,9 @@ def replay_losses(
     """Compute the losses of a step again; no gradients, dropout off.
 
     Args:
-        module: built, with the weights to use.
+        module: built, with the weights to use; it is moved to the device.
         micro_batches: of all ranks.
-        device: to compute on; the module is moved there.
+        device: to compute on.
         autocast: dtype of matrix products where weights are held in more.
     """
     network: Any = module.network
@@ -92,21 +84,15 @@ def replay_losses(
             total, count = supervised_loss_sum(network, batch.to(device))
         return float(total), count
 
-    total, count, samples = 0.0, 0, []
-    for micro_batch in micro_batches:
-        part, terms = loss_sum(micro_batch.batch)
-        total, count = total + part, count + terms
-        for batch in micro_batch.single_samples:
+    total, count, samples = 0.0, 0, list[SampleLoss]()
+    for part in micro_batches:
+        summed, supervised = loss_sum(part.batch)
+        total, count = total + summed, count + supervised
+        for batch in part.single_samples:
             summed, supervised = loss_sum(batch)
+            length, mean = batch.input_ids.numel(), summed / max(1, supervised)
             samples.append(
-                SampleLoss(
-                    rank=micro_batch.rank,
-                    micro_batch=micro_batch.number,
-                    key=batch.keys[0],
-                    num_tokens=batch.input_ids.numel(),
-                    num_supervised=supervised,
-                    loss=summed / max(1, supervised),
-                )
+                SampleLoss(part.rank, part.number, batch.keys[0], length, supervised, mean)
             )
     worst_first = sorted(samples, key=lambda s: (math.isfinite(s.loss), -s.loss))
     return ReplayedStep(total / max(1, count), tuple(worst_first))

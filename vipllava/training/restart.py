@@ -1,39 +1,44 @@
 """The same command again goes on where the run stopped, or says why it cannot.
 
-A run's folder keeps the configuration it was started with. Before a run goes on, what has changed
-since is shown; what would change the order of the data or the model is refused.
+One process at a time writes into a run's folder, which keeps the configuration it was started with:
+what has changed since is shown, and refused where it decides the order of the data or the model.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+import socket
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
+from vipllava.checkpoints.training_state import find_damage
 from vipllava.files.atomic import move, read_text, read_yaml, write_whole, write_yaml
+from vipllava.files.locks import locked
 from vipllava.training.csv_log import FILE_NAME, count_rows
-from vipllava.training.run_lock import LOCK_FILE
 from vipllava.types import CheckpointError, ConfigError, VipLlavaError
 
 logger = logging.getLogger(__name__)
 
 JOB_FILE: Final = "job.yaml"
-WANDB_ID_FILE: Final = "wandb_id"
 FINISHED_FILE: Final = "finished.yaml"
 EXPORT_FOLDER: Final = "export"
 CHECKPOINTS: Final = "checkpoints"
 CSV: Final = "csv"
+LOCK_FILE: Final = "run.lock"
 SUFFIX: Final = ".ckpt"
 _ASIDE: Final = "before-"
 """Begins the name of a folder of what an earlier run left; a number follows."""
-_DAMAGED: Final = ".damaged"
-"""Behind the name of a checkpoint that cannot be read."""
 _MATTERS: Final = (
     "seed", "stage.name", "stage.checkpoint", "stage.trainable", "stage.chat_template",
     "stage.image_aspect", "stage.max_length", "stage.pack_length", "stage.global_batch_size",
@@ -43,14 +48,10 @@ _MATTERS: Final = (
 )  # fmt: skip
 """What decides the order of the data, the model, or the form of its checkpoints."""
 _HARMLESS: Final = (
-    "module.model.attn_implementation",
-    "module.model.dtype",
-    "module.quantization.compute_dtype",
-)
+    "module.model.attn_implementation", "module.model.dtype", "module.quantization.compute_dtype",
+)  # fmt: skip
 """Exceptions: how the model is computed."""
-_RESTARTS: Final = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-"""How often a launcher has started this job again."""
-_SAME_CHECKPOINTS: Final = (("single", "ddp"), ("zero2", "zero3", "zero3_offload"))
+_SAME_CHECKPOINTS: Final = ({"single", "ddp"}, {"zero2", "zero3", "zero3_offload"})
 """Strategies that go on from each other's checkpoints."""
 
 
@@ -64,7 +65,7 @@ class Goal:
     limits: Mapping[str, Any] = field(default_factory=dict)
 
     def is_within(self, done: Goal) -> bool:
-        """Whether a run that did all of ``done`` has done all of this, too."""
+        """Whether a run that has done ``done`` has nothing left to do."""
         return (
             self.epochs <= done.epochs
             and (done.max_steps == -1 or -1 < self.max_steps <= done.max_steps)
@@ -82,6 +83,42 @@ class Restart:
     finished: bool = False
 
 
+@contextmanager
+def hold_run(run_dir: Path, *, patience_s: float = 0.0) -> Generator[None]:
+    """Hold a run's folder, which exists, against a second start; first process only.
+
+    The file says who holds it, and stays: what it says counts only while the lock is held.
+
+    Args:
+        run_dir: the run's folder.
+        patience_s: how long to wait for a process that is about to end.
+
+    Raises:
+        VipLlavaError: another process holds it; names host and process.
+        OSError: the file cannot be made.
+    """
+    path = run_dir / LOCK_FILE
+    with locked(
+        path,
+        patience_s,
+        waiting=f"waiting for {path}, which the start before this one still holds",
+        without="nothing will notice a second start of this run",
+    ) as mine:
+        if not mine:
+            about = read_yaml(path) or {}
+            pid, host, since = (about.get(n, "(unknown)") for n in ("pid", "host", "since"))
+            raise VipLlavaError(
+                f"{run_dir} is in use by process {pid} on {host}, since {since}: wait for that run "
+                "or stop it; for a run of its own pass name=NEW_NAME. If there is no such process "
+                "any more (a network file system may hold a lost node's lock for minutes), delete "
+                f"{path}"
+            )
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        about_me = f"host: {socket.gethostname()}\npid: {os.getpid()}\nsince: '{now}'\n"
+        path.write_text(about_me, encoding="utf-8")
+        yield
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first; files, or folders where sharded."""
     found = [path for path in folder.glob(f"*{SUFFIX}") if path.stem.isdecimal()]
@@ -96,13 +133,12 @@ def prepare_run(
     resume: str = "auto",
     anyway: bool = False,
 ) -> Restart:
-    """Decide where a run begins, and bring its folder into that state.
+    """Decide where a run begins, and bring its folder into that state; first process only.
 
-    To be called by the first process only, before any weight is loaded. A job that Slurm or
-    torchrun has started again goes on from its own newest checkpoint, whatever ``resume`` says.
-
-    Nothing is deleted: a damaged checkpoint gets another name, and so do, in a folder of their own,
-    checkpoints behind the place where the run goes on, and the log of a run that begins again.
+    A job that Slurm or torchrun has started again goes on from its own newest checkpoint, whatever
+    ``resume`` says. Nothing is deleted: a damaged checkpoint gets another name, and so do, in a
+    folder of their own, checkpoints behind the place where the run goes on, and the log of a run
+    that begins again.
 
     Args:
         run_dir: the run's folder; made if it is not there.
@@ -114,21 +150,23 @@ def prepare_run(
 
     Raises:
         CheckpointError: the named checkpoint is not there or damaged, or all of the run's are.
-        ConfigError: the folder cannot be written, or the run was started with other data or
-            another model; the message lists what differs.
+        ConfigError: the folder cannot be written, or data or model are others; lists what differs.
     """
     resume = _resume_of_launcher(run_dir, resume)
+    probe = run_dir / f".{JOB_FILE}.probe"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_yaml(run_dir / f".{JOB_FILE}.probe", dict(job))
-        (run_dir / f".{JOB_FILE}.probe").unlink()
-        if resume == "never" and (aside := _move_aside(run_dir)):
+        write_yaml(probe, dict(job))
+        probe.unlink()
+        if resume == "never" and (left := _files_of_before(run_dir)):
+            aside = _move_aside(run_dir, left)
             logger.info("resume=never: what an earlier run left is in %s", aside)
     except OSError as error:
         raise unwritable(run_dir, error) from error
     restart, damaged = _decide(run_dir, goal or Goal(), resume)
     for path, damage in damaged.items():
-        renamed = _free_name(path.with_name(path.name + _DAMAGED))
+        renamed = Path(f"{path}.damaged")
+        renamed = _free(f"{renamed}-", 2) if renamed.exists() else renamed
         move(path, renamed)
         logger.warning("%s is damaged: %s; it is now %s", path, damage, renamed.name)
     # What has ended was that job, too, though its checkpoints may have been deleted since.
@@ -136,10 +174,27 @@ def prepare_run(
         _check_job(run_dir, job, restart.checkpoint or run_dir / EXPORT_FOLDER, anyway)
     if restart.finished:
         return restart
-    if restart.checkpoint is None:
-        _begin_again(run_dir)
-    elif resume != "auto":
-        _leave_later_steps(run_dir, restart)
+    log, checkpoints = run_dir / CSV / FILE_NAME, list_checkpoints(run_dir / CHECKPOINTS)
+    later = [path for path in checkpoints if _num_steps(path) > restart.num_steps]
+    if restart.checkpoint is None and (num_rows := count_rows(log)):
+        logger.warning(
+            "%s has a log of %d steps and no checkpoint to go on from: the run begins again with "
+            "its first step; what was there is in %s",
+            run_dir,
+            num_rows,
+            _move_aside(run_dir, _files_of_before(run_dir)),
+        )
+    elif restart.checkpoint is not None and resume != "auto" and later:
+        aside = _move_aside(run_dir, later)  # they are no part of the run now
+        if log.is_file():
+            (aside / CSV).mkdir()
+            shutil.copy2(log, aside / CSV)
+        logger.warning(
+            "going on from %s: later checkpoints (%s) and the log with their steps are in %s",
+            restart.checkpoint,
+            ", ".join(path.name for path in later),
+            aside,
+        )
     (run_dir / FINISHED_FILE).unlink(missing_ok=True)
     write_yaml(run_dir / JOB_FILE, dict(job))
     return restart
@@ -167,7 +222,8 @@ def unwritable(run_dir: Path, error: OSError) -> ConfigError:
 
 def started_again() -> bool:
     """Whether a launcher, Slurm or torchrun, has started this job again."""
-    return any(os.environ.get(name, "0") not in ("", "0") for name in _RESTARTS)
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return any(os.environ.get(name, "0") not in ("", "0") for name in counts)
 
 
 def _decide(run_dir: Path, goal: Goal, resume: str) -> tuple[Restart, dict[Path, str]]:
@@ -176,21 +232,17 @@ def _decide(run_dir: Path, goal: Goal, resume: str) -> tuple[Restart, dict[Path,
     A first process that moves those aside meanwhile changes nothing: for another one they are then
     not listed, or missing.
     """
-    checkpoints = run_dir / CHECKPOINTS
+    damaged: dict[Path, str] = {}
     if resume == "never":
-        return Restart(None, 0), {}
+        return Restart(None, 0), damaged
     if resume != "auto":
         path = Path(resume).expanduser()
-        _check_named(path, resume, checkpoints)
-        return Restart(path, _num_steps(path)), {}
-    newest_first = list_checkpoints(checkpoints)[::-1]
-    if _is_finished(run_dir, goal):
-        newest = newest_first[0] if newest_first else None
-        return Restart(newest, _num_steps(newest) if newest else 0, finished=True), {}
-    damaged: dict[Path, str] = {}
-    for path in newest_first:
-        if (damage := _find_damage(path)) is None:
-            return Restart(path, _num_steps(path)), damaged
+        _check_named(path, resume, run_dir / CHECKPOINTS)
+        return Restart(path, _num_steps(path)), damaged
+    is_finished = _is_finished(run_dir, goal)
+    for path in list_checkpoints(run_dir / CHECKPOINTS)[::-1]:
+        if is_finished or (damage := find_damage(path)) is None:
+            return Restart(path, _num_steps(path), is_finished), damaged
         damaged[path] = damage
     if damaged:
         raise CheckpointError(
@@ -198,7 +250,7 @@ def _decide(run_dir: Path, goal: Goal, resume: str) -> tuple[Restart, dict[Path,
             + "".join(f"- {path}: {damage}\n" for path, damage in damaged.items())
             + "name another one by resume=PATH, or begin again with resume=never"
         )
-    return Restart(None, 0), {}
+    return Restart(None, 0, is_finished), damaged
 
 
 def _is_finished(run_dir: Path, goal: Goal) -> bool:
@@ -214,33 +266,24 @@ def _is_finished(run_dir: Path, goal: Goal) -> bool:
 
 def _check_named(path: Path, resume: str, checkpoints: Path) -> None:
     """Refuse a ``resume=PATH`` that is not a whole checkpoint, and say which ones there are."""
-    damage = _find_damage(path) if path.exists() else "it does not exist"
+    damage = find_damage(path) if path.exists() else "it does not exist"
     if damage is None:
         return
     folders = (checkpoints, path.parent, path.parent / CHECKPOINTS, path / CHECKPOINTS)
-    known = {
-        folder: ", ".join(p.name for p in list_checkpoints(folder) if _find_damage(p) is None)
-        for folder in {f.absolute(): None for f in folders}
-    }
-    whole = "; ".join(f"{folder} has {names}" for folder, names in known.items() if names)
+    known: list[str] = []
+    for folder in dict.fromkeys(folder.absolute() for folder in folders):
+        whole = [each.name for each in list_checkpoints(folder) if find_damage(each) is None]
+        known += [f"{folder} has {', '.join(whole)}"] if whole else []
+    remedy = f"{'; '.join(known)}: name one of these, or use" if known else "Use"
     raise CheckpointError(
-        f"resume={resume} is no checkpoint to go on from: {damage}. "
-        + (f"{whole}: name one of these, or use resume=auto" if whole else "Use resume=auto")
+        f"resume={resume} is no checkpoint to go on from: {damage}. {remedy} resume=auto"
     )
-
-
-def _find_damage(path: Path) -> str | None:
-    from vipllava.checkpoints.training_state import find_damage
-
-    return find_damage(path)
 
 
 def _num_steps(checkpoint: Path) -> int:
     """Return the steps that a checkpoint has done; its name tells, but for one like best.ckpt."""
     if checkpoint.stem.isdecimal():
         return int(checkpoint.stem)
-    import torch
-
     file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
     try:
         # The tensors stay where they are.
@@ -253,46 +296,10 @@ def _num_steps(checkpoint: Path) -> int:
         ) from error
 
 
-def _begin_again(run_dir: Path) -> None:
-    """Keep the log of a run that stopped before its first checkpoint, and say so."""
-    if num_rows := count_rows(run_dir / CSV / FILE_NAME):
-        logger.warning(
-            "%s has a log of %d steps and no checkpoint to go on from: the run begins again with "
-            "its first step; what was there is in %s",
-            run_dir,
-            num_rows,
-            _move_aside(run_dir),
-        )
-
-
-def _leave_later_steps(run_dir: Path, restart: Restart) -> None:
-    """Move checkpoints behind the named one aside: they are no part of the run now."""
-    found = list_checkpoints(run_dir / CHECKPOINTS)
-    later = [path for path in found if _num_steps(path) > restart.num_steps]
-    if not later:
-        return
-    aside = _new_folder_aside(run_dir)
-    (aside / CHECKPOINTS).mkdir()
-    for path in later:
-        move(path, aside / CHECKPOINTS / path.name)
-    if (log := run_dir / CSV / FILE_NAME).is_file():
-        (aside / CSV).mkdir()
-        shutil.copy2(log, aside / CSV / FILE_NAME)
-    logger.warning(
-        "going on from %s: later checkpoints (%s) and the log with their steps are in %s",
-        restart.checkpoint,
-        ", ".join(path.name for path in later),
-        aside,
-    )
-
-
 def rescale_progress(checkpoint: dict[str, Any], saved: int, now: int) -> None:
     """Turn a checkpoint's counts of micro-batches into those of a run that accumulates otherwise.
 
-    Args:
-        checkpoint: Lightning's; changed in place.
-        saved: micro-batches per optimizer step of the run that wrote it.
-        now: the same of this run.
+    Changes it in place; ``saved`` and ``now`` are micro-batches per optimizer step.
 
     Raises:
         VipLlavaError: the checkpoint stands within a step.
@@ -316,17 +323,16 @@ def rescale_progress(checkpoint: dict[str, Any], saved: int, now: int) -> None:
 
 
 def _resume_of_launcher(run_dir: Path, resume: str) -> str:
-    """The command of a job that its launcher starts again is the same; what it has done stays."""
+    """What a job that its launcher starts again by the same command has done stays."""
     return "auto" if started_again() and list_checkpoints(run_dir / CHECKPOINTS) else resume
 
 
 def wandb_id(run_dir: Path) -> str:
     """Return the id of a run on W&B, made at its first start and kept in its folder.
 
-    To be called by the first process only, after :func:`prepare_run`, which moves the id of a run
-    that begins again aside.
+    First process only, after :func:`prepare_run`, which moves that of a run that begins again.
     """
-    path = run_dir / WANDB_ID_FILE
+    path = run_dir / "wandb_id"
     if (known := read_text(path)) is not None:
         return known
     # A random end: equal folders on two machines are two runs, and an id that was deleted on W&B
@@ -340,46 +346,38 @@ def wandb_id(run_dir: Path) -> str:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what differs between two configurations, by dotted key."""
     first, second = _flat(before), _flat(now)
-    absent = "(not set)"
-    return {
-        key: (first.get(key, absent), second.get(key, absent))
-        for key in sorted(first.keys() | second.keys())
-        if first.get(key, absent) != second.get(key, absent)
-    }
+    keys = sorted(first.keys() | second.keys())
+    pairs = {k: (first.get(k, "(not set)"), second.get(k, "(not set)")) for k in keys}
+    return {key: (was, new) for key, (was, new) in pairs.items() if was != new}
 
 
 def _check_job(run_dir: Path, job: Mapping[str, Any], done: Path, anyway: bool) -> None:
     before = read_yaml(run_dir / JOB_FILE)
     if before is None:
         return
-    changed = differences(before, job)
-    refused = {key: pair for key, pair in changed.items() if _is_refused(key, pair)}
-    shown = {key: pair for key, pair in changed.items() if key not in refused}
+    shown, refused = "", ""
+    for key, (was, now) in differences(before, job).items():
+        line = f"\n  {key}: {was} -> {now}"
+        same = key == "strategy.name" and any({was, now} <= each for each in _SAME_CHECKPOINTS)
+        if _is_below(key, _MATTERS) and not _is_below(key, _HARMLESS) and not same:
+            refused += line
+        else:
+            shown += line
     if shown:
-        logger.info("the configuration has changed since the run began:\n%s", _listed(shown))
+        logger.info("the configuration has changed since the run began:%s", shown)
     if refused and not anyway:
         raise ConfigError(
             f"{run_dir} was started with another configuration, which decides the order of the "
-            f"data or the model:\n{_listed(refused)}\nTo go on from {done.name}, take these "
-            "back; for a run of its own pass name=NEW_NAME; to begin this one again resume=never; "
-            "to go on all the same resume_anyway=true"
+            f"data or the model:{refused}\nTo go on from {done.name}, take these back; for a run "
+            "of its own pass name=NEW_NAME; to begin this one again resume=never; to go on all the "
+            "same resume_anyway=true"
         )
     if refused:
-        logger.warning("resume_anyway=true: going on with changes:\n%s", _listed(refused))
-
-
-def _is_refused(key: str, pair: tuple[Any, Any]) -> bool:
-    if key == "strategy.name" and any(set(pair) <= set(names) for names in _SAME_CHECKPOINTS):
-        return False
-    return _is_below(key, _MATTERS) and not _is_below(key, _HARMLESS)
+        logger.warning("resume_anyway=true: going on with changes:%s", refused)
 
 
 def _is_below(key: str, roots: tuple[str, ...]) -> bool:
     return any(key == root or key.startswith(f"{root}.") for root in roots)
-
-
-def _listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    return "\n".join(f"  {key}: {was} -> {now}" for key, (was, now) in changed.items())
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -391,34 +389,23 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _move_aside(run_dir: Path) -> Path | None:
-    """Keep an earlier run's files under a name of their own; nothing is deleted.
+def _move_aside(run_dir: Path, paths: Iterable[Path]) -> Path:
+    """Keep an earlier run's files in a folder of their own, which is returned."""
+    aside = _free(f"{run_dir / _ASIDE}", 1)
+    for path in paths:
+        target = aside / path.relative_to(run_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        move(path, target)
+    return aside
 
-    Returns:
-        The folder where they are; None if there are none.
-    """
-    # What the process that is starting writes already, and the queue's files of its job.
+
+def _files_of_before(run_dir: Path) -> list[Path]:
+    # Not what the process that is starting writes already, and the queue's files of its job.
     own = (".hydra", "train.log", ".submitit", LOCK_FILE)
-    kept = [p for p in run_dir.iterdir() if p.name not in own and not p.name.startswith(_ASIDE)]
-    if not kept:
-        return None
-    aside = _new_folder_aside(run_dir)
-    for path in kept:
-        move(path, aside / path.name)
-    return aside
+    return [p for p in run_dir.iterdir() if p.name not in own and not p.name.startswith(_ASIDE)]
 
 
-def _new_folder_aside(run_dir: Path) -> Path:
-    aside = _free_name(run_dir / f"{_ASIDE}1")
-    aside.mkdir()
-    return aside
-
-
-def _free_name(path: Path) -> Path:
-    """Return the path; if it is taken, with the first free number: a-1, a-2; b, b-2, b-3."""
-    base, _, number = path.name.rpartition("-")
-    base, number = (base, int(number)) if number.isdecimal() else (path.name, 1)
-    while path.exists():
-        number += 1
-        path = path.with_name(f"{base}-{number}")
-    return path
+def _free(path: str, first: int) -> Path:
+    """Return the path with the first number behind it that is free."""
+    paths = (Path(f"{path}{number}") for number in itertools.count(first))
+    return next(path for path in paths if not path.exists())

@@ -1,8 +1,4 @@
-"""One stage from its composed configuration: what ``train.py`` calls.
-
-This is the only place of training that knows configuration objects; everything below it takes
-plain arguments. Imports that cost seconds happen inside the function, after the checks.
-"""
+"""One stage from its composed configuration: what ``train.py`` calls, after its checks."""
 
 from __future__ import annotations
 
@@ -13,21 +9,33 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vipllava.processes import is_first_process
-from vipllava.training.job import (
-    build_datamodule,
-    partial,
-)
-from vipllava.types import VipLlavaError
+import lightning
+import torch
+from hydra.utils import instantiate
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from omegaconf import DictConfig, OmegaConf
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-    from vipllava.models.building import ModelSpec
-    from vipllava.shards.manifest import Manifest
-    from vipllava.training.restart import Goal, Restart
+from vipllava.checkpoints.export_meta import ExportMeta, code_version
+from vipllava.checkpoints.loading import load_tokenizer, open_spec
+from vipllava.config.attention import FALLBACK, TORCH_VARLEN
+from vipllava.config.hardware import free_shm
+from vipllava.models import attention
+from vipllava.models.building import ModelSpec, image_seq_length
+from vipllava.models.hub_models import draw_bars_on_terminals_only
+from vipllava.processes import end_with_parent, is_first_process, naming_parent
+from vipllava.shards.manifest import Manifest
+from vipllava.training import restart
+from vipllava.training.callbacks import ExportCallback, StartLog
+from vipllava.training.checkpointing import AtomicCheckpointIO
+from vipllava.training.csv_log import FILE_NAME, cut_csv
+from vipllava.training.ending import EarlyStop, RunEnd, hold_signals_of_starting
+from vipllava.training.job import build_datamodule, partial
+from vipllava.training.preflight import look_ahead, shared_memory_warning
+from vipllava.training.restart import CSV, EXPORT_FOLDER, Goal, Restart
+from vipllava.types import Interrupted, VipLlavaError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -38,50 +46,26 @@ _PATIENCE_S = 180.0
 
 
 def run_training(cfg: DictConfig) -> Path:
-    """Train one stage and export the model.
-
-    Args:
-        cfg: what Hydra composed from ``conf/train.yaml``, checked.
-
-    Returns:
-        The folder of the exported model, ``${run_dir}/export``.
+    """Train one stage from its checked configuration and return the folder of the exported model.
 
     Raises:
         VipLlavaError: data, model or settings cannot be used; the message says what to do.
     """
-    from vipllava.training.restart import started_again, unwritable
-    from vipllava.training.run_lock import hold_run
-
     run_dir = Path(cfg.run_dir)
     with contextlib.ExitStack() as stack:
         if is_first_process():
-            patience_s = _PATIENCE_S if started_again() else 0.0
+            patience_s = _PATIENCE_S if restart.started_again() else 0.0
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(hold_run(run_dir, patience_s=patience_s))
+                stack.enter_context(restart.hold_run(run_dir, patience_s=patience_s))
             except OSError as error:
-                raise unwritable(run_dir, error) from error
+                raise restart.unwritable(run_dir, error) from error
         return _train(cfg)
 
 
 def _train(cfg: DictConfig) -> Path:
     # Loader processes are forked from a process that has used the tokenizer, which else warns.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import lightning
-    import torch
-    from omegaconf import OmegaConf
-
-    from vipllava.checkpoints.loading import load_tokenizer, open_spec
-    from vipllava.models.hub_models import draw_bars_on_terminals_only
-    from vipllava.processes import end_with_parent, naming_parent
-    from vipllava.training.callbacks import ExportCallback
-    from vipllava.training.ending import RunEnd
-    from vipllava.training.environment import StartLog
-    from vipllava.training.preflight import look_ahead
-    from vipllava.training.restart import EXPORT_FOLDER, mark_finished
-    from vipllava.training.stopping import hold_signals_of_starting
-    from vipllava.types import Interrupted
-
     end_with_parent()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         # Lightning prints beside the root logger, which has both terminal and file.
@@ -92,8 +76,8 @@ def _train(cfg: DictConfig) -> Path:
         torch.set_float32_matmul_precision("high")
     export_dir = Path(cfg.run_dir) / EXPORT_FOLDER
     job: Any = OmegaConf.to_container(cfg, resolve=True)
-    restart = _begin(cfg, job)
-    if restart.finished:
+    start = _begin(cfg, job)
+    if start.finished:
         return export_dir
 
     make_module = partial(cfg.module)
@@ -104,7 +88,8 @@ def _train(cfg: DictConfig) -> Path:
     if is_first_process():
         for line in outlook.lines:
             logger.info(line)
-        _warn_of_shared_memory(cfg, spec)
+        if warning := shared_memory_warning(cfg, spec.image_size, free_shm()):
+            logger.warning(warning)
     # A download may take longer than processes wait for each other once they have a group.
     open_spec(spec, tokenizer)
     recomputed = outlook.setup.recomputed_blocks
@@ -114,22 +99,16 @@ def _train(cfg: DictConfig) -> Path:
         tokenizer=tokenizer,
         gradient_checkpointing=True if recomputed is None else recomputed,
     )
-    export = ExportCallback(
-        export_dir,
-        tokenizer,
-        _export_meta(cfg, spec, datamodule.manifests),
-        base=spec.checkpoint or spec.language_model,
-    )
+    callbacks: list[Any] = [StartLog(cfg.run_dir, job), RunEnd()]
+    chosen = (node for node in (cfg.get("callbacks") or {}).values() if node)  # null: none
+    callbacks += [instantiate(node, _convert_="all") for node in chosen]
+    if cfg.validation.manifest is not None and cfg.validation.patience is not None:
+        callbacks.append(EarlyStop(int(cfg.validation.patience)))
+    meta = _export_meta(cfg, spec, datamodule.manifests)
+    base = spec.checkpoint or spec.language_model
+    callbacks.append(ExportCallback(export_dir, tokenizer, meta, base=base))
     trainer = partial(cfg.trainer)(
-        logger=_loggers(cfg, restart),
-        callbacks=[
-            StartLog(cfg.run_dir, job),
-            RunEnd(),
-            *_instantiate_all(cfg.get("callbacks")),
-            *_early_stop(cfg),
-            export,
-        ],
-        plugins=_plugins(cfg),
+        logger=_loggers(cfg, start), callbacks=callbacks, plugins=_plugins(cfg)
     )
 
     logger.info("training stage %s of %s into %s", cfg.stage.name, cfg.model.name, cfg.run_dir)
@@ -146,7 +125,7 @@ def _train(cfg: DictConfig) -> Path:
                 trainer.fit(
                     module,
                     datamodule=datamodule,
-                    ckpt_path=None if restart.checkpoint is None else str(restart.checkpoint),
+                    ckpt_path=None if start.checkpoint is None else str(start.checkpoint),
                     weights_only=True,
                 )
         except torch.OutOfMemoryError as error:
@@ -163,36 +142,12 @@ def _train(cfg: DictConfig) -> Path:
             "start it again"
         )
     if trainer.is_global_zero:
-        mark_finished(Path(cfg.run_dir), _goal(cfg))
+        restart.mark_finished(Path(cfg.run_dir), _goal(cfg))
     return export_dir
-
-
-def _warn_of_shared_memory(cfg: DictConfig, spec: ModelSpec) -> None:
-    from vipllava.config.hardware import free_shm
-    from vipllava.training.shared_memory import shared_memory_warning
-
-    processes = int(cfg.trainer.devices)
-    # A row of a pack holds several samples.
-    packed = cfg.data.batching == "packed"
-    per_row = max(1.0, cfg.stage.pack_length / cfg.stage.mean_length) if packed else 1.0
-    rows = cfg.data.global_batch_size / (processes * int(cfg.trainer.num_nodes))
-    warning = shared_memory_warning(
-        free_shm(),
-        images=int(rows * per_row),
-        image_size=spec.image_size,
-        num_workers=int(cfg.data.num_workers),
-        num_processes=processes,
-    )
-    if warning:
-        logger.warning(warning)
 
 
 def _goal(cfg: DictConfig) -> Goal:
     """Return what is asked for: a run that has ended has done this, and no more."""
-    from omegaconf import OmegaConf
-
-    from vipllava.training.restart import Goal
-
     bounds: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
     limits = {name: bounds[name] for name in _LIMITS if bounds.get(name) not in (None, False)}
     whole = limits.get("limit_train_batches")
@@ -209,8 +164,6 @@ def _leave_processes() -> None:
     The threads of gloo would now and then abort a process whose work is done. After an error nobody
     leaves: who waits for a process that has failed would wait in here, too.
     """
-    import torch
-
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -220,97 +173,65 @@ def _with_proven_attention(cfg: DictConfig, spec: ModelSpec) -> ModelSpec:
 
     It is newer than most machines, and a wrong one would train without any error.
     """
-    import torch
-    from omegaconf import OmegaConf
-
-    from vipllava.config.attention import FALLBACK, TORCH_VARLEN
-    from vipllava.models.attention import find_kernel_problem, load_kernel
-
     if spec.attn_implementation != TORCH_VARLEN or not torch.cuda.is_available():
         return spec
     # Each process on its own device: a context on another one's costs that one half a gigabyte.
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    problem = find_kernel_problem(load_kernel(), device)
+    problem = attention.find_kernel_problem(attention.load_kernel(), device)
     if problem is None:
         return spec
     message = f"{TORCH_VARLEN} does not work on {torch.cuda.get_device_name(device)} ({problem})"
-    if not all(
-        OmegaConf.is_interpolation(node, "attn_implementation")
-        for node in (cfg.machine, cfg.model.spec)
-    ):
+    nodes = (cfg.machine, cfg.model.spec)
+    if not all(OmegaConf.is_interpolation(node, "attn_implementation") for node in nodes):
         raise VipLlavaError(f"{message}: pass machine.attn_implementation={FALLBACK}")
     logger.warning("%s: %s is used instead", message, FALLBACK)
     return replace(spec, attn_implementation=FALLBACK)
 
 
 def _out_of_memory(cfg: DictConfig, error: BaseException) -> str:
-    reason = str(error).strip().split("\n", 1)[0]
-    recompute = (
-        ""
-        if cfg.stage.gradient_checkpointing is True
-        else ("stage.gradient_checkpointing=true (recompute every block), ")
-    )
+    recompute = "stage.gradient_checkpointing=true (recompute every block), "
+    if cfg.stage.gradient_checkpointing is True:
+        recompute = ""
     return (
-        f"the device's memory ran out ({reason}): pass {recompute}machine.micro_batch_size=N with "
-        f"an N below {cfg.data.micro_batch_size}, or another strategy; the same command with "
-        "preflight=true says what fits"
+        f"the device's memory ran out ({first_line(error)}): pass {recompute}"
+        f"machine.micro_batch_size=N with an N below {cfg.data.micro_batch_size}, or another "
+        "strategy; the same command with preflight=true says what fits"
     )
 
 
 def _begin(cfg: DictConfig, job: dict[str, Any]) -> Restart:
     """Decide where the run begins; the first process also brings its folder into that state."""
-    from vipllava.training.csv_log import FILE_NAME, cut_csv
-    from vipllava.training.restart import CSV, find_restart, prepare_run
-
     run_dir = Path(cfg.run_dir)
     asked: Any = {"goal": _goal(cfg), "resume": str(cfg.resume)}
     if not is_first_process():
-        return find_restart(run_dir, **asked)
-    restart = prepare_run(run_dir, job, anyway=bool(cfg.resume_anyway), **asked)
-    if restart.finished:
+        return restart.find_restart(run_dir, **asked)
+    start = restart.prepare_run(run_dir, job, anyway=bool(cfg.resume_anyway), **asked)
+    if start.finished:
         logger.info(
             "%s has ended already, and its export is there: for more pass stage.epochs=N or "
             "trainer.max_steps=N, to begin anew resume=never, for a run of its own name=NEW_NAME",
             run_dir,
         )
-        return restart
-    cut_csv(run_dir / CSV / FILE_NAME, restart.num_steps)
-    if restart.checkpoint is not None:
-        logger.info("going on from %s, after %s steps", restart.checkpoint, restart.num_steps)
-    return restart
+        return start
+    cut_csv(run_dir / CSV / FILE_NAME, start.num_steps)
+    if start.checkpoint is not None:
+        logger.info("going on from %s, after %s steps", start.checkpoint, start.num_steps)
+    return start
 
 
-def _loggers(cfg: DictConfig, restart: Restart) -> list[Any]:
+def _loggers(cfg: DictConfig, start: Restart) -> list[Any]:
     """Instantiate the loggers by name; null switches one off. Each goes on where the run does."""
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
-    from vipllava.training.restart import wandb_id
-
     nodes = {name: node for name, node in (cfg.get("logger") or {}).items() if node}
     # TensorBoard hides what an earlier start wrote about steps that are now done again.
-    more: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": restart.num_steps}}
+    more: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": start.num_steps}}
     chosen = "WANDB_RUN_ID" in os.environ or OmegaConf.select(cfg, "logger.wandb.id") is not None
     if "wandb" in nodes and not chosen and is_first_process():
-        more["wandb"] = {"id": wandb_id(Path(cfg.run_dir))}
+        more["wandb"] = {"id": restart.wandb_id(Path(cfg.run_dir))}
     return [instantiate(n, _convert_="all", **more.get(name, {})) for name, n in nodes.items()]
 
 
-def _early_stop(cfg: DictConfig) -> list[Any]:
-    from vipllava.training.ending import EarlyStop
-
-    if cfg.validation.manifest is None or cfg.validation.patience is None:
-        return []
-    return [EarlyStop(int(cfg.validation.patience))]
-
-
 def _plugins(cfg: DictConfig) -> list[Any]:
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-
-    from vipllava.training.checkpointing import AtomicCheckpointIO
-
     plugins: list[Any] = []
     if cfg.strategy.name in ("single", "ddp"):
         plugins.append(AtomicCheckpointIO())
@@ -321,14 +242,8 @@ def _plugins(cfg: DictConfig) -> list[Any]:
     return plugins
 
 
-def _export_meta(cfg: DictConfig, spec: ModelSpec, manifests: Sequence[Manifest]) -> Any:
-    from omegaconf import OmegaConf
-
-    from vipllava.checkpoints.export_meta import ExportMeta, code_version
-    from vipllava.models.building import image_seq_length
-
+def _export_meta(cfg: DictConfig, spec: ModelSpec, manifests: Sequence[Manifest]) -> ExportMeta:
     policies: Any = OmegaConf.to_container(cfg.visual_prompts, resolve=True)
-
     return ExportMeta(
         stage=cfg.stage.name,
         chat_template=cfg.stage.chat_template,
@@ -343,10 +258,3 @@ def _export_meta(cfg: DictConfig, spec: ModelSpec, manifests: Sequence[Manifest]
         visual_prompts=policies,
         code=code_version(),
     )
-
-
-def _instantiate_all(group: DictConfig | None) -> list[Any]:
-    """Instantiate the entries of a group by name; null switches one off."""
-    from hydra.utils import instantiate
-
-    return [instantiate(node, _convert_="all") for node in (group or {}).values() if node]

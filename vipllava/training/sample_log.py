@@ -1,8 +1,7 @@
 """Images as the network gets them, with question, target and what it would have said.
 
 A prediction is the most probable token at each supervised position, given the true tokens before
-it. It is taken from the logits of the training step itself: there is no second forward pass, and no
-process does anything that the others do not, so it works under every strategy.
+it, from the logits of the training step itself: no second forward pass, under every strategy.
 """
 
 from __future__ import annotations
@@ -10,11 +9,12 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -31,9 +31,6 @@ from vipllava.types import Batch
 
 logger = logging.getLogger(__name__)
 
-FOLDER: Final = "samples"
-COLUMNS: Final = ("step", "key", "image", "question", "target", "prediction")
-
 
 @dataclass(frozen=True, slots=True)
 class ShownSample:
@@ -45,9 +42,10 @@ class ShownSample:
     target: str  # the answers, one a line
     prediction: str  # the network's own tokens in their places, one answer a line
 
-    def row(self, step: int, image: Any) -> list[Any]:
-        """Return the values of :data:`COLUMNS`, with what stands for the image."""
-        return [step, self.key, image, self.question, self.target, self.prediction]
+    def row(self, step: int, image: Any) -> dict[str, Any]:
+        """Return what a table shows, with what stands for the image."""
+        texts = {"question": self.question, "target": self.target, "prediction": self.prediction}
+        return {"step": step, "key": self.key, "image": image, **texts}
 
 
 def shown_samples(
@@ -58,7 +56,7 @@ def shown_samples(
     image_token_id: int,
     limit: int,
 ) -> list[ShownSample]:
-    """Return the first samples of a batch that have an answer.
+    """Return the first samples of a batch, at most ``limit``, that have an answer.
 
     Args:
         batch: the micro-batch.
@@ -79,14 +77,12 @@ def shown_samples(
         return " ".join(decoded.split())
 
     shown: list[ShownSample] = []
-    keys, next_image = iter(batch.keys), 0
-    for row in range(len(ids)):
-        for segment in range(int(segments[row].max()) + 1):
-            key, here = next(keys), segments[row] == segment
+    keys, images = iter(batch.keys), iter(batch.pixel_values)
+    for row, row_segments in enumerate(segments):
+        for segment in range(int(row_segments.max()) + 1):
+            key, here = next(keys), row_segments == segment
             own_ids, own_answered, own_said = ids[row][here], answered[row][here], said[row][here]
-            image = None
-            if bool((own_ids == image_token_id).any()):
-                image, next_image = next_image, next_image + 1
+            pixels = next(images) if bool((own_ids == image_token_id).any()) else None
             if len(shown) == limit or not bool(own_answered.any()):
                 continue
             questions, targets, said_texts = [], [], []
@@ -97,7 +93,7 @@ def shown_samples(
             shown.append(
                 ShownSample(
                     key,
-                    None if image is None else _to_image(batch.pixel_values[image]),
+                    None if pixels is None else _to_image(pixels),
                     "\n".join(questions[: len(targets)]),
                     "\n".join(targets),
                     "\n".join(said_texts),
@@ -106,34 +102,21 @@ def shown_samples(
     return shown
 
 
+@dataclass(eq=False)
 class SampleTable(Callback):
     """Shows a few training samples with the network's answers, at the first step and at intervals.
 
     They go to ``RUN_DIR/samples/STEP.jsonl`` with the images beside it, to Weights & Biases as a
     table, and to TensorBoard as images and texts. They are samples of the first process.
-
-    Args:
-        run_dir: the run's folder.
-        every_n_steps: optimizer steps between two tables; the first is of step 0.
-        num_samples: rows of a table.
-        tokenizer: of the ids; that of the data module if None.
     """
 
-    def __init__(
-        self,
-        run_dir: str | Path,
-        every_n_steps: int = 500,
-        num_samples: int = 4,
-        tokenizer: FastTokenizer | None = None,
-    ) -> None:
-        self.directory = Path(run_dir) / FOLDER
-        self.every_n_steps = every_n_steps
-        self.num_samples = num_samples
-        self.tokenizer = tokenizer
-        self._image_token_id = -1
-        self._wanted: int | None = None
-        self._shown_at = -1
-        self._shown: list[ShownSample] = []
+    run_dir: str | Path  # the run's folder
+    every_n_steps: int = 500  # optimizer steps between two tables; the first is of step 0
+    num_samples: int = 4  # rows of a table
+    tokenizer: FastTokenizer | None = None  # of the ids; that of the data module if None
+    _trainer: Trainer | None = field(default=None, init=False)
+    _image_token_id: int = field(default=-1, init=False)
+    _shown_at: int = field(default=-1, init=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the predictions; without a tokenizer there is nothing to show."""
@@ -144,68 +127,47 @@ class SampleTable(Callback):
             logger.info("no table of samples: the training data have no tokenizer")
             return
         config: Any = pl_module.network.config
-        self._image_token_id = config.image_token_id
+        self._trainer, self._image_token_id = trainer, config.image_token_id
         if trainer.is_global_zero and self not in pl_module.observers:
             pl_module.observers.append(self)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
-        """Choose the first micro-batch of the step that is shown."""
-        step = trainer.global_step
-        due = step % self.every_n_steps == 0 and step != self._shown_at
-        self._wanted = step if due else None
-
     def observe(self, batch: Batch, predictions: Predictions) -> None:
-        """Keep the samples of a chosen micro-batch."""
-        if self._wanted is None or self.tokenizer is None:
+        """Show samples of the first micro-batch of a step that is due."""
+        trainer, tokenizer = self._trainer, self.tokenizer
+        if trainer is None or tokenizer is None:
             return
-        self._shown_at = self._wanted
-        self._shown = shown_samples(
-            batch,
-            predictions,
-            self.tokenizer,
-            image_token_id=self._image_token_id,
-            limit=self.num_samples,
-        )
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Write what was kept."""
-        shown, self._shown = self._shown, []
-        if not shown:
+        step = trainer.global_step
+        if step % self.every_n_steps or step == self._shown_at:
             return
-        write_samples(self.directory, shown, self._shown_at)
-        for each in trainer.loggers:
-            log_samples(each, shown, self._shown_at)
+        self._shown_at = step
+        limits = {"image_token_id": self._image_token_id, "limit": self.num_samples}
+        if shown := shown_samples(batch, predictions, tokenizer, **limits):
+            _write_samples(Path(self.run_dir) / "samples", shown, step)
+            for each in trainer.loggers:
+                log_samples(each, shown, step)
 
 
-def write_samples(directory: Path, shown: list[ShownSample], step: int) -> Path:
-    """Write ``STEP.jsonl`` and its images; return the file."""
+def _write_samples(directory: Path, shown: list[ShownSample], step: int) -> None:
+    """Write ``STEP.jsonl`` and its images."""
     directory.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
+    text = ""
     for number, sample in enumerate(shown):
         name = None
         if sample.image is not None:
             name = f"{step:06d}-{number}.jpg"
             sample.image.save(directory / name, quality=90)
-        values = dict(zip(COLUMNS, sample.row(step, name), strict=True))
-        lines.append(json.dumps(values, ensure_ascii=False))
-    path = directory / f"{step:06d}.jsonl"
-    write_whole(path, "\n".join(lines) + "\n")
-    return path
+        text += json.dumps(sample.row(step, name), ensure_ascii=False) + "\n"
+    write_whole(directory / f"{step:06d}.jsonl", text)
 
 
 def log_samples(to: Logger, shown: list[ShownSample], step: int) -> None:
     """Give samples to a logger that can show images; others get nothing."""
     if isinstance(to, WandbLogger):
         wandb: Any = importlib.import_module("wandb")  # an extra
-        rows = [s.row(step, None if s.image is None else wandb.Image(s.image)) for s in shown]
-        to.log_table(SAMPLES, columns=list(COLUMNS), data=rows, step=step)
+        rows = [s.row(step, s.image and wandb.Image(s.image)) for s in shown]
+        values = [list(row.values()) for row in rows]
+        to.log_table(SAMPLES, columns=list(rows[0]), data=values, step=step)
     elif isinstance(to, TensorBoardLogger):
-        import numpy as np
-
         writer: Any = to.experiment
         for number, sample in enumerate(shown):
             name = f"{SAMPLES}/{number}"

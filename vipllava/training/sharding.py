@@ -1,8 +1,7 @@
-"""Networks that no process holds whole: how they come into being, and how they are put together.
+"""Networks that no process holds whole, under FSDP2 and ZeRO-3: how they are made and gathered.
 
-Under FSDP2 and ZeRO-3 every process keeps a part of each weight. The first process reads the
-checkpoint, the others make empty networks, and each weight is handed out as it is read, so that a
-node never holds a copy per process. At the end each weight is gathered on the first process again.
+The first process reads the checkpoint, the others make empty networks, and each weight is handed
+out as it is read, so that a node never holds a copy per process.
 """
 
 from __future__ import annotations
@@ -11,11 +10,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Final, TypeGuard
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from torch import nn
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.fsdp import MixedPrecisionPolicy as Policy
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import VipLlavaForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -28,10 +32,7 @@ from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.training.first_alone import first_alone
 from vipllava.types import CheckpointError, VipLlavaError, first_line
 
-_METADATA = "meta.pt"
-"""Beside the shards of a checkpoint: what Lightning keeps of a run."""
-
-LOSS_METHOD = "supervised_loss_sum"
+LOSS_METHOD: Final = "supervised_loss_sum"
 """Under FSDP2 the loss is called as a method of the network, which gathers what it needs then."""
 
 
@@ -51,10 +52,6 @@ class Fsdp2Strategy(ModelParallelStrategy):
         Raises:
             CheckpointError: it is no such folder, lacks a file, or holds code.
         """
-        from torch.distributed.checkpoint import state_dict as states
-        from torch.distributed.checkpoint.api import CheckpointException
-        from torch.distributed.checkpoint.state_dict_loader import load
-
         path = Path(self.broadcast(str(checkpoint_path)))
         check_whole(path)
         if not (path / ".metadata").is_file():
@@ -83,24 +80,22 @@ class Fsdp2Strategy(ModelParallelStrategy):
                 f"{path} cannot be continued ({first_line(reason)}): a file of it is damaged, "
                 "is of other weights, or holds code, which is not run"
             ) from error
-        return load_plain(path / _METADATA)
+        return load_plain(path / "meta.pt")  # what Lightning keeps of a run, beside the shards
 
 
-def is_fsdp2(strategy: Strategy) -> bool:
+def is_fsdp2(strategy: Strategy | None) -> TypeGuard[ModelParallelStrategy]:
     """Whether weights are sharded by PyTorch's ``fully_shard``."""
     return isinstance(strategy, ModelParallelStrategy)
 
 
-def is_zero3(strategy: Strategy) -> bool:
+def is_zero3(strategy: Strategy | None) -> TypeGuard[DeepSpeedStrategy]:
     """Whether weights are sharded by DeepSpeed."""
-    if not isinstance(strategy, DeepSpeedStrategy):
-        return False
-    config: Any = strategy.config or {}
-    return config.get("zero_optimization", {}).get("stage") == 3
+    config: Any = strategy.config if isinstance(strategy, DeepSpeedStrategy) else None
+    return (config or {}).get("zero_optimization", {}).get("stage") == 3
 
 
 @contextmanager
-def zero3_paused(strategy: Strategy) -> Iterator[None]:
+def zero3_paused(strategy: Strategy | None) -> Iterator[None]:
     """Make modules as usual inside of Lightning's ``zero.Init``.
 
     That stands around ``configure_model`` and takes each module apart as soon as it is made: first
@@ -110,24 +105,17 @@ def zero3_paused(strategy: Strategy) -> Iterator[None]:
     if not is_zero3(strategy):
         yield
         return
-    from deepspeed.runtime.zero.partition_parameters import (
-        restore_init_context,
-        shutdown_init_context,
-    )
+    from deepspeed.runtime.zero import partition_parameters
 
-    shutdown_init_context()
+    partition_parameters.shutdown_init_context()
     try:
         yield
     finally:
-        restore_init_context()
+        partition_parameters.restore_init_context()
 
 
 class HandedOut:
-    """ZeRO-3: the first process reads each weight, and every process keeps its part of it.
-
-    Args:
-        strategy: set up, its processes in a group.
-    """
+    """ZeRO-3: the first process reads each weight, and every process keeps its part of it."""
 
     def __init__(self, strategy: DeepSpeedStrategy) -> None:
         self.device = strategy.root_device
@@ -148,8 +136,7 @@ class HandedOut:
     def take_apart(self, parameters: Iterable[nn.Parameter]) -> None:
         """Leave a part of each parameter on every process; the first process's values count.
 
-        Args:
-            parameters: in the same order on every process; those in parts already stay.
+        Their order has to be the same on every process; those in parts already stay.
         """
         import deepspeed
 
@@ -169,18 +156,11 @@ def placement_for(strategy: Strategy | None) -> Placement:
     """Decide where this process's weights go as they are read.
 
     Straight to its device, also where they train: Lightning moves the module there later, which
-    then has nothing to do. (FSDP2 hands out what the first process has read on its host, see
-    :func:`build_fsdp2`.)
-
-    Args:
-        strategy: of a trainer that has set up its processes; without one it is the CPU.
+    then has nothing to do. Without a strategy it is the CPU; FSDP2 has :func:`build_fsdp2`.
     """
-    if strategy is None:
-        return OnDevice(torch.device("cpu"))
     if is_zero3(strategy):
-        assert isinstance(strategy, DeepSpeedStrategy)
         return HandedOut(strategy)
-    return OnDevice(strategy.root_device)
+    return OnDevice(torch.device("cpu") if strategy is None else strategy.root_device)
 
 
 def build_fsdp2(
@@ -191,7 +171,7 @@ def build_fsdp2(
     device: torch.device,
     precision: str,
 ) -> VipLlavaForConditionalGeneration:
-    """Build a network whose weights are spread over the processes of a mesh.
+    """Build a network whose weights are spread over processes, and shard its blocks and the rest.
 
     Args:
         build: makes the whole network; called on the first process only.
@@ -199,40 +179,34 @@ def build_fsdp2(
         mesh: one-dimensional device mesh of the data-parallel processes.
         device: of this process.
         precision: Lightning's name; in ``bf16-mixed`` sharded fp32 weights are gathered as bf16.
-
-    Returns:
-        The network, ``fully_shard`` applied to every block, to the tower and to the rest.
     """
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        set_model_state_dict,
-    )
-
-    rank = mesh.get_local_rank()
-    built: list[VipLlavaForConditionalGeneration] = []
-    first_alone(rank == 0, "reading the model", lambda: built.append(build()))
+    built: list[Any] = []
+    first_alone(mesh.get_local_rank() == 0, "reading the model", lambda: built.append(build()))
     whole = built[0] if built else None
     # Its dtype, before `prepare` holds what is frozen in another.
-    facts: list[Any] = [(whole.config, whole.dtype, whole.generation_config) if whole else None]
+    config, dtype, generation_config = _from_first(
+        None if whole is None else (whole.config, whole.dtype, whole.generation_config)
+    )
     if whole is not None:
         prepare(whole)
-    torch.distributed.broadcast_object_list(facts, src=0)
-    config, dtype, generation_config = facts[0]
-    model = empty_network(config, dtype)
+    model: Any = empty_network(config, dtype)
     model.generation_config = generation_config
     prepare(model)
     _shard(model, mesh, precision)
-    network: Any = model
-    network.to_empty(device=device)
+    model.to_empty(device=device)
     # Buffers that no file holds follow from the config; `to_empty` left them undefined.
-    buffers = _computed_buffers(whole, model)
-    state = dict(whole.state_dict()) if whole is not None else {}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(network, state, options=options)
+    computed = {name for name, _ in model.named_buffers()} - set(model.state_dict())
+    buffers = _from_first(
+        None if whole is None else {name: whole.get_buffer(name).cpu() for name in computed}
+    )
+    state = {} if whole is None else dict(whole.state_dict())
+    options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    states.set_model_state_dict(model, state, options=options)
     for name, value in buffers.items():
-        network.get_buffer(name).copy_(value)
-    network.tie_weights()
-    _add_loss_method(network)
+        model.get_buffer(name).copy_(value)
+    model.tie_weights()
+    setattr(model, LOSS_METHOD, MethodType(supervised_loss_sum, model))
+    register_fsdp_forward_method(model, LOSS_METHOD)
     return model
 
 
@@ -241,100 +215,61 @@ def whole_network(
     strategy: Strategy,
     adapter: AdapterSettings | None,
 ) -> VipLlavaForConditionalGeneration | None:
-    """Return a network whose weights are whole on the first process, None on the others.
+    """Return a trained network with whole weights on the first process, None on the others.
 
-    Every process has to call this.
-
-    Args:
-        model: the trained network.
-        strategy: that it trained under.
-        adapter: of its adapters, if it has any.
+    Every process has to call this. Weights come to the first process's CPU one at a time.
     """
-    is_first = _is_first(strategy)
+    is_first = getattr(strategy, "global_rank", 0) == 0
     if not (is_fsdp2(strategy) or is_zero3(strategy)):
         return model if is_first else None
-    state = gather_state_dict(model, strategy)
-    if state is None:
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        with _gathered(parameter) as value:
+            if is_first:
+                state[name] = value.to("cpu", copy=True)
+    if not is_first:
         return None
     config: Any = model.config
-    whole = empty_network(config, model.dtype)
+    whole: Any = empty_network(config, model.dtype)
     if adapter is not None:
         add_adapters(whole, adapter)
-    network: Any = whole
-    network.load_state_dict(state, strict=False, assign=True)
-    network.tie_weights()
+    whole.load_state_dict(state, strict=False, assign=True)
+    whole.tie_weights()
     whole.generation_config = model.generation_config
     missing = [name for name, p in whole.named_parameters() if p.is_meta]
     assert not missing, missing
     return whole
 
 
-def gather_state_dict(model: nn.Module, strategy: Strategy) -> dict[str, torch.Tensor] | None:
-    """Gather every weight on the first process's CPU, one at a time; None on the others.
-
-    Every process has to call this.
-    """
-    is_first = _is_first(strategy)
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        value = _gather(parameter, is_zero3(strategy), kept=is_first)
-        if value is not None:
-            state[name] = value
-    return state if is_first else None
-
-
-def _is_first(strategy: Any) -> bool:
-    return getattr(strategy, "global_rank", 0) == 0
-
-
-def _gather(parameter: nn.Parameter, zero3: bool, *, kept: bool) -> torch.Tensor | None:
-    """Return a copy of the whole weight on the CPU where it is kept; every process calls this."""
-    if zero3 and hasattr(parameter, "ds_id"):
+@contextmanager
+def _gathered(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+    """Have the whole weight; on the first process only it is certain to be there."""
+    if hasattr(parameter, "ds_id"):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().to("cpu", copy=True) if kept else None
-    full: Any = getattr(parameter.detach(), "full_tensor", None)
-    value = parameter.detach() if full is None else full()
-    return value.to("cpu", copy=True) if kept else None
+            yield parameter.detach()
+    else:
+        value: Any = parameter.detach()
+        yield value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def _shard(model: VipLlavaForConditionalGeneration, mesh: Any, precision: str) -> None:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    policy = MixedPrecisionPolicy()
-    if precision == "bf16-mixed":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    # Not the tower or the language model as such: `fully_shard` gives a module another class, and
-    # transformers finds by class which hidden states a model hands out.
-    tower_blocks = [
-        module
-        for module in model.model.vision_tower.modules()
-        if isinstance(module, GradientCheckpointingLayer)
-    ]
-    for block in [*tower_blocks, *model.get_submodule(BLOCKS).children()]:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-def _computed_buffers(
-    whole: VipLlavaForConditionalGeneration | None, model: nn.Module
-) -> dict[str, torch.Tensor]:
-    """Hand out the first process's buffers that are in no state dict."""
-    stored = set(model.state_dict())
-    names = [name for name, _ in model.named_buffers() if name not in stored]
-    values: list[Any] = [None]
-    if whole is not None:
-        values = [{name: whole.get_buffer(name).cpu() for name in names}]
+def _from_first(value: Any) -> Any:
+    """Return the first process's value on all of them."""
+    values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
 
 
-def _add_loss_method(network: Any) -> None:
-    from torch.distributed.fsdp import register_fsdp_forward_method
-
-    setattr(network, LOSS_METHOD, MethodType(supervised_loss_sum, network))
-    register_fsdp_forward_method(network, LOSS_METHOD)
+def _shard(model: VipLlavaForConditionalGeneration, mesh: Any, precision: str) -> None:
+    half = Policy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = half if precision == "bf16-mixed" else Policy()
+    # Not the tower or the language model as such: `fully_shard` gives a module another class, and
+    # transformers finds by class which hidden states a model hands out.
+    tower = model.model.vision_tower.modules()
+    tower_blocks = [module for module in tower if isinstance(module, GradientCheckpointingLayer)]
+    for part in [*tower_blocks, *model.get_submodule(BLOCKS).children(), model]:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
 
 
 def check_rotary_precision(model: nn.Module) -> None:
