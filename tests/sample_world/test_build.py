@@ -51,7 +51,7 @@ def test_half_a_folder_is_an_error_that_says_what_to_do(tmp_path: Path):
 def test_an_unwritable_root_names_the_setting(tmp_path: Path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(VipLlavaError, match=r"paths\.data_root"):
+    with pytest.raises(VipLlavaError, match=r"with data_root=FOLDER"):
         ensure_sample_world(blocked)
 
 

@@ -126,8 +126,7 @@ def compare_ids(processor: Any, encoder: ConversationEncoder) -> IdAgreement:
         if ours == theirs:
             equal.append(kind)
             continue
-        pairs = enumerate(zip_longest(ours, theirs))
-        place = next(i for i, (mine, other) in pairs if mine != other)
+        place = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs)))
         different[kind] = (
             f"{len(theirs)} ids instead of {len(ours)}; from position {place}: "
             f"{_few(theirs[place:])} instead of {_few(ours[place:])}"

@@ -95,13 +95,7 @@ class Asked(Generic[Item]):
 
 @dataclass(frozen=True, slots=True)
 class Answered(Generic[Item]):
-    """One item with the model's answers.
-
-    Attributes:
-        key: of its first request.
-        item: as in :class:`Asked`.
-        texts: one per way of asking.
-    """
+    """One item with the model's texts, one per way of asking; ``key`` is its first request's."""
 
     key: str
     item: Item

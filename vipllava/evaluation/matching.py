@@ -22,7 +22,7 @@ _TENS: Final = {
         "twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2
     )
 }
-_ORDINALS: Final = dict(
+_ORDINALS: Final[dict[str, str]] = dict(
     zip(
         "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split(),
         "1st 2nd 3rd 4th 5th 6th 7th 8th 9th 10th 11th 12th".split(),
@@ -61,7 +61,7 @@ def answer_tokens(text: str, *, keep_articles: bool = False) -> tuple[str, ...]:
             token = _canonical_number(token)
         elif match.lastgroup == "percent":
             token = "percent"
-        tokens.append(_ORDINALS.get(token, token))
+        tokens.append(_ORDINALS.get(str(token), str(token)))
     tokens = _join_number_words(tokens)
     return tuple(token for token in tokens if keep_articles or token not in _ARTICLES)
 

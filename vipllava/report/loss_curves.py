@@ -27,7 +27,7 @@ def read_loss_curve(path: Path, column: str = "train/loss") -> Curve:
             f"cannot read {path}: {error.strerror}; train with logger=csv to get it"
         ) from error
     reader = csv.DictReader(text.splitlines())
-    names = list(reader.fieldnames or ())
+    names = reader.fieldnames or ()
     if missing := [name for name in ("step", column) if name not in names]:
         raise VipLlavaError(
             f"{path} has no column {', '.join(missing)}; it has {', '.join(names) or 'none'}"

@@ -124,7 +124,7 @@ def _mixed(
         scene, jpeg = scenes[number % len(scenes)]
         rng = generator_for("sample_world", name, number)
         record, has_image = make_record(mix, scene, number, rng)
-        yield record["id"], record, *((jpeg, "jpg") if has_image else (None, None))
+        yield record["id"], record, jpeg if has_image else None, "jpg" if has_image else None
 
 
 def make_record(

@@ -9,7 +9,6 @@ with rectangles; the ``human`` split with any of the eight shapes, as an annotat
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -50,10 +49,11 @@ class _Item:
     objects: tuple[SceneObject, ...]
 
 
-def _make_item(
-    kind: str, scene: Scene, digits: Sequence[SceneObject], drawn: Sequence[SceneObject]
-) -> _Item | None:
+def _make_item(kind: str, scene: Scene, rng: np.random.Generator) -> _Item | None:
     """Return the question of a kind, or None if the scene lacks what it is about."""
+    order = [scene.objects[index] for index in rng.permutation(len(scene.objects))]
+    digits = [item for item in order if item.kind in DIGITS]
+    drawn = [item for item in order if item.kind not in DIGITS]
     match kind:
         case "recognise":
             item = (*drawn, *digits)[0]
@@ -131,8 +131,5 @@ def _compose(kind: str, rng: np.random.Generator) -> tuple[Scene, _Item]:
     """Compose scenes until one has what the question needs; most have."""
     while True:
         scene = compose_scene(rng, "heldout")
-        order = [scene.objects[index] for index in rng.permutation(len(scene.objects))]
-        digits = [item for item in order if item.kind in DIGITS]
-        drawn = [item for item in order if item.kind not in DIGITS]
-        if (item := _make_item(kind, scene, digits, drawn)) is not None:
+        if item := _make_item(kind, scene, rng):
             return scene, item

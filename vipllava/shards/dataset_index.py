@@ -142,7 +142,8 @@ class DatasetIndex:
         equal = np.flatnonzero(np.diff(hashes[order]) == 0)
         seen: dict[str, int] = {}
         doubtful: npt.NDArray[np.intp] = np.union1d(order[equal], order[equal + 1])
-        for position in doubtful.tolist():
+        positions: list[int] = doubtful.tolist()
+        for position in positions:
             tar = int(np.searchsorted(self.tars["sample_end"], position, side="right"))
             key = self.key(tar, position)
             if (first := seen.setdefault(key, tar)) != tar:

@@ -79,8 +79,9 @@ class Collator:
             else torch.empty((0, 3, self.image_size, self.image_size), dtype=torch.uint8)
         )
         block = torch.as_tensor(columns)
+        parts = block[0], block[1], block[2], block[3]
         return Batch(
-            *block,
+            *parts,
             pixel_values,
             keys=tuple(sample.key for sample in samples),
             datasets=tuple(sample.dataset for sample in samples),

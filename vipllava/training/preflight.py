@@ -18,8 +18,8 @@ from vipllava.checkpoints.loading import load_tokenizer
 from vipllava.config import hardware
 from vipllava.config.hardware import SHM, SHM_REMEDY
 from vipllava.config.schema import AUTO, spell
-from vipllava.forecast import host_memory
 from vipllava.forecast import job as forecasts
+from vipllava.forecast import memory as memory_forecast
 from vipllava.forecast.architecture import Architecture
 from vipllava.forecast.memory import Setup, device_memory
 from vipllava.forecast.published import is_published, sizes_of_published
@@ -286,7 +286,7 @@ def _forecast(
         corpus=corpus,
         forecast=forecasts.forecast(architecture, setup, corpus, plan),
         capacity=capacity,
-        host_capacity=host_memory.machine_memory() if _is_here(cfg) else None,
+        host_capacity=memory_forecast.machine_memory() if _is_here(cfg) else None,
         num_blocks=architecture.language_model.num_blocks,
         asked_checkpointing=asked,
     )

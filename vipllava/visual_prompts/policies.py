@@ -151,7 +151,7 @@ def _build_ranges(values: dict[str, Any]) -> ShapeRanges:
     for key, value in values.items():
         if not isinstance(getattr(ShapeRanges(), key), tuple):
             continue
-        pair = cast("tuple[Any, ...]", tuple(value) if isinstance(value, (list, tuple)) else ())
+        pair = tuple(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else ()
         # arrow_length mixes a fraction and pixels: its bounds may be reversed for big boxes.
         if len(pair) != 2 or (pair[0] > pair[1] and key != "arrow_length"):
             raise VipLlavaError(f"ranges.{key} is {value}; give [low, high] with low <= high")

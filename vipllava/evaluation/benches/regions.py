@@ -47,7 +47,7 @@ class Question:
         key: ``dataset/key`` of the record.
         turns: what is asked, up to the last user turn.
         answer: the right answer.
-        shape: the mark's shape, or ``none``; the first mark's where there are several.
+        shape: of the first mark, or ``none``.
         marked: the image with the marks drawn.
         unmarked: the stored image.
     """

@@ -205,9 +205,8 @@ def _read_item(
     key = f"v1_{str(identifier).removeprefix('v1_')}"
     if key not in meta:
         raise ValueError(f"{key} is not in {META_DATA}")
-    if missing := [name for name in ("answer", "capability") if name not in meta[key]]:
-        raise ValueError(f"{key} of {META_DATA} has no {', '.join(missing)}")
-    capability, answer = meta[key]["capability"], meta[key]["answer"]
+    item: Mapping[str, Any] = {"capability": None, "answer": None, **meta[key]}
+    capability, answer = item["capability"], item["answer"]
     for name, value in {**question, "answer": answer}.items():
         if name in ("image", "text", "answer") and not (isinstance(value, str) and value.strip()):
             raise ValueError(f"{key}: {name} is {value!r}; expected a text")
