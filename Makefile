@@ -19,8 +19,10 @@ help: ## list the targets
 quickstart: $(VENV)/.core ## train three stages on sample data, evaluate, write a report (runs/quickstart)
 	$(BIN)/vipllava quickstart
 
-test: $(VENV)/.dev ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu and not browser"
+# A file's tests stay together: they share what the first of them trains.
+test: $(VENV)/.dev ## the fast tests, on all cores (at most eight)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not browser" -n logical --maxprocesses=8 \
+		--dist=loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.dev ## every test this machine can run
 	$(BIN)/python -m pytest

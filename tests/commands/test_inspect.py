@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import preloaded
 from tests.commands.conftest import UserData
 from vipllava import cli
 
@@ -43,7 +43,7 @@ def test_train_with_inspect_writes_a_page_and_trains_nothing(user_data: UserData
         "stage=task", "inspect=3", "trainer=8xa100", f"data.manifest={user_data.manifest}",
         *user_data.arguments[2:],
     ]  # fmt: skip
-    done = subprocess.run(
+    done = preloaded.run(
         [sys.executable, str(ROOT / "train.py"), *overrides],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests import preloaded
 from tests.files.file_server import run_server
 from tests.toy_data import encode_picture, said
 from vipllava import cli
@@ -137,7 +138,7 @@ def test_bars_are_drawn_on_a_terminal_only(place: Path, capfd: pytest.CaptureFix
         words = [*settings(place), "--output", str(place / "seen")]
         command = [sys.executable, "-m", "vipllava.cli", "shards", "build", *words]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"}
-        subprocess.run(
+        preloaded.run(
             command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL,
             stderr=terminal,
         )  # fmt: skip

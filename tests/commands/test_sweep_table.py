@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import preloaded
 from vipllava import cli
 from vipllava.commands.sweep_table import SweepJob, read_sweep
 from vipllava.config.composing import CONFIG_DIR
@@ -75,7 +76,7 @@ def test_what_cannot_be_tabulated(sweep: Path, tmp_path: Path):
 
 
 def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return preloaded.run(
         [sys.executable, "-m", "vipllava.cli", "train", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},

@@ -14,6 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from tests import preloaded
 from vipllava import cli
 from vipllava.checkpoints.convert import convert
 from vipllava.checkpoints.hf_format import save_export
@@ -104,7 +105,7 @@ def test_the_page(place, published, capsys):
         else:
             assert words[3:5] == ["model=7b", "trainer=8xa100"]
             changed = [sys.executable, str(ROOT / "train.py"), words[2], *words[5:], *TINY]
-            done = subprocess.run(changed, capture_output=True, text=True, check=False)
+            done = preloaded.run(changed, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[-3000:]
 
     assert (place / "runs" / "my-lora" / "adapter" / "adapter_config.json").is_file()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import preloaded
 from vipllava.config.composing import CONFIG_DIR
 from vipllava.config.overrides import find_override_problems
 
@@ -17,7 +18,8 @@ ROOT = CONFIG_DIR.parent
 
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
-    return subprocess.run(
+    start = subprocess.run if "-c" in arguments else preloaded.run
+    return start(
         [sys.executable, *arguments],
         cwd=tmp_path,
         env={**environment, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},

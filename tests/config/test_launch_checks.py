@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from tests import preloaded
 from vipllava.config import launch_checks
 from vipllava.config.composing import CONFIG_DIR
 from vipllava.config.hardware import Hardware
@@ -179,7 +179,7 @@ def test_an_evaluation_is_one_process(setenv, variables: dict[str, str], message
     [("train.py", ["trainer=cpu"]), ("evaluate.py", ["checkpoint=elsewhere/export"])],
 )
 def test_the_commands_themselves_refuse(tmp_path: Path, script: str, arguments: list[str]):
-    done = subprocess.run(
+    done = preloaded.run(
         [
             *(sys.executable, str(ROOT / script), f"paths.manifests={ROOT / 'data_manifests'}"),
             *arguments,

@@ -18,6 +18,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from tests import preloaded
 from vipllava.config.composing import CONFIG_DIR, compose_job
 
 JOB = f"""
@@ -112,7 +113,7 @@ def start(
         k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "WANDB_RUN_GROUP")
     }
     path = os.pathsep.join([str(CONFIG_DIR.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
+    return preloaded.Popen(
         [
             *(sys.executable, "job.py", "-m", f"hydra/launcher={launcher}", "name=queued"),
             *arguments,
@@ -122,6 +123,7 @@ def start(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        nested=True,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from tests import preloaded
 from vipllava.config.composing import CONFIG_DIR, compose_job
 from vipllava.config.resolvers import folder_name, register_resolvers
 from vipllava.config.sweep import folder_overrides, job_command, objective_value
@@ -36,7 +37,7 @@ def start(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.Compl
     outer = {
         k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "WANDB_RUN_GROUP")
     }
-    return subprocess.run(
+    return preloaded.run(
         [sys.executable, "job.py", *arguments],
         cwd=tmp_path,
         env={**outer, "PYTHONPATH": str(CONFIG_DIR.parent), **variables},
@@ -44,6 +45,7 @@ def start(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.Compl
         text=True,
         timeout=120,
         check=False,
+        nested=True,
     )
 
 

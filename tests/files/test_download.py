@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import preloaded
 from tests.files.file_server import FileServer, Reply, run_server
 from vipllava.files import download as downloading
 from vipllava.files import retries as patience
@@ -78,7 +79,7 @@ def test_a_killed_process_is_continued(server: FileServer, tmp_path: Path) -> No
         "on_progress=lambda *now: print('bytes', flush=True))\n"
     )
     command = [sys.executable, "-c", script, url, str(tmp_path / "a.bin")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+    with preloaded.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"bytes\n"
         process.kill()

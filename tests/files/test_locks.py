@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import preloaded
 from vipllava.files.locks import locked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +78,7 @@ def test_a_lock_that_was_removed_is_taken_anew(tmp_path: Path):
 def test_it_ends_with_its_process_though_a_child_lives(tmp_path: Path):
     path = tmp_path / "lock"
     command = [sys.executable, "-c", HOLD, str(path)]
-    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    holder = preloaded.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     child = int(holder.stdout.readline())
     try:

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from tests import preloaded
 from tests.forecast.measured_step import (
     TRAINABLE,
     Step,
@@ -291,7 +292,7 @@ def _run_two(job: dict, folder: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        subprocess.Popen(
+        preloaded.Popen(
             [sys.executable, "-m", "tests.forecast.memory_job", str(folder / "job.json")],
             cwd=ROOT,
             env={

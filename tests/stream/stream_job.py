@@ -1,7 +1,4 @@
-"""A training job of real processes that writes down every sample it consumes, to be killed.
-
-The jobs are forked from a server process that has the heavy imports behind it.
-"""
+"""A training job of real processes that writes down every sample it consumes, to be killed."""
 
 from __future__ import annotations
 
@@ -15,8 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.stream.test_datamodule"])
+from tests import preloaded
 
 
 @dataclass(frozen=True)
@@ -49,18 +45,18 @@ class Job:
     roots: tuple[str, ...] = ()
 
 
-def start(job: Job) -> list[int | None]:
+def start(job: Job) -> list[int]:
     """Run a job to its end and return the ranks' exit codes (-9: killed)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [CONTEXT.Process(target=_run, args=(job, rank, port)) for rank in range(job.ranks)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(180)
-        assert rank.exitcode is not None, "the job hangs"
-    return [rank.exitcode for rank in ranks]
+    ranks = [preloaded.call(_run, job, rank, port) for rank in range(job.ranks)]
+    try:
+        return [rank.wait(180) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
 def error_of(job: Job, rank: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
 from tests.toy_data import toy_samples
+from tests.training.real_runs import kill_left_runs
 from vipllava.config.resolvers import register_resolvers
 from vipllava.models.building import ModelSpec
 from vipllava.shards.tars import write_shards
@@ -22,6 +23,12 @@ from vipllava.training.optim import OptimizerSettings
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 MANIFEST = {"schema_version": 2, "name": "toy", "stage": "finetune", "licence": "none"}
+
+
+@pytest.fixture(autouse=True)
+def no_run_is_left() -> Iterator[None]:
+    yield
+    kill_left_runs()
 
 
 @pytest.fixture

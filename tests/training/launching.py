@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests import preloaded
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -61,7 +63,7 @@ def run(job: Any, num_processes: int) -> list[tuple[int, str]]:
                 "LOCAL_WORLD_SIZE": str(num_processes),
             }
         processes.append(
-            subprocess.Popen(
+            preloaded.Popen(
                 [sys.executable, "-m", type(job).__module__, str(folder / "job.json")],
                 cwd=ROOT,
                 env=environment,
@@ -75,5 +77,6 @@ def run(job: Any, num_processes: int) -> list[tuple[int, str]]:
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     codes = [process.returncode for process in processes]
     return list(zip(codes, outputs, strict=True))

@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 import psutil
 
+from tests import preloaded
 from tests.toy_data import toy_samples
 from vipllava.shards.tars import write_shards
 
@@ -36,10 +38,17 @@ class Run:
     """One start of the command, 60 steps, in a session of its own; the same folder goes on.
 
     Two processes, or one where the strategy is ``auto``. A terminal becomes that of the session.
+    ``ranks_import``: the second process starts as it would for a user, in an interpreter.
     """
 
     def __init__(
-        self, data_root: Path, name: str, strategy: str, *more: str, terminal: int | None = None
+        self,
+        data_root: Path,
+        name: str,
+        strategy: str,
+        *more: str,
+        terminal: int | None = None,
+        ranks_import: bool = False,
     ) -> None:
         self.folder = data_root / "runs" / name
         devices = 1 if strategy == "auto" else 2
@@ -54,7 +63,7 @@ class Run:
             *more,
         ]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
+        self.process = preloaded.Popen(
             command,
             cwd=data_root,
             env=environment,
@@ -63,21 +72,33 @@ class Run:
             stderr=subprocess.PIPE if terminal is None else terminal,
             text=True,
             start_new_session=True,
+            nested=devices > 1 and not ranks_import,
             preexec_fn=None if terminal is None else lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
+        _RUNNING.add(self)
 
     def end(self, within_s: float = 240) -> int:
         """Wait until no process holds the error stream any more; return rank 0's exit code."""
         try:
             _, self.stderr = self.process.communicate(timeout=within_s)
-        except subprocess.TimeoutExpired:
-            self.signal_all(signal.SIGKILL)
+        except BaseException:
+            self.kill()
             raise
+        _RUNNING.discard(self)
         return self.process.returncode
 
-    def wait_for(self, seen: Callable[[], bool]) -> None:
+    def kill(self) -> None:
+        """Kill all processes and wait for the first one; those that are gone are no error."""
+        with suppress(ProcessLookupError):
+            self.signal_all(signal.SIGKILL)
+        self.process.communicate(timeout=BOUND_S)
+        _RUNNING.discard(self)
+
+    def wait_for(self, seen: Callable[[], bool], within_s: float = 240) -> None:
+        limit = time.monotonic() + within_s
         while not seen():
             assert self.process.poll() is None, self.process.communicate()[1][-3000:]
+            assert time.monotonic() < limit, "the run does not come so far"
             time.sleep(0.002)
 
     def ranks(self) -> list[psutil.Process]:
@@ -96,6 +117,7 @@ class Run:
         for process in psutil.process_iter():
             try:
                 mine = os.getsid(process.pid) == self.process.pid
+                mine = mine and "tests.preloaded" not in process.cmdline()
                 if mine and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except (ProcessLookupError, psutil.NoSuchProcess):
@@ -117,6 +139,15 @@ class Run:
         """Return the steps of the whole checkpoints."""
         names = (self.folder / "checkpoints").glob("*.ckpt")
         return sorted(int(path.stem) for path in names)
+
+
+def kill_left_runs() -> None:
+    """Kill what a test that failed has left."""
+    for run in list(_RUNNING):
+        run.kill()
+
+
+_RUNNING: Final[set[Run]] = set()
 
 
 def wait_until_gone(run: Run) -> None:

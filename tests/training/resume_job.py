@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests import preloaded
 from vipllava.models.building import ModelSpec
 from vipllava.models.towers import CLIP
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.training.resume_job", "vipllava.training.lit_module"])
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,11 @@ class Job:
 
 def start(job: Job) -> int:
     """Run a job to its end and return its exit code (-9: killed)."""
-    process = CONTEXT.Process(target=_run, args=(job,))
-    process.start()
-    process.join(180)
-    assert process.exitcode is not None, "the job hangs"
-    return process.exitcode
+    with preloaded.call(_run, job) as process:
+        try:
+            return process.wait(180)
+        finally:
+            process.kill()
 
 
 def losses(folder: Path) -> dict[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from tests.training.resume_job import CONTEXT
+from tests import preloaded
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.training import checkpointing, ending
 from vipllava.training.checkpointing import AtomicCheckpointIO, CheckpointCallback
@@ -183,17 +184,9 @@ def test_an_error_of_the_disk_ends_the_run_readably(make_module, make_trainer, t
 
 @pytest.mark.parametrize(("steps", "alike"), [([4, 4], True), ([4, 2], False)])
 def test_processes_go_on_from_one_step(tmp_path, steps, alike):
-    answers = CONTEXT.SimpleQueue()
-    group = f"file://{tmp_path}/group"
-    processes = [
-        CONTEXT.Process(target=_compare_steps, args=(rank, group, steps[rank], answers))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    found = [answers.get() for _ in processes]
+    processes = [preloaded.call(_compare_steps, rank, tmp_path, steps[rank]) for rank in range(2)]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    found = [(tmp_path / f"answer-{rank}").read_text() for rank in range(2)]
     if alike:
         assert found == ["", ""]
     else:
@@ -201,16 +194,17 @@ def test_processes_go_on_from_one_step(tmp_path, steps, alike):
         assert "go on from different steps, 2 to 4: its folder has to be on a file" in found[0]
 
 
-def _compare_steps(rank: int, group: str, step: int, answers: Any) -> None:
+def _compare_steps(rank: int, folder: Path, step: int) -> None:
+    group = f"file://{folder}/group"
     torch.distributed.init_process_group("gloo", init_method=group, rank=rank, world_size=2)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     trainer: Any = SimpleNamespace(world_size=2, global_step=step, strategy=strategy)
+    answer = ""
     try:
         checkpointing._check_same_step(trainer)
     except CheckpointError as error:
-        answers.put(str(error))
-    else:
-        answers.put("")
+        answer = str(error)
+    (folder / f"answer-{rank}").write_text(answer)
     torch.distributed.destroy_process_group()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.resume_job import CONTEXT
+from tests import preloaded
 from vipllava.config.resolvers import register_resolvers
 from vipllava.training.restart import hold_run
 from vipllava.training.run import run_training
@@ -39,7 +39,7 @@ with hold_run(Path(sys.argv[1])):
 
 def _hold(folder: Path, seconds: float) -> tuple[subprocess.Popen[str], int]:
     """Start a process that holds a folder and has a child, as a run has loader workers."""
-    holder = subprocess.Popen(
+    holder = preloaded.Popen(
         [sys.executable, "-c", HOLD, str(folder), str(seconds)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -106,14 +106,12 @@ def test_a_second_start_of_a_live_run_is_refused(config, tmp_path):
     job = ["stage=pretrain", "stage.checkpoint_steps=2"]
     run_dir = tmp_path / "runs" / "tiny-pretrain"
     metrics = run_dir / "csv" / "metrics.csv"
-    first = CONTEXT.Process(
-        target=_train, args=(config(*job, "stage.epochs=10000", "data.num_workers=1"),)
-    )
-    first.start()
+    endless = config(*job, "stage.epochs=10000", "data.num_workers=1")
+    first = preloaded.call(_train, endless)
     try:
         deadline = time.monotonic() + 120
         while not list((run_dir / "checkpoints").glob("0*.ckpt")):
-            assert first.is_alive()
+            assert first.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
         before = (run_dir / "job.yaml").read_text()
@@ -121,11 +119,11 @@ def test_a_second_start_of_a_live_run_is_refused(config, tmp_path):
             run_training(config(*job, "seed=7"))
         with pytest.raises(VipLlavaError, match=rf"in use by process {first.pid} on "):
             run_training(config(*job, "resume=never"))
-        assert first.is_alive()
+        assert first.poll() is None
         assert (run_dir / "job.yaml").read_text() == before
     finally:
         first.kill()
-        first.join()
+        first.wait()
     # A dead process holds nothing, though its loader worker may live for some seconds.
     done = max(int(path.stem) for path in (run_dir / "checkpoints").glob("0*.ckpt"))
     run_training(config(*job, "stage.epochs=10000", f"trainer.max_steps={done + 2}"))

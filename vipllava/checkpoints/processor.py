@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import takewhile
 from typing import Any, Final
 
 from PIL import Image
@@ -126,7 +126,9 @@ def compare_ids(processor: Any, encoder: ConversationEncoder) -> IdAgreement:
         if ours == theirs:
             equal.append(kind)
             continue
-        place = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs)))
+        place = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
+        )
         different[kind] = (
             f"{len(theirs)} ids instead of {len(ours)}; from position {place}: "
             f"{_few(theirs[place:])} instead of {_few(ours[place:])}"

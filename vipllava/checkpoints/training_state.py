@@ -11,6 +11,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -112,7 +113,8 @@ def read_training_state(path: Path) -> dict[str, LazyTensor]:
     else:
         tensors = _read_deepspeed(path)
     named: dict[str, LazyTensor] = {}
-    for name, tensor in tensors.items():
+    found: Mapping[str, Any] = tensors
+    for name, tensor in found.items():
         short = _WRAPPERS.sub("", name).removeprefix(_ATTRIBUTE)
         if ".lora_" in short:
             raise CheckpointError(

@@ -148,7 +148,7 @@ class Fields:
                 check, expected = _CHECKS[type_name]
                 self.expect(name, check(value), expected)
             elif type_name == "tuple[str, ...]":
-                texts: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
+                texts = cast("Sequence[Any]", value if isinstance(value, list | tuple) else [value])
                 good = all(isinstance(text, str) for text in texts)
                 self.expect(name, good, "a text or a list of texts")
                 self.values[name] = tuple(texts) if good else ()

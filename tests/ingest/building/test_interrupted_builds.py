@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests import preloaded
 from tests.ingest.building.toy_build import (
     NUM,
     build,
@@ -193,7 +194,7 @@ def test_killed_at_any_time_it_ends_the_same(data_root: Path, tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        return preloaded.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
         )
 
@@ -216,7 +217,7 @@ def test_killed_at_any_time_it_ends_the_same(data_root: Path, tmp_path: Path):
     done = {report.stem for report in (building / ".reports").glob("*.json")}
     # A tar whose report was not written yet is not kept.
     kept = {name: when for name, when in times(building).items() if Path(name).stem in done}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    preloaded.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     after = times(data_root / "toy")
     assert kept
     assert all(after[name] == when for name, when in kept.items())
@@ -235,9 +236,7 @@ def test_killed_again_and_again_it_ends_the_same(data_root: Path, tmp_path: Path
     work = data_root / "toy.building"
     num_kept = [0]
     while len(num_kept) < 6:
-        job = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-        )
+        job = preloaded.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         assert job.stdout is not None
         for line in job.stdout:
             phase, done = line.split()
@@ -258,7 +257,7 @@ def test_killed_again_and_again_it_ends_the_same(data_root: Path, tmp_path: Path
         num_kept.append(len(tars))
     assert len(num_kept) > 3
     assert num_kept == sorted(set(num_kept))
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    preloaded.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     assert contents(data_root / "toy") == contents(tmp_path / "unbroken")
 
 

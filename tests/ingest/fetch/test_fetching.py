@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests import preloaded
 from tests.files.file_server import FileServer, Reply, run_server
 from tests.ingest.fetch.fake_hub import REPO, run_hub
 from vipllava.files.download import DiskError
@@ -147,7 +148,7 @@ def test_an_unpacking_that_was_killed_is_finished(server: FileServer, tmp_path: 
     )
     command = [sys.executable, "-c", script, url, str(tmp_path)]
     root = Path(__file__).parents[3]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root) as process:
+    with preloaded.Popen(command, stdout=subprocess.PIPE, cwd=root) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"half\n"
         process.kill()

@@ -143,7 +143,11 @@ def build_shards(
     annotation_file = root / manifest.annotation_file
     folder, prefix = build_target(manifest, root, output)
     _refuse_foreign(folder)
-    tell = on_progress or (lambda progress: None)
+
+    def tell(progress: BuildProgress) -> None:
+        if on_progress is not None:
+            on_progress(progress)
+
     plan = plan_ranges(
         annotation_file,
         max_samples,
