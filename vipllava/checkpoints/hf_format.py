@@ -70,7 +70,8 @@ def _write_network(model: VipLlavaForConditionalGeneration, folder: Path) -> Non
     config.dtype = model.dtype
     config.save_pretrained(folder)
     generation: Any = model.generation_config
-    generation.save_pretrained(folder)
+    if generation is not None:
+        generation.save_pretrained(folder)
     # Each weight once: a tied head is the embeddings.
     named: dict[str, Any] = dict(model.named_parameters())
     if config.vision_config.model_type == CLIP.model_type:

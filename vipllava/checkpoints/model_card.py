@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
+import huggingface_hub
 import jinja2
 import yaml
-from huggingface_hub import metadata_load
 from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from vipllava.checkpoints.export_meta import ExportMeta
@@ -67,7 +67,7 @@ def model_card(
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["named"] = _named
+    cast("Any", environment).filters["named"] = _named
     text = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
     return environment.from_string(text).render(
         meta=meta,
@@ -88,7 +88,8 @@ def licence_of(source: str) -> str:
     stated: Any = None
     card = Path(source).expanduser() / CARD_NAME
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # no card, or none of the hub's
-        stated = (metadata_load(card) or {}).get("license")
+        hub = cast("Any", huggingface_hub)
+        stated = (hub.metadata_load(card) or dict[str, Any]()).get("license")
     if stated and stated != "other":
         return str(stated)
     if source.lower().startswith("mucai/"):

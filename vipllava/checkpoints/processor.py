@@ -122,7 +122,8 @@ def compare_ids(processor: Any, encoder: ConversationEncoder) -> IdAgreement:
     for kind, turns in _PROBES.items():
         asked = turns[-1].role == "user"
         ids = encoder.encode_generation_prompt(turns) if asked else encoder.encode(turns).input_ids
-        ours, theirs = ids.tolist(), processor_ids(processor, turns, add_generation_prompt=asked)
+        ours: list[int] = ids.tolist()
+        theirs = processor_ids(processor, turns, add_generation_prompt=asked)
         if ours == theirs:
             equal.append(kind)
             continue

@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 
@@ -101,10 +101,12 @@ def read_training_state(path: Path) -> dict[str, LazyTensor]:
     Raises:
         CheckpointError: it is none of these, is damaged, or holds adapters.
     """
+    tensors: Mapping[str, LazyTensor]
     if path.is_file():
-        tensors: Any = load_plain(path, mapped=True).get("state_dict")
-        if not isinstance(tensors, dict):
+        state: Any = load_plain(path, mapped=True).get("state_dict")
+        if not isinstance(state, dict):
             raise CheckpointError(f"{path} has no state_dict: it is no checkpoint of Lightning's")
+        tensors = cast("dict[str, LazyTensor]", state)
     elif (path / ".metadata").is_file():
         tensors = _read_distributed(path)
     elif (path / INDEX).is_file():
@@ -113,7 +115,7 @@ def read_training_state(path: Path) -> dict[str, LazyTensor]:
     else:
         tensors = _read_deepspeed(path)
     named: dict[str, LazyTensor] = {}
-    found: Mapping[str, Any] = tensors
+    found = cast("Mapping[str, Any]", tensors)
     for name, tensor in found.items():
         short = _WRAPPERS.sub("", name).removeprefix(_ATTRIBUTE)
         if ".lora_" in short:

@@ -53,13 +53,12 @@ def list_hub_files(
     Raises:
         DownloadError: the repository cannot be read, or nothing matches.
     """
-    import huggingface_hub
+    from huggingface_hub import HfApi, constants, errors
 
-    hub: Any = huggingface_hub
-    web_error: Any = vars(hub.errors)["HTTPError"]  # of the HTTP client that this release uses
+    web_error: Any = vars(errors)["HTTPError"]  # of the HTTP client that this release uses
 
     def attempt() -> list[HubFile]:
-        api = hub.HfApi(endpoint=hub.constants.ENDPOINT)
+        api: Any = HfApi(endpoint=constants.ENDPOINT)
         try:
             commit = str(api.repo_info(repo, repo_type=_TYPE, revision=revision).sha)
             tree = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type=_TYPE)
@@ -75,7 +74,7 @@ def list_hub_files(
                 for entry in tree
                 if hasattr(entry, "blob_id") and fnmatch.fnmatchcase(entry.path, pattern)
             ]
-        except hub.errors.OfflineModeIsEnabled as error:
+        except errors.OfflineModeIsEnabled as error:
             raise DownloadError(
                 f"{repo}: the hub is switched off by HF_HUB_OFFLINE; unset it to fetch"
             ) from error
