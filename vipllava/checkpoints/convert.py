@@ -45,21 +45,13 @@ FORMATS: dict[Format, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What :func:`convert` did.
+    """What :func:`convert` did."""
 
-    Attributes:
-        kind: the source's format.
-        destination: the folder that was written.
-        format: its format.
-        dtype: of the weights.
-        agreement: how near the logits of both are.
-    """
-
-    kind: str
-    destination: Path
-    format: Format
-    dtype: str
-    agreement: Agreement
+    kind: str  # the source's format
+    destination: Path  # the folder that was written
+    format: Format  # its format
+    dtype: str  # of the weights
+    agreement: Agreement  # how near the logits of both are
 
 
 def convert(

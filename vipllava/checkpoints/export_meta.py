@@ -24,38 +24,24 @@ META_NAME = "vipllava.json"
 
 @dataclass(frozen=True, slots=True)
 class ExportMeta:
-    """What an export says about itself.
+    """What an export says about itself."""
 
-    Attributes:
-        stage: the training stage that wrote it.
-        chat_template: name of the template it was trained with and answers in.
-        image_aspect: how its pictures become square: ``square`` (short side, then crop), ``pad``
-            (pad to a square first) or ``resize`` (regardless of aspect).
-        image_size: side of the square picture, pixels.
-        image_seq_length: image tokens per picture.
-        feature_layers: the tower's hidden states that the projector reads.
-        vision_tower: source that the tower came from.
-        language_model: source that the language model came from.
-        image_token: the placeholder's token in the tokenizer.
-        data: data sets of the last stage, with their licences.
-        visual_prompts: how marks were sampled and named in training, as configured.
-        code: version of this package that wrote it, with its commit where known.
-        format_version: version of this file.
-    """
-
-    stage: str
-    chat_template: str
+    stage: str  # the training stage that wrote it
+    chat_template: str  # name of the template it was trained with and answers in
+    # how its pictures become square: ``square`` (short side, then crop), ``pad`` (pad to a square
+    # first) or ``resize`` (regardless of aspect)
     image_aspect: ImageAspect
-    image_size: int
-    image_seq_length: int
-    feature_layers: tuple[int, ...]
-    vision_tower: str
-    language_model: str
-    image_token: str = "<image>"
-    data: tuple[str, ...] = ()
+    image_size: int  # side of the square picture, pixels
+    image_seq_length: int  # image tokens per picture
+    feature_layers: tuple[int, ...]  # the tower's hidden states that the projector reads
+    vision_tower: str  # source that the tower came from
+    language_model: str  # source that the language model came from
+    image_token: str = "<image>"  # the placeholder's token in the tokenizer
+    data: tuple[str, ...] = ()  # data sets of the last stage, with their licences
+    # how marks were sampled and named in training, as configured
     visual_prompts: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    code: str = ""
-    format_version: int = FORMAT_VERSION
+    code: str = ""  # version of this package that wrote it, with its commit where known
+    format_version: int = FORMAT_VERSION  # version of this file
 
 
 def write_meta(directory: Path, meta: ExportMeta) -> None:

@@ -32,32 +32,22 @@ WEIGHT: Final = "fp32"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of one weight and of what the optimizer knows about it.
+    """A stretch of one weight and of what the optimizer knows about it."""
 
-    Attributes:
-        start: of the stretch in the weight, which is taken as one row.
-        tensors: ``WEIGHT``, and the optimizer's by its own names; one dimension, equal lengths.
-    """
-
-    start: int
+    start: int  # of the stretch in the weight, which is taken as one row
+    # ``WEIGHT``, and the optimizer's by its own names; one dimension, equal lengths
     tensors: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What is not spread over the processes.
+    """What is not spread over the processes."""
 
-    Attributes:
-        run: Lightning's checkpoint, without weights and optimizer.
-        shapes: of every weight in the checkpoint, by its name in the LightningModule.
-        tied: further names of these weights.
-        engine: counters of the strategy that wrote it, plain values.
-    """
-
-    run: dict[str, Any]
+    run: dict[str, Any]  # Lightning's checkpoint, without weights and optimizer
+    # of every weight in the checkpoint, by its name in the LightningModule
     shapes: dict[str, list[int]]
-    tied: dict[str, str]
-    engine: dict[str, Any]
+    tied: dict[str, str]  # further names of these weights
+    engine: dict[str, Any]  # counters of the strategy that wrote it, plain values
 
 
 def write_part(folder: Path, rank: int, parts: Mapping[str, Part]) -> dict[str, int]:

@@ -41,15 +41,10 @@ _PROBES: Final[dict[str, tuple[Turn, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class IdAgreement:
-    """How far a processor gives the ids that our encoder gives.
+    """How far a processor gives the ids that our encoder gives."""
 
-    Attributes:
-        equal: kinds of conversation with equal ids.
-        different: the other kinds, each with the first place where they differ.
-    """
-
-    equal: tuple[str, ...]
-    different: dict[str, str]
+    equal: tuple[str, ...]  # kinds of conversation with equal ids
+    different: dict[str, str]  # the other kinds, each with the first place where they differ
 
 
 def build_processor(

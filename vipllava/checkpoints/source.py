@@ -38,27 +38,17 @@ KINDS: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Source:
-    """A VipLlava, wherever it comes from.
+    """A VipLlava, wherever it comes from."""
 
-    Attributes:
-        kind: its format.
-        path: the folder, file or id that the user named.
-        config: of the network; the vocabulary has room for image and padding token.
-        tensors: weights by the names of the Hugging Face format, read when they are needed.
-        tokenizer: with image and padding token.
-        meta: chat template, picture geometry and origin.
-        generation_config: token ids for ``generate``.
-        adapter: folder of an adapter that belongs on top of ``tensors``.
-    """
-
-    kind: Kind
-    path: str
-    config: VipLlavaConfig
+    kind: Kind  # its format
+    path: str  # the folder, file or id that the user named
+    config: VipLlavaConfig  # of the network; the vocabulary has room for image and padding token
+    # weights by the names of the Hugging Face format, read when they are needed
     tensors: dict[str, LazyTensor]
-    tokenizer: PreTrainedTokenizerFast
-    meta: ExportMeta
-    generation_config: GenerationConfig
-    adapter: Path | None = None
+    tokenizer: PreTrainedTokenizerFast  # with image and padding token
+    meta: ExportMeta  # chat template, picture geometry and origin
+    generation_config: GenerationConfig  # token ids for ``generate``
+    adapter: Path | None = None  # folder of an adapter that belongs on top of ``tensors``
 
     def network(
         self,

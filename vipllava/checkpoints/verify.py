@@ -21,17 +21,11 @@ MERGED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What a comparison found.
+    """What a comparison found."""
 
-    Attributes:
-        difference: greatest absolute difference of two logits.
-        spread: standard deviation of the expected logits.
-        num_logits: how many were compared.
-    """
-
-    difference: float
-    spread: float
-    num_logits: int
+    difference: float  # greatest absolute difference of two logits
+    spread: float  # standard deviation of the expected logits
+    num_logits: int  # how many were compared
 
 
 @torch.inference_mode()

@@ -24,19 +24,14 @@ _MOST_WRONG: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a file is tried.
+    """How long a file is tried."""
 
-    Attributes:
-        max_attempts: in a row that may bring (almost) nothing; None: only the time counts.
-        timeout_s: seconds without a byte after which a connection counts as broken.
-        backoff_s: seconds before the second attempt; doubles with each, up to a minute.
-        total_s: seconds within which the file is whole or a megabyte longer: connecting, waiting,
-            pauses and all attempts together.
-    """
-
+    # in a row that may bring (almost) nothing; None: only the time counts
     max_attempts: int | None = 5
-    timeout_s: float = 60.0
-    backoff_s: float = 1.0
+    timeout_s: float = 60.0  # seconds without a byte after which a connection counts as broken
+    backoff_s: float = 1.0  # seconds before the second attempt; doubles with each, up to a minute
+    # seconds within which the file is whole or a megabyte longer: connecting, waiting, pauses and
+    # all attempts together
     total_s: float = 600.0
 
     def __post_init__(self) -> None:

@@ -48,20 +48,13 @@ def find_tars(manifest: Manifest, data_root: Path) -> tuple[list[str], list[str]
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The samples of one tar.
+    """The samples of one tar."""
 
-    Attributes:
-        path: the tar.
-        name: its path for messages, relative to the data root.
-        keys: of the samples, in the tar's order.
-        problems: of the tar as a whole.
-        samples: the tar by its index, or the members of a tar that has none of its own.
-    """
-
-    path: Path
-    name: str
-    keys: tuple[str, ...]
-    problems: tuple[TarProblem, ...]
+    path: Path  # the tar
+    name: str  # its path for messages, relative to the data root
+    keys: tuple[str, ...]  # of the samples, in the tar's order
+    problems: tuple[TarProblem, ...]  # of the tar as a whole
+    # the tar by its index, or the members of a tar that has none of its own
     samples: ShardSet | tuple[_Members, ...]
 
     def read(self, row: int) -> Entry:

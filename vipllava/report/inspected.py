@@ -39,20 +39,14 @@ Kind = Literal["text", "special", "image"]
 
 @dataclass(frozen=True, slots=True)
 class ShownToken:
-    """The least stretch of ids that writes whole characters; mostly one id.
+    """The least stretch of ids that writes whole characters; mostly one id."""
 
-    Attributes:
-        kind: ``text``, ``special`` (a token of the tokenizer's own, e.g. ``</s>``), or ``image``:
-            all positions of one image.
-        text: what the ids write; empty for an image and for the tokenizer's dummy prefix.
-        ids: in order.
-        from_template: written by the chat template rather than by the record.
-    """
-
+    # ``text``, ``special`` (a token of the tokenizer's own, e.g. ``</s>``), or ``image``: all
+    # positions of one image.
     kind: Kind
-    text: str
-    ids: tuple[int, ...]
-    from_template: bool = False
+    text: str  # what the ids write; empty for an image and for the tokenizer's dummy prefix
+    ids: tuple[int, ...]  # in order
+    from_template: bool = False  # written by the chat template rather than by the record
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +69,15 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class ShownMark:
-    """One mark of the plan.
+    """One mark of the plan."""
 
-    Attributes:
-        prompt: how it is drawn; widths in pixels of the stored image.
-        region: what it marks, pixels of the stored image.
-        input_size: width and height of what is painted, pixels of the network's input; None if
-            nothing of it is left there.
-        named_in: turns that name it, counted from 1, dropped ones included.
-        fixed: what the record itself fixes about it (``shape``, ``colour``, ``width``, ``alpha``).
-    """
-
-    prompt: VisualPrompt
-    region: Region
+    prompt: VisualPrompt  # how it is drawn; widths in pixels of the stored image
+    region: Region  # what it marks, pixels of the stored image
+    # width and height of what is painted, pixels of the network's input; None if nothing of it is
+    # left there
     input_size: tuple[float, float] | None
-    named_in: tuple[int, ...]
+    named_in: tuple[int, ...]  # turns that name it, counted from 1, dropped ones included
+    # what the record itself fixes about it (``shape``, ``colour``, ``width``, ``alpha``)
     fixed: tuple[str, ...]
 
 

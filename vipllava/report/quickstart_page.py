@@ -48,25 +48,16 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class QuickstartPage:
-    """Everything the page shows.
+    """Everything the page shows."""
 
-    Attributes:
-        shapes_image: the eight shapes, see :mod:`vipllava.report.shapes_image`.
-        loss_curves: per stage (optimizer step, loss).
-        regions: ``results.json`` of the benchmark ``regions``, marks drawn and not.
-        vip_bench: ``results.json`` of ``vip_bench``.
-        examples: held-out questions to look at, chosen without looking at the answers.
-        seconds: duration of the parts, and of ``all``.
-        versions: package to version.
-    """
-
-    shapes_image: Image.Image
-    loss_curves: Mapping[str, Sequence[tuple[int, float]]]
-    regions: Mapping[str, Any]
-    vip_bench: Mapping[str, Any]
+    shapes_image: Image.Image  # the eight shapes, see :mod:`vipllava.report.shapes_image`
+    loss_curves: Mapping[str, Sequence[tuple[int, float]]]  # per stage (optimizer step, loss)
+    regions: Mapping[str, Any]  # ``results.json`` of the benchmark ``regions``, marks drawn and not
+    vip_bench: Mapping[str, Any]  # ``results.json`` of ``vip_bench``
+    # held-out questions to look at, chosen without looking at the answers
     examples: Sequence[Example]
-    seconds: Mapping[str, float]
-    versions: Mapping[str, str]
+    seconds: Mapping[str, float]  # duration of the parts, and of ``all``
+    versions: Mapping[str, str]  # package to version
 
 
 def write_quickstart_page(path: Path, content: QuickstartPage) -> None:

@@ -24,17 +24,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """How one kind of object looks.
+    """How one kind of object looks."""
 
-    Attributes:
-        category: what the object is, for the knowledge questions.
-        bodies: body colours to choose from.
-        parts: polygons in painting order.
-    """
-
-    category: str
-    bodies: tuple[RGB, ...]
-    parts: tuple[Part, ...]
+    category: str  # what the object is, for the knowledge questions
+    bodies: tuple[RGB, ...]  # body colours to choose from
+    parts: tuple[Part, ...]  # polygons in painting order
 
 
 def ellipse(cx: float, cy: float, rx: float, ry: float, count: int = 20) -> Polygon:

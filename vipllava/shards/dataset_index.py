@@ -52,19 +52,13 @@ _ANY: Final = "?" * 16  # a digest
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """The samples of several tars as one sequence.
+    """The samples of several tars as one sequence."""
 
-    Attributes:
-        tars: ``TAR`` [tars]; ``sample_end`` and ``key_end`` count from the first tar.
-        samples: ``SAMPLE`` [samples].
-        keys: uint8, all keys one after the other.
-        folder: where the arrays lie; None if they are in memory only.
-    """
-
+    # ``TAR`` [tars]; ``sample_end`` and ``key_end`` count from the first tar
     tars: npt.NDArray[np.void]
-    samples: npt.NDArray[np.void]
-    keys: npt.NDArray[np.uint8]
-    folder: Path | None = None
+    samples: npt.NDArray[np.void]  # ``SAMPLE`` [samples]
+    keys: npt.NDArray[np.uint8]  # uint8, all keys one after the other
+    folder: Path | None = None  # where the arrays lie; None if they are in memory only
 
     @classmethod
     def join(cls, indices: Sequence[ShardIndex]) -> DatasetIndex:

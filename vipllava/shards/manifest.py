@@ -34,52 +34,39 @@ class ManifestError(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One data set or benchmark.
+    """One data set or benchmark."""
 
-    Attributes:
-        schema_version: version of this file format, ``MANIFEST_VERSION``.
-        name: equal to the file's stem; part of every random key, so renaming reseeds.
-        stage: one of ``STAGES``.
-        licence: terms of use, in words.
-        format: ``shards`` (WebDataset tars) or ``vip_bench`` (the official folder layout).
-        record_kind: a kind of :mod:`vipllava.records`, or ``auto``: per record, by its id.
-        kind_module: a Python module that is imported first because it registers record kinds of
-            one's own; None without.
-        shards: patterns relative to the data root: globs and braces (``x-{000000..000009}.tar``);
-            or addresses (``https://``, ``s3://``, ``gs://``, ``pipe:COMMAND``), with braces only.
-        folder: the folder of a ``vip_bench`` layout, relative to the data root.
-        policy: visual-prompt policy of every record, or ``auto``: the record kind's own.
-        num_samples: exact number of samples in the shards, or of questions of a benchmark, checked
-            when opened; None if not known beforehand (building may reject broken inputs).
-        approximate_samples: published number of records; nothing fails where it differs.
-        made_by: ``sample_world`` for data that is made on first use, else None.
-        annotation_file: the published annotation list the shards are built from, relative to the
-            data root.
-        annotation_kinds: only its records of these kinds belong to the data set; empty: all.
-        image_roots: folders of the images, relative to the data root. A record names its image
-            either with the root (``coco/train2017/x.jpg``) or within one (``00453/x.jpg``).
-        sources: where annotations and images come from.
-        notes: what a reader should know.
-    """
-
-    schema_version: int
-    name: str
-    stage: str
-    licence: str
+    schema_version: int  # version of this file format, ``MANIFEST_VERSION``
+    name: str  # equal to the file's stem; part of every random key, so renaming reseeds
+    stage: str  # one of ``STAGES``
+    licence: str  # terms of use, in words
+    # ``shards`` (WebDataset tars) or ``vip_bench`` (the official folder layout)
     format: str = "shards"
-    record_kind: str = AUTO
+    record_kind: str = AUTO  # a kind of :mod:`vipllava.records`, or ``auto``: per record, by its id
+    # a Python module that is imported first because it registers record kinds of one's own; None
+    # without
     kind_module: str | None = None
+    # patterns relative to the data root: globs and braces (``x-{000000..000009}.tar``); or
+    # addresses (``https://``, ``s3://``, ``gs://``, ``pipe:COMMAND``), with braces only
     shards: tuple[str, ...] = ()
-    folder: str | None = None
+    folder: str | None = None  # the folder of a ``vip_bench`` layout, relative to the data root
+    # visual-prompt policy of every record, or ``auto``: the record kind's own
     policy: str = AUTO_POLICY
+    # exact number of samples in the shards, or of questions of a benchmark, checked when opened;
+    # None if not known beforehand (building may reject broken inputs)
     num_samples: int | None = None
+    # published number of records; nothing fails where it differs
     approximate_samples: int | None = None
-    made_by: str | None = None
+    made_by: str | None = None  # ``sample_world`` for data that is made on first use, else None
+    # the published annotation list the shards are built from, relative to the data root
     annotation_file: str | None = None
+    # only its records of these kinds belong to the data set; empty: all
     annotation_kinds: tuple[str, ...] = ()
+    # folders of the images, relative to the data root. A record names its image either with the
+    # root (``coco/train2017/x.jpg``) or within one (``00453/x.jpg``).
     image_roots: tuple[str, ...] = ()
-    sources: tuple[DataSource, ...] = ()
-    notes: str = ""
+    sources: tuple[DataSource, ...] = ()  # where annotations and images come from
+    notes: str = ""  # what a reader should know
 
     @property
     def patterns(self) -> tuple[str, ...]:

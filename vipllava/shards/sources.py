@@ -69,45 +69,29 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class PictureList:
-    """Pictures that are published as a list of addresses, one download each.
+    """Pictures that are published as a list of addresses, one download each."""
 
-    Attributes:
-        file: JSON object of id to entry, relative to the data root.
-        url_field: the entry's field that holds the address.
-        into: folder of the images, relative to the data root; each ends as ``ID.jpg``, a real
-            JPEG whatever was downloaded.
-    """
-
-    file: str
-    url_field: str
+    file: str  # JSON object of id to entry, relative to the data root
+    url_field: str  # the entry's field that holds the address
+    # folder of the images, relative to the data root; each ends as ``ID.jpg``, a real JPEG whatever
+    # was downloaded
     into: str
 
 
 @dataclass(frozen=True, slots=True)
 class DataSource:
-    """Where a part of a data set comes from.
+    """Where a part of a data set comes from."""
 
-    Attributes:
-        name: hub repository or the project that publishes it.
-        what: which files of it are used.
-        access: ``public``, or how to get it: ``form`` or ``by_hand``.
-        address: page of the project, of its form, or where a browser gets the files.
-        licence: terms of use, in words.
-        hub: data set repository of the Hugging Face hub that holds ``files``.
-        revision: branch, tag or commit of ``hub``.
-        files: what to download, or to expect.
-        picture_list: pictures to download one by one.
-    """
-
-    name: str
-    what: str
-    access: str = "public"
+    name: str  # hub repository or the project that publishes it
+    what: str  # which files of it are used
+    access: str = "public"  # ``public``, or how to get it: ``form`` or ``by_hand``
+    # page of the project, of its form, or where a browser gets the files
     address: str | None = None
-    licence: str | None = None
-    hub: str | None = None
-    revision: str | None = None
-    files: tuple[SourceFile, ...] = ()
-    picture_list: PictureList | None = None
+    licence: str | None = None  # terms of use, in words
+    hub: str | None = None  # data set repository of the Hugging Face hub that holds ``files``
+    revision: str | None = None  # branch, tag or commit of ``hub``
+    files: tuple[SourceFile, ...] = ()  # what to download, or to expect
+    picture_list: PictureList | None = None  # pictures to download one by one
 
     @property
     def key(self) -> str:

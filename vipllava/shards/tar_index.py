@@ -81,19 +81,12 @@ SAMPLE: Final = np.dtype(
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """One tar's samples.
+    """One tar's samples."""
 
-    Attributes:
-        tar_size: bytes of the whole tar.
-        head_crc: CRC-32 of the tar's first 4096 bytes.
-        keys: uint8, all keys one after the other.
-        samples: ``SAMPLE`` [samples].
-    """
-
-    tar_size: int
-    head_crc: int
-    keys: npt.NDArray[np.uint8]
-    samples: npt.NDArray[np.void]
+    tar_size: int  # bytes of the whole tar
+    head_crc: int  # CRC-32 of the tar's first 4096 bytes
+    keys: npt.NDArray[np.uint8]  # uint8, all keys one after the other
+    samples: npt.NDArray[np.void]  # ``SAMPLE`` [samples]
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -65,22 +65,15 @@ class UnreadableError(ShardError, StorageError):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One sample as it lies in a shard.
+    """One sample as it lies in a shard."""
 
-    Attributes:
-        key: unique within the data set.
-        record: the JSON object.
-        image: encoded; None for a text-only record.
-        image_extension: as in the tar, without the dot; the bytes may be of another format.
-        shard: the tar's path or address, for messages.
-        image_size: width and height of the upright image, pixels, where the index knows them.
-    """
-
-    key: str
-    record: Mapping[str, Any]
-    image: bytes | None
+    key: str  # unique within the data set
+    record: Mapping[str, Any]  # the JSON object
+    image: bytes | None  # encoded; None for a text-only record
+    # as in the tar, without the dot; the bytes may be of another format
     image_extension: str | None
-    shard: Path | str
+    shard: Path | str  # the tar's path or address, for messages
+    # width and height of the upright image, pixels, where the index knows them
     image_size: tuple[int, int] | None = None
 
 

@@ -25,12 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RegionsOptions:
-    """Settings of this benchmark.
+    """Settings of this benchmark."""
 
-    Attributes:
-        draw_marks: whether the marks are drawn; ``both`` asks every question twice.
-    """
-
+    # whether the marks are drawn; ``both`` asks every question twice
     draw_marks: bool | Literal["both"] = "both"
 
     def __post_init__(self) -> None:
@@ -41,23 +38,14 @@ class RegionsOptions:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question with both of its images.
+    """One question with both of its images."""
 
-    Attributes:
-        key: ``dataset/key`` of the record.
-        turns: what is asked, up to the last user turn.
-        answer: the right answer.
-        shape: of the first mark, or ``none``.
-        marked: the image with the marks drawn.
-        unmarked: the stored image.
-    """
-
-    key: str
-    turns: tuple[Turn, ...]
-    answer: str
-    shape: str
-    marked: Image.Image
-    unmarked: Image.Image
+    key: str  # ``dataset/key`` of the record
+    turns: tuple[Turn, ...]  # what is asked, up to the last user turn
+    answer: str  # the right answer
+    shape: str  # of the first mark, or ``none``
+    marked: Image.Image  # the image with the marks drawn
+    unmarked: Image.Image  # the stored image
 
     @property
     def text(self) -> str:

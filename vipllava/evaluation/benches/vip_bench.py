@@ -27,23 +27,14 @@ CAPABILITIES: Final = ("rec", "ocr", "know", "math", "rel", "lang")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question of one split.
+    """One question of one split."""
 
-    Attributes:
-        key: ``v1_<question_id>``, as in meta data and answer file.
-        image: path of the marked image.
-        text: the question in this split's wording.
-        answer: the ground truth, with ``<AND>`` and ``<OR>``.
-        capability: of :data:`CAPABILITIES`, those that it needs.
-        split: of :data:`SPLITS`.
-    """
-
-    key: str
-    image: Path
-    text: str
-    answer: str
-    capability: tuple[str, ...]
-    split: str
+    key: str  # ``v1_<question_id>``, as in meta data and answer file
+    image: Path  # path of the marked image
+    text: str  # the question in this split's wording
+    answer: str  # the ground truth, with ``<AND>`` and ``<OR>``
+    capability: tuple[str, ...]  # of :data:`CAPABILITIES`, those that it needs
+    split: str  # of :data:`SPLITS`
 
 
 def read_items(folder: Path, split: str) -> list[Item]:

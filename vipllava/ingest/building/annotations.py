@@ -32,18 +32,13 @@ class AnnotationError(VipLlavaError):
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One item of the list: its position, its first byte and its bytes in the file.
-
-    Attributes:
-        record: the JSON object; None if the item is something else.
-        problem: why it is no record; None for a record.
-    """
+    """One item of the list: its position, its first byte and its bytes in the file."""
 
     position: int
     start: int
     text: bytes
-    record: Mapping[str, Any] | None
-    problem: str | None = None
+    record: Mapping[str, Any] | None  # the JSON object; None if the item is something else
+    problem: str | None = None  # why it is no record; None for a record
 
 
 @dataclass(frozen=True, slots=True)

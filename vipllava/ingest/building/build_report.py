@@ -23,45 +23,30 @@ _NOT_ONE: Final = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A record that could not be used.
+    """A record that could not be used."""
 
-    Attributes:
-        position: in the annotation list.
-        key: that it would have had.
-        image: the image that it names, or None.
-        fault: class of the fault.
-        reason: what is wrong.
-        inputs: the states of the files that it may mean, by path under the data root.
-    """
-
-    position: int
-    key: str
-    image: str | None
-    fault: str
-    reason: str
+    position: int  # in the annotation list
+    key: str  # that it would have had
+    image: str | None  # the image that it names, or None
+    fault: str  # class of the fault
+    reason: str  # what is wrong
+    # the states of the files that it may mean, by path under the data root
     inputs: Mapping[str, FileState]
 
 
 @dataclass
 class ShardReport:
-    """What became of one stretch of the annotation list; names as in :class:`BuildSummary`.
+    """What became of one stretch of the annotation list; names as in :class:`BuildSummary`."""
 
-    Attributes:
-        name: the tar's name without ``.tar``.
-        inputs: fingerprint of the stretch and of the settings that matter.
-        first: position of its first record.
-        tar_size: bytes of the tar; 0 where no record was good and there is no tar.
-        rejected: the records that are not stored.
-    """
-
-    name: str
-    inputs: str
-    first: int
+    name: str  # the tar's name without ``.tar``
+    inputs: str  # fingerprint of the stretch and of the settings that matter
+    first: int  # position of its first record
     num_samples: int = 0
     num_text_only: int = 0
-    tar_size: int = 0
+    tar_size: int = 0  # bytes of the tar; 0 where no record was good and there is no tar
     kinds: Counter[str] = field(default_factory=Counter[str])
     changes: Counter[str] = field(default_factory=Counter[str])
+    # the records that are not stored
     rejected: list[Rejected] = field(default_factory=list[Rejected])
 
     def save(self, path: Path) -> None:
@@ -82,38 +67,24 @@ class ShardReport:
 
 @dataclass
 class BuildSummary:
-    """A build in numbers; written to ``build.json``.
+    """A build in numbers; written to ``build.json``."""
 
-    Attributes:
-        dataset: the manifest's name.
-        annotation_file: as the manifest names it.
-        inputs: fingerprint of the annotation list and of the settings that matter.
-        num_records: items of the annotation list.
-        num_selected: those that belong to the data set: stored and rejected.
-        max_samples: records per tar.
-        num_samples: stored samples.
-        num_text_only: of them, without an image.
-        num_rejected: see ``rejected.jsonl``.
-        num_bytes: of all tars.
-        rejected_by_fault: rejected records by class of fault.
-        kinds: stored samples by record kind.
-        changes: images by what was changed about them.
-        shards: per tar its name, first position, samples, rejected records and bytes.
-    """
-
-    dataset: str
-    annotation_file: str
-    inputs: str
-    num_records: int
-    num_selected: int
-    max_samples: int
-    num_samples: int = 0
-    num_text_only: int = 0
-    num_rejected: int = 0
-    num_bytes: int = 0
+    dataset: str  # the manifest's name
+    annotation_file: str  # as the manifest names it
+    inputs: str  # fingerprint of the annotation list and of the settings that matter
+    num_records: int  # items of the annotation list
+    num_selected: int  # those that belong to the data set: stored and rejected
+    max_samples: int  # records per tar
+    num_samples: int = 0  # stored samples
+    num_text_only: int = 0  # of them, without an image
+    num_rejected: int = 0  # see ``rejected.jsonl``
+    num_bytes: int = 0  # of all tars
+    # rejected records by class of fault
     rejected_by_fault: dict[str, int] = field(default_factory=dict[str, int])
-    kinds: dict[str, int] = field(default_factory=dict[str, int])
+    kinds: dict[str, int] = field(default_factory=dict[str, int])  # stored samples by record kind
+    # images by what was changed about them
     changes: dict[str, int] = field(default_factory=dict[str, int])
+    # per tar its name, first position, samples, rejected records and bytes
     shards: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
     def add(self, report: ShardReport) -> None:

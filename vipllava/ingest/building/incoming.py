@@ -43,20 +43,14 @@ FileState = list[int] | None
 
 @dataclass(frozen=True, slots=True)
 class Ingested:
-    """One sample, ready to be stored.
-
-    Attributes:
-        image: the encoded bytes, or None for a text-only record.
-        extension: of the image's real format, or None.
-        kind: the record's kind.
-        change: what was done to the image (``jpg is png``, ``gif stored as png``), or None.
-    """
+    """One sample, ready to be stored."""
 
     key: str
     record: Mapping[str, Any]
-    image: bytes | None
-    extension: str | None
-    kind: str
+    image: bytes | None  # the encoded bytes, or None for a text-only record
+    extension: str | None  # of the image's real format, or None
+    kind: str  # the record's kind
+    # what was done to the image (``jpg is png``, ``gif stored as png``), or None
     change: str | None = None
 
 

@@ -41,39 +41,26 @@ Tell = Callable[[str, str, int, "int | None"], None]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is known of one part.
+    """What is known of one part."""
 
-    Attributes:
-        part: ``annotations``, ``pictures``, ``metadata``, ``shards``, ``layout`` or ``data root``.
-        name: the file, folder or pattern, relative to the data root.
-        status: ``ok``; ``missing``: something is not there; ``damaged``: something cannot be read;
-            ``differs``: there is more or less than expected; ``unchecked``: nobody looked.
-        detail: counts and reasons.
-        remedy: what to do.
-        examples: some of what is missing or damaged, with reasons.
-    """
-
+    # ``annotations``, ``pictures``, ``metadata``, ``shards``, ``layout`` or ``data root``
     part: str
-    name: str
+    name: str  # the file, folder or pattern, relative to the data root
+    # ``ok``; ``missing``: something is not there; ``damaged``: something cannot be read;
+    # ``differs``: there is more or less than expected; ``unchecked``: nobody looked
     status: Status
-    detail: str
-    remedy: str = ""
-    examples: tuple[str, ...] = ()
+    detail: str  # counts and reasons
+    remedy: str = ""  # what to do
+    examples: tuple[str, ...] = ()  # some of what is missing or damaged, with reasons
 
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    """All findings about a data set.
+    """All findings about a data set."""
 
-    Attributes:
-        manifest: its name.
-        data_root: where was looked.
-        findings: in the order of the data's way: list, images, shards.
-    """
-
-    manifest: str
-    data_root: str
-    findings: tuple[Finding, ...]
+    manifest: str  # its name
+    data_root: str  # where was looked
+    findings: tuple[Finding, ...]  # in the order of the data's way: list, images, shards
 
     @property
     def ok(self) -> bool:

@@ -26,36 +26,22 @@ VERIFY_VERSION: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Attributes:
-        shard: the tar, or the data set's name for what concerns all of them.
-        key: the sample; None if the whole tar is meant.
-        reason: what is wrong and what to do.
-    """
-
-    shard: str
-    key: str | None
-    reason: str
+    shard: str  # the tar, or the data set's name for what concerns all of them
+    key: str | None  # the sample; None if the whole tar is meant
+    reason: str  # what is wrong and what to do
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was found in a data set, or in one of its tars.
+    """What was found in a data set, or in one of its tars."""
 
-    Attributes:
-        dataset: the manifest's name, or the tar's path.
-        num_shards: tars.
-        num_samples: samples that were read and are whole.
-        num_unindexed: tars without an index, whose samples could not be compared with checksums.
-        damages: everything that is wrong, in the tars' order.
-    """
-
-    dataset: str
-    num_shards: int
-    num_samples: int
-    num_unindexed: int
-    damages: tuple[Damage, ...]
+    dataset: str  # the manifest's name, or the tar's path
+    num_shards: int  # tars
+    num_samples: int  # samples that were read and are whole
+    num_unindexed: int  # tars without an index, whose samples could not be compared with checksums
+    damages: tuple[Damage, ...]  # everything that is wrong, in the tars' order
 
     @property
     def ok(self) -> bool:
@@ -159,17 +145,11 @@ def _verify_tar(job: Path | tuple[ShardSet, int], *, decode: bool) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Indexed:
-    """An index that was made, or why not.
+    """An index that was made, or why not."""
 
-    Attributes:
-        path: the tar.
-        num_samples: in it; 0 if it could not be indexed.
-        reason: what is wrong with it, or None.
-    """
-
-    path: Path
-    num_samples: int
-    reason: str | None = None
+    path: Path  # the tar
+    num_samples: int  # in it; 0 if it could not be indexed
+    reason: str | None = None  # what is wrong with it, or None
 
 
 def index_shards(paths: Iterable[Path], num_workers: int | None = None) -> Iterator[Indexed]:

@@ -39,20 +39,14 @@ Tell = Callable[[str, str, int, "int | None"], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one part: a file, archive or list of a source.
-
-    Attributes:
-        place: where it lies or belongs, relative to the data root.
-        status: ``present`` before, ``fetched`` now, ``missing``: a person has to get it, or
-            ``failed``.
-        detail: counts, or what to do.
-    """
+    """What became of one part: a file, archive or list of a source."""
 
     source: str
     part: str
-    place: str
+    place: str  # where it lies or belongs, relative to the data root
+    # ``present`` before, ``fetched`` now, ``missing``: a person has to get it, or ``failed``
     status: Status
-    detail: str = ""
+    detail: str = ""  # counts, or what to do
 
     @property
     def ok(self) -> bool:
@@ -62,19 +56,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class FetchOptions:
-    """How to fetch.
+    """How to fetch."""
 
-    Attributes:
-        keep_archives: leave downloaded archives in ``downloads/`` once they are unpacked.
-        again: fetch archives and lists anew that were fetched before or lie there.
-        num_workers: downloads at a time, for images that come one by one.
-        patience: bounds on each download.
-    """
-
+    # leave downloaded archives in ``downloads/`` once they are unpacked
     keep_archives: bool = False
-    again: bool = False
-    num_workers: int = 8
-    patience: Patience = PATIENT
+    again: bool = False  # fetch archives and lists anew that were fetched before or lie there
+    num_workers: int = 8  # downloads at a time, for images that come one by one
+    patience: Patience = PATIENT  # bounds on each download
 
 
 def fetch_data(

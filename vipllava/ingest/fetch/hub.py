@@ -23,20 +23,14 @@ _LASTING: Final = (400, 401, 403, 404, 410)
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file of one commit.
-
-    Attributes:
-        size: bytes.
-        sha256: of its bytes, for large files.
-        git_oid: git's blob hash, for the others.
-    """
+    """A file of one commit."""
 
     repo: str
     commit: str
     path: str
-    size: int
-    sha256: str | None
-    git_oid: str
+    size: int  # bytes
+    sha256: str | None  # of its bytes, for large files
+    git_oid: str  # git's blob hash, for the others
 
 
 def list_hub_files(

@@ -36,32 +36,20 @@ class ImageListError(VipLlavaError):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An image that could not be had.
+    """An image that could not be had."""
 
-    Attributes:
-        name: its id, or its file name where it was present already.
-        address: where it was looked for; None if it was present.
-        reason: what went wrong.
-    """
-
-    name: str
-    address: str | None
-    reason: str
+    name: str  # its id, or its file name where it was present already
+    address: str | None  # where it was looked for; None if it was present
+    reason: str  # what went wrong
 
 
 @dataclass(frozen=True, slots=True)
 class ImageListOutcome:
-    """What became of a list.
+    """What became of a list."""
 
-    Attributes:
-        num_listed: entries of the list.
-        num_converted: images, present before or fetched now, that were no JPEG and are now.
-        failures: images that are not there, by name.
-    """
-
-    num_listed: int
-    num_converted: int
-    failures: tuple[Failure, ...]
+    num_listed: int  # entries of the list
+    num_converted: int  # images, present before or fetched now, that were no JPEG and are now
+    failures: tuple[Failure, ...]  # images that are not there, by name
 
 
 def fetch_images(

@@ -61,21 +61,13 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One problem and its place.
+    """One problem and its place."""
 
-    Attributes:
-        code: the class of the problem, one of ``CODES``.
-        dataset: the manifest's name.
-        shard: the tar; relative to the data root in a report. Empty for the data set as a whole.
-        key: the record's key; empty for the shard as a whole.
-        message: names field or turn, value and remedy.
-    """
-
-    code: str
-    dataset: str
-    shard: str
-    key: str
-    message: str
+    code: str  # the class of the problem, one of ``CODES``
+    dataset: str  # the manifest's name
+    shard: str  # the tar; relative to the data root in a report. Empty for the data set as a whole.
+    key: str  # the record's key; empty for the shard as a whole
+    message: str  # names field or turn, value and remedy
 
     @property
     def severity(self) -> Severity:
@@ -130,19 +122,12 @@ class LintLimits:
 
 @dataclass(frozen=True, slots=True)
 class LintReport:
-    """The findings of one data set.
+    """The findings of one data set."""
 
-    Attributes:
-        dataset: the manifest's name.
-        num_samples: samples in the tars that could be read.
-        num_checked: how many of them were looked at.
-        findings: in the order of the data.
-    """
-
-    dataset: str
-    num_samples: int
-    num_checked: int
-    findings: tuple[Finding, ...]
+    dataset: str  # the manifest's name
+    num_samples: int  # samples in the tars that could be read
+    num_checked: int  # how many of them were looked at
+    findings: tuple[Finding, ...]  # in the order of the data
 
     @property
     def counts(self) -> dict[str, int]:
