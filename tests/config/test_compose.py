@@ -16,11 +16,10 @@ from hydra.core.override_parser.types import Override
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from vipllava.config.checks import find_problems
+from vipllava.config.checks import find_problems, find_target_problems, targets
 from vipllava.config.composing import CONFIG_DIR, compose_job
 from vipllava.config.hardware import Hardware
 from vipllava.config.schema import TRAIN, check_schema
-from vipllava.config.targets import find_target_problems, targets
 
 ROOT = CONFIG_DIR.parent
 TRAIN_GROUPS = (

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import preloaded
-from vipllava.config.composing import CONFIG_DIR
-from vipllava.config.overrides import find_override_problems
+from vipllava.config.composing import CONFIG_DIR, find_override_problems
 
 ROOT = CONFIG_DIR.parent
 

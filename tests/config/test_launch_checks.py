@@ -14,7 +14,7 @@ from tests import preloaded
 from vipllava.config import launch_checks
 from vipllava.config.composing import CONFIG_DIR
 from vipllava.config.hardware import Hardware
-from vipllava.config.job_values import JobValues
+from vipllava.config.schema import JobValues
 
 ROOT = CONFIG_DIR.parent
 ELASTIC = {

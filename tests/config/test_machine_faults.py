@@ -18,8 +18,7 @@ from safetensors import SafetensorError
 from vipllava import cli
 from vipllava.commands import doctor_facts
 from vipllava.config import machine_faults
-from vipllava.config.log_file import LogFile
-from vipllava.config.machine_faults import explain_fault
+from vipllava.config.machine_faults import LogFile, explain_fault
 from vipllava.files.atomic import write_whole
 from vipllava.models.tensor_files import save_pickle, save_tensors
 

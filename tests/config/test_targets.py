@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from vipllava.config.targets import check_targets, find_target_problems, targets
+from vipllava.config.checks import check_targets, find_target_problems, targets
 from vipllava.types import ConfigError
 
 

@@ -32,8 +32,7 @@ def compose_data_job(
     from omegaconf.errors import OmegaConfBaseException
 
     from vipllava.config.checks import check_data_config
-    from vipllava.config.composing import compose_job
-    from vipllava.config.entry import composition_message
+    from vipllava.config.composing import compose_job, composition_message
     from vipllava.config.places import CONFIG_DIR
     from vipllava.shards.manifest import load_manifest
 

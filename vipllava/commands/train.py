@@ -10,8 +10,12 @@ if TYPE_CHECKING:
 
 def train(cfg: DictConfig) -> None:
     """Check a job, then run it; nothing heavy is imported before the check has passed."""
-    from vipllava.config.checks import check_config, check_data_config, check_plan_config
-    from vipllava.config.targets import check_targets
+    from vipllava.config.checks import (
+        check_config,
+        check_data_config,
+        check_plan_config,
+        check_targets,
+    )
 
     if cfg.inspect:
         check_data_config(cfg)

@@ -1,7 +1,6 @@
-"""Configuration keys in place of the argument names that messages of library classes give.
+"""Configuration keys in place of the arguments that messages of library classes name.
 
-A library class is used without any configuration, too, so its messages say ``max_length=512``. A
-user of ``train.py`` has to change ``stage.max_length``: the entry points put that in its place.
+Those say ``max_length=512``; a user of ``train.py`` has to change ``stage.max_length``.
 """
 
 from __future__ import annotations
@@ -15,36 +14,22 @@ from omegaconf import DictConfig
 
 from vipllava.types import VipLlavaError
 
+_SAME_NAME: Final = {
+    "data": "batching cache_gb max_fault_rate on_fault pack_length samples_per_epoch "
+    "window_samples",
+    "guard": "max_skipped on_nonfinite on_spike spike_factor spike_floor window",
+    "lint": "max_outside_pixels min_contrast min_mark_pixels min_polygon_area",
+    "machine": "micro_batch_size",
+    "paths": "data_root",
+    "stage": "checkpoint global_batch_size max_length trainable",
+    "trainer": "devices num_nodes",
+    "tuning": "adapter",
+}
 KEYS: Final = {
-    "adapter": "tuning.adapter",
-    "batching": "data.batching",
     "cache_dir": "paths.cache",
-    "cache_gb": "data.cache_gb",
-    "checkpoint": "stage.checkpoint",
-    "data_root": "paths.data_root",
-    "devices": "trainer.devices",
-    "global_batch_size": "stage.global_batch_size",
-    "max_fault_rate": "data.max_fault_rate",
     "max_images": "data.max_images_per_pack",
-    "max_length": "stage.max_length",
-    "max_outside_pixels": "lint.max_outside_pixels",
-    "max_skipped": "guard.max_skipped",
-    "micro_batch_size": "machine.micro_batch_size",
-    "min_contrast": "lint.min_contrast",
-    "min_mark_pixels": "lint.min_mark_pixels",
-    "min_polygon_area": "lint.min_polygon_area",
-    "num_nodes": "trainer.num_nodes",
-    "on_fault": "data.on_fault",
-    "on_nonfinite": "guard.on_nonfinite",
-    "on_spike": "guard.on_spike",
-    "pack_length": "data.pack_length",
-    "samples_per_epoch": "data.samples_per_epoch",
-    "spike_factor": "guard.spike_factor",
-    "spike_floor": "guard.spike_floor",
     "the mix": "data.mix",
-    "trainable": "stage.trainable",
-    "window": "guard.window",
-    "window_samples": "data.window_samples",
+    **{name: f"{part}.{name}" for part, names in _SAME_NAME.items() for name in names.split()},
 }
 """Arguments of library classes that ``conf/train.yaml`` sets, and the key that does."""
 
@@ -58,12 +43,7 @@ _ARGUMENT: Final = re.compile(
 
 
 def with_keys(message: str, cfg: DictConfig) -> str:
-    """Return a library's message with configuration keys for arguments.
-
-    Args:
-        message: of an error.
-        cfg: the job; an argument that none of its sections sets keeps its name.
-    """
+    """Return an error's message with keys for arguments that a section of the job sets."""
 
     def key(found: re.Match[str]) -> str:
         name = KEYS[found[0]]

@@ -1,7 +1,7 @@
 """Which attention implementation a job gets, and why not another.
 
 The first in the order of :data:`KERNELS` that is installed and that devices and precision support;
-without one, PyTorch's own ``sdpa``. Pure functions of what is installed: nothing heavy is imported.
+without one, PyTorch's own ``sdpa``. Nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ TORCH_VARLEN: Final = "torch_varlen"
 FALLBACK: Final = "sdpa"
 _FULL_PRECISION: Final = ("32-true", "float32")
 _NO_CUDA: Final = "needs CUDA devices"
+_NONE: Final = (999, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +25,11 @@ class Kernel:
     """An implementation that not every machine can run; all of these compute in 16 bits only."""
 
     name: str  # as a configuration and transformers name it; our own for :data:`TORCH_VARLEN`
-    # what has to be installed, as :attr:`~vipllava.config.hardware.Hardware.installed` names it
-    package: str
+    package: str  # what has to be in :attr:`~vipllava.config.hardware.Hardware.installed`
     label: str  # the same for a reader
     install: str  # how it comes
     least: tuple[int, int]  # the least compute capability
-    # the first capability that is too new for it; None if none is
-    below: tuple[int, int] | None = None
+    below: tuple[int, int] = _NONE  # the first capability that is too new for it
     by_name_only: bool = False  # never chosen by itself
 
 
@@ -52,9 +51,9 @@ KERNELS: Final = (
 class Candidate:
     """What stands against one implementation, on one machine."""
 
-    kernel: Kernel  # the implementation
-    missing: bool  # whether its package is not installed
-    unsupported: str | None  # why devices or precision cannot use it; None if they can
+    kernel: Kernel
+    missing: str | None  # that its package is not installed
+    unsupported: str | None  # why devices or precision cannot use it
 
     @property
     def name(self) -> str:
@@ -64,11 +63,9 @@ class Candidate:
     @property
     def why_not(self) -> str:
         """Why it is not chosen by itself; empty if nothing stands against it."""
-        found = [f"needs {self.kernel.label}, which is not installed"] if self.missing else []
-        found += [self.unsupported] if self.unsupported else []
-        if not found and self.kernel.by_name_only:
-            found = ["an alpha, used only where it is asked for by name"]
-        return "; ".join(found)
+        alpha = "an alpha, used only where it is asked for by name"
+        found = "; ".join(filter(None, (self.missing, self.unsupported)))
+        return found or (alpha if self.kernel.by_name_only else "")
 
 
 def attention_candidates(
@@ -84,10 +81,25 @@ def attention_candidates(
     Returns:
         In the order of :data:`KERNELS`.
     """
-    return tuple(
-        Candidate(k, k.package not in installed, _unsupported(k, capability, precision))
-        for k in KERNELS
-    )
+    found: list[Candidate] = []
+    for kernel in KERNELS:
+        missing = f"needs {kernel.label}, which is not installed"
+        if capability is None:
+            unsupported = _NO_CUDA
+        elif not kernel.least <= capability < kernel.below:
+            (major, minor), more = kernel.least, kernel.below == _NONE
+            unsupported = (
+                f"devices of compute capability {capability[0]}.{capability[1]} cannot run it, it "
+                f"needs {major}.{minor}{' or more' if more else ''}"
+            )
+        elif precision in _FULL_PRECISION:
+            unsupported = f"computes in bf16 or fp16 only, not in {precision}"
+        else:
+            unsupported = None
+        found.append(
+            Candidate(kernel, None if kernel.package in installed else missing, unsupported)
+        )
+    return tuple(found)
 
 
 def choose_attention(candidates: Sequence[Candidate]) -> str:
@@ -96,12 +108,7 @@ def choose_attention(candidates: Sequence[Candidate]) -> str:
 
 
 def explain_attention(used: str, candidates: Sequence[Candidate]) -> str:
-    """Say in one line what is used, and why no better one: ``sdpa (flash_attention_2: ...)``.
-
-    Args:
-        used: what the job's network gets.
-        candidates: what stands against each kernel on this machine.
-    """
+    """Say in one line what is used, and why no better one: ``sdpa (flash_attention_2: ...)``."""
     best = choose_attention(candidates)
     if used != best:
         return f"{used}, as configured (by itself it would be {best})"
@@ -115,17 +122,3 @@ def explain_attention(used: str, candidates: Sequence[Candidate]) -> str:
 def keeps_no_mask(name: str) -> bool:
     """Return whether an implementation tells samples of a row apart by bounds, without a mask."""
     return any(name == kernel.name for kernel in KERNELS)
-
-
-def _unsupported(
-    kernel: Kernel, capability: tuple[int, int] | None, precision: str | None
-) -> str | None:
-    if capability is None:
-        return _NO_CUDA
-    if capability < kernel.least or (kernel.below is not None and capability >= kernel.below):
-        least = f"{kernel.least[0]}.{kernel.least[1]}{'' if kernel.below else ' or more'}"
-        have = f"{capability[0]}.{capability[1]}"
-        return f"devices of compute capability {have} cannot run it, it needs {least}"
-    if precision in _FULL_PRECISION:
-        return f"computes in bf16 or fp16 only, not in {precision}"
-    return None

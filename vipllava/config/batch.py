@@ -26,13 +26,29 @@ def accumulation_steps(
         "devices": devices,
         "num_nodes": num_nodes,
     }
-    bad = [f"{name}={value}" for name, value in numbers.items() if value < 1]
-    if bad:
+    if bad := [f"{name}={value}" for name, value in numbers.items() if value < 1]:
         raise ConfigError(f"{', '.join(bad)}: must be at least 1")
-    per_forward = micro_batch_size * devices * num_nodes
-    if global_batch_size % per_forward == 0:
-        return global_batch_size // per_forward
-    raise ConfigError(_does_not_divide(global_batch_size, micro_batch_size, devices, num_nodes))
+    world_size = devices * num_nodes
+    per_forward = micro_batch_size * world_size
+    steps, rest = divmod(global_batch_size, per_forward)
+    if not rest:
+        return steps
+    nearest = ", ".join(str(n * per_forward) for n in (steps, steps + 1) if n)
+    fewer = [n for n in range(devices, 0, -1) if global_batch_size % (n * num_nodes) == 0]
+    if global_batch_size % world_size == 0:
+        fitting = _divisors(global_batch_size // world_size)
+        below = [m for m in fitting if m < micro_batch_size][-1:]
+        above = [m for m in fitting if m > micro_batch_size][:1]
+        remedy = f"or keep it with micro_batch_size={' or '.join(map(str, below + above))}"
+    elif fewer:
+        remedy = f"or keep it with devices={fewer[0]}"
+    else:
+        remedy = f"no micro-batch divides it on {num_nodes} nodes"
+    raise ConfigError(
+        f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size="
+        f"{micro_batch_size} x devices={devices} x num_nodes={num_nodes} = {per_forward}; nearest "
+        f"global batch sizes that are: {nearest}; {remedy}"
+    )
 
 
 def largest_micro_batch(
@@ -42,42 +58,8 @@ def largest_micro_batch(
     world_size = devices * num_nodes
     if min(limit, global_batch_size, world_size) < 1 or global_batch_size % world_size:
         return None
-    per_process = global_batch_size // world_size
-    return max(m for m in range(1, limit + 1) if per_process % m == 0)
+    return max(m for m in _divisors(global_batch_size // world_size) if m <= limit)
 
 
-def _does_not_divide(
-    global_batch_size: int, micro_batch_size: int, devices: int, num_nodes: int
-) -> str:
-    per_forward = micro_batch_size * devices * num_nodes
-    below = global_batch_size // per_forward * per_forward
-    globals_ = [str(n) for n in (below, below + per_forward) if n > 0]
-    product = (
-        f"micro_batch_size={micro_batch_size} x devices={devices} x "
-        f"num_nodes={num_nodes} = {per_forward}"
-    )
-    message = (
-        f"global_batch_size={global_batch_size} is not a multiple of {product}; nearest "
-        f"global batch sizes that are: {', '.join(globals_)}"
-    )
-    micros = _nearest_micro_batches(global_batch_size, micro_batch_size, devices * num_nodes)
-    if micros:
-        return f"{message}; or keep it with micro_batch_size={' or '.join(micros)}"
-    fewer = next(
-        (n for n in range(devices, 0, -1) if global_batch_size % (n * num_nodes) == 0), None
-    )
-    if fewer is None:
-        return f"{message}; no micro-batch divides it on {num_nodes} nodes"
-    return f"{message}; or keep it with devices={fewer}"
-
-
-def _nearest_micro_batches(
-    global_batch_size: int, micro_batch_size: int, world_size: int
-) -> list[str]:
-    if global_batch_size % world_size:
-        return []
-    per_process = global_batch_size // world_size
-    fitting = [m for m in range(1, per_process + 1) if per_process % m == 0]
-    below = [m for m in fitting if m < micro_batch_size][-1:]
-    above = [m for m in fitting if m > micro_batch_size][:1]
-    return [str(m) for m in below + above]
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

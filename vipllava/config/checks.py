@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import inspect
 import netrc
 import os
+import pydoc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from vipllava.config import hardware
 from vipllava.config.argument_names import with_keys
 from vipllava.config.attention import attention_candidates
 from vipllava.config.batch import accumulation_steps
 from vipllava.config.hardware import Hardware
-from vipllava.config.job_values import JobValues
 from vipllava.config.launch_checks import check_launch, check_single_process
 from vipllava.config.machine_faults import HOME_REMEDY, find_home
-from vipllava.config.schema import EVALUATE, TRAIN, Section, check_schema, did_you_mean, spell
+from vipllava.config.schema import (
+    EVALUATE,
+    TRAIN,
+    JobValues,
+    Section,
+    check_schema,
+    did_you_mean,
+    spell,
+)
 from vipllava.processes import is_first_process
-from vipllava.types import ConfigError
+from vipllava.types import ConfigError, first_line
 
-_WANDB_WITHOUT_KEY = ("offline", "disabled", "dryrun")
 _BF16_CAPABILITY = (8, 0)
+_TARGET_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 
 
 def check_config(
@@ -33,50 +44,90 @@ def check_config(
     """Check a composed training or evaluation job.
 
     Args:
-        cfg: what Hydra composed from ``conf/train.yaml`` or ``conf/evaluate.yaml``.
+        cfg: the job.
         machine: the hardware to check against; this machine if not given.
         more: problems that were found elsewhere, to be said with the others.
 
     Raises:
         ConfigError: listing every problem, each naming the key, its value and the remedy.
     """
-    if problems := [*find_problems(cfg, machine), *more]:
-        raise ConfigError(format_problems(problems))
+    _refuse([*find_problems(cfg, machine), *more])
 
 
 def check_data_config(cfg: DictConfig) -> None:
-    """Check what looking at a job's data needs; where it would train does not matter.
-
-    Raises:
-        ConfigError: listing every unknown key and impossible value, and an unknown manifest.
-    """
+    """Raise ConfigError where looking at a job's data fails; where it trains does not matter."""
     _refuse(_find(JobValues(cfg, Hardware()), TRAIN, (_manifest,)))
 
 
 def check_plan_config(cfg: DictConfig) -> None:
-    """Check what a forecast of a job needs; what this machine has or lacks does not matter.
-
-    Raises:
-        ConfigError: listing every unknown key and impossible value, an unknown manifest, a global
-            batch that does not divide, and settings that contradict each other.
-    """
+    """Raise ConfigError where a forecast fails; what this machine has or lacks does not matter."""
     job = JobValues(cfg, Hardware(installed=frozenset(hardware.OPTIONAL_PACKAGES)))
     _refuse(_find(job, TRAIN, (_manifest, _global_batch, _tuning, _compile)))
+
+
+def check_targets(cfg: DictConfig) -> None:
+    """Check every constructor call of a job: does ``_target_`` exist, does it take the arguments?
+
+    Importing the classes costs seconds (transformers, lightning): after the cheap checks.
+
+    Raises:
+        ConfigError: listing every problem, each naming its key.
+    """
+    _refuse(find_target_problems(cfg))
+
+
+def find_target_problems(cfg: DictConfig) -> list[str]:
+    """Return what is wrong with the constructor calls of a job, each naming its key."""
+    problems: list[str] = []
+    for path, node in targets(cfg):
+        name = str(node["_target_"])
+        try:
+            target: Any = pydoc.locate(name)
+        except pydoc.ErrorDuringImport as error:
+            problems.append(f"{path}._target_={name} cannot be imported: {first_line(error)}")
+            continue
+        if target is None:
+            problems.append(f"{path}._target_={name}: there is no such class or function")
+            continue
+        parameters = inspect.signature(target).parameters
+        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            continue
+        problems += [
+            f"{path}.{key}: {name} takes no such argument{did_you_mean(str(key), parameters)}"
+            for key in node
+            if key not in parameters and key not in _TARGET_KEYS
+        ]
+    return problems
+
+
+def targets(cfg: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """Yield the path and node of everything with a ``_target_``, in order of appearance.
+
+    Interpolations are not followed: what they point to is met at its own place.
+    """
+    if "_target_" in cfg:
+        yield prefix, cfg
+    for key in map(str, cfg):
+        if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key):
+            continue
+        path = f"{prefix}.{key}" if prefix else key
+        child: Any = cfg[key]
+        items = enumerate(child) if isinstance(child, ListConfig) else ()
+        for where, node in [(path, child), *((f"{path}.{index}", item) for index, item in items)]:
+            if isinstance(node, DictConfig) and node:
+                yield from targets(node, where)
 
 
 def find_problems(cfg: DictConfig, machine: Hardware | None = None) -> list[str]:
     """Return every problem of a composed job, without repetitions, in the order of the checks."""
     job = JobValues(cfg, machine or hardware.detect())
-    if job.is_evaluation:
-        return _find(job, EVALUATE, _EVALUATE_CHECKS)
-    return _find(job, TRAIN, _TRAIN_CHECKS)
+    schema = (EVALUATE, _EVALUATE_CHECKS) if job.is_evaluation else (TRAIN, _TRAIN_CHECKS)
+    return _find(job, *schema)
 
 
 def _find(job: JobValues, schema: Section, checks: Sequence[_Check]) -> list[str]:
     problems = [_explain(problem, job.cfg) for problem in check_schema(job.cfg, schema)]
-    for check in checks:
-        problems += check(job)
-    return list(dict.fromkeys(problems))
+    return list(dict.fromkeys([*problems, *chain.from_iterable(check(job) for check in checks)]))
 
 
 def _refuse(problems: list[str]) -> None:
@@ -93,15 +144,13 @@ def format_problems(problems: list[str]) -> str:
 
 def _explain(problem: str, cfg: DictConfig) -> str:
     """Say more about the one value that a user has to bring."""
-    if problem.startswith("data.manifest is not set") or "model.manifests." in problem:
-        stage = cfg.stage.get("name")
-        names = _known_manifests(str(cfg.paths.manifests))
-        return (
-            f"data.manifest is not set: stage={stage} trains on data of your own; pass "
-            f"data.manifest=NAME ({', '.join(names) or 'no manifests here'}) or the path of a "
-            "manifest file"
-        )
-    return problem
+    if not problem.startswith("data.manifest is not set") and "model.manifests." not in problem:
+        return problem
+    names = ", ".join(_known_manifests(str(cfg.paths.manifests)))
+    return (
+        f"data.manifest is not set: stage={cfg.stage.get('name')} trains on data of your own; pass "
+        f"data.manifest=NAME ({names or 'no manifests here'}) or the path of a manifest file"
+    )
 
 
 def _known_manifests(folder: str) -> list[str]:
@@ -134,9 +183,9 @@ def _checkpoint(job: JobValues) -> Iterator[str]:
     """The folder a stage starts from, or that is evaluated, where it is one of our runs."""
     folder = job.get("checkpoint" if job.is_evaluation else "stage.checkpoint", str)
     runs = job.get("paths.runs", str)
-    if folder is None or runs is None or not Path(folder).is_relative_to(runs):
-        return  # hub ids and folders elsewhere: the loader says what is wrong with them
-    if Path(folder).is_dir():
+    # Hub ids and folders elsewhere: the loader says what is wrong with them.
+    ours = folder is not None and runs is not None and Path(folder).is_relative_to(runs)
+    if not ours or Path(folder).is_dir():
         return
     if job.is_evaluation:
         yield f"checkpoint={folder}: no such folder; train first or pass checkpoint=FOLDER"
@@ -172,11 +221,10 @@ def _devices(job: JobValues) -> Iterator[str]:
     machine = job.machine
     if wanted is None:
         return
-    if accelerator == "mps":
-        if not machine.mps:
-            yield "trainer.accelerator=mps: this machine has no Apple MPS; use trainer=auto"
-        elif wanted > 1:
-            yield f"trainer.devices={wanted}: Apple MPS is one device"
+    if accelerator == "mps" and not machine.mps:
+        yield "trainer.accelerator=mps: this machine has no Apple MPS; use trainer=auto"
+    elif accelerator == "mps" and wanted > 1:
+        yield f"trainer.devices={wanted}: Apple MPS is one device"
     if not (accelerator == "cuda" or (accelerator == "auto" and machine.cuda)):
         return
     memory = job.get("machine.memory_gb", (int, float))
@@ -216,24 +264,21 @@ def _precision(job: JobValues) -> Iterator[str]:
 
 def _capability(job: JobValues) -> tuple[int, int] | None:
     """The least compute capability among the trainer's stated one and the devices here."""
-    found = [device.capability for device in job.machine.cuda]
     stated = job.get("machine.capability", (int, float))
-    if stated is not None:
-        found.append(hardware.capability_of(stated))
-    return min(found, default=None)
+    stated = None if stated is None else hardware.capability_of(stated)
+    return min(filter(None, (stated, job.machine.least_capability)), default=None)
 
 
 def _strategy(job: JobValues) -> Iterator[str]:
     strategy = job.get("strategy.name", str) or ""
     if not strategy.startswith("zero"):
         return
-    accelerator, without = job.get("trainer.accelerator", str), None
-    if accelerator in ("cpu", "mps"):
-        without = f"trainer.accelerator={accelerator}"
-    elif accelerator == "auto" and not job.machine.cuda:  # `cuda` without any is said already
-        without = f"this machine has {job.machine.describe()}"
-    if without:
-        yield f"strategy={strategy} needs CUDA devices; {without}; use strategy=auto, ddp or fsdp2"
+    accelerator = job.get("trainer.accelerator", str)
+    # `cuda` without any is said already.
+    if accelerator in ("cpu", "mps") or (accelerator == "auto" and not job.machine.cuda):
+        here = f"this machine has {job.machine.describe()}"
+        why = here if accelerator == "auto" else f"trainer.accelerator={accelerator}"
+        yield f"strategy={strategy} needs CUDA devices; {why}; use strategy=auto, ddp or fsdp2"
     yield from _extra(job, f"strategy={strategy}", "deepspeed", "deepspeed")
     if job.get("trainer.precision") == "32-true" and job.machine.cuda:
         yield (
@@ -243,25 +288,18 @@ def _strategy(job: JobValues) -> Iterator[str]:
 
 
 def _attention(job: JobValues) -> Iterator[str]:
-    if job.is_evaluation:
-        keys, precision = ["attn_implementation"], job.get("dtype", str)
-    else:
-        # A model may have an implementation of its own in place of the machine's.
-        keys = ["machine.attn_implementation", "model.spec.attn_implementation"]
-        precision = job.get("trainer.precision", str)
+    # A model may have an implementation of its own in place of the machine's.
+    keys = ["model.spec.attn_implementation", "machine.attn_implementation", "attn_implementation"]
+    wanted = {job.get(key, str): key for key in keys}
+    precision = job.get("dtype" if job.is_evaluation else "trainer.precision", str)
     on_cuda = job.get("trainer.accelerator") not in ("cpu", "mps")
     capability = _capability(job) if on_cuda else None
-    candidates = attention_candidates(job.machine.installed, capability, precision)
-    wanted = {job.get(key, str): key for key in reversed(keys)}
-    for candidate in candidates:
+    for candidate in attention_candidates(job.machine.installed, capability, precision):
         if candidate.name not in wanted:
             continue
         what, kernel = f"{wanted[candidate.name]}={candidate.name}", candidate.kernel
         if candidate.missing:
-            yield (
-                f"{what} needs {kernel.label}, which is not installed: {kernel.install}, or use "
-                "sdpa"
-            )
+            yield f"{what} {candidate.missing}: {kernel.install}, or use sdpa"
         if candidate.unsupported:
             yield f"{what}: {candidate.unsupported}; use sdpa"
 
@@ -317,14 +355,10 @@ def _loggers(job: JobValues) -> Iterator[str]:
     for name in ("tensorboard", "wandb"):
         if loggers.get(name):
             yield from _extra(job, f"logger={name}", name, name)
-
-
-def _wandb_key(job: JobValues) -> Iterator[str]:
-    """W&B asks for a key when a run starts, which is late, and a batch job cannot answer."""
-    offline = os.environ.get("WANDB_MODE", "").lower() in _WANDB_WITHOUT_KEY
-    if not job.get("logger.wandb", dict) or "wandb" not in job.machine.installed:
-        return
-    if offline or job.get("logger.wandb.offline") is True:
+    # W&B asks for a key when a run starts, which is late, and a batch job cannot answer.
+    logs = job.get("logger.wandb", dict) and "wandb" in job.machine.installed
+    offline = os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun")
+    if not logs or offline or job.get("logger.wandb.offline") is True:
         return
     if is_first_process() and not has_wandb_key():  # it alone logs
         yield (
@@ -335,8 +369,15 @@ def _wandb_key(job: JobValues) -> Iterator[str]:
 
 def has_wandb_key() -> bool:
     """Return whether W&B would find a key, in the environment or in the user's netrc file."""
-    names = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
-    return any(os.environ.get(name) for name in names) or _in_netrc(_wandb_host())
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    named = os.environ.get("NETRC")
+    for file in [named] if named else ["~/.netrc", "~/_netrc"]:
+        # RuntimeError: there is no home.
+        with suppress(OSError, RuntimeError, netrc.NetrcParseError):
+            if netrc.netrc(Path(file).expanduser()).authenticators(_wandb_host()) is not None:
+                return True
+    return False
 
 
 def _wandb_host() -> str:
@@ -344,19 +385,8 @@ def _wandb_host() -> str:
     return urlsplit(url).hostname or url
 
 
-def _in_netrc(host: str) -> bool:
-    named = os.environ.get("NETRC")
-    for file in [named] if named else ["~/.netrc", "~/_netrc"]:
-        # RuntimeError: there is no home.
-        with suppress(OSError, RuntimeError, netrc.NetrcParseError):
-            if netrc.netrc(Path(file).expanduser()).authenticators(host) is not None:
-                return True
-    return False
-
-
 def _home(job: JobValues) -> Iterator[str]:
-    """Without one, libraries keep what they fetch in a folder that is called ``~``."""
-    if find_home() is None:
+    if find_home() is None:  # libraries would keep what they fetch in a folder that is called ``~``
         yield f"this user has no home folder, neither by HOME nor by the system: {HOME_REMEDY}"
 
 
@@ -394,7 +424,7 @@ def _extra(job: JobValues, what: str, extra: str, package: str) -> Iterator[str]
 _Check = Callable[[JobValues], Iterable[str]]
 _TRAIN_CHECKS: tuple[_Check, ...] = (
     _manifest, _checkpoint, _global_batch, _devices, check_launch, _precision, _strategy,
-    _attention, _tuning, _compile, _loggers, _wandb_key, _callbacks, _home,
+    _attention, _tuning, _compile, _loggers, _callbacks, _home,
 )  # fmt: skip
 _EVALUATE_CHECKS: tuple[_Check, ...] = (
     _manifest, _checkpoint, check_single_process, _device, _attention, _home,

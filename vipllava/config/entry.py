@@ -1,7 +1,6 @@
 """Running an entry point: what ``@hydra.main`` does, with one readable error instead of a trace.
 
-A user's mistake ends with exit code 2 and a list of everything that is wrong. A defect of the
-program keeps its traceback.
+A user's mistake ends with exit code 2 and everything that is wrong; a defect keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
@@ -20,15 +18,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vipllava.config import sweep
 from vipllava.config.argument_names import naming_keys
-from vipllava.config.checks import format_problems
+from vipllava.config.composing import composition_message
 from vipllava.config.machine_faults import explain_fault, make_output_safe
-from vipllava.config.overrides import find_override_problems
 from vipllava.config.places import CONFIG_DIR
 from vipllava.config.resolvers import register_resolvers
 from vipllava.processes import begin
-from vipllava.types import VipLlavaError, first_line
-
-EXIT_USER_ERROR = 2
+from vipllava.types import VipLlavaError
 
 # On import: a process of a launcher gets the job by pickle, and composes before it calls anything.
 register_resolvers()
@@ -42,9 +37,6 @@ def run_main(
     arguments: Sequence[str] | None = None,
 ) -> None:
     """Compose the job that the command line describes and hand it to ``task``.
-
-    With ``-m`` every job of the sweep becomes a process of its own, see
-    :mod:`vipllava.config.sweep`.
 
     Args:
         task: what to do with the configuration.
@@ -69,8 +61,6 @@ def run_main(
         started = True
         sys.argv = command  # Lightning starts its further processes with it
         if sweep.is_sweep():
-            sweep.name_group()
-            sweep.check_launcher()
             return sweep.run_in_fresh_process(cfg, program)
         try:
             with naming_keys(cfg):
@@ -87,21 +77,20 @@ def run_main(
         main()
     except VipLlavaError as error:  # of a sweep's job, when all of them have run
         _fail(str(error))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if started:
-            raise
-        _fail_by_machine(error)
-        _fail(composition_message(given, config_dir, config_name, error))
-    except OSError as error:
-        if started:
-            raise
-        _fail(f"the run's folder cannot be written ({error}): free some space or set paths.runs")
-    except RuntimeError as error:  # submitit's, which has no class of its own for all of them
+    except Exception as error:
+        # submitit has no class of its own for all of its errors.
         if type(error).__module__.startswith("submitit."):
             _fail(f"a queued job did not end well; the others go on. {error}")
-        if started or "srun" not in str(error):
+        if started:
             raise
-        _fail("hydra/launcher=slurm: there is no `srun` here; start it on a node of the cluster")
+        if isinstance(error, RuntimeError) and "srun" in str(error):
+            _fail("hydra/launcher=slurm: there is no `srun` here; start it on a cluster's node")
+        if isinstance(error, OSError):
+            _fail(f"the run's folder cannot be written ({error}): make room or set paths.runs")
+        _fail_by_machine(error)
+        if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
+            _fail(composition_message(given, config_dir, config_name, error))
+        raise
 
 
 def _program(num_words: int) -> list[str]:
@@ -109,19 +98,6 @@ def _program(num_words: int) -> list[str]:
     spec = sys.modules["__main__"].__spec__
     start = [str(Path(sys.argv[0]).resolve())] if spec is None else ["-m", spec.name]
     return [sys.executable, *start, *sys.argv[1:num_words]]
-
-
-def composition_message(
-    arguments: Sequence[str], config_dir: Path, config_name: str, error: Exception
-) -> str:
-    """Return everything that keeps a command line from composing; ``error`` is Hydra's own."""
-    problems = find_override_problems(arguments, config_dir, config_name)
-    if "submitit_" in str(error) and find_spec("submitit") is None:
-        problems = [
-            "the launcher needs submitit, which is not installed: "
-            'pip install "vipllava-lightning[slurm]"'
-        ]
-    return format_problems(problems or [first_line(error)])
 
 
 def _fail_by_machine(error: Exception, cfg: DictConfig | None = None) -> None:
@@ -138,6 +114,6 @@ def _fail_by_machine(error: Exception, cfg: DictConfig | None = None) -> None:
     _fail(message)
 
 
-def _fail(message: str, exit_code: int = EXIT_USER_ERROR) -> None:
+def _fail(message: str, exit_code: int = VipLlavaError.exit_code) -> None:
     sys.stderr.write(f"error: {message}\n")
     sys.exit(exit_code)

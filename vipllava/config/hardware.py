@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
@@ -22,8 +23,7 @@ _FLASH = {
 OPTIONAL_PACKAGES = (
     "bitsandbytes", "deepspeed", "peft", "tensorboard", TORCH_VARLEN, "wandb", *_FLASH,
 )  # fmt: skip
-"""What a configuration may ask for and not every installation has, by import name; flash attention
-by distribution. ``torch_varlen`` is PyTorch's own kernel."""
+"""What not every installation has, by import name; flash attention by distribution."""
 
 SHM: Final = Path("/dev/shm")
 """Where loader processes hand their batches over, on Linux."""
@@ -47,8 +47,7 @@ class Hardware:
     mps: bool = False  # whether Apple's Metal backend is there
     num_cpus: int = 1  # cores this process may use
     cpu_bf16: bool = False  # whether the CPU multiplies bf16 matrices in hardware
-    # those of ``OPTIONAL_PACKAGES`` that are there
-    installed: frozenset[str] = field(default_factory=frozenset[str])
+    installed: frozenset[str] = frozenset()  # those of ``OPTIONAL_PACKAGES`` that are there
 
     @property
     def least_capability(self) -> tuple[int, int] | None:
@@ -71,22 +70,16 @@ def detect() -> Hardware:
     installed = installed_packages()
     if torch.version.cuda and not torch.backends.cuda.is_flash_attention_available():
         installed -= {TORCH_VARLEN}  # built without the kernels, as some for Windows are
-    cuda: list[CudaDevice] = []
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            cuda.append(
-                CudaDevice(
-                    name=properties.name,
-                    memory_gib=properties.total_memory / 2**30,
-                    capability=(properties.major, properties.minor),
-                )
-            )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cuda = [torch.cuda.get_device_properties(index) for index in range(count)]
+    # A container may see many cores and be allowed two.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    of_cpu = getattr(torch.cpu, "get_capabilities", dict)()
     return Hardware(
-        cuda=tuple(cuda),
+        tuple(CudaDevice(d.name, d.total_memory / 2**30, (d.major, d.minor)) for d in cuda),
         mps=torch.backends.mps.is_available(),
-        num_cpus=_usable_cpus(),
-        cpu_bf16=_cpu_multiplies_bf16(),
+        num_cpus=allowed or os.cpu_count() or 1,
+        cpu_bf16=bool(of_cpu.get("avx512_bf16") or of_cpu.get("amx_bf16")),
         installed=installed,
     )
 
@@ -109,32 +102,11 @@ def capability_of(number: float) -> tuple[int, int]:
 def _is_installed(name: str) -> bool:
     if name == TORCH_VARLEN:
         torch = find_spec("torch")
-        return torch is not None and any(
-            (Path(folder) / "nn/attention/varlen.py").is_file()
-            for folder in torch.submodule_search_locations or ()
-        )
+        folders = torch and torch.submodule_search_locations
+        return any((Path(f) / "nn/attention/varlen.py").is_file() for f in folders or ())
     if name in _FLASH:
-        return find_spec(_FLASH[name]) is not None and _is_distribution(name)
-    return find_spec(name) is not None
-
-
-def _is_distribution(name: str) -> bool:
-    try:
-        distribution(name)
-    except PackageNotFoundError:
+        with suppress(PackageNotFoundError):
+            distribution(name)
+            return find_spec(_FLASH[name]) is not None
         return False
-    return True
-
-
-def _cpu_multiplies_bf16() -> bool:
-    import torch
-
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def _usable_cpus() -> int:
-    # A container may see many cores and be allowed two.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return find_spec(name) is not None

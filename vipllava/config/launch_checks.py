@@ -1,8 +1,7 @@
 """Who started this process, and whether that fits the job; from the environment alone.
 
-Lightning reads ranks from variables that a launcher sets. The same variables stand in some
-containers' images, in notebooks that a launcher started and in the shells of a queue: a process
-that believes them takes itself for one of several, and waits for the others or writes beside them.
+Lightning reads ranks from variables of a launcher. These stand in some containers' images, too, and
+in a queue's shells: a process that believes them waits for others, or writes beside them.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from vipllava.config.job_values import JobValues
+from vipllava.config.schema import JobValues
 
 Launcher = Literal["torchrun", "slurm", "jsrun", "lightning"]
 
@@ -25,9 +24,9 @@ _JSRUN: Final = (
 )  # fmt: skip
 _ELASTIC: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _LEFT_OVER: Final = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK",
-    "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT",
-    "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_SIZE",
+    *_ELASTIC, "NODE_RANK", "GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCHELASTIC_RESTART_COUNT", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_LOCAL_RANK",
+    "JSM_NAMESPACE_SIZE",
 )  # fmt: skip
 """What only a launcher sets; Lightning, torch or a run's own restart would believe each."""
 _AS_SLURM: Final = {
@@ -63,35 +62,29 @@ def check_launch(job: JobValues) -> Iterator[str]:
         if size != devices * nodes:
             yield f"jsrun started {size} processes, and {wanted}: they must agree"
     else:
-        yield from _started_alone(nodes, by_hand)
+        if by_hand and _int("NODE_RANK", -1) not in range(nodes):
+            number = os.environ["NODE_RANK"]
+            yield f"NODE_RANK={number}: expected 0 to {nodes - 1}, as trainer.num_nodes says"
+        if nodes > 1 and not by_hand:
+            missing = ", ".join(name for name in _MEETING if not os.environ.get(name))
+            yield (
+                f"trainer.num_nodes={nodes}: start the job on every node with torchrun, or with "
+                "srun; started alone, this process would wait for the others for ever (without a "
+                f"launcher each node needs {missing}, too)"
+            )
         if not by_hand:
             yield from _mpi()
         if job.get("strategy.name", str) != "single":
             yield from _find_meeting_problems(nodes)
 
 
-def _started_alone(nodes: int, by_hand: bool) -> Iterator[str]:
-    """What a process without a launcher lacks where there are more nodes than its own."""
-    if by_hand and _int("NODE_RANK", -1) not in range(nodes):
-        number = os.environ["NODE_RANK"]
-        yield f"NODE_RANK={number}: expected 0 to {nodes - 1}, as trainer.num_nodes says"
-    if nodes > 1 and not by_hand:
-        missing = ", ".join(name for name in _MEETING if not os.environ.get(name))
-        yield (
-            f"trainer.num_nodes={nodes}: start the job on every node with torchrun, or with srun; "
-            "started alone, this process would wait for the others for ever (without a launcher "
-            f"each node needs {missing}, too)"
-        )
-
-
 def check_single_process(job: JobValues) -> Iterator[str]:
     """Yield what is wrong where a program is one process and several were started."""
     launcher = find_launcher()
-    started = {
-        "torchrun": _int("WORLD_SIZE"),
-        "slurm": _int("SLURM_NTASKS") if _is_task() else 1,
-        "jsrun": _int("JSM_NAMESPACE_SIZE"),
-    }.get(launcher or "", 1)
+    sizes = {"torchrun": "WORLD_SIZE", "jsrun": "JSM_NAMESPACE_SIZE"}
+    if launcher == "slurm" and _is_task():
+        sizes["slurm"] = "SLURM_NTASKS"
+    started = _int(sizes[launcher]) if launcher in sizes else 1
     if started != 1:
         names = [n for n in ("TORCHELASTIC_RUN_ID", *_ELASTIC) if n in os.environ]
         remedy = f"; if it did not: `{_unset(names)}`" if launcher == "torchrun" else ""
@@ -119,28 +112,20 @@ def find_launcher() -> Launcher | None:
     return None
 
 
-def left_over(*, ignored: Iterable[str] = ()) -> dict[str, str]:
-    """Return the variables that only a launcher sets, and that none of now has set.
-
-    Args:
-        ignored: names that are fine in this job.
-    """
-    launcher = find_launcher()
+def left_over(ignored: Iterable[str] = ()) -> dict[str, str]:
+    """Return the variables, but for ``ignored``, that only a launcher sets and none of now has."""
+    launcher, env = find_launcher(), os.environ
     if launcher in ("torchrun", "lightning"):
         return {}
-    # Scripts that spell out the ranks of Slurm's own task are right.
-    same = _AS_SLURM if launcher == "slurm" else {}
-    names = [
-        name
-        for name in _LEFT_OVER
-        if name in os.environ
-        and name not in ignored
-        and not (name in same and os.environ[name] == os.environ.get(same[name]))
-        and not (launcher == "jsrun" and name.startswith("JSM_"))
-    ]
+    fine = {*ignored}
+    if launcher == "slurm":  # scripts that spell out the ranks of its own task are right
+        fine |= {name for name, slurms in _AS_SLURM.items() if env.get(name) == env.get(slurms)}
+    if launcher == "jsrun":
+        fine |= {name for name in _LEFT_OVER if name.startswith("JSM_")}
+    names = [name for name in _LEFT_OVER if name in env and name not in fine]
     if launcher is None and _int("SLURM_PROCID"):
         names.append("SLURM_PROCID")  # a task of several, under the name of a shell
-    return {name: os.environ[name] for name in names}
+    return {name: env[name] for name in names}
 
 
 def misplaced_master() -> str | None:
@@ -155,7 +140,7 @@ def unset_command(names: Iterable[str], command: str) -> str:
 
 
 def _explain_left_over(ignored: Iterable[str] = ()) -> Iterator[str]:
-    if found := left_over(ignored=ignored):
+    if found := left_over(ignored):
         listed = ", ".join(f"{name}={value}" for name, value in found.items())
         yield (
             f"{listed}: set, and no launcher has started this process (a container's image, a "
@@ -176,17 +161,17 @@ def _torchrun(devices: int, nodes: int, wanted: str) -> Iterator[str]:
     names = ("TORCHELASTIC_RUN_ID", *(n for n in _ELASTIC if n in os.environ))
     otherwise = f"; if torchrun did not start this process: `{_unset(names)}`"
     here, world = _int("LOCAL_WORLD_SIZE"), _int("WORLD_SIZE")
+    rank, local_rank = os.environ.get("RANK"), os.environ.get("LOCAL_RANK")
     if (here, world) != (devices, devices * nodes):
         yield (
             f"torchrun started {here} processes here and {world} in all, and {wanted}: use "
             f"--nproc-per-node={devices} --nnodes={nodes}, or other numbers for the trainer"
-            + otherwise
+            f"{otherwise}"
         )
     elif _int("RANK", -1) not in range(world) or _int("LOCAL_RANK", -1) not in range(here):
         yield (
-            f"TORCHELASTIC_RUN_ID is set, and RANK={os.environ.get('RANK')} LOCAL_RANK="
-            f"{os.environ.get('LOCAL_RANK')} are none of {world} processes in all, {here} here"
-            + otherwise
+            f"TORCHELASTIC_RUN_ID is set, and RANK={rank} LOCAL_RANK={local_rank} are none of "
+            f"{world} processes in all, {here} here{otherwise}"
         )
 
 
@@ -220,16 +205,14 @@ def _is_task() -> bool:
 
 
 def _mpi() -> Iterator[str]:
-    for name in _MPI_SIZES:
-        slurms_own = name == "PMI_SIZE" and find_launcher() == "slurm"
-        if _int(name) > 1 and not slurms_own:
-            rank = name.replace("SIZE", "RANK")
-            yield (
-                f"{name}={os.environ[name]}: mpirun starts processes that do not know each other "
-                "here, and each would do the whole job: use torchrun or srun; if it did not start "
-                f"this one: `{_unset([name, rank])}`"
-            )
-            return
+    slurms_own = "PMI_SIZE" if find_launcher() == "slurm" else None
+    name = next((name for name in _MPI_SIZES if _int(name) > 1 and name != slurms_own), None)
+    if name:
+        yield (
+            f"{name}={os.environ[name]}: mpirun starts processes that do not know each other here, "
+            "and each would do the whole job: use torchrun or srun; if it did not start this one: "
+            f"`{_unset([name, name.replace('SIZE', 'RANK')])}`"
+        )
 
 
 def _find_meeting_problems(nodes: int) -> Iterator[str]:
@@ -249,10 +232,8 @@ def _find_meeting_problems(nodes: int) -> Iterator[str]:
         and (address is None or _is_here(address))
         and not _can_bind(socket.AF_INET, ("", int(port)))
     ):
-        yield (
-            f"MASTER_PORT={port} is taken by another process: set another, or "
-            f"`{_unset(['MASTER_PORT'])}`"
-        )
+        remedy = f"set another, or `{_unset(['MASTER_PORT'])}`"
+        yield f"MASTER_PORT={port} is taken by another process: {remedy}"
 
 
 def _is_here(address: str) -> bool:

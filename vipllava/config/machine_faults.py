@@ -1,13 +1,14 @@
 """Errors that the machine causes and not the program, as messages with a remedy.
 
-A full disk can be met at any write, by any library, so the entry points ask here once instead of a
-guard around each write. What is not known here is a defect and keeps its traceback.
+A full disk can be met at any write, by any library, so the entry points ask here once. What is not
+known here is a defect and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import re
 import shutil
@@ -51,17 +52,14 @@ def explain_fault(error: BaseException, folders: Iterable[str | Path] = ()) -> s
         folders: that the program writes to; where an error names no file, the full one among these
             and the temporary folder is named.
     """
-    for one in _chain(error):
-        if message := _explain_one(one, folders):
-            return message
-    return None
+    return next(filter(None, (_explain_one(one, folders) for one in _chain(error))), None)
 
 
 def disk_errno(error: BaseException) -> int | None:
     """Return the ``errno`` of an error of writing, whatever class a library made of it."""
-    found = [_number_and_name(one)[0] for one in _chain(error)]
+    found = [number for one in _chain(error) if (number := _number_and_name(one)[0]) is not None]
     # The last is the first cause: torch's own error only says that something failed.
-    return next((number for number in reversed(found) if number is not None), None)
+    return found[-1] if found else None
 
 
 def free_text(folder: str | Path) -> str:
@@ -81,6 +79,24 @@ def make_output_safe() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+class LogFile(logging.FileHandler):
+    """A run's log file, UTF-8 everywhere; a full disk ends the run, like any other write.
+
+    Python's own prints a traceback for every line and goes on.
+    """
+
+    def __init__(self, filename: str) -> None:
+        super().__init__(filename, encoding="utf-8", errors="backslashreplace")
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise what the disk says, with the file's name; anything else is the line's own fault."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            error.filename = error.filename or self.baseFilename
+            raise error
+        super().handleError(record)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -104,30 +120,23 @@ def _explain_one(error: BaseException, folders: Iterable[str | Path]) -> str | N
     if isinstance(error, RuntimeError):
         if "Could not determine home directory" in text:
             return f"this user has no home folder: {HOME_REMEDY}"
-        if message := _explain_loader(text):
-            return message
+        killed = _KILLED.search(text)
+        if (killed and killed[1] == "Bus error") or (
+            "shared memory" in text and ("unable to" in text or "No space left" in text)
+        ):
+            free = free_text("/dev/shm")
+            return f"shared memory ran out: a loader process found no room in {free}: {SHM_REMEDY}"
+        if killed and killed[1] == "Killed":
+            return (
+                "a loader process was killed, most likely for lack of the host's memory: a lower "
+                "machine.num_workers, or more memory (docker run --memory, sbatch --mem)"
+            )
     number, name = _number_and_name(error)
     if number is None or (name is None and number not in _SPEAKING):
         return None
-    what, remedy = _WORDS[number]
     if name is None and number in _NAMELESS:
         name = _suspects(folders)
-    return f"{name}: {what}: {remedy}" if name else f"{what}: {remedy}"
-
-
-def _explain_loader(text: str) -> str | None:
-    killed = _KILLED.search(text)
-    if (killed and killed[1] == "Bus error") or (
-        "shared memory" in text and ("unable to" in text or "No space left" in text)
-    ):
-        free = free_text("/dev/shm")
-        return f"shared memory ran out: a loader process found no room in {free}: {SHM_REMEDY}"
-    if killed and killed[1] == "Killed":
-        return (
-            "a loader process was killed, most likely for lack of the host's memory: a lower "
-            "machine.num_workers, or more memory for the job (docker run --memory, sbatch --mem)"
-        )
-    return None
+    return ": ".join([name, *_WORDS[number]] if name else _WORDS[number])
 
 
 def _number_and_name(error: BaseException) -> tuple[int | None, str | None]:
@@ -146,9 +155,8 @@ def _number_and_name(error: BaseException) -> tuple[int | None, str | None]:
 def _is_torch_writer(error: BaseException) -> bool:
     """torch.save says neither file nor reason where a file cannot be written to its end."""
     text = str(error)
-    return isinstance(error, RuntimeError) and "inline_container.cc" in text and (
-        "unexpected pos" in text or "file write failed" in text
-    )  # fmt: skip
+    failed = "unexpected pos" in text or "file write failed" in text
+    return isinstance(error, RuntimeError) and "inline_container.cc" in text and failed
 
 
 def _suspects(folders: Iterable[str | Path]) -> str:

@@ -1,8 +1,7 @@
-"""OmegaConf resolvers of ``conf/``: values that follow from other values.
+"""OmegaConf resolvers of ``conf/``: values that follow from others, ``${vip.NAME:ARGUMENTS}``.
 
-Each is written in YAML as ``${vip.NAME:ARGUMENTS}``. They are pure functions of the configuration,
-except the few that look at this machine because ``trainer=auto`` or ``trainer=1gpu`` says so.
-None of them imports torch unless it has to look.
+Pure functions of the configuration, except the few that look at this machine because
+``trainer=auto`` or ``trainer=1gpu`` says so; only those import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from vipllava.types import ConfigError
 
 _LONGEST_FOLDER = 200
 """Bytes; file systems end at 255, and files beside the folder may add to its name."""
-_PACKAGE = Path(__file__).resolve().parent.parent
 _CHOSEN = ("single", "ddp", *SHARDING_STRATEGIES)
 """What ``strategy=auto`` chooses from, by how much of the model's state it takes off a device."""
 
@@ -37,14 +35,12 @@ def register_resolvers() -> None:
 def recipe(key: str, default: Any, *, _root_: DictConfig) -> Any:
     """``${vip.recipe:KEY,PUBLISHED}``: the stage's value of ``key``.
 
-    The tuning's ``stage_overrides`` come first, then the model's (the tiny model has rates of its
-    own), each for this stage or for ``all``; then the published value. ``stage.KEY=...`` on the
-    command line replaces the expression and so beats all of them.
+    The tuning's ``stage_overrides`` come first, then the model's, each for this stage or for
+    ``all``; then the published value. ``stage.KEY=...`` on the command line beats all of them.
     """
-    stage = OmegaConf.select(_root_, "stage.name")
     for group in ("tuning", "model"):
-        for which in (stage, "all"):
-            overrides = OmegaConf.select(_root_, f"{group}.stage_overrides.{which}")
+        for stage in (OmegaConf.select(_root_, "stage.name"), "all"):
+            overrides = OmegaConf.select(_root_, f"{group}.stage_overrides.{stage}")
             if overrides is not None and key in overrides:
                 return overrides[key]
     return default
@@ -68,13 +64,9 @@ def micro_batch_size(*, _root_: DictConfig) -> int:
         limit = _of_workload("machine.micro_batch_sizes", work, _root_)
     cap = OmegaConf.select(_root_, f"model.max_micro_batch_sizes.{work}")
     limit = int(limit if cap is None else min(limit, cap))
-    chosen = largest_micro_batch(
-        limit,
-        int(_root_.stage.global_batch_size),
-        int(_root_.trainer.devices),
-        int(_root_.trainer.num_nodes),
-    )
-    return limit if chosen is None else chosen
+    devices, nodes = int(_root_.trainer.devices), int(_root_.trainer.num_nodes)
+    size = int(_root_.stage.global_batch_size)
+    return largest_micro_batch(limit, size, devices, nodes) or limit
 
 
 def packs_per_micro_batch(*, _root_: DictConfig) -> int:
@@ -84,10 +76,7 @@ def packs_per_micro_batch(*, _root_: DictConfig) -> int:
 
 
 def packs_per_batch(*, _root_: DictConfig) -> int:
-    """Packs that hold about as many samples as the recipe's global batch.
-
-    Rounded to a multiple of what all devices take in one forward pass, at least one.
-    """
+    """Packs that hold about as many samples as the global batch; all devices get equally many."""
     tokens = int(_root_.stage.global_batch_size) * int(_root_.stage.mean_length)
     devices = int(_root_.trainer.devices) * int(_root_.trainer.num_nodes)
     at_once = int(_root_.data.micro_batch_size) * devices
@@ -107,11 +96,10 @@ def strategy(*, _root_: DictConfig) -> str:
         return str(own)
     work = OmegaConf.select(_root_, "machine.workload")
     chosen = _of_workload("machine.strategies", work, _root_)
-    least = OmegaConf.select(_root_, f"model.min_strategies.{work}", default=chosen)
-    for name in (chosen, least):
-        if name not in _CHOSEN:
-            raise ConfigError(f"unknown strategy `{name}`; allowed: {', '.join(_CHOSEN)}")
-    return max(chosen, least, key=_CHOSEN.index)
+    names = (chosen, OmegaConf.select(_root_, f"model.min_strategies.{work}", default=chosen))
+    if unknown := set(names) - set(_CHOSEN):
+        raise ConfigError(f"unknown strategy `{unknown.pop()}`; allowed: {', '.join(_CHOSEN)}")
+    return max(names, key=_CHOSEN.index)
 
 
 def _of_workload(table: str, work: str, root: DictConfig) -> Any:
@@ -130,12 +118,10 @@ def devices(global_batch_size: int) -> int:
 def precision() -> str:
     """The best mixed precision of the first CUDA device, or of a CPU that has bf16 units."""
     machine = hardware.detect()
-    cuda = machine.cuda
-    if not cuda:
-        # Twice as fast where the CPU has the units, many times slower where it emulates them.
-        return "bf16-mixed" if machine.cpu_bf16 and not machine.mps else "32-true"
-    # bf16 matrix units came with capability 8.0 (A100); older ones have fp16 only.
-    return "bf16-mixed" if cuda[0].capability >= (8, 0) else "16-mixed"
+    if machine.cuda:  # bf16 units came with capability 8.0 (A100); older ones have fp16 only
+        return "bf16-mixed" if machine.cuda[0].capability >= (8, 0) else "16-mixed"
+    # Twice as fast where the CPU has the units, many times slower where it emulates them.
+    return "bf16-mixed" if machine.cpu_bf16 and not machine.mps else "32-true"
 
 
 def num_workers(limit: int) -> int:
@@ -144,20 +130,15 @@ def num_workers(limit: int) -> int:
 
 
 def attention(*, _root_: DictConfig) -> str:
-    """The best attention that is installed and that the trainer's devices and precision support.
-
-    The devices are those that the trainer states, else those that are here.
-    """
-    stated = OmegaConf.select(_root_, "machine.capability")
+    """The best attention that is installed and that the trainer's devices and precision support."""
     if str(_root_.trainer.accelerator) not in ("cuda", "auto"):
         return FALLBACK
-    if stated is not None:
-        capability, installed = hardware.capability_of(stated), hardware.installed_packages()
+    stated = OmegaConf.select(_root_, "machine.capability")
+    if stated is not None:  # else those devices count that are here
+        have = hardware.installed_packages(), hardware.capability_of(stated)
     else:
-        machine = hardware.detect()
-        capability, installed = machine.least_capability, machine.installed
-    precision = str(_root_.trainer.precision)
-    return choose_attention(attention_candidates(installed, capability, precision))
+        have = hardware.detect().installed, hardware.detect().least_capability
+    return choose_attention(attention_candidates(*have, str(_root_.trainer.precision)))
 
 
 def weights_dtype(strategy_name: str, precision_name: str) -> str:
@@ -176,7 +157,7 @@ def compute_dtype(precision_name: str) -> str:
 
 def zero_if_null(value: float | None) -> float:
     """DeepSpeed spells "no clipping" 0, Lightning spells it null."""
-    return 0.0 if value is None else float(value)
+    return float(value or 0)
 
 
 def one_if_set(value: Any) -> float:
@@ -193,12 +174,11 @@ def run_dir(runs: str, name: str) -> str:
     """Hydra's output folder of this job where Hydra runs it (a sweep's job has its own)."""
     from hydra.core.hydra_config import HydraConfig
 
-    if HydraConfig.initialized():
-        runtime = HydraConfig.get().runtime
-        # Missing while Hydra works out this very folder.
-        if not OmegaConf.is_missing(runtime, "output_dir"):
-            return str(runtime.output_dir)
-    return f"{runs}/{name}"
+    runtime = HydraConfig.get().runtime if HydraConfig.initialized() else None
+    # Missing while Hydra works out this very folder.
+    if runtime is None or OmegaConf.is_missing(runtime, "output_dir"):
+        return f"{runs}/{name}"
+    return str(runtime.output_dir)
 
 
 def folder_name(text: str) -> str:
@@ -216,7 +196,7 @@ def last_part(path: str) -> str:
 
 def package_path(relative: str) -> str:
     """Absolute path of a file that ships inside the package."""
-    return str(_PACKAGE / relative)
+    return str(Path(__file__).resolve().parents[1] / relative)
 
 
 def manifests_dir() -> str:

@@ -1,9 +1,8 @@
 """Which keys a configuration has and which values they take.
 
 Hydra refuses unknown keys on the command line, but merges whatever a YAML file holds: a misspelt
-key in an experiment file would silently do nothing. These tables catch those, and values that no
-library would question before hours of training. OmegaConf's structured configs would not: they
-stop at the first mistake, have no bounds and no choices, and turn "3" into 3.
+key there would silently do nothing. OmegaConf's structured configs stop at the first mistake, have
+no bounds and no choices, and turn "3" into 3.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from vipllava.config.argument_names import with_keys
 from vipllava.config.attention import KERNELS, TORCH_VARLEN
+from vipllava.config.hardware import Hardware
 from vipllava.types import ConfigError, first_line
 
 PARTS: Final = ("vision_tower", "projector", "language_model")
@@ -39,12 +39,10 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """What the keys of one section have to be."""
+    """What the keys of one section have to be; those of a key that is a section itself, too."""
 
-    # the rule of each key; a section of its own for one that has keys itself
     keys: Mapping[str, Rule | Section]
-    # whether it has more keys, which are checked elsewhere: constructor arguments
-    is_open: bool = False
+    is_open: bool = False  # whether it has more, checked elsewhere: constructor arguments
 
 
 def _whole(low: int) -> Rule:
@@ -129,137 +127,106 @@ _ATTENTIONS_OF_ANSWERS = tuple(name for name in _ATTENTIONS if name != TORCH_VAR
 _PATHS = _section({_TEXT: "runs data_root manifests cache"})
 _VISUAL_PROMPTS = _section({_ANY: "ranges policies"})
 
-TRAIN: Final = _section(
-    {
-        _TEXT: "name run_dir resume objective",
-        _TEXT_OR_NULL: "replay",
-        _INDEX: "seed",
-        _FLAG: "resume_anyway preflight",
-        _HOW_MANY_SAMPLES: "inspect",
-        _ANY: "lint module callbacks logger",
-    },
-    paths=_PATHS,
-    visual_prompts=_VISUAL_PROMPTS,
-    guard=_section(
-        {
-            _one_of("stop", "skip"): "on_nonfinite",
-            _one_of("stop", "skip", "ignore"): "on_spike",
-            _number("above 1", lambda v: v > 1): "spike_factor",
-            _NOT_NEGATIVE: "spike_floor",
-            _whole(20): "window",
-            _INDEX: "max_skipped",
-        },
-        is_open=True,
-    ),
-    stage=_section(
-        {
-            _TEXT: "name",
-            _TEXT_OR_NULL: "checkpoint",
-            _PARTS: "trainable",
-            _CHAT_TEMPLATE: "chat_template",
-            _one_of("square", "pad", "resize"): "image_aspect",
-            _POSITIVE: "learning_rate eps",
-            _POSITIVE_OR_NULL: "projector_learning_rate vision_tower_learning_rate gradient_clip",
-            _COUNT: "global_batch_size epochs max_length mean_length longest_length pack_length "
-            "checkpoint_steps",
-            _SHARE: "supervised_share",
-            _one_of("cosine", "constant"): "schedule",
-            _BELOW_ONE: "warmup_ratio",
-            _NOT_NEGATIVE: "weight_decay",
-            _BETAS: "betas",
-            _HOW_MANY_BLOCKS: "gradient_checkpointing",
-        }
-    ),
-    machine=_section(
-        {
-            _TEXT: "name",
-            _TEXT_OR_NULL: "device",
-            _one_of("projector", "full", "lora", "qlora"): "workload",
-            _COUNT: "micro_batch_size",
-            _INDEX: "num_workers",
-            _one_of(*_DTYPES): "weights_dtype",
-            _SHARE: "mfu",
-            _POSITIVE_OR_NULL: "memory_gb capability",
-            _FLAG: "tf32 compile",
-            _one_of(*_ATTENTIONS): "attn_implementation",
-            _ANY: "micro_batch_sizes strategies",
-        }
-    ),
-    model=_section(
-        {
-            _TEXT: "name final_checkpoint",
-            _CHAT_TEMPLATE: "chat_template",
-            _ANY: "manifests spec",
-            _optional(_COUNT): "micro_batch_size",
-            _optional(_one_of("ddp", *SHARDING_STRATEGIES)): "strategy",
-            _ANY_OR_NONE: "max_micro_batch_sizes min_strategies stage_overrides",
-        }
-    ),
-    tuning=_section(
-        {
-            _one_of("full", "lora", "qlora"): "name",
-            _ANY_OR_NONE: "adapter quantization stage_overrides",
-        }
-    ),
-    trainer=_section(
-        {
-            _one_of(AUTO, "cpu", "cuda", "mps"): "accelerator",
-            _COUNT: "devices num_nodes accumulate_grad_batches",
-            _PRECISION: "precision",
-        },
-        is_open=True,
-    ),
-    strategy=_section(
-        {_one_of(*STRATEGIES): "name", _ANY: "lightning", _ANY_OR_NONE: "candidates"}
-    ),
-    validation=_section(
-        {
-            _TEXT_OR_NULL: "manifest",
-            _COUNT: "every_n_steps",
-            _COUNT_OR_NULL: "max_samples patience",
-        }
-    ),
-    data=_section(
-        {
-            _TEXT_OR_NULL: "manifest",
-            _ANY_OR_NONE: "mix",
-            _one_of("shuffled", "length_grouped", "packed"): "batching",
-            _COUNT: "micro_batch_size global_batch_size window_samples",
-            _optional(_COUNT): "pack_length max_images_per_pack",
-            _one_of("error", "quarantine"): "on_fault",
-            _number("from 0 to 1", lambda v: 0 <= v <= 1): "max_fault_rate",
-            _POSITIVE: "cache_gb",
-            _PATIENCE: "storage_patience_minutes",
-            _INDEX: "num_workers",
-        },
-        is_open=True,
-    ),
+TRAIN: Final = _section({
+    _TEXT: "name run_dir resume objective",
+    _TEXT_OR_NULL: "replay",
+    _INDEX: "seed",
+    _FLAG: "resume_anyway preflight",
+    _HOW_MANY_SAMPLES: "inspect",
+    _ANY: "lint module callbacks logger",
+}, paths=_PATHS, visual_prompts=_VISUAL_PROMPTS,
+    guard=_section({
+        _one_of("stop", "skip"): "on_nonfinite",
+        _one_of("stop", "skip", "ignore"): "on_spike",
+        _number("above 1", lambda v: v > 1): "spike_factor",
+        _NOT_NEGATIVE: "spike_floor",
+        _whole(20): "window",
+        _INDEX: "max_skipped",
+    }, is_open=True),
+    stage=_section({
+        _TEXT: "name",
+        _TEXT_OR_NULL: "checkpoint",
+        _PARTS: "trainable",
+        _CHAT_TEMPLATE: "chat_template",
+        _one_of("square", "pad", "resize"): "image_aspect",
+        _POSITIVE: "learning_rate eps",
+        _POSITIVE_OR_NULL: "projector_learning_rate vision_tower_learning_rate gradient_clip",
+        _COUNT: "global_batch_size epochs max_length mean_length longest_length pack_length "
+        "checkpoint_steps",
+        _SHARE: "supervised_share",
+        _one_of("cosine", "constant"): "schedule",
+        _BELOW_ONE: "warmup_ratio",
+        _NOT_NEGATIVE: "weight_decay",
+        _BETAS: "betas",
+        _HOW_MANY_BLOCKS: "gradient_checkpointing",
+    }),
+    machine=_section({
+        _TEXT: "name",
+        _TEXT_OR_NULL: "device",
+        _one_of("projector", "full", "lora", "qlora"): "workload",
+        _COUNT: "micro_batch_size",
+        _INDEX: "num_workers",
+        _one_of(*_DTYPES): "weights_dtype",
+        _SHARE: "mfu",
+        _POSITIVE_OR_NULL: "memory_gb capability",
+        _FLAG: "tf32 compile",
+        _one_of(*_ATTENTIONS): "attn_implementation",
+        _ANY: "micro_batch_sizes strategies",
+    }),
+    model=_section({
+        _TEXT: "name final_checkpoint",
+        _CHAT_TEMPLATE: "chat_template",
+        _ANY: "manifests spec",
+        _optional(_COUNT): "micro_batch_size",
+        _optional(_one_of("ddp", *SHARDING_STRATEGIES)): "strategy",
+        _ANY_OR_NONE: "max_micro_batch_sizes min_strategies stage_overrides",
+    }),
+    tuning=_section({
+        _one_of("full", "lora", "qlora"): "name",
+        _ANY_OR_NONE: "adapter quantization stage_overrides",
+    }),
+    trainer=_section({
+        _one_of(AUTO, "cpu", "cuda", "mps"): "accelerator",
+        _COUNT: "devices num_nodes accumulate_grad_batches",
+        _PRECISION: "precision",
+    }, is_open=True),
+    strategy=_section({
+        _one_of(*STRATEGIES): "name", _ANY: "lightning", _ANY_OR_NONE: "candidates",
+    }),
+    validation=_section({
+        _TEXT_OR_NULL: "manifest",
+        _COUNT: "every_n_steps",
+        _COUNT_OR_NULL: "max_samples patience",
+    }),
+    data=_section({
+        _TEXT_OR_NULL: "manifest",
+        _ANY_OR_NONE: "mix",
+        _one_of("shuffled", "length_grouped", "packed"): "batching",
+        _COUNT: "micro_batch_size global_batch_size window_samples",
+        _optional(_COUNT): "pack_length max_images_per_pack",
+        _one_of("error", "quarantine"): "on_fault",
+        _number("from 0 to 1", lambda v: 0 <= v <= 1): "max_fault_rate",
+        _POSITIVE: "cache_gb",
+        _PATIENCE: "storage_patience_minutes",
+        _INDEX: "num_workers",
+    }, is_open=True),
     profiler=_section({_ANY_OR_NONE: "trace"}),
-)
+)  # fmt: skip
 """Keys of ``conf/train.yaml``."""
 
-EVALUATE: Final = _section(
-    {
-        _TEXT: "name run_dir checkpoint device",
-        _TEXT_OR_NULL: "base vision_tower",
-        _null_or(_CHAT_TEMPLATE): "chat_template",
-        _INDEX: "seed",
-        _COUNT: "batch_size max_new_tokens",
-        _COUNT_OR_NULL: "limit",
-        _null_or(_one_of(4, 8)): "bits",
-        _one_of(AUTO, *_DTYPES): "dtype",
-        _one_of(*_ATTENTIONS_OF_ANSWERS): "attn_implementation",
-    },
-    paths=_PATHS,
-    visual_prompts=_VISUAL_PROMPTS,
-    bench=_section(
-        {
-            _TEXT: "name manifest",
-            _COUNT: "max_new_tokens",
-        },
-        is_open=True,
-    ),
-)
+EVALUATE: Final = _section({
+    _TEXT: "name run_dir checkpoint device",
+    _TEXT_OR_NULL: "base vision_tower",
+    _null_or(_CHAT_TEMPLATE): "chat_template",
+    _INDEX: "seed",
+    _COUNT: "batch_size max_new_tokens",
+    _COUNT_OR_NULL: "limit",
+    _null_or(_one_of(4, 8)): "bits",
+    _one_of(AUTO, *_DTYPES): "dtype",
+    _one_of(*_ATTENTIONS_OF_ANSWERS): "attn_implementation",
+}, paths=_PATHS, visual_prompts=_VISUAL_PROMPTS,
+    bench=_section({_TEXT: "name manifest", _COUNT: "max_new_tokens"}, is_open=True),
+)  # fmt: skip
 """Keys of ``conf/evaluate.yaml``."""
 
 
@@ -272,10 +239,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def check_schema(cfg: DictConfig, section: Section, path: str = "") -> list[str]:
     """Return every unknown or missing key, unreadable interpolation and impossible value.
 
-    Args:
-        cfg: the whole job.
-        section: what ``path`` has to be.
-        path: of a section in it, e.g. ``stage``; the whole job if not given.
+    ``section`` is what the job ``cfg`` has to be, or the section at ``path`` in it.
     """
     known = ", ".join(section.keys)
     node = OmegaConf.select(cfg, path) if path else cfg
@@ -294,12 +258,10 @@ def check_schema(cfg: DictConfig, section: Section, path: str = "") -> list[str]
             problems += check_schema(cfg, rule, where)
         elif key in node:
             try:
-                value = read(cfg, where)
+                if not rule.accepts(value := read(cfg, where)):
+                    problems.append(f"{where}={spell(value)}: expected {rule.expected}")
             except ConfigError as error:
                 problems.append(str(error))
-                continue
-            if not rule.accepts(value):
-                problems.append(f"{where}={spell(value)}: expected {rule.expected}")
         elif not rule.optional:
             problems.append(f"{where} is missing; expected {rule.expected}")
     return problems
@@ -316,8 +278,6 @@ def read(cfg: DictConfig, path: str) -> Any:
         parent = OmegaConf.select(cfg, section) if section else cfg
         if not isinstance(parent, DictConfig) or key not in parent:
             raise ConfigError(f"{path} is missing")
-        if OmegaConf.is_missing(parent, key):
-            raise ConfigError(f"{path} is not set; pass {path}=VALUE")
         value = parent[key]
         if isinstance(value, (DictConfig, ListConfig)):
             return OmegaConf.to_container(value, resolve=True)
@@ -329,3 +289,28 @@ def read(cfg: DictConfig, path: str) -> Any:
         raise ConfigError(
             with_keys(message, cfg) if kind == "ConfigError" else f"{path}: {first_line(error)}"
         ) from None
+
+
+class JobValues:
+    """A composed job, for checks that go on where some of its values cannot be read.
+
+    :func:`check_schema` has reported those already.
+    """
+
+    def __init__(self, cfg: DictConfig, machine: Hardware) -> None:
+        self.cfg = cfg
+        self.machine = machine
+        self.is_evaluation = "bench" in cfg
+
+    def get(self, path: str, kind: type | tuple[type, ...] = object) -> Any:
+        """Return the value at ``path`` if it can be read and is of ``kind``, else None."""
+        try:
+            value = read(self.cfg, path)
+        except (ConfigError, KeyError, TypeError, AttributeError):
+            return None
+        return value if isinstance(value, kind) else None
+
+    def number(self, path: str) -> int | None:
+        """Return the whole number of at least 1 at ``path``, else None."""
+        value = self.get(path)
+        return value if _COUNT.accepts(value) else None

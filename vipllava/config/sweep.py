@@ -3,12 +3,10 @@
 Hydra's basic launcher calls the job's function once per job in one process. There a job would
 inherit what the one before it left (seeds, process groups, memory of the device), and Lightning,
 which starts its further processes with the command line of the first, would start the whole sweep
-again in each of them. So a sweep's job starts ``python train.py`` anew with its own overrides.
-
-A launcher that queues its jobs (submitit, for Slurm) calls the function in each process of a job;
-there, too, it starts ``python train.py``, which finds its rank in the queue's variables. What asks
-the job to stop is handed on; a job that saved because its time is up, or because others come first,
-is then queued again by the launcher's own handler.
+again in each of them. So a sweep's job starts ``python train.py`` anew with its own overrides, also
+in each process of a launcher that queues its jobs (submitit, for Slurm): there it finds its rank in
+the queue's variables. What asks the job to stop is handed on; a job that saved because its time is
+up, or because others come first, is then queued again by the launcher's own handler.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,6 @@ from omegaconf import DictConfig, read_write
 from vipllava.processes import EXIT_INTERRUPTED, run_child, shell_code
 from vipllava.types import ConfigError, Interrupted, VipLlavaError
 
-GROUP_VARIABLE: Final = "WANDB_RUN_GROUP"
 _DIRNAME: Final = "hydra.job.config.override_dirname"
 _OF_ONE_JOB: Final = "hydra.sweep.dir=${run_dir}"
 _OF_THE_SWEEP: Final = (
@@ -66,12 +64,9 @@ class NameFolders(Callback):
 def folder_overrides(task: Sequence[str], own: Sequence[str]) -> list[str]:
     """Return the overrides by which folders are named by what differs between a sweep's jobs.
 
-    Hydra makes these names of all overrides, and has a list of keys to leave out. One job that
-    is only to be queued is no sweep: its folder is that of the same command without ``-m``.
-
-    Args:
-        task: the command line's overrides, several values among them.
-        own: those of Hydra's own configuration.
+    Hydra makes these names of all overrides (``task``; ``own`` are those of its configuration),
+    and has a list of keys to leave out. One job that is only to be queued is no sweep: its folder
+    is that of the same command without ``-m``.
     """
     if any(_DIRNAME in override for override in own):
         return []
@@ -83,24 +78,6 @@ def folder_overrides(task: Sequence[str], own: Sequence[str]) -> list[str]:
     return [f"{_DIRNAME}.exclude_keys=[{keys}]", *([] if is_sweep else [_OF_ONE_JOB])]
 
 
-def name_group() -> None:
-    """Give all jobs of this sweep one W&B group, the name of the sweep's folder."""
-    os.environ.setdefault(GROUP_VARIABLE, Path(HydraConfig.get().sweep.dir).name)
-
-
-def check_launcher() -> None:
-    """Refuse to run a sweep in each of several processes.
-
-    Raises:
-        ConfigError: torchrun started this process; each of its processes would run the sweep.
-    """
-    if not _is_queued() and "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ConfigError(
-            "a sweep (-m) under torchrun: every process would run all of its jobs. Start it with "
-            "`python train.py -m ...` on one node, with hydra/launcher=slurm, or one job at a time"
-        )
-
-
 def _is_queued() -> bool:
     """Return whether the launcher brings processes of its own."""
     return not str(HydraConfig.get().launcher.get("_target_", "")).endswith(".BasicLauncher")
@@ -109,14 +86,7 @@ def _is_queued() -> bool:
 def job_command(
     program: Sequence[str], task: Sequence[str], own: Sequence[str], output_dir: str
 ) -> list[str]:
-    """Return the command of one job of a sweep.
-
-    Args:
-        program: the words that start the entry point.
-        task: the job's overrides, one value each.
-        own: overrides of Hydra's own configuration.
-        output_dir: the job's folder.
-    """
+    """Return the command of one job of a sweep; its parts as in :func:`run_in_fresh_process`."""
     kept = [override for override in own if not override.lstrip("+").startswith(_OF_THE_SWEEP)]
     folder = QuotedString(output_dir, Quote.single).with_quotes()
     return [*program, *task, *kept, f"hydra.run.dir={folder}"]
@@ -126,7 +96,7 @@ def run_in_fresh_process(cfg: DictConfig, program: Sequence[str]) -> float | Non
     """Run this job of a sweep in a process of its own and wait for it.
 
     Args:
-        cfg: the job's configuration.
+        cfg: the job.
         program: the words that start the entry point.
 
     Returns:
@@ -134,12 +104,20 @@ def run_in_fresh_process(cfg: DictConfig, program: Sequence[str]) -> float | Non
         job logged none.
 
     Raises:
+        ConfigError: torchrun started this process; each of its processes would run the sweep.
         VipLlavaError: the job failed; its own message stands above. The other jobs still run.
     """
+    if not _is_queued() and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ConfigError(
+            "a sweep (-m) under torchrun: every process would run all of its jobs. Start it with "
+            "`python train.py -m ...` on one node, with hydra/launcher=slurm, or one job at a time"
+        )
     hydra = HydraConfig.get()
+    # All jobs of this sweep are one W&B group, which has the name of the sweep's folder.
+    os.environ.setdefault("WANDB_RUN_GROUP", Path(hydra.sweep.dir).name)
     output_dir = str(hydra.runtime.output_dir)
-    task = list(hydra.overrides.task)
-    code, asked_by = run_child(job_command(program, task, list(hydra.overrides.hydra), output_dir))
+    task, own = list(hydra.overrides.task), list(hydra.overrides.hydra)
+    code, asked_by = run_child(job_command(program, task, own, output_dir))
     if asked_by is not None:
         _end_as_asked(code, asked_by)
     if code and _is_queued():
@@ -171,10 +149,8 @@ def _end_as_asked(code: int, asked_by: signal.Signals) -> None:
 
 def objective_value(run_dir: Path, metric: str) -> float | None:
     """Return the mean of a run's last values of a metric, or None without a CSV log of it."""
-    files = sorted(run_dir.glob("csv/**/metrics.csv"))
-    if not files:
-        return None
-    with files[-1].open(newline="", encoding="utf-8") as file:
-        values = [float(row[metric]) for row in csv.DictReader(file) if row.get(metric)]
-    last = values[-_NUM_VALUES:]
-    return sum(last) / len(last) if last else None
+    values: list[float] = []
+    for path in sorted(run_dir.glob("csv/**/metrics.csv"))[-1:]:
+        with path.open(newline="", encoding="utf-8") as file:
+            values = [float(row[metric]) for row in csv.DictReader(file) if row.get(metric)]
+    return statistics.fmean(values[-_NUM_VALUES:]) if values else None
