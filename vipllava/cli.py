@@ -29,9 +29,6 @@ from vipllava.config.machine_faults import explain_fault, make_output_safe
 from vipllava.processes import begin
 from vipllava.types import VipLlavaError
 
-_WIDEST_HELP = 120
-"""Columns; longer lines are hard to read, however wide the terminal is."""
-
 HydraArguments = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Overrides and options of Hydra."),
@@ -40,18 +37,18 @@ HydraArguments = Annotated[
 
 def train(arguments: HydraArguments = None) -> None:
     """Train one stage; --help lists what can be chosen."""
-    from vipllava.commands import train as job
+    from vipllava.commands.train import train as task
     from vipllava.config.entry import run_main
 
-    run_main(job.train, config_name="train", arguments=arguments or [])
+    run_main(task, config_name="train", arguments=arguments or [])
 
 
 def evaluate(arguments: HydraArguments = None) -> None:
     """Run one benchmark; --help lists what can be chosen."""
-    from vipllava.commands import evaluate as job
+    from vipllava.commands.evaluate import evaluate as task
     from vipllava.config.entry import run_main
 
-    run_main(job.evaluate, config_name="evaluate", arguments=arguments or [])
+    run_main(task, config_name="evaluate", arguments=arguments or [])
 
 
 def unpack_gguf(
@@ -96,13 +93,9 @@ class _Defect(Exception):
 class _Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            raise typer.Exit(super().invoke(ctx) or 0)  # Typer drops what commands return
         except EOFError as error:
             raise _Defect from error
-
-
-def _exit(code: int | None, **options: object) -> None:
-    raise typer.Exit(code or 0)
 
 
 def _print_version(asked: bool) -> None:
@@ -114,12 +107,9 @@ def _print_version(asked: bool) -> None:
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    result_callback=_exit,
     rich_markup_mode=None,
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        "max_content_width": _WIDEST_HELP,
-    },
+    # Longer lines are hard to read, however wide the terminal is.
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 for _name, (_run, _settings) in _COMMANDS.items():
     app.command(_name, context_settings=_settings)(_run)
@@ -140,10 +130,7 @@ def _start(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code.
-
-    A :class:`VipLlavaError` is a mistake the user can mend: it ends with its message and its code,
-    which is 2 for most.
+    """Run one command and return the exit code; for a :class:`VipLlavaError` it is the error's.
 
     Args:
         arguments: the command line without the program's name; ``sys.argv`` if not given.
@@ -157,14 +144,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 1
     except _Defect as defect:
         raise defect.__cause__ or defect from None
-    except VipLlavaError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
     except Exception as error:
-        if (message := explain_fault(error)) is None:
+        message = str(error) if isinstance(error, VipLlavaError) else explain_fault(error)
+        if message is None:
             raise
         sys.stderr.write(f"error: {message}\n")
-        return VipLlavaError.exit_code
+        return error.exit_code if isinstance(error, VipLlavaError) else VipLlavaError.exit_code
     return 0
 
 

@@ -46,8 +46,7 @@ Handler = Callable[[int, FrameType | None], Any]
 def is_first_process() -> bool:
     """Whether this is the first process of its job, by what its launcher says.
 
-    Lightning's own guess, before a trainer is there, takes the first process of every node for it
-    where only ``NODE_RANK`` tells the nodes apart.
+    Lightning's own guess takes the first of every node where only ``NODE_RANK`` tells nodes apart.
     """
     # torchrun numbers nodes as they come, whatever Slurm says of them.
     names = ("RANK",) if _TORCHRUN in os.environ else RANK_VARIABLES
@@ -57,8 +56,8 @@ def is_first_process() -> bool:
 def begin() -> None:
     """Prepare this process, a program's own; to be called before anything heavy is imported.
 
-    It ends with the process of the job that started it. Ctrl-C ends it with one line and exit code
-    130 unless somebody else listens; a second one ends it at once, even if it hangs in a library.
+    It ends with the process of the job that started it; on Ctrl-C with one line and exit code 130
+    unless somebody else listens; on a second one at once, even if it hangs in a library.
     """
     ends = end_with_parent()
     # Else it has begun already, or Ctrl-C is ignored: a shell's background job.
@@ -77,8 +76,8 @@ def begin() -> None:
 def end_with_parent() -> bool:
     """Ask the kernel to kill this process when its parent dies, if the job started it.
 
-    SIGKILL, because SIGTERM asks for a checkpoint, and that needs the others. Returns whether it
-    will: not in the process that a person started, and not on macOS and Windows.
+    SIGKILL, because SIGTERM asks for a checkpoint, which needs the others. Returns whether it will:
+    not in the process that a person started, and not on macOS and Windows.
     """
     named = os.environ.pop(PARENT_VARIABLE, None)
     # torchrun sets LOCAL_RANK for what it starts, Lightning too; srun looks after its own.
@@ -105,8 +104,7 @@ def naming_parent() -> Generator[None]:
 def run_child(command: Sequence[str]) -> tuple[int, signal.Signals | None]:
     """Run a command that calls :func:`begin`, hand on what asks to stop, and wait for its end.
 
-    Returns:
-        Its exit code, negative for a signal, and the first signal that asked it to stop.
+    Returns its exit code, negative for a signal, and the first signal that asked it to stop.
     """
     asked: list[signal.Signals] = []
 
@@ -135,9 +133,8 @@ def listen(handler: Handler) -> dict[int, Any]:
 
     Returns who listened before, for :func:`stop_listening`; nobody outside the main thread.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    numbers = [n for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = [n for n in STOP_SIGNALS if in_main and signal.getsignal(n) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}
 
 
@@ -168,8 +165,7 @@ def say(message: str) -> None:
 def signals_held() -> Generator[None]:
     """Have the processes that are started meanwhile not hear what asks the job to stop.
 
-    Python itself would end with a traceback where Ctrl-C meets it before it has begun; those that
-    call :func:`begin` hear again from then on.
+    Python would end with a traceback where Ctrl-C meets it before :func:`begin` lets it hear.
     """
     before = _mask("SIG_BLOCK", _HELD)
     try:
@@ -204,9 +200,8 @@ def _mask(how: str, signals: Iterable[int]) -> Iterable[int]:
 
 
 def _end_with_parent() -> bool:
-    if not sys.platform.startswith("linux"):
-        return False
-    return ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0) == 0  # PR_SET_PDEATHSIG
+    on_linux = sys.platform.startswith("linux")
+    return on_linux and not ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def _runs(process: str) -> bool:

@@ -7,9 +7,9 @@ The way of a sample: a shard's record becomes a :class:`Sample`; its regions a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,8 +37,7 @@ Polygon = tuple[Point, ...]
 class VipLlavaError(Exception):
     """Base of the errors a user can act on: the thing, its value and the remedy."""
 
-    exit_code = 2
-    """Of a command that ends with it."""
+    exit_code = 2  # of a command that ends with it
 
     def at(self, where: object) -> Self:
         """Return the same error with a place in front of its message."""
@@ -57,15 +56,11 @@ class ConfigError(VipLlavaError):
 
 
 class RecordError(VipLlavaError):
-    """A record, image or annotation breaks its schema; the message names key and place.
-
-    Attributes:
-        fault: the class of the fault, e.g. ``box-empty``; :mod:`vipllava.ingest.lint` lists them.
-    """
+    """A record, image or annotation breaks its schema; the message names key and place."""
 
     def __init__(self, message: str, fault: str = "record-invalid") -> None:
         super().__init__(message)
-        self.fault = fault
+        self.fault = fault  # its class, e.g. ``box-empty``; :mod:`vipllava.ingest.lint` lists them
 
 
 class StorageError(VipLlavaError):
@@ -82,13 +77,10 @@ class CheckpointError(VipLlavaError):
 class Interrupted(VipLlavaError):
     """A run was asked to stop, has saved its state, and goes on with the same command.
 
-    Args:
-        message: by what, where, and what to do.
-        exit_code: 130 if a person asked for it, so that nothing puts the job back in the queue.
+    The exit code is 130 if a person asked for it, so that nothing puts the job back in the queue.
     """
 
-    exit_code = 75
-    """``EX_TEMPFAIL``: try again; what a batch script asks for to put the job back in the queue."""
+    exit_code = 75  # ``EX_TEMPFAIL``: what a batch script asks for to put the job back in the queue
 
     def __init__(self, message: str, exit_code: int = 75) -> None:
         super().__init__(message)
@@ -112,17 +104,12 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """One region of a picture that a mark may point at.
+    """One region of a picture that a mark may point at."""
 
-    Attributes:
-        bbox_xyxy: bounding box, pixels of the stored image.
-        polygons: the region's mask as rings; empty when only the box is known.
-        style_of: index of an earlier region whose mark style this one repeats (all boxes of
-            one Flickr30k phrase look alike), or None for a style of its own.
-    """
-
-    bbox_xyxy: BBox
-    polygons: tuple[Polygon, ...] = ()
+    bbox_xyxy: BBox  # bounding box, pixels of the stored image
+    polygons: tuple[Polygon, ...] = ()  # the mask as rings; empty when only the box is known
+    # Index of an earlier region whose mark style this one repeats (all boxes of one Flickr30k
+    # phrase look alike), or None for a style of its own.
     style_of: int | None = None
 
 
@@ -142,10 +129,9 @@ class VisualPrompt:
     """One mark: what is drawn, and by which words the text names it."""
 
     region: int  # index into ``Sample.regions``
-    shape: Shape  # one of the eight shapes
-    rgb: RGB  # colour of the mark
-    # The palette's name for ``rgb``, or None when the text must not name it.
-    colour_name: str | None
+    shape: Shape
+    rgb: RGB
+    colour_name: str | None  # the palette's for ``rgb``, or None when the text must not name it
     alpha: int  # opacity, 0..255
     strokes: tuple[Stroke, ...]  # the primitives, painted in order as one layer
     article: bool = True  # whether the words say "the" before colour and shape
@@ -196,41 +182,25 @@ class Turn:
 
 @dataclass(frozen=True)
 class Request:
-    """One question for :class:`vipllava.inference.engine.Engine`.
+    """One question for :class:`vipllava.inference.engine.Engine`."""
 
-    Attributes:
-        image: marks already drawn on it, or None for a text-only question.
-        turns: the conversation so far; the last turn is the user's, and one turn has the image
-            if and only if there is one.
-        key: names the question in errors.
-    """
-
-    image: Image.Image | None
+    image: Image.Image | None  # marks already drawn on it, or None for a text-only question
+    # The conversation so far, the user's turn last; one has the image if and only if there is one.
     turns: Sequence[Turn]
-    key: str = ""
+    key: str = ""  # names the question in errors
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One record, parsed and checked, still without marks or ids.
+    """One record, parsed and checked, still without marks or ids."""
 
-    Attributes:
-        key: the record's key in its shard; unique within the data set.
-        dataset: the manifest's name; part of the random key.
-        image: the encoded picture (JPEG, PNG, WebP), or None for a text-only record.
-        regions: the regions of the picture that the conversation mentions.
-        turns: the conversation, with mentions.
-        policy: name of the visual-prompt policy that samples the marks.
-        fixed: what the user fixed per region (same length as ``regions``), or empty.
-    """
-
-    key: str
-    dataset: str
-    image: bytes | None
-    regions: tuple[Region, ...]
-    turns: tuple[DraftTurn, ...]
-    policy: str
-    fixed: tuple[FixedVisualPrompt, ...] = ()
+    key: str  # the record's key in its shard; unique within the data set
+    dataset: str  # the manifest's name; part of the random key
+    image: bytes | None  # the encoded picture (JPEG, PNG, WebP), or None for a text-only record
+    regions: tuple[Region, ...]  # the regions of the picture that the conversation mentions
+    turns: tuple[DraftTurn, ...]  # the conversation, with mentions
+    policy: str  # name of the visual-prompt policy that samples the marks
+    fixed: tuple[FixedVisualPrompt, ...] = ()  # what the user fixed, one per region, or empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,32 +230,23 @@ class Batch:
 
     There is no attention mask: ``position_ids`` restart at 0 with every segment (padding is a
     segment of its own), which is what transformers reads to keep packed samples apart.
-
-    Attributes:
-        input_ids: int64 [rows, length].
-        labels: int64 [rows, length].
-        position_ids: int64 [rows, length].
-        segment_ids: int64 [rows, length]; ``PADDING_SEGMENT`` on padding.
-        pixel_values: uint8 [num_images, 3, height, width]; normalised on the device.
-        num_supervised_global: supervised tokens of the whole global batch (all ranks and all
-            accumulation steps): the loss's denominator.
-        progress: share of the epoch's samples consumed when this step is done, 0..1; None where
-            the number of steps is known and says the same.
-        keys: ``dataset/key`` of the samples in row order.
-        datasets: names of their data sets.
-        num_repeats: how many of them, the last ones, only fill up an epoch's last global batch:
-            samples that another place of it has, without labels.
     """
 
-    input_ids: torch.Tensor
+    input_ids: torch.Tensor  # int64 [rows, length], as the next three
     labels: torch.Tensor
     position_ids: torch.Tensor
-    segment_ids: torch.Tensor
-    pixel_values: torch.Tensor
+    segment_ids: torch.Tensor  # ``PADDING_SEGMENT`` on padding
+    pixel_values: torch.Tensor  # uint8 [num_images, 3, height, width]; normalised on the device
+    # Supervised tokens of the whole global batch (all ranks and all accumulation steps): the
+    # loss's denominator.
     num_supervised_global: int = 0
+    # Share of the epoch's samples consumed when this step is done, 0..1; None where the number of
+    # steps is known and says the same.
     progress: float | None = None
-    keys: tuple[str, ...] = ()
-    datasets: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()  # ``dataset/key`` of the samples in row order
+    datasets: tuple[str, ...] = ()  # names of their data sets
+    # How many of them, the last ones, only fill up an epoch's last global batch: samples that
+    # another place of it has, without labels.
     num_repeats: int = 0
 
     @property
@@ -298,17 +259,15 @@ class Batch:
         """Positions of this micro-batch that carry loss."""
         return int((self.labels != IGNORE_INDEX).sum())
 
-    def _tensors(self) -> Mapping[str, Any]:
-        return {f.name: v for f in fields(self) if hasattr(v := getattr(self, f.name), "to")}
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        for name in ("input_ids", "labels", "position_ids", "segment_ids", "pixel_values"):
+            setattr(self, name, change(getattr(self, name)))
+        return self
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Move every tensor to ``device`` in place and return the batch itself."""
-        for name, tensor in self._tensors().items():
-            setattr(self, name, tensor.to(device, non_blocking=non_blocking))
-        return self
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Pin every tensor (called by ``DataLoader(pin_memory=True)``)."""
-        for name, tensor in self._tensors().items():
-            setattr(self, name, tensor.pin_memory())
-        return self
+        return self._each(lambda tensor: tensor.pin_memory())
