@@ -53,9 +53,9 @@ from vipllava.stream.sample_encoder import (
 from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import IGNORE_INDEX, Sample
 from vipllava.visual_prompts.policies import VisualPromptPolicy
-from vipllava.visual_prompts.refer import refer_turns
 from vipllava.visual_prompts.render import render_plan
 from vipllava.visual_prompts.sampling import sample_plan
+from vipllava.visual_prompts.shapes import refer_turns
 
 _HISTOGRAM = Path(__file__).resolve().parent.parent / "tests" / "stream" / "length_histogram.json"
 _NAME, _SEED, _INPUT = "bench", 42, 336

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from vipllava.records import RecordKind, register_kind
     from vipllava.types import Region, Request, Turn, VipLlavaError
     from vipllava.visual_prompts.drawing import draw
-    from vipllava.visual_prompts.policies import VisualPromptPolicy
-    from vipllava.visual_prompts.published import POLICIES
+    from vipllava.visual_prompts.policies import POLICIES, VisualPromptPolicy
 
 __version__ = "0.1.0"
 
@@ -39,8 +38,7 @@ _NAMES_BY_MODULE = {
     "records": "RecordKind register_kind",
     "types": "Region Request Turn VipLlavaError",
     "visual_prompts.drawing": "draw",
-    "visual_prompts.policies": "VisualPromptPolicy",
-    "visual_prompts.published": "POLICIES",
+    "visual_prompts.policies": "POLICIES VisualPromptPolicy",
 }
 _HOMES = {name: home for home, names in _NAMES_BY_MODULE.items() for name in names.split()}
 

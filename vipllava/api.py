@@ -28,8 +28,7 @@ from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
 from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.training.job import conversation_encoder
 from vipllava.types import ConfigError, Sample
-from vipllava.visual_prompts.policies import VisualPromptPolicy
-from vipllava.visual_prompts.published import POLICIES
+from vipllava.visual_prompts.policies import POLICIES, VisualPromptPolicy
 
 
 class Dataset(SampleSource):

@@ -29,8 +29,7 @@ from vipllava.checkpoints.processor import (
     processor_ids,
 )
 from vipllava.conversation import ConversationEncoder
-from vipllava.conversation.jinja import jinja_template
-from vipllava.conversation.templates import get_template
+from vipllava.conversation.templates import get_template, jinja_template
 from vipllava.models.building import ModelSpec, add_tokens
 from vipllava.models.hub_models import load_config
 from vipllava.types import Turn

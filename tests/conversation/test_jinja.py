@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vipllava.conversation import get_template, template_names
-from vipllava.conversation.jinja import jinja_template
+from vipllava.conversation.templates import jinja_template
 from vipllava.types import Turn
 
 _TEXTS = st.text(max_size=20)

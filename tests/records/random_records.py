@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tests.toy_data import said
-from vipllava.visual_prompts.palette import PALETTE
+from vipllava.visual_prompts.shapes import PALETTE
 
 Rng = np.random.Generator
 Size = tuple[int, int]

@@ -24,9 +24,8 @@ from vipllava.records import NO_POLICY, parse_record
 from vipllava.records.image_decode import decode_image
 from vipllava.stream.sample_encoder import marks_generator, plan_sample, words_generator
 from vipllava.types import Mention, Sample, Turn, VisualPromptPlan
-from vipllava.visual_prompts.palette import PALETTE
 from vipllava.visual_prompts.render import mark_opacity, render_plan
-from vipllava.visual_prompts.shapes import SHAPES, prompt_words, shape_words
+from vipllava.visual_prompts.shapes import PALETTE, SHAPES, prompt_words, shape_words
 
 SIZES = ((336, 252), (120, 200))
 PICTURES = {size: encode_picture(*size, fmt="PNG") for size in SIZES}

@@ -11,10 +11,9 @@ import pytest
 from tests.visual_prompts.policy_files import load_policies
 from vipllava.keyed_random import generator_for
 from vipllava.types import FixedVisualPrompt, RecordError, Region, VisualPrompt
-from vipllava.visual_prompts.palette import PALETTE
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 from vipllava.visual_prompts.sampling import sample_plan
-from vipllava.visual_prompts.shapes import prompt_words, shape_words
+from vipllava.visual_prompts.shapes import PALETTE, prompt_words, shape_words
 
 SIZE = (336, 252)
 BOX = Region((20.0, 20.0, 120.0, 110.0))

@@ -10,15 +10,14 @@ from tests.visual_prompts.policy_files import FILES, load_policies
 from vipllava.records import KINDS, NO_POLICY
 from vipllava.sample_world.tiny import TINY_POLICIES
 from vipllava.types import Shape, VipLlavaError
-from vipllava.visual_prompts.palette import PALETTE
 from vipllava.visual_prompts.policies import (
+    POLICIES,
     ShapeRanges,
     VisualPromptPolicy,
     build_policies,
     get_policy,
 )
-from vipllava.visual_prompts.published import POLICIES
-from vipllava.visual_prompts.shapes import SHAPES
+from vipllava.visual_prompts.shapes import PALETTE, SHAPES
 
 PUBLISHED_SHAPES: dict[str, tuple[Shape, ...]] = {
     "refcocog": SHAPES,

@@ -13,8 +13,7 @@ from vipllava.types import (
     VisualPrompt,
     VisualPromptPlan,
 )
-from vipllava.visual_prompts.refer import refer_turns
-from vipllava.visual_prompts.shapes import shape_words
+from vipllava.visual_prompts.shapes import refer_turns, shape_words
 
 
 @pytest.mark.parametrize(

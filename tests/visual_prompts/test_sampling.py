@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from vipllava.keyed_random import generator_for
 from vipllava.types import FixedVisualPrompt, RecordError, Region, Shape, VipLlavaError
 from vipllava.visual_prompts.geometry import contains, largest_angle
-from vipllava.visual_prompts.palette import PALETTE
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 from vipllava.visual_prompts.sampling import sample_plan
-from vipllava.visual_prompts.shapes import SHAPES, prompt_words
+from vipllava.visual_prompts.shapes import PALETTE, SHAPES, prompt_words
 
 SIZE = (672, 448)  # s = 2
 BOX = Region((100.0, 80.0, 260.0, 200.0))

@@ -27,11 +27,9 @@ from vipllava.sample_world.build import make_record
 from vipllava.sample_world.records import FINETUNE_MIX, GPT4V_MIX, Record, RegionRecord, caption
 from vipllava.sample_world.scenes import Scene, compose_scene, sample_kinds
 from vipllava.types import IGNORE_INDEX, Region, Sample, Turn
-from vipllava.visual_prompts.palette import PALETTE
 from vipllava.visual_prompts.policies import VisualPromptPolicy, get_policy
-from vipllava.visual_prompts.refer import refer_turns
 from vipllava.visual_prompts.sampling import sample_plan
-from vipllava.visual_prompts.shapes import SHAPES, prompt_words, shape_words
+from vipllava.visual_prompts.shapes import PALETTE, SHAPES, prompt_words, refer_turns, shape_words
 
 _LOG = logging.getLogger(__name__)
 

@@ -28,11 +28,10 @@ from vipllava.sample_world.objects import KINDS
 from vipllava.sample_world.scenes import Scene, Split, compose_scene
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.types import VisualPromptPlan
-from vipllava.visual_prompts.palette import PALETTE
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 from vipllava.visual_prompts.render import render_plan
 from vipllava.visual_prompts.sampling import sample_plan
-from vipllava.visual_prompts.shapes import SHAPES
+from vipllava.visual_prompts.shapes import PALETTE, SHAPES
 
 _LOG = logging.getLogger(__name__)
 

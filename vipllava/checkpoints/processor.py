@@ -18,8 +18,7 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast, VipLlavaConfig
 
 from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.conversation import ConversationEncoder
-from vipllava.conversation.jinja import jinja_template
-from vipllava.conversation.templates import ChatTemplate, get_template
+from vipllava.conversation.templates import ChatTemplate, get_template, jinja_template
 from vipllava.models.towers import preprocessing_of, tower_of
 from vipllava.types import Turn
 

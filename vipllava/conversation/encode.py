@@ -145,13 +145,11 @@ class ConversationEncoder:
         """
         _check_turns(turns, key, last_role="assistant")
         draft = _Draft(self._opening_ids, self._opening_before)
-        num_kept = 0
-        mark = draft.mark()
+        num_kept, end = 0, (len(draft.ids), draft.before)
         for index in range(0, len(turns), 2):
             self._add_user(draft, turns, index, key)
             self._add_fixed(draft, self._to_assistant)
-            answer = self.template.assistant_lead + turns[index + 1].text + self._text_end
-            draft.add(self._typed(answer, draft.before, index + 1, key), Before.TEXT, learn=True)
+            self._add_answer(draft, turns, index + 1, key)
             closing_ids, _ = self._pieces.fixed(self._closing, draft.before)
             length = len(draft.ids) + len(closing_ids)
             if length > self.max_length:
@@ -164,10 +162,10 @@ class ConversationEncoder:
                         f"need {length} ids); raise max_length, or move the picture to turn 1",
                         "too-long",
                     )
-                draft.cut(mark)
+                del draft.ids[end[0] :], draft.labels[end[0] :]
+                draft.before = end[1]
                 break
-            num_kept = index + 2
-            mark = draft.mark()
+            num_kept, end = index + 2, (len(draft.ids), draft.before)
         # What follows the last answer. Its end token is the one fixed piece that is supervised.
         self._add_fixed(draft, self._closing, self._token_end)
         return Encoded(
@@ -198,8 +196,7 @@ class ConversationEncoder:
             self._add_user(draft, turns, index, key)
             self._add_fixed(draft, self._to_assistant)
             if index + 1 < len(turns):
-                answer = self.template.assistant_lead + turns[index + 1].text + self._text_end
-                draft.add(self._typed(answer, draft.before, index + 1, key), Before.TEXT)
+                self._add_answer(draft, turns, index + 1, key)
         return np.array(draft.ids, dtype=np.int64)
 
     def decode(self, ids: Ids, before: Before = Before.TEXT) -> str:
@@ -260,6 +257,10 @@ class ConversationEncoder:
             text = template.user_lead + text
         draft.add(self._typed(text, draft.before, index, key), Before.TEXT)
 
+    def _add_answer(self, draft: _Draft, turns: Sequence[Turn], index: int, key: str) -> None:
+        text = self.template.assistant_lead + turns[index].text + self._text_end
+        draft.add(self._typed(text, draft.before, index, key), Before.TEXT, learn=True)
+
     def _add_fixed(self, draft: _Draft, text: str, supervised_token: str = "") -> None:
         ids, before = self._pieces.fixed(text, draft.before)
         if supervised_token:
@@ -274,7 +275,6 @@ class ConversationEncoder:
             raise RecordError(f"sample {key!r}: text of turn {index + 1}: {error}") from None
 
     def _too_long(self, turns: Sequence[Turn], length: int, key: str) -> RecordError:
-        """Build the error of a sample whose first pair does not fit."""
         user, assistant = turns[0], turns[1]
         asked = "" if self.template.drops_user_text else user.text
         num_user = len(self._pieces.typed(asked, Before.TEXT))
@@ -304,15 +304,6 @@ class _Draft:
             self.ids += ids
             self.labels += ids if learn else [IGNORE_INDEX] * len(ids)
             self.before = before
-
-    def mark(self) -> tuple[int, Before]:
-        """Return the present end, for :meth:`cut`."""
-        return len(self.ids), self.before
-
-    def cut(self, mark: tuple[int, Before]) -> None:
-        """Go back to an earlier end."""
-        end, self.before = mark
-        del self.ids[end:], self.labels[end:]
 
 
 def _check_turns(turns: Sequence[Turn], key: str, last_role: str) -> None:

@@ -27,7 +27,9 @@ def supervised_texts(encoder: ConversationEncoder, encoded: Encoded) -> list[str
     out here. A template without anything between two answers (``plain``) makes one run of them.
     """
     texts: list[str] = []
-    for start, end in _runs(encoded):
+    supervised = np.concatenate([[False], encoded.labels != IGNORE_INDEX, [False]])
+    edges = np.flatnonzero(supervised[1:] != supervised[:-1])
+    for start, end in edges.reshape(-1, 2).tolist():
         before = encoder.what_stands_before(encoded.input_ids, start)
         text = encoder.decode(encoded.labels[start:end], before)
         texts.append(text.removeprefix(encoder.template.assistant_lead))
@@ -42,7 +44,7 @@ def prove_labels(
     Args:
         encoder: the encoder that made ``encoded``.
         turns: the conversation, dropped turns included.
-        encoded: what is to be proved.
+        encoded: ids and labels.
         key: the record's key, for errors.
 
     Raises:
@@ -159,10 +161,3 @@ def _excerpt(text: str, first: int, last: int) -> str:
 def _first_difference(a: Sequence[object], b: Sequence[object]) -> int:
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
-
-
-def _runs(encoded: Encoded) -> list[tuple[int, int]]:
-    """Return start and end of each unbroken run of supervised positions."""
-    supervised = np.concatenate([[False], encoded.labels != IGNORE_INDEX, [False]])
-    edges = np.flatnonzero(supervised[1:] != supervised[:-1])
-    return [(int(s), int(e)) for s, e in zip(edges[::2], edges[1::2], strict=True)]

@@ -17,9 +17,11 @@ space and the word after it as one token: the model must produce it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from vipllava.types import ConfigError, Turn
 
@@ -98,87 +100,51 @@ _VISION_SYSTEM = (
 SYSTEM_TEXTS = (_HUMAN_SYSTEM, _VISION_SYSTEM)
 """What the templates say by themselves before the first turn, role strings left out."""
 
-_TEMPLATES = {
-    template.name: template
-    for template in (
-        ChatTemplate(
-            name="plain",
-            user_prefix="",
-            user_prefix_later="",
-            image_suffix="",
-            assistant_prefix="",
-            assistant_end="\n",
-            stop_strings=("\n",),
-            drops_user_text=True,
+_TEMPLATES = {template.name: template for template in (
+    ChatTemplate(
+        "plain", user_prefix="", user_prefix_later="", image_suffix="",
+        assistant_prefix="", assistant_end="\n", stop_strings=("\n",), drops_user_text=True,
+    ),
+    ChatTemplate(
+        "llava_v1", system=_HUMAN_SYSTEM,
+        user_prefix=" USER:", user_prefix_later="USER:", user_lead=" ",
+        assistant_prefix=" ASSISTANT:", assistant_lead=" ", assistant_end="</s>",
+        stop_tokens=("</s>",), special_tokens=("</s>",),
+    ),
+    ChatTemplate(
+        "llama_3", bos="<|begin_of_text|>",
+        system=f"<|start_header_id|>system<|end_header_id|>\n\n{_VISION_SYSTEM}<|eot_id|>",
+        user_prefix="<|start_header_id|>user<|end_header_id|>\n\n",
+        user_prefix_later="<|start_header_id|>user<|end_header_id|>\n\n", user_end="<|eot_id|>",
+        assistant_prefix="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        assistant_end="<|eot_id|>", stop_tokens=("<|end_of_text|>", "<|eot_id|>"),
+        special_tokens=(
+            "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
         ),
-        ChatTemplate(
-            name="llava_v1",
-            system=_HUMAN_SYSTEM,
-            user_prefix=" USER:",
-            user_prefix_later="USER:",
-            user_lead=" ",
-            assistant_prefix=" ASSISTANT:",
-            assistant_lead=" ",
-            assistant_end="</s>",
-            stop_tokens=("</s>",),
-            special_tokens=("</s>",),
-        ),
-        ChatTemplate(
-            name="llama_3",
-            bos="<|begin_of_text|>",
-            system=(f"<|start_header_id|>system<|end_header_id|>\n\n{_VISION_SYSTEM}<|eot_id|>"),
-            user_prefix="<|start_header_id|>user<|end_header_id|>\n\n",
-            user_prefix_later="<|start_header_id|>user<|end_header_id|>\n\n",
-            user_end="<|eot_id|>",
-            assistant_prefix="<|start_header_id|>assistant<|end_header_id|>\n\n",
-            assistant_end="<|eot_id|>",
-            stop_tokens=("<|end_of_text|>", "<|eot_id|>"),
-            special_tokens=(
-                "<|begin_of_text|>",
-                "<|start_header_id|>",
-                "<|end_header_id|>",
-                "<|eot_id|>",
-            ),
-        ),
-        ChatTemplate(
-            name="phi_3",
-            system=f"<|system|>\n{_VISION_SYSTEM}<|end|>\n",
-            user_prefix="<|user|>\n",
-            user_prefix_later="<|user|>\n",
-            user_end="<|end|>\n",
-            assistant_prefix="<|assistant|>\n",
-            assistant_end="<|end|>",
-            after_assistant="\n",
-            stop_tokens=("<|endoftext|>", "<|end|>"),
-            special_tokens=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
-        ),
-        ChatTemplate(
-            # The "###" after an answer opens the next role string and closes the answer at once.
-            # It is written as the answer's end, so that the model learns to stop.
-            name="llava_v0",
-            system=_HUMAN_SYSTEM,
-            user_prefix="###Human:",
-            user_prefix_later="Human:",
-            user_lead=" ",
-            assistant_prefix="###Assistant:",
-            assistant_lead=" ",
-            assistant_end="###",
-            stop_strings=("###",),
-        ),
-        ChatTemplate(
-            name="chatml",
-            system=f"<|im_start|>system\n{_VISION_SYSTEM}<|im_end|>\n",
-            user_prefix="<|im_start|>user\n",
-            user_prefix_later="<|im_start|>user\n",
-            user_end="<|im_end|>\n",
-            assistant_prefix="<|im_start|>assistant\n",
-            assistant_end="<|im_end|>",
-            after_assistant="\n",
-            stop_tokens=("<|im_end|>",),
-            special_tokens=("<|im_start|>", "<|im_end|>"),
-        ),
-    )
-}
+    ),
+    ChatTemplate(
+        "phi_3", system=f"<|system|>\n{_VISION_SYSTEM}<|end|>\n",
+        user_prefix="<|user|>\n", user_prefix_later="<|user|>\n", user_end="<|end|>\n",
+        assistant_prefix="<|assistant|>\n", assistant_end="<|end|>", after_assistant="\n",
+        stop_tokens=("<|endoftext|>", "<|end|>"),
+        special_tokens=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    ),
+    ChatTemplate(
+        # The "###" after an answer opens the next role string and closes the answer at once.
+        # It is written as the answer's end, so that the model learns to stop.
+        "llava_v0", system=_HUMAN_SYSTEM,
+        user_prefix="###Human:", user_prefix_later="Human:", user_lead=" ",
+        assistant_prefix="###Assistant:", assistant_lead=" ", assistant_end="###",
+        stop_strings=("###",),
+    ),
+    ChatTemplate(
+        "chatml", system=f"<|im_start|>system\n{_VISION_SYSTEM}<|im_end|>\n",
+        user_prefix="<|im_start|>user\n", user_prefix_later="<|im_start|>user\n",
+        user_end="<|im_end|>\n", assistant_prefix="<|im_start|>assistant\n",
+        assistant_end="<|im_end|>", after_assistant="\n",
+        stop_tokens=("<|im_end|>",), special_tokens=("<|im_start|>", "<|im_end|>"),
+    ),
+)}  # fmt: skip
 
 
 def template_names() -> tuple[str, ...]:
@@ -192,3 +158,78 @@ def get_template(name: str) -> ChatTemplate:
         known = ", ".join(template_names())
         raise ConfigError(f"unknown chat template {name!r}: use one of {known}")
     return _TEMPLATES[name]
+
+
+_TEXT_OF: Final = """\
+{%- macro text_of(message) -%}
+{%- if message['content'] is string -%}{{ message['content'] }}
+{%- else -%}
+{%- for item in message['content'] -%}
+{%- if item['type'] == 'text' -%}{{ item['text'] }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+"""
+
+
+def jinja_template(template: ChatTemplate, *, bos: str = "", after_image: str = "") -> str:
+    """Return a template as Jinja, so that it travels with a checkpoint into other engines.
+
+    A message's content is a text, or a list of ``{"type": "image"}`` and ``{"type": "text", "text":
+    ...}``, as engines pass it. What is rendered equals :meth:`ChatTemplate.render`; a system
+    message of the caller's replaces the template's own text.
+
+    Args:
+        template: what to write down.
+        bos: said first, where the template spells no beginning itself: engines tokenize a rendered
+            chat without adding one.
+        after_image: said right behind the picture's token; a space makes some tokenizers give the
+            ids that a checkpoint was trained with, see
+            :func:`vipllava.checkpoints.processor.build_processor`.
+    """
+    image = json.dumps(IMAGE_PLACEHOLDER + after_image + template.image_suffix)
+    user_text = "" if template.drops_user_text else "{{- text_of(message) -}}\n"
+    lines = [
+        _TEXT_OF,
+        _say(template.bos or bos),
+        "{%- if messages[0]['role'] == 'system' -%}\n",
+    ]
+    own = next((text for text in SYSTEM_TEXTS if text in template.system), None)
+    if own is None:
+        lines.append("{{- raise_exception('this chat template has no system message') -}}\n")
+    else:
+        before, _, behind = template.system.partition(own)
+        lines += [_say(before), "{{- text_of(messages[0]) -}}\n", _say(behind)]
+        lines.append("{%- set turns = messages[1:] -%}\n")
+    lines += [
+        "{%- else -%}\n",
+        _say(template.system),
+        "{%- set turns = messages -%}\n{%- endif -%}\n",
+        "{%- for message in turns -%}\n",
+        "{%- if message['role'] == 'user' -%}\n",
+        f"{{{{- {json.dumps(template.user_prefix)} if loop.first else "
+        f"{json.dumps(template.user_prefix_later)} -}}}}\n",
+        _say(template.user_lead),
+        "{%- if message['content'] is not string -%}\n",
+        "{%- for item in message['content'] if item['type'] == 'image' -%}\n",
+        "{%- if not loop.first -%}\n{{- raise_exception('one picture a turn') -}}\n{%- endif -%}\n",
+        f"{{{{- {image} -}}}}\n",
+        "{%- endfor -%}\n{%- endif -%}\n",
+        user_text,
+        _say(template.user_end),
+        "{%- elif message['role'] == 'assistant' -%}\n",
+        _say(template.assistant_prefix + template.assistant_lead),
+        "{{- text_of(message) -}}\n",
+        _say(template.assistant_end + template.after_assistant),
+        "{%- else -%}\n",
+        "{{- raise_exception('unknown role ' ~ message['role']) -}}\n",
+        "{%- endif -%}\n{%- endfor -%}\n",
+        "{%- if add_generation_prompt -%}\n",
+        _say(template.assistant_prefix),
+        "{%- endif -%}",
+    ]
+    return "".join(lines)
+
+
+def _say(text: str) -> str:
+    return f"{{{{- {json.dumps(text)} -}}}}\n" if text else ""

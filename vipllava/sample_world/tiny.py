@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from vipllava.visual_prompts.policies import ShapeRanges
-from vipllava.visual_prompts.published import POLICIES
+from vipllava.visual_prompts.policies import POLICIES, ShapeRanges
 
 BASE: Final = Path(__file__).parent / "base"
 """Holds ``vision_tower`` and ``language_model``; ``tools/teach_base`` makes them."""

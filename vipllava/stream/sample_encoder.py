@@ -35,9 +35,9 @@ from vipllava.stream.collate import Collator, EncodedSample
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.types import Encoded, RecordError, Sample, Turn, VipLlavaError, VisualPromptPlan
 from vipllava.visual_prompts.policies import VisualPromptPolicy, get_policy
-from vipllava.visual_prompts.refer import refer_turns
 from vipllava.visual_prompts.render import render_plan
 from vipllava.visual_prompts.sampling import sample_plan
+from vipllava.visual_prompts.shapes import refer_turns
 
 
 def words_generator(seed: int, epoch: int, dataset: str, key: str) -> np.random.Generator:

@@ -9,8 +9,7 @@ from PIL import Image
 
 from vipllava.keyed_random import generator_for
 from vipllava.types import BBox, FixedVisualPrompt, RecordError, Region
-from vipllava.visual_prompts.policies import VisualPromptPolicy, get_policy
-from vipllava.visual_prompts.published import POLICIES
+from vipllava.visual_prompts.policies import POLICIES, VisualPromptPolicy, get_policy
 from vipllava.visual_prompts.render import render_plan
 from vipllava.visual_prompts.sampling import sample_plan
 from vipllava.visual_prompts.shapes import prompt_words

@@ -1,18 +1,18 @@
 """How marks are sampled for one data set: shapes, ranges, colours, wording.
 
-A job's values come from ``conf/visual_prompts``; :mod:`vipllava.visual_prompts.published` has the
-published ones, too.
+A job's values come from ``conf/visual_prompts``. :data:`POLICIES` has the published ones for those
+who have no ``conf/``; a test compares the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, cast
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any, Final, cast
 
 from vipllava.types import Shape, VipLlavaError
-from vipllava.visual_prompts.palette import named_colour
-from vipllava.visual_prompts.shapes import SHAPES, check_shape
+from vipllava.visual_prompts.shapes import SHAPES, check_shape, named_colour
 
 IntRange = tuple[int, int]
 FloatRange = tuple[float, float]
@@ -92,6 +92,41 @@ class VisualPromptPolicy:
     distinguishable: bool = False
 
 
+_PUBLISHED: Final = {
+    "refcocog": VisualPromptPolicy(),
+    "vg_rel": VisualPromptPolicy(shapes=("rectangle", "ellipse")),
+    "vg_rel-gpt4v": VisualPromptPolicy(shapes=("rectangle", "ellipse"), article_rate=0.5),
+    "flickr30k": VisualPromptPolicy(shapes=("rectangle", "ellipse", "arrow"), distinguishable=True),
+    "vcr": VisualPromptPolicy(
+        shapes=("rectangle", "ellipse", "triangle", "mask", "mask contour", "arrow", "scribble"),
+        article_rate=0.5,
+        distinguishable=True,
+    ),
+    "v7w": VisualPromptPolicy(
+        shapes=("rectangle",), article_rate=0.5, constant_style=True, distinguishable=True
+    ),
+    "pointQA_twice": VisualPromptPolicy(
+        shapes=("rectangle",), colour="red", name_colour=False, constant_style=True
+    ),
+    "regions": VisualPromptPolicy(distinguishable=True),  # users' own records
+}
+
+# VCR is asked with points, which training leaves out, all of one size.
+_ASKED: Final = _PUBLISHED | {
+    "vcr": replace(_PUBLISHED["vcr"], shapes=("point",), constant_style=True)
+}
+
+POLICIES: Final[Mapping[str, Mapping[str, VisualPromptPolicy]]] = MappingProxyType(
+    {
+        "published": MappingProxyType(_PUBLISHED),
+        "evaluation": MappingProxyType(
+            {name: replace(policy, fixed_alpha=128) for name, policy in _ASKED.items()}
+        ),
+    }
+)
+"""``published`` for training, ``evaluation`` for the benchmarks; in each by the policy's name."""
+
+
 def build_policies(
     policies: Mapping[str, Mapping[str, Any]], ranges: Mapping[str, Any] | None = None
 ) -> dict[str, VisualPromptPolicy]:
@@ -99,8 +134,8 @@ def build_policies(
 
     Args:
         policies: per policy name the fields of :class:`VisualPromptPolicy`; ``ranges`` in one
-            holds only what differs from the common ranges.
-        ranges: common fields of :class:`ShapeRanges`.
+            holds only what differs from the common ones.
+        ranges: fields of :class:`ShapeRanges` common to all.
 
     Raises:
         VipLlavaError: naming every unknown field, unknown shape or colour, and reversed range.

@@ -63,19 +63,15 @@ def _paint(canvas: ImageDraw.ImageDraw, stroke: Stroke, points: list[Point], alp
         (x1, y1), (x2, y2) = points
         # Pillow paints an outline that is wider than its box beyond the box.
         filled = min(x2 - x1, y2 - y1) < 2 * stroke.width
-    match stroke.kind:
-        case "box" if filled:
-            canvas.rectangle(points, fill=alpha)
-        case "box":
-            canvas.rectangle(points, outline=alpha, width=stroke.width)
-        case "ellipse" if filled:
-            canvas.ellipse(points, fill=alpha)
-        case "ellipse":
-            canvas.ellipse(points, outline=alpha, width=stroke.width)
-        case "polygon" if filled:
-            canvas.polygon(points, fill=alpha)
-        case "polygon":
-            # Closing over the first edge gives the first corner a joint as well.
-            canvas.line([*points, *points[:2]], fill=alpha, width=stroke.width, joint="curve")
-        case "line":
-            canvas.line(points, fill=alpha, width=stroke.width, joint="curve")
+    if stroke.kind in ("box", "ellipse"):
+        paint = canvas.rectangle if stroke.kind == "box" else canvas.ellipse
+        if filled:
+            paint(points, fill=alpha)
+        else:
+            paint(points, outline=alpha, width=stroke.width)
+    elif stroke.kind == "polygon" and filled:
+        canvas.polygon(points, fill=alpha)
+    else:
+        # Closing over the first edge gives the first corner a joint as well.
+        closing = points[:2] if stroke.kind == "polygon" else []
+        canvas.line([*points, *closing], fill=alpha, width=stroke.width, joint="curve")

@@ -33,9 +33,8 @@ from vipllava.visual_prompts.geometry import (
     sample_central_point,
     sample_points,
 )
-from vipllava.visual_prompts.palette import PALETTE, named_colour, sample_unnamed_colour
 from vipllava.visual_prompts.policies import FloatRange, IntRange, VisualPromptPolicy
-from vipllava.visual_prompts.shapes import SHAPES, check_shape, shape_words
+from vipllava.visual_prompts.shapes import PALETTE, SHAPES, check_shape, named_colour, shape_words
 
 _ATTEMPTS = 16
 _LARGEST_TRIANGLE_ANGLE = 150.0
@@ -211,7 +210,8 @@ class _Sampler:
                 taken[shape].add(name)
                 colours[index] = (PALETTE[name], name)
             else:
-                colours[index] = (sample_unnamed_colour(self.rng), None)
+                red, green, blue = self.rng.integers(0, 256, size=3)
+                colours[index] = ((int(red), int(green), int(blue)), None)
         return colours
 
     def width(self, shape: Shape) -> int:
@@ -302,10 +302,8 @@ class _Sampler:
                 _rotate(back, math.pi / 2) * self.rng.uniform(-1, 1) * ranges.arrow_bend * scale
             )
             shaft.insert(1, (tail + shaft_end) / 2 + sideways)
-        if filled:
-            head_stroke = Stroke("polygon", _points([barbs[0], tip, barbs[1]]))
-        else:
-            head_stroke = Stroke("line", _points([barbs[0], tip, barbs[1]]), width)
+        corners = _points([barbs[0], tip, barbs[1]])
+        head_stroke = Stroke("polygon", corners) if filled else Stroke("line", corners, width)
         return Stroke("line", _points(shaft), width), head_stroke
 
     def number(self, bounds: FloatRange) -> float:

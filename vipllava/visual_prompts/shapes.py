@@ -1,15 +1,40 @@
-"""The eight shapes: their names, their words, and where a drawn mark ends.
+"""The eight shapes and the nine colours: names, words in a text, and where a drawn mark ends.
 
-Wordings are the ones the published checkpoints were trained with.
+Wordings are the ones the published checkpoints were trained with (source: ViP-LLaVA, CVPR 2024).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, get_args
 
-from vipllava.types import BBox, Shape, VipLlavaError, VisualPrompt
+from vipllava.types import (
+    RGB,
+    BBox,
+    DraftTurn,
+    Mention,
+    RecordError,
+    Shape,
+    Turn,
+    VipLlavaError,
+    VisualPrompt,
+    VisualPromptPlan,
+)
 
 SHAPES: Final[tuple[Shape, ...]] = get_args(Shape)
+
+PALETTE: Final[dict[str, RGB]] = {
+    "red": (255, 0, 0),
+    "lime": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "fuchsia": (255, 0, 255),
+    "aqua": (0, 255, 255),
+    "orange": (255, 165, 0),
+    "purple": (128, 0, 128),
+    "gold": (255, 215, 0),
+}
+"""The colours a mark may be named by."""
 
 LEAST_VISIBLE_PIXELS: Final = 4
 """So many pixels of the stored picture any mark paints at least, whatever its place, if its region
@@ -36,6 +61,13 @@ def check_shape(name: str) -> Shape:
     return name
 
 
+def named_colour(name: str) -> RGB:
+    """Return the RGB value of a palette colour; an unknown name lists the known ones."""
+    if name not in PALETTE:
+        raise VipLlavaError(f"unknown colour `{name}`; the palette has: {', '.join(PALETTE)}")
+    return PALETTE[name]
+
+
 def shape_words(shape: Shape, colour_name: str | None, *, article: bool = True) -> str:
     """Return the words that name a mark, e.g. ``pointed to by the red arrow``."""
     words = [_PREPOSITIONS[shape], "the" if article else "", colour_name or "", shape]
@@ -45,6 +77,26 @@ def shape_words(shape: Shape, colour_name: str | None, *, article: bool = True) 
 def prompt_words(prompt: VisualPrompt) -> str:
     """Return the words of ``prompt``; equal wherever the sample's text names this mark."""
     return shape_words(prompt.shape, prompt.colour_name, article=prompt.article)
+
+
+def refer_turns(turns: Sequence[DraftTurn], plan: VisualPromptPlan) -> tuple[Turn, ...]:
+    """Replace every mention by the words of its region's mark.
+
+    Raises:
+        RecordError: a mention of a region that the plan does not mark.
+    """
+    words = {prompt.region: prompt_words(prompt) for prompt in plan.prompts}
+
+    def text_of(part: str | Mention) -> str:
+        if isinstance(part, Mention) and part.region not in words:
+            raise RecordError(
+                f"the text mentions region {part.region}, the plan marks {sorted(words)}; "
+                "every mentioned region needs a box",
+                "placeholder-without-region",
+            )
+        return part if isinstance(part, str) else words[part.region]
+
+    return tuple(Turn(t.role, "".join(map(text_of, t.parts)), t.has_image) for t in turns)
 
 
 def mark_bounds(prompt: VisualPrompt) -> BBox:

@@ -12,8 +12,7 @@ from vipllava.records import RecordKind
 from vipllava.records.fields import REGION_PLACEHOLDER, kept_turns
 from vipllava.records.kind import list_or_empty
 from vipllava.types import Mention, Sample, Turn, VisualPromptPlan
-from vipllava.visual_prompts.palette import PALETTE
-from vipllava.visual_prompts.shapes import shape_words
+from vipllava.visual_prompts.shapes import PALETTE, shape_words
 
 _COLOUR_NAMES: Final = {rgb: name for name, rgb in PALETTE.items()}
 

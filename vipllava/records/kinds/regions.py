@@ -16,8 +16,7 @@ import numpy as np
 from vipllava.records.fields import Fields, Parsed
 from vipllava.records.kind import CONVERSATIONS, RecordKind, boxes_and_masks
 from vipllava.types import FixedVisualPrompt, VipLlavaError
-from vipllava.visual_prompts.palette import named_colour
-from vipllava.visual_prompts.shapes import check_shape
+from vipllava.visual_prompts.shapes import check_shape, named_colour
 
 _KNOWN: Final = ("shape", "colour", "width", "alpha")
 
