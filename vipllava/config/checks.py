@@ -34,7 +34,6 @@ from vipllava.config.schema import (
 from vipllava.processes import is_first_process
 from vipllava.types import ConfigError, first_line
 
-_BF16_CAPABILITY = (8, 0)
 _TARGET_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 
 
@@ -44,7 +43,6 @@ def check_config(
     """Check a composed training or evaluation job.
 
     Args:
-        cfg: the job.
         machine: the hardware to check against; this machine if not given.
         more: problems that were found elsewhere, to be said with the others.
 
@@ -250,7 +248,7 @@ def _precision(job: JobValues) -> Iterator[str]:
             "scaling; use bf16-mixed, 32-true, or strategy=zero3"
         )
     capability = _capability(job)
-    if not on_cuda or capability is None or capability >= _BF16_CAPABILITY:
+    if not on_cuda or capability is None or capability >= (8, 0):
         return
     no_bf16 = f"devices of compute capability {capability[0]}.{capability[1]} have no bf16"
     if precision.startswith("bf16"):

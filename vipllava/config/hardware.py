@@ -35,7 +35,7 @@ class CudaDevice:
     """One CUDA device."""
 
     name: str  # as the driver reports it
-    memory_gib: float  # total memory, GiB (an "80 GB" A100 has 79.2)
+    memory_gib: float  # total (an "80 GB" A100 has 79.2)
     capability: tuple[int, int]  # compute capability; bf16 and flash attention need (8, 0)
 
 
