@@ -181,10 +181,10 @@ def _checkpoint(job: JobValues) -> Iterator[str]:
     """The folder a stage starts from, or that is evaluated, where it is one of our runs."""
     folder = job.get("checkpoint" if job.is_evaluation else "stage.checkpoint", str)
     runs = job.get("paths.runs", str)
-    # Hub ids and folders elsewhere: the loader says what is wrong with them.
-    ours = folder is not None and runs is not None and Path(folder).is_relative_to(runs)
-    if not ours or Path(folder).is_dir():
+    if folder is None or runs is None or Path(folder).is_dir():
         return
+    if not Path(folder).is_relative_to(runs):
+        return  # hub ids and folders elsewhere: the loader says what is wrong with them
     if job.is_evaluation:
         yield f"checkpoint={folder}: no such folder; train first or pass checkpoint=FOLDER"
     else:
