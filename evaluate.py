@@ -1,10 +1,5 @@
-"""Run one benchmark, as ``vipllava evaluate``: ``python evaluate.py bench=vip_bench``."""
-
-from vipllava.processes import begin
-
 if __name__ == "__main__":
     begin()
-    from vipllava.commands.evaluate import evaluate
-    from vipllava.config.entry import run_main
+    from vipllava.commands.job import run_job
 
-    run_main(evaluate, config_name="evaluate")
+    run_job("evaluate")

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from vipllava import __version__
-from vipllava.commands import data, shards
+from vipllava.commands import data, job, shards
 from vipllava.commands.convert import convert
 from vipllava.commands.dashboard import dashboard
 from vipllava.commands.doctor import doctor
@@ -37,18 +37,12 @@ HydraArguments = Annotated[
 
 def train(arguments: HydraArguments = None) -> None:
     """Train one stage; --help lists what can be chosen."""
-    from vipllava.commands.train import train as task
-    from vipllava.config.entry import run_main
-
-    run_main(task, config_name="train", arguments=arguments or [])
+    job.run_job("train", arguments or [])
 
 
 def evaluate(arguments: HydraArguments = None) -> None:
     """Run one benchmark; --help lists what can be chosen."""
-    from vipllava.commands.evaluate import evaluate as task
-    from vipllava.config.entry import run_main
-
-    run_main(task, config_name="evaluate", arguments=arguments or [])
+    job.run_job("evaluate", arguments or [])
 
 
 def unpack_gguf(

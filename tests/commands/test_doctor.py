@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from vipllava import cli
+from vipllava.commands import doctor as sections
 from vipllava.commands import doctor_facts
-from vipllava.commands import doctor_sections as sections
-from vipllava.commands.doctor_facts import Devices, Disk, Facts, Network, Packages, Place
+from vipllava.commands.doctor import Row
+from vipllava.commands.doctor_facts import Devices, Facts, Network, Packages, Place
 from vipllava.commands.doctor_facts import Surroundings as Environment
-from vipllava.commands.doctor_sections import Row, Section
 from vipllava.commands.network_probe import Probe, probe_network
 from vipllava.config.hardware import CudaDevice, Hardware
 
@@ -27,7 +27,8 @@ FACTS = Facts(
     PACKAGES,
     Devices(Hardware(num_cpus=8)),
     Network(("gloo",), probe=Probe("gloo", 1.5)),
-    Disk((Place("runs", "/r", 50 * GIB, writable=True),), 8 * GIB),
+    (Place("runs", "/r", 50 * GIB, writable=True),),
+    8 * GIB,
     Environment(),
 )
 
@@ -37,17 +38,17 @@ def changed(value, **changes):
     return type(value)(**{name: changes.get(name, getattr(value, name)) for name in names})
 
 
-def bad(section: Section) -> list[tuple[str, str]]:
-    return [(row.name, row.status) for row in section.rows if row.status != "ok"]
+def bad(section: list[Row]) -> list[tuple[str, str]]:
+    return [(row.name, row.status) for row in section if row.status != "ok"]
 
 
-def values(section: Section) -> dict[str, str]:
-    return {row.name: row.value for row in section.rows}
+def values(section: list[Row]) -> dict[str, str]:
+    return {row.name: row.value for row in section}
 
 
 def test_versions():
     section = sections.versions(PACKAGES)
-    assert [(row.name, row.value) for row in section.rows] == [
+    assert [(row.name, row.value) for row in section] == [
         ("python", "3.11.7"),
         ("platform", "Linux"),
         ("vipllava", "0.1.0 (abc)"),
@@ -67,7 +68,7 @@ def test_what_is_too_old_or_broken_is_a_problem():
             import_errors={"torch": "OSError: libcudart.so.12: cannot open"},
         )
     )
-    found = [row for row in section.rows if row.status == "problem"]
+    found = [row for row in section if row.status == "problem"]
     assert [(row.name, row.value) for row in found] == [
         ("torch", "2.13.0 (CPU build): cannot be imported: OSError: libcudart.so.12: cannot open"),
         ("omegaconf<2.4,>=2.3", "2.4.1 is installed"),
@@ -121,7 +122,7 @@ def test_attention_marks_what_would_be_chosen():
 def test_a_device_that_could_do_better_than_sdpa_is_a_warning():
     section = sections.attention(Hardware((A100,)))
     assert (values(section)["sdpa"], bad(section)) == ("chosen", [("sdpa", "warning")])
-    assert section.rows[-1].remedy == 'pip install "vipllava-lightning[flash]"'
+    assert section[-1].remedy == 'pip install "vipllava-lightning[flash]"'
     assert bad(sections.attention(Hardware())) == []
 
 
@@ -172,17 +173,17 @@ def test_network_shows_versions_and_variables():
     ],
 )
 def test_disk(place, status):
-    (row,) = sections.disk(Disk((place,), None)).rows
+    (row,) = sections.disk((place,), None)
     assert (row.name, row.status, bool(row.remedy)) == (place.name, status, status != "ok")
 
 
 def test_small_shared_memory_is_a_warning():
-    section = sections.disk(Disk((), 64 * 2**20))
+    section = sections.disk((), 64 * 2**20)
     assert (values(section), bad(section)) == (
         {"/dev/shm": "0.06 GiB"},
         [("/dev/shm", "warning")],
     )
-    assert "--shm-size" in section.rows[0].remedy
+    assert "--shm-size" in section[0].remedy
 
 
 def test_environment():
@@ -212,7 +213,7 @@ def test_environment():
 def test_no_home_and_narrow_encodings_have_a_remedy(found, expected, remedy):
     section = sections.surroundings(found, Hardware())
     assert bad(section) == [expected]
-    assert [remedy in row.remedy for row in section.rows if row.status != "ok"] == [True]
+    assert [remedy in row.remedy for row in section if row.status != "ok"] == [True]
 
 
 def test_ranks_that_nobody_gave_are_a_problem():
@@ -220,7 +221,7 @@ def test_ranks_that_nobody_gave_are_a_problem():
     section = sections.network(found, 0)
     assert bad(section) == [("RANK", "problem"), ("WORLD_SIZE", "problem")]
     assert values(section)["WORLD_SIZE"] == "empty"
-    assert "`env -u RANK python train.py ...`" in section.rows[-2].remedy
+    assert "`env -u RANK python train.py ...`" in section[-2].remedy
 
 
 def test_a_master_elsewhere_is_a_warning():
@@ -239,14 +240,14 @@ def test_this_machines_own_faults_are_found(monkeypatch, tmp_path):
     assert facts.network.left_over == {"RANK": "3"}
     assert facts.network.misplaced_master == "192.0.2.1"
     assert (facts.surroundings.home, facts.surroundings.home_writable) == (None, False)
-    assert [p.path for p in facts.disk.places if p.name == "hub cache"] == [str(tmp_path)]
+    assert [p.path for p in facts.places if p.name == "hub cache"] == [str(tmp_path)]
 
 
 def test_deepspeed_on_the_cpu_beside_gpus_and_old_locks_are_bad():
     found = Environment({"DS_ACCELERATOR": "cpu"}, locks={"/e/a/lock": 60.0, "/e/b/lock": 7200.0})
     section = sections.surroundings(found, Hardware((A100,)))
     assert bad(section) == [("DS_ACCELERATOR", "problem"), ("build lock", "warning")]
-    assert [r.value for r in section.rows if r.name == "build lock"] == [
+    assert [r.value for r in section if r.name == "build lock"] == [
         "/e/a/lock, 0.0 hours old",
         "/e/b/lock, 2.0 hours old",
     ]
@@ -255,14 +256,14 @@ def test_deepspeed_on_the_cpu_beside_gpus_and_old_locks_are_bad():
 
 def test_extras_say_what_brings_them():
     extras = {"lora": (), "serve": ("fastapi>=0.115", "gradio<7,>=6")}
-    assert sections.extras(changed(PACKAGES, extras=extras)).rows == (
+    assert sections.extras(changed(PACKAGES, extras=extras)) == [
         Row("lora", "installed"),
         Row(
             "serve",
             "lacks fastapi>=0.115, gradio<7,>=6",
             remedy='pip install "vipllava-lightning[serve]"',
         ),
-    )
+    ]
 
 
 def test_every_feature_of_the_project_is_among_the_extras():
@@ -311,7 +312,7 @@ def test_what_cannot_be_imported_is_told(monkeypatch):
     facts = doctor_facts.look(network=False)
     assert facts.packages.import_errors["torch"] == "OSError: torch: libcudart is not there"
     assert (facts.devices.hardware, facts.network) == (Hardware(), Network(()))
-    assert bad(sections.sections(facts)[0])[0] == ("torch", "problem")
+    assert bad(sections.sections(facts)["Versions"])[0] == ("torch", "problem")
 
 
 def test_a_place_that_is_not_there_is_that_of_the_folder_above(tmp_path):
@@ -354,7 +355,7 @@ def test_two_processes_that_fail_or_hang_are_told_and_ended(monkeypatch, tmp_pat
     [
         (FACTS, 0, ["nothing is wrong"]),
         (
-            changed(FACTS, disk=Disk((Place("runs", "/r", 5 * GIB, writable=True),), None)),
+            changed(FACTS, places=(Place("runs", "/r", 5 * GIB, writable=True),), shm=None),
             0,
             [
                 "warning: Disk, runs: /r: 5.0 GiB free",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vipllava.evaluation.judge import match_offline, split_ground_truth
-from vipllava.evaluation.matching import is_exact_match
+from vipllava.evaluation.judge import is_exact_match, match_offline, split_ground_truth
 from vipllava.types import VipLlavaError
 
 

@@ -17,7 +17,6 @@ from vipllava.report.inspect_page import (
     JobSummary,
     build_inspect_page,
     visible,
-    write_inspect_page,
 )
 from vipllava.report.inspected import InspectedSample, RefusedSample
 from vipllava.types import Mention
@@ -100,8 +99,8 @@ def samples(inspect: Inspect) -> list[InspectedSample | RefusedSample]:
 def source(
     samples: list[InspectedSample | RefusedSample], tmp_path_factory: pytest.TempPathFactory
 ) -> str:
-    path: Path = tmp_path_factory.mktemp("page") / "deeper" / "inspect.html"
-    write_inspect_page(path, JOB, samples)
+    path: Path = tmp_path_factory.mktemp("page") / "inspect.html"
+    path.write_text(build_inspect_page(JOB, samples), "utf-8")
     return path.read_text(encoding="utf-8")
 
 

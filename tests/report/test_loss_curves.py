@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vipllava.report.loss_curves import read_loss_curve, smooth, thin
+from vipllava.report.charts import read_loss_curve, smooth, thin
 from vipllava.types import VipLlavaError
 
 

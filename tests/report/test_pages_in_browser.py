@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.report.conftest import SIDE, Inspect, make_sample
 from tests.report.test_quickstart_page import accuracy, scores
-from vipllava.report.inspect_page import JobSummary, write_inspect_page
+from vipllava.report.inspect_page import JobSummary, build_inspect_page
 from vipllava.report.inspected import InspectedSample, RefusedSample
 from vipllava.report.quickstart_page import Example, QuickstartPage, write_quickstart_page
 from vipllava.types import Mention
@@ -122,7 +122,7 @@ def inspect_page(
         max_length=900, seed=42, chosen="the first that training meets",
         command="vipllava inspect --data /data/" + "manifest_" * 12 + "toys.yaml --num-samples 14",
     )  # fmt: skip
-    write_inspect_page(path, job, shown)
+    path.write_text(build_inspect_page(job, shown), "utf-8")
     return path
 
 

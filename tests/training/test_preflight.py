@@ -19,8 +19,8 @@ from rich.console import Console
 from tests.conftest import byte_tokenizer
 from tests.models.test_real_sizes import CLIP, LANGUAGE_MODELS
 from tests.toy_data import toy_samples
+from vipllava.commands.job import train
 from vipllava.commands.preflight import preflight
-from vipllava.commands.train import train
 from vipllava.config import hardware
 from vipllava.config.checks import check_plan_config
 from vipllava.config.composing import compose_job

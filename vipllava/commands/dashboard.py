@@ -1,8 +1,4 @@
-"""``vipllava dashboard ENTITY/PROJECT``: the W&B workspace of this project's metrics, as code.
-
-What it shows are plain values, so that they can be read and tested without the package that turns
-them into a workspace (extra ``dashboard``).
-"""
+"""``vipllava dashboard ENTITY/PROJECT``: the W&B workspace of this project's metrics, as code."""
 
 from __future__ import annotations
 
@@ -26,8 +22,7 @@ class Panel:
 
     title: str  # above it
     metrics: tuple[str, ...] = ()  # the lines; or the one table of a panel that shows a table
-    # regular expression of further metrics, such as those of each data set
-    pattern: str | None = None
+    pattern: str | None = None  # of further metrics, such as those of each data set
     is_table: bool = False  # shows the logged table and not lines
 
 
@@ -75,7 +70,6 @@ def dashboard(
     It shows loss (by data set, too), samples with predictions, speed and data. Needs the extra
     `dashboard` and `wandb login`.
     """
-
     entity, slash, project = place.partition("/")
     if not (entity and slash and project) or "/" in project:
         raise VipLlavaError(
@@ -93,13 +87,7 @@ def dashboard(
 
 
 def build_workspace(entity: str, project: str, name: str) -> Any:
-    """Return the workspace, not saved yet.
-
-    Args:
-        entity: user or team on W&B.
-        project: of the runs.
-        name: of the workspace.
-    """
+    """Return the workspace ``name`` of an entity's project, not saved yet."""
     workspaces: Any = importlib.import_module("wandb_workspaces.workspaces")
     reports: Any = importlib.import_module("wandb_workspaces.reports.v2")
 

@@ -11,28 +11,26 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from vipllava.commands.options import DataRoot, Json, Manifests, Name, count_or_all
-from vipllava.commands.output import facts_table, print_json, print_table, say
+from vipllava.commands.output import (
+    facts_table,
+    print_json,
+    print_table,
+    progress_bars,
+    rows_table,
+    say,
+)
 from vipllava.types import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vipllava.ingest.check.availability import Availability
-    from vipllava.ingest.fetch.fetching import Outcome
     from vipllava.shards.manifest import Manifest
     from vipllava.shards.sources import DataSource
 
-EXIT_INCOMPLETE: Final = 1
 _COLOURS: Final = {
-    "ok": "green",
-    "present": "green",
-    "fetched": "green",
-    "unchecked": "yellow",
-    "differs": "yellow",
-    "missing": "red",
-    "damaged": "red",
-    "failed": "red",
-}
+    "ok": "green", "present": "green", "fetched": "green", "unchecked": "yellow",
+    "differs": "yellow", "missing": "red", "damaged": "red", "failed": "red",
+}  # fmt: skip
 
 
 class Part(StrEnum):
@@ -49,7 +47,6 @@ app = typer.Typer(no_args_is_help=True)
 @app.command("list")
 def list_data(manifests: Manifests, data_root: DataRoot = "data", as_json: Json = False) -> None:
     """List data sets and benchmarks, and which of them are here."""
-
     from vipllava.shards.manifest import ManifestError, list_manifests, load_manifest
 
     rows: list[dict[str, str]] = []
@@ -75,7 +72,6 @@ def list_data(manifests: Manifests, data_root: DataRoot = "data", as_json: Json 
 @app.command()
 def show(name: Name, manifests: Manifests, as_json: Json = False) -> None:
     """Show what a manifest says: parts, sources, licences."""
-
     from vipllava.shards.manifest import load_manifest
 
     manifest = load_manifest(name, manifests)
@@ -108,12 +104,10 @@ def check(
 
     Exit code 1 if not all is well.
     """
-
-    from vipllava.commands.progress_bars import ProgressBars
     from vipllava.ingest.check.availability import PARTS, check_data
     from vipllava.shards.manifest import load_manifest
 
-    with ProgressBars() as bars:
+    with progress_bars() as bars:
         found = check_data(
             load_manifest(name, manifests),
             data_root,
@@ -125,11 +119,13 @@ def check(
     if as_json:
         print_json(found.to_json())
     else:
-        print_table(_findings_table(found))
+        cells = [(f.part, f.name, f.status, _found(f.detail, f.examples)) for f in found.findings]
+        title = f"{found.manifest} in {found.data_root}"
+        print_table(_table(title, ("part", "name", "status", "found"), cells))
         for remedy in dict.fromkeys(finding.remedy for finding in found.findings):
             if remedy:
                 say(f"-> {remedy}")
-    return 0 if found.ok else EXIT_INCOMPLETE
+    return int(not found.ok)
 
 
 @app.command()
@@ -150,7 +146,6 @@ def fetch(
 
     Run it again to go on after a break.
     """
-    from vipllava.commands.progress_bars import ProgressBars
     from vipllava.ingest.fetch.fetching import FetchOptions, fetch_data
     from vipllava.shards.manifest import load_manifest
 
@@ -163,28 +158,27 @@ def fetch(
     if not manifest.sources:
         raise ConfigError(f"`{manifest.name}` names no sources; add them to its manifest")
     options = FetchOptions(keep_archives, again, num_workers)
-    with ProgressBars() as bars:
+    with progress_bars() as bars:
         outcomes = fetch_data(manifest, data_root, options, tell=bars)
     ok = all(outcome.ok for outcome in outcomes)
     if as_json:
-        print_json(
-            {
-                "schema_version": 1,
-                "manifest": manifest.name,
-                "data_root": data_root,
-                "outcomes": [asdict(outcome) for outcome in outcomes],
-                "ok": ok,
-            }
-        )
+        report = {"schema_version": 1, "manifest": manifest.name, "data_root": data_root}
+        print_json({**report, "outcomes": [asdict(outcome) for outcome in outcomes], "ok": ok})
     else:
-        _print_outcomes(manifest, outcomes)
-    return 0 if ok else EXIT_INCOMPLETE
+        cells = [(o.source, o.part, o.place, o.status, o.detail if o.ok else "") for o in outcomes]
+        headers = ("source", "part", "place", "status", "found")
+        print_table(_table(manifest.name, headers, cells))
+        for outcome in outcomes:
+            if not outcome.ok:
+                say(f"{outcome.source}, {outcome.part}: {outcome.detail}")
+        say(f"licence: {manifest.licence}")
+    return int(not ok)
 
 
 def _summary(manifest: Manifest) -> dict[str, str]:
-    samples = "" if manifest.num_samples is None else f"{manifest.num_samples:,}"
-    if not samples and manifest.approximate_samples:
-        samples = f"about {manifest.approximate_samples:,}"
+    samples = f"about {manifest.approximate_samples:,}" if manifest.approximate_samples else ""
+    if manifest.num_samples is not None:
+        samples = f"{manifest.num_samples:,}"
     kind = manifest.format if manifest.format != "shards" else manifest.record_kind
     return {
         "name": manifest.name,
@@ -214,7 +208,7 @@ def _source_facts(source: DataSource) -> list[tuple[str, str]]:
     if source.picture_list is not None:
         places[source.picture_list.into] = None
     size = sum(file.size or 0 for file in source.files)
-    facts = [
+    return [
         ("what", source.what),
         ("how to get it", ways[source.access]),
         ("address", source.address or ""),
@@ -222,12 +216,11 @@ def _source_facts(source: DataSource) -> list[tuple[str, str]]:
         ("goes to", "\n".join("the data root" if p == "." else p for p in places)),
         ("licence", source.licence or ""),
     ]
-    return [(name, value) for name, value in facts if value]
 
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     summary = _summary(manifest)
-    facts = [
+    return [
         ("stage", manifest.stage),
         ("records", summary["records"]),
         ("samples", summary["samples"] or "not known beforehand"),
@@ -240,43 +233,21 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("licence", manifest.licence),
         ("notes", manifest.notes.strip()),
     ]
-    return [(name, value) for name, value in facts if value]
 
 
-def _findings_table(found: Availability) -> Table:
-    rows: list[tuple[str, ...]] = []
-    for finding in found.findings:
-        lines = [finding.detail, *(f"- {example}" for example in finding.examples[:5])]
-        if len(finding.examples) > 5:
-            lines.append("- and more: --json lists them")
-        rows.append((finding.part, finding.name, finding.status, "\n".join(lines)))
-    title = f"{found.manifest} in {found.data_root}"
-    return _table(title, ("part", "name", "status", "found"), rows)
-
-
-def _print_outcomes(manifest: Manifest, outcomes: Sequence[Outcome]) -> None:
-
-    rows = [(o.source, o.part, o.place, o.status, o.detail if o.ok else "") for o in outcomes]
-    headers = ("source", "part", "place", "status", "found")
-    print_table(_table(manifest.name, headers, rows))
-    for outcome in outcomes:
-        if not outcome.ok:
-            say(f"{outcome.source}, {outcome.part}: {outcome.detail}")
-    say(f"licence: {manifest.licence}")
+def _found(detail: str, examples: Sequence[str]) -> str:
+    more = ["- and more: --json lists them"] if len(examples) > 5 else []
+    return "\n".join([detail, *(f"- {example}" for example in examples[:5]), *more])
 
 
 def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title or None)
-    for header in headers:
-        table.add_column(header, overflow="fold", no_wrap=header in ("name", "status"))
-    for row in rows:
-        table.add_row(
-            *(
-                Text(cell, style=_COLOURS[cell] if header == "status" else "")
-                for header, cell in zip(headers, row, strict=True)
-            )
-        )
-    return table
+    coloured = [
+        [
+            Text(cell, _COLOURS[cell]) if header == "status" else cell
+            for header, cell in zip(headers, row, strict=True)
+        ]
+        for row in rows
+    ]
+    return rows_table(title, headers, coloured, whole=("name", "status"))

@@ -16,7 +16,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from vipllava import __version__
+from vipllava.commands import network_probe
 from vipllava.commands.network_probe import Probe
+from vipllava.config import hardware
 from vipllava.config.hardware import SHM, Hardware
 from vipllava.config.launch_checks import left_over, misplaced_master
 from vipllava.config.machine_faults import find_home
@@ -35,12 +38,13 @@ _SHOWN: Final = (
     "deepspeed", "peft", "bitsandbytes", "flash-attn", "flash-attn-3", "flash-attn-4", "wandb",
 )  # fmt: skip
 _IMPORTED: Final = ("torch", "lightning", "transformers")
-_NETWORK_VARIABLES: Final = ("NCCL_", "MASTER_", "GLOO_")
 _VARIABLES: Final = (
     "HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE", "TORCH_EXTENSIONS_DIR", "DS_ACCELERATOR",
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "VIPLLAVA_DATA", "VIPLLAVA_CACHE",
 )  # fmt: skip
 """None of these ever holds a key."""
+
+_Texts = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +54,10 @@ class Packages:
     python: str  # version
     platform: str  # operating system and processor
     code: str  # our version, with the commit of a checkout
-    versions: Mapping[str, str]  # of the packages worth showing that are installed
+    versions: _Texts  # of the packages worth showing that are installed
     # of our requirements those that are not met, with the version that is there or None
     unfit: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
-    # by package, why it cannot be imported
-    import_errors: Mapping[str, str] = field(default_factory=dict[str, str])
+    import_errors: _Texts = field(default_factory=dict[str, str])  # by package, why
     torch_cuda: str | None = None  # CUDA version that torch was built with; None for a CPU build
     # by extra, the requirements that are not met
     extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
@@ -75,11 +78,10 @@ class Network:
 
     backends: tuple[str, ...]  # of torch.distributed that are built in
     nccl: str = ""  # version of NCCL; empty without
-    # of the environment that change it
-    variables: Mapping[str, str] = field(default_factory=dict[str, str])
+    variables: _Texts = field(default_factory=dict[str, str])  # of the environment that change it
     probe: Probe | None = None  # what came of trying; None where it was left out
     # variables of the environment that only a launcher sets, and none has
-    left_over: Mapping[str, str] = field(default_factory=dict[str, str])
+    left_over: _Texts = field(default_factory=dict[str, str])
     misplaced_master: str | None = None  # ``MASTER_ADDR`` where it is no address of this machine
 
 
@@ -94,19 +96,10 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Disk:
-    """Where there is room."""
-
-    places: tuple[Place, ...]  # the folders
-    shm: int | None  # bytes of ``/dev/shm``; None where a system has none
-
-
-@dataclass(frozen=True, slots=True)
 class Surroundings:
     """What the environment says."""
 
-    # those that are set, of a list that holds no keys
-    variables: Mapping[str, str] = field(default_factory=dict[str, str])
+    variables: _Texts = field(default_factory=dict[str, str])  # that are set; none holds a key
     wandb_key: bool = False  # whether W&B has a key, in the environment or in a file
     # lock files of torch's extension builds, with their age in seconds
     locks: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -123,7 +116,8 @@ class Facts:
     packages: Packages
     devices: Devices
     network: Network
-    disk: Disk
+    places: tuple[Place, ...]
+    shm: int | None  # bytes of ``/dev/shm``; None where a system has none
     surroundings: Surroundings
 
 
@@ -134,13 +128,19 @@ def look(*, network: bool = True) -> Facts:
         network: try whether two processes can talk to each other; takes seconds.
     """
     packages = look_at_packages()
+    driver = Path("/proc/driver/nvidia/version").exists() or bool(shutil.which("nvidia-smi"))
     if "torch" in packages.import_errors:
-        devices = Devices(Hardware(), driver=_has_driver())
+        devices = Devices(Hardware(), driver=driver)
         talking = Network((), left_over=left_over())
     else:
-        devices = look_at_devices()
-        talking = look_at_network(len(devices.hardware.cuda), try_it=network)
-    return Facts(packages, devices, talking, look_at_disk(), look_at_surroundings())
+        import torch
+
+        found = hardware.detect()
+        free = tuple(torch.cuda.mem_get_info(n)[0] / 2**30 for n in range(len(found.cuda)))
+        devices = Devices(found, free, driver)
+        talking = _look_at_network(len(found.cuda), try_it=network)
+    shm = shutil.disk_usage(SHM).total if SHM.is_dir() else None
+    return Facts(packages, devices, talking, _look_at_places(), shm, look_at_surroundings())
 
 
 def look_at_packages() -> Packages:
@@ -151,9 +151,7 @@ def look_at_packages() -> Packages:
             import_module(name)
         except Exception as error:  # noqa: BLE001  whatever it is, it is what is wrong here
             errors[name] = f"{type(error).__name__}: {first_line(error)}"
-    import vipllava
-
-    code, torch_cuda = vipllava.__version__, None
+    code, torch_cuda = __version__, None
     if not errors:
         from vipllava.checkpoints.export_meta import code_version
 
@@ -203,41 +201,27 @@ def project_requirements() -> dict[str, tuple[Requirement, ...]]:
     return {extra: tuple(group) for extra, group in found.items()}
 
 
-def look_at_devices() -> Devices:
-    """Ask torch for devices and their free memory."""
-    import torch
-
-    from vipllava.config import hardware
-
-    found = hardware.detect()
-    free = tuple(torch.cuda.mem_get_info(n)[0] / 2**30 for n in range(len(found.cuda)))
-    return Devices(found, free, _has_driver())
-
-
-def look_at_network(num_cuda: int, *, try_it: bool) -> Network:
-    """Look at torch.distributed, and try it if asked to: NCCL where two CUDA devices are.
-
-    Args:
-        num_cuda: CUDA devices.
-        try_it: let two processes add up a tensor.
-    """
+def _look_at_network(num_cuda: int, *, try_it: bool) -> Network:
+    """Look at torch.distributed, and try it if asked to: NCCL where two CUDA devices are."""
     from torch import distributed
     from torch.cuda import nccl
 
-    from vipllava.commands.network_probe import PROCESSES, probe_network
-
+    variables = {
+        name: value for name, value in sorted(os.environ.items())
+        if name.startswith(("NCCL_", "MASTER_", "GLOO_"))
+    }  # fmt: skip
     if not distributed.is_available():
-        return Network((), variables=_network_variables(), left_over=left_over())
+        return Network((), variables=variables, left_over=left_over())
     there = {"nccl": distributed.is_nccl_available(), "gloo": distributed.is_gloo_available()}
     backends = tuple(name for name in there if there[name])
     version = ".".join(map(str, nccl.version())) if there["nccl"] else ""
-    wanted = "nccl" if num_cuda >= PROCESSES else "gloo"
-    probe = probe_network(wanted) if try_it and wanted in backends else None
-    return Network(backends, version, _network_variables(), probe, left_over(), misplaced_master())
+    wanted = "nccl" if num_cuda >= network_probe.PROCESSES else "gloo"
+    probe = network_probe.probe_network(wanted) if try_it and wanted in backends else None
+    return Network(backends, version, variables, probe, left_over(), misplaced_master())
 
 
-def look_at_disk() -> Disk:
-    """Look at the folders that the configuration names, the temporary one, and shared memory."""
+def _look_at_places() -> tuple[Place, ...]:
+    """Look at the folders that the configuration names, and at the temporary one."""
     from vipllava.config.composing import compose_job
 
     paths = compose_job(["trainer=cpu"]).paths
@@ -250,10 +234,7 @@ def look_at_disk() -> Disk:
         "hub cache": os.environ.get("HF_HOME") or str(cache / "huggingface"),
         "temporary": tempfile.gettempdir(),
     }
-    return Disk(
-        tuple(look_at_place(name, Path(path)) for name, path in folders.items()),
-        shutil.disk_usage(SHM).total if SHM.is_dir() else None,
-    )
+    return tuple(look_at_place(name, Path(path)) for name, path in folders.items())
 
 
 def look_at_place(name: str, path: Path) -> Place:
@@ -267,8 +248,7 @@ def look_at_surroundings() -> Surroundings:
     """Read variables, look for a W&B key and for locks of extension builds."""
     from vipllava.config.checks import has_wandb_key
 
-    named = os.environ.get("TORCH_EXTENSIONS_DIR")
-    home = find_home()
+    named, home = os.environ.get("TORCH_EXTENSIONS_DIR"), find_home()
     root = Path(named) if named else (home or Path("~")) / ".cache" / "torch_extensions"
     # ROOT/EXTENSION/lock where it is named, ROOT/py311_cu128/EXTENSION/lock where not.
     locks = sorted({*root.glob("*/lock"), *root.glob("*/*/lock")})
@@ -305,15 +285,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _has_driver() -> bool:
-    proc = Path("/proc/driver/nvidia/version")
-    return proc.exists() or shutil.which("nvidia-smi") is not None
-
-
-def _network_variables() -> dict[str, str]:
-    return {
-        name: value for name, value in sorted(os.environ.items())
-        if name.startswith(_NETWORK_VARIABLES)
-    }  # fmt: skip

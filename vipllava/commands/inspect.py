@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -17,15 +18,14 @@ from vipllava.types import RecordError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from vipllava.report.inspect_page import JobSummary
     from vipllava.report.inspected import InspectedSample, RefusedSample
     from vipllava.stream.datamodule import VisualPromptDataModule
+    from vipllava.stream.order import Item
     from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
     from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 
 logger = logging.getLogger(__name__)
 
-PAGE: Final = "inspect.html"
 DEFAULT_SAMPLES: Final = 24
 
 
@@ -61,8 +61,6 @@ def inspect_job(
 ) -> Path:
     """Write a page of the samples that a training job meets first.
 
-    A sample that training would refuse is shown with the reason.
-
     Args:
         cfg: what Hydra composed from ``conf/train.yaml``, its data checked.
         num_samples: how many; by default what ``inspect`` says, else 24.
@@ -72,66 +70,63 @@ def inspect_job(
     Raises:
         VipLlavaError: the data cannot be opened.
     """
-    from vipllava.report.inspect_page import write_inspect_page
     from vipllava.training.job import build_datamodule, forget_missing_checkpoint
 
     if num_samples is None:
-        asked = cfg.inspect
-        num_samples = DEFAULT_SAMPLES if isinstance(asked, bool) else int(asked)
-    path = output or Path(cfg.run_dir) / PAGE
+        num_samples = DEFAULT_SAMPLES if isinstance(cfg.inspect, bool) else int(cfg.inspect)
+    path = output or Path(cfg.run_dir) / "inspect.html"
     forget_missing_checkpoint(cfg)
     datamodule = build_datamodule(cfg)
     dataset = datamodule.open_dataset()
-    summary = summary_of(
-        cfg, datamodule, dataset, chosen="the first that training meets", command=command
-    )
     items = datamodule.first_items(dataset, num_samples)
-    shown = [
-        look_at(
-            dataset.sources[item.part], datamodule.sample_encoder, item.position, item.epoch_pass
-        )
-        for item in items
-    ]
-    write_inspect_page(path, summary, shown)
-    logger.info(
-        "%d of %d samples of %s: open %s", len(shown), summary.num_samples, summary.dataset, path
-    )
+    chosen = "the first that training meets"
+    write_page(path, cfg, datamodule, dataset, items, chosen=chosen, command=command)
     return path
 
 
-def summary_of(
+def write_page(
+    path: Path,
     cfg: DictConfig,
     datamodule: VisualPromptDataModule,
     dataset: VisualPromptDataset,
+    items: Sequence[Item],
     *,
     chosen: str,
     command: str = "",
-) -> JobSummary:
-    """Return the head of a page about a job's samples.
+) -> None:
+    """Write a page of some samples of a job whose data is open.
 
     Args:
+        path: the page.
         cfg: what Hydra composed.
-        datamodule: the job's.
-        dataset: its opened data.
-        chosen: which samples the page shows, in words.
+        datamodule, dataset: the job's.
+        items: the samples.
+        chosen: how they were chosen, in words.
         command: how to make the page again.
     """
-    from vipllava.report.inspect_page import JobSummary
+    from vipllava.files.atomic import write_whole
+    from vipllava.report.inspect_page import JobSummary, build_inspect_page
 
-    encoder, transform = datamodule.conversation_encoder, datamodule.sample_encoder.transform
-    return JobSummary(
+    texts, transform = datamodule.conversation_encoder, datamodule.sample_encoder.transform
+    summary = JobSummary(
         dataset=" + ".join(source.name for source in dataset.sources),
         num_samples=sum(len(source) for source in dataset.sources),
         stage=cfg.stage.name,
         model=cfg.model.name,
-        chat_template=encoder.template.name,
+        chat_template=texts.template.name,
         image_aspect=transform.aspect,
         image_size=transform.size,
-        image_seq_length=encoder.image_seq_length,
-        max_length=encoder.max_length,
+        image_seq_length=texts.image_seq_length,
+        max_length=texts.max_length,
         seed=int(cfg.seed),
         chosen=chosen,
         command=command,
+    )
+    sources, encoder = dataset.sources, datamodule.sample_encoder
+    shown = [look_at(sources[i.part], encoder, i.position, i.epoch_pass) for i in items]
+    write_whole(path, build_inspect_page(summary, shown))
+    logger.info(
+        "%d of %d samples of %s: open %s", len(shown), summary.num_samples, summary.dataset, path
     )
 
 

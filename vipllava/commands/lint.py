@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vipllava.commands.job import compose_data_job
 from vipllava.commands.options import ConfigFolder, JobData, Json, Overrides
-from vipllava.commands.output import print_json
+from vipllava.commands.output import print_json, progress_bars
 from vipllava.config.argument_names import naming_keys
 
 if TYPE_CHECKING:
     from vipllava.ingest.lint import LintReport
-
-EXIT_FINDINGS: Final = 1
 
 
 def lint(
@@ -42,7 +40,6 @@ def lint(
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from vipllava.commands.progress_bars import ProgressBars
     from vipllava.ingest.lint import LintLimits, lint_shards, print_report
     from vipllava.training.job import build_datamodule, forget_missing_checkpoint
 
@@ -52,7 +49,7 @@ def lint(
         limits = LintLimits.from_mapping(values)
         datamodule = build_datamodule(cfg)
     reports: list[LintReport] = []
-    with ProgressBars() as bars:
+    with progress_bars() as bars:
         for manifest in datamodule.manifests:
             report = lint_shards(
                 manifest,
@@ -73,4 +70,4 @@ def lint(
     if as_json:
         found = [report.to_json() for report in reports]
         print_json(found if len(found) > 1 else found[0])
-    return EXIT_FINDINGS if strict and any(report.findings for report in reports) else 0
+    return int(strict and any(report.findings for report in reports))

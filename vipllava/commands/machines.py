@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from vipllava.commands.output import print_table, say
+from vipllava.commands.output import print_table, rows_table, say
 from vipllava.types import ConfigError
 
 if TYPE_CHECKING:
@@ -24,16 +24,9 @@ _SINGLE: Final = (("RTX 4090", 24), ("A100", 80), ("H200", 141))
 
 _STAGES: Final = ("pretrain", "finetune")
 _HEADERS: Final = (
-    "trains",
-    "machine",
-    "strategy",
-    "micro-batch",
-    "largest",
-    "recomputed",
-    "GiB",
-    "host GiB",
+    "trains", "machine", "strategy", "micro-batch", "largest", "recomputed", "GiB", "host GiB",
     "hours",
-)
+)  # fmt: skip
 _GIB: Final = 2**30
 
 
@@ -56,7 +49,6 @@ class MachineRow:
 
     def cells(self) -> tuple[str, ...]:
         """Return the row as texts, one for each of the table's headers."""
-        room = f"{self.memory / _GIB:.1f} of {self.capacity / _GIB:.1f}"
         fits = self.strategy is not None
         return (
             self.workload,
@@ -65,7 +57,7 @@ class MachineRow:
             str(self.micro_batch_size),
             str(self.largest) if self.largest else "-",
             f"{self.recomputed} of {self.num_blocks}" if self.recomputed is not None else "-",
-            room,
+            f"{self.memory / _GIB:.1f} of {self.capacity / _GIB:.1f}",
             f"{self.host / _GIB:.0f}" if fits else "-",
             f"{self.hours:.1f}" if fits and self.hours is not None else "-",
         )
@@ -87,7 +79,6 @@ def machines(
     preflight=true
     """
     from rich import box
-    from rich.table import Table
 
     from vipllava.config.schema import did_you_mean
 
@@ -102,23 +93,13 @@ def machines(
         say(markdown(rows))
         return
     for model in dict.fromkeys(row.model for row in rows):
-        title = f"{model}, hours at an MFU of {mfu:.0%}"
-        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0))
-        for header in _HEADERS:
-            table.add_column(header, justify="left" if header in _HEADERS[:3] else "right")
-        for row in rows:
-            if row.model == model:
-                table.add_row(*row.cells())
-        print_table(table)
+        title, cells = f"{model}, hours at an MFU of {mfu:.0%}", _cells(rows, model)
+        look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 0)}
+        print_table(rows_table(title, _HEADERS, cells, right=_HEADERS[3:], **look))
 
 
 def machine_rows(models: Sequence[str] = MODELS, *, mfu: float) -> list[MachineRow]:
-    """Forecast every workload of some models on every trainer whose memory is known.
-
-    Args:
-        models: of ``conf/model``, made of published parts.
-        mfu: share of the devices' peak.
-    """
+    """Forecast every workload of models of ``conf/model`` on every trainer of known memory."""
     from vipllava.config.composing import compose_job
     from vipllava.forecast.flops import WORKLOADS
     from vipllava.forecast.published import published_architecture
@@ -144,15 +125,16 @@ def machine_rows(models: Sequence[str] = MODELS, *, mfu: float) -> list[MachineR
 
 def markdown(rows: Sequence[MachineRow]) -> str:
     """Return the tables of ``docs/machines.md``."""
-    lines: list[str] = []
+    tables: list[str] = []
     for model in dict.fromkeys(row.model for row in rows):
-        lines += [f"## {model}", "", _line(_HEADERS), _line(["---"] * len(_HEADERS))]
-        lines += [*(_line(row.cells()) for row in rows if row.model == model), ""]
-    return "\n".join(lines[:-1])
+        cells = [_HEADERS, ["---"] * len(_HEADERS), *_cells(rows, model)]
+        lines = ("| " + " | ".join(line) + " |" for line in cells)
+        tables.append("\n".join((f"## {model}", "", *lines)))
+    return "\n\n".join(tables)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _cells(rows: Sequence[MachineRow], model: str) -> list[tuple[str, ...]]:
+    return [row.cells() for row in rows if row.model == model]
 
 
 def _machines(stage: str) -> Iterator[tuple[str, DictConfig]]:
@@ -160,21 +142,18 @@ def _machines(stage: str) -> Iterator[tuple[str, DictConfig]]:
     from vipllava.config.composing import compose_job
     from vipllava.config.places import CONFIG_DIR
 
-    for path in sorted((CONFIG_DIR / "trainer").glob("*.yaml")):
-        if path.stem == "1gpu":
+    for name in sorted(path.stem for path in (CONFIG_DIR / "trainer").glob("*.yaml")):
+        job = [f"trainer={name}", "model=7b", f"stage={stage}"]
+        if name == "1gpu":
             for device, memory in _SINGLE:
-                overrides = [
-                    f"machine.device={device}",
-                    f"machine.memory_gb={memory}",
-                    # Not what this machine would choose.
-                    "trainer.precision=bf16-mixed",
-                ]
-                cfg = compose_job(["trainer=1gpu", "model=7b", f"stage={stage}", *overrides])
-                yield f"1gpu ({device})", cfg
-        elif path.stem not in ("auto", "cpu"):
-            cfg = compose_job([f"trainer={path.stem}", "model=7b", f"stage={stage}"])
+                machine = [f"machine.device={device}", f"machine.memory_gb={memory}"]
+                # Not what this machine would choose.
+                precision = "trainer.precision=bf16-mixed"
+                yield f"1gpu ({device})", compose_job([*job, *machine, precision])
+        elif name not in ("auto", "cpu"):
+            cfg = compose_job(job)
             if cfg.machine.memory_gb is not None:
-                yield path.stem, cfg
+                yield name, cfg
 
 
 def _corpus(model: str, stage: str, image_tokens: int) -> Corpus:
@@ -199,12 +178,13 @@ def _row(
 ) -> MachineRow:
     from vipllava.config.batch import largest_micro_batch as largest_dividing
     from vipllava.forecast import job as forecasts
-    from vipllava.forecast.memory import Setup, device_memory, host_memory
+    from vipllava.forecast.memory import Setup
     from vipllava.models.adapters import AdapterSettings
     from vipllava.models.quantization import QuantizationSettings
     from vipllava.training.optim import uses_fused_adamw
 
-    devices = int(cfg.trainer.devices) * int(cfg.trainer.num_nodes)
+    num_nodes = int(cfg.trainer.num_nodes)
+    devices = int(cfg.trainer.devices) * num_nodes
     global_rows = int(cfg.stage.global_batch_size)
     wanted = int(cfg.machine.micro_batch_sizes[workload])
     wanted = largest_dividing(min(wanted, limit or wanted), global_rows, devices, 1) or 1
@@ -226,20 +206,16 @@ def _row(
     )
     capacity = forecasts.device_capacity(float(cfg.machine.memory_gb))
     choice = forecasts.choose_strategy(architecture, setup, capacity, global_rows)
-    plan = forecasts.RunPlan(1, global_rows, mfu=mfu, device=cfg.machine.device)
-    on_host: dict[str, Any] = {
-        "num_nodes": int(cfg.trainer.num_nodes),
-        "num_workers": int(cfg.data.num_workers),
-    }
-    hours = forecasts.forecast(architecture, setup, corpus, plan).hours
-    if choice is None:
-        last_resort = forecasts.possible_strategies(setup)[-1]
-        chosen = replace(setup, strategy=last_resort, micro_batch_size=1)
-        memory = device_memory(architecture, chosen)
-    else:
-        size = min(wanted, choice.micro_batch_size)
-        chosen = replace(setup, strategy=choice.strategy, micro_batch_size=size)
-        memory = choice.memory
+    chosen = replace(
+        setup,
+        strategy=choice.strategy if choice else forecasts.possible_strategies(setup)[-1],
+        micro_batch_size=min(wanted, choice.micro_batch_size) if choice else 1,
+    )
+    plan = forecasts.RunPlan(
+        1, global_rows, mfu=mfu, device=cfg.machine.device, num_nodes=num_nodes,
+        num_workers=int(cfg.data.num_workers),
+    )  # fmt: skip
+    expected = forecasts.forecast(architecture, chosen, corpus, plan)
     return MachineRow(
         model=model,
         workload=workload,
@@ -249,8 +225,8 @@ def _row(
         largest=choice and choice.micro_batch_size,
         recomputed=choice and forecasts.fewest_recomputed(architecture, chosen, capacity),
         num_blocks=architecture.language_model.num_blocks,
-        memory=memory.total,
+        memory=expected.memory.total,
         capacity=capacity,
-        host=host_memory(architecture, chosen, **on_host).total,
-        hours=choice and hours,
+        host=expected.host.total,
+        hours=choice and expected.hours,
     )

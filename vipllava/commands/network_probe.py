@@ -35,48 +35,33 @@ def probe_network(backend: str, timeout: float = 60.0, *, script: Path = Path(__
         timeout: seconds after which it counts as failed.
         script: what the processes run; this file.
     """
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    began, error = time.monotonic(), ""
+    with tempfile.TemporaryDirectory() as folder:
         children: list[subprocess.Popen[bytes]] = []
+        logs = [Path(folder, f"{rank}.txt") for rank in range(PROCESSES)]
         try:
-            for rank in range(PROCESSES):
-                # -P: this folder holds modules with the names of Python's own.
-                command = [sys.executable, "-P", str(script), str(rank), backend, name]
-                with (folder / f"{rank}.txt").open("wb") as log:
-                    arguments = [*command, str(timeout)]
-                    children.append(
-                        subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT)
-                    )
-            error = _wait(children, folder, timeout)
+            for rank, log in enumerate(logs):
+                words = (str(script), str(rank), backend, folder, str(timeout))
+                with log.open("wb") as out:
+                    # -P: this folder holds modules with the names of Python's own.
+                    command = [sys.executable, "-P", *words]
+                    children.append(subprocess.Popen(command, stdout=out, stderr=out))
+            codes: list[int | None] = [None]
+            while None in codes and not any(codes):
+                if time.monotonic() - began > timeout:
+                    error = f"no answer within {timeout:g} s"
+                    break
+                time.sleep(0.05)
+                codes = [child.poll() for child in children]
+            for rank, code in enumerate(codes):
+                if code:
+                    said = logs[rank].read_text("utf-8", errors="replace").strip()
+                    error = said.split("\n")[-1] or f"process {rank} ended with code {code}"
         finally:
             for child in children:
                 child.kill()
                 child.wait()
     return Probe(backend, time.monotonic() - began, error)
-
-
-def _wait(children: list[subprocess.Popen[bytes]], folder: Path, timeout: float) -> str:
-    """Return the first failure in a line, or nothing when both are done."""
-    deadline = time.monotonic() + timeout
-    running = dict(enumerate(children))
-    while running:
-        for rank, child in list(running.items()):
-            if child.poll() is None:
-                continue
-            if child.returncode:
-                said = (
-                    (folder / f"{rank}.txt")
-                    .read_text(encoding="utf-8", errors="replace")
-                    .strip()
-                    .splitlines()
-                )
-                return said[-1] if said else f"process {rank} ended with code {child.returncode}"
-            del running[rank]
-        if running and time.monotonic() > deadline:
-            return f"no answer within {timeout:g} s"
-        time.sleep(0.05)
-    return ""
 
 
 def _add_up(rank: int, backend: str, folder: str, timeout: float) -> None:

@@ -32,8 +32,7 @@ Name = Annotated[
     ),
 ]
 DataRoot = Annotated[
-    str,
-    typer.Option("--data-root", envvar="VIPLLAVA_DATA", help="Folder of all data sets."),
+    str, typer.Option("--data-root", envvar="VIPLLAVA_DATA", help="Folder of all data sets.")
 ]
 Manifests = Annotated[
     Path,
@@ -63,11 +62,7 @@ CacheSize = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Overrides of conf/train.yaml.",
-        show_default=False,
-    ),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides of conf/train.yaml.", show_default=False),
 ]
 ConfigFolder = Annotated[
     Path | None, typer.Option("--config-dir", help="A configuration folder of your own, added.")

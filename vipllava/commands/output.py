@@ -1,14 +1,20 @@
-"""How commands print: plain texts, tables of facts, JSON. rich is imported late, for ``--help``."""
+"""How commands print: texts, tables, JSON, progress. rich is imported late, for ``--help``."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+Tell = Callable[[str, str, int, int | None], None]
+"""Is told a task's name, its unit, how much is done, and how much there is, if that is known."""
 
 
 def print_table(table: Table) -> None:
@@ -18,12 +24,12 @@ def print_table(table: Table) -> None:
     Console().print(table)
 
 
-def say(text: str, style: str = "") -> None:
+def say(text: str) -> None:
     """Print a text as it is: brackets are no markup, and long lines are not broken."""
     from rich.console import Console
     from rich.text import Text
 
-    Console().print(Text(text, style=style), soft_wrap=True)
+    Console().print(Text(text), soft_wrap=True)
 
 
 def print_json(content: object) -> None:
@@ -34,7 +40,10 @@ def print_json(content: object) -> None:
 def facts_table(
     facts: Iterable[tuple[str, str]], title: str | None = None, indent: int = 0
 ) -> Table:
-    """Return a table of names and values without lines; a title stands above, in bold."""
+    """Return a table of names and values without lines, below a title in bold.
+
+    A fact whose value is empty is left out.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -45,5 +54,68 @@ def facts_table(
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(name, Text(value))
+        if value:
+            table.add_row(Text(name), Text(value))
     return table
+
+
+def rows_table(
+    title: str,
+    headers: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    *,
+    right: Sequence[str] = (),
+    whole: Sequence[str] = (),
+    **look: Any,
+) -> Table:
+    """Return a table with lines, whose texts are no markup.
+
+    Args:
+        title: above it; empty for none.
+        headers: a text per column.
+        rows: a text per column.
+        right: headers of the columns that stand on the right, such as numbers.
+        whole: headers of the columns that are not broken.
+        look: more of :class:`rich.table.Table`.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, **look)
+    for header in headers:
+        justify = "right" if header in right else "left"
+        table.add_column(header, justify=justify, overflow="fold", no_wrap=header in whole)
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return table
+
+
+@contextmanager
+def progress_bars(console: Console | None = None) -> Iterator[Tell]:
+    """Draw one bar per task on the error stream; tables and JSON stay on the other.
+
+    The unit ``bytes`` is written as such, any other is counted. A finished bar stays as one line.
+    Nothing is drawn where no terminal is: a log file is no place for bars.
+    """
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    tasks: dict[str, TaskID] = {}
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeRemainingColumn(),
+        console=console or Console(stderr=True, quiet=not sys.stderr.isatty()),
+    )
+
+    def tell(task: str, unit: str, done: int, total: int | None) -> None:
+        if task not in tasks:
+            tasks[task] = progress.add_task(task, total=total, amount="")
+        number, after = (decimal, "") if unit == "bytes" else (str, f" {unit}")
+        amount = number(done) if total is None else f"{number(done)} of {number(total)}"
+        progress.update(tasks[task], completed=done, total=total, amount=amount + after)
+
+    with progress:
+        yield tell

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -80,12 +81,8 @@ def quickstart(
 
 
 def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Write ``report.html``, ``shapes.png`` and ``summary.json`` from the steps' files.
-
-    Returns:
-        The summary.
-    """
-    from vipllava.report.loss_curves import read_loss_curve
+    """Write ``report.html``, ``shapes.png`` and ``summary.json``, and return the summary."""
+    from vipllava.report.charts import read_loss_curve
     from vipllava.report.quickstart_page import QuickstartPage, write_quickstart_page
     from vipllava.report.shapes_image import draw_shapes_image
 
@@ -145,26 +142,17 @@ def _examples(output: Path, data_root: Path, seed: int) -> list[Example]:
 
     path = output / "eval" / "regions" / "predictions.jsonl"
     predictions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    shown: list[int] = []
-    shapes = sorted({row["shape"] for row in predictions})
-    by_shape = {s: [n for n, row in enumerate(predictions) if row["shape"] == s] for s in shapes}
-    for place in range(_NUM_EXAMPLES):
-        rows = by_shape[shapes[place % len(shapes)]]
-        if place // len(shapes) < len(rows):
-            shown.append(rows[place // len(shapes)])
+    seen, order = Counter[str](), list[tuple[int, str, int]]()
+    for n, row in enumerate(predictions):
+        order.append((seen[row["shape"]], row["shape"], n))
+        seen[row["shape"]] += 1
+    shown = [n for _, _, n in sorted(order)[:_NUM_EXAMPLES]]
     manifest = load_manifest("sample_regions", MANIFESTS_DIR)
     source = SampleSource.open(manifest, data_root, seed)
     questions = read_questions(map(source.sample, shown), TINY_POLICIES, seed)
     return [
-        Example(
-            image=question.marked,
-            question=question.text,
-            answer=question.answer,
-            marked=predictions[n]["marked"],
-            unmarked=predictions[n]["unmarked"],
-            shape=question.shape,
-        )
-        for n, question in zip(shown, questions, strict=True)
+        Example(q.marked, q.text, q.answer, row["marked"], row["unmarked"], q.shape)
+        for q, row in zip(questions, (predictions[n] for n in shown), strict=True)
     ]
 
 

@@ -34,11 +34,10 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
     """
     import torch
     from rich.console import Console as MakeConsole
-    from rich.table import Table
 
     from vipllava.checkpoints.loading import load_tokenizer
-    from vipllava.commands.inspect import look_at, summary_of
-    from vipllava.report.inspect_page import write_inspect_page
+    from vipllava.commands.inspect import write_page
+    from vipllava.commands.output import rows_table
     from vipllava.training.guard import StepRecord
     from vipllava.training.job import build_datamodule, partial
     from vipllava.training.lit_module import HALF_DTYPES
@@ -64,21 +63,18 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
         module, micro_batches, device=device, autocast=HALF_DTYPES.get(cfg.trainer.precision)
     )
 
-    table = Table(title=f"step {record.step}: {record.reason}")
-    table.add_column("sample", overflow="fold")
-    for header in ("rank", "micro-batch", "tokens", "supervised", "loss"):
-        table.add_column(header, justify="right")
-    for sample in step.samples[:_SHOWN]:
-        table.add_row(
+    rows = [
+        (
             sample.key,
-            str(sample.rank),
-            str(sample.micro_batch),
-            str(sample.num_tokens),
-            str(sample.num_supervised),
+            *map(str, (sample.rank, sample.micro_batch, sample.num_tokens, sample.num_supervised)),
             f"{sample.loss:.4f}",
         )
+        for sample in step.samples[:_SHOWN]
+    ]
+    numbers = ("rank", "micro-batch", "tokens", "supervised", "loss")
+    title = f"step {record.step}: {record.reason}"
     console = console or MakeConsole()
-    console.print(table)
+    console.print(rows_table(title, ("sample", *numbers), rows, right=numbers))
     console.print(
         f"{len(step.samples)} samples, worst first; the global batch's loss is {step.loss:.4f} "
         f"with {weights}",
@@ -87,7 +83,7 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
     )
     losses = path.with_suffix(".csv")
     write_losses(step, losses)
-    page = path.with_suffix(".html")
+    logger.info("the loss of every sample is in %s", losses)
     items = {
         batch.keys[0]: item
         for micro_batch in micro_batches
@@ -95,14 +91,7 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
     }
     dataset = datamodule.dataset
     assert dataset is not None
+    shown = [items[sample.key] for sample in step.samples]
     chosen = f"those of step {record.step}, worst first"
-    summary = summary_of(cfg, datamodule, dataset, chosen=chosen)
-    shown = [
-        look_at(
-            dataset.sources[item.part], datamodule.sample_encoder, item.position, item.epoch_pass
-        )
-        for item in (items[sample.key] for sample in step.samples)
-    ]
-    write_inspect_page(page, summary, shown)
-    logger.info("every sample is in %s; what the model sees of each in %s", losses, page)
+    write_page(path.with_suffix(".html"), cfg, datamodule, dataset, shown, chosen=chosen)
     return losses

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -19,17 +19,20 @@ from vipllava.commands.options import (
     Processes,
     count_or_all,
 )
-from vipllava.commands.output import facts_table, print_json, print_table, say
+from vipllava.commands.output import (
+    facts_table,
+    print_json,
+    print_table,
+    progress_bars,
+    rows_table,
+    say,
+)
 from vipllava.types import ConfigError
 
 if TYPE_CHECKING:
     from vipllava.files.cache import ShardCache
-    from vipllava.ingest.building.build_report import BuildSummary
-    from vipllava.ingest.check.stats import ShardStats, Spread
-    from vipllava.ingest.check.verify import Verdict
     from vipllava.shards.manifest import Manifest
 
-EXIT_DAMAGED: Final = 1
 _SHOWN: Final = 20
 
 app = typer.Typer(no_args_is_help=True)
@@ -57,12 +60,11 @@ def build(
 
     Run it again to go on after a break.
     """
-    from vipllava.commands.progress_bars import ProgressBars
     from vipllava.ingest.building.shard_build import BuildProgress, build_shards, manifest_lines
     from vipllava.shards.manifest import load_manifest
 
     manifest = load_manifest(name, manifests)
-    with ProgressBars() as bars:
+    with progress_bars() as bars:
 
         def tell(progress: BuildProgress) -> None:
             if progress.phase == "list":
@@ -80,7 +82,20 @@ def build(
             max_bad_rate=max_bad_rate,
             on_progress=tell,
         )
-    _print_build(summary, manifest_lines(manifest, data_root, summary, output))
+    tars = sum(row["num_bytes"] > 0 for row in summary.shards)
+    rejected = f"{summary.num_rejected:,}: {_counts(summary.rejected_by_fault)}; listed in "
+    facts = {
+        "data set": summary.dataset,
+        "samples": f"{summary.num_samples:,} of {summary.num_selected:,} records",
+        "text only": f"{summary.num_text_only:,}",
+        "tars": f"{tars:,}, {_size(summary.num_bytes)}",
+        "kinds": _counts(summary.kinds),
+        "pictures changed": _counts(summary.changes) if summary.changes else "",
+        "rejected": f"{rejected}rejected.jsonl beside the tars" if summary.num_rejected else "",
+    }
+    print_table(facts_table(facts.items()))
+    if lines := manifest_lines(manifest, data_root, summary, output):
+        say("\n".join(("lines for the manifest:", *lines)))
 
 
 @app.command()
@@ -89,7 +104,6 @@ def index(
     num_workers: Processes = None,
 ) -> int:
     """Write the index beside each tar."""
-    from vipllava.commands.progress_bars import ProgressBars
     from vipllava.ingest.check.verify import Indexed, index_shards
 
     tars: list[Path] = []
@@ -99,7 +113,7 @@ def index(
             raise ConfigError(f"{path} holds no *.tar")
         tars += found
     results: list[Indexed] = []
-    with ProgressBars() as bars:
+    with progress_bars() as bars:
         for result in index_shards(tars, num_workers):
             results.append(result)
             bars("indexing", "tars", len(results), len(tars))
@@ -108,7 +122,7 @@ def index(
     say(f"{len(results) - len(failed)} tars indexed, {samples:,} samples")
     for result in sorted(failed, key=lambda result: str(result.path)):
         say(f"- {result.reason}")
-    return EXIT_DAMAGED if failed else 0
+    return int(bool(failed))
 
 
 @app.command()
@@ -126,12 +140,11 @@ def verify(
 
     Exit code 1 for damage.
     """
-    from vipllava.commands.progress_bars import ProgressBars
     from vipllava.ingest.check.verify import verify_shards
     from vipllava.shards.manifest import load_manifest
 
     manifest = load_manifest(name, manifests)
-    with ProgressBars() as bars:
+    with progress_bars() as bars:
         verdict = verify_shards(
             manifest,
             data_root,
@@ -142,9 +155,22 @@ def verify(
         )
     if as_json:
         print_json(verdict.to_json())
-    else:
-        _print_verdict(verdict)
-    return 0 if verdict.ok else EXIT_DAMAGED
+        return int(not verdict.ok)
+    unindexed = f"{verdict.num_unindexed:,}: nothing to compare with; `vipllava shards index`"
+    facts = {
+        "data set": verdict.dataset,
+        "tars": f"{verdict.num_shards:,}",
+        "whole samples": f"{verdict.num_samples:,}",
+        "without index": unindexed if verdict.num_unindexed else "",
+        "damage": f"{len(verdict.damages):,}" if verdict.damages else "none",
+    }
+    print_table(facts_table(facts.items()))
+    if verdict.damages:
+        shown = [(row.shard, row.key or "-", row.reason) for row in verdict.damages[:_SHOWN]]
+        print_table(rows_table("", ("tar", "sample", "damage"), shown))
+    if len(verdict.damages) > _SHOWN:
+        say(f"and {len(verdict.damages) - _SHOWN} more: --json lists them all")
+    return int(not verdict.ok)
 
 
 @app.command()
@@ -165,7 +191,6 @@ def stats(
     ] = 2000,
 ) -> None:
     """Describe a data set: lengths, pictures, tars, kinds."""
-    from vipllava.commands.progress_bars import ProgressBars
     from vipllava.ingest.check.stats import shard_stats
     from vipllava.shards.manifest import load_manifest
     from vipllava.shards.tars import open_shards
@@ -173,7 +198,7 @@ def stats(
     # A data set whose count is wrong can be described, too.
     manifest = replace(load_manifest(name, manifests), num_samples=None)
     opened = _open_cache(manifest, data_root, cache, cache_gb)
-    with ProgressBars() as bars:
+    with progress_bars() as bars:
         found = shard_stats(
             open_shards(manifest, data_root, cache=opened),
             manifest.record_kind,
@@ -182,8 +207,35 @@ def stats(
         )
     if as_json:
         print_json(found.to_json())
-    else:
-        _print_stats(found)
+        return
+    text_only = f"{found.num_text_only:,} text only ({100 * found.text_only_share:.1f} %)"
+    estimated = f" (estimated from {found.num_records_read:,} records; --records all counts)"
+    facts = {
+        "data set": found.dataset,
+        "samples": f"{found.num_samples:,}, {text_only}",
+        "tars": f"{found.num_shards:,}",
+        "kinds": _counts(found.kinds) + (estimated if found.kinds_from == "sample" else ""),
+        "picture shapes": _counts(found.picture_shapes),
+    }
+    print_table(facts_table(facts.items()))
+    spreads = {
+        "text tokens (estimate)": found.text_tokens,
+        "picture width": found.picture_width,
+        "picture height": found.picture_height,
+        "samples in a tar": found.shard_samples,
+        "size of a tar": found.shard_bytes,
+    }
+    rows: list[list[str]] = []
+    for name, spread in spreads.items():
+        if spread is not None:
+            spell = _size if name == "size of a tar" else "{:,.0f}".format
+            cells = (spread.mean, spread.minimum, spread.median, spread.p95, spread.maximum)
+            rows.append([name, *map(spell, cells)])
+    print_table(rows_table("", ("", "mean", "min", "median", "95 %", "max"), rows))
+    lengths = found.text_tokens_histogram
+    most = max(lengths.values(), default=0) or 1
+    rows = [[label, f"{n:,}", "#" * round(40 * n / most)] for label, n in lengths.items()]
+    print_table(rows_table("", ("text tokens", "samples", ""), rows))
 
 
 def _open_cache(
@@ -197,83 +249,6 @@ def _open_cache(
     from vipllava.files.cache import ShardCache
 
     return ShardCache(folder.expanduser(), int(gigabytes * 10**9))
-
-
-def _print_build(summary: BuildSummary, lines: Sequence[str]) -> None:
-
-    tars = sum(row["num_bytes"] > 0 for row in summary.shards)
-    facts = {
-        "data set": summary.dataset,
-        "samples": f"{summary.num_samples:,} of {summary.num_selected:,} records",
-        "text only": f"{summary.num_text_only:,}",
-        "tars": f"{tars:,}, {_size(summary.num_bytes)}",
-        "kinds": _counts(summary.kinds),
-    }
-    if summary.changes:
-        facts["pictures changed"] = _counts(summary.changes)
-    if summary.num_rejected:
-        rejected = f"{summary.num_rejected:,}: {_counts(summary.rejected_by_fault)}"
-        facts["rejected"] = f"{rejected}; listed in rejected.jsonl beside the tars"
-    print_table(facts_table(facts.items()))
-    if lines:
-        say("\n".join(("lines for the manifest:", *lines)))
-
-
-def _print_verdict(verdict: Verdict) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    facts = {
-        "data set": verdict.dataset,
-        "tars": f"{verdict.num_shards:,}",
-        "whole samples": f"{verdict.num_samples:,}",
-    }
-    if verdict.num_unindexed:
-        said = f"{verdict.num_unindexed:,}: nothing to compare with; `vipllava shards index`"
-        facts["without index"] = said
-    facts["damage"] = f"{len(verdict.damages):,}" if verdict.damages else "none"
-    print_table(facts_table(facts.items()))
-    if not verdict.damages:
-        return
-    damage = Table("tar", "sample", "damage")
-    for row in verdict.damages[:_SHOWN]:
-        damage.add_row(*map(Text, (row.shard, row.key or "-", row.reason)))
-    print_table(damage)
-    if len(verdict.damages) > _SHOWN:
-        say(f"and {len(verdict.damages) - _SHOWN} more: --json lists them all")
-
-
-def _print_stats(found: ShardStats) -> None:
-    from rich.table import Table
-
-    text_only = f"{found.num_text_only:,} text only ({100 * found.text_only_share:.1f} %)"
-    estimated = f" (estimated from {found.num_records_read:,} records; --records all counts)"
-    facts = {
-        "data set": found.dataset,
-        "samples": f"{found.num_samples:,}, {text_only}",
-        "tars": f"{found.num_shards:,}",
-        "kinds": _counts(found.kinds) + (estimated if found.kinds_from == "sample" else ""),
-        "picture shapes": _counts(found.picture_shapes),
-    }
-    print_table(facts_table(facts.items()))
-    spreads = Table("", "mean", "min", "median", "95 %", "max")
-    rows: list[tuple[str, Spread | None, Callable[[float], str]]] = [
-        ("text tokens (estimate)", found.text_tokens, "{:,.0f}".format),
-        ("picture width", found.picture_width, "{:,.0f}".format),
-        ("picture height", found.picture_height, "{:,.0f}".format),
-        ("samples in a tar", found.shard_samples, "{:,.0f}".format),
-        ("size of a tar", found.shard_bytes, _size),
-    ]
-    for name, spread, spell in rows:
-        if spread is not None:
-            cells = (spread.mean, spread.minimum, spread.median, spread.p95, spread.maximum)
-            spreads.add_row(name, *map(spell, cells))
-    print_table(spreads)
-    most = max(found.text_tokens_histogram.values(), default=0) or 1
-    lengths = Table("text tokens", "samples", "")
-    for label, number in found.text_tokens_histogram.items():
-        lengths.add_row(label, f"{number:,}", "#" * round(40 * number / most))
-    print_table(lengths)
 
 
 def _size(num_bytes: float) -> str:

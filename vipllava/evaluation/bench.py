@@ -35,22 +35,14 @@ class NoOptions:
 
 @dataclass(frozen=True, slots=True)
 class BenchData:
-    """What a benchmark reads its items from.
+    """What a benchmark reads its items from."""
 
-    Attributes:
-        manifest: its data set; paths are relative to ``data_root``.
-        policies: visual-prompt policies by name.
-        seed: of wordings and marks.
-        limit: only the first so many items (of each split), or None.
-        options: a value of :attr:`Bench.options`.
-    """
-
-    manifest: Manifest
+    manifest: Manifest  # its data set; paths are relative to ``data_root``
     data_root: Path
-    policies: Mapping[str, VisualPromptPolicy]
-    seed: int = 42
-    limit: int | None = None
-    options: Any = field(default_factory=NoOptions)
+    policies: Mapping[str, VisualPromptPolicy]  # visual-prompt policies by name
+    seed: int = 42  # of wordings and marks
+    limit: int | None = None  # only the first so many items (of each split), or None
+    options: Any = field(default_factory=NoOptions)  # a value of :attr:`Bench.options`
 
     def samples(self) -> Iterator[Sample]:
         """Yield the first ``limit`` samples in shard order: no shuffling, no substitutes."""
@@ -82,14 +74,10 @@ class BenchData:
 
 @dataclass(frozen=True, slots=True)
 class Asked(Generic[Item]):
-    """One item and what the model is asked about it.
+    """One item and what the model is asked about it."""
 
-    Attributes:
-        item: what scoring needs of it. Kept until the end, so it holds no image.
-        requests: one per way of asking, e.g. with and without marks, by the benchmark's names.
-    """
-
-    item: Item
+    item: Item  # what scoring needs of it. Kept until the end, so it holds no image.
+    # one per way of asking, e.g. with and without marks, by the benchmark's names.
     requests: Mapping[str, Request]
 
 
@@ -136,19 +124,12 @@ def ask_all(
 
 @dataclass(frozen=True, slots=True)
 class BenchTable:
-    """What is printed at the end.
+    """What is printed at the end."""
 
-    Attributes:
-        title: above the table.
-        columns: their names; the first is aligned left, the others right.
-        rows: a text per column.
-        total: a last row, set apart, or empty.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    total: Sequence[str] = ()
+    title: str  # above the table
+    columns: Sequence[str]  # their names; the first is aligned left, the others right
+    rows: Sequence[Sequence[str]]  # a text per column
+    total: Sequence[str] = ()  # a last row, set apart, or empty
 
 
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -163,22 +144,17 @@ def answers_as_jsonl(answered: Sequence[Answered[Any]]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Bench(Generic[Item]):
-    """A benchmark.
+    """A benchmark."""
 
-    Attributes:
-        name: as ``bench.name`` and ``results.json`` have it.
-        read: returns the items in order. It may be a generator, so that images are held a few
-            batches at a time; what it checks before its first item costs no loading of a model.
-        score: turns all answers into what ``results.json`` holds; plain values.
-        table: turns those into what is printed.
-        files: names and contents of the files beside ``results.json``.
-        options: a frozen dataclass of the settings that only this benchmark has; its
-            ``__post_init__`` raises a ConfigError for an impossible value.
-    """
-
-    name: str
+    name: str  # as ``bench.name`` and ``results.json`` have it
+    # returns the items in order. It may be a generator, so that images are held a few batches at a
+    # time; what it checks before its first item costs no loading of a model.
     read: Callable[[BenchData], Iterable[Asked[Item]]]
+    # turns all answers into what ``results.json`` holds; plain values
     score: Callable[[Sequence[Answered[Item]]], dict[str, Any]]
-    table: Callable[[Mapping[str, Any]], BenchTable]
+    table: Callable[[Mapping[str, Any]], BenchTable]  # turns those into what is printed
+    # names and contents of the files beside ``results.json``
     files: Callable[[Sequence[Answered[Item]]], Mapping[str, str]] = answers_as_jsonl
+    # a frozen dataclass of the settings that only this benchmark has; its ``__post_init__`` raises
+    # a ConfigError for an impossible value
     options: type = NoOptions

@@ -6,10 +6,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Final
 
-from vipllava.files.atomic import write_whole
 from vipllava.report.html import Child, Html, embed_image, escape, markup, page, read_templates
 from vipllava.report.inspected import InspectedSample, RefusedSample, ShownMark, ShownToken, Stretch
 from vipllava.types import Turn
@@ -33,46 +31,28 @@ _JOINERS: Final = "\u200c\u200d"
 
 @dataclass(frozen=True, slots=True)
 class JobSummary:
-    """The job whose data the page shows.
-
-    Attributes:
-        dataset, stage, model, chat_template: their names.
-        num_samples: samples in the data set.
-        image_aspect: ``square``, ``pad`` or ``resize``.
-        image_size: side of the network's input, pixels.
-        image_seq_length: tokens of one image.
-        max_length: greatest number of tokens of a sample.
-        seed: of wordings and marks.
-        epoch: whose marks and wordings are shown, counted from 0.
-        chosen: how the samples were chosen, e.g. ``the first that training meets``.
-        command: the command line that makes the page; empty to leave it out.
-    """
+    """The job whose data the page shows."""
 
     dataset: str
-    num_samples: int
+    num_samples: int  # in the data set
     stage: str
     model: str
     chat_template: str
-    image_aspect: str
-    image_size: int
-    image_seq_length: int
-    max_length: int
-    seed: int
-    epoch: int = 0
-    chosen: str = ""
-    command: str = ""
+    image_aspect: str  # ``square``, ``pad`` or ``resize``
+    image_size: int  # side of the network's input, pixels
+    image_seq_length: int  # tokens of one image
+    max_length: int  # greatest number of tokens of a sample
+    seed: int  # of wordings and marks
+    epoch: int = 0  # whose marks and wordings are shown
+    chosen: str = ""  # how the samples were chosen, e.g. ``the first that training meets``
+    command: str = ""  # the command line that makes the page; empty to leave it out
 
 
 Shown = InspectedSample | RefusedSample
 
 
-def write_inspect_page(path: Path, job: JobSummary, samples: Sequence[Shown]) -> None:
-    """Write the page as one file that needs no other and no network."""
-    write_whole(path, build_inspect_page(job, samples))
-
-
 def build_inspect_page(job: JobSummary, samples: Sequence[Shown]) -> str:
-    """Return the page's HTML."""
+    """Return the page, one file that needs no other and no network."""
     encoded = [sample for sample in samples if isinstance(sample, InspectedSample)]
     shapes = Counter(mark.prompt.shape for sample in encoded for mark in sample.marks)
     command = '<div class="wide"><dt>made by</dt><dd><code>{}</code></dd></div>'

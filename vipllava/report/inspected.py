@@ -83,35 +83,21 @@ class ShownMark:
 
 @dataclass(frozen=True, slots=True)
 class InspectedSample:
-    """What the network gets of one sample, and which of it carries loss.
+    """What the network gets of one sample, and which of it carries loss."""
 
-    Attributes:
-        key: the record's key in its shard.
-        dataset, record_kind, policy: their names.
-        shard: the tar it lies in, as it is to be shown.
-        stored_size: width and height of the stored image, pixels; None for text only.
-        image: the network's input, RGB; None for text only.
-        marks: in drawing order.
-        stretches: the whole conversation, in order.
-        num_turns: turns that it holds.
-        dropped: turns beyond the length limit, from the record.
-        max_length: that limit, ids.
-        fault: why the labels could not be proved to be the answers; empty if they were.
-    """
-
-    key: str
+    key: str  # the record's key in its shard
     dataset: str
-    shard: str
+    shard: str  # the tar it lies in, as it is to be shown
     record_kind: str
     policy: str
-    stored_size: tuple[int, int] | None
-    image: Image.Image | None
-    marks: tuple[ShownMark, ...]
-    stretches: tuple[Stretch, ...]
-    num_turns: int
-    dropped: tuple[Turn, ...]
-    max_length: int
-    fault: str = ""
+    stored_size: tuple[int, int] | None  # of the stored image, pixels; None for text only
+    image: Image.Image | None  # the network's input, RGB; None for text only
+    marks: tuple[ShownMark, ...]  # in drawing order
+    stretches: tuple[Stretch, ...]  # the whole conversation, in order
+    num_turns: int  # that it holds
+    dropped: tuple[Turn, ...]  # turns beyond the length limit, from the record
+    max_length: int  # that limit, ids
+    fault: str = ""  # why the labels could not be proved to be the answers; empty if they were
 
     @property
     def num_ids(self) -> int:
@@ -148,14 +134,7 @@ def inspect_trace(
     shard: str,
     record_kind: str,
 ) -> InspectedSample:
-    """Turn a traced sample into what is shown of it.
-
-    Args:
-        trace: of :meth:`vipllava.stream.sample_encoder.SampleEncoder.trace`.
-        encoder: the one that encoded it.
-        transform: the one that made its pixels.
-        shard, record_kind: see :class:`InspectedSample`.
-    """
+    """Turn a traced sample into what is shown of it, with what encoded and transformed it."""
     sample, encoded, pixels = trace.sample, trace.encoded, trace.pixel_values
     num_kept = len(trace.turns) - encoded.num_dropped_turns
     fault = ""

@@ -11,9 +11,8 @@ from typing import Any, Final
 from PIL import Image
 
 from vipllava.files.atomic import write_whole
-from vipllava.report.charts import Bar, bar_chart, loss_chart
+from vipllava.report.charts import Bar, bar_chart, loss_chart, smooth
 from vipllava.report.html import Html, embed_image, escape, markup, page, read_templates, table
-from vipllava.report.loss_curves import smooth
 
 _TEMPLATES: Final = read_templates("quickstart.html")
 _STAGES: Final[Mapping[str, str]] = {
@@ -29,21 +28,14 @@ _CAPABILITIES: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One held-out question.
+    """One held-out question."""
 
-    Attributes:
-        image: with the mark, of ``shape``, drawn.
-        question: the user's text.
-        answer: the right answer.
-        marked, unmarked: what the model said with the mark and without; None if it was not asked.
-    """
-
-    image: Image.Image
-    question: str
-    answer: str
-    marked: str | None
-    unmarked: str | None
-    shape: str
+    image: Image.Image  # with the mark drawn
+    question: str  # the user's text
+    answer: str  # the right answer
+    marked: str | None  # what the model said with the mark; None if it was not asked
+    unmarked: str | None  # likewise without
+    shape: str  # of the mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +54,6 @@ class QuickstartPage:
 
 def write_quickstart_page(path: Path, content: QuickstartPage) -> None:
     """Write the page as one file that needs no other and no network."""
-    write_whole(path, build_quickstart_page(content))
-
-
-def build_quickstart_page(content: QuickstartPage) -> str:
-    """Return the page's HTML."""
     regions, splits = content.regions, content.vip_bench["splits"]
     gap = [f"{100 * regions['gap'][key]:+.1f}" for key in ("accuracy", "low", "high")]
     bars = [_bar("mark drawn", regions, "marked"), _bar("mark not drawn", regions, "unmarked")]
@@ -95,7 +82,7 @@ def build_quickstart_page(content: QuickstartPage) -> str:
         seconds=", ".join(f"{part} {_duration(value)}" for part, value in content.seconds.items()),
         versions=", ".join(f"{name} {version}" for name, version in content.versions.items()),
     )
-    return page("ViP-LLaVA quick start", body, "style.css")
+    write_whole(path, page("ViP-LLaVA quick start", body, "style.css"))
 
 
 def _bar(name: str, regions: Mapping[str, Any], kind: str) -> Bar:

@@ -4,12 +4,12 @@ import io
 
 from rich.console import Console
 
-from vipllava.commands.progress_bars import ProgressBars
+from vipllava.commands.output import progress_bars
 
 
 def test_bytes_and_counts() -> None:
     out = io.StringIO()
-    with ProgressBars(Console(file=out, force_terminal=True, width=120)) as bars:
+    with progress_bars(Console(file=out, force_terminal=True, width=120)) as bars:
         bars("a.zip", "bytes", 1_500_000, None)
         bars("a.zip", "bytes", 3_000_000, 3_000_000)
         bars("unpack", "files", 3, None)
