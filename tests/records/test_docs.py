@@ -20,7 +20,8 @@ from tests.toy_data import SIDE, encode_picture, make_manifest
 from tests.visual_prompts.policy_files import load_policies
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.files.pools import run_jobs
-from vipllava.ingest.lint import LintLimits, lint_shards
+from vipllava.ingest.lint.findings import LintLimits
+from vipllava.ingest.lint.run import lint_shards
 from vipllava.keyed_random import generator_for
 from vipllava.models.towers import CLIP
 from vipllava.records import KINDS, kind_of, parse_record, with_kinds

@@ -15,8 +15,7 @@ from tests.files.file_server import FileServer, Reply, run_server
 from tests.toy_data import make_manifest, toy_samples
 from vipllava.files.cache import CacheError, MissingError, ShardCache, cache_name
 from vipllava.files.retries import Patience
-from vipllava.shards.patterns import expand_address
-from vipllava.shards.remote import index_address
+from vipllava.shards.remote import expand_address, index_address
 from vipllava.shards.tar_index import index_path
 from vipllava.shards.tars import ShardError, ShardSet, open_shards, write_shards
 

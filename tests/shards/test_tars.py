@@ -232,9 +232,12 @@ JPEG = encode_picture()
         ({"a.jpg": JPEG}, "sample `a` has an image and no `a.json`"),
         ({"a.json": b"[1]"}, "a.json holds list; a record is a JSON object"),
         ({"a.json": b"{"}, "a.json is not JSON"),
-        ({"a.json": b"{}", "b.json": b"{}", "a.jpg": JPEG}, "`a` occurs twice"),
-        ({"a.json": b"{}", "a.jpg": JPEG, "a.png": JPEG}, "`a` has two members of kind image"),
-        ({"README": b"hi"}, "member `README` is not a file called KEY.EXTENSION"),
+        (
+            {"a.json": b"{}", "b.json": b"{}", "a.jpg": JPEG},
+            "members of `a` are not side by side, or the key occurs twice",
+        ),
+        ({"a.json": b"{}", "a.jpg": JPEG, "a.png": JPEG}, "`a` has a second image"),
+        ({"README": b"hi"}, "x.tar has a member `README` that is not a file called KEY.EXTENSION"),
         ({}, "holds no sample"),
     ],
 )

@@ -12,7 +12,7 @@ from vipllava.commands.output import print_json, progress_bars
 from vipllava.config.argument_names import naming_keys
 
 if TYPE_CHECKING:
-    from vipllava.ingest.lint import LintReport
+    from vipllava.ingest.lint.findings import LintReport
 
 
 def lint(
@@ -40,7 +40,8 @@ def lint(
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from vipllava.ingest.lint import LintLimits, lint_shards, print_report
+    from vipllava.ingest.lint.findings import LintLimits, print_report
+    from vipllava.ingest.lint.run import lint_shards
     from vipllava.training.job import build_datamodule, forget_missing_checkpoint
 
     forget_missing_checkpoint(cfg)

@@ -60,19 +60,11 @@ def build(
 
     Run it again to go on after a break.
     """
-    from vipllava.ingest.building.shard_build import BuildProgress, build_shards, manifest_lines
+    from vipllava.ingest.building.shard_build import build_shards, manifest_lines
     from vipllava.shards.manifest import load_manifest
 
     manifest = load_manifest(name, manifests)
     with progress_bars() as bars:
-
-        def tell(progress: BuildProgress) -> None:
-            if progress.phase == "list":
-                bars("reading the annotation list", "bytes", progress.done, progress.total)
-            else:
-                bad = f" ({progress.num_rejected} rejected)" if progress.num_rejected else ""
-                bars("building shards", f"records{bad}", progress.done, progress.total)
-
         summary = build_shards(
             manifest,
             data_root,
@@ -80,7 +72,7 @@ def build(
             num_workers=num_workers,
             max_samples=max_samples,
             max_bad_rate=max_bad_rate,
-            on_progress=tell,
+            tell=bars,
         )
     tars = sum(row["num_bytes"] > 0 for row in summary.shards)
     rejected = f"{summary.num_rejected:,}: {_counts(summary.rejected_by_fault)}; listed in "
@@ -258,5 +250,5 @@ def _size(num_bytes: float) -> str:
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{name} {number:,}" for name, number in ordered if number) or "none"

@@ -91,7 +91,6 @@ class ShardCache:
         """Return a whole local copy, open for reading; it stays readable whatever is removed.
 
         Args:
-            url: address.
             size: bytes the file must have, where known.
             patience: instead of the cache's own.
 

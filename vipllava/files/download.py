@@ -73,7 +73,6 @@ def download(
     """Download one file.
 
     Args:
-        url: http or https.
         target: final path; its folder is made. Replaced only by a whole, checked file.
         size: bytes it must have.
         md5, sha256: hex digests it must have.
@@ -119,16 +118,10 @@ def download(
 
 @dataclass
 class PartialFile:
-    """A file under way; takes up what an earlier call left, and drops what is doubtful of it.
-
-    Attributes:
-        url: http or https.
-        path: of the bytes so far; beside it lies a note of what they belong to.
-        size, immutable, headers, on_progress: see :func:`download`.
-    """
+    """A file under way; takes up what an earlier call left, and drops what is doubtful of it."""
 
     url: str
-    path: Path
+    path: Path  # of the bytes so far; beside it lies a note of what they belong to
     size: int | None = None
     immutable: bool = False
     headers: Mapping[str, str] | None = None

@@ -44,12 +44,8 @@ def locked(
     Raises:
         OSError: the file cannot be made, or cannot be locked.
     """
-    lock = FileLock(
-        path,
-        poll_interval=_POLL_S,
-        thread_local=False,
-        fallback_to_soft=False,  # a lock that only is a file would outlive a killed process
-    )
+    # A lock that only is a file would outlive a killed process.
+    lock = FileLock(path, poll_interval=_POLL_S, thread_local=False, fallback_to_soft=False)
     free = False
     try:
         with suppress(Timeout):

@@ -33,16 +33,10 @@ class MissingError(CacheError):
 
 
 def transfer(url: str, path: Path, trial: Trial, on_progress: Progress) -> int:
-    """Make one attempt to fetch a file.
+    """Make one attempt to fetch a file; returns its bytes.
 
-    Args:
-        url: address.
-        path: where its bytes go. What an attempt over http leaves there, the next one continues.
-        trial: the attempts so far.
-        on_progress: told the bytes so far and in all; what it raises ends the attempt.
-
-    Returns:
-        The file's bytes.
+    What an attempt over http leaves in ``path``, the next one continues. What ``on_progress``
+    raises ends the attempt.
 
     Raises:
         BrokenError: this attempt failed; the next one may not.

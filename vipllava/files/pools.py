@@ -31,16 +31,10 @@ class WorkerDied(VipLlavaError):
     """A worker process was ended from outside."""
 
 
-def default_num_workers() -> int:
-    """Return one worker per core that this process may use, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(_MOST, cores or 1)
-
-
 def run_jobs(
     work: Callable[[_Job], _Result],
     jobs: Iterable[_Job],
-    num_workers: int,
+    num_workers: int | None,
     *,
     ordered: bool = False,
 ) -> Generator[_Result]:
@@ -48,13 +42,17 @@ def run_jobs(
 
     Args:
         work: a function of a module, or an object that can be pickled: each process gets it once.
-        jobs: its arguments, read as far as the workers get; they and the results travel.
-        num_workers: processes; 0 works in this one, in the jobs' order.
+        jobs: its arguments, read as far as the workers get.
+        num_workers: processes, of which only those start that get a job; 0 works in this one, in
+            the jobs' order. None takes one per core that this process may use, at most 16.
         ordered: yield in the jobs' order instead of as they come.
 
     Raises:
         WorkerDied: a worker was killed, for want of memory most likely.
     """
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        num_workers = min(_MOST, cores or 1)
     if num_workers < 0:
         raise VipLlavaError(f"num_workers is {num_workers}; expected 0 or more")
     if num_workers == 0:

@@ -44,18 +44,12 @@ class Patience:
 
 
 class BrokenError(Exception):
-    """This attempt failed; the next one may not.
-
-    Args:
-        message: why.
-        size: bytes of the file that were there at the end of the attempt.
-        pause_s: seconds to wait that the other side has asked for.
-    """
+    """This attempt failed; the next one may not."""
 
     def __init__(self, message: str, *, size: int = 0, pause_s: float = 0.0) -> None:
         super().__init__(message)
-        self.size = size
-        self.pause_s = pause_s
+        self.size = size  # bytes of the file that were there at the end of the attempt
+        self.pause_s = pause_s  # seconds to wait that the other side has asked for
 
 
 class WrongError(BrokenError):
@@ -74,13 +68,9 @@ ONCE: Final = Patience(max_attempts=1)
 
 
 class Trial:
-    """The attempts at one file, from the moment it is wanted.
+    """The attempts at one file, from the moment it is wanted; ``size`` bytes are there already.
 
     Its text says how often and for how long it has been tried: ``3 attempts in 12 s``.
-
-    Args:
-        patience: the bounds.
-        size: bytes of the file that are there already.
     """
 
     def __init__(self, patience: Patience, size: int = 0) -> None:
@@ -144,7 +134,6 @@ def retry(
 
     Args:
         attempt: raises :class:`BrokenError` where another one may help; other errors end it.
-        trial: the attempts so far.
         what: the file, for messages.
         level: of the log's line about each failed attempt.
 

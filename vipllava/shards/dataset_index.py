@@ -96,11 +96,6 @@ class DatasetIndex:
         # As plain arrays, still mapped.
         return cls(tars, np.asarray(arrays["samples"]), np.asarray(arrays["keys"]), folder)
 
-    def save(self, folder: Path) -> None:
-        """Write the arrays into a folder."""
-        for name in _DTYPES:
-            np.save(folder / f"{name}.npy", getattr(self, name))
-
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -163,6 +158,10 @@ def _reopen(folder: Path) -> DatasetIndex:
         ) from error
 
 
+def _load_all(tars: Sequence[Path | str]) -> list[ShardIndex]:
+    return [ensure_index(Path(tar)) for tar in tars]
+
+
 def user_index_folder() -> Path:
     """Return where indices go that cannot lie with their data."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -175,12 +174,11 @@ def open_dataset_index(
     *,
     homes: Sequence[Path],
     root: Path | None = None,
-    load: Callable[[Sequence[Path | str]], list[ShardIndex]] | None = None,
+    load: Callable[[Sequence[Path | str]], list[ShardIndex]] = _load_all,
 ) -> DatasetIndex:
     """Map the index of a data set; make it if there is none for the tars as they are.
 
     Args:
-        name: of the data set.
         tars: paths, and addresses of tars that are taken never to change.
         homes: folders to look in and to write to, the first that can be written.
         root: folder that the data set may move with: paths below count relative to it.
@@ -203,11 +201,12 @@ def open_dataset_index(
                 if (found := _find(name, tars, root, homes)) is not None:
                     return found  # another process made it meanwhile
                 if index is None:
-                    index, digest = _build(tars, root, load or _load_all)
+                    index, digest = _build(tars, root, load)
                     folder = f"{name}-{digest}"
                 try:
                     with new_folder(home / folder) as unfinished:
-                        index.save(unfinished)
+                        for array in _DTYPES:
+                            np.save(unfinished / f"{array}.npy", getattr(index, array))
                 except OSError as error:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # the first one stays
                         raise
@@ -220,7 +219,7 @@ def open_dataset_index(
         name,
         " or ".join(map(str, homes)),
     )
-    return _build(tars, root, load or _load_all)[0] if index is None else index
+    return _build(tars, root, load)[0] if index is None else index
 
 
 def _find(
@@ -280,7 +279,3 @@ def _build(
             "set: remove one of the tars, or build them anew"
         )
     return index, digest
-
-
-def _load_all(tars: Sequence[Path | str]) -> list[ShardIndex]:
-    return [ensure_index(Path(tar)) for tar in tars]

@@ -93,7 +93,6 @@ def load_manifest(name_or_path: str | Path, manifests_dir: str | Path) -> Manife
 
     Args:
         name_or_path: a name in ``manifests_dir``, or the path of a YAML file of one's own.
-        manifests_dir: the folder of the known manifests.
 
     Raises:
         ManifestError: unknown name (lists the known ones), unreadable YAML, or a file that
@@ -131,7 +130,7 @@ def parse_manifest(
     Args:
         raw: the YAML's content.
         where: named in errors.
-        stem: the file's stem, which ``name`` has to equal.
+        stem: the file's, which ``name`` has to equal.
         sources_dirs: folders of the source files that ``sources`` may name.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The indices of tars at an address, by way of the cache."""
+"""The addresses of tars, and their indices by way of the cache."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
+
+import braceexpand
 
 from vipllava.files.cache import CacheError, MissingError, ShardCache
 from vipllava.files.download import RefusedError
@@ -29,6 +31,20 @@ log = logging.getLogger(__name__)
 _THREADS: Final = 8
 
 
+def expand_address(pattern: str, name: str) -> list[str]:
+    """Return the addresses that a pattern with braces names; ``name`` is the data set's.
+
+    Raises:
+        ShardError: it has a wildcard; there is no list of what lies at an address.
+    """
+    if not pattern.startswith("pipe:") and re.search(r"[*\[]", pattern):
+        raise ShardError(
+            f"`{name}`: {pattern} has a wildcard, and an address cannot be searched; name the tars "
+            "with braces: shard-{000000..000041}.tar"
+        )
+    return list(braceexpand.braceexpand(pattern))
+
+
 def index_address(tar: str) -> str | None:
     """Return where the index of a tar would lie; None where its address does not tell."""
     if tar.startswith("pipe:"):
@@ -42,10 +58,7 @@ def index_address(tar: str) -> str | None:
 def load_indices(tars: Sequence[Path | str], cache: ShardCache, folder: Path) -> list[ShardIndex]:
     """Return the indices of tars; a tar at an address without an index is fetched and indexed.
 
-    Args:
-        tars: paths and addresses.
-        cache: fetches indices and tars.
-        folder: where indices of addresses are kept, so that an interrupted run goes on.
+    Indices of addresses are kept in ``folder``, so that an interrupted run goes on.
     """
 
     def load(tar: Path | str) -> ShardIndex:
@@ -73,8 +86,7 @@ def _load(tar: str, cache: ShardCache, folder: Path) -> ShardIndex:
 
 def _published_index(tar: str, cache: ShardCache) -> ShardIndex | None:
     """Read the index beside a tar; None if there is none."""
-    address = index_address(tar)
-    if address is None:
+    if (address := index_address(tar)) is None:
         return None
     patience = cache.patience
     if is_command := address.startswith("pipe:"):

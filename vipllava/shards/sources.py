@@ -33,27 +33,18 @@ _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of a source, or the files of a hub repository that match a pattern.
+    """One file of a source, or the files of a hub repository that match a pattern."""
 
-    Attributes:
-        into: folder of the result, relative to the data root.
-        file: name in the hub repository (``bbox/*``: all that match), or, where a person has to
-            get the file, the name under which it is expected.
-        url: http(s) address; exactly one of ``file`` and ``url`` is given.
-        unpack: for an archive the folder within it whose content goes ``into`` (``.``: all of it);
-            None for a file that is kept as it is.
-        num_files: how many files the archive brings, where known.
-        size: bytes of the file itself, where known.
-        md5, sha256: hex digests of the file itself, where known.
-    """
-
-    into: str
+    into: str  # folder of the result, relative to the data root
+    # name in the hub repository (``bbox/*``: all that match), or, where a person has to get the
+    # file, the name under which it is expected
     file: str | None = None
-    url: str | None = None
+    url: str | None = None  # http(s); exactly one of ``file`` and ``url`` is given
+    # for an archive the folder within it whose content goes ``into`` (``.``: all of it)
     unpack: str | None = None
-    num_files: int | None = None
-    size: int | None = None
-    md5: str | None = None
+    num_files: int | None = None  # that the archive brings, where known
+    size: int | None = None  # bytes of the file itself, where known
+    md5: str | None = None  # hex digests of the file itself, where known
     sha256: str | None = None
 
     @property
@@ -165,12 +156,10 @@ class Fields:
 def read_sources(
     value: object, sources_dirs: tuple[Path, ...], problems: list[str]
 ) -> tuple[DataSource, ...]:
-    """Check the ``sources`` of a manifest and freeze them.
+    """Check the ``sources`` of a manifest, names of source files and mappings, and freeze them.
 
-    Args:
-        value: a list of names of source files and of mappings.
-        sources_dirs: where ``NAME.yaml`` is looked for; the first that has it counts.
-        problems: gets a line for each thing that is wrong.
+    ``NAME.yaml`` is looked for in ``sources_dirs``; the first that has it counts. ``problems`` gets
+    a line for each thing that is wrong.
     """
     sources: list[DataSource | None] = []
     for item in _as_list(value):

@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, cast
 
@@ -27,13 +26,12 @@ from vipllava.files.atomic import new_file
 from vipllava.records import record_texts
 from vipllava.records.fields import IMAGE_PLACEHOLDER
 from vipllava.records.image_decode import image_size
-from vipllava.shards.tar_members import BLOCK, BrokenTarError, iter_members
+from vipllava.shards.tar_members import BLOCK, IMAGE_EXTENSIONS, list_samples, read_member
 from vipllava.types import RecordError, VipLlavaError
 
 log = logging.getLogger(__name__)
 
 INDEX_VERSION: Final = 2
-IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp")
 BYTES_PER_TOKEN: Final = 3.6
 """UTF-8 bytes of English text per token of a Llama tokenizer, about."""
 
@@ -49,28 +47,19 @@ class ShardError(VipLlavaError):
 
 
 class SampleRow(NamedTuple):
-    """Where one sample lies.
+    """Where one sample lies."""
 
-    Attributes:
-        key_end: where its key ends among the keys of its tar.
-        record_block, record_size, record_crc: first block, bytes and CRC-32 of the JSON member.
-        image_block, image_size, image_crc: the same of the image; block 0 without one.
-        width, height: of the upright image, pixels, at most ``MOST``; 0 if unreadable or none.
-        text_tokens: see :func:`estimate_tokens`.
-        extension: index into ``IMAGE_EXTENSIONS``; 0 without an image.
-    """
-
-    key_end: int
-    record_block: int
+    key_end: int  # where its key ends among the keys of its tar
+    record_block: int  # first block, bytes and CRC-32 of the JSON member
     record_size: int
     record_crc: int
-    image_block: int = 0
+    image_block: int = 0  # the same of the image; block 0 without one
     image_size: int = 0
     image_crc: int = 0
-    width: int = 0
+    width: int = 0  # of the upright image, pixels, at most ``MOST``; 0 if unreadable or none
     height: int = 0
-    text_tokens: int = 0
-    extension: int = 0
+    text_tokens: int = 0  # see :func:`estimate_tokens`
+    extension: int = 0  # index into ``IMAGE_EXTENSIONS``; 0 without an image
 
 
 SAMPLE: Final = np.dtype(
@@ -129,11 +118,7 @@ def _text_bytes(value: object) -> int:
 
 
 def build_index(path: Path, *, name: str | None = None) -> ShardIndex:
-    """Read a tar from start to end and index it.
-
-    Args:
-        path: the tar.
-        name: the tar's final name, for messages, where ``path`` is a temporary one.
+    """Read a tar and index it; ``name`` is its final name, where ``path`` is a temporary one.
 
     Raises:
         ShardError: the tar is missing, truncated, broken or empty, a sample has no record or two
@@ -149,64 +134,36 @@ def build_index(path: Path, *, name: str | None = None) -> ShardIndex:
 
 def index_tar(file: BinaryIO, where: str) -> ShardIndex:
     """Index an open tar as :func:`build_index`; ``where`` is its path or address, for messages."""
-    samples: dict[str, dict[str, int]] = {}  # key to the fields of its row
-    ignored: set[str] = set()
-    last = None
-    try:
-        for member in iter_members(file):
-            key, extension = member.key, member.extension
-            if key is None or extension is None:
-                raise ShardError(
-                    f"{where}: member `{member.name}` is not a file called KEY.EXTENSION; build "
-                    "the shard again without it"
-                )
-            if extension not in ("json", *IMAGE_EXTENSIONS):
-                ignored.add(extension)
-                continue
-            if key != last and key in samples:
-                raise ShardError(
-                    f"{where}: key `{key}` occurs twice, or its members are not side by side; "
-                    "build the shard again with unique keys"
-                )
-            last = key
-            row = samples.setdefault(key, {})
-            kind = "record" if extension == "json" else "image"
-            if f"{kind}_block" in row:
-                raise ShardError(
-                    f"{where}: sample `{key}` has two members of kind {kind}; keep one of them and "
-                    "build the shard again"
-                )
-            file.seek(member.offset)
-            data = file.read(member.size)
+    samples, problems = list_samples(file, where)
+    if problems:
+        message, key, _ = problems[0]
+        raise ShardError(f"{where}{':' if key else ''} {message}")
+    keys: list[bytes] = []
+    rows: list[SampleRow] = []
+    seen: set[str] = set()
+    for key, members in samples:
+        if key in seen:
+            raise ShardError(
+                f"{where}: key `{key}` occurs twice; build the shard again with unique keys"
+            )
+        seen.add(key)
+        row = {"key_end": len(key.encode()) + (rows[-1].key_end if rows else 0)}
+        for kind, member in members.items():
+            data = read_member(file, member)
             row[f"{kind}_block"] = member.offset // BLOCK
             row[f"{kind}_size"] = len(data)
             row[f"{kind}_crc"] = zlib.crc32(data)
             if kind == "record":
                 row["text_tokens"] = estimate_tokens(parse_object(data, f"{where}: {key}.json"))
                 continue
-            row["extension"] = IMAGE_EXTENSIONS.index(extension)
+            row["extension"] = IMAGE_EXTENSIONS.index(member.extension or "")
             try:
                 width, height = image_size(data, key=key)
                 row |= {"width": min(MOST, width), "height": min(MOST, height)}
             except RecordError as error:  # an index describes what is there; reading it complains
                 log.warning("%s: %s", where, error)
-    except BrokenTarError as error:
-        raise ShardError(f"{where} {error}; restore it or build it again") from error
-    if ignored:
-        log.warning("%s: members with extensions %s are not read", where, sorted(ignored))
-    if not samples:
-        raise ShardError(
-            f"{where} holds no sample; expected KEY.json and KEY.jpg|jpeg|png|webp. Build it "
-            "again, or remove it"
-        )
-    keys = [key.encode() for key in samples]
-    rows: list[SampleRow] = []
-    for (key, row), key_end in zip(samples.items(), accumulate(map(len, keys)), strict=True):
-        if "record_block" not in row:
-            raise ShardError(
-                f"{where}: sample `{key}` has an image and no `{key}.json`; add the record"
-            )
-        rows.append(SampleRow(key_end, **row))
+        keys.append(key.encode())
+        rows.append(SampleRow(**row))
         if max(rows[-1]) > _LARGEST:
             raise ShardError(f"{where}: sample `{key}` is too large; make smaller tars")
     if num_blank := sum(row.text_tokens == 0 for row in rows):
@@ -256,12 +213,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
 
 
 def read_index(file: BinaryIO | Path, where: str, remake: str) -> ShardIndex:
-    """Read an index without its tar.
-
-    Args:
-        file: the index.
-        where: its path or address, for messages.
-        remake: how it is made again, for messages.
+    """Read an index without its tar; messages say ``where`` it is and how to ``remake`` it.
 
     Raises:
         ShardError: it is missing, damaged, or of another version than this release writes.

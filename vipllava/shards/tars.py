@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
 
+import braceexpand
 import numpy as np
 import numpy.typing as npt
 
@@ -31,10 +33,8 @@ from vipllava.shards.dataset_index import (
     user_index_folder,
 )
 from vipllava.shards.manifest import Manifest, is_remote
-from vipllava.shards.patterns import expand_address, match_patterns
-from vipllava.shards.remote import load_indices
+from vipllava.shards.remote import expand_address, load_indices
 from vipllava.shards.tar_index import (
-    IMAGE_EXTENSIONS,
     MOST,
     ShardError,
     ShardIndex,
@@ -44,7 +44,7 @@ from vipllava.shards.tar_index import (
     save_index,
     tar_name,
 )
-from vipllava.shards.tar_members import BLOCK
+from vipllava.shards.tar_members import BLOCK, IMAGE_EXTENSIONS
 from vipllava.shards.writing import write_shards as write_shards
 from vipllava.types import RecordError, StorageError
 
@@ -92,7 +92,6 @@ class ShardSet:
     :func:`open_shards`, which checks the tars.
 
     Args:
-        name: of the data set.
         paths: of the tars; an address as text.
         index: of all of them, or theirs one by one.
         cache: where tars at an address are kept; None if all are files.
@@ -288,7 +287,7 @@ def open_shards(
     Args:
         manifest: names the tars.
         data_root: folder or address that its patterns are relative to.
-        cache: where tars at an address are kept; it has a patience of its own.
+        cache: where tars at an address are kept; has a patience of its own.
         patience: how long a tar is tried that cannot be opened or read later on.
 
     Raises:
@@ -320,6 +319,21 @@ def open_shards(
             f"its manifest says {manifest.num_samples}; complete the tars or correct `num_samples`"
         )
     return ShardSet(manifest.name, tars, index, cache=cache, patience=patience)
+
+
+def match_patterns(
+    patterns: Iterable[str], data_root: Path
+) -> Iterator[tuple[str, str, list[Path]]]:
+    """Yield a pattern, each name that its braces make, and the files that this one stands for.
+
+    Names may have wildcards; the files are sorted, and none if nothing is there.
+    """
+    for pattern in patterns:
+        for name in braceexpand.braceexpand(pattern):
+            paths = [data_root / name]
+            if re.search(r"[*?\[]", name):
+                paths = sorted(data_root.glob(name))
+            yield pattern, name, [path for path in paths if path.is_file()]
 
 
 def _remedy(manifest: Manifest) -> str:

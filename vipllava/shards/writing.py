@@ -13,12 +13,12 @@ from webdataset.writer import TarWriter
 from vipllava.files.atomic import new_file
 from vipllava.records.image_decode import image_size
 from vipllava.shards.tar_index import (
-    IMAGE_EXTENSIONS,
     ShardError,
     build_index,
     index_path,
     save_index,
 )
+from vipllava.shards.tar_members import IMAGE_EXTENSIONS
 from vipllava.types import RecordError
 
 _KEY: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_/-]*")
@@ -44,8 +44,7 @@ def write_shards(
             letters, digits, ``_``, ``-`` and ``/`` only: WebDataset cuts names at the first dot.
         directory: made if missing; must hold no tars of this prefix yet.
         prefix: tars are called ``PREFIX-000000.tar`` and so on.
-        max_samples: samples per tar.
-        max_bytes: a tar is closed once its members reach this size.
+        max_samples, max_bytes: a tar is closed once its samples or members reach this.
         check_images: refuse an image whose header cannot be read.
 
     Raises:

@@ -8,7 +8,8 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from vipllava.forecast.job import Corpus, DataSetShare
-from vipllava.ingest.lint import LintLimits, lint_shards
+from vipllava.ingest.lint.findings import LintLimits
+from vipllava.ingest.lint.run import lint_shards
 from vipllava.shards.manifest import is_remote, load_manifest
 from vipllava.stream.datamodule import VisualPromptDataModule
 from vipllava.stream.order import SampleOrder, parse_mix, plan_parts

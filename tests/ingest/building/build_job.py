@@ -7,6 +7,12 @@ import sys
 from tests.toy_data import make_manifest
 from vipllava.ingest.building.shard_build import build_shards
 
+
+def tell(task: str, unit: str, done: int, total: int | None) -> None:
+    sys.stdout.write(f"{task.split()[-1]} {done}\n")
+    sys.stdout.flush()
+
+
 if __name__ == "__main__":
     root, num_workers = sys.argv[1:]
     manifest = make_manifest(annotation_file="list.json", image_roots=["pictures"])
@@ -15,5 +21,5 @@ if __name__ == "__main__":
         root,
         num_workers=int(num_workers),
         max_samples=5,
-        on_progress=lambda p: sys.stdout.write(f"{p.phase} {p.done}\n") and sys.stdout.flush(),
+        tell=tell,
     )

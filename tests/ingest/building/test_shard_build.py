@@ -24,7 +24,6 @@ from vipllava.ingest.building import shard_build
 from vipllava.ingest.building.annotations import AnnotationError
 from vipllava.ingest.building.shard_build import (
     BuildError,
-    BuildProgress,
     BuildSummary,
     build_shards,
     manifest_lines,
@@ -95,14 +94,14 @@ def test_pictures_are_named_after_their_content(data_root: Path):
 
 
 def test_progress_is_told(data_root: Path):
-    told: list[BuildProgress] = []
-    build(data_root, on_progress=told.append)
+    told: list[tuple[Any, ...]] = []
+    build(data_root, tell=lambda *progress: told.append(progress))
     size = (data_root / "list.json").stat().st_size
     assert told == [
-        BuildProgress("list", size, size),
-        BuildProgress("shards", 5, NUM),
-        BuildProgress("shards", 10, NUM),
-        BuildProgress("shards", NUM, NUM),
+        ("reading the annotation list", "bytes", size, size),
+        ("building shards", "records", 5, NUM),
+        ("building shards", "records", 10, NUM),
+        ("building shards", "records", NUM, NUM),
     ]
 
 

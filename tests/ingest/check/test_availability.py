@@ -289,9 +289,11 @@ def test_the_layout_of_vip_bench(tmp_path: Path) -> None:
         "layout ViP-Bench/human/questions.jsonl": "differs",
         "pictures ViP-Bench/human/images": "ok",
     }
-    (folder / "bbox/questions.jsonl").write_text('{"image": 3}')
+    (folder / "bbox/questions.jsonl").write_text('{"image": "0.png"}\n\n{"image": 3}')
     (folder / "human/questions.jsonl").unlink()
-    assert statuses(check_data(manifest, tmp_path)) == {
+    found = check_data(manifest, tmp_path)
+    assert "line 3: TypeError" in found.findings[1].detail
+    assert statuses(found) == {
         "layout ViP-Bench/vip-bench-meta-data.json": "damaged",
         "layout ViP-Bench/bbox/questions.jsonl": "damaged",
         "layout ViP-Bench/human/questions.jsonl": "missing",

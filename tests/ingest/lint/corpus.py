@@ -16,7 +16,8 @@ from PIL import Image
 
 from tests.toy_data import make_manifest, said
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.ingest.lint import Finding, LintLimits, LintReport, lint_entry, lint_shards
+from vipllava.ingest.lint.findings import Finding, LintLimits, LintReport
+from vipllava.ingest.lint.run import lint_entry, lint_shards
 from vipllava.models.towers import CLIP
 from vipllava.shards.tar_index import index_path
 from vipllava.shards.tars import Entry, ShardSet, index_shard
@@ -170,7 +171,7 @@ def sample_encoder(
     )
 
 
-def lint(root: Path, samples: SampleEncoder, **options: Any) -> LintReport:
+def lint(root: Path | str, samples: SampleEncoder, **options: Any) -> LintReport:
     """Lint ``toy/*.tar`` under ``root``."""
     manifest = make_manifest(**options.pop("manifest", {}))
     limits = options.pop("limits", LintLimits())

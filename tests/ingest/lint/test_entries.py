@@ -28,7 +28,7 @@ from tests.ingest.lint.corpus import (
 )
 from tests.toy_data import said
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.ingest.lint import LintLimits
+from vipllava.ingest.lint.findings import LintLimits
 from vipllava.models.towers import CLIP
 from vipllava.types import IGNORE_INDEX, ConfigError, Encoded, Turn
 from vipllava.visual_prompts.policies import ShapeRanges, VisualPromptPolicy

@@ -9,7 +9,7 @@ import pytest
 
 from tests.ingest.lint.corpus import BOX2, lint_one, picture, record_of, sample_encoder
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.ingest.lint.geometry import bounding_area, crosses_itself, ring_area
+from vipllava.ingest.lint.rules import bounding_area, crosses_itself, ring_area
 
 SQUARE = [(0, 0), (10, 0), (10, 10), (0, 10)]
 
@@ -116,7 +116,7 @@ def test_box_by_box_and_polygon_by_polygon(encoder: ConversationEncoder) -> None
          "pixels"),
         ("box-clipped", "field `bboxes[3]` is [300, 20, 380, 110]; it reaches 44 pixels out of the "
          "336 x 252 image and is cut there: check whether box and image belong together"),
-        ("polygon-invalid", "field `segmentations[0][0]` is [(1, 1), (9, 9)]; expected at least 3 "
+        ("polygon-invalid", "field `segmentations[0][0]` is [[1, 1], [9, 9]]; expected at least 3 "
          "points, not 2"),
         ("polygon-invalid", "field `segmentations[0][1]` is [1, 1, 9]; expected an even count of "
          "coordinates, not 3"),

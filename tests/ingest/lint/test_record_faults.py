@@ -37,7 +37,7 @@ from tests.ingest.lint.corpus import (
 )
 from tests.toy_data import said
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.ingest.lint import CODES, Finding
+from vipllava.ingest.lint.findings import CODES, Finding
 
 NAN = float("nan")
 CLEAN = picture()

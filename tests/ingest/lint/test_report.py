@@ -17,7 +17,14 @@ from tests.ingest.lint.corpus import (
     write_tar,
 )
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.ingest.lint import CODES, Finding, LintLimits, LintReport, print_report, report_table
+from vipllava.ingest.lint.findings import (
+    CODES,
+    Finding,
+    LintLimits,
+    LintReport,
+    print_report,
+    report_table,
+)
 
 FINDINGS = (
     Finding("box-empty", "toy", "toy/0.tar", "a", "m1"),

@@ -19,7 +19,7 @@ from tests.ingest.lint.corpus import (
 )
 from tests.toy_data import said
 from vipllava.conversation.encode import ConversationEncoder
-from vipllava.ingest.lint import LintReport
+from vipllava.ingest.lint.findings import LintReport
 from vipllava.shards.tar_index import index_path
 from vipllava.shards.tars import ShardError, write_shards
 from vipllava.types import ConfigError, VipLlavaError
@@ -143,7 +143,7 @@ def test_a_sample_that_is_not_what_was_indexed(
     [
         (
             [("README", b"hi"), *texts("a")],
-            [("shard-broken", "", "member `README` is not a file called KEY.EXTENSION")],
+            [("shard-broken", "", "has a member `README` that is not a file called KEY.EXT")],
         ),
         (
             [*texts("a"), ("b.jpg", picture())],
@@ -233,11 +233,22 @@ def test_no_data_at_all(tmp_path: Path, encoder: ConversationEncoder) -> None:
     layout = {"format": "vip_bench", "folder": "x", "shards": []}
     with pytest.raises(ShardError, match="lint reads shards"):
         lint(tmp_path, samples, manifest=layout)
-    with pytest.raises(ShardError, match="`toy` has tars at an address; copy them"):
-        lint(tmp_path, samples, manifest={"shards": ["s3://bucket/{0..3}.tar"]})
+    with pytest.raises(ShardError, match="`toy`: data root s3://bucket is an address; copy the"):
+        lint("s3://bucket", samples)
     report = lint(tmp_path, samples)
     assert [f.code for f in report.findings] == ["shard-broken"]
     assert (report.num_samples, report.num_checked) == (0, 0)
+
+
+def test_tars_at_an_address_do_not_keep_others_from_being_looked_at(
+    tmp_path: Path, encoder: ConversationEncoder
+) -> None:
+    write_tar(tmp_path / "toy" / "0.tar", texts("a", "b"))
+    shards = ["s3://bucket/{0..3}.tar", "toy/*.tar"]
+    report = lint(tmp_path, sample_encoder(encoder), manifest={"shards": shards, "num_samples": 9})
+    told = "is an address; copy the tars to a folder to lint them"
+    assert messages(report) == [("shard-broken", shards[0], "", told)]
+    assert report.num_checked == 2
 
 
 @pytest.mark.parametrize("options", [{"num_samples": 0}, {"num_workers": -1}])

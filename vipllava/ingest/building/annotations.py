@@ -43,20 +43,13 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class AnnotationRange:
-    """A stretch of the list that becomes one shard.
+    """A stretch of the list that becomes one shard."""
 
-    Attributes:
-        first: position of its first item.
-        num_samples: selected items in it, broken ones included.
-        start, stop: its bytes in the file.
-        digest: of its selected items' positions and bytes, hex.
-    """
-
-    first: int
-    num_samples: int
-    start: int
+    first: int  # position of its first item
+    num_samples: int  # selected items in it, broken ones included
+    start: int  # its bytes in the file
     stop: int
-    digest: str
+    digest: str  # of its selected items' positions and bytes, hex
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +81,7 @@ def iter_annotations(
     """Yield the items of a list, or of the stretch from byte ``start`` to ``stop``.
 
     A line of a ``.jsonl`` file that is no JSON, and an item that is no object, come out as items
-    with a ``problem``.
-
-    Args:
-        path: ``.json`` or ``.jsonl``.
-        start, stop: the stretch; the whole list without ``stop``.
-        first: position of the item at ``start``.
+    with a ``problem``. ``first`` is the position of the item at ``start``.
 
     Raises:
         AnnotationError: the file cannot be read or is no list; names byte and position.
@@ -126,7 +114,7 @@ def plan_ranges(
         path: the list.
         max_samples: selected items per stretch; the last may have fewer.
         select: whether a record belongs to the data set; None for all.
-        on_progress: told bytes read and bytes in all, once in a while.
+        on_progress: told bytes read and bytes in all.
 
     Raises:
         AnnotationError: the list cannot be read, is no list, or has no selected item.

@@ -27,11 +27,10 @@ class Rejected:
 
     position: int  # in the annotation list
     key: str  # that it would have had
-    image: str | None  # the image that it names, or None
+    image: str | None  # that it names
     fault: str  # class of the fault
-    reason: str  # what is wrong
-    # the states of the files that it may mean, by path under the data root
-    inputs: Mapping[str, FileState]
+    reason: str
+    inputs: Mapping[str, FileState]  # of the files that it may mean, by path under the data root
 
 
 @dataclass
@@ -46,7 +45,6 @@ class ShardReport:
     tar_size: int = 0  # bytes of the tar; 0 where no record was good and there is no tar
     kinds: Counter[str] = field(default_factory=Counter[str])
     changes: Counter[str] = field(default_factory=Counter[str])
-    # the records that are not stored
     rejected: list[Rejected] = field(default_factory=list[Rejected])
 
     def save(self, path: Path) -> None:
@@ -79,11 +77,10 @@ class BuildSummary:
     num_text_only: int = 0  # of them, without an image
     num_rejected: int = 0  # see ``rejected.jsonl``
     num_bytes: int = 0  # of all tars
-    # rejected records by class of fault
-    rejected_by_fault: dict[str, int] = field(default_factory=dict[str, int])
-    kinds: dict[str, int] = field(default_factory=dict[str, int])  # stored samples by record kind
-    # images by what was changed about them
-    changes: dict[str, int] = field(default_factory=dict[str, int])
+    # rejected records by class of fault, stored samples by kind, images by what was changed
+    rejected_by_fault: Counter[str] = field(default_factory=Counter[str])
+    kinds: Counter[str] = field(default_factory=Counter[str])
+    changes: Counter[str] = field(default_factory=Counter[str])
     # per tar its name, first position, samples, rejected records and bytes
     shards: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
@@ -93,10 +90,9 @@ class BuildSummary:
         self.num_text_only += report.num_text_only
         self.num_rejected += len(report.rejected)
         self.num_bytes += report.tar_size
-        faults = Counter(row.fault for row in report.rejected)
-        self.rejected_by_fault = _sum(self.rejected_by_fault, faults)
-        self.kinds = _sum(self.kinds, report.kinds)
-        self.changes = _sum(self.changes, report.changes)
+        self.rejected_by_fault.update(row.fault for row in report.rejected)
+        self.kinds.update(report.kinds)
+        self.changes.update(report.changes)
         self.shards.append(
             {
                 "name": report.name,
@@ -110,7 +106,12 @@ class BuildSummary:
     def save(self, folder: Path) -> None:
         """Write ``build.json``, tars in order."""
         self.shards.sort(key=lambda row: row["first"])
-        values = {**_HEAD, "record_version": RECORD_VERSION, **vars(self)}
+        counts = {
+            name: dict(sorted(value.items()))
+            for name, value in vars(self).items()
+            if isinstance(value, Counter)
+        }
+        values = {**_HEAD, "record_version": RECORD_VERSION, **vars(self), **counts}
         write_json(folder / SUMMARY_FILE, values, indent=1)
 
     @classmethod
@@ -123,10 +124,6 @@ class BuildSummary:
             return cls(**values) if head.items() >= _HEAD.items() else None
         except _NOT_ONE:
             return None
-
-
-def _sum(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
-    return dict(sorted((Counter(counts) + Counter(more)).items()))
 
 
 def write_rejected(path: Path, reports: Iterable[ShardReport]) -> None:

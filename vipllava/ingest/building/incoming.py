@@ -49,9 +49,8 @@ class Ingested:
     record: Mapping[str, Any]
     image: bytes | None  # the encoded bytes, or None for a text-only record
     extension: str | None  # of the image's real format, or None
-    kind: str  # the record's kind
-    # what was done to the image (``jpg is png``, ``gif stored as png``), or None
-    change: str | None = None
+    kind: str
+    change: str | None = None  # of the image (``jpg is png``, ``gif stored as png``)
 
 
 def make_key(record: Mapping[str, Any] | None, position: int) -> str:
@@ -106,11 +105,6 @@ def input_states(names: Iterable[str], data_root: Path) -> dict[str, FileState]:
 
 def ingest(item: Annotation, manifest: Manifest, data_root: Path) -> Ingested:
     """Read, check and complete one record.
-
-    Args:
-        item: from the annotation list; not changed.
-        manifest: gives the image roots and the record kind.
-        data_root: folder that paths are relative to.
 
     Raises:
         RecordError: it is no record, breaks its schema, or a file it names is missing or broken.

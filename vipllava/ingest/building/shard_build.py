@@ -14,9 +14,10 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -24,7 +25,8 @@ from typing import Final
 
 from vipllava.files.atomic import move, sync
 from vipllava.files.locks import locked
-from vipllava.files.pools import default_num_workers, run_jobs
+from vipllava.files.pools import run_jobs
+from vipllava.ingest import Tell, tell_nobody
 from vipllava.ingest.building.annotations import AnnotationRange, iter_range, plan_ranges
 from vipllava.ingest.building.build_report import (
     FORMAT,
@@ -67,38 +69,20 @@ class BuildError(VipLlavaError):
 
 
 @dataclass(frozen=True, slots=True)
-class BuildProgress:
-    """How far a build is: bytes of the annotation list (phase ``list``) or records (``shards``).
-
-    ``num_rejected`` of the records so far cannot be used.
-    """
-
-    phase: str
-    done: int
-    total: int
-    num_rejected: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class ShardJob:
     """The tar ``NAME.tar`` to be made in the folder ``work`` of a stretch of the list."""
 
     manifest: Manifest
     data_root: Path
-    annotation_file: Path
     work: Path
     name: str
     part: AnnotationRange
+    inputs: str  # fingerprint of what the tar is made from
 
     @property
     def report_path(self) -> Path:
         """Where the report goes."""
         return self.work / _REPORTS / f"{self.name}.json"
-
-    @property
-    def inputs(self) -> str:
-        """Fingerprint of what the tar is made from."""
-        return _fingerprint(self.manifest, self.name, self.part.digest)
 
 
 def build_shards(
@@ -109,21 +93,16 @@ def build_shards(
     num_workers: int | None = None,
     max_samples: int = MAX_SAMPLES,
     max_bad_rate: float = MAX_BAD_RATE,
-    on_progress: Callable[[BuildProgress], None] | None = None,
+    tell: Tell = tell_nobody,
 ) -> BuildSummary:
-    """Write a data set's tars, or finish a build that was interrupted.
+    """Write a data set's tars and their summary, or finish a build that was interrupted.
 
     Args:
-        manifest: names the annotation list and the image roots.
-        data_root: folder that their paths are relative to.
         output: folder of the tars; without it the one of the manifest's shard pattern.
         num_workers: processes; 0 builds in this one, None takes one per core, at most 16.
         max_samples: records per tar.
         max_bad_rate: share of rejected records above which the build fails; 1 allows all.
-        on_progress: told about the progress.
-
-    Returns:
-        The summary, which is in ``build.json`` beside the tars.
+        tell: hears about progress.
 
     Raises:
         BuildError: there is nothing to build from, the output cannot be used, or too many records
@@ -140,19 +119,11 @@ def build_shards(
     if is_remote(str(data_root)):
         raise BuildError(f"data_root is {data_root}; shards are built in a local folder")
     root = Path(data_root).expanduser().resolve()
-    annotation_file = root / manifest.annotation_file
     folder, prefix = build_target(manifest, root, output)
-    _refuse_foreign(folder)
-
-    def tell(progress: BuildProgress) -> None:
-        if on_progress is not None:
-            on_progress(progress)
-
+    reading = partial(tell, "reading the annotation list", "bytes")
+    annotation_file = root / manifest.annotation_file
     plan = plan_ranges(
-        annotation_file,
-        max_samples,
-        select=manifest.has_record,
-        on_progress=lambda done, total: tell(BuildProgress("list", done, total)),
+        annotation_file, max_samples, select=manifest.has_record, on_progress=reading
     )
     summary = BuildSummary(
         dataset=manifest.name,
@@ -168,13 +139,23 @@ def build_shards(
         if (finished := _finished(folder, summary)) is not None:  # by a build that ran meanwhile
             shutil.rmtree(work, ignore_errors=True)  # that build may have renamed it
             return finished
-        jobs = [
-            ShardJob(manifest, root, annotation_file, work, f"{prefix}-{number:06d}", part)
-            for number, part in enumerate(plan.ranges)
-        ]
+        jobs: list[ShardJob] = []
+        for number, part in enumerate(plan.ranges):
+            name = f"{prefix}-{number:06d}"
+            inputs = _fingerprint(manifest, name, part.digest)
+            jobs.append(ShardJob(manifest, root, work, name, part, inputs))
         _drop_others(work, {job.name for job in jobs})
+        done, total = 0, plan.num_selected
+        max_rejected = min(max_bad_rate * total, total - 1)
         try:
-            _build(jobs, summary, num_workers, max_bad_rate, tell)
+            with closing(run_jobs(with_kinds(build_shard), jobs, num_workers)) as made:
+                for report in made:
+                    summary.add(report)
+                    done += report.num_samples + len(report.rejected)
+                    bad = f" ({summary.num_rejected} rejected)" if summary.num_rejected else ""
+                    tell("building shards", f"records{bad}", done, total)
+                    if summary.num_rejected > max_rejected:  # it is certain from now on
+                        raise _too_many(summary, done, max_bad_rate, work)
         finally:  # one by one: the rejected records of all may be many
             reports = (ShardReport.load(job.report_path) for job in jobs)
             write_rejected(work / REJECTED_FILE, filter(None, reports))
@@ -190,12 +171,7 @@ def manifest_lines(
     summary: BuildSummary,
     output: str | Path | None = None,
 ) -> list[str]:
-    """Return the lines of YAML that the manifest lacks to open a build and to notice a lost tar.
-
-    Args:
-        manifest: that the build was made with, as are ``data_root`` and ``output``.
-        summary: of the build.
-    """
+    """Return the lines of YAML that the manifest lacks to open a build and to notice a lost tar."""
     root = Path(data_root).expanduser().resolve()
     folder, prefix = target = build_target(manifest, root, output)
     lines: list[str] = []
@@ -212,75 +188,47 @@ def manifest_lines(
     return lines
 
 
-def _build(
-    jobs: list[ShardJob],
-    summary: BuildSummary,
-    num_workers: int | None,
-    max_bad_rate: float,
-    tell: Callable[[BuildProgress], None],
-) -> None:
-    """Make all tars and count; stops as soon as it is certain that too many records are bad."""
-    workers = default_num_workers() if num_workers is None else num_workers
-    done, total = 0, summary.num_selected
-    with closing(run_jobs(with_kinds(build_shard), jobs, min(workers, len(jobs)))) as reports:
-        for report in reports:
-            summary.add(report)
-            done += report.num_samples + len(report.rejected)
-            tell(BuildProgress("shards", done, total, summary.num_rejected))
-            if summary.num_rejected > max_bad_rate * total or summary.num_rejected == total:
-                raise _too_many(summary, done, max_bad_rate, jobs[0].work)
-
-
 def build_shard(job: ShardJob) -> ShardReport:
     """Make one tar with its index, unless it is there already."""
     report = ShardReport.load(job.report_path)
     if report is not None and _is_current(report, job):
         return report
     job.report_path.unlink(missing_ok=True)
-    with TemporaryDirectory(prefix=_SCRATCH, dir=job.work, ignore_cleanup_errors=True) as scratch:
-        report = _write_shard(job, Path(scratch))
-    report.save(job.report_path)
-    return report
-
-
-def _write_shard(job: ShardJob, scratch: Path) -> ShardReport:
     report = ShardReport(job.name, job.inputs, job.part.first)
     samples = _ingested(job, report)
-    if (first := next(samples, None)) is None:
-        return report
-    (made,) = write_shards(
-        ((s.key, s.record, s.image, s.extension) for s in chain([first], samples)),
-        scratch,
-        prefix=_PREFIX,
-        max_samples=job.part.num_samples,
-        max_bytes=_NO_LIMIT,
-        check_images=False,  # decoded a moment ago
-    )
-    sync(made)
-    report.tar_size = made.stat().st_size
-    for path in scratch.iterdir():  # the tar and what belongs to it
-        move(path, job.work / path.name.replace(made.stem, job.name, 1))
+    if (first := next(samples, None)) is not None:
+        with TemporaryDirectory(
+            prefix=_SCRATCH, dir=job.work, ignore_cleanup_errors=True
+        ) as scratch:
+            (made,) = write_shards(
+                ((s.key, s.record, s.image, s.extension) for s in chain([first], samples)),
+                Path(scratch),
+                prefix=_PREFIX,
+                max_samples=job.part.num_samples,
+                max_bytes=_NO_LIMIT,
+                check_images=False,  # decoded a moment ago
+            )
+            sync(made)
+            report.tar_size = made.stat().st_size
+            for path in Path(scratch).iterdir():  # the tar and what belongs to it
+                move(path, job.work / path.name.replace(made.stem, job.name, 1))
+    report.save(job.report_path)
     return report
 
 
 def _ingested(job: ShardJob, report: ShardReport) -> Iterator[Ingested]:
     """Yield the samples of a stretch, counting in its report what they are and what is none."""
-    for item in iter_range(job.annotation_file, job.part, job.manifest.has_record):
+    annotation_file = job.data_root / (job.manifest.annotation_file or "")
+    for item in iter_range(annotation_file, job.part, job.manifest.has_record):
         try:
             sample = ingest(item, job.manifest, job.data_root)
         except RecordError as error:
             image = (item.record or {}).get("image")
             names = input_names(item.record, job.data_root, job.manifest.image_roots)
-            report.rejected.append(
-                Rejected(
-                    position=item.position,
-                    key=make_key(item.record, item.position),
-                    image=image if isinstance(image, str) else None,
-                    fault=error.fault,
-                    reason=str(error),
-                    inputs=input_states(names, job.data_root),
-                )
-            )
+            image = image if isinstance(image, str) else None
+            key, inputs = make_key(item.record, item.position), input_states(names, job.data_root)
+            rejected = Rejected(item.position, key, image, error.fault, str(error), inputs)
+            report.rejected.append(rejected)
             continue
         report.num_samples += 1
         report.num_text_only += sample.image is None
@@ -325,22 +273,18 @@ def build_target(
     return (data_root / folder).resolve(), head.rstrip("-") or _PREFIX
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """Refuse an output that holds something else, before the long work."""
-    try:
-        present = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
-    except OSError as error:
-        raise BuildError(f"output {folder} is no folder that can be used: {error}") from error
-    if present and SUMMARY_FILE not in present:
-        raise BuildError(
-            f"output {folder} holds files that no build made; tars get a folder of their own: "
-            "correct the manifest's `shards`, or pass another output=FOLDER"
-        )
-
-
 def _finished(folder: Path, summary: BuildSummary) -> BuildSummary | None:
-    """Return the summary of the build that stands in ``folder``, if there is one."""
+    """Return the summary of the build that stands in ``folder``; refuse anything else there."""
     if not (folder / SUMMARY_FILE).is_file():
+        try:
+            foreign = folder.exists() and any(folder.iterdir())
+        except OSError as error:
+            raise BuildError(f"output {folder} is no folder that can be used: {error}") from error
+        if foreign:
+            raise BuildError(
+                f"output {folder} holds files that no build made; tars get a folder of their own: "
+                "correct the manifest's `shards`, or pass another output=FOLDER"
+            )
         return None
     present = BuildSummary.load(folder)
     if present is None or present.inputs != summary.inputs:
@@ -368,7 +312,7 @@ def _finished(folder: Path, summary: BuildSummary) -> BuildSummary | None:
 def _work_folder(folder: Path) -> Generator[Path]:
     """Make or find the folder of the unfinished build and keep others out of it."""
     work = folder.with_name(f"{folder.name}{_WORK}")
-    with _disk_errors(work):
+    try:
         (work / _REPORTS).mkdir(parents=True, exist_ok=True)
         with locked(work / _LOCK, 0, without="do not run two builds there") as is_free:
             if not is_free:
@@ -377,6 +321,13 @@ def _work_folder(folder: Path) -> Generator[Path]:
                     "output=FOLDER"
                 )
             yield work
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BuildError(
+                f"no space left for {work} ({error.strerror}). Free some space there, or pass "
+                "another output=FOLDER, and run the same command again: finished tars are kept"
+            ) from error
+        raise BuildError(f"cannot write {work}: {error}") from error
 
 
 def _drop_others(work: Path, names: set[str]) -> None:
@@ -412,17 +363,3 @@ def _too_many(summary: BuildSummary, done: int, max_bad_rate: float, work: Path)
         "and run the same command again (finished tars are kept), or pass a larger max_bad_rate "
         "(1 allows all) to build without these records"
     )
-
-
-@contextmanager
-def _disk_errors(where: Path) -> Generator[None]:
-    """Say what to do about a folder that cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BuildError(
-                f"no space left for {where} ({error.strerror}). Free some space there, or pass "
-                "another output=FOLDER, and run the same command again: finished tars are kept"
-            ) from error
-        raise BuildError(f"cannot write {where}: {error}") from error

@@ -13,9 +13,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from vipllava.files.pools import run_threads
+from vipllava.ingest import Tell, tell_nobody
 from vipllava.ingest.building.annotations import AnnotationError, iter_annotations
 from vipllava.ingest.building.incoming import FILE_FIELDS, input_paths
 from vipllava.ingest.tar_listing import find_tars
@@ -36,18 +37,15 @@ _TOLERANCE: Final = 0.05
 _MOST_EXAMPLES: Final = 20
 
 Status = Literal["ok", "missing", "damaged", "differs", "unchecked"]
-Tell = Callable[[str, str, int, "int | None"], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """What is known of one part."""
 
-    # ``annotations``, ``pictures``, ``metadata``, ``shards``, ``layout`` or ``data root``
-    part: str
+    part: str  # a part, ``metadata``, ``layout`` or ``data root``
     name: str  # the file, folder or pattern, relative to the data root
-    # ``ok``; ``missing``: something is not there; ``damaged``: something cannot be read;
-    # ``differs``: there is more or less than expected; ``unchecked``: nobody looked
+    # something is not there, cannot be read, is more or less than expected, or nobody looked
     status: Status
     detail: str  # counts and reasons
     remedy: str = ""  # what to do
@@ -79,13 +77,13 @@ def check_data(
     parts: Iterable[str] = PARTS,
     num_pictures: int | None = NUM_PICTURES,
     num_workers: int = 4,
-    tell: Tell | None = None,
+    tell: Tell = tell_nobody,
 ) -> Availability:
     """Look for every part that a manifest names.
 
     Args:
         manifest: the data set.
-        data_root: folder that its paths are relative to, or an address.
+        data_root: folder that its paths are relative to, or an address, which is not looked at.
         parts: some of ``PARTS``; a benchmark's folder counts as its shards.
         num_pictures: images to look at, drawn from the whole list and the same ones each time;
             None for all.
@@ -101,7 +99,7 @@ def check_data(
     if num_pictures is not None and num_pictures < 0:
         raise ConfigError(f"num_pictures is {num_pictures}; expected 0 or more, or all of them")
     root = Path(data_root)
-    check = _Check(manifest, root, num_workers, tell or (lambda task, unit, done, total: None))
+    check = _Check(manifest, root, num_workers, tell)
     if is_remote(str(data_root)):
         remedy = f"vipllava shards verify {manifest.name} --data-root {data_root}"
         place = Finding("data root", str(data_root), "unchecked", "an address", remedy)
@@ -116,17 +114,13 @@ def check_data(
     return Availability(manifest.name, str(root), tuple(found))
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """A file that the record at ``position`` names in ``field``.
-
-    It counts in ``folder``: if that is empty, in the image root that it lies in.
-    """
+class _Wanted(NamedTuple):
+    """A file that the record at ``position`` names in ``field``."""
 
     position: int
     name: str
     field: str = "image"
-    folder: str = ""
+    folder: str = ""  # that it counts in; if empty, the image root that it lies in
 
 
 @dataclass(slots=True)
@@ -141,21 +135,25 @@ class _Counted:
         insort(self.first, (position, text))  # files come in any order
         del self.first[_MOST_EXAMPLES:]
 
+    @property
     def examples(self) -> tuple[str, ...]:
         return tuple(text for _, text in self.first)
 
 
+@dataclass
 class _Check:
-    def __init__(self, manifest: Manifest, data_root: Path, num_workers: int, tell: Tell) -> None:
-        self.manifest = manifest
-        self.root = data_root
-        self.num_workers = num_workers
-        self.tell = tell
-        self.bad_items = _Counted()
-        self.kinds: Counter[str] = Counter()  # of the data set's records
-        self.num_others = 0
+    manifest: Manifest
+    root: Path
+    num_workers: int
+    tell: Tell
+    bad_items: _Counted = field(default_factory=_Counted)
+    kinds: Counter[str] = field(default_factory=Counter[str])  # of the data set's records
+    num_others: int = 0
+
+    def __post_init__(self) -> None:
         # By part, folder and status.
         self.looked_at: defaultdict[tuple[str, str, Status], _Counted] = defaultdict(_Counted)
+        manifest = self.manifest
         self.remedy = (
             "vipllava sample-data makes it"
             if manifest.made_by == "sample_world"
@@ -170,12 +168,12 @@ class _Check:
             return []
         name = self.manifest.annotation_file or ""
         path = self.root / name
-        num_images = num_images if "pictures" in parts else 0
+        files = self._files(path)
         try:
-            if num_images is None:
-                self._look(self._files(path), None)
+            if "pictures" in parts and num_images is None:
+                self._look(files, None)
             else:
-                drawn = self._draw(self._files(path), num_images)
+                drawn = self._draw(files, (num_images or 0) if "pictures" in parts else 0)
                 self._look(drawn, len(drawn))
             found = self._list_finding(name)
         except AnnotationError as error:
@@ -208,8 +206,7 @@ class _Check:
         detail = f"{selected} records" + (f" ({kinds})" if kinds else "")
         if self.num_others:
             detail += f"; {self.num_others} others belong to other data sets"
-        status: Status = "ok"
-        remedy = ""
+        status, remedy = "ok", ""
         if expected and abs(selected - expected) > _TOLERANCE * expected:
             status = "differs"
             detail += f"; about {expected} were expected"
@@ -218,7 +215,7 @@ class _Check:
             status = "damaged"
             detail += f"; {self.bad_items.count} items are no records"
             remedy = f"correct {name}, or get it again"
-        return Finding("annotations", name, status, detail, remedy, self.bad_items.examples())
+        return Finding("annotations", name, status, detail, remedy, self.bad_items.examples)
 
     def _draw(self, files: Iterable[_Wanted], count: int) -> list[_Wanted]:
         """Draw evenly from a list of unknown length, the same ones each time."""
@@ -285,7 +282,7 @@ class _Check:
             detail = f"{good} of {total} that were looked at are good"
             detail += f", {missing.count} missing" if missing.count else ""
             detail += f", {damaged.count} unreadable" if damaged.count else ""
-        examples = (damaged.examples() + missing.examples())[:_MOST_EXAMPLES]
+        examples = (damaged.examples + missing.examples)[:_MOST_EXAMPLES]
         return Finding(
             part, folder, status, detail, "" if status == "ok" else self.remedy, examples
         )
@@ -330,11 +327,8 @@ class _Check:
             finding, names = self._read(folder / split / "questions.jsonl", _questions)
             findings.append(finding)
             if finding.status not in ("missing", "damaged"):
-                wanted = [
-                    _Wanted(number, f"{images}/{name}", folder=images)
-                    for number, name in enumerate(names)
-                ]
-                self._look(wanted, len(wanted))
+                files = (_Wanted(n, f"{images}/{name}", "image", images) for n, name in names)
+                self._look(files, len(names))
                 findings.append(self._folder_finding("pictures", images))
         return findings
 
@@ -348,14 +342,21 @@ class _Check:
             count, expected = len(items), self.manifest.num_samples
         except FileNotFoundError:
             return finding("missing", "no such file", self.remedy), ()
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return finding("damaged", f"cannot be read ({error!r})", self.remedy), ()
+        except (OSError, ValueError, TypeError) as error:
+            return finding("damaged", f"cannot be read ({error})", self.remedy), ()
         if expected in (None, count):
             return finding("ok", f"{count} questions"), items
         detail = f"{count} questions, the manifest says {expected}"
         return finding("differs", detail, self.remedy), items
 
 
-def _questions(text: str) -> list[str]:
-    """Return the image of each question."""
-    return ["" + json.loads(line)["image"] for line in text.splitlines() if line.strip()]
+def _questions(text: str) -> list[tuple[int, str]]:
+    """Return line number and image of each question."""
+    questions: list[tuple[int, str]] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            if line.strip():
+                questions.append((number, "" + json.loads(line)["image"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"line {number}: {error!r}") from error
+    return questions

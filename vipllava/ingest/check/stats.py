@@ -20,7 +20,7 @@ STATS_VERSION: Final = 1
 NUM_RECORDS: Final = 2000
 _BINS: Final = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 65536)
 _BIN_NAMES: Final = tuple(f"{low}-{high - 1}" for low, high in pairwise(_BINS))
-_SHAPES: Final = ("landscape", "portrait", "square", "unreadable")
+_SHAPES: Final = ("unreadable", "landscape", "portrait")
 _SQUARE: Final = 1.1  # width over height up to this, or down to its inverse, counts as square
 
 
@@ -45,38 +45,23 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class ShardStats:
-    """A data set in numbers.
-
-    Attributes:
-        dataset: its name.
-        num_samples: in all tars.
-        num_text_only: of them, without an image.
-        num_shards: tars.
-        text_tokens: estimated tokens of a sample's texts, without those of its image.
-        text_tokens_histogram: samples per bin, by the bin's label ``from-to``.
-        picture_width, picture_height: pixels, of upright images.
-        picture_shapes: images that are ``landscape``, ``portrait``, ``square`` or ``unreadable``.
-        shard_samples: samples per tar.
-        shard_bytes: bytes per tar.
-        kinds: samples by record kind.
-        kinds_from: how ``kinds`` is known: ``manifest`` (all are of the manifest's kind), ``build``
-            (counted when the tars were built), ``all`` (every record was read) or ``sample``
-            (scaled up from ``num_records_read``).
-        num_records_read: for ``kinds``.
-    """
+    """A data set in numbers."""
 
     dataset: str
-    num_samples: int
-    num_text_only: int
-    num_shards: int
-    text_tokens: Spread | None
-    text_tokens_histogram: Mapping[str, int]
-    picture_width: Spread | None
+    num_samples: int  # in all tars
+    num_text_only: int  # of them, without an image
+    num_shards: int  # tars
+    text_tokens: Spread | None  # estimated tokens of a sample's texts, without those of its image
+    text_tokens_histogram: Mapping[str, int]  # samples per bin, by the bin's label ``from-to``
+    picture_width: Spread | None  # pixels, of upright images
     picture_height: Spread | None
-    picture_shapes: Mapping[str, int]
-    shard_samples: Spread | None
+    picture_shapes: Mapping[str, int]  # ``landscape``, ``portrait``, ``square``, ``unreadable``
+    shard_samples: Spread | None  # samples per tar
     shard_bytes: Spread | None
-    kinds: Mapping[str, int]
+    kinds: Mapping[str, int]  # samples by record kind
+    # how ``kinds`` is known: ``manifest`` (all are of the manifest's kind), ``build`` (counted when
+    # the tars were built), ``all`` (every record was read), ``sample`` (scaled up from
+    # ``num_records_read``)
     kinds_from: str
     num_records_read: int
 
@@ -102,7 +87,7 @@ def shard_stats(
 
     Args:
         shards: the opened tars.
-        record_kind: the manifest's; ``auto`` tells the kind record by record.
+        record_kind: the manifest's.
         num_records: records to read for their kind where it is not known otherwise, evenly spread;
             None for all.
         on_progress: told records read and to be read.
@@ -114,6 +99,9 @@ def shard_stats(
     sizes = shards.picture_sizes(positions)[pictured]
     readable = sizes[(sizes > 0).all(axis=1)]
     histogram, _ = np.histogram(tokens, bins=(*_BINS[:-1], 1 << 31))
+    width, height = sizes.astype(np.float64).T
+    cases = [(sizes <= 0).any(axis=1), width > _SQUARE * height, height > _SQUARE * width]
+    shapes = np.select(cases, _SHAPES, "square")
     kinds, how, num_read = _kinds(shards, record_kind, num_records, on_progress)
     return ShardStats(
         dataset=shards.name,
@@ -124,20 +112,13 @@ def shard_stats(
         text_tokens_histogram=dict(zip(_BIN_NAMES, histogram.tolist(), strict=True)),
         picture_width=Spread.of(readable[:, 0]),
         picture_height=Spread.of(readable[:, 1]),
-        picture_shapes=_shapes(sizes),
+        picture_shapes={name: int((shapes == name).sum()) for name in (*_SHAPES, "square")},
         shard_samples=Spread.of(np.diff(shards.shard_ends, prepend=0)),
         shard_bytes=Spread.of(shards.index.tars["tar_size"]),
         kinds=dict(sorted(kinds.items())),
         kinds_from=how,
         num_records_read=num_read,
     )
-
-
-def _shapes(sizes: npt.NDArray[np.int32]) -> dict[str, int]:
-    width, height = sizes.astype(np.float64).T
-    cases = [(sizes <= 0).any(axis=1), width > _SQUARE * height, height > _SQUARE * width]
-    shapes = np.select(cases, ["unreadable", "landscape", "portrait"], "square")
-    return {name: int((shapes == name).sum()) for name in _SHAPES}
 
 
 def _kinds(

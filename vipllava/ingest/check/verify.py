@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from vipllava.files.pools import default_num_workers, run_jobs
+from vipllava.files.pools import run_jobs
 from vipllava.ingest.tar_listing import find_tars, list_tar
 from vipllava.records import with_kinds
 from vipllava.records.image_decode import decode_image
@@ -38,10 +38,10 @@ class Verdict:
     """What was found in a data set, or in one of its tars."""
 
     dataset: str  # the manifest's name, or the tar's path
-    num_shards: int  # tars
-    num_samples: int  # samples that were read and are whole
+    num_shards: int
+    num_samples: int  # that were read and are whole
     num_unindexed: int  # tars without an index, whose samples could not be compared with checksums
-    damages: tuple[Damage, ...]  # everything that is wrong, in the tars' order
+    damages: tuple[Damage, ...]  # in the tars' order
 
     @property
     def ok(self) -> bool:
@@ -65,8 +65,7 @@ def verify_shards(
     """Read every sample and compare it with its checksums; then open the set as training does.
 
     Args:
-        manifest: the data set.
-        data_root: folder or address that its patterns are relative to.
+        data_root: folder or address that the manifest's patterns are relative to.
         num_workers: processes; 0 works in this one, None takes one per core, at most 16.
         decode: decode every image, too.
         cache: where tars from an address are kept.
@@ -76,7 +75,6 @@ def verify_shards(
         ShardError: tars from an address cannot be opened; with a local data root everything that
             is wrong is in the verdict.
     """
-    root = Path(data_root)
     jobs: list[Path | tuple[ShardSet, int]] = []
     damages: list[Damage] = []
     remote = is_remote(str(data_root)) or any(map(is_remote, manifest.shards))
@@ -84,14 +82,13 @@ def verify_shards(
         shards = open_shards(manifest, data_root, cache=cache)
         jobs += [(shards, number) for number in range(len(shards.paths))]
     else:
+        root = Path(data_root)
         present, absent = find_tars(manifest, root)
         jobs += [root / name for name in present]
         lost = "does not exist; build it, or get it again"
         damages += [Damage(str(root / name), None, lost) for name in absent]
-    workers = default_num_workers() if num_workers is None else num_workers
     verdicts: list[Verdict] = []
-    work = partial(_verify_tar, decode=decode)
-    with closing(run_jobs(work, jobs, min(workers, len(jobs)))) as results:
+    with closing(run_jobs(partial(_verify_tar, decode=decode), jobs, num_workers)) as results:
         for verdict in results:
             verdicts.append(verdict)
             if on_progress is not None:
@@ -148,15 +145,13 @@ class Indexed:
     """An index that was made, or why not."""
 
     path: Path  # the tar
-    num_samples: int  # in it; 0 if it could not be indexed
-    reason: str | None = None  # what is wrong with it, or None
+    num_samples: int
+    reason: str | None = None  # what is wrong with it
 
 
 def index_shards(paths: Iterable[Path], num_workers: int | None = None) -> Iterator[Indexed]:
     """Read tars and write their indices; yields as they come, with what is wrong with a tar."""
-    tars = list(paths)
-    workers = default_num_workers() if num_workers is None else num_workers
-    yield from run_jobs(with_kinds(_index_tar), tars, min(workers, len(tars)))
+    yield from run_jobs(with_kinds(_index_tar), list(paths), num_workers)
 
 
 def _index_tar(path: Path) -> Indexed:

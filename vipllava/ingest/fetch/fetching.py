@@ -21,6 +21,7 @@ from vipllava.files.download import DiskError, DownloadError, disk_error, downlo
 from vipllava.files.locks import locked
 from vipllava.files.pools import run_threads
 from vipllava.files.retries import PATIENT, Patience
+from vipllava.ingest import Tell, tell_nobody
 from vipllava.ingest.fetch.hub import HubFile, fetch_hub_file, list_hub_files
 from vipllava.ingest.fetch.image_lists import fetch_images, make_jpegs
 from vipllava.ingest.fetch.unpacking import DamagedArchiveError, unpack
@@ -33,8 +34,6 @@ _STATE: Final = Path(".vipllava")
 _RECEIPT_VERSION: Final = 1
 
 Status = Literal["present", "fetched", "missing", "failed"]
-Tell = Callable[[str, str, int, "int | None"], None]
-"""Told a task's name, its unit (``bytes`` or ``files``), how much is done, and of how much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +57,7 @@ class Outcome:
 class FetchOptions:
     """How to fetch."""
 
-    # leave downloaded archives in ``downloads/`` once they are unpacked
-    keep_archives: bool = False
+    keep_archives: bool = False  # leave them in ``downloads/`` once they are unpacked
     again: bool = False  # fetch archives and lists anew that were fetched before or lie there
     num_workers: int = 8  # downloads at a time, for images that come one by one
     patience: Patience = PATIENT  # bounds on each download
@@ -70,17 +68,11 @@ def fetch_data(
     data_root: str | Path,
     options: FetchOptions = FetchOptions(),
     *,
-    tell: Tell | None = None,
+    tell: Tell = tell_nobody,
 ) -> list[Outcome]:
-    """Fetch what is public of a data set, and say what has to be asked for.
+    """Fetch what is public of a data set into a folder, and say what has to be asked for.
 
     One part that fails does not keep the others from being fetched.
-
-    Args:
-        manifest: names the sources.
-        data_root: local folder; made if missing.
-        options: how.
-        tell: hears about progress.
 
     Raises:
         ConfigError: the data root is an address.
@@ -91,7 +83,7 @@ def fetch_data(
     root = Path(data_root)
     outcomes: list[Outcome] = []
     for source in manifest.sources:
-        job = _SourceJob(source, root, options, tell or (lambda task, unit, done, total: None))
+        job = _SourceJob(source, root, options, tell)
         try:
             lock = root / _STATE / "locks" / f"{source.key}.lock"
             waiting = f"{source.name} is being fetched by another process; waiting for it"
@@ -111,9 +103,8 @@ class _SourceJob:
     options: FetchOptions
     tell: Tell
 
-    @property
-    def downloads(self) -> Path:
-        return self.root / DOWNLOADS / self.source.key
+    def __post_init__(self) -> None:
+        self.downloads = self.root / DOWNLOADS / self.source.key
 
     def run(self) -> list[Outcome]:
         source, images = self.source, self.source.picture_list
@@ -191,7 +182,7 @@ class _SourceJob:
     def _fetch_archive(self, file: SourceFile) -> tuple[Status, str]:
         into, archive = self.root / file.into, self.downloads / file.name
         by_hand, again = self._is_by_hand(file), self.options.again
-        if not again and (present := self._unpacked(file, into)) is not None:
+        if (present := self._unpacked(file, into)) is not None:
             return "present", present
         if by_hand and not archive.is_file():
             then = f", then run this command again; or unpack it yourself into {into}"
@@ -222,9 +213,9 @@ class _SourceJob:
 
     def _unpacked(self, file: SourceFile, into: Path) -> str | None:
         """Say what an archive has left already, or None if there is something to do."""
-        if not _has_any(into):
+        if self.options.again or not _has_any(into):
             return None
-        if (receipt := self._read_receipt(file)) is not None:
+        if (receipt := self._receipt(file, into)) is not None:
             count = receipt["num_files"]
             return None if count is None else f"{count} files"  # None: broken off
         count = count_files(into)
@@ -234,10 +225,8 @@ class _SourceJob:
 
     def _get(self, file: SourceFile, path: Path) -> None:
         """Download one file, whatever it is."""
-        how: Any = {
-            "patience": self.options.patience,
-            "on_progress": partial(self.tell, file.name, "bytes"),
-        }
+        told = partial(self.tell, file.name, "bytes")
+        how: Any = {"patience": self.options.patience, "on_progress": told}
         if file.url is None:
             fetch_hub_file(self._list(file)[0], path, **how)
         else:
@@ -267,10 +256,9 @@ class _SourceJob:
             num_workers=self.options.num_workers,
             on_progress=partial(self.tell, f"pictures of {self.source.name}", "files"),
         )
-        failures, count = outcome.failures, outcome.num_listed - len(outcome.failures)
-        note = (
-            f"{count} of {outcome.num_listed} pictures, {outcome.num_converted} of them made JPEG"
-        )
+        failures, total = outcome.failures, outcome.num_listed
+        count = total - len(failures)
+        note = f"{count} of {total} pictures, {outcome.num_converted} of them made JPEG"
         path = self.downloads / "failures.jsonl"
         if failures:
             lines = (json.dumps(asdict(failure), ensure_ascii=False) for failure in failures)
@@ -284,11 +272,12 @@ class _SourceJob:
     # Receipts: one small JSON file for each part.
 
     def _receipt(self, part: SourceFile | PictureList, into: Path) -> dict[str, Any] | None:
-        """Return the receipt of a part that is done and need not be fetched again, else None."""
-        return self._read_receipt(part) if _has_any(into) and not self.options.again else None
+        """Return the receipt of a part that need not be fetched again.
 
-    def _read_receipt(self, part: SourceFile | PictureList) -> dict[str, Any] | None:
-        """Return a receipt, or None: also where it is of another place or damaged."""
+        None also where it is of another place or damaged.
+        """
+        if self.options.again or not _has_any(into):
+            return None
         try:
             known: Any = json.loads(self._receipt_path(part).read_text(encoding="utf-8"))
             same = (known["schema_version"], known["into"]) == (_RECEIPT_VERSION, part.into)
@@ -300,14 +289,8 @@ class _SourceJob:
         self, part: SourceFile | PictureList, num_files: int | None, note: str = ""
     ) -> None:
         """Note what was unpacked or fetched: files in all, None while it is under way."""
-        receipt = {
-            "schema_version": _RECEIPT_VERSION,
-            "file": _name(part),
-            "into": part.into,
-            "num_files": num_files,
-            "note": note,
-        }
-        write_json(self._receipt_path(part), receipt)
+        values = {"file": _name(part), "into": part.into, "num_files": num_files, "note": note}
+        write_json(self._receipt_path(part), {"schema_version": _RECEIPT_VERSION, **values})
 
     def _receipt_path(self, part: SourceFile | PictureList) -> Path:
         name = re.sub(r"[^A-Za-z0-9.]+", "-", _name(part))

@@ -18,6 +18,7 @@ from vipllava.files.retries import PATIENT, BrokenError, GivenUpError, Patience,
 from vipllava.types import first_line
 
 _TYPE: Final = "dataset"
+_PAGE: Final = "https://huggingface.co/datasets/"
 _LASTING: Final = (400, 401, 403, 404, 410)
 
 
@@ -42,7 +43,6 @@ def list_hub_files(
         repo: ``owner/name``.
         pattern: a path, or one with ``*`` and ``?``, which match ``/`` too.
         revision: branch, tag or commit; the main branch if None.
-        patience: bounds on trying.
 
     Raises:
         DownloadError: the repository cannot be read, or nothing matches.
@@ -57,16 +57,9 @@ def list_hub_files(
             commit = str(api.repo_info(repo, repo_type=_TYPE, revision=revision).sha)
             tree = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type=_TYPE)
             return [
-                HubFile(
-                    repo,
-                    commit,
-                    entry.path,
-                    entry.size,
-                    None if entry.lfs is None else entry.lfs.sha256,
-                    entry.blob_id,
-                )
-                for entry in tree
-                if hasattr(entry, "blob_id") and fnmatch.fnmatchcase(entry.path, pattern)
+                HubFile(repo, commit, f.path, f.size, f.lfs and f.lfs.sha256, f.blob_id)
+                for f in tree
+                if hasattr(f, "blob_id") and fnmatch.fnmatchcase(f.path, pattern)
             ]
         except errors.OfflineModeIsEnabled as error:
             raise DownloadError(
@@ -84,7 +77,7 @@ def list_hub_files(
         raise DownloadError(f"{error}. Run the same command again to go on") from error.reason
     if not found:
         raise DownloadError(
-            f"{_page(repo)} has no file `{pattern}` at {revision or 'its main branch'}; correct "
+            f"{_PAGE}{repo} has no file `{pattern}` at {revision or 'its main branch'}; correct "
             "`file` or `revision` in the manifest's sources"
         )
     return sorted(found, key=lambda file: file.path)
@@ -108,26 +101,15 @@ def fetch_hub_file(
     if _is_whole(target, file):
         return
     hub: Any = huggingface_hub
-    url: str = hub.hf_hub_url(
-        file.repo,
-        file.path,
-        repo_type=_TYPE,
-        revision=file.commit,
-        endpoint=hub.constants.ENDPOINT,
-    )
+    place = {"repo_type": _TYPE, "revision": file.commit, "endpoint": hub.constants.ENDPOINT}
+    url: str = hub.hf_hub_url(file.repo, file.path, **place)
     headers = hub.utils.build_hf_headers(library_name="vipllava", library_version=__version__)
-    where = f"{file.path} of {_page(file.repo)}"
+    where = f"{file.path} of {_PAGE}{file.repo}"
     try:
         download(
-            url,
-            target,
-            size=file.size,
-            sha256=file.sha256,
-            immutable=True,
-            headers=headers,
-            patience=patience,
-            on_progress=on_progress,
-        )
+            url, target, size=file.size, sha256=file.sha256, immutable=True, headers=headers,
+            patience=patience, on_progress=on_progress,
+        )  # fmt: skip
     except RefusedError as error:
         raise DownloadError(f"{where}: {_refusal(error, error.status)}") from error
     if not _is_whole(target, file):
@@ -145,10 +127,6 @@ def _refusal(error: BaseException, status: int | None) -> str:
             "`hf auth login`"
         )
     return f"{first_line(error)}; correct `hub` or `revision` in the manifest's sources"
-
-
-def _page(repo: str) -> str:
-    return f"https://huggingface.co/datasets/{repo}"
 
 
 def _is_whole(path: Path, file: HubFile) -> bool:

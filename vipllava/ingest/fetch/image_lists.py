@@ -47,9 +47,9 @@ class Failure:
 class ImageListOutcome:
     """What became of a list."""
 
-    num_listed: int  # entries of the list
+    num_listed: int
     num_converted: int  # images, present before or fetched now, that were no JPEG and are now
-    failures: tuple[Failure, ...]  # images that are not there, by name
+    failures: tuple[Failure, ...]  # by name
 
 
 def fetch_images(
@@ -63,10 +63,8 @@ def fetch_images(
     """Download what is not there, and make a real ``ID.jpg`` of that and of all that is there.
 
     Args:
-        images: the list and where its images go.
-        data_root: folder that its paths are relative to.
+        images: the list and where its images go, relative to ``data_root``.
         num_workers: downloads at a time.
-        patience: bounds on each download.
         on_progress: told the number of images done and in all.
 
     Raises:

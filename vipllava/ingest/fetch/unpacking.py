@@ -11,10 +11,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Final, cast
+from typing import IO, Any, Final, NamedTuple, cast
 
 from vipllava.files.atomic import new_file
 from vipllava.files.download import disk_error
@@ -41,8 +40,7 @@ class DamagedArchiveError(UnpackError):
     """An archive is broken, truncated or none at all."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
+class _Member(NamedTuple):
     name: str
     size: int
     open: Callable[[], IO[bytes]]
@@ -66,7 +64,7 @@ def unpack(
         on_progress: told the number of files so far and in all, the latter None for tars.
 
     Returns:
-        The number of files that belong there, those already present included.
+        The number of files that belong there.
 
     Raises:
         DamagedArchiveError: a broken, truncated or encrypted archive, or none.
@@ -81,7 +79,8 @@ def unpack(
             for member in members:
                 path = PurePosixPath(member.name).parts
                 seen.update(path[:1])
-                if path[: len(parts)] != parts or path == parts or any(map(_is_litter, path)):
+                litter = any(part in _LITTER or part.startswith("._") for part in path)
+                if path[: len(parts)] != parts or path == parts or litter:
                     continue
                 target = into.joinpath(*path[len(parts) :])
                 whole = target.is_file() and target.stat().st_size == member.size
@@ -110,10 +109,6 @@ def _write(member: _Member, target: Path) -> None:
             shutil.copyfileobj(source, file, _CHUNK)  # zipfile compares the CRC at the end
         if unfinished.stat().st_size != member.size:
             raise EOFError(f"`{member.name}` is truncated")
-
-
-def _is_litter(part: str) -> bool:
-    return part in _LITTER or part.startswith("._")
 
 
 @contextmanager

@@ -63,9 +63,9 @@ class Problem(NamedTuple):
 class Finding:
     """One problem and its place."""
 
-    code: str  # the class of the problem, one of ``CODES``
-    dataset: str  # the manifest's name
-    shard: str  # the tar; relative to the data root in a report. Empty for the data set as a whole.
+    code: str  # one of ``CODES``
+    dataset: str
+    shard: str  # the tar, relative to the data root in a report. Empty for the data set as a whole.
     key: str  # the record's key; empty for the shard as a whole
     message: str  # names field or turn, value and remedy
 
@@ -77,24 +77,15 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class LintLimits:
-    """The thresholds.
+    """The thresholds; ConfigError lists every value that cannot be."""
 
-    Attributes:
-        min_mark_pixels: longer side of what a mark paints, in pixels of the network's input.
-        min_contrast: what a mark changes, in levels of 0..255: the median over its painted pixels
-            of the largest change among the three channels.
-        max_outside_pixels: how far a box may reach out of its image, in pixels of the stored
-            image; annotations count the last pixel in one way or the other.
-        min_polygon_area: area of a polygon, in square pixels of the stored image.
-
-    Raises:
-        ConfigError: listing every value that cannot be.
-    """
-
-    min_mark_pixels: float = 4.0
+    min_mark_pixels: float = 4.0  # longer side of what a mark paints, in the network's input
+    # what a mark changes, in levels of 0..255: the median over its painted pixels of the largest
+    # change among the three channels
     min_contrast: float = 12.0
+    # how far a box may reach out of its stored image; annotations count the last pixel or do not
     max_outside_pixels: float = 1.0
-    min_polygon_area: float = 1.0
+    min_polygon_area: float = 1.0  # square pixels of the stored image
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -109,11 +100,7 @@ class LintLimits:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> LintLimits:
-        """Return the limits that ``values`` name, the defaults elsewhere.
-
-        Raises:
-            ConfigError: an unknown name, or a value that cannot be.
-        """
+        """Return the limits that ``values`` name, the defaults elsewhere; or raise ConfigError."""
         known = [limit.name for limit in fields(cls)]
         if unknown := sorted(str(name) for name in values if name not in known):
             raise ConfigError(f"lint has no limit {', '.join(unknown)}; known: {', '.join(known)}")

@@ -1,9 +1,11 @@
-"""A whole data set: its tars, its records, and what occurs twice."""
+"""A whole data set: its tars, each record from all sides, and what occurs twice."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
@@ -12,15 +14,29 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from PIL import Image
 
+from vipllava.conversation.label_proof import prove_labels
 from vipllava.files.pools import run_jobs
-from vipllava.ingest.lint.entries import entry_digest, lint_entry
-from vipllava.ingest.lint.findings import Finding, LintLimits, LintReport
+from vipllava.ingest.lint.findings import Finding, LintLimits, LintReport, Problem
+from vipllava.ingest.lint.rules import (
+    blank_problems,
+    colour_problems,
+    extension_problems,
+    geometry_problems,
+    leftover_problems,
+    mark_problems,
+    placeholder_problems,
+    read_image,
+    same_words_problems,
+)
 from vipllava.ingest.tar_listing import Listing, find_tars, list_tar
+from vipllava.records import find_kind
+from vipllava.records.fields import Fields
 from vipllava.shards.manifest import Manifest, is_remote
-from vipllava.shards.tars import ShardError, ShardSet
-from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
-from vipllava.types import ConfigError, RecordError
+from vipllava.shards.tars import Entry, ShardError, ShardSet
+from vipllava.stream.sample_encoder import SampleEncoder, SampleSource, marks_generator, plan_sample
+from vipllava.types import ConfigError, RecordError, Sample, VipLlavaError
 
 _CHUNK: Final = 32
 _Place = tuple[int, int]
@@ -42,10 +58,9 @@ def lint_shards(
     """Look at a data set, reading each tar as far as it can be read.
 
     Args:
-        manifest: the data set; only shards are looked at.
-        data_root: where its patterns start.
+        manifest: the data set; only shards are looked at, those at an address are findings.
+        data_root: folder that its patterns are relative to.
         samples: the job's; says how texts, marks and images are made.
-        limits: the thresholds.
         seed: of the wordings, as in the job.
         num_samples: how many samples, spread evenly; None for all. Keys are compared for all.
         num_workers: processes beside this one; 0 works in this one. The report is the same.
@@ -53,7 +68,7 @@ def lint_shards(
         on_progress: called with the samples looked at so far and to look at.
 
     Raises:
-        ShardError: the data root does not exist, or the manifest is not about local shards.
+        ShardError: the data root is no folder, or the manifest is not about shards.
         ConfigError: a negative number of processes or samples.
         WorkerDied: a process was killed.
     """
@@ -65,13 +80,16 @@ def lint_shards(
     dataset, root = manifest.name, Path(data_root)
     if manifest.format != "shards":
         raise ShardError(f"`{dataset}` is a `{manifest.format}` layout; lint reads shards")
-    if any(map(is_remote, (str(data_root), *manifest.shards))):
-        raise ShardError(f"`{dataset}` has tars at an address; copy them to a folder to lint them")
+    copy = "is an address; copy the tars to a folder to lint them"
+    if is_remote(str(data_root)):
+        raise ShardError(f"`{dataset}`: data root {data_root} {copy}")
     if not root.is_dir():
         raise ShardError(f"data root {root} does not exist; set data_root")
     tars, absent = find_tars(manifest, root)
     lost = "does not exist; get it, or correct the manifest"
     findings = [Finding("shard-broken", dataset, name, "", lost) for name in absent]
+    remote = filter(is_remote, manifest.shards)
+    findings += [Finding("shard-broken", dataset, name, "", copy) for name in remote]
     # Of a large data set the keys only.
     contents = [replace(list_tar(root / name, name), samples=()) for name in tars]
     by_tar = [
@@ -100,16 +118,21 @@ def lint_shards(
     checker = _Checker(root, tars, source, samples, limits, epoch)
     repeated = _repeated_keys(dataset, contents)
     found = {place: [finding] for place, finding in repeated.items()}
-    first: dict[bytes, _Place] = {}
-    results = run_jobs(checker, chunks, min(num_workers, len(chunks)), ordered=True)
+    first: dict[bytes, str] = {}
+    results = run_jobs(checker, chunks, num_workers, ordered=True)
     with closing(results):
         for number, result in enumerate(results):
             for place, (about_it, digest) in zip(chunks[number], result, strict=True):
                 about_it = [*found.get(place, ()), *about_it]
                 if digest is not None and place not in repeated:
-                    earlier = first.setdefault(digest, place)
-                    if earlier != place:
-                        about_it.append(_same_sample(dataset, contents, place, earlier))
+                    shard, key = contents[place[0]].name, contents[place[0]].keys[place[1]]
+                    here = f"{shard}: {key}"
+                    if (earlier := first.setdefault(digest, here)) != here:
+                        message = (
+                            f"image and record are those of {earlier}; remove one, unless it is "
+                            "meant"
+                        )
+                        about_it.append(Finding("duplicate-sample", dataset, shard, key, message))
                 if about_it:
                     found[place] = about_it
             if on_progress is not None:
@@ -134,18 +157,6 @@ def _repeated_keys(dataset: str, contents: Sequence[Listing]) -> dict[_Place, Fi
             )
             repeated[number, row] = Finding("duplicate-key", dataset, tar.name, key, message)
     return repeated
-
-
-def _same_sample(
-    dataset: str, contents: Sequence[Listing], later: _Place, earlier: _Place
-) -> Finding:
-    (shard, key), (first_shard, first_key) = (
-        (contents[number].name, contents[number].keys[row]) for number, row in (later, earlier)
-    )
-    message = (
-        f"image and record are those of {first_shard}: {first_key}; remove one, unless it is meant"
-    )
-    return Finding("duplicate-sample", dataset, shard, key, message)
 
 
 @dataclass
@@ -179,3 +190,81 @@ class _Checker:
             return [Finding(code, self.source.name, tar.name, tar.keys[row], message)], None
         findings = lint_entry(entry, self.source, self.samples, self.limits, self.epoch)
         return findings, entry_digest(entry)
+
+
+def lint_entry(
+    entry: Entry,
+    source: SampleSource,
+    samples: SampleEncoder,
+    limits: LintLimits,
+    epoch: int = 0,
+) -> list[Finding]:
+    """Return every fault of one record.
+
+    Image, boxes, polygons and placeholders are looked at in the record itself, each alone; what
+    marks and labels show needs a record that parses. Words and marks are those of one epoch.
+
+    Of ``source`` data set, record kind, policy and seed count; its shards are not read.
+    """
+    kind = find_kind(entry.record, source.record_kind, entry.image is not None)
+    fields = Fields(entry.record, entry.key, source.name, entry.image)
+    image, image_error = read_image(fields, kind)
+    problems = [] if image_error is None else [Problem(image_error.fault, str(image_error))]
+    if entry.image is not None:
+        problems += extension_problems(entry.image, entry.image_extension)
+    problems += geometry_problems(fields, kind, limits)
+    problems += placeholder_problems(entry.record, kind)
+    try:
+        sample = source.parse(entry, epoch)
+        if not any(problem.code == "placeholder-without-region" for problem in problems):
+            problems += leftover_problems(sample)
+        for problem in _sample_problems(sample, fields, image, samples, limits, epoch):
+            problems.append(problem)  # those before an error count
+    except VipLlavaError as error:
+        code = error.fault if isinstance(error, RecordError) else "record-invalid"
+        if not any(problem.code == code for problem in problems):
+            problems.append(Problem(code, str(error)))
+    shard, key, name = str(entry.shard), entry.key, source.name
+    findings: list[Finding] = []
+    for code, message in problems:  # which loses what the finding says anyway
+        message = message.removeprefix(f"{shard}: ").removeprefix(f"{name}/{key}: ")
+        findings.append(Finding(code, name, shard, key, message))
+    return findings
+
+
+def entry_digest(entry: Entry) -> bytes:
+    """Return 16 bytes that are equal for equal images and records, apart from their names."""
+    record = {name: entry.record[name] for name in entry.record if name not in ("id", "image")}
+    digest = hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16)
+    digest.update(b"-" if entry.image is None else hashlib.blake2b(entry.image).digest())
+    return digest.digest()
+
+
+def _sample_problems(
+    sample: Sample,
+    fields: Fields,
+    image: Image.Image | None,
+    samples: SampleEncoder,
+    limits: LintLimits,
+    epoch: int,
+) -> Iterator[Problem]:
+    """Look at what is made of a record that parses: marks, texts, ids and labels."""
+    size = (0, 0) if sample.image is None else fields.size
+    rng = marks_generator(samples.seed, epoch, sample.dataset, sample.key)
+    plan, turns = plan_sample(sample, size, samples.policies, rng)
+    yield from same_words_problems(sample, plan)
+    yield from mark_problems(plan, image, samples.transform, limits)
+    yield from colour_problems(sample, plan, turns)
+    yield from blank_problems(turns)
+    _, encoded = samples.encode_text(sample, epoch)
+    encoder = samples.conversation_encoder
+    if encoded.num_dropped_turns:
+        yield Problem(
+            "truncated",
+            f"{encoded.num_dropped_turns} of {len(turns)} turns do not fit into max_length="
+            f"{encoder.max_length} and are dropped; raise it or split the conversation",
+        )
+    try:
+        prove_labels(encoder, turns, encoded, f"{sample.dataset}/{sample.key}")
+    except VipLlavaError as error:
+        yield Problem("label-proof", str(error))
