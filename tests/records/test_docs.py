@@ -35,7 +35,7 @@ from vipllava.stream.sample_encoder import (
     marks_generator,
     plan_sample,
 )
-from vipllava.training.preflight_data import look_at_data
+from vipllava.training.preflight import look_at_data
 from vipllava.types import RecordError, Sample
 from vipllava.visual_prompts.shapes import prompt_words
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.toy_data import said, toy_samples
 from tests.toy_stream import Build
 from vipllava.stream.batching import Cursor, SampleBatches
-from vipllava.stream.held_out import HeldOutLoader
+from vipllava.stream.datamodule import HeldOutLoader
 from vipllava.stream.loader import StepSampler
 from vipllava.stream.order import Part, SampleOrder
 from vipllava.stream.ranks import Ranks

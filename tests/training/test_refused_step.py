@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from vipllava.commands.replay import replay_job
-from vipllava.training import lit_module, refused_step
+from vipllava.training import guard, lit_module
 from vipllava.training.guard import StepRecord
 from vipllava.training.run import run_training
 from vipllava.types import CheckpointError, VipLlavaError
@@ -30,7 +30,7 @@ def poison(monkeypatch) -> None:
         total, count = whole(model, batch, observers)
         return total * (math.nan if BAD in batch.keys else 1.0), count
 
-    for module in (lit_module, refused_step):
+    for module in (lit_module, guard):
         monkeypatch.setattr(module, "supervised_loss_sum", loss)
 
 

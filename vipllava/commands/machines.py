@@ -159,7 +159,7 @@ def _machines(stage: str) -> Iterator[tuple[str, DictConfig]]:
 def _corpus(model: str, stage: str, image_tokens: int) -> Corpus:
     from vipllava.config.composing import compose_job
     from vipllava.config.places import MANIFESTS_DIR
-    from vipllava.training.preflight_data import assumed_corpus
+    from vipllava.training.preflight import assumed_corpus
 
     manifests = f"paths.manifests={MANIFESTS_DIR}"
     job = compose_job([f"model={model}", "trainer=8xa100", f"stage={stage}", manifests])

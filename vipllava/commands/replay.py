@@ -38,10 +38,9 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
     from vipllava.checkpoints.loading import load_tokenizer
     from vipllava.commands.inspect import write_page
     from vipllava.commands.output import rows_table
-    from vipllava.training.guard import StepRecord
+    from vipllava.training.guard import StepRecord, load_weights, replay_losses, write_losses
     from vipllava.training.job import build_datamodule, partial
     from vipllava.training.lit_module import HALF_DTYPES
-    from vipllava.training.refused_step import load_weights, replay_losses, write_losses
 
     path = Path(cfg.replay)
     record = StepRecord.read(path)

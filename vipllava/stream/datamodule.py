@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -18,14 +19,15 @@ from vipllava.conversation.label_proof import prove_labels
 from vipllava.files.cache import ShardCache
 from vipllava.files.retries import Patience
 from vipllava.shards.manifest import Manifest, load_manifest
-from vipllava.stream.batching import Batching, BatchPlan, Cursor
-from vipllava.stream.held_out import HeldOutLoader
+from vipllava.stream.batching import Batching, BatchPlan, Cursor, SampleBatches
+from vipllava.stream.collate import Collator
 from vipllava.stream.image_transform import ImageTransform
-from vipllava.stream.loader import StepLoader, StepSampler, stream_identity
+from vipllava.stream.loader import StepLoader, StepSampler, list_differences, stream_identity
 from vipllava.stream.order import (
     WINDOW_SAMPLES,
     Item,
     MixEntry,
+    Part,
     SampleOrder,
     parse_mix,
     plan_parts,
@@ -35,15 +37,69 @@ from vipllava.stream.prefetch import ShardPrefetcher
 from vipllava.stream.quarantine import QUARANTINE_FILE, BadSamplePolicy, OnFault, QuarantineLog
 from vipllava.stream.ranks import Ranks, gather_objects
 from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
-from vipllava.stream.step_again import ReplayedMicroBatch, replay_step
 from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
-from vipllava.types import Batch, ConfigError, Encoded
+from vipllava.types import Batch, CheckpointError, ConfigError, Encoded
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
 log = logging.getLogger(__name__)
 
 _SLOW_SAMPLE_S: Final = 60.0
 """How much longer than storage is tried one sample may take to be measured."""
+
+
+class HeldOutLoader:
+    """One rank's batches of the first samples of a data set, for the loss between training steps.
+
+    A stream as training has it, always the same: in shard order, with the marks and wordings of
+    epoch 0. A sample that cannot be read is an error, on every rank: evaluation never substitutes.
+
+    ``max_samples`` None takes all of them. The ``num_workers`` loader processes end with each pass.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        sample_encoder: SampleEncoder,
+        collator: Collator,
+        *,
+        micro_batch_size: int,
+        max_samples: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        ranks: Ranks | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        self.num_samples = len(source) if max_samples is None else min(max_samples, len(source))
+        part = Part(source.name, tuple(source.shards.shard_sizes), self.num_samples)
+        order = SampleOrder([part], sample_encoder.seed, shuffle=False)
+        plan = SampleBatches(order, world_size * micro_batch_size)
+        # Lightning does not see its sampler, whose epoch it would set.
+        self._steps = StepLoader(
+            VisualPromptDataset([source], sample_encoder),
+            StepSampler(plan, world_size=world_size, rank=rank),
+            collator,
+            num_workers=num_workers,
+            persistent_workers=False,
+            ranks=ranks,
+        )
+
+    def __len__(self) -> int:
+        """Return the number of batches; the same on every rank."""
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._steps)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayedMicroBatch:
+    """One micro-batch of a step made again, and its samples each in a batch of its own."""
+
+    rank: int  # that it was of
+    number: int  # among the rank's micro-batches of the step
+    batch: Batch  # as it was, but for samples repeated to fill it up, which had no labels
+    items: tuple[Item, ...]  # its samples
+    single_samples: tuple[Batch, ...]  # a batch of each of them
 
 
 @dataclass(eq=False, repr=False)
@@ -251,8 +307,29 @@ class VisualPromptDataModule(lightning.LightningDataModule):
         """
         self.dataset = dataset = self.dataset or self.open_dataset()
         plan = self._plan(dataset, self._order(dataset))
-        begins, division = Cursor(**place), {"world_size": world_size, "accumulate": accumulate}
-        return replay_step(dataset, plan, self.collator, begins, data, **division)
+        now = json.loads(json.dumps(stream_identity(dataset, plan)))
+        if different := list_differences(data, now):
+            raise CheckpointError(
+                "the data are not those of the refused step; pass the overrides that the run "
+                "had:\n- " + "\n- ".join(different)
+            )
+        if (batch := next(plan.batches(Cursor(**place)), None)) is None:
+            raise CheckpointError(f"no step of the data begins at {dict(place)}")
+        in_pack = self.batching == "packed"
+        one_sample = replace(self.collator, pack_length=None)
+        found: list[ReplayedMicroBatch] = []
+        for rank in range(world_size):
+            sampler = StepSampler(plan, accumulate=accumulate, world_size=world_size, rank=rank)
+            share = sampler.share(batch)
+            parts = zip(share.micro_batches, share.repeats, strict=True)
+            for number, (rows, repeats) in enumerate(parts):
+                if not (rows := rows[: len(rows) - repeats]):
+                    continue
+                packs = [[dataset.load(item, in_pack=in_pack)[0] for item in row] for row in rows]
+                items = tuple(item for row in rows for item in row)
+                singles = tuple(one_sample([[sample]]) for pack in packs for sample in pack)
+                found.append(ReplayedMicroBatch(rank, number, self.collator(packs), items, singles))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been consumed, for Lightning's checkpoint."""

@@ -59,14 +59,9 @@ class ImageTransform:
         return planes[0, :, top : top + self.size, left : left + self.size].contiguous()
 
     def map_box(self, bbox: BBox, size: tuple[int, int]) -> BBox:
-        """Return where a box of the stored image comes to lie.
+        """Return where a box of an image of a width and height comes to lie, in pixels.
 
-        Args:
-            bbox: x1, y1, x2, y2, pixels of the stored image.
-            size: width and height of the stored image, pixels.
-
-        Returns:
-            x1, y1, x2, y2 in pixels of the output, not clipped: ``square`` crops.
+        It is not clipped: ``square`` crops.
         """
         width, height = size
         left = top = 0

@@ -54,13 +54,7 @@ class StepShare:
 
 
 class StepSampler(Sampler[StepShare]):
-    """This rank's share of every global batch.
-
-    Args:
-        plan: the sequence of global batches.
-        accumulate: micro-batches per rank and step.
-        world_size: number of ranks.
-        rank: this process.
+    """This rank's share of every global batch, in ``accumulate`` micro-batches.
 
     Raises:
         ConfigError: the global batch does not divide by ranks and micro-batches.
@@ -198,7 +192,6 @@ class StepLoader:
         prefetcher: has remote shards fetched before the workers reach them.
         pin_memory: pin batches for the copy to a GPU.
         persistent_workers: keep the processes from one epoch to the next.
-        prefetch_factor: shares in the making per worker.
 
     Attributes:
         seconds_waited: how long the workers were waited for, all in all.
@@ -217,7 +210,6 @@ class StepLoader:
         prefetcher: ShardPrefetcher | None = None,
         pin_memory: bool = False,
         persistent_workers: bool = True,
-        prefetch_factor: int = 2,
     ) -> None:
         self.dataset = dataset
         self.sampler = sampler
@@ -232,7 +224,6 @@ class StepLoader:
             batch_size=None,
             num_workers=num_workers,
             persistent_workers=persistent_workers and num_workers > 0,
-            prefetch_factor=prefetch_factor if num_workers else None,
             pin_memory=pin_memory,
             worker_init_fn=start_worker,
             # Its own generator: the loader would else draw from the global one on every epoch.

@@ -111,10 +111,8 @@ def plan_parts(
 ) -> tuple[Part, ...]:
     """Decide how many samples of each data set an epoch takes.
 
-    Args:
-        shard_sizes: per data set the samples of each shard.
-        mix: per data set passes or weight.
-        samples_per_epoch: size of an epoch mixed by weight; the data sets' sum if not given.
+    ``shard_sizes`` are each data set's samples by shard; an epoch mixed by weight is as long as the
+    data sets together unless ``samples_per_epoch`` says otherwise.
 
     Raises:
         ConfigError: a data set would give no sample to an epoch, or ``samples_per_epoch`` is given

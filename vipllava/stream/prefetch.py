@@ -32,7 +32,16 @@ class ShardPrefetcher:
         }
         self._asked: tuple[int, int] | None = None  # epoch, and up to which of its samples
         for shards in self._remote.values():
-            _check_room(shards, order.window_samples)
+            # A window is read in any order; one that does not fit would fetch a shard per sample.
+            assert shards.cache is not None
+            per_window = math.ceil(order.window_samples * len(shards.paths) / len(shards))
+            sizes = np.sort(shards.tar_sizes)[-per_window:]
+            if (needed := int(sizes.sum())) > shards.cache.max_bytes:
+                raise ConfigError(
+                    f"cache_gb={shards.cache.max_bytes / 10**9:g} is less than the "
+                    f"{needed / 10**9:.3g} GB of the {len(sizes)} shards of `{shards.name}` that "
+                    "are shuffled together; raise it, or lower window_samples"
+                )
 
     def consumed(self, epoch: int, samples: int) -> None:
         """Fetch on, once so many samples of an epoch were consumed."""
@@ -50,16 +59,3 @@ class ShardPrefetcher:
             positions = coming.position[reach][coming.part[reach] == part]
             numbers = np.searchsorted(shards.shard_ends, positions, side="right")
             shards.prefetch(dict.fromkeys(numbers.tolist()))
-
-
-def _check_room(shards: ShardSet, window_samples: int) -> None:
-    """A window is read in any order; if it does not fit, every read fetches a whole shard."""
-    assert shards.cache is not None
-    per_window = math.ceil(window_samples * len(shards.paths) / len(shards))
-    sizes = np.sort(shards.tar_sizes)[-per_window:]
-    if (needed := int(sizes.sum())) > shards.cache.max_bytes:
-        raise ConfigError(
-            f"cache_gb={shards.cache.max_bytes / 10**9:g} is less than the "
-            f"{needed / 10**9:.3g} GB of the {len(sizes)} shards of `{shards.name}` that are "
-            "shuffled together; raise it, or lower window_samples"
-        )

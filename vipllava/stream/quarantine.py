@@ -63,14 +63,7 @@ class BadSamplePolicy:
 
 
 def candidates(item: Item, num_samples: int, *, seed: int, name: str) -> Iterator[Item]:
-    """Yield the substitutes to try for a bad sample, always the same ones.
-
-    Args:
-        item: the bad sample.
-        num_samples: of its data set, called ``name``.
-        seed: the stream's.
-        name: part of the random key.
-    """
+    """Yield the substitutes to try for a bad sample of the data set ``name``, always the same."""
     rng = generator_for(seed, item.epoch_pass, name, item.position, "substitute")
     for _ in range(_ATTEMPTS):
         yield item._replace(position=int(rng.integers(num_samples)))
@@ -85,13 +78,8 @@ def with_substitute(
 ) -> tuple[_Made, Item, BadSample | None]:
     """Make a sample, or by the policy another one.
 
-    Args:
-        item: the sample.
-        make: raises RecordError for a bad sample and for an unfit substitute; whatever else it
-            raises is no fault of the sample, and raised under any policy.
-        describe: writes the fault down.
-        policy: what to do.
-        substitutes: see :func:`candidates`.
+    ``make`` raises RecordError for a bad sample and for an unfit substitute; whatever else it
+    raises is no fault of the sample, and raised under any policy.
 
     Returns:
         What was made, of which item, and the fault if it is a substitute.

@@ -52,19 +52,12 @@ def marks_generator(seed: int, epoch: int, dataset: str, key: str) -> np.random.
 
 @dataclass(eq=False)
 class SampleSource:
-    """The samples of one data set, drafted for any (epoch, position).
+    """The samples of one data set, drafted for any (epoch, position)."""
 
-    Args:
-        shards: the opened tars.
-        record_kind: kind of every record, or ``auto``.
-        policy: policy of every sample, or ``auto``: the record kind's own.
-        seed: of wordings and marks.
-    """
-
-    shards: ShardSet
-    record_kind: str
-    policy: str
-    seed: int
+    shards: ShardSet  # the opened tars
+    record_kind: str  # of every record, or ``auto``
+    policy: str  # of every sample, or ``auto``: the record kind's own
+    seed: int  # of wordings and marks
     # A spawned worker knows the registered ones, because they travel with its sources.
     kinds: Kinds = field(default_factory=lambda: KINDS, init=False, repr=False)
 
@@ -166,19 +159,12 @@ class SampleTrace:
 
 @dataclass(eq=False)
 class SampleEncoder:
-    """Marks, writes, encodes and transforms samples.
+    """Marks, writes, encodes and transforms samples."""
 
-    Args:
-        policies: by the names that samples carry.
-        conversation_encoder: conversations to ids and labels.
-        transform: images to pixels.
-        seed: of the marks.
-    """
-
-    policies: Mapping[str, VisualPromptPolicy]
-    conversation_encoder: ConversationEncoder
-    transform: ImageTransform
-    seed: int
+    policies: Mapping[str, VisualPromptPolicy]  # by the names that samples carry
+    conversation_encoder: ConversationEncoder  # conversations to ids and labels
+    transform: ImageTransform  # images to pixels
+    seed: int  # of the marks
 
     def __post_init__(self) -> None:
         self.policies = dict(self.policies)  # workers get it pickled, which a proxy cannot be

@@ -50,8 +50,7 @@ _PACKAGES: Final = (
 class StartLog(Callback):
     """Writes down what a run starts with, before any weight is loaded.
 
-    It goes to ``RUN_DIR/environment.json`` and as hyper-parameters to every logger; which attention
-    was chosen, and why, is also a line of the log.
+    It goes to ``RUN_DIR/environment.json`` and as hyper-parameters to every logger.
     """
 
     run_dir: str | Path  # the run's folder
@@ -62,25 +61,19 @@ class StartLog(Callback):
         if stage != "fit" or not trainer.is_global_zero:
             return
         module: Any = pl_module
-        attention = _explain_attention(module.spec.attn_implementation, trainer)
+        machine, on_cuda = hardware.detect(), trainer.strategy.root_device.type == "cuda"
+        capability = machine.least_capability if on_cuda else None
+        rows = attention_candidates(machine.installed, capability, str(trainer.precision))
+        attention = explain_attention(module.spec.attn_implementation, rows)
         logger.info("attention: %s", attention)
         ranks = {"processes": trainer.world_size, "nodes": trainer.num_nodes}
         environment = _environment() | ranks | {"attention": attention}
         about = {"code": code_version(), "environment": environment}
         values = {**about, "configuration": self.configuration}
-        path = Path(self.run_dir) / "environment.json"
-        write_whole(path, json.dumps(values, indent=1, default=str) + "\n")
+        text = json.dumps(values, indent=1, default=str) + "\n"
+        write_whole(Path(self.run_dir) / "environment.json", text)
         for log in trainer.loggers:
             log.log_hyperparams({**self.configuration, **about})
-
-
-def _explain_attention(used: str, trainer: Trainer) -> str:
-    """Say which attention a run's network gets, and why not a faster one."""
-    machine = hardware.detect()
-    on_cuda = trainer.strategy.root_device.type == "cuda"
-    capability = machine.least_capability if on_cuda else None
-    rows = attention_candidates(machine.installed, capability, str(trainer.precision))
-    return explain_attention(used, rows)
 
 
 def _environment() -> dict[str, Any]:
@@ -103,8 +96,7 @@ def _environment() -> dict[str, Any]:
 
 def render_parameter_table(rows: tuple[ParameterRow, ...]) -> Table:
     """Return the table of parts, their weights and those that train."""
-    table = Table(title="Parameters")
-    table.add_column("part")
+    table = Table("part", title="Parameters")
     for header in ("parameters", "trainable"):
         table.add_column(header, justify="right")
     for row in rows:
@@ -128,19 +120,16 @@ class ParameterTable(Callback):
         rows = parameter_table(_ours(pl_module).network)
         (self.console or Console(stderr=True)).print(render_parameter_table(rows))
         for row in rows:
-            logger.info(
-                "%s: %s parameters, %s trainable", row.part, row.num_parameters, row.num_trainable
-            )
+            counts = (row.part, row.num_parameters, row.num_trainable)
+            logger.info("%s: %s parameters, %s trainable", *counts)
 
 
 @dataclass(eq=False)
 class ExportCallback(Callback):
-    """Writes the trained network as a Hugging Face folder when training has ended.
+    """Writes the trained network as a Hugging Face folder when training has ended whole.
 
-    An interrupted or failed run writes nothing, and a folder appears only when it is complete. A
-    run with adapters writes these, with the projector, into ``adapter`` beside the folder, and the
-    folder holds them merged. One that trains the projector alone (stage 1) writes it into
-    ``projector``, too.
+    A run with adapters writes these, with the projector, into ``adapter`` beside the folder, which
+    holds them merged. One that trains the projector alone writes it into ``projector``, too.
     """
 
     directory: Path  # the folder to write; one of an earlier run is replaced
@@ -151,13 +140,9 @@ class ExportCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder on the first rank; the others wait, see :func:`first_alone`."""
         module = _ours(pl_module)
-        network = whole_network(module.network, trainer.strategy, module.adapter)
-
-        def export() -> None:
-            assert network is not None
-            self._export(network, module)
-
-        first_alone(trainer.is_global_zero, f"exporting the model to {self.directory}", export)
+        network: Any = whole_network(module.network, trainer.strategy, module.adapter)
+        what = f"exporting the model to {self.directory}"
+        first_alone(trainer.is_global_zero, what, lambda: self._export(network, module))
 
     def _export(self, network: VipLlavaForConditionalGeneration, module: VipLlavaLitModule) -> None:
         if module.adapter is not None:

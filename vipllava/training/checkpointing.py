@@ -40,24 +40,16 @@ BEST: Final = "best.ckpt"
 
 @dataclass(eq=False)
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes one file per checkpoint: beside its place, to the disk, then renamed.
+    """Writes one file per checkpoint, in a thread, from a copy on the CPU; the next save waits."""
 
-    From a thread, from a copy on the CPU; the next save waits for it.
-    """
-
-    # Called behind every file that is whole, in the thread that wrote it.
-    on_written: Callable[[], None] = lambda: None
+    on_written: Callable[[], None] = lambda: None  # behind every whole file
     _executor: ThreadPoolExecutor | None = field(default=None, init=False)
     _pending: Future[None] | None = field(default=None, init=False)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            CheckpointError: this one or the one before it could not be written.
-        """
+        """Write a checkpoint; raises CheckpointError if the one before could not be written."""
         self.wait()
         copy = apply_to_collection(
             checkpoint, torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True)
@@ -77,11 +69,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a file onto the CPU; nothing in it can run code, whatever ``weights_only`` says.
-
-        Raises:
-            CheckpointError: it is no such file, is cut short, or holds code.
-        """
+        """Read a file onto the CPU; nothing in it can run code, whatever ``weights_only`` says."""
         if Path(path).is_dir():
             raise CheckpointError(
                 f"{path} is the checkpoint of a sharded strategy: go on with the strategy that "
@@ -118,16 +106,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 @dataclass(eq=False)
 class CheckpointCallback(Checkpoint):
-    """Saves at steps, at times, at the last step, and before a run that is asked to stop does so.
-
-    The last step is the one behind which the trainer is told to stop, see
-    :class:`vipllava.training.ending.RunEnd`.
-    """
+    """Saves at steps, at times, at the last step, and before a run that is asked to stop ends."""
 
     dirpath: str | Path  # folder of the run's checkpoints
     every_n_steps: int | None = 500  # optimizer steps between two; None: not by steps
-    # Minutes between two, on the first process's clock; None: not by time.
-    every_n_minutes: float | None = None
+    every_n_minutes: float | None = None  # between two, by the first process; None: not by time
     keep_last: int = 2  # how many stay, at least one
     keep_best: bool = True  # also keep the one with the lowest ``val/loss``, as ``best.ckpt``
 
@@ -140,11 +123,8 @@ class CheckpointCallback(Checkpoint):
         self._stop = StopRequest()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep Lightning from listening to signals, for which there is no setting.
-
-        Its handler talks to the other processes, which may be anywhere, and ends a run as if
-        nothing had happened.
-        """
+        """Keep Lightning from listening to signals, for which there is no setting."""
+        # Its handler talks to the other processes, and ends a run as if it had succeeded.
         connector: Any = trainer._signal_connector
         connector.register_signal_handlers = lambda: None
 
@@ -209,11 +189,7 @@ class CheckpointCallback(Checkpoint):
             _wait(trainer)  # the export comes next
 
     def save(self, trainer: Trainer, name: str | None = None) -> None:
-        """Save now, by the step's name if none is given; every process has to call this.
-
-        Raises:
-            CheckpointError: it cannot be written; those of before stay.
-        """
+        """Save now, by the step's name if none is given; every process has to call this."""
         path = self.folder / (name or f"{trainer.global_step:06d}{SUFFIX}")
         if isinstance(trainer.lightning_module, VipLlavaLitModule):
             # Lightning would log this step only after the callbacks, and a kill in between lose it.
@@ -261,13 +237,10 @@ class CheckpointCallback(Checkpoint):
     def _decide(self, trainer: Trainer, step: int) -> tuple[int, bool]:
         """Return the exit code to stop with, or 0, and whether to save; alike on all processes."""
         due = bool(self.every_n_steps and step % self.every_n_steps == 0)
-        late = (
-            self.every_n_minutes is not None
-            and trainer.is_global_zero
-            and time.monotonic() - self._last_time >= 60 * self.every_n_minutes
-        )
-        asked, late = _greatest(trainer, self._stop.exit_code, int(late))
-        return asked, due or bool(late)
+        if self.every_n_minutes is not None and trainer.is_global_zero:
+            due = due or time.monotonic() - self._last_time >= 60 * self.every_n_minutes
+        asked, any_due = _greatest(trainer, self._stop.exit_code, int(due))
+        return asked, bool(any_due)
 
 
 def _greatest(trainer: Trainer, *numbers: int) -> list[int]:
@@ -292,10 +265,9 @@ def _check_same_step(trainer: Trainer) -> None:
 def _validation_follows(trainer: Trainer) -> bool:
     if not trainer.enable_validation:
         return False
-    if trainer.should_stop and trainer.fit_loop._can_stop_early:
-        return True
     every = trainer.val_check_batch or math.inf
-    return every < math.inf and (trainer.fit_loop.total_batch_idx + 1) % int(every) == 0
+    is_time = every < math.inf and (trainer.fit_loop.total_batch_idx + 1) % int(every) == 0
+    return is_time or (trainer.should_stop and trainer.fit_loop._can_stop_early)
 
 
 def _save_sharded(trainer: Trainer, path: Path) -> None:

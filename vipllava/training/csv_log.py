@@ -18,7 +18,7 @@ FILE_NAME: Final = "metrics.csv"
 
 
 class CsvLog(Logger):
-    """Writes one row per step; metrics of one step that come later join its row.
+    """Writes one row per step, which later metrics of the step join.
 
     Lightning's own deletes the file of the run before, which here is the same run.
     """
@@ -37,7 +37,7 @@ class CsvLog(Logger):
 
     @property
     def version(self) -> str:
-        """There is one version: a run is resumed, or its files are moved away."""
+        """There is one: a run is resumed, or its files are moved away."""
         return ""
 
     @rank_zero_only
@@ -84,10 +84,7 @@ class CsvLog(Logger):
 
 
 def cut_csv(path: Path, num_steps: int) -> None:
-    """Remove the rows of steps behind ``num_steps``, and a row cut short by a kill.
-
-    Nothing happens if there is no file.
-    """
+    """Remove the rows of steps behind ``num_steps``, and a row cut short by a kill."""
     if not path.is_file():
         return
     text = path.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """DeepSpeed whose checkpoints another number of processes, or another stage, goes on from.
 
 They hold, for each process, the stretches of trained weights and of Adam's state that it keeps, by
-the weights' names; whoever reads takes what belongs to its own. No code is run in reading them.
+the weights' names; whoever reads takes what belongs to its own.
 """
 
 from __future__ import annotations
@@ -37,31 +37,43 @@ class _Stretch:
     offset: int  # of the part in it
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """Return the part of one of the flat tensors: the weights or of the optimizer's state."""
+        """Return the part of a flat tensor, of the weights or of the optimizer's state."""
         return flat.detach().narrow(0, self.offset, self.length)
 
 
 class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
     """Lightning's strategy for ZeRO-2 and ZeRO-3, with or without the optimizer on the host.
 
-    Raises:
-        ConfigError: the DeepSpeed configuration asks for what its checkpoints do not know.
+    Raises ConfigError if the DeepSpeed configuration asks for what its checkpoints do not know.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _check_config(self.config or {})
+        config: Any = self.config or {}
+        zero = config.get("zero_optimization", {})
+        optimizer = zero.get("offload_optimizer") or {}
+        asks = {
+            f"stage={zero.get('stage')}": zero.get("stage") not in (2, 3),
+            "offload_optimizer.device=nvme": optimizer.get("device") == "nvme",
+            "offload_optimizer.ratio": optimizer.get("ratio", 1.0) != 1.0,
+            "offload_optimizer.super_offload": bool(optimizer.get("super_offload")),
+            "offload_param.device=nvme": (zero.get("offload_param") or {}).get("device") == "nvme",
+            "round_robin_gradients": bool(zero.get("round_robin_gradients")),
+            "mics_shard_size": (zero.get("mics_shard_size") or -1) > 0,
+            "zenflow": bool(zero.get("zenflow")),
+        }
+        problems = [f"zero_optimization.{name}" for name, asked in asks.items() if asked]
+        problems += [name for name in ("optimizer", "torch_autocast") if name in config]
+        if problems:
+            raise ConfigError(
+                f"the DeepSpeed configuration asks for {', '.join(problems)}, which checkpoints "
+                "here do not know: take that out, or choose another strategy"
+            )
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """Write a folder, every process its own file; all processes have to call this.
-
-        Raises:
-            OSError: a process, which need not be this one, could not write.
-        """
-        if storage_options is not None:
-            raise TypeError("storage_options: checkpoints are written to a folder, without any")
+        """Write a folder, every process its own file; OSError on all if one of them cannot."""
         folder = Path(self.broadcast(str(filepath)))
         stretches = self._stretches()
 
@@ -82,9 +94,6 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         """Read a folder into weights and optimizer, of any number of processes; return the rest.
 
         Nothing in it can run code, whatever ``weights_only`` says.
-
-        Raises:
-            CheckpointError: it is no such folder, lacks a file, or is of other weights.
         """
         path = Path(self.broadcast(str(checkpoint_path)))
         check_whole(path)
@@ -106,7 +115,6 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         return shared.run
 
     def _stretches(self) -> dict[str, _Stretch]:
-        """Return what this process keeps, by the weights' names."""
         zero: Any = self.deepspeed_engine.optimizer
         found = ((name, _stretch_of(weight, zero)) for name, weight in self._trained())
         return {name: stretch for name, stretch in found if stretch is not None}
@@ -117,7 +125,6 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         return ((name, weight) for name, weight in weights if weight.requires_grad)
 
     def _state(self) -> dict[torch.Tensor, dict[str, Any]]:
-        """Return AdamW's state, by the flat tensors; empty before the first step."""
         zero: Any = self.deepspeed_engine.optimizer
         return zero.optimizer.state
 
@@ -159,9 +166,8 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         ]
         shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
         raise CheckpointError(
-            f"{path} has other weights that train than this run ({shown}): keep the parts that "
-            "train, the model and the adapter as they were, or make a model of it with `vipllava "
-            "convert` and start from that"
+            f"{path} has other weights that train than this run ({shown}): keep model, adapter and "
+            "the parts that train, or make a model of it with `vipllava convert` and start from it"
         )
 
     def _read_parts(self, path: Path, step: float) -> None:
@@ -175,18 +181,20 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         files = store.read_parts(path)
         keys = {key for parts in files for part in parts.values() for key in part.tensors}
         keys.discard(WEIGHT)
-        # All of them, with the few that are padding here: they count the steps, too.
+        group = zero.optimizer.param_groups[0]
+        # All of them, with the few that are padding here: they count the steps, too. AdamW makes
+        # the same state in its first step.
         for flat in flats if keys else ():
-            _prepare_state(zero.optimizer, flat, keys, step)
+            beside = flat.device if group.get("fused") or group.get("capturable") else "cpu"
+            state = zero.optimizer.state[flat]
+            state[_STEP] = torch.tensor(step, dtype=torch.float32, device=beside)
+            state.update({key: torch.zeros_like(flat) for key in keys})
         for name, stretch in self._stretches().items():
             state = self._state().get(stretch.flat, {})
             into = {key: stretch.of(state[key]) for key in keys}
             into[WEIGHT] = stretch.of(stretch.flat)
-            copied = sum(
-                store.copy_overlap(parts[name], stretch.start, into)
-                for parts in files
-                if name in parts
-            )
+            found = (parts[name] for parts in files if name in parts)
+            copied = sum(store.copy_overlap(part, stretch.start, into) for part in found)
             store.check_complete(name, copied, stretch.length)
         if weights_sharded:
             for number in range(len(zero.fp16_groups)):
@@ -200,9 +208,8 @@ class ElasticDeepSpeedStrategy(DeepSpeedStrategy):
         for name, value in saved["counters"].items():
             setattr(engine, name, value)
         scaler = engine.optimizer.loss_scaler
-        if scaler.dynamic:  # not in another precision
-            for name, value in saved["scaling"].items():
-                setattr(scaler, name, value)
+        for name, value in saved["scaling"].items() if scaler.dynamic else ():
+            setattr(scaler, name, value)
 
 
 def _stretch_of(weight: Any, zero: Any) -> _Stretch | None:
@@ -223,23 +230,12 @@ def _stretch_of(weight: Any, zero: Any) -> _Stretch | None:
     )
 
 
-def _prepare_state(optimizer: Any, flat: torch.Tensor, keys: set[str], step: float) -> None:
-    """Make AdamW's state of a flat tensor as it makes it itself in its first step."""
-    group = optimizer.param_groups[0]
-    beside = flat.device if group.get("fused") or group.get("capturable") else "cpu"
-    steps = torch.tensor(step, dtype=torch.float32, device=beside)
-    optimizer.state[flat].update({_STEP: steps, **{key: torch.zeros_like(flat) for key in keys}})
-
-
 def _shape(weight: Any) -> list[int]:
     return list(getattr(weight, "ds_shape", weight.shape))
 
 
 def _on_all(action: Callable[[], Any]) -> list[Any]:
-    """Do something on every process; return all results, or raise where one of them failed.
-
-    A process that only raised would leave the others waiting for it.
-    """
+    """Do something on every process; return all results, or raise on all if one of them failed."""
     try:
         result = action()
     except OSError as error:
@@ -249,26 +245,3 @@ def _on_all(action: Callable[[], Any]) -> list[Any]:
         if isinstance(found, OSError):
             raise OSError(f"process {rank}: {found}")
     return results
-
-
-def _check_config(config: Any) -> None:
-    zero = config.get("zero_optimization", {})
-    optimizer = zero.get("offload_optimizer") or {}
-    weights = zero.get("offload_param") or {}
-    asks = {
-        f"stage={zero.get('stage')}": zero.get("stage") not in (2, 3),
-        "offload_optimizer.device=nvme": optimizer.get("device") == "nvme",
-        "offload_optimizer.ratio": optimizer.get("ratio", 1.0) != 1.0,
-        "offload_optimizer.super_offload": bool(optimizer.get("super_offload")),
-        "offload_param.device=nvme": weights.get("device") == "nvme",
-        "round_robin_gradients": bool(zero.get("round_robin_gradients")),
-        "mics_shard_size": (zero.get("mics_shard_size") or -1) > 0,
-        "zenflow": bool(zero.get("zenflow")),
-    }
-    problems = [f"zero_optimization.{name}" for name, asked in asks.items() if asked]
-    problems += [name for name in ("optimizer", "torch_autocast") if name in config]
-    if problems:
-        raise ConfigError(
-            f"the DeepSpeed configuration asks for {', '.join(problems)}, which checkpoints here "
-            "do not know: take that out, or choose another strategy"
-        )

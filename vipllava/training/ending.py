@@ -1,7 +1,6 @@
 """Where a run ends: by its epochs, by ``max_steps``, by the clock, early, or by a signal.
 
-Its last step is validated and saved before the export, so that an export that fails costs no step,
-and a run that has done all its steps goes to its end when it is started again.
+Its last step is validated and saved before the export, so that an export that fails costs none.
 """
 
 from __future__ import annotations
@@ -28,10 +27,7 @@ _LIMIT: Final = "limit_train_batches"
 
 
 class RunEnd(Callback):
-    """Tells the trainer at the last step that it is the last one.
-
-    By ``should_stop``: the trainer then validates, if it ever does, and every callback knows.
-    """
+    """Sets ``should_stop`` at the last step: the trainer validates, and every callback knows."""
 
     def __init__(self) -> None:
         self._nothing_left = False
@@ -47,8 +43,8 @@ class RunEnd(Callback):
     ) -> None:
         """Find out whether this run has anything left to do behind the checkpoint.
 
-        Lightning would end at once where nothing is left, without the hooks of an end, and there
-        would be no export. And it would take an epoch that a limit cut short for a whole one.
+        If not, Lightning would end without the hooks of an end, and so without an export. It would
+        also take an epoch that a limit cut short for a whole one.
         """
         fit, loops = trainer.fit_loop, checkpoint["loops"]["fit_loop"]
         steps, epochs = checkpoint["global_step"], loops["epoch_progress"]["current"]["processed"]
@@ -58,10 +54,8 @@ class RunEnd(Callback):
             loops["epoch_loop.batch_progress"]["is_last_batch"] = False
             if epochs:
                 logger.warning(
-                    "%d epochs before this one ended at limit_train_batches=%s: what they left out "
-                    "comes in later ones only",
-                    epochs,
-                    limit,
+                    f"{epochs} epochs before this one ended at limit_train_batches={limit}: what "
+                    "they left out comes in later ones only"
                 )
         asked = []
         if -1 < fit.max_steps <= steps:
@@ -73,11 +67,8 @@ class RunEnd(Callback):
         if asked:
             self._nothing_left = True
             logger.info(
-                "%d steps and %d epochs are done, and %s is asked for: nothing is trained, the "
-                "export is made of what is there",
-                steps,
-                epochs,
-                " and ".join(asked),
+                f"{steps} steps and {epochs} epochs are done, and {' and '.join(asked)} is asked "
+                "for: nothing is trained, the export is made of what is there"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,7 +92,7 @@ class RunEnd(Callback):
 class EarlyStop(EarlyStopping):
     """Ends a run whose held-out loss no longer falls; one that it has ended stays ended.
 
-    ``patience``, validations without a lower loss, is of this start, not of the checkpoint's.
+    ``patience`` in validations is that of this start, not the checkpoint's.
     """
 
     def __init__(self, patience: int) -> None:
@@ -130,15 +121,11 @@ class StopRequest:
 
     A second Ctrl-C is for others: where :func:`vipllava.processes.begin` was called it ends the
     process, elsewhere (a notebook) it raises ``KeyboardInterrupt``.
-
-    Attributes:
-        name: of the signal, None until it has come.
-        exit_code: that it asks for: 75 for one that a queue sends, 130 for Ctrl-C; 0 until then.
     """
 
     def __init__(self) -> None:
-        self.name: str | None = None
-        self.exit_code = 0
+        self.name: str | None = None  # of the signal; None until it has come
+        self.exit_code = 0  # that it asks for: 75 for one that a queue sends, 130 for Ctrl-C
         self._since = 0.0
         self._before: dict[int, Any] = {}
 

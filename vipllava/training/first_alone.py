@@ -1,7 +1,7 @@
-"""What the first process does alone, and how the others wait for it.
+"""What the first process does alone, and how the others wait for it: by asking their store.
 
-Not in a collective: NCCL's watchdog would end every process after half an hour, and a process in it
-hears neither signals nor that the first one has failed. They ask the store that they met by.
+In a collective NCCL's watchdog would end every process after half an hour, and a process would hear
+neither signals nor that the first one has failed.
 """
 
 from __future__ import annotations
@@ -33,14 +33,11 @@ def first_alone(
 ) -> None:
     """Have the first process do something while the others wait; every process has to call this.
 
-    Args:
-        is_first: whether this is the first process of the job.
-        what: names the work in messages, as in "waiting for the first process: WHAT".
-        work: is called on the first process only; what it raises is raised there.
-        limit: how long the others wait.
+    ``what`` names the work in messages, as in "waiting for the first process: WHAT".
 
     Raises:
-        VipLlavaError: on the others: the work failed, the first process is gone, or it took longer.
+        VipLlavaError: on the others: the work failed, the first process is gone, or it took longer
+            than ``limit``. On the first one what the work raises is raised.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         if is_first:

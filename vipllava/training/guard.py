@@ -1,27 +1,38 @@
 """What happens when a step's loss is not finite, or far above what it was.
 
 Every process knows the global batch's loss before the weights change, so all decide alike: a run
-stops, or leaves the step out. A file names the samples; ``train.py ... replay=FILE`` looks at each.
+stops, or leaves the step out. A file names the samples; ``train.py ... replay=FILE`` computes the
+step again, each micro-batch as it was, then each sample alone.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
-from typing import Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import torch
 
+from vipllava.checkpoints.plain_pickles import load_plain
+from vipllava.checkpoints.training_state import read_training_state
 from vipllava.files.atomic import write_whole
+from vipllava.models.supervised_loss import supervised_loss_sum
+from vipllava.models.tensor_files import read_tensor
+from vipllava.stream.datamodule import ReplayedMicroBatch
 from vipllava.stream.loader import StepLoader
 from vipllava.stream.ranks import gather_objects
 from vipllava.training.restart import list_checkpoints
-from vipllava.types import CheckpointError, ConfigError, first_line
+from vipllava.types import Batch, CheckpointError, ConfigError, first_line
+
+if TYPE_CHECKING:
+    from vipllava.training.lit_module import VipLlavaLitModule
 
 OnNonfinite = Literal["stop", "skip"]
 OnSpike = Literal["stop", "skip", "ignore"]
@@ -37,14 +48,12 @@ class StepRecord:
     reason: str  # why, in words
     step: int  # optimizer steps that were done before it
     loss: float | str  # of its global batch; as a text where JSON has no number for it
-    # Where it begins in the stream, see :class:`vipllava.stream.batching.Cursor`.
-    place: Mapping[str, int]
+    place: Mapping[str, int]  # where it begins, a :class:`vipllava.stream.batching.Cursor`
     data: Mapping[str, Any]  # which stream that is, as in a checkpoint
     world_size: int  # processes
     accumulate: int  # micro-batches of each
     keys: Sequence[Sequence[Sequence[str]]]  # of the samples, by process and micro-batch
-    # Of the micro-batches, by process: their shares of the step's loss.
-    losses: Sequence[Sequence[float | str]]
+    losses: Sequence[Sequence[float | str]]  # shares of it, by process and micro-batch
     checkpoint: str | None = None  # the newest one when it happened, or None
 
     def path(self, folder: Path) -> Path:
@@ -55,8 +64,8 @@ class StepRecord:
         """Write the record into a folder; one of an earlier try of the step is replaced."""
         losses = [[_spell(loss) for loss in losses] for losses in self.losses]
         values = asdict(self) | {"loss": _spell(self.loss), "losses": losses}
-        write_whole(self.path(folder), json.dumps(values, indent=1) + "\n")
-        return self.path(folder)
+        write_whole(path := self.path(folder), json.dumps(values, indent=1) + "\n")
+        return path
 
     @classmethod
     def read(cls, path: Path) -> StepRecord:
@@ -80,11 +89,10 @@ class Refusal:
 
 @dataclass(eq=False)
 class LossGuard:
-    """Decides whether a step may change the weights; raises ConfigError for impossible values.
+    """Decides whether a step may change the weights.
 
-    A loss is a spike if it is far above the median of the last ones and above ``spike_floor``. The
-    first steps have few to compare with: there it has to be worse than chance, too. Far above
-    chance it is a spike in every step, the first one too, however slowly it got there.
+    A loss is a spike if it is far above the median of the last ones and above ``spike_floor``; in
+    the first steps it has to be worse than chance, too. Far above chance it always is one.
     """
 
     folder: str | Path | None = None  # where records go; None writes none
@@ -96,16 +104,14 @@ class LossGuard:
     # A loss up to this is no spike: where all losses are near 0, one hard batch is many times their
     # median. At 1.0 the right token still has a probability of 37 %.
     spike_floor: float = 1.0
-    # Of a model that takes all tokens for equally likely, ln(vocabulary); the LightningModule sets
-    # that of its network.
+    # Of a model that takes all tokens for equally likely; the LightningModule sets that of its own.
     chance_loss: float = field(default=math.log(32_000), init=False)
     num_skipped: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         for name, choices in (("on_nonfinite", OnNonfinite), ("on_spike", OnSpike)):
-            if (value := getattr(self, name)) not in get_args(choices):
-                known = ", ".join(get_args(choices))
-                raise ConfigError(f"{name}={value} is not one of {known}")
+            if (value := getattr(self, name)) not in (known := get_args(choices)):
+                raise ConfigError(f"{name}={value} is not one of {', '.join(known)}")
         if self.spike_factor <= 1 or self.window < _LEAST:
             raise ConfigError(
                 f"spike_factor={self.spike_factor} must be above 1, window={self.window} at least "
@@ -163,7 +169,7 @@ class LossGuard:
 
 
 def _spell(loss: float | str) -> float | str:
-    """Return a loss as JSON can hold it: NaN and infinity as texts."""
+    """NaN and infinity as texts, for JSON."""
     return loss if isinstance(loss, str) or math.isfinite(loss) else str(loss)
 
 
@@ -177,13 +183,8 @@ def refuse_step(
 ) -> str:
     """Write down a refused step and return the message about it; every process has to call this.
 
-    Args:
-        trainer: of the run.
-        guard: that refused it.
-        refusal: what it said.
-        step: optimizer steps before it; DeepSpeed's norm is known when the trainer has counted on.
-        loss: of the global batch.
-        micro_batches: keys and loss of this process's micro-batches.
+    ``step`` are the optimizer steps before it (DeepSpeed's norm is known when the trainer has
+    counted on), ``loss`` is the global batch's; this process's micro-batches have keys and loss.
     """
     where = f"its samples: {', '.join(key for keys, _ in micro_batches for key in keys)}"
     loader = trainer.train_dataloader
@@ -216,3 +217,81 @@ def refuse_step(
         f"{message}. The weights are as they were before it: lower the learning rate, repair these "
         "records, or pass on_nonfinite=skip or on_spike=skip (or ignore)"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class SampleLoss:
+    """What one sample of a replayed step says."""
+
+    rank: int  # the process that had it
+    micro_batch: int  # in which of its micro-batches
+    key: str  # ``dataset/key``
+    num_tokens: int  # of the sample, its image's among them
+    num_supervised: int  # of them that carry loss
+    loss: float  # mean over these, of the sample alone
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayedStep:
+    """A replayed step."""
+
+    loss: float  # of the global batch, by its micro-batches as they were
+    samples: tuple[SampleLoss, ...]  # worst first: those whose loss is no number, then by loss
+
+
+def load_weights(module: VipLlavaLitModule, checkpoint: Path) -> None:
+    """Put the weights of a training checkpoint, a file or a folder, into a module that is built."""
+    if checkpoint.is_file():
+        into, state = module, load_plain(checkpoint, mapped=True)["state_dict"]
+    else:
+        lazy = read_training_state(checkpoint)
+        into, state = module.network, {name: read_tensor(value) for name, value in lazy.items()}
+    unexpected = into.load_state_dict(state, strict=False).unexpected_keys
+    if unexpected:
+        raise CheckpointError(
+            f"{checkpoint} is of another model: it has {', '.join(unexpected[:5])}; pass the "
+            "overrides that the run had"
+        )
+
+
+def replay_losses(
+    module: VipLlavaLitModule,
+    micro_batches: Sequence[ReplayedMicroBatch],
+    *,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+) -> ReplayedStep:
+    """Compute the losses of a step again, of all ranks' micro-batches; no gradients, dropout off.
+
+    The module is built, has the weights to use, and is moved to the device. ``autocast`` is the
+    dtype of matrix products where weights are held in more.
+    """
+    network: Any = module.network
+    network = network.to(device).eval()
+
+    def loss_sum(batch: Batch) -> tuple[float, int]:
+        context = torch.autocast(device.type, autocast) if autocast else nullcontext()
+        with torch.no_grad(), context:
+            total, count = supervised_loss_sum(network, batch.to(device))
+        return float(total), count
+
+    total, count, samples = 0.0, 0, list[SampleLoss]()
+    for part in micro_batches:
+        summed, supervised = loss_sum(part.batch)
+        total, count = total + summed, count + supervised
+        for batch in part.single_samples:
+            summed, supervised = loss_sum(batch)
+            length, mean = batch.input_ids.numel(), summed / max(1, supervised)
+            samples.append(
+                SampleLoss(part.rank, part.number, batch.keys[0], length, supervised, mean)
+            )
+    worst_first = sorted(samples, key=lambda s: (math.isfinite(s.loss), -s.loss))
+    return ReplayedStep(total / max(1, count), tuple(worst_first))
+
+
+def write_losses(step: ReplayedStep, path: Path) -> None:
+    """Write a row for each sample, worst first."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.DictWriter(file, [field.name for field in fields(SampleLoss)])
+        rows.writeheader()
+        rows.writerows(asdict(sample) for sample in step.samples)

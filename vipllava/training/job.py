@@ -1,7 +1,6 @@
 """The objects of a job, made from its composed configuration; whoever needs one makes it here.
 
-With :mod:`vipllava.training.run` and :mod:`vipllava.training.preflight` this is all of training
-that knows configuration objects; everything below takes plain arguments.
+Of training only this, ``run`` and ``preflight`` know configuration objects.
 """
 
 from __future__ import annotations
@@ -23,10 +22,7 @@ from vipllava.stream.image_transform import ImageTransform
 
 
 def partial(node: DictConfig) -> Any:
-    """Return the node's constructor with its arguments bound.
-
-    Objects go to the bound constructor rather than to ``instantiate``, which would copy them.
-    """
+    """Return a node's constructor, its arguments bound; ``instantiate`` would copy more objects."""
     return instantiate(node, _convert_="all", _partial_=True)
 
 
@@ -38,10 +34,7 @@ def model_spec(cfg: DictConfig) -> ModelSpec:
 def build_datamodule(
     cfg: DictConfig, tokenizer: Any = None, spec: ModelSpec | None = None
 ) -> VisualPromptDataModule:
-    """Build a job's data module; ids and images are made for its model.
-
-    Tokenizer and spec are those of the configuration unless they are there already.
-    """
+    """Build a job's data module, for its model's tokenizer and spec unless they are given."""
     spec = spec or model_spec(cfg)
     tower = read_tower_config(spec)
     tokenizer = tokenizer or load_tokenizer(spec)
@@ -84,8 +77,7 @@ def job_architecture(spec: ModelSpec, tokenizer: Any) -> Architecture:
 def forget_missing_checkpoint(cfg: DictConfig) -> Path | None:
     """Let a job whose earlier stage has not run yet take config and tokenizer from the parts.
 
-    Looking at a job needs no weights, and a stage's export has the base's tokenizer. Returns the
-    export that is not there and was taken out of the configuration, if there was one.
+    Returns the export that is not there and was taken out of the configuration, if there was one.
     """
     folder = cfg.stage.checkpoint
     if folder is None or not Path(folder).is_relative_to(cfg.paths.runs) or Path(folder).is_dir():

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
@@ -59,26 +59,23 @@ class VipLlavaLitModule(lightning.LightningModule):
     The network is made in ``configure_model``, on every process by itself and under the
     strategy's own contexts; before that ``model`` is None. Parts that do not train stay in eval
     mode, and are held in the dtype that is computed in. Parameters that train keep
-    ``ModelSpec.dtype``: with float32 and a trainer precision of ``bf16-mixed`` they and Adam's
-    state are float32 master copies, without which updates at a rate of 2e-7 would be rounded away.
+    ``ModelSpec.dtype``: in float32 with ``bf16-mixed`` they and Adam's state are master copies,
+    without which updates at a rate of 2e-7 would be rounded away.
 
-    Logged once per optimizer step: ``train/loss``, ``train/lr``, ``train/grad_norm`` and
-    ``train/supervised_tokens``; after a pass over held-out samples ``val/loss``; see
-    :data:`vipllava.training.metrics.METRICS`. Callbacks that want more than the loss put an
-    observer of the predictions into ``observers``.
+    What is logged is in :data:`vipllava.training.metrics.METRICS`. Callbacks that want more than
+    the loss put an observer of the predictions into ``observers``.
 
     Args:
         model: what to build.
         trainable: the parts that train, of :data:`vipllava.models.freezing.PARTS`.
         optimizer: rates, decay and schedule.
-        gradient_checkpointing: recompute the language model's blocks in the backward pass: all of
-            them, none, or the first so many.
-        seed: of the projector's first weights.
+        gradient_checkpointing: recompute all of the language model's blocks in the backward pass,
+            none, or the first so many.
+        seed: of the projector's first weights, adapters and dropout.
         tokenizer: that of the data; loaded from the spec's source if not given.
         adapter: LoRA on the language model, whose own weights then stay as they are.
         quantization: hold those weights in fewer bits; only with an adapter.
-        compile_blocks: have ``torch.compile`` make each decoder block faster; for rows of one
-            length.
+        compile_blocks: have ``torch.compile`` make each block faster; for rows of one length.
         guard: decides about steps whose loss is not finite or far too high.
     """
 
@@ -113,7 +110,6 @@ class VipLlavaLitModule(lightning.LightningModule):
         self.observers: list[Observer] = []
         self._tokenizer = tokenizer
         self._step = _Step()
-        self._held_out = torch.zeros(2, dtype=torch.float64)
         self._last_global_step = 0
         self._progress: float | None = None
 
@@ -135,7 +131,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         # Lightning's default device here is the strategy's; the values of what is drawn on the CPU
         # would depend on it.
         with torch.device("cpu"), sharding.zero3_paused(strategy):
-            if sharding.is_fsdp2(strategy):
+            if isinstance(strategy, ModelParallelStrategy):
                 mesh: Any = strategy.device_mesh
                 self.model = sharding.build_fsdp2(
                     self._build,
@@ -218,8 +214,7 @@ class VipLlavaLitModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Return the loss whose gradients add up to that of the global batch's mean.
 
-        Raises:
-            VipLlavaError: the guard stops, or there is no supervised token; names the samples.
+        Raises VipLlavaError, with the samples, if the guard stops or no token is supervised.
         """
         if batch.num_supervised_global < 1:
             raise VipLlavaError(
@@ -276,8 +271,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         if refusal is None:
             return
         step = self._step
-        loss, _ = step.sums or self._sum_over_ranks()
-        known = (step.number, loss, step.micro_batches)
+        known = (step.number, (step.sums or self._sum_over_ranks())[0], step.micro_batches)
         message = refuse_step(self.trainer, self.guard, refusal, *known)
         if refusal.action == "stop":
             raise VipLlavaError(message)
@@ -306,8 +300,7 @@ class VipLlavaLitModule(lightning.LightningModule):
     ) -> None:
         """Clip by the norm that is known already; DeepSpeed clips by itself.
 
-        Lightning's own way computes the norm again, and in mixed precision it refuses a fused
-        optimizer, though only a loss scale would be in the way.
+        Lightning would compute it again, and refuse a fused optimizer in any mixed precision.
         """
         if not gradient_clip_val or self._step.is_skipped or self._under_deepspeed:
             return
@@ -327,11 +320,9 @@ class VipLlavaLitModule(lightning.LightningModule):
         self.log_step()
 
     def log_step(self) -> None:
-        """Log the step that has just ended, if one has, and once; every process has to call this.
-
-        To the loggers at once: Lightning's own way goes there after all callbacks, and a run that
-        is killed behind a checkpoint would lack the row.
-        """
+        """Log the step that has just ended, if one has; every process has to call this."""
+        # To the loggers at once: Lightning goes there after all callbacks, and a kill behind a
+        # checkpoint would lose the row.
         if self.trainer.global_step == self._last_global_step:
             return
         self._last_global_step = self.trainer.global_step
@@ -351,18 +342,13 @@ class VipLlavaLitModule(lightning.LightningModule):
         self._step = _Step()
 
     def _sum_over_ranks(self) -> tuple[float, float]:
-        mine = self._step.loss
-        # Every rank's sum is already divided by the global count: the ranks' values add up.
+        mine = self._step.loss  # divided by the global count already: the ranks' values add up
         sums = torch.stack([mine.float(), mine.new_tensor(self._step.num_tokens)])
         loss, num_tokens = self._strategy.reduce(sums, reduce_op="sum").tolist()
         return loss, num_tokens
 
     def on_train_start(self) -> None:
-        """Forget sums of an earlier fit; a resumed run starts at its own step.
-
-        Raises:
-            VipLlavaError: the strategy has cast what has to stay float32.
-        """
+        """Forget sums of an earlier fit; a resumed run starts at its own step."""
         sharding.check_rotary_precision(self.network)
         config: Any = self.network.config
         self.guard.chance_loss = math.log(config.text_config.vocab_size)
@@ -388,10 +374,7 @@ class VipLlavaLitModule(lightning.LightningModule):
         return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _key_random_state(self, batch_idx: int) -> None:
-        """Make dropout a function of seed, step and rank: a resumed run draws the same masks.
-
-        Lightning saves no random state, and restoring one would need that of every rank.
-        """
+        """Make dropout a function of seed, step and rank: a resumed run draws the same masks."""
         trainer = self.trainer
         micro_batch = batch_idx % trainer.accumulate_grad_batches
         key = (self.seed, trainer.global_step, micro_batch, trainer.global_rank, "dropout")
@@ -408,8 +391,7 @@ class VipLlavaLitModule(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the frozen weights of the built network where the checkpoint left them out.
 
-        Lightning counts an epoch's progress in micro-batches; with other ranks or micro-batches
-        the same step is another count, so it is put into this run's unit.
+        Lightning counts progress in micro-batches: it is put into this run's unit.
         """
         if (known := checkpoint.get("loss_guard")) is not None:
             self.guard.load_state_dict(known)

@@ -1,7 +1,6 @@
-"""What a run logs, by name, and the callback that measures how fast it goes.
+"""What a run logs, by name, see ``docs/logging.md``; and the callback that measures its speed.
 
-These names are the same in every logger; ``docs/logging.md`` explains them. What belongs to one
-optimizer step is logged by the module, what needs a stretch of time or a sum over ranks here.
+What belongs to one optimizer step is logged by the module, what needs a stretch of time here.
 """
 
 from __future__ import annotations
@@ -55,7 +54,6 @@ METRICS: Final[Mapping[str, str]] = {
 """Every metric and its meaning. Beside them there are :func:`dataset_loss` for each data set and,
 where parts differ, their rates (:func:`vipllava.training.optim.learning_rates`)."""
 
-
 _ROWS = 256
 """Logits looked at together: 0.13 GB of a vocabulary of 128,000 in float32."""
 
@@ -66,10 +64,7 @@ def dataset_loss(name: str) -> str:
 
 
 def segment_lengths(batch: Batch) -> torch.Tensor:
-    """Return at the last position of every sample its length, else 0: int64 [rows, length].
-
-    A shape that does not depend on the values: on a device nothing has to wait for it.
-    """
+    """Return at the last position of every sample its length, else 0: int64 [rows, length]."""
     real = batch.segment_ids != PADDING_SEGMENT
     ends = batch.position_ids.roll(-1, 1) == 0
     ends[:, -1] = True
@@ -86,10 +81,7 @@ class BatchFlops:
     tower_trains: bool = False  # the tower gets gradients, too
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Return the FLOPs of a micro-batch, float64 and on its device: no step waits for it.
-
-        See :func:`vipllava.forecast.flops.useful_flops`.
-        """
+        """Return the FLOPs of a micro-batch, float64 and on its device: no step waits for it."""
         lengths = segment_lengths(batch).double()
         counts: dict[str, Any] = {
             "num_samples": len(batch.keys),
@@ -97,14 +89,10 @@ class BatchFlops:
             "num_supervised": supervised_positions(batch).sum(),
             "num_images": len(batch.pixel_values),
             "squared_tokens": lengths.square().sum(),
+            "adapter_rank": self.adapter_rank,
+            "tower_trains": self.tower_trains,
         }
-        flops: Any = useful_flops(
-            self.architecture,
-            self.workload,
-            **counts,
-            adapter_rank=self.adapter_rank,
-            tower_trains=self.tower_trains,
-        )
+        flops: Any = useful_flops(self.architecture, self.workload, **counts)
         return flops
 
 
@@ -128,7 +116,7 @@ class DatasetLosses:
     """Adds up losses and supervised tokens by data set on this rank; an observer of predictions.
 
     In a micro-batch of several, tokens' losses are worked out again without a graph, some rows of
-    logits at a time: the peak of memory stays where it was. Nothing waits for the device.
+    logits at a time, for memory's sake. Nothing waits for the device.
     """
 
     def __init__(self) -> None:
@@ -147,12 +135,9 @@ class DatasetLosses:
             numbers = torch.tensor([known.index(name) for name in batch.datasets]).to(device)
             sample = sample_of_position(batch.segment_ids)[:, 1:][predictions.supervised]
             sums = torch.zeros(len(known), 2, device=device)
-            for logits, targets, dataset in zip(
-                predictions.logits.split(_ROWS),
-                predictions.targets.split(_ROWS),
-                numbers[sample].split(_ROWS),
-                strict=True,
-            ):
+            columns = (predictions.logits, predictions.targets, numbers[sample])
+            parts = (column.split(_ROWS) for column in columns)
+            for logits, targets, dataset in zip(*parts, strict=True):
                 losses = functional.cross_entropy(logits, targets, reduction="none")
                 both = torch.stack([losses, torch.ones_like(losses)], dim=1)
                 sums.index_add_(0, dataset, both)
@@ -168,8 +153,7 @@ class DatasetLosses:
 def sample_of_position(segment_ids: torch.Tensor) -> torch.Tensor:
     """Return which of a batch's samples, in the order of its keys, each position belongs to.
 
-    Of ``segment_ids``, int64 [rows, length], in which samples of a row count from 0 and padding is
-    -1; the result has their shape and means nothing on padding.
+    ``segment_ids`` and the result, which means nothing on padding, are int64 [rows, length].
     """
     per_row = segment_ids.amax(dim=1) + 1
     first = per_row.cumsum(0) - per_row
@@ -185,32 +169,26 @@ class WindowSums:
     num_samples: int = 0  # of this rank
     num_supervised: int = 0  # supervised tokens of the global batches: all ranks together
     num_tokens: int | torch.Tensor = 0  # of this rank, without padding
-    # Of this rank; None where nothing counts them.
-    useful_flops: float | torch.Tensor | None = None
+    useful_flops: float | torch.Tensor | None = None  # of this rank; None: nothing counts them
     memory: int | None = None  # most bytes allocated on its device, if the device says
     # By data set the summed loss and the number of its tokens, of this rank.
     losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def window_metrics(ranks: list[WindowSums], peak_flops: float | None = None) -> dict[str, float]:
-    """Return the metrics of a window from what every rank did in it.
-
-    ``peak_flops`` is of one device, FLOP/s.
-    """
+    """Return the metrics of a window from what every rank did in it; the peak is one device's."""
     seconds = max(rank.seconds for rank in ranks)
     metrics: dict[str, float] = {}
     if seconds > 0:
         metrics[SAMPLES_PER_SECOND] = sum(rank.num_samples for rank in ranks) / seconds
         metrics[SUPERVISED_TOKENS_PER_SECOND] = ranks[0].num_supervised / seconds
         metrics[TOKENS_PER_SECOND] = sum(int(rank.num_tokens) for rank in ranks) / seconds
-        waits = [rank.seconds_waited for rank in ranks if rank.seconds_waited is not None]
-        if waits:
+        if waits := [r.seconds_waited for r in ranks if r.seconds_waited is not None]:
             metrics[WAIT_SHARE] = max(waits) / seconds
         flops = [float(rank.useful_flops) for rank in ranks if rank.useful_flops is not None]
         if flops and peak_flops:
             metrics[MFU] = sum(flops) / seconds / (peak_flops * len(ranks))
-    memory = [rank.memory for rank in ranks if rank.memory is not None]
-    if memory:
+    if memory := [rank.memory for rank in ranks if rank.memory is not None]:
         metrics[MEMORY] = max(memory) / 1e9
     for name in sorted({name for rank in ranks for name in rank.losses}):
         pairs = [rank.losses[name] for rank in ranks if name in rank.losses]
@@ -223,8 +201,7 @@ def window_metrics(ranks: list[WindowSums], peak_flops: float | None = None) -> 
 class Throughput(Callback):
     """Measures speed, waiting, memory and the loss of each data set over windows of steps.
 
-    The ranks meet once a window, not every step; time spent in validation is left out. The first
-    window has the start-up in it.
+    The ranks meet once a window. Validation's time is left out; the first window has the start-up.
     """
 
     every_n_steps: int = 10  # optimizer steps of a window
@@ -287,8 +264,7 @@ class Throughput(Callback):
 
     def _begin(self, trainer: Trainer) -> None:
         self._window, self._num_steps = WindowSums(), 0
-        loader = trainer.train_dataloader
-        self._waited_before = loader.seconds_waited if isinstance(loader, StepLoader) else 0.0
+        self._waited_before = getattr(trainer.train_dataloader, "seconds_waited", 0.0)
         self._began = self.clock()
 
     def _log(self, trainer: Trainer) -> None:

@@ -16,8 +16,7 @@ from vipllava.models.freezing import whole_shape
 from vipllava.types import ConfigError
 
 _NO_DECAY: Final = "_no_decay"
-_SCHEDULES: dict[str, Callable[[float], float]] = {
-    # Of the share of the steps behind the warm-up that are done, 0..1.
+_SCHEDULES: dict[str, Callable[[float], float]] = {  # of the share done behind the warm-up
     "cosine": lambda done: max(0.0, 0.5 * (1.0 + math.cos(math.pi * done))),
     "constant": lambda done: 1.0,
 }
@@ -37,13 +36,12 @@ class OptimizerSettings:
     schedule: str = "cosine"  # ``cosine`` (to zero) or ``constant``, both after the warm-up
 
     def __post_init__(self) -> None:
-        """Check every value; raises ConfigError that lists all problems."""
         rates = ("learning_rate", "projector_learning_rate", "vision_tower_learning_rate")
-        values = {name: getattr(self, name) for name in rates}
         problems = [
             f"{name}={value} must be positive"
-            for name, value in values.items()
-            if value is not None and not (math.isfinite(value) and value > 0)
+            for name in rates
+            if (value := getattr(self, name)) is not None
+            and not (math.isfinite(value) and value > 0)
         ]
         if self.weight_decay < 0:
             problems.append(f"weight_decay={self.weight_decay} must not be negative")
@@ -63,16 +61,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Sort the trainable parameters into groups of one rate and one weight decay.
 
-    Args:
-        parts: the modules of each part, see :func:`vipllava.models.freezing.modules_of`; tied
-            parameters come once.
-        settings: the rates.
+    Of the modules of each part, see :func:`vipllava.models.freezing.modules_of`; tied parameters
+    come once. Raises ConfigError if nothing trains.
 
     Returns:
         Groups with ``name``, ``params``, ``lr`` and ``weight_decay``; none is empty.
-
-    Raises:
-        ConfigError: nothing trains.
     """
     rates = {
         "projector": settings.projector_learning_rate,
@@ -109,8 +102,7 @@ def learning_rates(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 def uses_fused_adamw(device_type: str, precision: str) -> bool:
     """Whether a run's AdamW is one kernel for the whole step, without temporary copies.
 
-    Not with a loss scale: Lightning leaves it to a fused step to divide by it, and that is behind
-    the clipping.
+    Not with a loss scale: a fused step would divide by it, behind the clipping.
     """
     return device_type == "cuda" and precision != "16-mixed"
 
@@ -118,14 +110,9 @@ def uses_fused_adamw(device_type: str, precision: str) -> bool:
 def build_optimizer(
     groups: list[dict[str, Any]], settings: OptimizerSettings, *, fused: bool = False
 ) -> AdamW:
-    """Make AdamW over groups of :func:`parameter_groups`.
-
-    What it loads are the moments of a checkpoint; rates, betas, epsilon and decay stay its own.
-    """
-    beta1, beta2 = settings.betas
-    optimizer = AdamW(
-        groups, settings.learning_rate, (beta1, beta2), settings.eps, fused=fused or None
-    )
+    """Make AdamW; of a checkpoint it loads the moments, not rates, betas, epsilon and decay."""
+    betas: Any = tuple(settings.betas)
+    optimizer = AdamW(groups, settings.learning_rate, betas, settings.eps, fused=fused or None)
     optimizer.register_load_state_dict_pre_hook(_keep_settings)
     return optimizer
 
@@ -147,8 +134,7 @@ def build_schedule(
     """Make the schedule of a run of ``num_steps`` optimizer steps, warm-up rounded up.
 
     The rate of step k of a warm-up is k / warm-up steps, 0 in the first, as in the released
-    training. ``steps_done`` turns the count of steps into the share of the run that is done, in
-    steps: for a stream that knows its progress and not its number of steps.
+    training. ``steps_done`` says how much of the run is done, in steps, where it is not the count.
     """
     num_warmup = math.ceil(settings.warmup_ratio * num_steps)
     shape = _SCHEDULES[settings.schedule]
@@ -178,10 +164,9 @@ class _Schedule(LambdaLR):
 def backward_scale(world_size: int, accumulate: int, *, is_deepspeed: bool = False) -> float:
     """Return what a micro-batch's loss is multiplied with to undo what the framework divides by.
 
-    The gradient wanted is that of the sum over the global batch, divided by its number of
-    supervised tokens. DDP, FSDP and DeepSpeed average over the ``world_size`` ranks, and Lightning
-    divides every loss by the ``accumulate`` micro-batches of a step. DeepSpeed's own ``backward``
-    divides by them once more: a gradient too small, which Adam hides and clipping does not.
+    The loss is divided by the global batch's supervised tokens already. All strategies average
+    over the ``world_size`` ranks, and Lightning divides by the ``accumulate`` micro-batches.
+    DeepSpeed's ``backward`` does so once more: Adam hides it, clipping does not.
     """
     return float(world_size * accumulate * (accumulate if is_deepspeed else 1))
 

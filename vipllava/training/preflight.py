@@ -1,17 +1,19 @@
 """A job looked over before it starts: its data, what it needs, what it will take.
 
-``train.py preflight=true`` does all of it and stops; nothing is trained, no weights are read, and
-the machine need not be there. ``look_ahead`` says the main numbers at every start.
+``train.py preflight=true`` does all of it and stops; no weights are read, and the machine need not
+be there. ``look_ahead`` says the main numbers at every start.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from vipllava.checkpoints.loading import load_tokenizer
@@ -23,10 +25,15 @@ from vipllava.forecast import memory as memory_forecast
 from vipllava.forecast.architecture import Architecture
 from vipllava.forecast.memory import Setup, device_memory
 from vipllava.forecast.published import is_published, sizes_of_published
+from vipllava.ingest.lint.findings import LintLimits
+from vipllava.ingest.lint.run import lint_shards
 from vipllava.models.building import ModelSpec
 from vipllava.models.hub_models import UnreachableError
+from vipllava.shards.manifest import is_remote, load_manifest
 from vipllava.stream.datamodule import VisualPromptDataModule
-from vipllava.training import job, preflight_data
+from vipllava.stream.order import Part, SampleOrder, parse_mix, plan_parts
+from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
+from vipllava.training import job
 from vipllava.training.optim import uses_fused_adamw
 from vipllava.types import CheckpointError, VipLlavaError
 
@@ -68,10 +75,8 @@ class Outlook:
         if expected.hours is not None:
             lines.append(f"forecast: {expected.hours:.1f} hours at an MFU of {self.plan.mfu:.0%}")
         if self.capacity is not None and memory > self.capacity:
-            lines.append(
-                "forecast: this may not fit; `preflight=true` says which micro-batch and strategy "
-                "would"
-            )
+            would = "`preflight=true` says which micro-batch and strategy would"
+            lines.append(f"forecast: this may not fit; {would}")
         if (problem := _host_problem(self)) is not None:
             lines.append(f"forecast: {problem}")
         return tuple(lines)
@@ -95,10 +100,9 @@ class PreflightReport(Outlook):
 
 
 def examine(cfg: DictConfig) -> PreflightReport:
-    """Look a job over whose plan is checked; nothing is printed.
+    """Look a job over whose plan is checked.
 
-    Raises:
-        VipLlavaError: config or tokenizer of a model whose sizes do not ship cannot be had.
+    Raises VipLlavaError where config or tokenizer of a model whose sizes do not ship are missing.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     missing, notes, problems = job.forget_missing_checkpoint(cfg), list[str](), list[str]()
@@ -112,12 +116,12 @@ def examine(cfg: DictConfig) -> PreflightReport:
     try:
         if tokenizer is not None:
             datamodule = job.build_datamodule(cfg, tokenizer, spec)
-            corpus, num_proved = preflight_data.look_at_data(cfg, datamodule)
-            num_linted = preflight_data.lint_data(cfg, datamodule, notes, problems)
+            corpus, num_proved = look_at_data(cfg, datamodule)
+            num_linted = lint_data(cfg, datamodule, notes, problems)
     except VipLlavaError as error:
         problems.append(str(error))
     if corpus is None:
-        corpus = preflight_data.assumed_corpus(cfg, architecture.tower.num_patches)
+        corpus = assumed_corpus(cfg, architecture.tower.num_patches)
         notes.append(
             "the data could not be looked at: lengths are the recipe's, sizes the manifests'"
         )
@@ -167,29 +171,22 @@ def look_ahead(
 ) -> Outlook:
     """Decide what is left open how a job trains, and forecast it.
 
-    Args:
-        cfg: what Hydra composed from ``conf/train.yaml``, checked.
-        tokenizer: the model's.
-        datamodule: the job's. Without it lengths are the recipe's and sizes the manifests'.
-        spec: the network as it will be built; by itself the configuration's.
+    Without a data module lengths are the recipe's and sizes the manifests'. The ``spec`` is of the
+    network as it will be built; by itself the configuration's.
     """
     spec = spec or job.model_spec(cfg)
     architecture = job.job_architecture(spec, tokenizer)
     if datamodule is None:
-        corpus = preflight_data.assumed_corpus(cfg, architecture.tower.num_patches)
+        corpus = assumed_corpus(cfg, architecture.tower.num_patches)
     else:
-        dataset = datamodule.dataset or datamodule.open_dataset()
-        corpus = preflight_data.measured_corpus(cfg, datamodule, dataset)
+        corpus = _measured_corpus(cfg, datamodule, datamodule.dataset or datamodule.open_dataset())
     return _forecast(cfg, spec, architecture, corpus)
 
 
 def shared_memory_warning(cfg: DictConfig, image_size: int, free: int | None) -> str | None:
     """Say that a job's batches in flight find no room in shared memory; None if they do.
 
-    Args:
-        cfg: the job.
-        image_size: side of an image, pixels; a value takes a byte.
-        free: bytes of shared memory; None where a system has none.
+    Images are ``image_size`` pixels a side, a byte a value; ``free`` is in bytes, if there is any.
     """
     processes, workers = int(cfg.trainer.devices), int(cfg.data.num_workers)
     # A loader process hands over an optimizer step of its process; a row of a pack has several.
@@ -293,30 +290,24 @@ def _forecast(
 
 
 def _is_here(cfg: DictConfig) -> bool:
-    """Whether this machine could be the one that the job is for."""
     on_cuda = cfg.trainer.accelerator == "cuda"
     return not on_cuda or len(hardware.detect().cuda) >= int(cfg.trainer.devices)
 
 
 def _free_disk(folder: Path) -> float:
     folder = folder.expanduser().absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return float(shutil.disk_usage(folder).free)
+    return float(shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free)
 
 
 def _want_of_memory(
     outlook: Outlook, capacity: float, choice: forecasts.Choice | None, largest: int | None
 ) -> str:
     setup, needed = outlook.setup, outlook.forecast.memory.total
-    remedies: list[str] = []
-    if largest is not None:
-        remedies.append(f"machine.micro_batch_size={largest}")
+    remedies = [] if largest is None else [f"machine.micro_batch_size={largest}"]
     if choice is not None and choice.strategy != setup.strategy:
         size = min(choice.micro_batch_size, setup.micro_batch_size)
         remedies.append(f"strategy={choice.strategy} machine.micro_batch_size={size}")
-    if not remedies:
-        remedies.append("a larger machine, tuning=lora or tuning=qlora (docs/machines.md)")
+    remedies = remedies or ["a larger machine, tuning=lora or tuning=qlora (docs/machines.md)"]
     return (
         f"machine.micro_batch_size={setup.micro_batch_size} with strategy={setup.strategy} needs "
         f"about {needed / 2**30:.1f} GiB a device, which has {capacity / 2**30:.1f}: use "
@@ -340,3 +331,117 @@ def _host_problem(outlook: Outlook) -> str | None:
         f"memory ({what}: {size / 2**30:.1f}), which has {capacity / 2**30:.1f}: use {remedy}, or "
         "a machine with more of it"
     )
+
+
+def look_at_data(
+    cfg: DictConfig, datamodule: VisualPromptDataModule
+) -> tuple[forecasts.Corpus, int]:
+    """Open the shards, prove the first labels and measure an epoch; return how many were proved."""
+    datamodule.setup("fit")
+    dataset = datamodule.dataset
+    assert dataset is not None
+    image_tokens = datamodule.conversation_encoder.image_seq_length
+    texts = estimated = supervised = 0
+    share = 0.0
+    for item, encoded in datamodule.proved:
+        texts += encoded.length - encoded.num_images * image_tokens
+        shards = dataset.sources[item.part].shards
+        estimated += int(shards.text_tokens(np.array([item.position]))[0])
+        supervised += encoded.num_supervised
+        share = max(share, encoded.num_supervised / encoded.length)
+    # The index estimates lengths for a real vocabulary; this tokenizer's are known for a few.
+    ratio = texts / estimated if estimated else 1.0
+    of_text = supervised / texts if texts else None
+    corpus = _measured_corpus(cfg, datamodule, dataset, ratio, share or None, of_text)
+    return corpus, len(datamodule.proved)
+
+
+def _measured_corpus(
+    cfg: DictConfig,
+    datamodule: VisualPromptDataModule,
+    dataset: VisualPromptDataset,
+    ratio: float = 1.0,
+    supervised_share: float | None = None,
+    supervised_text: float | None = None,
+) -> forecasts.Corpus:
+    """Measure an epoch by the indices of its shards, whose texts' lengths the ratio corrects.
+
+    Unless measured, the share of a dense sample's tokens that carries loss is the stage's.
+    """
+    sizes = {source.name: source.shards.shard_sizes for source in dataset.sources}
+    parts = plan_parts(sizes, datamodule.mix_entries, datamodule.samples_per_epoch)
+    epoch = SampleOrder(parts, datamodule.seed, window_samples=datamodule.window_samples).epoch(0)
+    num_images = np.empty(len(epoch), dtype=np.int64)
+    for number, source in enumerate(dataset.sources):
+        chosen = epoch.part == number
+        num_images[chosen] = source.shards.has_image(epoch.position[chosen])
+    placeholders = num_images * datamodule.conversation_encoder.image_seq_length
+    texts = ratio * (dataset.estimate_lengths(epoch) - placeholders)
+    lengths = np.minimum(placeholders + texts, int(cfg.stage.max_length)).astype(np.float64)
+    mean_text = float((lengths - placeholders).clip(min=0).mean())
+    return forecasts.Corpus(
+        datasets=_shares(parts),
+        mean_tokens=float(lengths.mean()),
+        mean_squared_tokens=float((lengths**2).mean()),
+        images_per_sample=float(num_images.mean()),
+        longest=int(np.ceil(lengths.max())),
+        supervised_share=supervised_share or float(cfg.stage.supervised_share),
+        mean_supervised=(supervised_text or _supervised_text(cfg)) * mean_text,
+    )
+
+
+def assumed_corpus(cfg: DictConfig, image_tokens: int) -> forecasts.Corpus:
+    """Return the recipe's lengths and the manifests' sizes, for data that cannot be opened."""
+    mix: Any = parse_mix(cfg.data.mix) if cfg.data.mix else {cfg.data.manifest: None}
+    manifests = {name: load_manifest(name, cfg.data.manifests_dir) for name in mix}
+    sizes = {m.name: m.num_samples or m.approximate_samples or 0 for m in manifests.values()}
+    shares = tuple(forecasts.DataSetShare(name, size, size) for name, size in sizes.items())
+    if cfg.data.mix and all(sizes.values()):
+        entries = {manifests[name].name: entry for name, entry in mix.items()}
+        parts = plan_parts({n: (s,) for n, s in sizes.items()}, entries, cfg.data.samples_per_epoch)
+        shares = _shares(parts)
+    mean = float(cfg.stage.mean_length)
+    return forecasts.Corpus(
+        datasets=shares,
+        mean_tokens=mean,
+        mean_squared_tokens=mean**2,
+        images_per_sample=1.0,
+        longest=min(int(cfg.stage.longest_length), int(cfg.stage.max_length)),
+        supervised_share=float(cfg.stage.supervised_share),
+        mean_supervised=_supervised_text(cfg) * max(0.0, mean - image_tokens),
+    )
+
+
+def _shares(parts: Iterable[Part]) -> tuple[forecasts.DataSetShare, ...]:
+    return tuple(forecasts.DataSetShare(p.name, p.num_samples, p.num_per_epoch) for p in parts)
+
+
+def _supervised_text(cfg: DictConfig) -> float:
+    """Return the share of texts' tokens that carries loss, about: captions whole, of talks half."""
+    return 1.0 if cfg.stage.chat_template == "plain" else 0.5
+
+
+def lint_data(
+    cfg: DictConfig, datamodule: VisualPromptDataModule, notes: list[str], problems: list[str]
+) -> int:
+    """Lint a few samples of each data set, add to notes and problems, and return how many."""
+    values: Any = OmegaConf.to_container(cfg.lint, resolve=True)
+    limits, root, count = LintLimits.from_mapping(values), datamodule.data_root, 0
+    for manifest in datamodule.manifests:
+        if is_remote(str(root)) or any(map(is_remote, manifest.patterns)):
+            notes.append(f"{manifest.name} lies at an address and was not linted")
+            continue
+        found = lint_shards(
+            manifest, root, datamodule.sample_encoder, limits, int(cfg.seed), num_samples=64
+        )
+        count += found.num_checked
+        severities = {finding.code: finding.severity for finding in found.findings}
+        for severity, into in (("error", problems), ("warning", notes)):
+            counts = found.counts.items()
+            counted = [f"{n} {code}" for code, n in counts if severities.get(code) == severity]
+            if counted:
+                into.append(
+                    f"lint of {found.num_checked} samples of {manifest.name}: "
+                    f"{', '.join(counted)}; `vipllava lint --data {manifest.name}` shows each"
+                )
+    return count

@@ -1,7 +1,7 @@
 """``profiler=torch``: a trace of a few optimizer steps, for Perfetto or Chrome.
 
-Lightning's own ``PyTorchProfiler`` names only modules that exist before the network is built, cuts
-accumulated steps, writes on every process, and leaves its hooks on every module to the end.
+Lightning's own names only modules that exist before the network is built, cuts accumulated steps,
+writes on every process, and leaves its hooks on every module to the end.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ _MICRO_BATCH: Final = "run_training_batch"
 class StepTrace(Profiler):
     """Traces some optimizer steps once, on the first process, and leaves the rest of the run alone.
 
-    ``DIRPATH/step-000011.json.gz`` is the trace, named by its first optimizer step; modules, the
-    framework's hooks and the steps are in it by name. ``step-000011.txt`` is a table of what took
-    longest.
+    ``DIRPATH/step-000011.json.gz`` is the trace, named by its first optimizer step, with modules,
+    hooks and steps by name; ``step-000011.txt`` is a table of what took longest.
     """
 
     dirpath: str | Path  # folder of the trace
@@ -49,13 +48,12 @@ class StepTrace(Profiler):
     _profile: profile | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        """Check the numbers of steps; raises ConfigError."""
         super().__init__(dirpath=self.dirpath)
         least = {"skip_steps": 0, "warmup_steps": 1, "active_steps": 1}
         problems = [
-            f"profiler.trace.{name}={getattr(self, name)} must be at least {number}"
+            f"profiler.trace.{name}={value} must be at least {number}"
             for name, number in least.items()
-            if getattr(self, name) < number
+            if (value := getattr(self, name)) < number
         ]
         if problems:
             raise ConfigError("the profiler's settings are impossible: " + "; ".join(problems))
@@ -95,10 +93,9 @@ class StepTrace(Profiler):
         done, self._steps_begun = self._steps_begun, self._steps_begun + 1
         if done == self.skip_steps:
             self._name = f"step-{trainer.global_step + self.warmup_steps:06d}"
+            steps = {"warmup": self.warmup_steps, "active": self.active_steps}
             self._profile = profile(
-                schedule=schedule(
-                    wait=0, warmup=self.warmup_steps, active=self.active_steps, repeat=1
-                ),
+                schedule=schedule(wait=0, repeat=1, **steps),
                 on_trace_ready=self._write,
                 profile_memory=self.memory,
                 record_shapes=self.shapes,

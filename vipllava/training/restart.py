@@ -1,7 +1,7 @@
 """The same command again goes on where the run stopped, or says why it cannot.
 
-One process at a time writes into a run's folder, which keeps the configuration it was started with:
-what has changed since is shown, and refused where it decides the order of the data or the model.
+One process at a time writes into a run's folder. What has changed in the configuration since its
+start is shown, and refused where it decides the order of the data or the model.
 """
 
 from __future__ import annotations
@@ -88,10 +88,7 @@ def hold_run(run_dir: Path, *, patience_s: float = 0.0) -> Generator[None]:
     """Hold a run's folder, which exists, against a second start; first process only.
 
     The file says who holds it, and stays: what it says counts only while the lock is held.
-
-    Args:
-        run_dir: the run's folder.
-        patience_s: how long to wait for a process that is about to end.
+    ``patience_s`` is how long to wait for a process that is about to end.
 
     Raises:
         VipLlavaError: another process holds it; names host and process.
@@ -136,12 +133,11 @@ def prepare_run(
     """Decide where a run begins, and bring its folder into that state; first process only.
 
     A job that Slurm or torchrun has started again goes on from its own newest checkpoint, whatever
-    ``resume`` says. Nothing is deleted: a damaged checkpoint gets another name, and so do, in a
-    folder of their own, checkpoints behind the place where the run goes on, and the log of a run
-    that begins again.
+    ``resume`` says. Nothing is deleted: a damaged checkpoint gets another name, and what stands in
+    the way goes to a folder of its own.
 
     Args:
-        run_dir: the run's folder; made if it is not there.
+        run_dir: made if it is not there.
         job: the whole configuration as plain values.
         goal: what the job asks for, one epoch if None; a run that has done as much is finished.
         resume: ``auto`` goes on from the newest whole checkpoint if there is one; ``never`` begins,
@@ -177,23 +173,20 @@ def prepare_run(
     log, checkpoints = run_dir / CSV / FILE_NAME, list_checkpoints(run_dir / CHECKPOINTS)
     later = [path for path in checkpoints if _num_steps(path) > restart.num_steps]
     if restart.checkpoint is None and (num_rows := count_rows(log)):
+        aside = _move_aside(run_dir, _files_of_before(run_dir))
         logger.warning(
-            "%s has a log of %d steps and no checkpoint to go on from: the run begins again with "
-            "its first step; what was there is in %s",
-            run_dir,
-            num_rows,
-            _move_aside(run_dir, _files_of_before(run_dir)),
+            f"{run_dir} has a log of {num_rows} steps and no checkpoint to go on from: the run "
+            f"begins again with its first step; what was there is in {aside}"
         )
     elif restart.checkpoint is not None and resume != "auto" and later:
         aside = _move_aside(run_dir, later)  # they are no part of the run now
         if log.is_file():
             (aside / CSV).mkdir()
             shutil.copy2(log, aside / CSV)
+        names = ", ".join(path.name for path in later)
         logger.warning(
-            "going on from %s: later checkpoints (%s) and the log with their steps are in %s",
-            restart.checkpoint,
-            ", ".join(path.name for path in later),
-            aside,
+            f"going on from {restart.checkpoint}: later checkpoints ({names}) and the log with "
+            f"their steps are in {aside}"
         )
     (run_dir / FINISHED_FILE).unlink(missing_ok=True)
     write_yaml(run_dir / JOB_FILE, dict(job))
@@ -215,9 +208,8 @@ def find_restart(run_dir: Path, *, goal: Goal | None = None, resume: str = "auto
 
 def unwritable(run_dir: Path, error: OSError) -> ConfigError:
     """Return the error of a run's folder that cannot be written."""
-    return ConfigError(
-        f"run_dir={run_dir} cannot be written ({error}): free some space or set paths.runs=FOLDER"
-    )
+    remedy = "free some space or set paths.runs=FOLDER"
+    return ConfigError(f"run_dir={run_dir} cannot be written ({error}): {remedy}")
 
 
 def started_again() -> bool:
@@ -227,11 +219,9 @@ def started_again() -> bool:
 
 
 def _decide(run_dir: Path, goal: Goal, resume: str) -> tuple[Restart, dict[Path, str]]:
-    """Return where the run begins, and the damaged checkpoints that are passed over.
-
-    A first process that moves those aside meanwhile changes nothing: for another one they are then
-    not listed, or missing.
-    """
+    """Return where the run begins, and the damaged checkpoints that are passed over."""
+    # A first process that moves those aside meanwhile changes nothing: for another one they are
+    # then not listed, or missing.
     damaged: dict[Path, str] = {}
     if resume == "never":
         return Restart(None, 0), damaged
@@ -297,12 +287,10 @@ def _num_steps(checkpoint: Path) -> int:
 
 
 def rescale_progress(checkpoint: dict[str, Any], saved: int, now: int) -> None:
-    """Turn a checkpoint's counts of micro-batches into those of a run that accumulates otherwise.
+    """Turn a checkpoint's counts of micro-batches, in place, into those of another run.
 
-    Changes it in place; ``saved`` and ``now`` are micro-batches per optimizer step.
-
-    Raises:
-        VipLlavaError: the checkpoint stands within a step.
+    ``saved`` and ``now`` are micro-batches per optimizer step. Raises VipLlavaError if the
+    checkpoint stands within a step.
     """
     if saved == now:
         return
@@ -328,10 +316,7 @@ def _resume_of_launcher(run_dir: Path, resume: str) -> str:
 
 
 def wandb_id(run_dir: Path) -> str:
-    """Return the id of a run on W&B, made at its first start and kept in its folder.
-
-    First process only, after :func:`prepare_run`, which moves that of a run that begins again.
-    """
+    """Return a run's id on W&B, kept in its folder; first process only, after `prepare_run`."""
     path = run_dir / "wandb_id"
     if (known := read_text(path)) is not None:
         return known
@@ -377,7 +362,7 @@ def _check_job(run_dir: Path, job: Mapping[str, Any], done: Path, anyway: bool) 
 
 
 def _is_below(key: str, roots: tuple[str, ...]) -> bool:
-    return any(key == root or key.startswith(f"{root}.") for root in roots)
+    return any(f"{key}.".startswith(f"{root}.") for root in roots)
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -390,7 +375,6 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _move_aside(run_dir: Path, paths: Iterable[Path]) -> Path:
-    """Keep an earlier run's files in a folder of their own, which is returned."""
     aside = _free(f"{run_dir / _ASIDE}", 1)
     for path in paths:
         target = aside / path.relative_to(run_dir)

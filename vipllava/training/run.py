@@ -46,11 +46,7 @@ _PATIENCE_S = 180.0
 
 
 def run_training(cfg: DictConfig) -> Path:
-    """Train one stage from its checked configuration and return the folder of the exported model.
-
-    Raises:
-        VipLlavaError: data, model or settings cannot be used; the message says what to do.
-    """
+    """Train one stage from its checked configuration; return the folder of the exported model."""
     run_dir = Path(cfg.run_dir)
     with contextlib.ExitStack() as stack:
         if is_first_process():
@@ -92,12 +88,12 @@ def _train(cfg: DictConfig) -> Path:
             logger.warning(warning)
     # A download may take longer than processes wait for each other once they have a group.
     open_spec(spec, tokenizer)
-    recomputed = outlook.setup.recomputed_blocks
+    blocks = outlook.setup.recomputed_blocks
     module = make_module(
         seed=int(cfg.seed),
         model=spec,
         tokenizer=tokenizer,
-        gradient_checkpointing=True if recomputed is None else recomputed,
+        gradient_checkpointing=True if blocks is None else blocks,
     )
     callbacks: list[Any] = [StartLog(cfg.run_dir, job), RunEnd()]
     chosen = (node for node in (cfg.get("callbacks") or {}).values() if node)  # null: none
@@ -119,15 +115,11 @@ def _train(cfg: DictConfig) -> Path:
         warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping")
         # Lightning 2.6 with torch 2.13; nothing a user can do.
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+        ckpt_path = None if start.checkpoint is None else str(start.checkpoint)
         try:
             hold_signals_of_starting(trainer.strategy.launcher)
             with naming_parent():  # Lightning starts the other processes of this node
-                trainer.fit(
-                    module,
-                    datamodule=datamodule,
-                    ckpt_path=None if start.checkpoint is None else str(start.checkpoint),
-                    weights_only=True,
-                )
+                trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
         except torch.OutOfMemoryError as error:
             raise VipLlavaError(_out_of_memory(cfg, error)) from error
         except Interrupted:
@@ -137,10 +129,8 @@ def _train(cfg: DictConfig) -> Path:
             return export_dir  # one process tells; a launcher takes an error of another for a crash
     _leave_processes()
     if trainer.interrupted or (trainer.is_global_zero and not export_dir.is_dir()):
-        raise VipLlavaError(
-            f"training ended before its last step and exported nothing to {export_dir}: "
-            "start it again"
-        )
+        what = "training ended before its last step and exported nothing to"
+        raise VipLlavaError(f"{what} {export_dir}: start it again")
     if trainer.is_global_zero:
         restart.mark_finished(Path(cfg.run_dir), _goal(cfg))
     return export_dir
@@ -159,20 +149,16 @@ def _goal(cfg: DictConfig) -> Goal:
 
 
 def _leave_processes() -> None:
-    """Leave the group of processes where all of them have come to the same end.
+    """Leave the group of processes where all have come to the same end, not after an error.
 
-    The threads of gloo would now and then abort a process whose work is done. After an error nobody
-    leaves: who waits for a process that has failed would wait in here, too.
+    The threads of gloo would now and then abort a process whose work is done.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def _with_proven_attention(cfg: DictConfig, spec: ModelSpec) -> ModelSpec:
-    """Try PyTorch's own kernel on this device before a run relies on it.
-
-    It is newer than most machines, and a wrong one would train without any error.
-    """
+    """Try PyTorch's own kernel on this device: a wrong one would train without any error."""
     if spec.attn_implementation != TORCH_VARLEN or not torch.cuda.is_available():
         return spec
     # Each process on its own device: a context on another one's costs that one half a gigabyte.
@@ -190,9 +176,8 @@ def _with_proven_attention(cfg: DictConfig, spec: ModelSpec) -> ModelSpec:
 
 
 def _out_of_memory(cfg: DictConfig, error: BaseException) -> str:
-    recompute = "stage.gradient_checkpointing=true (recompute every block), "
-    if cfg.stage.gradient_checkpointing is True:
-        recompute = ""
+    every = cfg.stage.gradient_checkpointing is True
+    recompute = "" if every else "stage.gradient_checkpointing=true (recompute every block), "
     return (
         f"the device's memory ran out ({first_line(error)}): pass {recompute}"
         f"machine.micro_batch_size=N with an N below {cfg.data.micro_batch_size}, or another "
@@ -209,9 +194,8 @@ def _begin(cfg: DictConfig, job: dict[str, Any]) -> Restart:
     start = restart.prepare_run(run_dir, job, anyway=bool(cfg.resume_anyway), **asked)
     if start.finished:
         logger.info(
-            "%s has ended already, and its export is there: for more pass stage.epochs=N or "
-            "trainer.max_steps=N, to begin anew resume=never, for a run of its own name=NEW_NAME",
-            run_dir,
+            f"{run_dir} has ended already, and its export is there: for more pass stage.epochs=N "
+            "or trainer.max_steps=N, to begin anew resume=never, for a run of its own name=NEW_NAME"
         )
         return start
     cut_csv(run_dir / CSV / FILE_NAME, start.num_steps)
@@ -232,9 +216,7 @@ def _loggers(cfg: DictConfig, start: Restart) -> list[Any]:
 
 
 def _plugins(cfg: DictConfig) -> list[Any]:
-    plugins: list[Any] = []
-    if cfg.strategy.name in ("single", "ddp"):
-        plugins.append(AtomicCheckpointIO())
+    plugins: list[Any] = [AtomicCheckpointIO()] if cfg.strategy.name in ("single", "ddp") else []
     # torchrun inside a Slurm job has its own ranks, which Lightning prefers, too.
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Its own way of saving and queueing again knows nothing of run folders.

@@ -1,7 +1,7 @@
 """Images as the network gets them, with question, target and what it would have said.
 
 A prediction is the most probable token at each supervised position, given the true tokens before
-it, from the logits of the training step itself: no second forward pass, under every strategy.
+it, from the logits of the training step itself.
 """
 
 from __future__ import annotations
@@ -56,15 +56,7 @@ def shown_samples(
     image_token_id: int,
     limit: int,
 ) -> list[ShownSample]:
-    """Return the first samples of a batch, at most ``limit``, that have an answer.
-
-    Args:
-        batch: the micro-batch.
-        predictions: what the network said.
-        tokenizer: of its ids.
-        image_token_id: the placeholder of an image's features.
-        limit: samples at most.
-    """
+    """Return the first samples of a micro-batch, at most ``limit``, that have an answer."""
     ids, segments = batch.input_ids.cpu(), batch.segment_ids.cpu()
     answered = torch.zeros_like(ids, dtype=torch.bool)
     answered[:, 1:] = predictions.supervised.cpu()
@@ -90,24 +82,20 @@ def shown_samples(
                 (targets if is_answer else questions).append(text(own_ids[part]))
                 if is_answer:
                     said_texts.append(text(own_said[part]))
-            shown.append(
-                ShownSample(
-                    key,
-                    None if pixels is None else _to_image(pixels),
-                    "\n".join(questions[: len(targets)]),
-                    "\n".join(targets),
-                    "\n".join(said_texts),
-                )
-            )
+            image = None
+            if pixels is not None:  # uint8 [3, height, width]
+                image = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+            texts = ("\n".join(x) for x in (questions[: len(targets)], targets, said_texts))
+            shown.append(ShownSample(key, image, *texts))
     return shown
 
 
 @dataclass(eq=False)
 class SampleTable(Callback):
-    """Shows a few training samples with the network's answers, at the first step and at intervals.
+    """Shows a few samples of the first process with the network's answers, at intervals.
 
     They go to ``RUN_DIR/samples/STEP.jsonl`` with the images beside it, to Weights & Biases as a
-    table, and to TensorBoard as images and texts. They are samples of the first process.
+    table, and to TensorBoard as images and texts.
     """
 
     run_dir: str | Path  # the run's folder
@@ -148,7 +136,6 @@ class SampleTable(Callback):
 
 
 def _write_samples(directory: Path, shown: list[ShownSample], step: int) -> None:
-    """Write ``STEP.jsonl`` and its images."""
     directory.mkdir(parents=True, exist_ok=True)
     text = ""
     for number, sample in enumerate(shown):
@@ -173,11 +160,9 @@ def log_samples(to: Logger, shown: list[ShownSample], step: int) -> None:
             name = f"{SAMPLES}/{number}"
             if sample.image is not None:
                 writer.add_image(name, np.asarray(sample.image), step, dataformats="HWC")
-            text = (
-                f"{sample.key}\n\n**question** {sample.question}\n\n**target** {sample.target}"
-                f"\n\n**prediction** {sample.prediction}"
-            )
-            writer.add_text(name, text, step)
+            told = ("question", "target", "prediction")
+            texts = [sample.key, *(f"**{each}** {getattr(sample, each)}" for each in told)]
+            writer.add_text(name, "\n\n".join(texts), step)
 
 
 def _runs(flags: torch.Tensor) -> list[tuple[bool, slice]]:
@@ -185,8 +170,3 @@ def _runs(flags: torch.Tensor) -> list[tuple[bool, slice]]:
     edges = (flags[1:] != flags[:-1]).nonzero().flatten().add(1).tolist()
     bounds = [0, *edges, len(flags)]
     return [(bool(flags[start]), slice(start, end)) for start, end in pairwise(bounds)]
-
-
-def _to_image(pixels: torch.Tensor) -> Image.Image:
-    """Turn uint8 [3, height, width] into an image."""
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

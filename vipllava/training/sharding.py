@@ -37,10 +37,7 @@ LOSS_METHOD: Final = "supervised_loss_sum"
 
 
 class Fsdp2Strategy(ModelParallelStrategy):
-    """Lightning's strategy, for checkpoints that hold what trains and nothing else.
-
-    Its own way asks a checkpoint for every weight of the network, and a frozen one is not there.
-    """
+    """Lightning's strategy, for checkpoints that hold what trains and no frozen weights."""
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
@@ -48,9 +45,6 @@ class Fsdp2Strategy(ModelParallelStrategy):
         """Read a folder of all processes into weights and optimizers; return the rest.
 
         Nothing in it can run code, whatever ``weights_only`` says.
-
-        Raises:
-            CheckpointError: it is no such folder, lacks a file, or holds code.
         """
         path = Path(self.broadcast(str(checkpoint_path)))
         check_whole(path)
@@ -83,11 +77,6 @@ class Fsdp2Strategy(ModelParallelStrategy):
         return load_plain(path / "meta.pt")  # what Lightning keeps of a run, beside the shards
 
 
-def is_fsdp2(strategy: Strategy | None) -> TypeGuard[ModelParallelStrategy]:
-    """Whether weights are sharded by PyTorch's ``fully_shard``."""
-    return isinstance(strategy, ModelParallelStrategy)
-
-
 def is_zero3(strategy: Strategy | None) -> TypeGuard[DeepSpeedStrategy]:
     """Whether weights are sharded by DeepSpeed."""
     config: Any = strategy.config if isinstance(strategy, DeepSpeedStrategy) else None
@@ -96,11 +85,10 @@ def is_zero3(strategy: Strategy | None) -> TypeGuard[DeepSpeedStrategy]:
 
 @contextmanager
 def zero3_paused(strategy: Strategy | None) -> Iterator[None]:
-    """Make modules as usual inside of Lightning's ``zero.Init``.
+    """Make modules as usual inside of Lightning's ``zero.Init`` around ``configure_model``.
 
-    That stands around ``configure_model`` and takes each module apart as soon as it is made: first
-    values would have to be whole in every process for that moment, and adapters would be taken
-    apart before they have theirs. :class:`HandedOut` takes apart what is complete.
+    It takes each module apart as soon as it is made: first values would have to be whole in every
+    process, and adapters would not have theirs. :class:`HandedOut` takes apart what is complete.
     """
     if not is_zero3(strategy):
         yield
@@ -134,10 +122,7 @@ class HandedOut:
         return parameter
 
     def take_apart(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Leave a part of each parameter on every process; the first process's values count.
-
-        Their order has to be the same on every process; those in parts already stay.
-        """
+        """Leave a part of each of the first process's values on every one; in the same order."""
         import deepspeed
 
         whole = [parameter for parameter in parameters if not hasattr(parameter, "ds_id")]
@@ -153,10 +138,9 @@ class HandedOut:
 
 
 def placement_for(strategy: Strategy | None) -> Placement:
-    """Decide where this process's weights go as they are read.
+    """Return where this process's weights go as they are read: its device, unless sharded.
 
-    Straight to its device, also where they train: Lightning moves the module there later, which
-    then has nothing to do. Without a strategy it is the CPU; FSDP2 has :func:`build_fsdp2`.
+    Without a strategy it is the CPU; FSDP2 has :func:`build_fsdp2`.
     """
     if is_zero3(strategy):
         return HandedOut(strategy)
@@ -173,12 +157,9 @@ def build_fsdp2(
 ) -> VipLlavaForConditionalGeneration:
     """Build a network whose weights are spread over processes, and shard its blocks and the rest.
 
-    Args:
-        build: makes the whole network; called on the first process only.
-        prepare: adds adapters and freezes; called on every process.
-        mesh: one-dimensional device mesh of the data-parallel processes.
-        device: of this process.
-        precision: Lightning's name; in ``bf16-mixed`` sharded fp32 weights are gathered as bf16.
+    ``build`` makes the whole network, on the first process only; ``prepare`` adds adapters and
+    freezes, on every one. The mesh has one dimension. In a ``precision`` of ``bf16-mixed`` sharded
+    fp32 weights are gathered as bf16.
     """
     built: list[Any] = []
     first_alone(mesh.get_local_rank() == 0, "reading the model", lambda: built.append(build()))
@@ -196,10 +177,10 @@ def build_fsdp2(
     model.to_empty(device=device)
     # Buffers that no file holds follow from the config; `to_empty` left them undefined.
     computed = {name for name, _ in model.named_buffers()} - set(model.state_dict())
-    buffers = _from_first(
-        None if whole is None else {name: whole.get_buffer(name).cpu() for name in computed}
-    )
-    state = {} if whole is None else dict(whole.state_dict())
+    state, own = {}, {}
+    if whole is not None:
+        state, own = dict(whole.state_dict()), {n: whole.get_buffer(n).cpu() for n in computed}
+    buffers = _from_first(own)
     options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     states.set_model_state_dict(model, state, options=options)
     for name, value in buffers.items():
@@ -215,12 +196,12 @@ def whole_network(
     strategy: Strategy,
     adapter: AdapterSettings | None,
 ) -> VipLlavaForConditionalGeneration | None:
-    """Return a trained network with whole weights on the first process, None on the others.
+    """Return a trained network with whole weights on the first process's CPU, None on the others.
 
-    Every process has to call this. Weights come to the first process's CPU one at a time.
+    Every process has to call this.
     """
     is_first = getattr(strategy, "global_rank", 0) == 0
-    if not (is_fsdp2(strategy) or is_zero3(strategy)):
+    if not (isinstance(strategy, ModelParallelStrategy) or is_zero3(strategy)):
         return model if is_first else None
     state: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -229,15 +210,13 @@ def whole_network(
                 state[name] = value.to("cpu", copy=True)
     if not is_first:
         return None
-    config: Any = model.config
-    whole: Any = empty_network(config, model.dtype)
+    whole: Any = empty_network(model.config, model.dtype)
     if adapter is not None:
         add_adapters(whole, adapter)
     whole.load_state_dict(state, strict=False, assign=True)
     whole.tie_weights()
     whole.generation_config = model.generation_config
-    missing = [name for name, p in whole.named_parameters() if p.is_meta]
-    assert not missing, missing
+    assert not (missing := [name for name, p in whole.named_parameters() if p.is_meta]), missing
     return whole
 
 
@@ -255,7 +234,6 @@ def _gathered(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
 
 
 def _from_first(value: Any) -> Any:
-    """Return the first process's value on all of them."""
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
@@ -273,14 +251,10 @@ def _shard(model: VipLlavaForConditionalGeneration, mesh: Any, precision: str) -
 
 
 def check_rotary_precision(model: nn.Module) -> None:
-    """See to it that no strategy has rounded the frequencies of the rotary embedding.
+    """Raise VipLlavaError if a strategy has rounded the frequencies of the rotary embedding.
 
-    DeepSpeed before 0.19.2 casts a whole network to half precision, buffers too: in bfloat16 a
-    token at position 2,000 is then turned by 2.4 radians too far or too little. Nothing fails; the
-    network only learns another embedding than the exported one has.
-
-    Raises:
-        VipLlavaError: a buffer of frequencies is not float32.
+    DeepSpeed before 0.19.2 casts buffers to half precision, too: in bfloat16 a token at position
+    2,000 is turned by 2.4 radians too far or too little, and nothing fails.
     """
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq") and buffer.dtype != torch.float32:
