@@ -14,8 +14,8 @@ from vipllava.evaluation.benches.regions import read_questions
 from vipllava.inference.engine import Engine
 from vipllava.models.building import image_seq_length, token_id
 from vipllava.models.towers import CLIP
+from vipllava.sample_world import TINY_POLICIES
 from vipllava.sample_world.build import ensure_sample_world
-from vipllava.sample_world.tiny import TINY_POLICIES
 from vipllava.shards.manifest import load_manifest
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.sample_encoder import SampleSource

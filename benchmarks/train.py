@@ -46,9 +46,8 @@ from vipllava.forecast.flops import Workload, device_peak
 from vipllava.models.attention import attention_settings
 from vipllava.models.blocks import compile_blocks
 from vipllava.models.freezing import modules_of
-from vipllava.models.image_features import normalise_pixels
 from vipllava.models.supervised_loss import supervised_loss_sum
-from vipllava.models.towers import CLIP
+from vipllava.models.towers import CLIP, normalise_pixels
 from vipllava.stream.collate import Collator
 from vipllava.stream.pack_planner import plan_packs
 from vipllava.training.metrics import BatchFlops

@@ -23,16 +23,20 @@ from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder
-from vipllava.forecast.architecture import architecture_of
+from vipllava.forecast.architecture import (
+    LANGUAGE_MODELS,
+    TOWERS,
+    architecture_of,
+    published_config,
+)
 from vipllava.forecast.flops import Workload
 from vipllava.forecast.memory import Setup, device_memory
-from vipllava.forecast.published import LANGUAGE_MODELS, TOWERS, published_config
 from vipllava.models.adapters import AdapterSettings, add_adapters
 from vipllava.models.building import ModelSpec, image_seq_length, token_id
 from vipllava.models.freezing import set_trainable
 from vipllava.models.towers import CLIP
+from vipllava.sample_world import BASE, TINY_POLICIES
 from vipllava.sample_world.build import ensure_sample_world
-from vipllava.sample_world.tiny import BASE, TINY_POLICIES
 from vipllava.shards.manifest import load_manifest
 from vipllava.stream.collate import EncodedSample
 from vipllava.stream.image_transform import ImageTransform

@@ -22,8 +22,7 @@ from vipllava.checkpoints.export_meta import ExportMeta, load_meta
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer, open_source
 from vipllava.models.building import ModelSpec
-from vipllava.models.image_features import normalise_pixels
-from vipllava.models.towers import CLIP
+from vipllava.models.towers import CLIP, normalise_pixels
 from vipllava.stream.image_transform import reference_transform
 from vipllava.types import CheckpointError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import huggingface_hub
 import pytest
 
-from vipllava.checkpoints.hub_upload import upload
+from vipllava.checkpoints.folders import upload
 from vipllava.types import CheckpointError
 
 

@@ -12,9 +12,17 @@ import torch
 
 from vipllava.checkpoints.convert import convert
 from vipllava.checkpoints.loading import build_model, open_source
-from vipllava.checkpoints.parts import INDEX, Part, Shared, write_index, write_part, write_shared
 from vipllava.checkpoints.plain_pickles import MetadataUnpickler, plain_values_only
-from vipllava.checkpoints.training_state import find_damage, read_training_state
+from vipllava.checkpoints.training_state import (
+    INDEX,
+    Part,
+    Shared,
+    find_damage,
+    read_training_state,
+    write_index,
+    write_part,
+    write_shared,
+)
 from vipllava.models.tensor_files import dtype_of, read_tensor, shape_of
 from vipllava.types import CheckpointError
 

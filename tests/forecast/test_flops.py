@@ -6,9 +6,13 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.forecast.measured_step import Module, Step, small_config
-from vipllava.forecast.architecture import architecture_of
+from vipllava.forecast.architecture import (
+    LANGUAGE_MODELS,
+    TOWERS,
+    architecture_of,
+    published_architecture,
+)
 from vipllava.forecast.flops import DEVICE_PEAKS, device_peak, tower_flops, useful_flops
-from vipllava.forecast.published import LANGUAGE_MODELS, TOWERS, published_architecture
 from vipllava.models.adapters import AdapterSettings
 from vipllava.models.supervised_loss import supervised_loss_sum
 from vipllava.types import ConfigError

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from vipllava.forecast.architecture import published_architecture
 from vipllava.forecast.memory import HostMemory, Setup, device_memory, host_memory, machine_memory
-from vipllava.forecast.published import published_architecture
 
 EVERY = 7_080_214_528  # weights of a 7B with tower and projector
 TRAINED = 37_767_168 + 6_738_939_904

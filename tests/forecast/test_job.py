@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from vipllava.forecast.architecture import published_architecture
 from vipllava.forecast.job import (
     Corpus,
     DataSetShare,
@@ -21,7 +22,6 @@ from vipllava.forecast.job import (
     possible_strategies,
 )
 from vipllava.forecast.memory import Setup, device_memory
-from vipllava.forecast.published import published_architecture
 
 TOWER, LAYERS = "openai/clip-vit-large-patch14-336", (-2, -5, -8, -11, 6)
 SETUP = Setup(

@@ -31,9 +31,8 @@ from tests.forecast.measured_step import (
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.config.schema import SHARDING_STRATEGIES
 from vipllava.forecast import memory as forecast
-from vipllava.forecast.architecture import architecture_of
+from vipllava.forecast.architecture import architecture_of, published_architecture
 from vipllava.forecast.memory import DeviceMemory, Setup, device_memory, parameter_rows
-from vipllava.forecast.published import published_architecture
 from vipllava.models.adapters import AdapterSettings
 from vipllava.models.building import ModelSpec, network_config
 from vipllava.models.quantization import QuantizationSettings

@@ -15,8 +15,7 @@ from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder, get_template
 from vipllava.inference.engine import Engine
 from vipllava.models.building import ModelSpec
-from vipllava.models.image_features import normalise_pixels
-from vipllava.models.towers import CLIP
+from vipllava.models.towers import CLIP, normalise_pixels
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.types import ConfigError, Request, Turn, VipLlavaError
 

@@ -9,8 +9,7 @@ import torch
 
 from vipllava.checkpoints.loading import build_model
 from vipllava.models.building import ModelSpec
-from vipllava.models.image_features import image_features, normalise_pixels
-from vipllava.models.towers import CLIP
+from vipllava.models.towers import CLIP, image_features, normalise_pixels
 
 
 @pytest.fixture

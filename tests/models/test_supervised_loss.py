@@ -10,9 +10,8 @@ from tests.models.tiny_batches import IMAGE, batch_of, encoded_sample, three_sam
 from vipllava.checkpoints.loading import build_model
 from vipllava.models.building import ModelSpec
 from vipllava.models.freezing import set_trainable
-from vipllava.models.image_features import normalise_pixels
 from vipllava.models.supervised_loss import embed_inputs, supervised_loss_sum
-from vipllava.models.towers import CLIP
+from vipllava.models.towers import CLIP, normalise_pixels
 from vipllava.types import IGNORE_INDEX, PADDING_SEGMENT, VipLlavaError
 
 

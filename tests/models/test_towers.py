@@ -36,8 +36,8 @@ from vipllava.inference.engine import Engine, Request
 from vipllava.models import towers
 from vipllava.models.building import ModelSpec, load_tower_config
 from vipllava.models.freezing import parameter_table, set_trainable
-from vipllava.models.image_features import image_features, normalise_pixels
 from vipllava.models.supervised_loss import supervised_loss_sum
+from vipllava.models.towers import image_features, normalise_pixels
 from vipllava.stream.image_transform import ImageTransform, reference_transform
 from vipllava.types import CheckpointError, ConfigError, Preprocessing, Turn
 

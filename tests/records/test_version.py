@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vipllava.records.version import check_version
+from vipllava.records.fields import check_version
 from vipllava.types import RecordError
 
 

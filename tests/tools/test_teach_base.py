@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 from tools.teach_base.__main__ import LANGUAGE_MODEL, VISION_TOWER, main, store_half
 from tools.teach_base.language_model import SpeltScenes
 from tools.teach_base.vision_tower import label_patches
+from vipllava.sample_world import TINY_POLICIES
 from vipllava.sample_world.objects import KINDS
 from vipllava.sample_world.scenes import Scene, SceneObject
-from vipllava.sample_world.tiny import TINY_POLICIES
 from vipllava.types import Stroke, VipLlavaError, VisualPrompt, VisualPromptPlan
 
 

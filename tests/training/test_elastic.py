@@ -15,9 +15,8 @@ import torch
 
 from tests.training.elastic_job import STEPS_OF_HALF, Half, Job
 from tests.training.launching import start
-from vipllava.checkpoints.parts import INDEX
 from vipllava.checkpoints.plain_pickles import read_metadata
-from vipllava.checkpoints.training_state import read_training_state
+from vipllava.checkpoints.training_state import INDEX, read_training_state
 from vipllava.models.building import ModelSpec
 from vipllava.models.tensor_files import read_tensor, shape_of
 from vipllava.training.deepspeed_strategy import ElasticDeepSpeedStrategy

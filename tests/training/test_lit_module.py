@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.nn import functional
 
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
-from vipllava.models.image_features import normalise_pixels
-from vipllava.models.towers import CLIP
+from vipllava.models.towers import CLIP, normalise_pixels
 from vipllava.types import ConfigError, VipLlavaError
 
 pytestmark = LIGHTNING_WARNINGS

@@ -8,7 +8,7 @@ import pytest
 
 from tests.visual_prompts.policy_files import FILES, load_policies
 from vipllava.records import KINDS, NO_POLICY
-from vipllava.sample_world.tiny import TINY_POLICIES
+from vipllava.sample_world import TINY_POLICIES
 from vipllava.types import Shape, VipLlavaError
 from vipllava.visual_prompts.policies import (
     POLICIES,

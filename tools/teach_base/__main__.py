@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from tools.teach_base.language_model import teach_language_model
 from tools.teach_base.vision_tower import teach_vision_tower
 from vipllava.files.atomic import new_file, write_whole
-from vipllava.sample_world.tiny import BASE, TINY_POLICIES
+from vipllava.sample_world import BASE, TINY_POLICIES
 from vipllava.types import VipLlavaError
 
 VISION_TOWER, LANGUAGE_MODEL = "vision_tower", "language_model"

@@ -26,10 +26,12 @@ from vipllava.models.adapters import (
     adapter_parameters,
     adapter_targets,
     add_adapters,
+    lora_config,
     target_pattern,
 )
 from vipllava.models.tensor_files import (
     LazyTensor,
+    list_misfits,
     open_tensors,
     read_tensor,
     save_pickle,
@@ -51,28 +53,16 @@ def save_adapter(
     base: str,
     settings: AdapterSettings,
 ) -> Path:
-    """Write adapters and projector as a peft folder; an earlier one is replaced.
+    """Write a network's adapters and projector as a peft folder; an earlier one is replaced.
 
-    Args:
-        model: with adapters.
-        directory: the folder.
-        meta: see :class:`ExportMeta`.
-        base: folder or id of the VipLlava under the adapters.
-        settings: of the adapters.
+    ``base`` is the folder or id of the VipLlava under the adapters.
 
     Raises:
         CheckpointError: the folder holds something else, or cannot be written.
     """
-    from peft import LoraConfig
-
     directory = Path(directory)
-    make_config: Any = LoraConfig  # alpha need not be whole, whatever its annotation says
-    config: Any = make_config(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        bias="none",
-        task_type="CAUSAL_LM",
+    config = lora_config(
+        settings,
         target_modules=target_pattern(model),
         modules_to_save=["multi_modal_projector"],
         base_model_name_or_path=base,
@@ -114,11 +104,7 @@ def write_llava_adapter(
 ) -> None:
     """Write adapters and projector into a folder as the original's LoRA runs leave them.
 
-    Args:
-        directory: exists.
-        model: with adapters.
-        settings: of the adapters.
-        base: folder or id of the language model.
+    ``base`` is the folder or id of the language model.
     """
     config: dict[str, Any] = {
         "base_model_name_or_path": base,
@@ -196,15 +182,11 @@ def _check_base(model: Any, tensors: Mapping[str, LazyTensor], directory: Path, 
         if name in shapes and (found := shape_of(tensor)) != shapes[name]
     ]
     unknown, missing = sorted(set(tensors) - set(shapes)), sorted(set(shapes) - set(tensors))
-    problems = [
-        f"{kind} ({len(names)}): {', '.join(names[:5])}"
-        for kind, names in (("misshapen", wrong), ("unknown", unknown), ("missing", missing))
-        if names
-    ]
-    if problems:
+    misfits = {"misshapen": wrong, "unknown": unknown, "missing": missing}
+    if problems := list_misfits(misfits):
         raise CheckpointError(
-            f"the adapter {directory} does not fit this base: {'; '.join(problems)}. It was "
-            "trained on another model: pass that one as base=FOLDER_OR_ID"
+            f"the adapter {directory} does not fit this base: {problems}. It was trained on "
+            "another model: pass that one as base=FOLDER_OR_ID"
         )
 
 

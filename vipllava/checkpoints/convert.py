@@ -21,14 +21,13 @@ from vipllava.checkpoints.adapter_format import stored_settings, write_llava_ada
 from vipllava.checkpoints.export_meta import META_NAME
 from vipllava.checkpoints.folders import check_replaceable, checkpoint_folder
 from vipllava.checkpoints.hf_format import save_export
-from vipllava.checkpoints.loading import open_source
+from vipllava.checkpoints.loading import KINDS, Source, open_source
 from vipllava.checkpoints.model_card import CARD_NAME, model_card
 from vipllava.checkpoints.names import hf_to_hf
-from vipllava.checkpoints.source import KINDS, Source
-from vipllava.checkpoints.verify import Agreement, compare, probe_logits
 from vipllava.models.adapters import merge_adapters
 from vipllava.models.building import EMBEDDINGS, projector_shapes
 from vipllava.models.tensor_files import FLOATS, dtype_of, shape_of
+from vipllava.models.towers import normalise_pixels, preprocessing_of
 from vipllava.types import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -41,6 +40,22 @@ FORMATS: dict[Format, str] = {
     "lora-merged": "an adapter folder and its base as one model in the Hugging Face format",
     "llava-lora": "an adapter folder as the original's LoRA runs leave it",
 }
+
+
+TOLERANCE = 1e-5
+"""Greatest difference of logits, as a share of their spread, where weights are only copied: the
+order of sums can differ between runs on some devices."""
+MERGED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""The same where an adapter is added to the weights: those are rounded to their dtype again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What a comparison found."""
+
+    difference: float  # greatest absolute difference of two logits
+    spread: float  # standard deviation of the expected logits
+    num_logits: int  # how many were compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +125,7 @@ def convert(
     # Ids of the language model's own vocabulary: those before the image token. Phi-3's free ids lie
     # inside its padded rows; what stands before them is its own all the same.
     num_rows = min(model.config.text_config.vocab_size, model.config.image_token_id)
-    expected = probe_logits(model, num_rows)
+    expected = _probe_logits(model, num_rows)
     if format != "llava-lora":
         merge_adapters(model)
     options["vision_tower"] = vision_tower or opened.meta.vision_tower
@@ -121,9 +136,9 @@ def convert(
         gc.collect()
         on_step("opening the result and comparing its answers")
         result: Any = again.network(dtype=wanted, merge_adapter=format != "llava-lora")
-        agreement = compare(
+        agreement = _compare(
             expected,
-            probe_logits(result.to(device), num_rows),
+            _probe_logits(result.to(device), num_rows),
             f"the conversion of {source}",
             dtype=wanted,
             merged=opened.adapter is not None,
@@ -177,3 +192,43 @@ def _num_bytes(opened: Source, names: Iterable[str], dtype: torch.dtype) -> int:
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
+
+
+@torch.inference_mode()
+def _probe_logits(network: Any, num_rows: int) -> torch.Tensor:
+    """Return the logits of a fixed picture and text, float32 [positions, num_rows] on the CPU.
+
+    Rows behind the language model's own are never targets and start differently in every format.
+    """
+    config, device = network.config, network.device
+    image_token: int = config.image_token_id
+    words = torch.linspace(3, num_rows - 1, 48).long()
+    words[words == image_token] = 3
+    image = torch.full((config.image_seq_length,), image_token, dtype=torch.long)
+    ids = torch.cat([words[:8], image, words[8:]])[None]
+    side: int = config.vision_config.image_size
+    rows, columns = torch.arange(side)[:, None], torch.arange(side)[None]
+    pixels = torch.stack([(rows * 7 + columns * 13 * (c + 1) + c * 29) % 256 for c in range(3)])
+    pixels = pixels.to(torch.uint8)[None].to(device)
+    normalised = normalise_pixels(pixels, network.dtype, preprocessing_of(config.vision_config))
+    out = network(
+        input_ids=ids.to(device), pixel_values=normalised, use_cache=False, logits_to_keep=0
+    )
+    return out.logits[0, :, :num_rows].float().cpu()
+
+
+def _compare(
+    expected: torch.Tensor, found: torch.Tensor, what: str, *, dtype: torch.dtype, merged: bool
+) -> Agreement:
+    """Insist that the logits of a source and of what was written from it are the same."""
+    tolerance = MERGED_TOLERANCE[dtype] if merged else TOLERANCE
+    difference = spread = float("inf")
+    if expected.shape == found.shape and torch.isfinite(found).all():
+        difference, spread = float((expected - found).abs().max()), float(expected.std())
+        if difference <= tolerance * max(spread, 1e-3):
+            return Agreement(difference, spread, found.numel())
+    raise CheckpointError(
+        f"{what} gives other answers than its source: logits differ by {difference:.3g} (spread "
+        f"{spread:.3g}, allowed share {tolerance:g}); it was not kept. This is a defect: please "
+        "report the command with the source's config.json"
+    )

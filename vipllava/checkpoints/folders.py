@@ -1,4 +1,4 @@
-"""Folders that weights are written to: what is there gives way only if it is of the same kind."""
+"""Checkpoint folders: written so that only one of the same kind gives way, and uploaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vipllava.files.atomic import new_folder
-from vipllava.types import CheckpointError
+from vipllava.models.hub_models import web_error
+from vipllava.types import CheckpointError, first_line
 
 
 def check_replaceable(directory: Path, what: str, marks: Sequence[str]) -> None:
@@ -31,15 +32,10 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def checkpoint_folder(directory: Path, what: str, marks: Sequence[str]) -> Generator[Path]:
-    """Have a folder filled beside its place, so that no half of one is ever found.
+    """Have a folder filled beside its place, so that no half of one is ever found; yields that.
 
-    Args:
-        directory: to write to; what is there already is replaced if it is of the same kind.
-        what: is written, for the message.
-        marks: files by one of which an earlier one is known.
-
-    Yields:
-        The folder to fill.
+    An earlier one of the same kind, known by one of the files ``marks``, is replaced; ``what``
+    is written, for the message.
 
     Raises:
         CheckpointError: the place is taken, or there is no room.
@@ -53,3 +49,33 @@ def checkpoint_folder(directory: Path, what: str, marks: Sequence[str]) -> Gener
             f"{directory} could not be written ({error}): free some space or choose another "
             "folder; nothing there was changed"
         ) from error
+
+
+def upload(directory: Path, repository: str, *, private: bool = True) -> str:
+    """Upload every file of a folder to a repository, made if it is not there.
+
+    Args:
+        directory: of a model; its README.md becomes the page.
+        repository: ``owner/name``.
+        private: of a repository that is made.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        CheckpointError: the hub refuses or cannot be reached; the folder stays.
+    """
+    import huggingface_hub
+
+    hub: Any = huggingface_hub
+    api = hub.HfApi(endpoint=hub.constants.ENDPOINT)
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(directory))
+    except (web_error(), OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory} could not be uploaded to {repository} ({first_line(error)}): log in "
+            f"with `hf auth login` and a token that may write, then `hf upload {repository} "
+            f"{directory}`; the folder itself is finished"
+        ) from error
+    return str(address)

@@ -30,13 +30,9 @@ def save_export(
     directory: str | Path,
     meta: ExportMeta,
 ) -> Path:
-    """Write the folder, or write it again, and return it.
+    """Write the folder, or write it again, and return it; parameters keep their dtype.
 
-    Args:
-        model: the network; its parameters keep their dtype.
-        tokenizer: with image and padding token.
-        directory: the folder to write; one of something else is left alone.
-        meta: see :class:`ExportMeta`.
+    The tokenizer has image and padding token. A folder of something else is left alone.
 
     Raises:
         CheckpointError: the folder holds something else, ``meta`` contradicts the network, or

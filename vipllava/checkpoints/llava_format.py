@@ -22,13 +22,7 @@ from transformers import (
 )
 
 from vipllava.checkpoints.folders import checkpoint_folder, write_json
-from vipllava.checkpoints.names import (
-    HF_TO_HF,
-    HF_TO_LLAVA,
-    LLAVA_TO_HF,
-    rename,
-    tower_to_hf,
-)
+from vipllava.checkpoints.names import HF_TO_HF, HF_TO_LLAVA, LLAVA_TO_HF, rename, tower_to_hf
 from vipllava.models.building import EMBEDDINGS, HEAD, PROJECTOR, mean_row, projector_shapes
 from vipllava.models.hub_models import read_json
 from vipllava.models.tensor_files import (
@@ -152,13 +146,7 @@ def write_config(
 ) -> None:
     """Write tokenizer and ``config.json`` as the released code reads them.
 
-    Args:
-        directory: exists.
-        config: of the network.
-        tokenizer: of the network.
-        num_rows: of the embeddings in the weights' file.
-        dtype: of the weights in their file.
-        image_aspect: ``pad`` or what the released code calls otherwise.
+    ``num_rows`` and ``dtype`` are those of the embeddings in the weights' file.
 
     Raises:
         CheckpointError: the language model or the vision tower is of a family that the original
@@ -202,8 +190,7 @@ def write_config(
 def read_projector(path: Path) -> dict[str, LazyTensor]:
     """Open a projector: ``mm_projector.bin``, or the projector among a LoRA run's extra weights.
 
-    Args:
-        path: the file, or the folder it lies in.
+    It is a file, or lies in a folder.
 
     Raises:
         CheckpointError: there is none, or it holds other weights, too.
@@ -230,12 +217,7 @@ def read_projector(path: Path) -> dict[str, LazyTensor]:
 
 
 def write_projector(directory: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write ``mm_projector.bin`` as the released code reads it, and the same as safetensors.
-
-    Args:
-        directory: exists.
-        tensors: by the names of the Hugging Face format.
-    """
+    """Write ``mm_projector.bin`` as the released code reads it, and the same as safetensors."""
     named = rename(tensors, HF_TO_LLAVA, "this projector")
     values = {name: read_tensor(t).cpu().contiguous().clone() for name, t in named.items()}
     save_tensors(directory / PROJECTOR_FILES[0], values)

@@ -4,20 +4,26 @@
 
     source --kind_of--> format --its reader--> Source (config, lazy tensors, tokenizer)
                                                   --network()--> VipLlava
+
+Weights stay in their files until a network is made of them, so that they are in memory once.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedTokenizerFast,
+    VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
 
+from vipllava.checkpoints.adapter_format import load_adapter
 from vipllava.checkpoints.export_meta import META_NAME, ExportMeta, check_meta, load_meta
 from vipllava.checkpoints.llava_format import (
     NON_LORA_FILES,
@@ -26,9 +32,9 @@ from vipllava.checkpoints.llava_format import (
     read_llava,
     read_projector,
 )
-from vipllava.checkpoints.names import TEXT_TO_HF, hf_to_hf, rename, tower_to_hf
-from vipllava.checkpoints.parts import INDEX as PARTS_INDEX
-from vipllava.checkpoints.source import KINDS, Kind, Source, infer_chat_template
+from vipllava.checkpoints.names import HF_TO_HF, TEXT_TO_HF, hf_to_hf, map_name, rename, tower_to_hf
+from vipllava.checkpoints.training_state import INDEX, read_training_state
+from vipllava.models.adapters import merge_adapters
 from vipllava.models.building import (
     ModelSpec,
     add_tokens,
@@ -37,6 +43,7 @@ from vipllava.models.building import (
     grow_vocabulary,
     initial_projector,
     load_tower_config,
+    materialise,
     network_config,
     projector_shapes,
     read_tokenizer,
@@ -44,14 +51,24 @@ from vipllava.models.building import (
     token_id,
 )
 from vipllava.models.hub_models import load_config, local_folder, read_json
+from vipllava.models.placing import Placement
 from vipllava.models.tensor_files import LazyTensor, open_tensors, shape_of
 from vipllava.models.towers import feature_layers_of, tower_of
 from vipllava.types import CheckpointError
 
+Kind = Literal["hf", "llava", "projector", "lora", "llava_lora", "training_state", "parts"]
+KINDS: dict[Kind, str] = {
+    "hf": "a VipLlava in the Hugging Face format",
+    "llava": "a VipLlava in the original (LLaVA) format",
+    "projector": "a projector alone, as stage 1 leaves it",
+    "lora": "an adapter folder of peft with the projector in it",
+    "llava_lora": "an adapter folder of the original format",
+    "training_state": "a training checkpoint of Lightning, DeepSpeed or FSDP2",
+    "parts": "a vision tower and a language model",
+}
+
 DEFAULT_TOWER = "openai/clip-vit-large-patch14-336"
 """The tower of every published checkpoint; the original format does not hold its config."""
-_WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _LANGUAGE_MODEL = ("the language model", "lmsys/vicuna-7b-v1.5")
 _UNDER: dict[Kind, tuple[str, str]] = {
     "projector": _LANGUAGE_MODEL,
@@ -62,12 +79,70 @@ _UNDER: dict[Kind, tuple[str, str]] = {
 """What a format is put on, and an example of it."""
 
 
-def kind_of(path: Path, source: str) -> Kind:
-    """Tell the format of a folder or file by what is in it.
+@dataclass(frozen=True)
+class Source:
+    """A VipLlava, wherever it comes from."""
 
-    Args:
-        path: the folder or file.
-        source: as the user named it, for the message.
+    kind: Kind  # its format
+    path: str  # the folder, file or id that the user named
+    config: VipLlavaConfig  # of the network; the vocabulary has room for image and padding token
+    # weights by the names of the Hugging Face format, read when they are needed
+    tensors: dict[str, LazyTensor]
+    tokenizer: PreTrainedTokenizerFast  # with image and padding token
+    meta: ExportMeta  # chat template, picture geometry and origin
+    generation_config: GenerationConfig  # token ids for ``generate``
+    adapter: Path | None = None  # folder of an adapter that belongs on top of ``tensors``
+
+    def network(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        placement: Placement | None = None,
+        quantization_config: Any = None,
+        merge_adapter: bool = True,
+        **options: Any,
+    ) -> VipLlavaForConditionalGeneration:
+        """Make the network, its adapter with it.
+
+        Args:
+            dtype: of the parameters.
+            placement: where to put the weights; the CPU if not given.
+            quantization_config: transformers' own, for weights held in fewer bits.
+            merge_adapter: add an adapter to the weights; else it stays beside them. Weights that
+                are placed and not in few bits have it added in any case.
+            options: ``attn_implementation`` and ``prepare`` of
+                :func:`vipllava.models.building.materialise`.
+
+        Raises:
+            CheckpointError: weights are missing, left over or misshapen; the message lists them.
+        """
+        tensors, adapter = self.tensors, self.adapter
+        if adapter is not None and placement is not None and quantization_config is None:
+            if placement.reads:
+                # Added on the host, in `dtype`, by the processes that read: rounded after that.
+                merged = hf_to_hf(self.network(dtype=dtype).state_dict(), self.path)
+                tensors = {name: tensor for name, tensor in merged.items() if name in tensors}
+            adapter = None
+        model = materialise(
+            self.config,
+            tensors,
+            source=self.path,
+            stored_name=lambda name: map_name(name, HF_TO_HF),
+            dtype=dtype,
+            placement=placement,
+            quantization_config=quantization_config,
+            **options,
+        )
+        if adapter is not None:
+            load_adapter(model, adapter)
+            if merge_adapter:
+                merge_adapters(model)
+        model.generation_config = self.generation_config
+        return model
+
+
+def kind_of(path: Path, source: str) -> Kind:
+    """Tell the format of a folder or file, which the user named ``source``, by what is in it.
 
     Raises:
         CheckpointError: it is none that can become a VipLlava; the message says what it is.
@@ -83,11 +158,12 @@ def kind_of(path: Path, source: str) -> Kind:
         )
     if (path / "adapter_config.json").is_file():
         return "llava_lora" if _has(path, *NON_LORA_FILES) else "lora"
-    if _has(path, ".metadata", "latest", PARTS_INDEX, "**/*model_states.pt"):
+    if _has(path, ".metadata", "latest", INDEX, "**/*model_states.pt"):
         return "training_state"
     has_projector = _has(path, *PROJECTOR_FILES)
     if is_llava(path):
-        return "projector" if has_projector and not _has(path, *_WEIGHT_PATTERNS) else "llava"
+        has_weights = _has(path, "model*.safetensors", "pytorch_model*.bin")
+        return "projector" if has_projector and not has_weights else "llava"
     if has_projector and not _has(path, "config.json"):
         return "projector"
     model_type = load_config(str(path), "checkpoint").model_type
@@ -153,12 +229,12 @@ def open_source(
         tokenizer = add_tokens(read_tokenizer(str(path), "checkpoint"))
         text_config, tensors = read_llava(path, vision_tower=local_folder(tower, "vision_tower"))
         return _assembled("llava", spec, tower_config, text_config, tokenizer, tensors, path)
-    return put_on_parts(spec, source, path, kind)
+    return _put_on_parts(spec, source, path, kind)
 
 
-def put_on_parts(spec: ModelSpec, source: str, path: Path, kind: Kind, *, seed: int = 0) -> Source:
+def _put_on_parts(spec: ModelSpec, source: str, path: Path, kind: Kind, *, seed: int = 0) -> Source:
     """Open a projector, or an adapter folder with one, between the parts that a spec names."""
-    parts = open_parts(spec, seed=seed)
+    parts = _open_parts(spec, seed=seed)
     projector = read_projector(path)
     for name, shape in projector_shapes(parts.config).items():
         if name not in projector:
@@ -174,15 +250,10 @@ def put_on_parts(spec: ModelSpec, source: str, path: Path, kind: Kind, *, seed: 
     return replace(parts, kind=kind, path=source, tensors=tensors, adapter=adapter)
 
 
-def open_parts(
+def _open_parts(
     spec: ModelSpec, tokenizer: PreTrainedTokenizerFast | None = None, *, seed: int = 0
 ) -> Source:
-    """Put a tower and a language model together, with a new projector.
-
-    Raises:
-        CheckpointError: a source is missing or of the wrong kind, or its names are unknown.
-        ConfigError: feature layers or image size that the tower does not have.
-    """
+    """Put a tower and a language model together, with a new projector."""
     tower_config = read_tower_config(spec)
     text_config: Any = load_config(spec.language_model, "language_model")
     causal: Any = AutoModelForCausalLM
@@ -241,13 +312,34 @@ def _meta_of(
     """Return what a checkpoint without metadata would say about itself."""
     return ExportMeta(
         stage="released",
-        chat_template=template or infer_chat_template(tokenizer, source),
+        chat_template=template or _infer_chat_template(tokenizer, source),
         image_aspect="pad",
         image_size=config.vision_config.image_size,
         image_seq_length=config.image_seq_length,
         feature_layers=feature_layers_of(config),
         vision_tower=tower,
         language_model=source,
+    )
+
+
+def _infer_chat_template(tokenizer: PreTrainedTokenizerFast, source: str) -> str:
+    """Return the template whose role tokens a tokenizer has; Vicuna's if it is a Llama's.
+
+    For checkpoints that do not say what they were trained with; a name never decides.
+    """
+    added = added_tokens(tokenizer).keys()
+    for template, tokens in (
+        ("llama_3", {"<|start_header_id|>", "<|eot_id|>"}),
+        ("phi_3", {"<|user|>", "<|assistant|>", "<|end|>"}),
+        ("chatml", {"<|im_start|>", "<|im_end|>"}),
+    ):
+        if tokens <= added:
+            return template
+    if tokenizer.bos_token == "<s>" and tokenizer.eos_token == "</s>":
+        return "llava_v1"
+    raise CheckpointError(
+        f"{source} does not say which chat template it was trained with, and its tokenizer has "
+        "the role tokens of none: pass chat_template=NAME"
     )
 
 
@@ -267,11 +359,11 @@ def open_spec(
         ConfigError: feature layers or image size that the tower does not have.
     """
     if spec.checkpoint is None:
-        return open_parts(spec, tokenizer, seed=seed)
+        return _open_parts(spec, tokenizer, seed=seed)
     path = local_folder(spec.checkpoint, "checkpoint")
     kind = kind_of(path, spec.checkpoint)
     if kind in ("projector", "llava_lora"):
-        return put_on_parts(spec, spec.checkpoint, path, kind, seed=seed)
+        return _put_on_parts(spec, spec.checkpoint, path, kind, seed=seed)
     opened = open_source(
         spec.checkpoint,
         vision_tower=spec.vision_tower,
@@ -314,7 +406,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
     source, role = spec.language_model, "language_model"
     if spec.checkpoint is not None:
         folder = local_folder(spec.checkpoint, "checkpoint", weights=False)
-        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        if _has(folder, "tokenizer.json", "tokenizer.model"):
             source, role = str(folder), "checkpoint"
     return add_tokens(read_tokenizer(source, role), spec.image_token, spec.pad_token)
 
@@ -346,8 +438,6 @@ def _put_on_base(under: Source, base: str, source: str, path: Path, kind: Kind) 
     """Put an adapter folder of ours, or what a run trained, on the opened base."""
     changed = replace(under, kind=kind, path=source)
     if kind == "training_state":
-        from vipllava.checkpoints.training_state import read_training_state
-
         return replace(changed, tensors={**under.tensors, **read_training_state(path)})
     if under.adapter is not None:
         raise CheckpointError(

@@ -58,7 +58,7 @@ def model_card(
         meta: origin, stage, template and picture geometry.
         format: of the weights beside the card.
         config: of the network.
-        agreement: how far the exported processor gives the ids of training, if one is beside it.
+        agreement: of the exported processor, if one is beside it.
         base: what an adapter belongs on.
     """
     network: Any = config

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Final, TypeVar
 
+from vipllava.models.tensor_files import list_misfits
 from vipllava.types import CheckpointError
 
 _Value = TypeVar("_Value")
@@ -68,20 +69,14 @@ def rename(
 ) -> dict[str, _Value]:
     """Rename every tensor by the first rule that fits; nothing is dropped but known buffers.
 
-    Args:
-        tensors: by their names in the source.
-        rules: see :data:`Rules`.
-        source: of the tensors, for messages.
-        ignored: further names to drop.
-        keep_unknown: leave names that no rule fits as they are.
+    And what is ``ignored``. With ``keep_unknown`` names that no rule fits stay as they are.
 
     Raises:
         CheckpointError: names that no rule fits, or two that become one; all are listed.
     """
     renamed: dict[str, _Value] = {}
     origin: dict[str, str] = {}
-    unknown: list[str] = []
-    twice: list[str] = []
+    unknown, twice = list[str](), list[str]()
     for name, value in tensors.items():
         if _NO_WEIGHTS.fullmatch(name) or ignored.fullmatch(name):
             continue
@@ -93,14 +88,9 @@ def rename(
         if new in origin:
             twice.append(f"{origin[new]} and {name}")
         renamed[new], origin[new] = value, name
-    problems = [
-        f"{len(names)} {what}: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}"
-        for what, names in (("unknown weights", unknown), ("weights twice", twice))
-        if names
-    ]
-    if problems:
+    if problems := list_misfits({"unknown weights": unknown, "weights twice": twice}):
         raise CheckpointError(
-            f"{source} has {'; '.join(problems)}. It is of another kind, or mixes two models"
+            f"{source} has {problems}. It is of another kind, or mixes two models"
         )
     return renamed
 

@@ -52,12 +52,8 @@ def build_processor(
     """Make the processor that prepares pictures and conversations as training did.
 
     VipLlava has none of its own in transformers; LLaVA's serves it. Its image processor can pad
-    to a square with the mean colour, which CLIP's and SigLIP's cannot.
-
-    Args:
-        tokenizer: with image and padding token; a copy goes into the processor.
-        config: of the network.
-        meta: chat template and picture geometry.
+    to a square with the mean colour, which CLIP's and SigLIP's cannot. A copy of the tokenizer,
+    with image and padding token, goes into it.
 
     Returns:
         The processor with its chat template, and how far its ids are those of training.

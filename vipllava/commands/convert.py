@@ -100,6 +100,6 @@ def convert(
         f"greatest difference {same.difference:.3g} of a spread of {same.spread:.3g}"
     )
     if push_to_hub:
-        from vipllava.checkpoints.hub_upload import upload
+        from vipllava.checkpoints.folders import upload
 
         say(f"uploaded to {upload(done.destination, push_to_hub)}")

@@ -101,8 +101,8 @@ def machines(
 def machine_rows(models: Sequence[str] = MODELS, *, mfu: float) -> list[MachineRow]:
     """Forecast every workload of models of ``conf/model`` on every trainer of known memory."""
     from vipllava.config.composing import compose_job
+    from vipllava.forecast.architecture import published_architecture
     from vipllava.forecast.flops import WORKLOADS
-    from vipllava.forecast.published import published_architecture
 
     machines = {stage: list(_machines(stage)) for stage in _STAGES}
     rows: list[MachineRow] = []

@@ -136,7 +136,7 @@ def _examples(output: Path, data_root: Path, seed: int) -> list[Example]:
     """Return a dozen held-out questions, as many shapes as there are, with their pictures."""
     from vipllava.evaluation.benches.regions import read_questions
     from vipllava.report.quickstart_page import Example
-    from vipllava.sample_world.tiny import TINY_POLICIES
+    from vipllava.sample_world import TINY_POLICIES
     from vipllava.shards.manifest import load_manifest
     from vipllava.stream.sample_encoder import SampleSource
 

@@ -82,6 +82,11 @@ class Setup:
         """Whether DeepSpeed shards."""
         return self.strategy.startswith("zero")
 
+    def num_recomputed(self, num_blocks: int) -> int:
+        """Return how many of so many decoder blocks are recomputed."""
+        wanted = num_blocks if self.recomputed_blocks is None else self.recomputed_blocks
+        return min(wanted, num_blocks)
+
     @property
     def compute_bytes(self) -> int:
         """Bytes of a number in a matrix product."""
@@ -131,11 +136,6 @@ class Setup:
     def trains_language_model(self) -> bool:
         """Whether the language model's own weights get gradients."""
         return self.workload == "full" and "language_model" in self.trainable
-
-    def num_recomputed(self, num_blocks: int) -> int:
-        """Return how many of so many decoder blocks are recomputed."""
-        wanted = num_blocks if self.recomputed_blocks is None else self.recomputed_blocks
-        return min(wanted, num_blocks)
 
     @property
     def rank(self) -> int:
@@ -254,7 +254,7 @@ def host_memory(
     memory = device_memory(architecture, setup)
     held = memory.host / num_nodes
     if not on_devices:
-        held += (memory.total - memory.overhead) * per_node
+        held += memory.allocated * per_node
     # One process writes, from a copy; of DeepSpeed's parts every process, one flat tensor after the
     # other. The export is gathered whole where no process has all of it.
     saving = 3.0 * setup.weight_bytes * trained if setup.is_replica else 0.0
@@ -294,12 +294,10 @@ def _working(
     root = 0.0 if setup.fused_optimizer else 4.0
     if setup.strategy == "zero2":
         return 2.0 * _BUCKET * compute, (4.0 + root) * trained / shards
-    if setup.strategy == "zero3":
-        live = compute * min(count, _LIVE)
-        bucket = float(compute * _BUCKET)
-        return live + bucket, bucket + (4.0 + root) * min(_SUB_GROUP, trained / shards)
-    if setup.strategy == "zero3_offload":
-        return float(compute * (min(count, _LIVE) + _BUCKET)), float(compute * _BUCKET)
+    if setup.strategy.startswith("zero3"):
+        bucket, group = float(compute * _BUCKET), min(_SUB_GROUP, trained / shards)
+        step = 0.0 if setup.strategy == "zero3_offload" else (4.0 + root) * group
+        return compute * min(count, _LIVE) + bucket, bucket + step
     step = root * trained * setup.weight_bytes / 4.0
     if setup.strategy == "fsdp2":
         # The rest stays gathered through a step; of the blocks one is used, the next under way,

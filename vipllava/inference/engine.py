@@ -19,10 +19,9 @@ from transformers import (
 from vipllava.checkpoints.loading import open_source
 from vipllava.conversation import ConversationEncoder
 from vipllava.inference.devices import resolve_device, resolve_dtype
-from vipllava.models.image_features import normalise_pixels
 from vipllava.models.placing import OnDevice
 from vipllava.models.quantization import QuantizationSettings, quantization_config
-from vipllava.models.towers import preprocessing_of
+from vipllava.models.towers import normalise_pixels, preprocessing_of
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.types import ConfigError, Request, VipLlavaError
 

@@ -22,7 +22,6 @@ from vipllava.types import ConfigError
 BLOCKS: Final = "model.language_model.layers"
 """Where the decoder blocks lie in the network."""
 
-_INSTALL: Final = 'pip install "vipllava-lightning[lora]"'
 _FACTOR: Final = re.compile(r"\.lora_[AB]\.")
 
 
@@ -80,6 +79,25 @@ def target_pattern(model: VipLlavaForConditionalGeneration) -> str:
     return pattern
 
 
+def lora_config(settings: AdapterSettings, **options: Any) -> Any:
+    """Return peft's config, further ``options`` in it; a ConfigError where peft is missing."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigError(
+            'LoRA needs peft, which is not installed: pip install "vipllava-lightning[lora]"'
+        ) from error
+    make: Any = LoraConfig  # alpha need not be whole, whatever its annotation says
+    return make(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        bias="none",
+        task_type="CAUSAL_LM",
+        **options,
+    )
+
+
 def add_adapters(
     model: VipLlavaForConditionalGeneration,
     settings: AdapterSettings,
@@ -102,22 +120,12 @@ def add_adapters(
     Raises:
         ConfigError: peft is not installed, or the network has adapters already.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ConfigError(f"LoRA needs peft, which is not installed: {_INSTALL}") from error
+    config = lora_config(settings) if config is None else config
+    from peft import inject_adapter_in_model
+
     if adapter_parameters(model):
         raise ConfigError("the network has adapters already: merge them first")
-    pattern = target_pattern(model)
-    if config is None:
-        config = LoraConfig(
-            r=settings.r,
-            lora_alpha=cast("int", settings.alpha),
-            lora_dropout=settings.dropout,
-            bias="none",
-            task_type="CAUSAL_LM",
-        )
-    config.target_modules = pattern
+    config.target_modules = target_pattern(model)
     config.modules_to_save = None  # the projector trains by itself
     dtype = dtype or model.model.multi_modal_projector.linear_1.weight.dtype
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), _weights_aside(model, dtype):
@@ -163,6 +171,7 @@ def merge_adapters(model: VipLlavaForConditionalGeneration) -> None:
     if not adapter_parameters(model):
         return
     from peft.tuners.lora import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
 
     dtype = model.model.multi_modal_projector.linear_1.weight.dtype
     for name, module in list(model.named_modules()):
@@ -172,29 +181,23 @@ def merge_adapters(model: VipLlavaForConditionalGeneration) -> None:
         base: Any = layer.get_base_layer()
         (adapter,) = layer.active_adapters
         delta = layer.get_delta_weight(adapter)
-        weight = _whole_weight(base, dtype)
+        if type(base) is nn.Linear:
+            weight: torch.Tensor = base.weight.data
+        else:
+            # On a CPU bitsandbytes repacks the bits at the first forward pass, which only saving
+            # undoes.
+            base.state_dict()
+            weight = dequantize_module_weight(base).to(dtype)
         # The sum in float32: bfloat16 would round the small update away before it is added.
         merged = (weight.float() + delta.float().to(weight.device)).to(weight.dtype)
-        has_bias = base.bias is not None
-        plain = nn.Linear(*reversed(merged.shape), bias=has_bias, device="meta")
+        plain = nn.Linear(*reversed(merged.shape), bias=base.bias is not None, device="meta")
         plain.weight = nn.Parameter(merged, requires_grad=False)
-        if has_bias:
+        if base.bias is not None:
             plain.bias = nn.Parameter(base.bias.data.to(merged.dtype), requires_grad=False)
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, plain.train(layer.training))
+        model.set_submodule(name, plain.train(layer.training))
     _forget_quantization(model)
     model.__dict__.pop("peft_config", None)
     model._hf_peft_config_loaded = False
-
-
-def _whole_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    if type(layer) is nn.Linear:
-        return layer.weight.data
-    from peft.utils.integrations import dequantize_module_weight
-
-    # On a CPU bitsandbytes repacks the bits at the first forward pass, which only saving undoes.
-    layer.state_dict()
-    return dequantize_module_weight(layer).to(dtype)
 
 
 def _forget_quantization(model: Any) -> None:

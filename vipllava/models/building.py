@@ -38,6 +38,7 @@ from vipllava.models.tensor_files import (
     ComputedTensor,
     LazyTensor,
     dtype_of,
+    list_misfits,
     read_tensor,
     shape_of,
 )
@@ -50,7 +51,6 @@ VOCABULARY_MULTIPLE = 64
 PROJECTOR = "multi_modal_projector"
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
-_SHOWN = 20  # names in a message
 _IN_MEMORY = {
     "vision_tower.vision_model.": "model.vision_tower.",
     f"{PROJECTOR}.": f"model.{PROJECTOR}.",
@@ -218,14 +218,9 @@ def network_config(
 ) -> VipLlavaConfig:
     """Make the config of a VipLlava from those of its parts, which stay as they are.
 
-    Args:
-        tower_config: of a vision tower.
-        text_config: of a causal language model, with its own vocabulary.
-        feature_layers: see :class:`ModelSpec`.
-        num_tokens: ids of the tokenizer, image and padding token included, for which the
-            vocabulary grows to a multiple of :data:`VOCABULARY_MULTIPLE`; it never shrinks.
-        image_token_id: the placeholder's id.
-        special_ids: the tokenizer's ``pad_token_id``, ``bos_token_id`` and ``eos_token_id``.
+    For ``num_tokens`` ids, image and padding token included, the language model's vocabulary grows
+    to a multiple of :data:`VOCABULARY_MULTIPLE`; it never shrinks. The special ids are the
+    tokenizer's ``pad_token_id``, ``bos_token_id`` and ``eos_token_id``.
     """
     tower_config, text_config = copy.deepcopy(tower_config), copy.deepcopy(text_config)
     rows = max(num_tokens, text_config.vocab_size)
@@ -281,7 +276,7 @@ def materialise(
         source: where they come from, for messages.
         stored_name: gives the name in that format of a weight by its name in the network.
         dtype: of the parameters.
-        attn_implementation: attention of tower and language model.
+        attn_implementation: see :class:`ModelSpec`.
         quantization_config: transformers' own, for weights held in fewer bits.
         placement: where the weights go; the CPU if not given.
         prepare: decides, before a weight is read, what each is held in and what trains; not for
@@ -344,22 +339,15 @@ def load_strictly(cls: Any, source: str, **options: Any) -> Any:
         ) from error
     finally:
         transformers_logging.set_verbosity(before)
-    problems = {
-        "missing": sorted(report["missing_keys"]),
-        "unexpected": sorted(report["unexpected_keys"]),
-        "misshapen": [
-            f"{key} {tuple(found)} (model {tuple(expected)})"
-            for key, found, expected in sorted(report["mismatched_keys"])
-        ],
-    }
-    lines = [
-        f"{kind} ({len(keys)}): {', '.join(keys[:_SHOWN])}" + (" ..." if len(keys) > _SHOWN else "")
-        for kind, keys in problems.items()
-        if keys
+    misshapen = [
+        f"{key} {tuple(found)} (model {tuple(expected)})"
+        for key, found, expected in sorted(report["mismatched_keys"])
     ]
-    if lines:
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    misfits = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    if problems := list_misfits(misfits):
         raise CheckpointError(
-            f"the weights of checkpoint={source!r} do not fit its config.json: {'; '.join(lines)}. "
+            f"the weights of checkpoint={source!r} do not fit its config.json: {problems}. "
             "The folder is incomplete or mixes two models: write or download it again"
         )
     return model
@@ -377,13 +365,12 @@ def generation_config_for(source: str, tokenizer: PreTrainedTokenizerFast) -> Ge
 
     Vicuna's holds sampling values without ``do_sample``, which transformers refuses to save.
     """
-    old = None
+    old = GenerationConfig()
     with suppress(OSError, ValueError):  # not every model has one
         old = GenerationConfig.from_pretrained(source)
-    bos, eos = getattr(old, "bos_token_id", None), getattr(old, "eos_token_id", None)
     return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id if bos is None else bos,
-        eos_token_id=tokenizer.eos_token_id if eos is None else eos,
+        bos_token_id=tokenizer.bos_token_id if old.bos_token_id is None else old.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id if old.eos_token_id is None else old.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import VipLlavaForConditionalGeneration
 
 from vipllava.models.adapters import adapter_parameters
-from vipllava.models.image_features import read_parameters
+from vipllava.models.towers import read_parameters
 from vipllava.types import ConfigError
 
 PARTS = ("vision_tower", "projector", "language_model")

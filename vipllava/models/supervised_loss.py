@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional
 from transformers import VipLlavaForConditionalGeneration
 
-from vipllava.models.image_features import image_features
+from vipllava.models.towers import image_features
 from vipllava.types import IGNORE_INDEX, Batch, VipLlavaError
 
 
@@ -47,10 +47,7 @@ def embed_inputs(model: VipLlavaForConditionalGeneration, batch: Batch) -> torch
 
     Without an image tower and projector run on a blank one, whose features get weight zero: every
     rank must call the same modules, which are collectives with ZeRO-3 and FSDP, and DDP waits for
-    every gradient.
-
-    Returns:
-        [rows, length, hidden].
+    every gradient. It returns [rows, length, hidden].
 
     Raises:
         VipLlavaError: image tokens and image features differ in number.
@@ -102,14 +99,8 @@ def supervised_loss_sum(
 ) -> tuple[torch.Tensor, int]:
     """Return the summed cross entropy at :func:`supervised_positions`, and their number.
 
-    Args:
-        model: the network.
-        batch: the micro-batch, on the model's device.
-        observers: see the logits, which exist nowhere else.
-
-    Returns:
-        The sum, a float32 scalar with a graph to every trainable weight, also where it is 0; and
-        the count.
+    The sum is a float32 scalar with a graph to every trainable weight, also where it is 0. The
+    observers see the logits, which exist nowhere else. The batch is on the model's device.
 
     Raises:
         VipLlavaError: image tokens and pictures do not match.

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
@@ -87,6 +87,15 @@ def dtype_of(lazy: LazyTensor) -> torch.dtype:
     return lazy.dtype if known else _DTYPES[lazy.get_dtype()]
 
 
+def list_misfits(names: Mapping[str, Sequence[str]]) -> str:
+    """Return each kind of misfit that there is, with the number of its names and 20 of them."""
+    return "; ".join(
+        f"{kind} ({len(found)}): {', '.join(found[:20])}{' ...' if len(found) > 20 else ''}"
+        for kind, found in names.items()
+        if found
+    )
+
+
 def write_tensors(
     directory: Path, tensors: Iterable[tuple[str, LazyTensor]], shard_bytes: int = _SHARD_BYTES
 ) -> None:
@@ -132,13 +141,12 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _open_shards(index: Path, role: str) -> dict[str, LazyTensor]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map: Any = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} is no index of weights: download it again")
     weight_map = cast("dict[str, str]", weight_map)
     files = sorted(set(weight_map.values()))
-    missing = [name for name in files if not (index.parent / name).is_file()]
-    if missing:
+    if missing := [name for name in files if not (index.parent / name).is_file()]:
         raise CheckpointError(
             f"{role}={str(index.parent)!r} lacks {', '.join(missing)}, which {index.name} names: "
             "the download or the copy is incomplete"
@@ -146,8 +154,7 @@ def _open_shards(index: Path, role: str) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     for name in files:
         tensors.update(_open_file(index.parent / name, role))
-    lacking = sorted(set(weight_map) - set(tensors))
-    if lacking:
+    if lacking := sorted(set(weight_map) - set(tensors)):
         raise CheckpointError(
             f"the shards of {index} lack {len(lacking)} tensors that it names, {lacking[0]} "
             "first: they are of another model; download them again"

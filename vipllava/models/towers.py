@@ -2,17 +2,24 @@
 
 A tower is a model that ``transformers.AutoModel`` builds by the ``model_type`` of its config, which
 says ``image_size`` and ``patch_size`` (pixels), ``hidden_size`` and ``num_hidden_layers``. What no
-config says is here. docs/models.md shows how another tower is added.
+config says is here. docs/models.md shows how another tower is added. Behind it: how images become
+what the language model reads, through tower and projector.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import nn
 
 from vipllava.models.hub_models import read_json
 from vipllava.types import CheckpointError, ConfigError, Preprocessing
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import VipLlavaForConditionalGeneration
 
 _RESAMPLINGS: Final[dict[Any, str]] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
@@ -93,10 +100,8 @@ def read_preprocessing(folder: Path, vision_config: Any) -> None:
     """Note in a tower's config, in place, where ``preprocessor_config.json`` differs from its kind.
 
     SigLIP 2 resizes with another filter than SigLIP and is of the same ``model_type``. The config
-    carries it into training, exports and inference. A folder need not have the file.
-
-    Raises:
-        CheckpointError: the file cannot be read, or asks for what is not done here.
+    carries it into training, exports and inference. A folder need not have the file; one that asks
+    for what is not done here is a CheckpointError.
     """
     path = folder / "preprocessor_config.json"
     if not path.is_file():
@@ -130,3 +135,63 @@ def read_preprocessing(folder: Path, vision_config: Any) -> None:
     found: Any = (mean, std, _RESAMPLINGS.get(resample, known.resampling))
     if (stated := Preprocessing(*found)) != known:
         vision_config.preprocessing = asdict(stated)
+
+
+def normalise_pixels(
+    pixel_values: torch.Tensor, dtype: torch.dtype, preprocessing: Preprocessing
+) -> torch.Tensor:
+    """Turn images, uint8 [num_images, 3, height, width], into what a tower expects, in float32."""
+    mean, std = (
+        torch.tensor(values, device=pixel_values.device).view(1, 3, 1, 1)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    return ((pixel_values.float() / 255.0 - mean) / std).to(dtype)
+
+
+def read_modules(
+    model: VipLlavaForConditionalGeneration,
+) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return what decides the features: the tower's modules before the blocks, and its blocks."""
+    network, tower = model.model.vision_tower, tower_of(model.config.vision_config)
+    blocks = list(network.get_submodule(tower.blocks).children())
+    before = [network.get_submodule(name) for name in tower.before_blocks]
+    return before, blocks[: max(_feature_layers(model.config))]
+
+
+def read_parameters(model: VipLlavaForConditionalGeneration) -> list[nn.Parameter]:
+    """Return the weights of the vision tower that the features depend on."""
+    unread = tower_of(model.config.vision_config).unread
+    left_out = {id(model.model.vision_tower.get_parameter(name)) for name in unread}
+    read = [p for modules in read_modules(model) for m in modules for p in m.parameters()]
+    return [parameter for parameter in read if id(parameter) not in left_out]
+
+
+def _feature_layers(config: Any) -> list[int]:
+    """Return the hidden states that the projector reads, counted from the first."""
+    return [k % (config.vision_config.num_hidden_layers + 1) for k in feature_layers_of(config)]
+
+
+def image_features(
+    model: VipLlavaForConditionalGeneration, pixel_values: torch.Tensor
+) -> torch.Tensor:
+    """Run the tower, as far as it is read, and the projector.
+
+    The numbers are those of ``model.get_image_features``, which runs every block of the tower: from
+    uint8 [num_images, 3, height, width] to [num_images, image_seq_length, language model's width].
+    """
+    config: Any = model.config.vision_config
+    layers = _feature_layers(model.config)
+    before, blocks = read_modules(model)
+    hidden = normalise_pixels(
+        pixel_values, model.model.vision_tower.dtype, preprocessing_of(config)
+    )
+    for module in before:
+        hidden = module(hidden)
+    states = {0: hidden}
+    for number, block in enumerate(blocks, start=1):
+        hidden = block(hidden, attention_mask=None)
+        if number in layers:
+            states[number] = hidden
+    first = tower_of(config).num_prefix_tokens
+    read = torch.cat([states[layer][:, first:] for layer in layers], dim=-1)
+    return model.model.multi_modal_projector(read)

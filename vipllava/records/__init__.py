@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 
-from vipllava.records.fields import Fields, list_or_empty
+from vipllava.records.fields import Fields, check_version, list_or_empty
 from vipllava.records.kind import CONVERSATIONS, NO_POLICY, RecordKind
 from vipllava.records.kinds.dialogues import IMAGE_LEVEL, TEXT_ONLY
 from vipllava.records.kinds.flickr30k import FLICKR30K
@@ -22,22 +22,12 @@ from vipllava.records.kinds.regions import REGIONS
 from vipllava.records.kinds.v7w import V7W
 from vipllava.records.kinds.vcr import VCR
 from vipllava.records.kinds.vg_rel import VG_REL, VG_REL_GPT4V
-from vipllava.records.version import check_version
 from vipllava.types import RecordError, Sample, VipLlavaError
 
 __all__ = [
-    "AUTO",
-    "KINDS",
-    "NO_POLICY",
-    "Kinds",
-    "RecordKind",
-    "find_kind",
-    "kind_of",
-    "parse_record",
-    "record_texts",
-    "register_kind",
-    "with_kinds",
-]
+    "AUTO", "KINDS", "NO_POLICY", "Kinds", "RecordKind", "find_kind", "kind_of", "parse_record",
+    "record_texts", "register_kind", "with_kinds",
+]  # fmt: skip
 
 AUTO: Final = "auto"
 _Job = TypeVar("_Job")
@@ -152,13 +142,12 @@ def parse_record(
 
     Args:
         record: the JSON object; never changed.
-        key: its key in the data set.
-        dataset: the manifest's name.
-        image: the encoded image beside the record, or None.
+        key: its own in the data set of that manifest's name.
+        dataset: see ``key``.
+        image: encoded, from beside the record.
         kind: one of ``KINDS``, or ``auto``.
         rng: chooses wordings; see :func:`vipllava.keyed_random.generator_for`.
-        size: width and height of the upright image, pixels, if they are known already; read
-            from its header otherwise.
+        size: width and height of the upright image, pixels, where known already.
 
     Raises:
         RecordError: naming data set, key, field, what was found and what is expected.

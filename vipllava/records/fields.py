@@ -24,6 +24,20 @@ _SHOWN: Final = 80
 _POLYGONS: Final = "a list of polygons, each a flat list x, y, x, y of at least 3 points"
 IMAGE_PLACEHOLDER: Final = "<image>"
 REGION_PLACEHOLDER: Final = re.compile(r"<bbox(\d{0,9})>")
+RECORD_VERSION: Final = 1
+"""Of records without ``schema_version`` (published lists, tars of other tools), the only one so
+far. Whoever changes what a field of a stored record means raises the number."""
+VERSION_FIELD: Final = "schema_version"
+
+
+def check_version(record: Mapping[str, Any], where: str) -> None:
+    """Raise RecordError, beginning with ``where``, unless this release knows the version."""
+    version = record.get(VERSION_FIELD, RECORD_VERSION)
+    if type(version) is not int or version != RECORD_VERSION:
+        raise RecordError(
+            f"{where}: field `{VERSION_FIELD}` is {version!r}; this release reads version "
+            f"{RECORD_VERSION}. Update the package, or build the shard again with this one"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +147,10 @@ class Fields:
     # Geometry.
 
     def bbox(self, value: object, name: str, extra: int = 0) -> BBox:
-        """Check one box and clip it to the image.
+        """Check one box ``[x1, y1, x2, y2]`` of field ``name`` and clip it to the image.
 
-        A box wholly outside, empty, reversed or not finite is refused.
-
-        Args:
-            value: ``[x1, y1, x2, y2]``, then ``extra`` numbers that are ignored (a score).
-            name: the field, for messages.
-            extra: numbers that may follow the four.
+        ``extra`` numbers may follow (a score), which are ignored. A box wholly outside, empty,
+        reversed or not finite is refused.
         """
         expected = "a box [x1, y1, x2, y2] in pixels" + (" and a score" if extra else "")
         numbers = self.as_list(value, name, expected, fault="box-invalid")
@@ -157,14 +167,8 @@ class Fields:
             self.fail(name, numbers, f"a box inside the {width} x {height} image", "box-outside")
         return x1, y1, x2, y2
 
-    def polygons(self, value: object, name: str) -> tuple[Polygon, ...]:
-        """Check one region's segmentation: a list of flat ``x, y, x, y`` lists, maybe empty."""
-        return tuple(
-            self.polygon(self.points(flat, where), where) for where, flat in self.flats(value, name)
-        )
-
     def flats(self, value: object, name: str) -> list[tuple[str, object]]:
-        """Return name and value of each flat list of a segmentation."""
+        """Return name and value of each flat ``x, y, x, y`` list of a segmentation, maybe none."""
         flats = self.as_list(value, name, _POLYGONS, fault="polygon-invalid")
         return [(f"{name}[{number}]", flat) for number, flat in enumerate(flats)]
 
@@ -172,8 +176,8 @@ class Fields:
         """Return the points of one flat list."""
         numbers = self.as_list(flat, name, _POLYGONS, fault="polygon-invalid")
         if len(numbers) % 2:
-            even = f"an even count of coordinates, not {len(numbers)}"
-            self.fail(name, numbers, even, "polygon-invalid")
+            expected = f"an even count of coordinates, not {len(numbers)}"
+            self.fail(name, numbers, expected, "polygon-invalid")
         return [numbers[start : start + 2] for start in range(0, len(numbers), 2)]
 
     def polygon(self, points: Sequence[Any], name: str) -> Polygon:
@@ -181,30 +185,26 @@ class Fields:
 
         One wholly outside is refused.
         """
-        width, height = self.size
+        right, bottom = map(float, self.size)
         checked: list[Point] = []
         for point in points:
             pair = list_or_empty(point)
             if len(pair) != 2 or not all(map(_is_number, pair)):
-                expected = "finite x, y coordinates in pixels"
-                self.fail(name, point, expected, "polygon-invalid")
+                self.fail(name, point, "finite x, y coordinates in pixels", "polygon-invalid")
             checked.append((float(pair[0]), float(pair[1])))
         if len(checked) < 3:
             expected = f"at least 3 points, not {len(checked)}"
             self.fail(name, list(points), expected, "polygon-invalid")
         xs, ys = zip(*checked, strict=True)
-        if max(xs) <= 0 or max(ys) <= 0 or min(xs) >= width or min(ys) >= height:
-            expected = f"a polygon inside the {width} x {height} image"
+        if max(xs) <= 0 or max(ys) <= 0 or min(xs) >= right or min(ys) >= bottom:
+            expected = f"a polygon inside the {right:.0f} x {bottom:.0f} image"
             self.fail(name, list(points), expected, "polygon-outside")
-        right, bottom = float(width), float(height)
         return tuple((min(max(x, 0.0), right), min(max(y, 0.0), bottom)) for x, y in checked)
 
     def regions(self, *, count: int | None = None, masks: bool | None = None) -> tuple[Region, ...]:
-        """Read ``bboxes`` and ``segmentations``.
+        """Read ``bboxes``, ``count`` of them where given, and ``segmentations``.
 
-        Args:
-            count: how many regions the kind has; None for any number.
-            masks: whether ``segmentations`` has to be there; None reads it where it is.
+        ``masks`` says whether the latter have to be there; None reads them where they are.
         """
         many = "any number" if count is None else str(count)
         boxes = self.items("bboxes", f"a list of boxes [x1, y1, x2, y2], {many} of them", count)
@@ -212,15 +212,14 @@ class Fields:
         if masks or (masks is None and self.record.get("segmentations") is not None):
             expected = f"one list of polygons per box ({len(boxes)})"
             segmentations = self.items("segmentations", expected, len(boxes))
-        return tuple(
-            Region(
-                self.bbox(box, f"bboxes[{number}]"),
-                self.polygons(mask, f"segmentations[{number}]")
-                if masks or mask is not None
-                else (),
-            )
-            for number, (box, mask) in enumerate(zip(boxes, segmentations, strict=True))
-        )
+        regions: list[Region] = []
+        for number, (box, mask) in enumerate(zip(boxes, segmentations, strict=True)):
+            bbox, rings = self.bbox(box, f"bboxes[{number}]"), list[tuple[str, object]]()
+            if masks or mask is not None:
+                rings = self.flats(mask, f"segmentations[{number}]")
+            polygons = (self.polygon(self.points(flat, name), name) for name, flat in rings)
+            regions.append(Region(bbox, tuple(polygons)))
+        return tuple(regions)
 
     # Conversations.
 
@@ -228,11 +227,8 @@ class Fields:
         """Read ``conversations`` of ``human`` and ``gpt``.
 
         ``<image>`` in a human text moves to that turn's front; a record with an image and no
-        ``<image>`` gets it in the first turn. See :func:`kept_turns` for what is left out.
-
-        Args:
-            num_regions: region placeholders are replaced by mentions of so many regions; None
-                leaves such text as it is.
+        ``<image>`` gets it in the first turn. See :func:`kept_turns` for what is left out. Region
+        placeholders become mentions of ``num_regions`` regions; None leaves them as text.
         """
         expected = "a list of {from: human|gpt, value: text}, taking turns"
         items = self.items("conversations", expected)

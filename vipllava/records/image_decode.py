@@ -31,15 +31,11 @@ MAX_PIXELS: Final = 100_000_000
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _FIX: Final = "replace the file or remove the record"
 _ORIENTATION: Final = 0x0112
+_T: Final = Image.Transpose
 _UPRIGHT: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+    2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE,
+    6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90,
+}  # fmt: skip
 _BROKEN: Final = (OSError, ValueError, SyntaxError, EOFError, struct.error, KeyError, IndexError)
 
 
@@ -55,11 +51,9 @@ def image_size(data: bytes, *, key: str) -> tuple[int, int]:
 
 
 def decode_image(data: bytes, key: str) -> Image.Image:
-    """Return the upright image, mode RGB.
+    """Return the upright image, mode RGB, of JPEG, PNG, WebP, GIF or BMP bytes.
 
-    Args:
-        data: JPEG, PNG, WebP, GIF or BMP bytes; the content decides, not the extension.
-        key: the sample's key, for messages.
+    The content decides, not the extension; ``key`` is the sample's, for messages.
 
     Raises:
         RecordError: the bytes are no image, are truncated, hold more than 100 megapixels, or

@@ -52,14 +52,6 @@ def capitalised(parts: Parts) -> Parts:
     return (first[:1].upper() + first[1:], *others) if isinstance(first, str) else parts
 
 
-def multiple_choice(question: Parts, options: Sequence[Parts]) -> Parts:
-    """Write a question with lettered options the way LLaVA-1.5 does."""
-    parts: list[str | Mention] = [*question, "\n"]
-    for letter, option in zip(LETTERS, options, strict=True):
-        parts += [f"{letter}. ", *option, "\n"]
-    return join([*parts, OPTION_LETTER])
-
-
 def exchange(
     question: Parts, answer: Parts | str, *, has_image: bool = True
 ) -> tuple[DraftTurn, DraftTurn]:

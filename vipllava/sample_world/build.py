@@ -51,43 +51,39 @@ _CONTENTS: Final = "contents.json"
 
 
 def ensure_sample_world(data_root: str | Path, *, scale: float = 1.0) -> Path:
-    """Return the sample world's folder, making it if it is not there.
+    """Return the sample world's folder under the data root, making it if it is not there.
 
-    Args:
-        data_root: where data sets live; must be writable for the first call.
-        scale: share of the usual number of samples, for tests.
+    ``scale`` is the share of the usual number of samples, for tests.
 
     Raises:
         VipLlavaError: the folder exists but is not whole, or cannot be written.
     """
     root = Path(data_root).expanduser()
     folder = root / FOLDER
-    if folder.exists():
-        _check_contents(folder)
-        return folder
-    require_photographs()
-    began = time.monotonic()
-    _LOG.info("making the sample data in %s (once, about half a minute)", folder)
-    try:
-        with new_folder(folder) as unfinished:
-            _build(unfinished, scale)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise VipLlavaError(
-                f"cannot write the sample data under {root}: {error.strerror}; "
-                "choose a writable folder with data_root=FOLDER"
-            ) from error
-        _check_contents(folder)  # another process was faster; both made the same bytes
-    _LOG.info("sample data made in %.0f s", time.monotonic() - began)
+    if not folder.exists():
+        require_photographs()
+        began = time.monotonic()
+        _LOG.info("making the sample data in %s (once, about half a minute)", folder)
+        try:
+            with new_folder(folder) as unfinished:
+                _build(unfinished, scale)
+        except OSError as error:
+            # Else another process was faster; both made the same bytes.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise VipLlavaError(
+                    f"cannot write the sample data under {root}: {error.strerror}; "
+                    "choose a writable folder with data_root=FOLDER"
+                ) from error
+        _LOG.info("sample data made in %.0f s", time.monotonic() - began)
+    if not (folder / _CONTENTS).is_file():
+        raise VipLlavaError(
+            f"{folder} is not whole ({_CONTENTS} is missing); remove the folder and start again"
+        )
     return folder
 
 
 def require_photographs() -> None:
-    """Complain if the packages that carry the photographs and digits are not installed.
-
-    Raises:
-        VipLlavaError: naming the extra that brings them.
-    """
+    """Raise VipLlavaError if the packages that carry photographs and digits are not installed."""
     if find_spec("sklearn") is None or find_spec("skimage") is None:
         raise VipLlavaError(
             "the sample data are made of pictures that scikit-learn and scikit-image carry, which "
@@ -130,23 +126,15 @@ def _mixed(
 def make_record(
     mix: Mapping[RegionRecord, float], scene: Scene, number: int, rng: np.random.Generator
 ) -> tuple[Record, bool]:
-    """Draw a record kind of ``mix``, text only for what the shares leave of 1, and make it.
+    """Return a record of a kind drawn from ``mix``, and whether it has an image.
 
-    Returns:
-        The record, and whether it has an image.
+    It is text only for what the shares leave of 1.
     """
     makers = [*mix, None]
     rates = np.array([*mix.values(), max(0.0, 1.0 - sum(mix.values()))])
     maker = makers[int(rng.choice(len(makers), p=rates / rates.sum()))]
-    if maker is choice_record and len(scene.objects) < 4:
-        maker = phrase_record
     if maker is None:
         return text_record(number, rng), False
+    if maker is choice_record and len(scene.objects) < 4:
+        maker = phrase_record
     return maker(scene, number, rng), True
-
-
-def _check_contents(folder: Path) -> None:
-    if not (folder / _CONTENTS).is_file():
-        raise VipLlavaError(
-            f"{folder} is not whole ({_CONTENTS} is missing); remove the folder and start again"
-        )

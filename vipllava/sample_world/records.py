@@ -12,8 +12,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from vipllava.records.wording import choose
 from vipllava.sample_world.objects import DIGITS, DRAWINGS
-from vipllava.sample_world.scenes import Scene, SceneObject, choose
+from vipllava.sample_world.scenes import Scene, SceneObject
 
 Record = dict[str, Any]
 
@@ -142,23 +143,15 @@ def text_record(number: int, rng: np.random.Generator) -> Record:
 RegionRecord = Callable[[Scene, int, np.random.Generator], Record]
 
 FINETUNE_MIX: Final[Mapping[RegionRecord, float]] = {
-    phrase_record: 0.42,
-    regions_record: 0.30,
-    list_record: 0.06,
-    relation_record: 0.06,
-    choice_record: 0.05,
-    category_record: 0.05,
-    sum_record: 0.03,
-}
+    phrase_record: 0.42, regions_record: 0.30, list_record: 0.06, relation_record: 0.06,
+    choice_record: 0.05, category_record: 0.05, sum_record: 0.03,
+}  # fmt: skip
 """Shares of the stage-2 kinds; the rest is text only."""
 
 GPT4V_MIX: Final[Mapping[RegionRecord, float]] = {
-    phrase_dialogue_record: 0.2,
-    relation_dialogue_record: 0.1,
-    phrase_record: 0.4,
-    regions_record: 0.18,
-    list_record: 0.08,
-}
+    phrase_dialogue_record: 0.2, relation_dialogue_record: 0.1, phrase_record: 0.4,
+    regions_record: 0.18, list_record: 0.08,
+}  # fmt: skip
 """Shares of the stage-3 kinds: dialogues and a replay of stage 2; the rest is text only."""
 
 

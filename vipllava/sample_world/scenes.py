@@ -14,17 +14,17 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from vipllava.records.wording import choose
 from vipllava.sample_world.objects import DIGITS, DRAWINGS
 from vipllava.types import RGB, BBox, Point, Polygon, Region
 
 Split = Literal["train", "heldout"]
-_T = TypeVar("_T")
 
 LONGER_SIDE: Final = 168
 """Pixels of a scene's longer side: one and a half times the tiny model's input."""
@@ -95,11 +95,6 @@ def compose_scene(rng: np.random.Generator, split: Split = "train") -> Scene:
         _place(image, kind, place, rng, split) for kind, place in zip(kinds, places, strict=True)
     ]
     return Scene(image, tuple(sorted(objects, key=lambda item: item.bbox_xyxy[0])))
-
-
-def choose(values: Sequence[_T], rng: np.random.Generator) -> _T:
-    """Draw one of ``values``, uniformly."""
-    return values[int(rng.integers(len(values)))]
 
 
 def sample_kinds(count: int, rng: np.random.Generator) -> list[str]:

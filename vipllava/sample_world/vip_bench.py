@@ -9,7 +9,6 @@ with rectangles; the ``human`` split with any of the eight shapes, as an annotat
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,12 +40,8 @@ _SPLITS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    question: str
-    answer: str
-    capability: tuple[str, ...]
-    objects: tuple[SceneObject, ...]
+# Question, answer, capabilities, and the objects asked about.
+_Item = tuple[str, str, tuple[str, ...], tuple[SceneObject, ...]]
 
 
 def _make_item(kind: str, scene: Scene, rng: np.random.Generator) -> _Item | None:
@@ -57,17 +52,17 @@ def _make_item(kind: str, scene: Scene, rng: np.random.Generator) -> _Item | Non
     match kind:
         case "recognise":
             item = (*drawn, *digits)[0]
-            return _Item(f"What is the object {OBJECT}?", item.kind, ("rec",), (item,))
+            return f"What is the object {OBJECT}?", item.kind, ("rec",), (item,)
         case "read" if digits:
             answer = f"{digits[0].kind}<OR>the digit {digits[0].kind}"
-            return _Item(f"What is the object {OBJECT}?", answer, ("ocr", "rec"), (digits[0],))
+            return f"What is the object {OBJECT}?", answer, ("ocr", "rec"), (digits[0],)
         case "add" if len(digits) >= 2:
             total = str(int(digits[0].kind) + int(digits[1].kind))
             question = f"What is the sum of the digits {OBJECT} and {OBJECT}?"
-            return _Item(question, total, ("ocr", "math"), (digits[0], digits[1]))
+            return question, total, ("ocr", "math"), (digits[0], digits[1])
         case "know" if drawn:
             question = f"What kind of thing is the object {OBJECT}?"
-            return _Item(question, drawn[0].category, ("rec", "know"), (drawn[0],))
+            return question, drawn[0].category, ("rec", "know"), (drawn[0],)
         case "relate":
             first, second = scene.objects[0], scene.objects[-1]
             question = (
@@ -75,11 +70,11 @@ def _make_item(kind: str, scene: Scene, rng: np.random.Generator) -> _Item | Non
                 "triplet (subject, relation, object)."
             )
             answer = f"{first.kind}<AND>{relation(first, second)}<AND>{second.kind}"
-            return _Item(question, answer, ("rec", "rel"), (first, second))
+            return question, answer, ("rec", "rel"), (first, second)
         case "tell" if drawn:
             question = f"Describe the object {OBJECT} in a short phrase."
             answer = f"{drawn[0].kind}<OR>{noun_phrase(drawn[0])}"
-            return _Item(question, answer, ("rec", "lang"), (drawn[0],))
+            return question, answer, ("rec", "lang"), (drawn[0],)
         case _:
             return None
 
@@ -93,31 +88,30 @@ def write_vip_bench(folder: Path) -> None:
         images.mkdir(parents=True)
     for number in range(_NUM_ITEMS):
         rng = generator_for("sample_world", "vip_bench", number)
-        scene, item = _compose(_KINDS[number % len(_KINDS)], rng)
+        scene, (question, answer, capability, objects) = _compose(_KINDS[number % len(_KINDS)], rng)
         name = f"{number:04d}.jpg"
         (source / name).write_bytes(scene.jpeg())
         annotation = {
-            "bboxes": [list(each.bbox_xyxy) for each in item.objects],
-            "segmentations": [each.segmentation for each in item.objects],
+            "bboxes": [list(each.bbox_xyxy) for each in objects],
+            "segmentations": [each.segmentation for each in objects],
         }
         _write_text(source / f"{number:04d}.json", json.dumps(annotation))
         meta[f"v1_{number}"] = {
             "image_source": "sample_world",
             "image": name,
-            "question": item.question,
-            "answer": item.answer,
-            "capability": list(item.capability),
+            "question": question,
+            "answer": answer,
+            "capability": list(capability),
         }
         for split, policy in _SPLITS.items():
-            regions = [each.region for each in item.objects]
+            regions = [each.region for each in objects]
             plan = sample_plan(regions, scene.image.size, policy, rng)
             marked = Scene(render_plan(scene.image, plan), scene.objects)
             (folder / split / "images" / name).write_bytes(marked.jpeg())
-            text = item.question
+            text = question
             for prompt in plan.prompts:
                 text = text.replace(OBJECT, prompt_words(prompt), 1)
-            question = {"question_id": number, "image": name, "text": text}
-            lines[split].append(json.dumps(question))
+            lines[split].append(json.dumps({"question_id": number, "image": name, "text": text}))
     for split, texts in lines.items():
         _write_text(folder / split / "questions.jsonl", "\n".join(texts))
     _write_text(folder / "vip-bench-meta-data.json", json.dumps(meta, indent=1))

@@ -15,9 +15,8 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from vipllava.checkpoints import parts as store
-from vipllava.checkpoints.parts import INDEX, WEIGHT, Part, Shared
-from vipllava.checkpoints.training_state import check_whole
+from vipllava.checkpoints import training_state as store
+from vipllava.checkpoints.training_state import INDEX, WEIGHT, Part, Shared, check_whole
 from vipllava.stream.ranks import gather_objects
 from vipllava.types import CheckpointError, ConfigError
 

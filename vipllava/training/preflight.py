@@ -22,9 +22,8 @@ from vipllava.config.hardware import SHM, SHM_REMEDY
 from vipllava.config.schema import AUTO, spell
 from vipllava.forecast import job as forecasts
 from vipllava.forecast import memory as memory_forecast
-from vipllava.forecast.architecture import Architecture
+from vipllava.forecast.architecture import Architecture, is_published, sizes_of_published
 from vipllava.forecast.memory import Setup, device_memory
-from vipllava.forecast.published import is_published, sizes_of_published
 from vipllava.ingest.lint.findings import LintLimits
 from vipllava.ingest.lint.run import lint_shards
 from vipllava.models.building import ModelSpec

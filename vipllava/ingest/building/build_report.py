@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 
 from vipllava.files.atomic import new_file, write_json
 from vipllava.ingest.building.incoming import FileState
-from vipllava.records.version import RECORD_VERSION
+from vipllava.records.fields import RECORD_VERSION
 
 SUMMARY_FILE: Final = "build.json"
 REJECTED_FILE: Final = "rejected.jsonl"
@@ -107,7 +107,7 @@ class BuildSummary:
         """Write ``build.json``, tars in order."""
         self.shards.sort(key=lambda row: row["first"])
         counts = {
-            name: dict(sorted(value.items()))
+            name: dict(sorted(cast("Counter[str]", value).items()))
             for name, value in vars(self).items()
             if isinstance(value, Counter)
         }

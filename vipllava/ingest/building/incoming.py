@@ -20,8 +20,8 @@ from vipllava.ingest.building.annotations import Annotation
 from vipllava.ingest.image_format import format_of, same_format
 from vipllava.keyed_random import generator_for
 from vipllava.records import AUTO, kind_of, parse_record
+from vipllava.records.fields import RECORD_VERSION, VERSION_FIELD, check_version
 from vipllava.records.image_decode import decode_image
-from vipllava.records.version import RECORD_VERSION, VERSION_FIELD, check_version
 from vipllava.shards.manifest import Manifest
 from vipllava.shards.sources import is_inside
 from vipllava.types import RecordError

@@ -46,7 +46,7 @@ from vipllava.ingest.building.incoming import (
     make_key,
 )
 from vipllava.records import with_kinds
-from vipllava.records.version import RECORD_VERSION
+from vipllava.records.fields import RECORD_VERSION
 from vipllava.shards.manifest import Manifest, is_remote
 from vipllava.shards.tar_index import index_path, load_index
 from vipllava.shards.tars import ShardError, write_shards

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from vipllava.records.fields import Fields, Parsed
@@ -26,13 +28,13 @@ def parse_text_only(fields: Fields, rng: np.random.Generator) -> Parsed:
     return Parsed(fields.conversation())
 
 
+def parse_marked(fields: Fields, rng: np.random.Generator, *, count: int, masks: bool) -> Parsed:
+    """Return a dialogue of GPT-4V about ``count`` regions, with their mentions."""
+    regions = fields.regions(count=count, masks=masks)
+    return Parsed(fields.conversation(num_regions=count), regions)
+
+
 IMAGE_LEVEL = RecordKind(
     "image_level", parse_image_level, texts=(CONVERSATIONS,), mentions=(CONVERSATIONS, None)
 )
-TEXT_ONLY = RecordKind(
-    "text_only",
-    parse_text_only,
-    texts=(CONVERSATIONS,),
-    mentions=(CONVERSATIONS, None),
-    has_image=False,
-)
+TEXT_ONLY = replace(IMAGE_LEVEL, name="text_only", parse=parse_text_only, has_image=False)

@@ -14,6 +14,7 @@ import numpy as np
 
 from vipllava.records.fields import Fields, Parsed
 from vipllava.records.kind import CONVERSATIONS, RecordKind, boxes_and_masks
+from vipllava.records.kinds.dialogues import parse_marked
 from vipllava.records.wording import choose, exchange, fill
 from vipllava.types import Mention
 
@@ -45,12 +46,6 @@ def parse_refcocog(fields: Fields, rng: np.random.Generator) -> Parsed:
     return Parsed(exchange(question, answer), regions)
 
 
-def parse_refcocog_gpt4v(fields: Fields, rng: np.random.Generator) -> Parsed:
-    """Return the dialogue with mentions."""
-    regions = fields.regions(count=1, masks=True)
-    return Parsed(fields.conversation(num_regions=1), regions)
-
-
 REFCOCOG = RecordKind(
     "refcocog",
     parse_refcocog,
@@ -62,7 +57,7 @@ REFCOCOG = RecordKind(
 REFCOCOG_GPT4V = replace(
     REFCOCOG,
     name="refcocog-gpt4v",
-    parse=parse_refcocog_gpt4v,
+    parse=partial(parse_marked, count=1, masks=True),
     texts=(CONVERSATIONS,),
     prefix="refcocog-gpt4v",
     mentions=(CONVERSATIONS, "bboxes"),

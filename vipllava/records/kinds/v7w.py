@@ -5,28 +5,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from vipllava.records.fields import Fields, Parsed
 from vipllava.records.kind import RecordKind, boxes
-from vipllava.records.wording import LETTERS, exchange, multiple_choice
+from vipllava.records.wording import LETTERS, OPTION_LETTER, exchange, join
 from vipllava.types import Mention
-
-_CHOICES: Final = 4
 
 
 def parse_v7w(fields: Fields, rng: np.random.Generator) -> Parsed:
-    """Letter the four marks in the record's order."""
+    """Letter the four marks in the record's order, the way LLaVA-1.5 does."""
     question = fields.text("question")
-    regions = fields.regions(count=_CHOICES, masks=False)
+    regions = fields.regions(count=len(LETTERS), masks=False)
     given: list[Any] = fields.record["bboxes"]
     answer: Any = fields.require("answer", "one of the four boxes")
     if given.count(answer) != 1:
         fields.fail("answer", answer, f"exactly one of the boxes {given}")
-    text = multiple_choice((question,), [("The object ", Mention(n)) for n in range(_CHOICES)])
-    return Parsed(exchange(text, LETTERS[given.index(answer)]), regions)
+    text: list[str | Mention] = [question, "\n"]
+    for number, letter in enumerate(LETTERS):
+        text += [f"{letter}. The object ", Mention(number), "\n"]
+    return Parsed(exchange(join([*text, OPTION_LETTER]), LETTERS[given.index(answer)]), regions)
 
 
 V7W = RecordKind("v7w", parse_v7w, texts=("question",), policy="v7w", prefix="v7w", outlines=boxes)

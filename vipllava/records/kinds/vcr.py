@@ -55,7 +55,18 @@ class _Speaker:
         self.fields = fields
         self.rng = rng
         self.class_names = fields.items("class_names", "a list with the class of each object")
-        self.boxes, self.rings = _geometry(fields, len(self.class_names))
+        clip = _clip(fields.record)
+        if clip is None:
+            fields.fail("meta", fields.record["meta"], "an object with `boxes` and `segms`")
+        expected = f"one entry per object of class_names ({len(self.class_names)})"
+        for name in ("boxes", "segms"):
+            if clip.get(name) is None:
+                fields.refuse(
+                    f"`{name}` of the clip is missing; expected it under `meta` (shards carry the "
+                    f"content of meta_dir, {fields.record.get('meta_dir')!r})"
+                )
+            fields.as_list(clip[name], name, expected, len(self.class_names))
+        self.boxes, self.rings = clip["boxes"], clip["segms"]
         self.regions: dict[int, Region] = {}  # by object, in the order of their first mention
 
     def check(self, tokens: object, name: str) -> _Tokens:
@@ -145,24 +156,8 @@ def _ask(speaker: _Speaker, question: Parts | None, what: str) -> tuple[DraftTur
     return exchange(asked, answer, has_image=question is not None)
 
 
-def _geometry(fields: Fields, num_objects: int) -> tuple[list[Any], list[Any]]:
-    """Return boxes and rings per object, from ``meta`` or from the record itself."""
-    clip = _clip(fields.record)
-    if clip is None:
-        fields.fail("meta", fields.record["meta"], "an object with `boxes` and `segms`")
-    expected = f"one entry per object of class_names ({num_objects})"
-    found: list[list[Any]] = []
-    for name in ("boxes", "segms"):
-        if clip.get(name) is None:
-            fields.refuse(
-                f"`{name}` of the clip is missing; expected it under `meta` (shards carry the "
-                f"content of meta_dir, {fields.record.get('meta_dir')!r})"
-            )
-        found.append(fields.as_list(clip[name], name, expected, num_objects))
-    return found[0], found[1]
-
-
 def _clip(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what holds boxes and rings per object: ``meta``, or the record itself."""
     holder: Any = record.get("meta", record)
     return cast("Mapping[str, Any]", holder) if isinstance(holder, Mapping) else None
 

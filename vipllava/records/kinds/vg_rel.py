@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import numpy as np
 
 from vipllava.records.fields import Fields, Parsed
 from vipllava.records.kind import CONVERSATIONS, RecordKind, boxes
+from vipllava.records.kinds.dialogues import parse_marked
 from vipllava.records.wording import choose, exchange, fill
 from vipllava.types import Mention
 
@@ -37,19 +39,13 @@ def parse_vg_rel(fields: Fields, rng: np.random.Generator) -> Parsed:
     return Parsed(exchange(question, answer), regions)
 
 
-def parse_vg_rel_gpt4v(fields: Fields, rng: np.random.Generator) -> Parsed:
-    """Return the dialogue with mentions."""
-    regions = fields.regions(count=2, masks=False)
-    return Parsed(fields.conversation(num_regions=2), regions)
-
-
 VG_REL = RecordKind(
     "vg_rel", parse_vg_rel, texts=("answer",), policy="vg_rel", prefix="vg_rel", outlines=boxes
 )
 VG_REL_GPT4V = replace(
     VG_REL,
     name="vg_rel-gpt4v",
-    parse=parse_vg_rel_gpt4v,
+    parse=partial(parse_marked, count=2, masks=False),
     texts=(CONVERSATIONS,),
     policy="vg_rel-gpt4v",
     prefix="vg_rel-gpt4v",
