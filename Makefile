@@ -9,6 +9,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 # DeepSpeed's kernels are built when first used, not at install time.
 export DS_BUILD_OPS := 0
+# Tests start hundreds of processes: without bytecode each would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-all test-browser check docs bench smollm2 pictures clean

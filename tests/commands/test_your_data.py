@@ -25,7 +25,7 @@ from vipllava.models.building import ModelSpec
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "your_data.md").read_text(encoding="utf-8")
 TINY = [
-    *("model=tiny", "trainer=cpu", "stage.epochs=30", "stage.global_batch_size=4"),
+    *("model=tiny", "trainer=cpu", "stage.epochs=10", "stage.global_batch_size=4"),
     *("stage.learning_rate=2e-3", "data.num_workers=0", "stage.warmup_ratio=0.1"),
 ]
 
