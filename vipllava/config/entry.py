@@ -83,13 +83,13 @@ def run_main(
             _fail(f"a queued job did not end well; the others go on. {error}")
         if started:
             raise
-        if isinstance(error, RuntimeError) and "srun" in str(error):
-            _fail("hydra/launcher=slurm: there is no `srun` here; start it on a cluster's node")
+        if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
+            _fail_by_machine(error)
+            _fail(composition_message(given, config_dir, config_name, error))
         if isinstance(error, OSError):
             _fail(f"the run's folder cannot be written ({error}): make room or set paths.runs")
-        _fail_by_machine(error)
-        if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
-            _fail(composition_message(given, config_dir, config_name, error))
+        if isinstance(error, RuntimeError) and "srun" in str(error):
+            _fail("hydra/launcher=slurm: there is no `srun` here; start it on a cluster's node")
         raise
 
 

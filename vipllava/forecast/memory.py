@@ -327,7 +327,9 @@ def _activations(architecture: Architecture, setup: Setup) -> tuple[float, float
     # The embeddings with the features laid in, and the angles of all positions.
     kept = _feature_bytes(architecture, setup) + stream
     kept += tokens * 2 * model.head_dim * setup.stream_bytes
-    again = setup.num_recomputed(model.num_blocks)
+    again = model.num_blocks
+    if setup.recomputed_blocks is not None:
+        again = min(again, setup.recomputed_blocks)
     # The inputs of what is recomputed; of trained blocks the first one is the embeddings.
     kept += stream * max(0, again - 1 if trained else again)
     logits = setup.micro_batch_size * setup.row_supervised * model.vocabulary
