@@ -31,7 +31,7 @@ from vipllava.ingest.building.annotations import plan_ranges
 from vipllava.ingest.building.shard_build import build_shards
 from vipllava.shards.manifest import Manifest
 
-_NUM_PICTURES: Final = 1000
+_NUM_IMAGES: Final = 1000
 _NUM_BUILT: Final = 8000  # records; pictures are shared, as COCO's are
 _NUM_RECORDS: Final = 100_000
 _NUM_STAGE_2: Final = 1_200_000
@@ -63,7 +63,7 @@ def _make_data(root: Path) -> None:
     photograph = Image.open(io.BytesIO(raw)).convert("RGB")
     rng = np.random.default_rng(0)
     (root / "pictures").mkdir()
-    for number in range(_NUM_PICTURES):
+    for number in range(_NUM_IMAGES):
         x, y = (int(v) for v in rng.integers(0, 128, 2))
         picture = photograph.crop((x, y, x + 384, y + 384)).resize(_SIZES[number % len(_SIZES)])
         picture.save(root / "pictures" / f"{number:06d}.jpg", quality=90)
@@ -79,7 +79,7 @@ def _record(number: int) -> dict[str, Any]:
     said = [("human", "<image>\nWhat is shown?"), ("gpt", "A person in an orange suit. " * 4)] * 3
     return {
         "id": f"{number:012d}",
-        "image": f"pictures/{number % _NUM_PICTURES:06d}.jpg",
+        "image": f"pictures/{number % _NUM_IMAGES:06d}.jpg",
         "conversations": [
             {"from": who, "value": text if turn == 0 else text.removeprefix("<image>\n")}
             for turn, (who, text) in enumerate(said)

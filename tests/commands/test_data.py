@@ -13,7 +13,7 @@ from tests.ingest.fetch.test_unpacking import make_zip
 from tests.toy_data import encode_picture, toy_samples
 from vipllava import cli
 from vipllava.commands import data
-from vipllava.ingest.check.availability import NUM_PICTURES, PARTS
+from vipllava.ingest.check.availability import NUM_IMAGES, PARTS
 from vipllava.shards.tars import write_shards
 
 MANIFEST = """
@@ -131,9 +131,7 @@ def test_check_says_what_is_there_and_what_is_not(place: Path, call: Call) -> No
     assert found["schema_version"] == 1
     assert [finding["status"] for finding in found["findings"]] == ["ok", "ok", "missing"]
     assert found["ok"] is False
-    code, _ = call(
-        "check", "toy", "--part", "annotations", "--part", "pictures", "--pictures", "all"
-    )
+    code, _ = call("check", "toy", "--part", "annotations", "--part", "images", "--images", "all")
     assert code == 0
     write_shards(toy_samples(10), place / "toy", max_samples=4)
     assert call("check", "toy")[0] == 0
@@ -151,7 +149,7 @@ def test_fetch_then_check(place: Path, tmp_path: Path, call: Call) -> None:
             },
             {
                 "name": "COCO",
-                "what": "pictures",
+                "what": "images",
                 "files": [
                     {"url": server.serve("t.zip", archive), "into": "coco/train", "unpack": "train"}
                 ],
@@ -165,7 +163,7 @@ def test_fetch_then_check(place: Path, tmp_path: Path, call: Call) -> None:
         code, shown = call("fetch", "toy", "--json")
         assert code == 0
         assert json.loads(shown)["ok"] is True
-        assert call("check", "toy", "--part", "annotations", "--part", "pictures")[0] == 0
+        assert call("check", "toy", "--part", "annotations", "--part", "images")[0] == 0
         sources[0]["files"][0]["url"] = server.url("gone.json")
         write(place, f"{MANIFEST}sources: {json.dumps(sources)}")
         code, shown = call("fetch", "toy")
@@ -176,7 +174,7 @@ def test_fetch_then_check(place: Path, tmp_path: Path, call: Call) -> None:
 def test_a_manifest_by_its_path(place: Path, call: Call) -> None:
     write_pictures(place)
     path = place / "manifests" / "toy.yaml"
-    code, _ = call("check", str(path), "--part", "pictures")
+    code, _ = call("check", str(path), "--part", "images")
     assert code == 0
 
 
@@ -195,9 +193,9 @@ def test_sample_data_are_made(place: Path, call: Call, monkeypatch: pytest.Monke
     [
         (["lits"], "No such command 'lits'. Did you mean 'list'?"),
         (["show"], "Missing argument 'NAME'"),
-        (["check", "toy", "--picture", "3"], "(Possible options: --pictures)"),
-        (["check", "toy", "--pictures", "few"], "expected a number from 0, or all"),
-        (["check", "toy", "--part", "tars"], "'tars' is not one of 'annotations', 'pictures',"),
+        (["check", "toy", "--picture", "3"], "(Possible options: --images)"),
+        (["check", "toy", "--images", "few"], "expected a number from 0, or all"),
+        (["check", "toy", "--part", "tars"], "'tars' is not one of 'annotations', 'images',"),
         (["show", "other"], "no manifest `other`"),
         (["fetch", "toy"], "`toy` names no sources"),
     ],
@@ -210,4 +208,4 @@ def test_mistakes_are_named(call: Call, words: list[str], message: str) -> None:
 
 def test_the_parts_are_those_of_the_library() -> None:
     assert tuple(data.Part) == PARTS
-    assert inspect.signature(data.check).parameters["pictures"].default == NUM_PICTURES
+    assert inspect.signature(data.check).parameters["images"].default == NUM_IMAGES

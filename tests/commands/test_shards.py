@@ -42,7 +42,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("VIPLLAVA_CACHE", str(tmp_path / "cache"))
     (tmp_path / "manifests").mkdir()
     (tmp_path / "manifests/toy.yaml").write_text(MANIFEST)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     records: list[dict[str, Any]] = []
     for number in range(7):
         records.append({"id": f"r{number}", "conversations": said("Q?", "A.")})
@@ -225,7 +225,7 @@ def test_stats(place: Path, run: Run, build: Run):
     assert re.search(r"picture width +.* 64 ", text)
     content = json.loads(run("stats", *options(place, "--json"))[1])
     assert content["kinds_from"] == "build"
-    assert content["picture_shapes"]["landscape"] == 6
+    assert content["image_shapes"]["landscape"] == 6
     (place / "toy/build.json").unlink()
     code, text = run("stats", *options(place, "--records", "2"))
     assert "(estimated from 2 records; --records all counts)" in text

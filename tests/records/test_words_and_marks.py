@@ -28,7 +28,7 @@ from vipllava.visual_prompts.render import mark_opacity, render_plan
 from vipllava.visual_prompts.shapes import PALETTE, SHAPES, prompt_words, shape_words
 
 SIZES = ((336, 252), (120, 200))
-PICTURES = {size: encode_picture(*size, fmt="PNG") for size in SIZES}
+IMAGES = {size: encode_picture(*size, fmt="PNG") for size in SIZES}
 
 # All that could be read as the name of a mark; longer shapes first, "mask" begins "mask contour".
 _SHAPE = "|".join(sorted(SHAPES, key=len, reverse=True))
@@ -52,7 +52,7 @@ def make(kind: str, seed: int, policies: str) -> Made:
     rng = np.random.default_rng(seed)
     size = SIZES[seed % len(SIZES)]
     record: dict[str, Any] = KINDS[kind](rng, size)
-    stored, image = copy.deepcopy(record), PICTURES[size]
+    stored, image = copy.deepcopy(record), IMAGES[size]
     sample = parse_record(
         record, key="k", dataset="d", image=image, rng=words_generator(seed, 0, "d", "k")
     )

@@ -14,7 +14,7 @@ from vipllava.shards.manifest import (
     load_manifest,
     parse_manifest,
 )
-from vipllava.shards.sources import DataSource, PictureList, SourceFile
+from vipllava.shards.sources import DataSource, ImageList, SourceFile
 
 KNOWN = Path(__file__).parents[2] / "data_manifests"
 
@@ -74,7 +74,7 @@ def test_a_published_data_set_says_where_each_part_comes_from(name: str) -> None
     """Fetching everything leaves nothing that the manifest needs without an origin."""
     manifest = load_manifest(name, KNOWN)
     places = {file.into for source in manifest.sources for file in source.files}
-    places |= {source.picture_list.into for source in manifest.sources if source.picture_list}
+    places |= {source.image_list.into for source in manifest.sources if source.image_list}
     assert set(manifest.image_roots) <= places
     if manifest.annotation_file is not None:
         folder, _, file_name = manifest.annotation_file.rpartition("/")
@@ -176,7 +176,7 @@ def test_all_that_a_source_can_say() -> None:
         "hub": "org/set",
         "revision": "v1",
         "files": [{"file": "a/*", "into": "a", "size": 3, "md5": "0" * 32, "sha256": "f" * 64}],
-        "picture_list": {"file": "a/l.json", "url_field": "url", "into": "a/images"},
+        "image_list": {"file": "a/l.json", "url_field": "url", "into": "a/images"},
     }
     assert parse(sources=[source]).sources == (
         DataSource(
@@ -188,7 +188,7 @@ def test_all_that_a_source_can_say() -> None:
             "org/set",
             "v1",
             (SourceFile("a", file="a/*", size=3, md5="0" * 32, sha256="f" * 64),),
-            PictureList("a/l.json", "url", "a/images"),
+            ImageList("a/l.json", "url", "a/images"),
         ),
     )
     assert parse(sources=[source]).sources[0].key == "big-set-2017"
@@ -214,9 +214,9 @@ def test_all_that_a_source_can_say() -> None:
             {"files": [{"into": "a", "url": "http://x/a", "md5": "xyz"}]},
             "md5 is 'xyz'; expected 32",
         ),
-        ({"picture_list": {"file": "a", "into": "b"}}, "missing fields: url_field"),
-        ({"picture_list": {"file": "../a", "into": "b", "url_field": "c"}}, "_list: file is"),
-        ({"picture_list": 5}, "picture_list has 5"),
+        ({"image_list": {"file": "a", "into": "b"}}, "missing fields: url_field"),
+        ({"image_list": {"file": "../a", "into": "b", "url_field": "c"}}, "_list: file is"),
+        ({"image_list": 5}, "image_list has 5"),
     ],
 )
 def test_sources_that_cannot_be_used(change: dict[str, Any], words: str) -> None:

@@ -32,12 +32,12 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert list(shards.keys()) == [key for key, *_ in toy_samples(20)]
 
 
-def test_the_index_knows_picture_sizes(tmp_path: Path) -> None:
+def test_the_index_knows_image_sizes(tmp_path: Path) -> None:
     shards = build(tmp_path)
     positions = np.array([0, 4, 19])
-    assert shards.picture_sizes(positions).tolist() == [[64, 48], [0, 0], [0, 0]]  # text only
+    assert shards.image_sizes(positions).tolist() == [[64, 48], [0, 0], [0, 0]]  # text only
     assert shards.has_image(positions).tolist() == [True, False, False]
-    assert shards.picture_sizes(positions).dtype == np.int32
+    assert shards.image_sizes(positions).dtype == np.int32
 
 
 def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:

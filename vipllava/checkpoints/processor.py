@@ -131,12 +131,12 @@ def processor_ids(
     processor: Any, turns: Sequence[Turn], *, add_generation_prompt: bool = True
 ) -> list[int]:
     """Return the ids that ``apply_chat_template`` gives a conversation, or a question."""
-    picture = Image.new("RGB", (32, 32))
+    image = Image.new("RGB", (32, 32))
     messages: list[dict[str, Any]] = []
     for turn in turns:
         content: list[dict[str, Any]] = [{"type": "text", "text": turn.text}]
         if turn.has_image:
-            content.insert(0, {"type": "image", "image": picture})
+            content.insert(0, {"type": "image", "image": image})
         messages.append({"role": turn.role, "content": content})
     batch = processor.apply_chat_template(
         messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True

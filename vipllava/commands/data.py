@@ -37,7 +37,7 @@ class Part(StrEnum):
     """What ``check`` looks at: ``availability.PARTS``, which is slow to import."""
 
     ANNOTATIONS = "annotations"
-    PICTURES = "pictures"
+    IMAGES = "images"
     SHARDS = "shards"
 
 
@@ -92,10 +92,10 @@ def check(
     parts: Annotated[
         list[Part] | None, typer.Option("--part", help="Only this one; may be repeated.")
     ] = None,
-    pictures: Annotated[
+    images: Annotated[
         int | None,
         typer.Option(
-            parser=count_or_all, metavar="N|all", help="How many pictures to look at and decode."
+            parser=count_or_all, metavar="N|all", help="How many images to look at and decode."
         ),
     ] = 1000,
     num_workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 4,
@@ -112,7 +112,7 @@ def check(
             load_manifest(name, manifests),
             data_root,
             parts=parts or PARTS,
-            num_pictures=pictures,
+            num_images=images,
             num_workers=num_workers,
             tell=bars,
         )
@@ -205,8 +205,8 @@ def _here(manifest: Manifest, data_root: str) -> str:
 def _source_facts(source: DataSource) -> list[tuple[str, str]]:
     ways = {"public": "vipllava data fetch", "form": "ask by a form", "by_hand": "with a browser"}
     places = dict.fromkeys(file.into for file in source.files)
-    if source.picture_list is not None:
-        places[source.picture_list.into] = None
+    if source.image_list is not None:
+        places[source.image_list.into] = None
     size = sum(file.size or 0 for file in source.files)
     return [
         ("what", source.what),

@@ -102,10 +102,10 @@ def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) ->
         "loss_last": {stage: _mean(curve[-10:]) for stage, curve in curves.items()},
         "seconds": {part: round(value, 1) for part, value in seconds.items()},
     }
-    picture = draw_shapes_image()
-    picture.save(output / "shapes.png")
+    image = draw_shapes_image()
+    image.save(output / "shapes.png")
     page = QuickstartPage(
-        shapes_image=picture,
+        shapes_image=image,
         loss_curves=curves,
         regions=regions,
         vip_bench=bench,

@@ -207,13 +207,13 @@ def stats(
         "samples": f"{found.num_samples:,}, {text_only}",
         "tars": f"{found.num_shards:,}",
         "kinds": _counts(found.kinds) + (estimated if found.kinds_from == "sample" else ""),
-        "picture shapes": _counts(found.picture_shapes),
+        "picture shapes": _counts(found.image_shapes),
     }
     print_table(facts_table(facts.items()))
     spreads = {
         "text tokens (estimate)": found.text_tokens,
-        "picture width": found.picture_width,
-        "picture height": found.picture_height,
+        "picture width": found.image_width,
+        "picture height": found.image_height,
         "samples in a tar": found.shard_samples,
         "size of a tar": found.shard_bytes,
     }

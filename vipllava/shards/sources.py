@@ -59,7 +59,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureList:
+class ImageList:
     """Pictures that are published as a list of addresses, one download each."""
 
     file: str  # JSON object of id to entry, relative to the data root
@@ -82,7 +82,7 @@ class DataSource:
     hub: str | None = None  # data set repository of the Hugging Face hub that holds ``files``
     revision: str | None = None  # branch, tag or commit of ``hub``
     files: tuple[SourceFile, ...] = ()  # what to download, or to expect
-    picture_list: PictureList | None = None  # pictures to download one by one
+    image_list: ImageList | None = None  # pictures to download one by one
 
     @property
     def key(self) -> str:
@@ -195,10 +195,10 @@ def _read_source(raw: object, where: str, problems: list[str]) -> DataSource | N
     if "files" in values:
         files = [_read_file(item, values, where, problems) for item in _as_list(values["files"])]
         values["files"] = tuple(file for file in files if file is not None)
-    if values.get("picture_list") is not None:
-        images = Fields(values["picture_list"], PictureList, f"{where}: picture_list", problems)
+    if values.get("image_list") is not None:
+        images = Fields(values["image_list"], ImageList, f"{where}: image_list", problems)
         images.expect_inside("file", "into")
-        values["picture_list"] = images.make()
+        values["image_list"] = images.make()
     return read.make()
 
 

@@ -157,7 +157,7 @@ class ShardSet:
         """Return which samples have an image, bool [n]."""
         return self.index.samples["image_block"][positions] > 0
 
-    def picture_sizes(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    def image_sizes(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Return widths and heights of upright images, pixels, int32 [n, 2]; 0 for none."""
         sides = [self.index.samples[name][positions] for name in ("width", "height")]
         return np.stack(sides, axis=-1).astype(np.int32)

@@ -22,7 +22,7 @@ def make_manifest(**changes: Any) -> Manifest:
         "shards": "toy/*.tar",
         "annotation_file": "toy.json",
         "image_roots": ["coco/train2017", "vg"],
-        "sources": [{"name": "COCO", "what": "pictures"}],
+        "sources": [{"name": "COCO", "what": "images"}],
         **changes,
     }
     return parse_manifest(raw, where="test")
@@ -58,8 +58,8 @@ def test_everything_is_there(tmp_path: Path) -> None:
     assert found.ok
     assert found.findings == (
         Finding("annotations", "toy.json", "ok", "20 records (16 image_level, 4 text_only)"),
-        Finding("pictures", "coco/train2017", "ok", "8 of 8 that were looked at are good"),
-        Finding("pictures", "vg", "ok", "8 of 8 that were looked at are good"),
+        Finding("images", "coco/train2017", "ok", "8 of 8 that were looked at are good"),
+        Finding("images", "vg", "ok", "8 of 8 that were looked at are good"),
         Finding("shards", "toy/*.tar", "ok", "10 samples in 3 tars"),
     )
 
@@ -70,7 +70,7 @@ def test_nothing_is_there(tmp_path: Path) -> None:
     assert set(statuses(found).values()) == {"missing"}
     assert one(found, "annotations").detail == "no such file"
     assert one(found, "annotations").remedy == "vipllava data fetch toy"
-    assert one(found, "pictures").detail == "no such folder"
+    assert one(found, "images").detail == "no such folder"
     assert one(found, "shards").remedy == "vipllava shards build toy"
     nowhere = check_data(make_manifest(), tmp_path / "nowhere")
     assert statuses(nowhere) == {f"data root {tmp_path / 'nowhere'}": "missing"}
@@ -82,15 +82,15 @@ def test_missing_and_unreadable_pictures_are_counted_and_named(tmp_path: Path) -
     (tmp_path / "vg/3.jpg").write_bytes(b"<html>")
     whole = (tmp_path / "vg/7.jpg").read_bytes()
     (tmp_path / "vg/7.jpg").write_bytes(whole[: len(whole) // 2])
-    found = check_data(make_manifest(), tmp_path, num_pictures=None, parts=["pictures"])
-    coco = one(found, "pictures", "coco/train2017")
+    found = check_data(make_manifest(), tmp_path, num_images=None, parts=["images"])
+    coco = one(found, "images", "coco/train2017")
     assert (coco.status, coco.detail) == (
         "missing",
         "7 of 8 that were looked at are good, 1 missing",
     )
     assert coco.examples == ("coco/train2017/2.jpg: missing",)
     assert coco.remedy == "vipllava data fetch toy"
-    vg = one(found, "pictures", "vg")
+    vg = one(found, "images", "vg")
     assert (vg.status, vg.detail) == (
         "damaged",
         "6 of 8 that were looked at are good, 2 unreadable",
@@ -105,8 +105,8 @@ def test_a_sample_of_pictures_is_the_same_each_time(tmp_path: Path, num_workers:
     write_data(tmp_path, 200)
     for path in (tmp_path / "coco/train2017").iterdir():
         path.unlink()
-    found = check_data(make_manifest(), tmp_path, num_pictures=40, num_workers=num_workers)
-    looked = [one(found, "pictures", root).detail for root in ("coco/train2017", "vg")]
+    found = check_data(make_manifest(), tmp_path, num_images=40, num_workers=num_workers)
+    looked = [one(found, "images", root).detail for root in ("coco/train2017", "vg")]
     assert looked == [
         "0 of 18 that were looked at are good, 18 missing",
         "22 of 22 that were looked at are good",
@@ -123,10 +123,10 @@ def test_pictures_named_within_their_root(tmp_path: Path) -> None:
     records = [{"id": "1", "image": "00453/1.jpg"}, {"id": "2", "image": "00453/2.jpg"}]
     (tmp_path / "toy.json").write_text(json.dumps(records))
     found = check_data(make_manifest(image_roots=["images"]), tmp_path)
-    assert one(found, "pictures", "images").detail == (
+    assert one(found, "images", "images").detail == (
         "1 of 2 that were looked at are good, 1 missing"
     )
-    assert one(found, "pictures", "images").examples == ("00453/2.jpg: missing",)
+    assert one(found, "images", "images").examples == ("00453/2.jpg: missing",)
 
 
 def test_metadata_files_of_vcr(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_metadata_files_of_vcr(tmp_path: Path) -> None:
     (tmp_path / "vcr1images/0.json").write_text("{}")
     (tmp_path / "vcr1images/1.json").write_text("{")
     found = check_data(make_manifest(image_roots=["vcr1images"]), tmp_path)
-    assert one(found, "pictures").status == "ok"
+    assert one(found, "images").status == "ok"
     meta = one(found, "metadata", "vcr1images")
     assert meta.detail == "1 of 3 that were looked at are good, 1 missing, 1 unreadable"
 
@@ -155,7 +155,7 @@ def test_only_records_of_the_manifests_kinds_count(tmp_path: Path) -> None:
     (tmp_path / "toy.json").write_text(json.dumps(records))
     (tmp_path / "vg").mkdir()
     manifest = make_manifest(annotation_kinds=["vcr"], image_roots=["vg"])
-    found = check_data(manifest, tmp_path, parts=["annotations", "pictures"])
+    found = check_data(manifest, tmp_path, parts=["annotations", "images"])
     assert found.ok
     assert found.findings[0].detail == "2 records (2 vcr); 1 others belong to other data sets"
     assert found.findings[1].detail == "there; no record that was looked at names a file in it"
@@ -192,7 +192,7 @@ def test_a_list_of_another_length_than_published(
     tmp_path: Path, expected: int, status: str
 ) -> None:
     write_data(tmp_path)
-    found = check_data(make_manifest(approximate_samples=expected), tmp_path, num_pictures=0)
+    found = check_data(make_manifest(approximate_samples=expected), tmp_path, num_images=0)
     assert one(found, "annotations").status == status
 
 
@@ -200,7 +200,7 @@ def test_a_list_of_another_length_than_published(
 def test_a_picture_outside_the_data_root(tmp_path: Path, image: str) -> None:
     (tmp_path / "vg").mkdir()
     (tmp_path / "toy.json").write_text(json.dumps([{"id": "1", "image": image}]))
-    finding = one(check_data(make_manifest(image_roots=["vg"]), tmp_path), "pictures")
+    finding = one(check_data(make_manifest(image_roots=["vg"]), tmp_path), "images")
     assert finding.status == "damaged"
     assert "inside the data root" in finding.examples[0]
 
@@ -330,7 +330,7 @@ def test_progress_is_told(tmp_path: Path) -> None:
     assert told[-1] == ("looking at pictures", "files", 16, 16)
 
 
-@pytest.mark.parametrize("bad", [{"parts": ["shard"]}, {"num_pictures": -1}])
+@pytest.mark.parametrize("bad", [{"parts": ["shard"]}, {"num_images": -1}])
 def test_arguments_that_make_no_sense(tmp_path: Path, bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         check_data(make_manifest(), tmp_path, **bad)

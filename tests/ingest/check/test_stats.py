@@ -44,7 +44,7 @@ class FakeShards:
     def has_image(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         return positions % 4 != 3
 
-    def picture_sizes(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    def image_sizes(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         sizes = np.array([(640, 480), (480, 640), (500, 500), (0, 0)], dtype=np.int32)
         picked = sizes[positions % 4]
         picked[0] = 0  # a picture that could not be read
@@ -59,9 +59,9 @@ def test_numbers(tmp_path: Path):
     assert {label: n for label, n in stats.text_tokens_histogram.items() if n} == {
         "0-31": 4, "32-63": 3, "64-127": 5,
     }  # fmt: skip
-    assert stats.picture_shapes == {"landscape": 2, "portrait": 3, "square": 3, "unreadable": 1}
-    assert stats.picture_width is not None
-    assert (stats.picture_width.minimum, stats.picture_width.maximum) == (480, 640)
+    assert stats.image_shapes == {"landscape": 2, "portrait": 3, "square": 3, "unreadable": 1}
+    assert stats.image_width is not None
+    assert (stats.image_width.minimum, stats.image_width.maximum) == (480, 640)
     assert stats.shard_samples == Spread(6.0, 4.0, 6.0, 7.8, 8.0)
     assert stats.shard_bytes == Spread(2000.0, 1000.0, 2000.0, 2900.0, 3000.0)
     content = stats.to_json()

@@ -43,7 +43,7 @@ def make_manifest(*sources: dict[str, Any]) -> Manifest:
         "stage": "finetune",
         "licence": "none",
         "shards": "toy/*.tar",
-        "sources": [{"what": "pictures", **source} for source in sources],
+        "sources": [{"what": "images", **source} for source in sources],
     }
     return parse_manifest(raw, where="test")
 
@@ -56,7 +56,7 @@ def make_zip(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-PICTURES = make_zip({"train/1.jpg": b"1" * 5000, "train/2.jpg": b"2" * 5000, "readme": b"hi"})
+IMAGES = make_zip({"train/1.jpg": b"1" * 5000, "train/2.jpg": b"2" * 5000, "readme": b"hi"})
 
 
 def archive(url: str, **more: object) -> dict[str, Any]:
@@ -71,23 +71,23 @@ def tree(root: Path) -> set[str]:
 
 
 def test_an_archive_ends_in_its_image_root(server: FileServer, tmp_path: Path) -> None:
-    manifest = make_manifest(archive(server.serve("train.zip", PICTURES)))
+    manifest = make_manifest(archive(server.serve("train.zip", IMAGES)))
     told: list[tuple[str, str, int, int | None]] = []
     outcomes = fetch_data(manifest, tmp_path, OPTIONS, tell=lambda *now: told.append(now))
     assert outcomes == [Outcome("COCO train", "train.zip", "coco/train", "fetched", "2 files")]
     assert tree(tmp_path) == {"coco/train/1.jpg", "coco/train/2.jpg"}
     assert told[-1] == ("unpack train.zip", "files", 2, 3)
-    assert ("train.zip", "bytes", len(PICTURES), len(PICTURES)) in told
+    assert ("train.zip", "bytes", len(IMAGES), len(IMAGES)) in told
     again = fetch_data(manifest, tmp_path, OPTIONS)
     assert [(outcome.status, outcome.detail) for outcome in again] == [("present", "2 files")]
     assert len(server.requests) == 1
 
 
 def test_archives_can_be_kept_and_fetched_again(server: FileServer, tmp_path: Path) -> None:
-    manifest = make_manifest(archive(server.serve("train.zip", PICTURES)))
+    manifest = make_manifest(archive(server.serve("train.zip", IMAGES)))
     fetch_data(manifest, tmp_path, FetchOptions(keep_archives=True, patience=QUICK))
     kept = tmp_path / "downloads" / "coco-train" / "train.zip"
-    assert kept.read_bytes() == PICTURES
+    assert kept.read_bytes() == IMAGES
     newer = make_zip({"train/1.jpg": b"9" * 5000})
     server.serve("train.zip", newer)
     outcomes = fetch_data(manifest, tmp_path, FetchOptions(again=True, patience=QUICK))
@@ -98,7 +98,7 @@ def test_archives_can_be_kept_and_fetched_again(server: FileServer, tmp_path: Pa
 
 def test_one_failure_does_not_stop_the_rest(server: FileServer, tmp_path: Path) -> None:
     bad = {"name": "bad", "files": [{"url": server.url("gone.json"), "into": "."}]}
-    manifest = make_manifest(bad, archive(server.serve("train.zip", PICTURES)))
+    manifest = make_manifest(bad, archive(server.serve("train.zip", IMAGES)))
     outcomes = fetch_data(manifest, tmp_path, OPTIONS)
     assert [outcome.status for outcome in outcomes] == ["failed", "fetched"]
     assert not outcomes[0].ok
@@ -109,7 +109,7 @@ def test_one_failure_does_not_stop_the_rest(server: FileServer, tmp_path: Path) 
 def test_a_broken_download_is_continued_by_the_next_call(
     server: FileServer, tmp_path: Path
 ) -> None:
-    url = server.serve("train.zip", PICTURES, Reply(send=4000), Reply(send=2000), Reply(500))
+    url = server.serve("train.zip", IMAGES, Reply(send=4000), Reply(send=2000), Reply(500))
     manifest = make_manifest(archive(url))
     first = fetch_data(manifest, tmp_path, FetchOptions(patience=Patience(2, 5, 0)))
     assert first[0].status == "failed"
@@ -121,7 +121,7 @@ def test_a_broken_download_is_continued_by_the_next_call(
 
 
 def test_a_damaged_archive_is_discarded(server: FileServer, tmp_path: Path) -> None:
-    bad = bytearray(PICTURES)
+    bad = bytearray(IMAGES)
     bad[bad.index(b"2222")] ^= 1
     url = server.serve("train.zip", bytes(bad))
     manifest = make_manifest(archive(url))
@@ -130,7 +130,7 @@ def test_a_damaged_archive_is_discarded(server: FileServer, tmp_path: Path) -> N
     assert "is damaged" in outcome.detail
     assert "run the same command again to download it anew" in outcome.detail
     assert tree(tmp_path) == {"coco/train/1.jpg"}
-    server.serve("train.zip", PICTURES)
+    server.serve("train.zip", IMAGES)
     assert fetch_data(manifest, tmp_path, OPTIONS)[0].status == "fetched"
     assert (tmp_path / "coco/train/2.jpg").read_bytes() == b"2" * 5000
 
@@ -162,7 +162,7 @@ def test_an_unpacking_that_was_killed_is_finished(server: FileServer, tmp_path: 
 def test_pictures_that_somebody_else_put_there(server: FileServer, tmp_path: Path) -> None:
     (tmp_path / "coco/train").mkdir(parents=True)
     (tmp_path / "coco/train/1.jpg").write_bytes(b"1")
-    url = server.serve("train.zip", PICTURES)
+    url = server.serve("train.zip", IMAGES)
     outcome = fetch_data(make_manifest(archive(url)), tmp_path, OPTIONS)[0]
     assert outcome.status == "present"
     assert "1 files, put there by somebody else" in outcome.detail
@@ -172,7 +172,7 @@ def test_pictures_that_somebody_else_put_there(server: FileServer, tmp_path: Pat
 
 
 def test_a_count_that_is_too_low_is_told(server: FileServer, tmp_path: Path) -> None:
-    manifest = make_manifest(archive(server.serve("train.zip", PICTURES), num_files=5))
+    manifest = make_manifest(archive(server.serve("train.zip", IMAGES), num_files=5))
     assert fetch_data(manifest, tmp_path, OPTIONS)[0].detail == "2 files; 5 were expected"
 
 
@@ -224,12 +224,10 @@ def test_sources_without_files(tmp_path: Path) -> None:
         "stage": "finetune",
         "licence": "none",
         "shards": "toy/*.tar",
-        "sources": [
-            {"name": "VCR", "what": "pictures", "access": "form", "address": "request form"}
-        ],
+        "sources": [{"name": "VCR", "what": "images", "access": "form", "address": "request form"}],
     }
     outcome = fetch_data(parse_manifest(raw, where="test"), tmp_path, OPTIONS)[0]
-    assert (outcome.source, outcome.part, outcome.status) == ("VCR", "pictures", "missing")
+    assert (outcome.source, outcome.part, outcome.status) == ("VCR", "images", "missing")
     assert "get it by hand at request form" in outcome.detail
 
 
@@ -287,7 +285,7 @@ OCR = {
     "access": "by_hand",
     "address": "https://ocr.example",
     "files": [{"file": "dataset.json", "into": "ocr"}],
-    "picture_list": {"file": "ocr/dataset.json", "url_field": "imageURL", "into": "ocr/images"},
+    "image_list": {"file": "ocr/dataset.json", "url_field": "imageURL", "into": "ocr/images"},
 }
 
 
@@ -342,7 +340,7 @@ def _fetch(url: str, root: str, queue: Any) -> None:
 
 
 def test_two_processes_on_one_data_root(server: FileServer, tmp_path: Path) -> None:
-    url = server.serve("train.zip", PICTURES, Reply(wait_s=0.5))
+    url = server.serve("train.zip", IMAGES, Reply(wait_s=0.5))
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     processes = [context.Process(target=_fetch, args=(url, str(tmp_path), queue)) for _ in range(2)]
@@ -364,7 +362,7 @@ def test_a_full_disk_stops_all(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(fetching, "unpack", full)
-    url = server.serve("train.zip", PICTURES)
+    url = server.serve("train.zip", IMAGES)
     with pytest.raises(DiskError, match="COCO train: no space left"):
         fetch_data(make_manifest(archive(url), archive(url)), tmp_path, OPTIONS)
 
@@ -382,7 +380,7 @@ def test_a_data_root_must_be_a_folder(tmp_path: Path) -> None:
 def test_a_damaged_receipt_counts_for_nothing(
     server: FileServer, tmp_path: Path, text: str
 ) -> None:
-    manifest = make_manifest(archive(server.serve("train.zip", PICTURES), num_files=2))
+    manifest = make_manifest(archive(server.serve("train.zip", IMAGES), num_files=2))
     fetch_data(manifest, tmp_path, OPTIONS)
     receipt = next((tmp_path / ".vipllava/fetched").rglob("*.json"))
     receipt.write_text(text)

@@ -20,9 +20,9 @@ from vipllava.ingest.fetch.image_lists import (
     make_jpegs,
     read_image_list,
 )
-from vipllava.shards.sources import PictureList
+from vipllava.shards.sources import ImageList
 
-IMAGES = PictureList("ocr/dataset.json", "imageURL", "ocr/images")
+IMAGES = ImageList("ocr/dataset.json", "imageURL", "ocr/images")
 QUICK = Patience(max_attempts=2, timeout_s=5, backoff_s=0)
 
 

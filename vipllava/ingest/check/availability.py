@@ -29,8 +29,8 @@ from vipllava.shards.tars import open_shards
 from vipllava.types import ConfigError, RecordError
 
 CHECK_VERSION: Final = 1
-PARTS: Final = ("annotations", "pictures", "shards")
-NUM_PICTURES: Final = 1000
+PARTS: Final = ("annotations", "images", "shards")
+NUM_IMAGES: Final = 1000
 _SPLITS: Final = ("bbox", "human")
 _META_DATA: Final = "vip-bench-meta-data.json"
 _TOLERANCE: Final = 0.05
@@ -75,7 +75,7 @@ def check_data(
     data_root: str | Path,
     *,
     parts: Iterable[str] = PARTS,
-    num_pictures: int | None = NUM_PICTURES,
+    num_images: int | None = NUM_IMAGES,
     num_workers: int = 4,
     tell: Tell = tell_nobody,
 ) -> Availability:
@@ -85,19 +85,19 @@ def check_data(
         manifest: the data set.
         data_root: folder that its paths are relative to, or an address, which is not looked at.
         parts: some of ``PARTS``; a benchmark's folder counts as its shards.
-        num_pictures: images to look at, drawn from the whole list and the same ones each time;
+        num_images: images to look at, drawn from the whole list and the same ones each time;
             None for all.
         num_workers: threads that decode images.
         tell: hears about progress: task, unit, done, total.
 
     Raises:
-        ConfigError: ``parts`` or ``num_pictures`` make no sense.
+        ConfigError: ``parts`` or ``num_images`` make no sense.
     """
     parts = tuple(parts)
     if unknown := sorted(set(parts) - set(PARTS)):
         raise ConfigError(f"parts has {', '.join(unknown)}; known: {', '.join(PARTS)}")
-    if num_pictures is not None and num_pictures < 0:
-        raise ConfigError(f"num_pictures is {num_pictures}; expected 0 or more, or all of them")
+    if num_images is not None and num_images < 0:
+        raise ConfigError(f"num_images is {num_images}; expected 0 or more, or all of them")
     root = Path(data_root)
     check = _Check(manifest, root, num_workers, tell)
     if is_remote(str(data_root)):
@@ -109,7 +109,7 @@ def check_data(
     elif manifest.format == "vip_bench":
         found = check.layout() if "shards" in parts else []
     else:
-        found = check.list_and_images(parts, num_pictures) if manifest.annotation_file else []
+        found = check.list_and_images(parts, num_images) if manifest.annotation_file else []
         found += [check.shards()] if "shards" in parts else []
     return Availability(manifest.name, str(root), tuple(found))
 
@@ -164,16 +164,16 @@ class _Check:
 
     def list_and_images(self, parts: tuple[str, ...], num_images: int | None) -> list[Finding]:
         """Check the annotation list and the files that it names."""
-        if not {"annotations", "pictures"} & set(parts):
+        if not {"annotations", "images"} & set(parts):
             return []
         name = self.manifest.annotation_file or ""
         path = self.root / name
         files = self._files(path)
         try:
-            if "pictures" in parts and num_images is None:
+            if "images" in parts and num_images is None:
                 self._look(files, None)
             else:
-                drawn = self._draw(files, (num_images or 0) if "pictures" in parts else 0)
+                drawn = self._draw(files, (num_images or 0) if "images" in parts else 0)
                 self._look(drawn, len(drawn))
             found = self._list_finding(name)
         except AnnotationError as error:
@@ -181,7 +181,7 @@ class _Check:
             if not path.is_file():
                 found = replace(found, status="missing", detail="no such file")
         findings = [found] if "annotations" in parts else []
-        return findings + (self._folder_findings() if "pictures" in parts else [])
+        return findings + (self._folder_findings() if "images" in parts else [])
 
     def _files(self, path: Path) -> Iterator[_Wanted]:
         """Read the annotation list, yielding what its records name."""
@@ -231,7 +231,7 @@ class _Check:
     def _look(self, files: Iterable[_Wanted], total: int | None) -> None:
         looked = run_threads(self._look_at, files, self.num_workers)
         for number, (wanted, folder, status, reason) in enumerate(looked, start=1):
-            part = "pictures" if wanted.field == "image" else "metadata"
+            part = "images" if wanted.field == "image" else "metadata"
             counted = self.looked_at[part, wanted.folder or folder, status]
             counted.add(wanted.position, reason)
             if number % 50 == 0 or number == total:
@@ -264,7 +264,7 @@ class _Check:
 
     def _folder_findings(self) -> list[Finding]:
         """Return a finding for every image root, in the manifest's order, and for other folders."""
-        roots = [("pictures", root) for root in self.manifest.image_roots]
+        roots = [("images", root) for root in self.manifest.image_roots]
         others = {(part, folder) for part, folder, _ in self.looked_at} - set(roots)
         return [self._folder_finding(*item) for item in (*roots, *sorted(others))]
 
@@ -329,7 +329,7 @@ class _Check:
             if finding.status not in ("missing", "damaged"):
                 files = (_Wanted(n, f"{images}/{name}", "image", images) for n, name in names)
                 self._look(files, len(names))
-                findings.append(self._folder_finding("pictures", images))
+                findings.append(self._folder_finding("images", images))
         return findings
 
     def _read(

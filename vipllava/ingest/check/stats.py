@@ -53,9 +53,9 @@ class ShardStats:
     num_shards: int  # tars
     text_tokens: Spread | None  # estimated tokens of a sample's texts, without those of its image
     text_tokens_histogram: Mapping[str, int]  # samples per bin, by the bin's label ``from-to``
-    picture_width: Spread | None  # pixels, of upright images
-    picture_height: Spread | None
-    picture_shapes: Mapping[str, int]  # ``landscape``, ``portrait``, ``square``, ``unreadable``
+    image_width: Spread | None  # pixels, of upright images
+    image_height: Spread | None
+    image_shapes: Mapping[str, int]  # ``landscape``, ``portrait``, ``square``, ``unreadable``
     shard_samples: Spread | None  # samples per tar
     shard_bytes: Spread | None
     kinds: Mapping[str, int]  # samples by record kind
@@ -96,7 +96,7 @@ def shard_stats(
     positions = np.arange(count, dtype=np.int64)
     tokens = shards.text_tokens(positions)
     pictured = shards.has_image(positions)
-    sizes = shards.picture_sizes(positions)[pictured]
+    sizes = shards.image_sizes(positions)[pictured]
     readable = sizes[(sizes > 0).all(axis=1)]
     histogram, _ = np.histogram(tokens, bins=(*_BINS[:-1], 1 << 31))
     width, height = sizes.astype(np.float64).T
@@ -110,9 +110,9 @@ def shard_stats(
         num_shards=len(shards.paths),
         text_tokens=Spread.of(tokens),
         text_tokens_histogram=dict(zip(_BIN_NAMES, histogram.tolist(), strict=True)),
-        picture_width=Spread.of(readable[:, 0]),
-        picture_height=Spread.of(readable[:, 1]),
-        picture_shapes={name: int((shapes == name).sum()) for name in (*_SHAPES, "square")},
+        image_width=Spread.of(readable[:, 0]),
+        image_height=Spread.of(readable[:, 1]),
+        image_shapes={name: int((shapes == name).sum()) for name in (*_SHAPES, "square")},
         shard_samples=Spread.of(np.diff(shards.shard_ends, prepend=0)),
         shard_bytes=Spread.of(shards.index.tars["tar_size"]),
         kinds=dict(sorted(kinds.items())),

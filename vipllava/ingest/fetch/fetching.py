@@ -26,7 +26,7 @@ from vipllava.ingest.fetch.hub import HubFile, fetch_hub_file, list_hub_files
 from vipllava.ingest.fetch.image_lists import fetch_images, make_jpegs
 from vipllava.ingest.fetch.unpacking import DamagedArchiveError, unpack
 from vipllava.shards.manifest import Manifest, is_remote
-from vipllava.shards.sources import DataSource, PictureList, SourceFile
+from vipllava.shards.sources import DataSource, ImageList, SourceFile
 from vipllava.types import ConfigError, VipLlavaError
 
 DOWNLOADS: Final = "downloads"
@@ -107,7 +107,7 @@ class _SourceJob:
         self.downloads = self.root / DOWNLOADS / self.source.key
 
     def run(self) -> list[Outcome]:
-        source, images = self.source, self.source.picture_list
+        source, images = self.source, self.source.image_list
         outcomes: list[Outcome] = []
         for file in source.files:
             place = (PurePosixPath(file.into) / file.name).as_posix()
@@ -237,7 +237,7 @@ class _SourceJob:
         assert hub is not None
         return list_hub_files(hub, file.name, revision=revision, patience=self.options.patience)
 
-    def _fetch_list(self, images: PictureList) -> tuple[Status, str]:
+    def _fetch_list(self, images: ImageList) -> tuple[Status, str]:
         """Fetch images one by one; what is there already becomes real JPEG in any case."""
         into, listed = self.root / images.into, self.root / images.file
         if (done := self._receipt(images, into)) is not None:
@@ -271,7 +271,7 @@ class _SourceJob:
 
     # Receipts: one small JSON file for each part.
 
-    def _receipt(self, part: SourceFile | PictureList, into: Path) -> dict[str, Any] | None:
+    def _receipt(self, part: SourceFile | ImageList, into: Path) -> dict[str, Any] | None:
         """Return the receipt of a part that need not be fetched again.
 
         None also where it is of another place or damaged.
@@ -286,19 +286,19 @@ class _SourceJob:
             return None
 
     def _write_receipt(
-        self, part: SourceFile | PictureList, num_files: int | None, note: str = ""
+        self, part: SourceFile | ImageList, num_files: int | None, note: str = ""
     ) -> None:
         """Note what was unpacked or fetched: files in all, None while it is under way."""
         values = {"file": _name(part), "into": part.into, "num_files": num_files, "note": note}
         write_json(self._receipt_path(part), {"schema_version": _RECEIPT_VERSION, **values})
 
-    def _receipt_path(self, part: SourceFile | PictureList) -> Path:
+    def _receipt_path(self, part: SourceFile | ImageList) -> Path:
         name = re.sub(r"[^A-Za-z0-9.]+", "-", _name(part))
         return self.root / _STATE / "fetched" / self.source.key / f"{name}.json"
 
 
-def _name(part: SourceFile | PictureList) -> str:
-    return part.file if isinstance(part, PictureList) else part.name
+def _name(part: SourceFile | ImageList) -> str:
+    return part.file if isinstance(part, ImageList) else part.name
 
 
 def count_files(folder: Path) -> int:

@@ -21,7 +21,7 @@ from vipllava.files.pools import run_threads
 from vipllava.files.retries import Patience
 from vipllava.ingest.image_format import format_of
 from vipllava.records.image_decode import decode_image
-from vipllava.shards.sources import PictureList
+from vipllava.shards.sources import ImageList
 from vipllava.types import RecordError, VipLlavaError
 
 _EXTENSIONS: Final = frozenset({".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ""})
@@ -53,7 +53,7 @@ class ImageListOutcome:
 
 
 def fetch_images(
-    images: PictureList,
+    images: ImageList,
     data_root: Path,
     *,
     num_workers: int = 8,
