@@ -5,7 +5,6 @@ A user's mistake ends with exit code 2 and everything that is wrong; a defect ke
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -55,7 +54,6 @@ def run_main(
     sys.argv = [command[0], *given]  # where Hydra reads it
     started = False
 
-    @functools.wraps(task)
     def job(cfg: DictConfig) -> float | None:
         nonlocal started
         started = True
@@ -72,6 +70,7 @@ def run_main(
             raise
         return None
 
+    job.__module__ = config_name  # Hydra names the log by it
     main = hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(job)
     try:
         main()
