@@ -255,7 +255,6 @@ def _is_finished(run_dir: Path, goal: Goal) -> bool:
 
 
 def _check_named(path: Path, resume: str, checkpoints: Path) -> None:
-    """Refuse a ``resume=PATH`` that is not a whole checkpoint, and say which ones there are."""
     damage = find_damage(path) if path.exists() else "it does not exist"
     if damage is None:
         return
