@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vipllava import cli
-from vipllava.checkpoints import hub_upload
+from vipllava.checkpoints import folders
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import open_spec
 from vipllava.models.building import ModelSpec
@@ -46,7 +46,7 @@ def test_the_result_is_uploaded_on_request(export, tmp_path, capsys, monkeypatch
         calls.append((directory, repository))
         return "https://hub/me/model"
 
-    monkeypatch.setattr(hub_upload, "upload", upload)
+    monkeypatch.setattr(folders, "upload", upload)
     words = ["convert", str(export), str(tmp_path / "out"), "--push-to-hub", "me/model"]
     assert cli.main(words) == 0
     assert calls == [(tmp_path / "out", "me/model")]
