@@ -193,7 +193,7 @@ def test_sample_data_are_made(place: Path, call: Call, monkeypatch: pytest.Monke
     [
         (["lits"], "No such command 'lits'. Did you mean 'list'?"),
         (["show"], "Missing argument 'NAME'"),
-        (["check", "toy", "--picture", "3"], "(Possible options: --images)"),
+        (["check", "toy", "--image", "3"], "(Possible options: --images)"),
         (["check", "toy", "--images", "few"], "expected a number from 0, or all"),
         (["check", "toy", "--part", "tars"], "'tars' is not one of 'annotations', 'images',"),
         (["show", "other"], "no manifest `other`"),

@@ -274,9 +274,9 @@ def test_the_layout_of_vip_bench(tmp_path: Path) -> None:
     assert statuses(check_data(manifest, tmp_path)) == {
         "layout ViP-Bench/vip-bench-meta-data.json": "ok",
         "layout ViP-Bench/bbox/questions.jsonl": "ok",
-        "pictures ViP-Bench/bbox/images": "ok",
+        "images ViP-Bench/bbox/images": "ok",
         "layout ViP-Bench/human/questions.jsonl": "ok",
-        "pictures ViP-Bench/human/images": "ok",
+        "images ViP-Bench/human/images": "ok",
     }
     (folder / "bbox/images/1.png").write_bytes(b"")
     (folder / "human/images/2.png").unlink()
@@ -285,9 +285,9 @@ def test_the_layout_of_vip_bench(tmp_path: Path) -> None:
     assert statuses(check_data(manifest, tmp_path)) == {
         "layout ViP-Bench/vip-bench-meta-data.json": "damaged",
         "layout ViP-Bench/bbox/questions.jsonl": "ok",
-        "pictures ViP-Bench/bbox/images": "damaged",
+        "images ViP-Bench/bbox/images": "damaged",
         "layout ViP-Bench/human/questions.jsonl": "differs",
-        "pictures ViP-Bench/human/images": "ok",
+        "images ViP-Bench/human/images": "ok",
     }
     (folder / "bbox/questions.jsonl").write_text('{"image": "0.png"}\n\n{"image": 3}')
     (folder / "human/questions.jsonl").unlink()
