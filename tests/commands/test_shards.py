@@ -42,7 +42,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("VIPLLAVA_CACHE", str(tmp_path / "cache"))
     (tmp_path / "manifests").mkdir()
     (tmp_path / "manifests/toy.yaml").write_text(MANIFEST)
-    (tmp_path / "images").mkdir()
+    (tmp_path / "pictures").mkdir()
     records: list[dict[str, Any]] = []
     for number in range(7):
         records.append({"id": f"r{number}", "conversations": said("Q?", "A.")})
