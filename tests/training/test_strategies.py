@@ -22,9 +22,9 @@ STOPPED = Case(["projector"], 1, None, stops=True)
 CHANGED = Case(["projector", "language_model"], 1, 0.05, stops=True, changes=True)
 CASES = [
     Case(["projector"], 1, None),
-    Case(["projector"], 4, 0.05),
+    Case(["projector"], 2, 0.05),
     ALL,
-    Case(["vision_tower", "projector", "language_model"], 4, 1000.0),
+    Case(["vision_tower", "projector", "language_model"], 2, 1000.0),
     ONE_LEFT_OUT,
     IN_HALF,
     STOPPED,
