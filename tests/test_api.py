@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import griffe
 import numpy as np
 import pytest
 import torch
@@ -219,3 +220,10 @@ def test_what_does_not_fit_is_an_error(place: Path, model: vl.ModelSpec):
         vl.open_stream(data, encoder, global_batch_size=5, mix={"mine": {"epochs": 1}})
     with pytest.raises(ConfigError, match="policies='publish' is not one of published, evaluation"):
         vl.sample_encoder(model, policies="publish")
+
+
+def test_the_reference_shows_what_stands_beside_and_above_fields() -> None:
+    extensions = griffe.load_extensions("docs/field_comments.py")
+    batch = griffe.load("vipllava.types", extensions=extensions)["Batch"]
+    assert "    segment_ids: ``PADDING_SEGMENT`` on padding" in batch.docstring.value
+    assert "    num_supervised_global: Supervised tokens of the whole" in batch.docstring.value

@@ -59,6 +59,24 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_reader_that_has_gone_is_no_error(tmp_path: Path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, ROOT / "train.py", "--cfg", "job"],
+            cwd=tmp_path,
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_running_it_without_the_hardware_says_what_is_missing(tmp_path: Path):
     done = run(
         tmp_path,

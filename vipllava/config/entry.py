@@ -85,6 +85,9 @@ def run_main(
         if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
             _fail_by_machine(error)
             _fail(composition_message(given, config_dir, config_name, error))
+        if isinstance(error, BrokenPipeError):  # of `--cfg job | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed at the exit
+            sys.exit(1)
         if isinstance(error, OSError):
             _fail(f"the run's folder cannot be written ({error}): make room or set paths.runs")
         if isinstance(error, RuntimeError) and "srun" in str(error):
