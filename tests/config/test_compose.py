@@ -144,12 +144,13 @@ SMALL = ("tiny", "smollm2_135m")
 
 
 def test_global_batch_is_the_recipes_on_every_trainer():
+    # Files of models and stages hold values only, so one can be laid into a composed job.
+    models = {name: compose_job([f"model={name}"]).model for name in options("model")}
     stages = {name: compose_job([f"stage={name}"]).stage for name in options("stage")}
-    for trainer, model in itertools.product(options("trainer"), options("model")):
-        cfg = compose_job([f"trainer={trainer}", f"model={model}"])
-        for name, stage in stages.items():
-            # Stage files hold values only, so one can be laid into a composed job.
-            cfg.stage = stage
+    for trainer in options("trainer"):
+        cfg = compose_job([f"trainer={trainer}"])
+        for model, name in itertools.product(models, stages):
+            cfg.model, cfg.stage = models[model], stages[name]
             effective = (
                 cfg.machine.micro_batch_size
                 * cfg.trainer.accumulate_grad_batches
