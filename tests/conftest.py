@@ -20,11 +20,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first: what is begun last should be short, or one core waits for the other."""
-    items.sort(key=lambda item: item.path.parent.name != "training")
-
-
 def pytest_collection_finish() -> None:
     """Spare the garbage collector what the imports have made: each round takes 0.3 s else."""
     gc.collect()

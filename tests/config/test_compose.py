@@ -71,21 +71,25 @@ def covering_jobs(groups: dict[str, list[str]]) -> list[dict[str, str]]:
     Greedy: start each job with an uncovered pair, then give every other group the option that
     covers most.
     """
-    uncovered = {
-        frozenset([(a, x), (b, y)])
-        for a, b in itertools.combinations(groups, 2)
+    names = sorted(groups)
+    pairs = [
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(names, 2)
         for x in groups[a]
         for y in groups[b]
-    }
+    ]
+    uncovered = set(pairs)
     jobs: list[dict[str, str]] = []
-    while uncovered:
-        job = dict(min(uncovered, key=sorted))
-        for group in sorted(set(groups) - set(job)):
+    for pair in pairs:
+        if pair not in uncovered:
+            continue
+        job = dict(pair)
+        for group in sorted(set(names) - set(job)):
             job[group] = max(
                 groups[group],
-                key=lambda o: sum(frozenset([(group, o), p]) in uncovered for p in job.items()),
+                key=lambda o: sum(tuple(sorted([(group, o), p])) in uncovered for p in job.items()),
             )
-        uncovered -= {frozenset(pair) for pair in itertools.combinations(job.items(), 2)}
+        uncovered.difference_update(itertools.combinations(sorted(job.items()), 2))
         jobs.append(job)
     return jobs
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from tests.training.rank_jobs import RankJob, RankLoader, leave_rows, make_cpu_trainer, read_job
 
-NUM_STEPS = 20
 MICRO_BATCH = 2
 CHANGES: dict[str, Any] = {
     "projector_learning_rate": 5e-3,
@@ -35,6 +34,7 @@ class Case:
         precision: the trainer's.
         fused: two processes have the AdamW of a CUDA run, one process has the other.
         changes: rates, decays and the bound of clipping are others behind the middle.
+        steps: how many it takes.
     """
 
     trainable: list[str]
@@ -45,6 +45,7 @@ class Case:
     precision: str = "32-true"
     fused: bool = False
     changes: bool = False
+    steps: int = 20
 
     @property
     def name(self) -> str:
@@ -105,7 +106,7 @@ def _train(job: Job, case: Case) -> list[dict[str, float]]:
     size = 2 * MICRO_BATCH * case.accumulate
     num_epochs = 2 if case.stops else 1
     # Samples 2, 3 and 6, 7 are text only: all that the second process ever gets.
-    samples = make_samples(NUM_STEPS // num_epochs * size, text_only=lambda i: i % 4 >= 2)
+    samples = make_samples(case.steps // num_epochs * size, text_only=lambda i: i % 4 >= 2)
     loader = (Loader if one else RankLoader)(samples, MICRO_BATCH, 2 * case.accumulate)
 
     def fit(max_epochs: int, checkpoint: Path | None = None) -> lightning.Trainer:
