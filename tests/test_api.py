@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 import vipllava as vl
-from tests.toy_data import encode_picture, said, toy_samples
+from tests.toy_data import encode_picture, lying_sample, make_manifest, said, toy_samples
 from vipllava import records
 from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.hf_format import save_export
@@ -186,6 +186,17 @@ def test_a_sample_that_training_would_refuse_is_shown_with_the_reason(
     seen = vl.open_dataset(place / "faulty").trace(0, vl.sample_encoder(model))
     assert isinstance(seen, RefusedSample)
     assert "bbox1" in seen.reason
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_a_trace_turns_pictures_as_the_manifest_says(
+    place: Path, model: vl.ModelSpec, upright: bool
+):
+    stored, size = lying_sample(upright)
+    write_shards([stored], place / "lying")
+    manifest = make_manifest("lying", shards="*.tar", apply_exif_orientation=upright)
+    seen = vl.open_dataset(manifest, place / "lying").trace(0, vl.sample_encoder(model))
+    assert seen.stored_size == size
 
 
 @pytest.mark.parametrize("batching", ["shuffled", "length_grouped", "packed"])

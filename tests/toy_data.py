@@ -17,12 +17,27 @@ IMAGE_SEQ_LENGTH = 4
 SIDE = 28
 
 
-def encode_picture(width: int = 64, height: int = 48, fmt: str = "JPEG", seed: int = 0) -> bytes:
-    """Return a picture of smooth noise."""
+def encode_picture(
+    width: int = 64, height: int = 48, fmt: str = "JPEG", seed: int = 0, *, orientation: int = 0
+) -> bytes:
+    """Return a picture of smooth noise, of that size as stored, with an EXIF orientation if any."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).resize((width, height)).save(buffer, fmt)
+    buffer, options = io.BytesIO(), {}
+    if orientation:
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = orientation
+    Image.fromarray(noise).resize((width, height)).save(buffer, fmt, **options)
     return buffer.getvalue()
+
+
+def lying_sample(upright: bool) -> tuple[Stored, tuple[int, int]]:
+    """Return a sample whose box is inside of its picture in one frame only, and its size in that.
+
+    The picture is stored on its side.
+    """
+    box, size = ([5, 50, 40, 60], (48, 64)) if upright else ([50, 5, 60, 40], (64, 48))
+    record = {"bboxes": [box], "conversations": said("<image>\nWhat is <bbox0>?", "yes")}
+    return ("k", record, encode_picture(orientation=6), "jpg"), size
 
 
 def make_manifest(name: str = "toy", **changes: Any) -> Manifest:

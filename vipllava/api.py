@@ -60,7 +60,7 @@ class Dataset(SampleSource):
         return look_at(self._seeded(encoder.seed), encoder, position, epoch)
 
     def _seeded(self, seed: int) -> SampleSource:
-        return SampleSource(self.shards, self.record_kind, self.policy, seed)
+        return SampleSource(self.shards, self.record_kind, self.policy, seed, self.upright)
 
 
 def open_dataset(

@@ -201,6 +201,8 @@ class Sample:
     turns: tuple[DraftTurn, ...]  # the conversation, with mentions
     policy: str  # name of the visual-prompt policy that samples the marks
     fixed: tuple[FixedVisualPrompt, ...] = ()  # what the user fixed, one per region, or empty
+    # Whether the picture is turned as its EXIF block says; regions are in these pixels.
+    upright: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 from PIL import Image
 
+from tests.toy_data import lying_sample
 from vipllava.evaluation.bench import ask_all
 from vipllava.evaluation.benches import regions
 from vipllava.types import ConfigError, DraftTurn, Mention, RecordError, Region, Sample
@@ -48,6 +50,14 @@ def test_the_control_draws_nothing_and_keeps_the_words():
     assert _is_plain(first.unmarked)
     assert first.shape in first.text
     assert first.answer == "star"
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_published_pictures_are_asked_about_as_they_are_stored(upright: bool):
+    (_, _, image, _), size = lying_sample(upright)
+    lying = replace(sample("a", "star"), image=image, upright=upright)
+    question = next(regions.read_questions([lying], POLICIES, seed=1))
+    assert question.marked.size == question.unmarked.size == size
 
 
 def answered(samples, model=None, draw_marks="both", batch_size=16):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.toy_data import make_manifest
+from tests.toy_data import encode_picture, make_manifest
 from vipllava.evaluation.bench import BenchData, ask_all
 from vipllava.evaluation.benches import vip_bench
 from vipllava.evaluation.judge import NoVerdictError, match_offline
@@ -91,6 +92,20 @@ def test_answers_and_scores(folder: Path):
         "rel": {"score": 50.0, "num_items": 1},
     }
     assert (result["num_items"], result["num_failures"]) == (3, 0)
+
+
+@pytest.mark.parametrize(("upright", "size"), [(True, (48, 64)), (False, (64, 48))])
+def test_the_manifest_says_whether_pictures_are_turned(
+    folder: Path, upright: bool, size: tuple[int, int]
+):
+    for path in folder.glob("*/images/*"):
+        path.write_bytes(encode_picture(orientation=6))
+    data = bench_data(folder)
+    manifest = replace(data.manifest, apply_exif_orientation=upright)
+    for asked in vip_bench.VIP_BENCH.read(replace(data, manifest=manifest)):
+        image = asked.requests["answer"].image
+        assert image is not None
+        assert image.size == size
 
 
 def test_both_splits_and_a_limit_of_each(folder: Path):

@@ -91,6 +91,21 @@ def test_a_published_data_set_says_where_each_part_comes_from(name: str) -> None
         assert source.access in ("public", "form", "by_hand")
 
 
+def test_published_boxes_count_pixels_as_stored_and_users_upright_ones() -> None:
+    turned = {n for n in list_manifests(KNOWN) if load_manifest(n, KNOWN).apply_exif_orientation}
+    assert turned == {
+        "sample_finetune",
+        "sample_gpt4v",
+        "sample_pretrain",
+        "sample_regions",
+        "sample_vip_bench",
+        "user_data",
+    }
+    assert parse().apply_exif_orientation
+    with pytest.raises(ManifestError, match="apply_exif_orientation is 'no'; expected true or fal"):
+        parse(apply_exif_orientation="no")
+
+
 def test_every_shipped_source_is_used() -> None:
     named: set[str] = set()
     for name in list_manifests(KNOWN):

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import resource
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +57,52 @@ def test_square_is_what_clips_processor_does(width: int, height: int) -> None:
         for values in (CLIP.preprocessing.mean, CLIP.preprocessing.std)
     )
     torch.testing.assert_close((pixels - mean) / std, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "most"),
+    [*((*size, 0) for size in SIZES if size[0] >= size[1]), (701, 9, 0), (9, 701, 1), (3, 999, 1)],
+)
+def test_a_padded_strip_is_what_it_would_be_if_all_of_the_padding_were_made(
+    width: int, height: int, most: int
+) -> None:
+    image = noise(width, height)
+    whole = ImageTransform(56, "pad", CLIP.preprocessing)
+    difference = (whole(image).int() - replace(whole, max_pixels=0)(image).int()).abs()
+    assert difference.max() <= most
+
+
+@pytest.mark.parametrize("size", [(480, 8), (701, 9), (9, 701), (999, 3), (300, 56), (64, 48)])
+def test_a_cropped_strip_is_what_it_would_be_if_all_of_it_were_resized(
+    size: tuple[int, int],
+) -> None:
+    smooth = noise(12, 12).resize(size, Image.Resampling.BICUBIC)
+    whole = ImageTransform(56, "square", CLIP.preprocessing)
+    difference = (whole(smooth).int() - replace(whole, max_pixels=0)(smooth).int()).abs()
+    assert difference.max() <= 12
+    assert difference.float().mean() < 1.5
+
+
+@pytest.mark.parametrize("aspect", ["square", "pad", "resize"])
+@pytest.mark.parametrize(
+    "size", [(65_535, 1), (20_000, 1), (60_000, 40), (1, 65_535), (40, 60_000)]
+)
+def test_a_strip_takes_no_more_memory_than_a_photograph(
+    aspect: ImageAspect, size: tuple[int, int]
+) -> None:
+    image = Image.new("RGB", size, (255, 0, 0))
+    transform = ImageTransform(336, aspect, CLIP.preprocessing)
+    transform(Image.new("RGB", (8, 8)))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), before[1]))
+    try:
+        pixels = transform(image)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert pixels.shape == (3, 336, 336)
+    if aspect != "pad":
+        assert pixels.amin(dim=(1, 2)).tolist() == [255, 0, 0]
 
 
 def test_padding_is_centred_and_mean_coloured() -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tests.toy_data import encode_picture, make_manifest, said, toy_samples
+from tests.toy_data import encode_picture, lying_sample, make_manifest, said, toy_samples
 from tests.toy_stream import Build
 from vipllava.conversation.encode import ConversationEncoder
 from vipllava.conversation.label_proof import prove_labels
@@ -15,7 +16,9 @@ from vipllava.shards.tars import write_shards
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.order import Item
 from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
-from vipllava.types import RecordError, VipLlavaError
+from vipllava.types import RecordError, Sample, VipLlavaError
+from vipllava.visual_prompts.policies import VisualPromptPolicy
+from vipllava.visual_prompts.render import render_plan
 
 REGION = {"bboxes": [[5, 5, 40, 30]], "conversations": said("<image>\nWhat is <bbox0>?", "yes")}
 
@@ -82,6 +85,50 @@ def test_a_manifest_may_name_the_policy(tmp_path: Path) -> None:
     write_shards(toy_samples(2), tmp_path / "toy")
     samples = SampleSource.open(make_manifest(policy="mine"), tmp_path, seed=1)
     assert {sample.policy for sample in samples} == {"mine"}
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_boxes_marks_and_picture_are_in_the_frame_of_the_manifest(
+    tmp_path: Path,
+    encoder: ConversationEncoder,
+    policies: dict[str, VisualPromptPolicy],
+    upright: bool,
+) -> None:
+    stored, size = lying_sample(upright)
+    write_shards([stored], tmp_path / "toy")
+    transform = ImageTransform(28, "pad", CLIP.preprocessing)
+    samples = SampleEncoder(policies, encoder, transform, seed=1)
+
+    def sample_of(upright: bool) -> Sample:
+        manifest = make_manifest(apply_exif_orientation=upright)
+        return SampleSource.open(manifest, tmp_path, seed=1).sample(0)
+
+    trace = samples.trace(sample_of(upright))
+    assert trace.image is not None
+    assert trace.image.size == trace.plan.size == size
+    marked = render_plan(trace.image, trace.plan)
+    left, top, right, bottom = stored[1]["bboxes"][0]
+    change = np.abs(np.asarray(marked, dtype=int) - np.asarray(trace.image))
+    assert change[top - 5 : bottom + 5, left - 5 : right + 5].any()
+    turns, encoded = samples.encode_text(sample_of(upright))
+    assert turns == trace.turns
+    np.testing.assert_array_equal(encoded.input_ids, trace.encoded.input_ids)
+    with pytest.raises(RecordError, match=r"expected a box inside the \d+ x \d+ image"):
+        sample_of(not upright)
+
+
+class Hungry(ImageTransform):
+    """Takes more memory than there is."""
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_a_lack_of_memory_names_the_sample(build_dataset: Build) -> None:
+    dataset = build_dataset(toy_samples(1))
+    dataset.sample_encoder.transform = Hungry(28, "pad", CLIP.preprocessing)
+    with pytest.raises(VipLlavaError, match=r"shard-000000\.tar: toy/s000: the memory does not"):
+        dataset.make(Item(0, 0, 0))
 
 
 def test_a_broken_record_names_file_and_record(build_dataset: Build) -> None:

@@ -18,7 +18,8 @@ _SAME_NAME: Final = {
     "data": "batching cache_gb max_fault_rate on_fault pack_length samples_per_epoch "
     "window_samples",
     "guard": "max_skipped on_nonfinite on_spike spike_factor spike_floor window",
-    "lint": "max_outside_pixels min_contrast min_mark_pixels min_polygon_area",
+    "lint": "max_image_aspect max_outside_pixels min_contrast min_image_contrast min_mark_pixels "
+    "min_polygon_area",
     "machine": "micro_batch_size",
     "paths": "data_root",
     "stage": "checkpoint global_batch_size max_length trainable",

@@ -137,6 +137,7 @@ def parse_record(
     kind: str = AUTO,
     rng: np.random.Generator,
     size: tuple[int, int] | None = None,
+    upright: bool = True,
 ) -> Sample:
     """Check a record and draft its conversation.
 
@@ -147,16 +148,19 @@ def parse_record(
         image: encoded, from beside the record.
         kind: one of ``KINDS``, or ``auto``.
         rng: chooses wordings; see :func:`vipllava.keyed_random.generator_for`.
-        size: width and height of the upright image, pixels, where known already.
+        size: width and height of the image, pixels, where known already.
+        upright: whether the image is turned as its EXIF block says.
 
     Raises:
         RecordError: naming data set, key, field, what was found and what is expected.
     """
-    fields = Fields(record, key, dataset, image, size)
+    fields = Fields(record, key, dataset, image, size, upright)
     check_version(record, fields.where)
     try:
         found = find_kind(record, kind, image is not None)
     except RecordError as error:
         raise error.at(fields.where) from None
     parsed = found.parse(fields, rng)
-    return Sample(key, dataset, image, parsed.regions, parsed.turns, found.policy, parsed.fixed)
+    return Sample(
+        key, dataset, image, parsed.regions, parsed.turns, found.policy, parsed.fixed, upright
+    )

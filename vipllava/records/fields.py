@@ -57,8 +57,9 @@ class Fields:
     key: str  # the sample's
     dataset: str  # the manifest's name
     image: bytes | None  # encoded
-    # Width and height of the stored, upright image, pixels, once they are known.
+    # Width and height of the stored image, pixels, once they are known.
     known_size: tuple[int, int] | None = None
+    upright: bool = True  # whether the image is turned as its EXIF block says
 
     @property
     def where(self) -> str:
@@ -67,9 +68,10 @@ class Fields:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the stored, upright image, pixels."""
+        """Width and height of the stored image, pixels."""
         if self.known_size is None:
-            self.known_size = image_size(self.require_image(), key=self.where)
+            data = self.require_image()
+            self.known_size = image_size(data, key=self.where, upright=self.upright)
         return self.known_size
 
     def refuse(self, reason: str, fault: str = "record-invalid") -> NoReturn:

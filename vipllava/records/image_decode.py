@@ -1,26 +1,32 @@
-"""Encoded images to upright 8-bit RGB. No torch here: records and shards need only sizes.
+"""Encoded images to 8-bit RGB. No torch here: records and shards need only sizes.
 
-What "the stored image" means everywhere in this package: the image after its EXIF rotation, as
-browsers and annotation tools show it. Boxes and polygons are in those pixels.
+What "the stored image" means everywhere in this package: the image whose pixels boxes and polygons
+count. For users' data it is the upright one, turned as its EXIF block says: browsers and annotation
+tools show that. The published annotations were drawn on the pixels as they lie in the file; their
+manifests say so, and ``upright=False`` leaves the EXIF block alone.
 
 * CMYK, palette, grey, 1-bit: converted to RGB.
-* 16-bit grey: the high byte is kept (16-bit RGB files are read so by Pillow itself).
+* 16-bit grey: the upper eight of as many bits as the brightest pixel needs (8, 10, 12, 14 or 16):
+  cameras and scanners store fewer than 16. 16-bit colours: the high byte; refused if all is black.
 * Transparency: composited over white, as a page shows it.
 * Animations: the first frame.
-* More than 100 megapixels: refused before decoding.
+* More than 100 megapixels, or a side of more than 65535 pixels: refused before decoding.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
-from typing import Final
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, Final
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vipllava.types import RecordError
+from vipllava.types import RecordError, VipLlavaError, first_line
 
 try:
     import simplejpeg  # pyright: ignore[reportMissingTypeStubs]
@@ -28,6 +34,7 @@ except ImportError:  # optional: same pixels as Pillow, about three times faster
     simplejpeg = None
 
 MAX_PIXELS: Final = 100_000_000
+MAX_SIDE: Final = 65535  # a JPEG's; what is made of an image grows with its longer side
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _FIX: Final = "replace the file or remove the record"
 _ORIENTATION: Final = 0x0112
@@ -36,62 +43,126 @@ _UPRIGHT: Final = {
     2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE,
     6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90,
 }  # fmt: skip
+_FOREIGN: Final = {
+    "HEIC": rb".{4}ftyp(hei|hev|mif1|msf1)",
+    "AVIF": rb".{4}ftypavi[fs]",
+    "TIFF": rb"II[*+]\0|MM\0[*+]",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+}
+_PNG: Final = b"\x89PNG\r\n\x1a\n"
+_PNG_NOTES: Final = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_PNG_DEPTH: Final = 24  # byte of a PNG that says how many bits a channel has
+_BLACK: Final = 16  # levels of 255 that 12 bits reach where 16 are read
 _BROKEN: Final = (OSError, ValueError, SyntaxError, EOFError, struct.error, KeyError, IndexError)
 
 
-def image_size(data: bytes, *, key: str) -> tuple[int, int]:
-    """Return width and height of the upright image, from the header alone.
+def image_size(data: bytes, *, key: str, upright: bool = True) -> tuple[int, int]:
+    """Return width and height of the image, from the header alone.
+
+    ``key`` is the sample's, for messages; ``upright``: turned as the EXIF block says.
 
     Raises:
-        RecordError: not an image, or more than 100 megapixels.
+        RecordError: not an image, or too large.
     """
     image = _open(data, key)
     width, height = image.size
-    return (height, width) if _orientation(image) >= 5 else (width, height)  # on its side
+    on_its_side = upright and _orientation(image) >= 5
+    return (height, width) if on_its_side else (width, height)
 
 
-def decode_image(data: bytes, key: str) -> Image.Image:
-    """Return the upright image, mode RGB, of JPEG, PNG, WebP, GIF or BMP bytes.
+def decode_image(data: bytes, key: str, *, upright: bool = True) -> Image.Image:
+    """Return the image, mode RGB, of JPEG, PNG, WebP, GIF or BMP bytes.
 
-    The content decides, not the extension; ``key`` is the sample's, for messages.
+    The content decides, not the extension. For the arguments see :func:`image_size`.
 
     Raises:
         RecordError: the bytes are no image, are truncated, hold more than 100 megapixels, or
             are of a mode without a defined conversion.
+        VipLlavaError: there is not enough memory.
     """
     image = _open(data, key)
-    orientation = _orientation(image)
-    rgb = _decode_jpeg(data, image)
-    if rgb is None:
-        try:
-            image.load()
-            rgb = _to_rgb(image, key)
-        except (*_BROKEN, Image.DecompressionBombError) as error:
-            raise _corrupt(f"{key}: the image cannot be decoded ({error})") from error
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    orientation = _orientation(image) if upright else 1
+    with naming_in_memory_errors(key):
+        rgb = _decode_jpeg(data, image)
+        if rgb is None:
+            try:
+                image.load()
+                rgb = _to_rgb(image, key, deep=image.format == "PNG" and data[_PNG_DEPTH] == 16)
+            except (*_BROKEN, Image.DecompressionBombError) as error:
+                raise _corrupt(f"{key}: the image cannot be decoded ({error})") from error
+        return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+@contextmanager
+def naming_in_memory_errors(key: str) -> Generator[None]:
+    """Say of which sample the image was for which the memory did not suffice.
+
+    Raises:
+        VipLlavaError: in place of Python's or torch's error; it is no fault of the sample, which
+            another machine can read.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise VipLlavaError(
+            f"{key}: the memory does not suffice for the image and what is made of it "
+            f"({first_line(error)}); use fewer processes (num_workers), or more memory"
+        ) from error
 
 
 def _open(data: bytes, key: str) -> Image.Image:
-    too_large = f"the limit is {MAX_PIXELS} pixels; {_FIX}"
+    limits = f"the limit is {MAX_PIXELS} pixels, and {MAX_SIDE} a side; {_FIX}"
     try:
         with warnings.catch_warnings():  # Pillow warns below our limit, which is checked here
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            image = Image.open(io.BytesIO(_without_notes(data)), formats=_FORMATS)
         width, height = image.size
     except Image.DecompressionBombError as error:
-        raise RecordError(f"{key}: {error}; {too_large}", "image-too-large") from error
+        raise RecordError(f"{key}: {error}; {limits}", "image-too-large") from error
     except UnidentifiedImageError as error:
-        raise _corrupt(
-            f"{key}: {len(data)} bytes starting with {bytes(data[:8])!r} are no image; expected "
-            f"{', '.join(_FORMATS)}"
-        ) from error
+        raise _no_image(data, key) from error
     except _BROKEN as error:
         raise _corrupt(f"{key}: the image's header is broken ({error})") from error
-    if width * height > MAX_PIXELS:
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise RecordError(
-            f"{key}: the image has {width} x {height} pixels; {too_large}", "image-too-large"
+            f"{key}: the image has {width} x {height} pixels; {limits}", "image-too-large"
         )
     return image
+
+
+def _without_notes(data: bytes) -> bytes:
+    """Leave out texts and colour profile of a PNG: Pillow refuses large ones, no pixel needs them.
+
+    A kilobyte of them may inflate to a gigabyte, so its limits stay as they are.
+    """
+    if not data.startswith(_PNG):
+        return data
+    parts: list[bytes] = []
+    start, place = 0, len(_PNG)
+    while place + 12 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, place)
+        end = place + 12 + length  # size, name and checksum are four bytes each
+        if name in _PNG_NOTES and end <= len(data):
+            parts.append(data[start:place])
+            start = end
+        place = end
+    return b"".join([*parts, data[start:]]) if parts else data
+
+
+def _no_image(data: bytes, key: str) -> RecordError:
+    expected = ", ".join(_FORMATS)
+    name = next((name for name, start in _FOREIGN.items() if re.match(start, data, re.S)), None)
+    if name is not None:
+        return RecordError(
+            f"{key}: the image is {name}, which is not read; expected {expected}. Convert it, e.g. "
+            "with ImageMagick: `magick IMAGE -auto-orient IMAGE.png`",
+            "image-corrupt",
+        )
+    found = f"{len(data)} bytes starting with {bytes(data[:8])!r} are no image"
+    return _corrupt(f"{key}: {found}; expected {expected}")
 
 
 def _corrupt(what: str) -> RecordError:
@@ -122,11 +193,21 @@ def _decode_jpeg(data: bytes, image: Image.Image) -> Image.Image | None:
     return Image.fromarray(pixels)
 
 
-def _to_rgb(image: Image.Image, key: str) -> Image.Image:
+def _to_rgb(image: Image.Image, key: str, *, deep: bool) -> Image.Image:
+    """Convert a loaded image; ``deep``: its channels have 16 bits in the file."""
     mode = image.mode
     if mode.startswith("I"):  # I;16, I;16B, or I: 16-bit grey
-        high = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(high.clip(0, 255).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image).clip(0, 0xFFFF).astype(np.uint16)
+        bits = int(values.max()).bit_length()
+        values >>= max(0, bits + bits % 2 - 8)
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+    extrema: Any = image.getextrema() if deep else ()
+    if deep and max(brightest for _, brightest in extrema) < _BLACK:
+        raise RecordError(
+            f"{key}: the image has 16 bits a channel and uses 12 of them at most, of which nothing "
+            "but black would be left; store it with 8 bits a channel",
+            "image-corrupt",
+        )
     if mode == "F":
         raise RecordError(
             f"{key}: the image has floating-point pixels (mode F), whose range is unknown; "
@@ -134,7 +215,7 @@ def _to_rgb(image: Image.Image, key: str) -> Image.Image:
             "image-corrupt",
         )
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
+        layer = image if mode == "RGBA" else image.convert("RGBA")
+        over = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
+        return over.convert("RGB")
     return image.convert("RGB")

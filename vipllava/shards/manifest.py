@@ -52,6 +52,9 @@ class Manifest:
     folder: str | None = None  # the folder of a ``vip_bench`` layout, relative to the data root
     # visual-prompt policy of every record, or ``auto``: the record kind's own
     policy: str = AUTO_POLICY
+    # whether images are turned as their EXIF blocks say, which browsers and annotation tools do;
+    # false where boxes and masks count the pixels as they lie in the file (the published data)
+    apply_exif_orientation: bool = True
     # exact number of samples in the shards, or of questions of a benchmark, checked when opened;
     # None if not known beforehand (building may reject broken inputs)
     num_samples: int | None = None

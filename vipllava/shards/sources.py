@@ -23,6 +23,7 @@ _WEB: Final = ("http", "https")
 _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "str": (lambda value: isinstance(value, str), "a text"),
     "str | None": (lambda value: isinstance(value, str | None), "a text or null"),
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
     "int | None": (
         lambda value: value is None or (type(value) is int and value > 0),
         "a positive number or null",

@@ -4,7 +4,8 @@
 * ``pad``: pad to a square in the mean colour, then resize (stages 2 and 3, inference).
 * ``resize``: to ``size`` x ``size`` whatever the aspect (VCR evaluation).
 
-The fast path resizes with torch's uint8 kernels, within one level of Pillow's.
+The fast path resizes with torch's uint8 kernels, within one level of Pillow's. What is made on the
+way is bounded, too: padded to a square, a strip of 60000 x 40 pixels would take 10 GB.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from vipllava.records.image_decode import MAX_PIXELS
 from vipllava.types import RGB, BBox, ConfigError, Preprocessing
 
 ImageAspect = Literal["square", "pad", "resize"]
@@ -32,6 +34,8 @@ class ImageTransform:
     size: int  # side of the network's input, pixels
     aspect: ImageAspect
     preprocessing: Preprocessing  # of the vision tower: its resampling, and the padding's colour
+    # More pixels are not made on the way: a strip is resized before it is padded, or cropped first.
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -45,18 +49,36 @@ class ImageTransform:
         if self.aspect == "resize" and image.width < self.size < image.height:
             # Wider and lower at once: releases of Pillow differ in which pass comes first.
             return reference_transform(image, self.size, self.aspect, self.preprocessing)
+        side = max(image.size)
+        width, height = _resized_size(*image.size, self.size, self.aspect)
+        if self.aspect == "square" and width * height > self.max_pixels:
+            image = _middle(image)
+            width, height = _resized_size(*image.size, self.size, self.aspect)
         pixels = np.array(image)
         if self.aspect == "pad":  # first: padding after resizing would shift the image
-            pixels = _pad(pixels, self.preprocessing.pad_colour)
-        height, width = pixels.shape[:2]
-        width, height = _resized_size(width, height, self.size, self.aspect)
+            rows = columns = side
+            if side**2 > self.max_pixels:
+                # The longer side is resized before the other one is padded. Of wide images the
+                # result is the same; of tall ones columns come first else, which is a level of 255.
+                if image.width == side:
+                    pixels, columns = self._resize(pixels, image.height, self.size), self.size
+                else:
+                    pixels, rows = self._resize(pixels, self.size, image.width), self.size
+            pixels = _pad(pixels, rows, columns, self.preprocessing.pad_colour)
+        pixels = self._resize(pixels, height, width)
+        top, left = (height - self.size) // 2, (width - self.size) // 2
+        pixels = pixels[top : top + self.size, left : left + self.size]
+        return torch.as_tensor(pixels).permute(2, 0, 1).contiguous()
+
+    def _resize(self, pixels: Pixels, height: int, width: int) -> Pixels:
+        """Resize [h, w, 3] to [height, width, 3]; columns first, as Pillow does, then rows."""
+        if pixels.shape[:2] == (height, width):
+            return pixels
         # A contiguous [height, width, 3] array is channels-last, torch's fast layout here.
         planes = torch.as_tensor(pixels).permute(2, 0, 1)[None]
-        if (height, width) != tuple(planes.shape[2:]):
-            mode = self.preprocessing.resampling
-            planes = F.interpolate(planes, size=(height, width), mode=mode, antialias=True)
-        top, left = (height - self.size) // 2, (width - self.size) // 2
-        return planes[0, :, top : top + self.size, left : left + self.size].contiguous()
+        mode = self.preprocessing.resampling
+        planes = F.interpolate(planes, size=(height, width), mode=mode, antialias=True)
+        return planes[0].permute(1, 2, 0).numpy()
 
     def map_box(self, bbox: BBox, size: tuple[int, int]) -> BBox:
         """Return where a box of an image of a width and height comes to lie, in pixels.
@@ -92,16 +114,27 @@ def reference_transform(
     return torch.as_tensor(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _pad(pixels: Pixels, colour: RGB) -> Pixels:
-    """Centre on a square; an odd pixel goes to the right or the bottom."""
+def _middle(image: Image.Image) -> Image.Image:
+    """Return the middle of a strip, which is all that a square crop shows of it.
+
+    Of the same parity, so that its centre is the strip's; resized, the crop is the same to half a
+    pixel.
+    """
+    long, short = max(image.size), min(image.size)
+    margin = max(0, long - 8 * short) // 2
+    across, down = (margin, 0) if image.width == long else (0, margin)
+    return image.crop((across, down, image.width - across, image.height - down))
+
+
+def _pad(pixels: Pixels, rows: int, columns: int, colour: RGB) -> Pixels:
+    """Centre on a canvas; an odd pixel goes to the right or the bottom."""
     height, width = pixels.shape[:2]
-    if height == width:
+    if (height, width) == (rows, columns):
         return pixels
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    canvas = np.empty((side, side, 3), dtype=np.uint8)
+    top, left = (rows - height) // 2, (columns - width) // 2
+    canvas = np.empty((rows, columns, 3), dtype=np.uint8)
     # Whole rows at once: numpy broadcasts three bytes to an image ten times slower.
-    band = np.tile(np.array(colour, dtype=np.uint8), side).reshape(side, 3)
+    band = np.tile(np.array(colour, dtype=np.uint8), columns).reshape(columns, 3)
     canvas[:top], canvas[top + height :] = band, band
     canvas[:, :left], canvas[:, left + width :] = band[:left], band[left + width :]
     canvas[top : top + height, left : left + width] = pixels

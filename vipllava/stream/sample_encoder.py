@@ -28,7 +28,7 @@ from vipllava.files.cache import ShardCache
 from vipllava.files.retries import ONCE, Patience
 from vipllava.keyed_random import generator_for
 from vipllava.records import KINDS, Kinds, parse_record
-from vipllava.records.image_decode import decode_image, image_size
+from vipllava.records.image_decode import decode_image, image_size, naming_in_memory_errors
 from vipllava.shards.manifest import AUTO_POLICY, Manifest
 from vipllava.shards.tars import Entry, ShardSet, open_shards
 from vipllava.stream.collate import Collator, EncodedSample
@@ -58,6 +58,7 @@ class SampleSource:
     record_kind: str  # of every record, or ``auto``
     policy: str  # of every sample, or ``auto``: the record kind's own
     seed: int  # of wordings and marks
+    upright: bool = True  # whether images are turned as their EXIF blocks say
     # A spawned worker knows the registered ones, because they travel with its sources.
     kinds: Kinds = field(default_factory=lambda: KINDS, init=False, repr=False)
 
@@ -73,7 +74,9 @@ class SampleSource:
     ) -> Self:
         """Open the shards of a manifest; see :func:`vipllava.shards.tars.open_shards`."""
         shards = open_shards(manifest, data_root, cache=cache, patience=patience)
-        return cls(shards, manifest.record_kind, manifest.policy, seed)
+        return cls(
+            shards, manifest.record_kind, manifest.policy, seed, manifest.apply_exif_orientation
+        )
 
     @property
     def name(self) -> str:
@@ -104,7 +107,8 @@ class SampleSource:
                 image=entry.image,
                 kind=self.record_kind,
                 rng=words_generator(self.seed, epoch, self.name, entry.key),
-                size=entry.image_size,
+                size=entry.image_size if self.upright else None,  # the index knows upright ones
+                upright=self.upright,
             )
         except RecordError as error:
             raise error.at(entry.shard) from error
@@ -151,7 +155,7 @@ class SampleTrace:
     plan: VisualPromptPlan  # its marks
     turns: tuple[Turn, ...]  # its texts, with the marks' words
     encoded: Encoded  # ids and labels
-    # The decoded, upright image without marks, RGB; None for a text-only sample.
+    # The decoded image without marks, RGB; None for a text-only sample.
     image: Image.Image | None
     # Uint8 [3, size, size] as the network gets it, marks drawn; None likewise.
     pixel_values: torch.Tensor | None
@@ -179,7 +183,9 @@ class SampleEncoder:
 
     def encode_text(self, sample: Sample, epoch: int = 0) -> tuple[tuple[Turn, ...], Encoded]:
         """Return texts and ids without decoding the image; equal to what training gets."""
-        size = (0, 0) if sample.image is None else image_size(sample.image, key=_name(sample))
+        size = (0, 0)
+        if sample.image is not None:
+            size = image_size(sample.image, key=_name(sample), upright=sample.upright)
         return self._encode(sample, size, epoch)[1:]
 
     def encode(self, sample: Sample, epoch: int = 0) -> EncodedSample:
@@ -193,11 +199,16 @@ class SampleEncoder:
         Raises:
             RecordError: an unreadable image, regions that cannot be told apart, or a conversation
                 without a supervised token; names data set and key.
+            VipLlavaError: there is not enough memory; names data set and key.
         """
-        image = None if sample.image is None else decode_image(sample.image, _name(sample))
+        name, image, pixels = _name(sample), None, None
+        if sample.image is not None:
+            image = decode_image(sample.image, name, upright=sample.upright)
         size = (0, 0) if image is None else image.size
         plan, turns, encoded = self._encode(sample, size, epoch)
-        pixels = None if image is None else self.transform(render_plan(image, plan))
+        if image is not None:
+            with naming_in_memory_errors(name):
+                pixels = self.transform(render_plan(image, plan))
         return SampleTrace(sample, plan, turns, encoded, image, pixels)
 
     def _encode(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.toy_data import encode_picture, make_manifest, said
+from tests.toy_data import encode_picture, lying_sample, make_manifest, said
 from vipllava.ingest.building.annotations import Annotation
 from vipllava.ingest.building.incoming import (
     Ingested,
@@ -150,6 +150,17 @@ def test_the_content_names_the_extension(
     with Image.open(io.BytesIO(made.image)) as stored:
         assert stored.size == (64, 48)
         assert stored.format == {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[extension]
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_boxes_are_looked_at_in_the_frame_of_the_manifest(tmp_path: Path, upright: bool):
+    (_, record, image, _), _ = lying_sample(upright)
+    assert image is not None
+    put(tmp_path, "coco/train2017/1.jpg", image)
+    record["image"] = "coco/train2017/1.jpg"
+    assert take(record, tmp_path, apply_exif_orientation=upright).image == image
+    with pytest.raises(RecordError, match="expected a box inside the"):
+        take(record, tmp_path, apply_exif_orientation=not upright)
 
 
 def test_a_missing_picture(tmp_path: Path):

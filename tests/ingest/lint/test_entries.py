@@ -99,7 +99,7 @@ def test_the_level_of_contrast(encoder: ConversationEncoder) -> None:
     samples = sample_encoder(encoder)
 
     def look(limit: float) -> list[str]:
-        limits = LintLimits(min_contrast=limit)
+        limits = LintLimits(min_contrast=limit, min_image_contrast=0)
         findings = lint_one(record, samples, image=image, extension="png", limits=limits)
         return [finding.message for finding in findings]
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -119,6 +120,23 @@ def pictures() -> Iterator[Case]:
     ):
         image = stored(noise(3), fmt)
         yield Case(name, {"image-extension"}, record_of("image_level"), image, extension)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    turned = stored(noise(6, HEIGHT, WIDTH), exif=exif)
+    lying = {"width": HEIGHT, "height": WIDTH}
+    for kind in ("v7w", "regions"):
+        yield Case(f"lying-{kind}", {"image-orientation"}, record_of(kind, **lying), turned)
+        yield Case(f"upright-{kind}", set(), record_of(kind, width=WIDTH, height=HEIGHT), turned)
+        yield Case(f"other-size-{kind}", {"image-size"}, record_of(kind, width=640, height=480))
+    clip = record_of("vcr")
+    clip["meta"] |= {"width": 1920, "height": 1080}
+    yield Case("other-size-vcr", {"image-size"}, clip)
+    yield Case("no-boxes", set(), record_of("image_level", **lying), turned)
+    strip = stored(noise(7, 1360, 80))
+    yield Case("strip", {"image-aspect"}, record_of("image_level"), strip)
+    yield Case("no-strip", set(), record_of("image_level"), stored(noise(7, 1280, 80)))
+    night = np.random.default_rng(0).integers(0, 16, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    yield Case("night", {"image-uniform"}, record_of("image_level"), stored(Image.fromarray(night)))
 
 
 def boxes() -> Iterator[Case]:
@@ -276,9 +294,10 @@ def marks() -> Iterator[Case]:
         yield Case(f"faint-{shape}", {"mark-contrast"}, fixed(faint, blue))
     grey = stored(Image.new("RGB", (WIDTH, HEIGHT), (128, 128, 128)))
     alike = {"shape": "mask", "colour": [120, 130, 125], "alpha": 255}
-    yield Case("alike", {"mark-contrast"}, fixed(alike, blue), grey)
+    yield Case("alike", {"mark-contrast", "image-uniform"}, fixed(alike, blue), grey)
     all_red = stored(Image.new("RGB", (WIDTH, HEIGHT), (255, 0, 0)))
-    yield Case("red-on-red", {"mark-contrast"}, record_of("pointQA_twice"), all_red)
+    unseen = {"mark-contrast", "image-uniform"}
+    yield Case("red-on-red", unseen, record_of("pointQA_twice"), all_red)
 
     lime = {"shape": "mask", "colour": "lime"}
     talk = said("What is there?", "The Lime thing <bbox0>.", "And <bbox1>?", "It is blue.")

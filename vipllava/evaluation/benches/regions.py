@@ -85,7 +85,7 @@ def read_questions(
                 f"{name} cannot be asked: a region question needs an image and ends with the "
                 "user's question and the assistant's answer"
             )
-        image = decode_image(sample.image, name)
+        image = decode_image(sample.image, name, upright=sample.upright)
         rng = marks_generator(seed, 0, sample.dataset, sample.key)
         plan, turns = plan_sample(sample, image.size, policies, rng)
         yield Question(

@@ -68,10 +68,11 @@ def read_items(folder: Path, split: str) -> list[Item]:
     return list(items.values())
 
 
-def ask(items: Iterable[Item]) -> Iterator[Asked[Item]]:
-    """Ask every question in its split's wording."""
+def ask(items: Iterable[Item], *, upright: bool = True) -> Iterator[Asked[Item]]:
+    """Ask every question in its split's wording; ``upright``: images turned as EXIF says."""
     for item in items:
-        image = decode_image(item.image.read_bytes(), f"{item.key} ({item.image})")
+        name = f"{item.key} ({item.image})"
+        image = decode_image(item.image.read_bytes(), name, upright=upright)
         turn = Turn("user", item.text, has_image=True)
         yield Asked(item, {"answer": Request(image, (turn,), item.key)})
 
@@ -115,7 +116,8 @@ def score(answered: Sequence[Answered[Item]], judge: Judge) -> dict[str, Any]:
 
 def _read(data: BenchData) -> Iterator[Asked[Item]]:
     splits = [read_items(data.folder, split) for split in SPLITS]
-    return ask(item for items in splits for item in items[: data.limit])
+    chosen = (item for items in splits for item in items[: data.limit])
+    return ask(chosen, upright=data.manifest.apply_exif_orientation)
 
 
 def _by_split(answered: Sequence[Answered[Item]]) -> dict[str, list[Answered[Item]]]:

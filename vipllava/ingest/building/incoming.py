@@ -132,6 +132,7 @@ def ingest(item: Annotation, manifest: Manifest, data_root: Path) -> Ingested:
         image=image,
         kind=manifest.record_kind,
         rng=generator_for("build", manifest.name, key),
+        upright=manifest.apply_exif_orientation,
     )
     kind = kind_of(record) if manifest.record_kind == AUTO else manifest.record_kind
     return Ingested(sample.key, record, image, extension, kind, change)
@@ -144,7 +145,7 @@ def _read_image(
     if "image" not in record:
         return None, None, None
     name, data = _read_input(record, "image", manifest, data_root)
-    decoded = decode_image(data, f"{manifest.name}/{key}")
+    decoded = decode_image(data, f"{manifest.name}/{key}", upright=manifest.apply_exif_orientation)
     real = format_of(data)
     if real not in _STORED:
         buffer = io.BytesIO()

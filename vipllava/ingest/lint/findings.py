@@ -26,6 +26,10 @@ CODES: Final[Mapping[str, tuple[Severity, str]]] = {
     "image-corrupt": ("error", "bytes that are no image, or that do not decode to their end"),
     "image-too-large": ("error", "an image of more than 100 megapixels"),
     "image-extension": ("warning", "an image of another format than its extension says"),
+    "image-orientation": ("error", "boxes of an image that is turned by its EXIF block, or not"),
+    "image-size": ("error", "an image of another size than its record says"),
+    "image-aspect": ("warning", "an image so long that hardly anything of it is seen"),
+    "image-uniform": ("warning", "an image that is nearly the same everywhere"),
     "box-invalid": ("error", "a box that is not four finite numbers"),
     "box-reversed": ("error", "a box whose x2 < x1 or y2 < y1"),
     "box-empty": ("error", "a box without an area"),
@@ -86,11 +90,15 @@ class LintLimits:
     # how far a box may reach out of its stored image; annotations count the last pixel or do not
     max_outside_pixels: float = 1.0
     min_polygon_area: float = 1.0  # square pixels of the stored image
+    max_image_aspect: float = 16.0  # longer side of an image by its shorter one
+    # between the darkest and the brightest place of an image, in levels of 0..255: the largest
+    # difference among the three channels
+    min_image_contrast: float = 16.0
 
     def __post_init__(self) -> None:
         problems: list[str] = []
         for name, value in asdict(self).items():
-            high = 255 if name == "min_contrast" else math.inf
+            high = 255 if name.endswith("_contrast") else math.inf
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_number or not math.isfinite(value) or not 0 <= value <= high:
                 wanted = "a number from 0" + (f" to {high}" if high < math.inf else "")

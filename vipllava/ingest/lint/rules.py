@@ -1,4 +1,4 @@
-"""What each check says of a record: of its image, its shapes, its texts and its marks.
+"""What each check says of a record: of its shapes, its texts and its marks.
 
 The verdict on a single box or polygon is the parser's (:class:`vipllava.records.fields.Fields`);
 here all of them are asked, and what a parser lets pass is looked at as well.
@@ -16,11 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageChops
 
-from vipllava.ingest.image_format import format_of, same_format
 from vipllava.ingest.lint.findings import LintLimits, Problem
 from vipllava.records import RecordKind
 from vipllava.records.fields import REGION_PLACEHOLDER, Fields, kept_turns
-from vipllava.records.image_decode import decode_image
 from vipllava.records.kind import Outline, list_or_empty
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.types import Mention, RecordError, Sample, Turn, VisualPromptPlan
@@ -34,29 +32,6 @@ _FAR: Final = 1e9
 _EDGES_AT_ONCE: Final = 512
 _Vertices = npt.NDArray[np.float64]
 _COLOUR_NAMES: Final = {rgb: name for name, rgb in PALETTE.items()}
-
-
-def read_image(fields: Fields, kind: RecordKind) -> tuple[Image.Image | None, RecordError | None]:
-    """Decode the whole image; return it, or what is wrong with it (None twice: text only)."""
-    try:
-        if kind.has_image:
-            fields.require_image()
-        if fields.image is None:
-            return None, None
-        return decode_image(fields.image, f"{fields.dataset}/{fields.key}"), None
-    except RecordError as error:
-        return None, error
-
-
-def extension_problems(data: bytes, extension: str | None) -> Iterator[Problem]:
-    """Yield a problem if an image's extension is not the one of its bytes."""
-    found = format_of(data)
-    if extension is not None and found is not None and not same_format(extension, found):
-        yield Problem(
-            "image-extension",
-            f"the image is called .{extension} and is a .{found}; it is read as what it is, other "
-            f"programs may not: rename it, or store it as .{extension}",
-        )
 
 
 def geometry_problems(fields: Fields, kind: RecordKind, limits: LintLimits) -> Iterator[Problem]:

@@ -19,15 +19,14 @@ from PIL import Image
 from vipllava.conversation.label_proof import prove_labels
 from vipllava.files.pools import run_jobs
 from vipllava.ingest.lint.findings import Finding, LintLimits, LintReport, Problem
+from vipllava.ingest.lint.image_rules import image_problems, read_image
 from vipllava.ingest.lint.rules import (
     blank_problems,
     colour_problems,
-    extension_problems,
     geometry_problems,
     leftover_problems,
     mark_problems,
     placeholder_problems,
-    read_image,
     same_words_problems,
 )
 from vipllava.ingest.tar_listing import Listing, find_tars, list_tar
@@ -114,7 +113,10 @@ def lint_shards(
         chosen.append((number, position - ends[number] + len(contents[number].keys)))
     chunks = [chosen[n : n + _CHUNK] for n in range(0, count, _CHUNK)]
     # Records are read by the checker; the source only parses them.
-    source = SampleSource(ShardSet(dataset, (), ()), manifest.record_kind, manifest.policy, seed)
+    upright = manifest.apply_exif_orientation
+    source = SampleSource(
+        ShardSet(dataset, (), ()), manifest.record_kind, manifest.policy, seed, upright
+    )
     checker = _Checker(root, tars, source, samples, limits, epoch)
     repeated = _repeated_keys(dataset, contents)
     found = {place: [finding] for place, finding in repeated.items()}
@@ -207,11 +209,10 @@ def lint_entry(
     Of ``source`` data set, record kind, policy and seed count; its shards are not read.
     """
     kind = find_kind(entry.record, source.record_kind, entry.image is not None)
-    fields = Fields(entry.record, entry.key, source.name, entry.image)
+    fields = Fields(entry.record, entry.key, source.name, entry.image, upright=source.upright)
     image, image_error = read_image(fields, kind)
     problems = [] if image_error is None else [Problem(image_error.fault, str(image_error))]
-    if entry.image is not None:
-        problems += extension_problems(entry.image, entry.image_extension)
+    problems += image_problems(fields, kind, image, entry.image_extension, limits)
     problems += geometry_problems(fields, kind, limits)
     problems += placeholder_problems(entry.record, kind)
     try:
