@@ -55,10 +55,17 @@ class ConfigError(VipLlavaError):
     """The composed configuration cannot run; the message lists every problem."""
 
 
+LONGEST_MESSAGE = 1000
+"""Letters of a message about a record, which may quote a field that holds megabytes."""
+
+
 class RecordError(VipLlavaError):
     """A record, image or annotation breaks its schema; the message names key and place."""
 
     def __init__(self, message: str, fault: str = "record-invalid") -> None:
+        if len(message) > LONGEST_MESSAGE:  # the remedy is at its end
+            half = LONGEST_MESSAGE // 2
+            message = f"{message[:half]} [...] {message[-half:]}"
         super().__init__(message)
         self.fault = fault  # its class, e.g. ``box-empty``; :mod:`vipllava.ingest.lint` lists them
 

@@ -21,22 +21,26 @@ def lint(capsys: pytest.CaptureFixture[str]):
     return run
 
 
-def test_faults_are_listed_and_only_strict_fails(
+def test_errors_are_listed_and_fail(
     faulty_data: UserData, lint, capsys: pytest.CaptureFixture[str]
 ):
     code, report = lint(faulty_data)
-    assert code == 0
+    assert code == 1
     assert report["counts"]["box-empty"] == 1
     assert report["num_checked"] == 11
     assert lint(faulty_data, "--strict")[0] == 1
-    assert cli.main(["lint", *faulty_data.arguments, "--num-samples", "11"]) == 0
-    assert "box-empty" in capsys.readouterr().out
+    assert cli.main(["lint", *faulty_data.arguments, "--num-samples", "11"]) == 1
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "box-empty" in shown
+    assert "bad: field `bboxes[0]`" in shown
 
 
 def test_thresholds_are_the_jobs(user_data: UserData, lint):
     assert "mark-small" not in lint(user_data)[1]["counts"]
     # Nothing is as large as the picture: every mark is flagged.
-    assert lint(user_data, "lint.min_mark_pixels=113")[1]["counts"]["mark-small"] == 4
+    code, report = lint(user_data, "lint.min_mark_pixels=113")
+    assert (code, report["counts"]["mark-small"], report["num_errors"]) == (0, 4, 0)
+    assert lint(user_data, "lint.min_mark_pixels=113", "--strict")[0] == 1
 
 
 def test_an_unknown_threshold_lists_the_known(

@@ -283,6 +283,23 @@ def test_only_web_addresses(tmp_path: Path) -> None:
         download("file:///etc/hostname", tmp_path / "a")
 
 
+def test_an_address_with_letters_of_the_world(server: FileServer, tmp_path: Path) -> None:
+    server.serve("m%C3%BCnchen%20%E5%9B%BE/a%20b.bin", BODY)
+    for path in ("münchen 图/a b.bin", "m%C3%BCnchen%20图/a%20b.bin"):
+        download(f"{server.address}/{path}?x=ü", tmp_path / "a.bin", patience=QUICK)
+        assert (tmp_path / "a.bin").read_bytes() == BODY
+    sent = downloading._as_sent("http://me@例え.テスト:8080/a?b=c d#e")
+    assert sent == "http://me@xn--r8jz45g.xn--zckzah:8080/a?b=c%20d#e"
+    signed = "https://host/a%2Fb?sig=x%3D&|"
+    assert downloading._as_sent(signed) == signed
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://host/\ud83d", "https://" + "ü" * 70 + "/a"])
+def test_what_is_no_address(tmp_path: Path, url: str) -> None:
+    with pytest.raises(DownloadError, match=r"is no http or https address \(.*\); correct it"):
+        download(url, tmp_path / "a", patience=QUICK)
+
+
 @pytest.mark.parametrize(
     "bad", [{"max_attempts": 0}, {"timeout_s": 0.0}, {"backoff_s": -1.0}, {"total_s": 0.0}]
 )

@@ -119,6 +119,8 @@ def test_polygon_points_outside_move_to_the_edge() -> None:
         ("regions", {"visual_prompts": [{"colour": "pink"}]}, "unknown colour `pink`; the pal"),
         ("regions", {"visual_prompts": [{"colour": [1, 2, 256]}]}, "each from 0 to 255"),
         ("regions", {"visual_prompts": [{"width": 0}]}, "at least 1 pixel"),
+        ("regions", {"visual_prompts": [{"width": 65}]}, "at most 64, the image's longer side"),
+        ("regions", {"visual_prompts": [{"width": 10**400}]}, "at most 64, the image"),
         ("regions", {"visual_prompts": [{"alpha": 0}]}, "an opacity from 1 to 255"),
         ("image_level", {"conversations": said("<image>", "a", "<image>", "b")}, "turns .0, 2."),
         ("image_level", {"conversations": []}, "at least one question and its answer"),
@@ -183,6 +185,21 @@ def test_numbers_beyond_any_coordinate_are_refused() -> None:
     unreadable = f"What is <bbox{'9' * 5000}>?"  # no number: text like any other
     turns = parse("regions", conversations=said(unreadable, "Yes")).turns
     assert turns[0].parts == (unreadable,)
+
+
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(RecordError, match=r"^d/k: a text .* half of a character, '\\ud83d'"):
+        parse("regions", conversations=said("What is <bbox0>?", "A cat \ud83d"))
+    assert parse("regions", conversations=said("What is <bbox0>?", "A cat \U0001f408"))
+
+
+def test_a_message_does_not_repeat_megabytes() -> None:
+    with pytest.raises(RecordError, match=r"^d/k: field `conversations` is missing") as caught:
+        parse_record(
+            {f"a{n}" * 100: 1 for n in range(1000)} | {"bboxes": [BOX]},
+            key="k", dataset="d", image=IMAGE, rng=generator_for("t"),
+        )  # fmt: skip
+    assert len(str(caught.value)) <= 1010
 
 
 def test_a_record_of_a_newer_release_is_refused() -> None:

@@ -232,6 +232,8 @@ JPEG = encode_picture()
         ({"a.jpg": JPEG}, "sample `a` has an image and no `a.json`"),
         ({"a.json": b"[1]"}, "a.json holds list; a record is a JSON object"),
         ({"a.json": b"{"}, "a.json is not JSON"),
+        ({"a.json": b"[" * 10**5 + b"]" * 10**5}, r"a.json is not JSON \(lists and .* 64 levels"),
+        ({"a.json": b'{"a": ' * 70 + b"1" + b"}" * 70}, "more than 64 levels"),
         (
             {"a.json": b"{}", "b.json": b"{}", "a.jpg": JPEG},
             "members of `a` are not side by side, or the key occurs twice",

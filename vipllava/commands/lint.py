@@ -23,7 +23,7 @@ def lint(
         typer.Option(min=1, help="How many samples, evenly spread.", show_default="all"),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit code 1 if anything is found.")
+        bool, typer.Option("--strict", help="Exit code 1 for warnings, too.")
     ] = False,
     as_json: Json = False,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes; 0: none but this one.")] = 0,
@@ -32,8 +32,8 @@ def lint(
 ) -> int:
     """Find faults in a data set before training does.
 
-    lint.LIMIT=VALUE changes what is flagged: vipllava lint --data user_data --strict
-    lint.min_mark_pixels=6
+    Exit code 1 for errors. lint.LIMIT=VALUE changes what is flagged: vipllava lint --data
+    user_data --strict lint.min_mark_pixels=6
     """
     cfg = compose_data_job(data, overrides or (), config_dir)
 
@@ -71,4 +71,5 @@ def lint(
     if as_json:
         found = [report.to_json() for report in reports]
         print_json(found if len(found) > 1 else found[0])
-    return int(strict and any(report.findings for report in reports))
+    found = [report.num_of("error") + strict * len(report.findings) for report in reports]
+    return int(any(found))

@@ -154,6 +154,7 @@ def verify(
         "tars": f"{verdict.num_shards:,}",
         "whole samples": f"{verdict.num_samples:,}",
         "without index": unindexed if verdict.num_unindexed else "",
+        "members not read": _counts(verdict.ignored) if verdict.ignored else "",
         "damage": f"{len(verdict.damages):,}" if verdict.damages else "none",
     }
     print_table(facts_table(facts.items()))

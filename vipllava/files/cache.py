@@ -317,5 +317,5 @@ def cache_name(url: str) -> str:
         name = (_IN_COMMAND.findall(url) or ["pipe"])[-1]
     else:
         name = re.split(r"[?#]", url)[0].rpartition("/")[2] or "file"
-    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()[:16]
     return f"{digest}-{re.sub(r'[^A-Za-z0-9._+-]', '_', name)[-100:]}"

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from vipllava import __version__
 from vipllava.files.atomic import move
@@ -34,6 +34,8 @@ Progress = Callable[[int, "int | None"], None]
 
 _CHUNK: Final = 1 << 20
 _TEMPORARY: Final = (408, 425, 429, 500, 502, 503, 504)
+_KEPT: Final = "%/:=&?~#+!$,;'@()*[]"
+"""What has a meaning in an address, or stands there escaped already."""
 _RANGE: Final = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
@@ -91,8 +93,7 @@ def download(
             stays in the partial file where it can be used again.
         DiskError: the disk is full or cannot be written.
     """
-    if urlsplit(url).scheme not in ("http", "https"):
-        raise DownloadError(f"{url} is no http or https address")
+    _as_sent(url)
     path = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +207,7 @@ class PartialFile:
             if not self.immutable:
                 headers["If-Range"] = self._validator or ""
         trial.begin()
-        request = urllib.request.Request(self.url, headers=headers)
+        request = urllib.request.Request(_as_sent(self.url), headers=headers)
         for name, value in (self.headers or {}).items():
             request.add_unredirected_header(name, value)
         try:
@@ -289,6 +290,30 @@ class PartialFile:
             remedy = "the file has moved or is gone: correct the address in the manifest's sources"
         text = f"{self.url}: {message}; {remedy}"
         raise RefusedError(text, error.code, error.reason) from error
+
+
+def _as_sent(url: str) -> str:
+    """Return an address in ASCII: the host as IDNA, letters and spaces behind it in per cent.
+
+    One that is ASCII stays as it is.
+    """
+    reason = ""
+    try:
+        parts = urlsplit(url)
+        user, at, place = parts.netloc.rpartition("@")
+        host, colon, port = place.partition(":")
+        if not host.isascii():
+            host = host.encode("idna").decode()
+        if parts.scheme in ("http", "https"):
+            if re.fullmatch("[!-~]+", url):
+                return url
+            netloc = f"{quote(user, _KEPT)}{at}{host}{colon}{port}"
+            rest = (quote(part, _KEPT) for part in parts[2:])
+            return urlunsplit((parts.scheme, netloc, *rest))
+    except ValueError as error:  # Unicode's, or a bracket too few
+        reason = f" ({error})"
+    shown = url.encode(errors="backslashreplace").decode()
+    raise DownloadError(f"{shown} is no http or https address{reason}; correct it")
 
 
 def _reason(error: BaseException) -> str:

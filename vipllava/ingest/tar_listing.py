@@ -6,7 +6,8 @@ in one without an index, is looked at like everything else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vipllava.shards.manifest import Manifest, is_remote
@@ -37,6 +38,8 @@ class Listing:
     problems: tuple[TarProblem, ...]  # of the tar as a whole
     # the tar by its index, or the members of a tar that has none of its own
     samples: ShardSet | tuple[Members, ...]
+    # members by extension that are not read; not known of a tar that is listed by its index
+    ignored: Counter[str] = field(default_factory=Counter[str])
 
     def read(self, row: int) -> Entry:
         """Read one sample.
@@ -73,9 +76,9 @@ def list_tar(path: Path, name: str) -> Listing:
         problem = TarProblem(message, code="index-missing")
     try:
         with path.open("rb") as file:
-            samples, problems = list_samples(file, name)
+            samples, problems, ignored = list_samples(file, name)
     except OSError as error:
-        samples, problems = [], [TarProblem(f"cannot be read: {error}")]
+        samples, problems, ignored = [], [TarProblem(f"cannot be read: {error}")], Counter[str]()
     keys, members = tuple(key for key, _ in samples), tuple(found for _, found in samples)
     # What is wrong with the tar explains a bad index, and keeps a missing one from being made.
-    return Listing(path, name, keys, tuple(problems or [problem]), members)
+    return Listing(path, name, keys, tuple(problems or [problem]), members, ignored)

@@ -161,6 +161,16 @@ def parse_record(
     except RecordError as error:
         raise error.at(fields.where) from None
     parsed = found.parse(fields, rng)
+    try:
+        "".join(
+            part for turn in parsed.turns for part in turn.parts if isinstance(part, str)
+        ).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        fields.refuse(
+            f"a text of the conversation has half of a character, {half}: a lone "
+            "surrogate that no tokenizer reads; correct it"
+        )
     return Sample(
         key, dataset, image, parsed.regions, parsed.turns, found.policy, parsed.fixed, upright
     )

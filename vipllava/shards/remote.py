@@ -68,7 +68,7 @@ def load_indices(tars: Sequence[Path | str], cache: ShardCache, folder: Path) ->
 
 
 def _load(tar: str, cache: ShardCache, folder: Path) -> ShardIndex:
-    digest = hashlib.blake2b(tar.encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(tar.encode(errors="surrogatepass"), digest_size=16).hexdigest()
     made = folder / f"{digest}.index.npz"
     with suppress(ShardError):
         return read_index(made, str(made), "delete it")

@@ -20,9 +20,19 @@ ACCESS: Final = ("public", "form", "by_hand")
 SOURCES_FOLDER: Final = "sources"
 _HEX: Final = {"md5": 32, "sha256": 64}
 _WEB: Final = ("http", "https")
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a text that can be a name: no zero, no half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
+
+
 _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "str": (lambda value: isinstance(value, str), "a text"),
-    "str | None": (lambda value: isinstance(value, str | None), "a text or null"),
+    "str": (_is_text, "a text"),
+    "str | None": (lambda value: value is None or _is_text(value), "a text or null"),
     "bool": (lambda value: isinstance(value, bool), "true or false"),
     "int | None": (
         lambda value: value is None or (type(value) is int and value > 0),
@@ -125,7 +135,7 @@ class Fields:
                 self.expect(name, check(value), expected)
             elif type_name == "tuple[str, ...]":
                 texts = cast("Sequence[Any]", value if isinstance(value, list | tuple) else [value])
-                good = all(isinstance(text, str) for text in texts)
+                good = all(map(_is_text, texts))
                 self.expect(name, good, "a text or a list of texts")
                 self.values[name] = tuple(texts) if good else ()
 
@@ -217,7 +227,11 @@ def _read_file(
     if (file is None) == (url is None):
         read.problem(f"{raw!r} has to have exactly one of `file` and `url`")
     elif url is not None:
-        read.expect("url", urlsplit(str(url)).scheme in _WEB, "an http or https address")
+        try:
+            is_address = urlsplit(str(url)).scheme in _WEB
+        except ValueError:
+            is_address = False
+        read.expect("url", is_address, "an http or https address")
     elif not source.get("hub") and source.get("access", "public") == "public":
         read.problem(f"`{file}` needs the source's `hub`, or a `url` instead")
     return read.make()

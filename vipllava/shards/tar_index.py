@@ -26,6 +26,7 @@ from vipllava.files.atomic import new_file
 from vipllava.records import record_texts
 from vipllava.records.fields import IMAGE_PLACEHOLDER
 from vipllava.records.image_decode import image_size
+from vipllava.records.json_values import parse_json
 from vipllava.shards.tar_members import BLOCK, IMAGE_EXTENSIONS, list_samples, read_member
 from vipllava.types import RecordError, VipLlavaError
 
@@ -134,7 +135,7 @@ def build_index(path: Path, *, name: str | None = None) -> ShardIndex:
 
 def index_tar(file: BinaryIO, where: str) -> ShardIndex:
     """Index an open tar as :func:`build_index`; ``where`` is its path or address, for messages."""
-    samples, problems = list_samples(file, where)
+    samples, problems, _ = list_samples(file, where)
     if problems:
         message, key, _ = problems[0]
         raise ShardError(f"{where}{':' if key else ''} {message}")
@@ -186,7 +187,7 @@ def _identify(file: BinaryIO) -> tuple[int, int]:
 def parse_object(data: bytes, where: str) -> dict[str, Any]:
     """Read a stored record; raises ShardError if it is no JSON object."""
     try:
-        record: Any = json.loads(data)
+        record: Any = parse_json(data)
     except ValueError as error:
         raise ShardError(
             f"{where} is not JSON ({error}). Correct the record and build the shard again"

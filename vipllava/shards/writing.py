@@ -99,7 +99,7 @@ def _members(
     seen.add(key)
     try:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False, sort_keys=True)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise RecordError(f"record of key `{key}` is not JSON: {error}") from error
     members: dict[str, str | bytes] = {"__key__": key, "json": text.encode()}
     if image is None:

@@ -238,3 +238,19 @@ def test_an_annotation_is_a_value():
     item = Annotation(0, 0, b"{}", {})
     assert item == Annotation(0, 0, b"{}", {})
     assert item.problem is None
+
+
+@pytest.mark.parametrize("depth", [63, 64, 900, 100_000])
+def test_records_nested_without_end(tmp_path: Path, depth: int):
+    deep = '{"id": "a", "x": ' + "[" * depth + "1" + "]" * depth + "}"
+    good = json.dumps(RECORDS[0])
+    first, last = iter_annotations(write(tmp_path / "list.jsonl", f"{deep}\n{good}\n"))
+    assert (first.record is not None) == (depth == 63)
+    assert first.problem is None or "64 levels" in first.problem or "recursion" in first.problem
+    assert last.record == RECORDS[0]
+    if depth < 100_000:
+        items = list(iter_annotations(write(tmp_path / "list.json", f"[{deep}, {good}]")))
+        assert [item.problem for item in items] == [first.problem, None]
+        return
+    with pytest.raises(AnnotationError, match=r"record 0 \(byte 1\) cannot be read .*correct it"):
+        list(iter_annotations(write(tmp_path / "list.json", f"[{deep}, {good}]")))

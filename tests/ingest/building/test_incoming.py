@@ -91,6 +91,27 @@ def test_a_picture_outside_the_data_root_is_refused(tmp_path: Path, name: str):
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a" * 300 + ".jpg", "^.{0,150}, 304 letters; expected a path .* base64 text, decode it"),
+        ("é" * 200, "200 letters; expected a path"),
+        ("a/" * 2000 + "b.jpg", "4005 letters"),
+        ("/9j/" + "4AAQ" * 50_000, "200004 letters; .* base64"),
+        ("iVBORw0KGgo" + "A/b" * 9, "base64"),
+        ("data:image/png;base64,AAAA", "base64"),
+        ("\ud83d.jpg", r"'\\ud83d\.jpg', with half of a character"),
+    ],
+)
+def test_what_cannot_be_the_name_of_a_file(tmp_path: Path, name: str, message: str):
+    with pytest.raises(RecordError, match=message) as caught:
+        input_paths(name, tmp_path, ROOTS)
+    assert len(str(caught.value)) < 400
+    assert input_names({"image": name}, tmp_path, ROOTS) == []
+    with pytest.raises(RecordError, match="toy/000000033471-7: field `image`"):
+        take(image_level(name), tmp_path)
+
+
+@pytest.mark.parametrize(
     "name", ["./dataset/vcr1images/m/1.json", "dataset/vcr1images/m/1.json", "vcr1images/m/1.json"]
 )
 def test_metadata_is_named_from_dataset(tmp_path: Path, name: str):

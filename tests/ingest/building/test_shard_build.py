@@ -299,3 +299,24 @@ def test_a_list_that_changes_meanwhile(data_root: Path, monkeypatch: pytest.Monk
     with pytest.raises(AnnotationError, match="was changed while it was being read"):
         build(data_root)
     assert not (data_root / "toy").exists()
+
+
+def test_what_is_rejected_is_listed_in_short(data_root: Path):
+    records = toy_records()
+    records[1]["image"] = "/9j/" + "4AAQ" * 500_000
+    records[2]["image"] = ["x" * 2_000_000]
+    records[3]["bboxes"] = "y" * 2_000_000
+    records[4] |= {"z" * 2_000_000: 1, "conversations": None}
+    records[5]["image"] = "\ud83d.jpg"
+    deep: list[Any] = []
+    for _ in range(100):
+        deep = [deep]
+    records[6]["more"] = deep
+    write_list(data_root, records)
+    build(data_root, max_bad_rate=1)
+    listed = rejected(data_root / "toy" / "rejected.jsonl")
+    assert [row["position"] for row in listed] == [1, 2, 3, 4, 5, 6]
+    assert "base64" in listed[0]["reason"]
+    assert "half of a character" in listed[4]["reason"]
+    assert "more than 64 levels" in listed[5]["reason"]
+    assert (data_root / "toy" / "rejected.jsonl").stat().st_size < 10_000

@@ -196,7 +196,9 @@ def test_a_list_of_another_length_than_published(
     assert one(found, "annotations").status == status
 
 
-@pytest.mark.parametrize("image", ["../secret.jpg", "/etc/passwd", ""])
+@pytest.mark.parametrize(
+    "image", ["../secret.jpg", "/etc/passwd", "", "a" * 300, "/9j/" + "A" * 9999]
+)
 def test_a_picture_outside_the_data_root(tmp_path: Path, image: str) -> None:
     (tmp_path / "vg").mkdir()
     (tmp_path / "toy.json").write_text(json.dumps([{"id": "1", "image": image}]))

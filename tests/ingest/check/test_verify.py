@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tarfile
+import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from tests.toy_data import encode_picture, make_manifest, toy_samples
 from vipllava.ingest.check.verify import Verdict, index_shards, verify_shards
-from vipllava.shards.tar_index import index_path
+from vipllava.shards.tar_index import build_index, index_path, save_index
 from vipllava.shards.tars import write_shards
 
 
@@ -134,6 +136,20 @@ def test_tars_that_are_not_there(tmp_path: Path):
     verdict = verify(tmp_path / "nowhere")
     assert found(verdict) == [("*.tar", None)]
     assert "does not exist" in verdict.damages[0].reason
+
+
+def test_what_an_index_does_not_know_is_found_and_counted(tmp_path: Path):
+    (tar,) = make(tmp_path, 3)
+    index = build_index(tar)
+    with tarfile.open(tar, "a") as file:  # and an index that an earlier release would have made
+        for name in ("s000.txt", "s001.txt", "22.05.json", "22.05.jpg"):
+            file.addfile(tarfile.TarInfo(name))
+    size, head = tar.stat().st_size, zlib.crc32(tar.read_bytes()[:4096])
+    save_index(replace(index, tar_size=size, head_crc=head), index_path(tar))
+    verdict = verify(tmp_path)
+    assert (verdict.num_samples, len(verdict.damages)) == (3, 1)
+    assert "has 2 members such as `22.05.json`" in verdict.damages[0].reason
+    assert verdict.to_json()["ignored"] == {"txt": 2, "05.json": 1, "05.jpg": 1}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -90,9 +90,11 @@ def test_the_table() -> None:
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
     assert rows == [
         ["shard-broken", "error", "1", CODES["shard-broken"][1], "toy/2.tar"],
+        ["", "", "", "toy/2.tar: m5", ""],
         ["box-empty", "error", "3", "a box without an area", "a"],
-        ["", "", "", "", "[red]b"],
+        ["", "", "", "a: m1", "[red]b"],
         ["truncated", "warning", "1", CODES["truncated"][1], "a"],
+        ["", "", "", "a: m2", ""],
     ]
     assert text.splitlines()[-1] == "toy: 7 of 9 samples checked, 4 errors, 1 warnings"
     assert report_table(REPORT).row_count == 3

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
+from vipllava.records.json_values import check_depth
 from vipllava.types import VipLlavaError
 
 LONGEST_RECORD: Final = 64 << 20
@@ -223,7 +224,7 @@ class _Window:
         start = self._start + self._at
         if not text.isascii():
             try:
-                value = json.loads(text.decode())
+                value, _ = _DECODER.raw_decode(text.decode())
             except UnicodeDecodeError as error:
                 raise AnnotationError(
                     f"annotation list {self.path} is not UTF-8 at byte {start + error.start}; "
@@ -306,7 +307,11 @@ def _iter_lines(
 
 
 def _annotation(position: int, start: int, text: bytes, value: object) -> Annotation:
-    if isinstance(value, dict):
-        return Annotation(position, start, text, cast("dict[str, Any]", value))
     problem = f"is {type(value).__name__}; a record is a JSON object"
+    if isinstance(value, dict):
+        try:
+            check_depth(value)
+            return Annotation(position, start, text, cast("dict[str, Any]", value))
+        except ValueError as error:
+            problem = f"has {error}"
     return Annotation(position, start, text, None, problem)

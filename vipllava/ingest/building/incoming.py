@@ -22,6 +22,7 @@ from vipllava.keyed_random import generator_for
 from vipllava.records import AUTO, kind_of, parse_record
 from vipllava.records.fields import RECORD_VERSION, VERSION_FIELD, check_version
 from vipllava.records.image_decode import decode_image
+from vipllava.records.json_values import parse_json
 from vipllava.shards.manifest import Manifest
 from vipllava.shards.sources import is_inside
 from vipllava.types import RecordError
@@ -35,6 +36,11 @@ FILE_FIELDS: Final = ("image", _META)
 _WRITTEN_FROM: Final = re.compile(r"^(\./)*(dataset/)?")
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_-]+")
 _LONGEST_ID: Final = 64
+_LONGEST_NAME: Final = 255
+"""Bytes of a file's name that file systems take."""
+_LONGEST_PATH: Final = 1000  # letters; with the data root a path may have 4096 bytes
+_ENCODED: Final = ("data:", "/9j/", "iVBORw0KGgo")  # an address of data; JPEG and PNG in base64
+_SHOWN: Final = 80
 _STORED: Final = ("jpg", "png", "webp")
 """Formats that shards hold; others are stored as PNG, which loses nothing."""
 FileState = list[int] | None
@@ -72,8 +78,21 @@ def input_paths(
         RecordError: the name leads out of the data root.
     """
     path = _WRITTEN_FROM.sub("", name) if field == _META else name
+    shown = repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}...")
+    try:
+        longest = max(len(part.encode()) for part in path.split("/"))
+    except UnicodeEncodeError as error:
+        raise RecordError(
+            f"field `{field}` is {shown}, with half of a character (a lone surrogate); rename the "
+            "file, or correct the record"
+        ) from error
+    if longest > _LONGEST_NAME or len(path) > _LONGEST_PATH or path.startswith(_ENCODED):
+        raise RecordError(
+            f"field `{field}` is {shown}, {len(name)} letters; expected a path inside the data "
+            "root. If it is an image as base64 text, decode it into a file and name that"
+        )
     if not path or "\0" in path or not is_inside(path):
-        raise RecordError(f"field `{field}` is {name!r}; expected a path inside the data root")
+        raise RecordError(f"field `{field}` is {shown}; expected a path inside the data root")
     whole = PurePosixPath(path)
     within = [root / whole for root in map(PurePosixPath, image_roots)]
     named = not image_roots or any(whole.is_relative_to(root) for root in image_roots)
@@ -162,11 +181,11 @@ def _add_metadata(record: dict[str, Any], manifest: Manifest, data_root: Path) -
         return
     name, data = _read_input(record, _META, manifest, data_root)
     try:
-        meta: Any = json.loads(data)
+        meta: Any = parse_json(data)
         if not isinstance(meta, dict):
             found = type(meta).__name__
             raise ValueError(f"holds {found}; expected an object with `boxes` and `segms`")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RecordError(
             f"metadata {name} cannot be used ({error}); get the file again", "meta-corrupt"
         ) from error

@@ -50,7 +50,7 @@ from vipllava.records.fields import RECORD_VERSION
 from vipllava.shards.manifest import Manifest, is_remote
 from vipllava.shards.tar_index import index_path, load_index
 from vipllava.shards.tars import ShardError, write_shards
-from vipllava.types import RecordError, VipLlavaError
+from vipllava.types import LONGEST_MESSAGE, RecordError, VipLlavaError
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ def _ingested(job: ShardJob, report: ShardReport) -> Iterator[Ingested]:
         except RecordError as error:
             image = (item.record or {}).get("image")
             names = input_names(item.record, job.data_root, job.manifest.image_roots)
-            image = image if isinstance(image, str) else None
+            image = image[:LONGEST_MESSAGE] if isinstance(image, str) else None
             key, inputs = make_key(item.record, item.position), input_states(names, job.data_root)
             rejected = Rejected(item.position, key, image, error.fault, str(error), inputs)
             report.rejected.append(rejected)

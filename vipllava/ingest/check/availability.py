@@ -6,7 +6,6 @@ are opened as training opens them, which makes an index where none is.
 
 from __future__ import annotations
 
-import json
 from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -23,6 +22,7 @@ from vipllava.ingest.tar_listing import find_tars
 from vipllava.keyed_random import generator_for
 from vipllava.records import kind_of
 from vipllava.records.image_decode import decode_image
+from vipllava.records.json_values import parse_json
 from vipllava.shards.manifest import Manifest, is_remote
 from vipllava.shards.tar_index import ShardError
 from vipllava.shards.tars import open_shards
@@ -244,7 +244,7 @@ class _Check:
             places = input_paths(name, self.root, roots, wanted.field)
         except RecordError as error:
             return wanted, roots[0] if roots else ".", "damaged", str(error)
-        path = next((place for place in places if place.is_file()), None)
+        path = next((place for place in places if _is_file(place)), None)
         relative = PurePosixPath((path or places[0]).relative_to(self.root).as_posix())
         within = (root for root in roots if relative.is_relative_to(root))
         folder = next(within, relative.parent.as_posix())
@@ -255,7 +255,7 @@ class _Check:
             if wanted.field == "image":
                 decode_image(data, name)
             else:
-                json.loads(data)
+                parse_json(data)
         except (OSError, ValueError, RecordError) as error:
             reason = str(error)
             named = reason if reason.startswith(name) else f"{name}: {reason}"
@@ -321,7 +321,7 @@ class _Check:
         folder = PurePosixPath(self.manifest.folder or ".")
         if not (self.root / folder).is_dir():
             return [Finding("layout", folder.as_posix(), "missing", "no such folder", self.remedy)]
-        findings = [self._read(folder / _META_DATA, json.loads)[0]]
+        findings = [self._read(folder / _META_DATA, parse_json)[0]]
         for split in _SPLITS:
             images = (folder / split / "images").as_posix()
             finding, names = self._read(folder / split / "questions.jsonl", _questions)
@@ -350,13 +350,20 @@ class _Check:
         return finding("differs", detail, self.remedy), items
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that this file system cannot have
+        return False
+
+
 def _questions(text: str) -> list[tuple[int, str]]:
     """Return line number and image of each question."""
     questions: list[tuple[int, str]] = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             if line.strip():
-                questions.append((number, "" + json.loads(line)["image"]))
+                questions.append((number, "" + parse_json(line)["image"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"line {number}: {error!r}") from error
     return questions

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +16,7 @@ from vipllava.records import with_kinds
 from vipllava.records.image_decode import decode_image
 from vipllava.shards.manifest import Manifest, is_remote
 from vipllava.shards.tar_index import index_path
+from vipllava.shards.tar_members import Contents, list_samples
 from vipllava.shards.tars import Entry, ShardError, ShardSet, index_shard, open_shards
 from vipllava.types import RecordError
 
@@ -42,6 +44,8 @@ class Verdict:
     num_samples: int  # that were read and are whole
     num_unindexed: int  # tars without an index, whose samples could not be compared with checksums
     damages: tuple[Damage, ...]  # in the tars' order
+    # members of the tars that are no part of a sample, by extension
+    ignored: dict[str, int] = field(default_factory=dict[str, int])
 
     @property
     def ok(self) -> bool:
@@ -106,6 +110,7 @@ def verify_shards(
         sum(verdict.num_samples for verdict in verdicts),
         sum(verdict.num_unindexed for verdict in verdicts),
         tuple(damages),
+        dict(sum((Counter(verdict.ignored) for verdict in verdicts), Counter[str]())),
     )
 
 
@@ -119,6 +124,8 @@ def _verify_tar(job: Path | tuple[ShardSet, int], *, decode: bool) -> Verdict:
         end = int(shards.shard_ends[number])
         positions = range(end - shards.shard_sizes[number], end)
         reads = [(shards.key(place), partial(shards.read, place)) for place in positions]
+        contents = _contents(job)
+        ignored = Counter[str]()
     else:
         listing = list_tar(job, str(job))
         name, unindexed = listing.name, not index_path(job).is_file()
@@ -128,6 +135,14 @@ def _verify_tar(job: Path | tuple[ShardSet, int], *, decode: bool) -> Verdict:
             if problem.code != "index-missing"
         ]
         reads = [(key, partial(listing.read, row)) for row, key in enumerate(listing.keys)]
+        contents = _contents(job) if isinstance(listing.samples, ShardSet) else None
+        ignored = listing.ignored
+    if contents is not None:  # an index knows neither what is not read nor what was added
+        found, problems, ignored = contents
+        damages += [Damage(name, problem.key or None, problem.message) for problem in problems]
+        if not problems and len(found) != len(reads):
+            reason = f"its index has {len(reads)} samples, the tar {len(found)}; delete the index"
+            damages.append(Damage(name, None, reason))
     good = 0
     for key, read in reads:
         try:
@@ -137,7 +152,19 @@ def _verify_tar(job: Path | tuple[ShardSet, int], *, decode: bool) -> Verdict:
             good += 1
         except (ShardError, RecordError) as error:
             damages.append(Damage(name, key, str(error)))
-    return Verdict(name, 1, good, int(unindexed), tuple(damages))
+    return Verdict(name, 1, good, int(unindexed), tuple(damages), dict(ignored))
+
+
+def _contents(job: Path | tuple[ShardSet, int]) -> Contents:
+    """Read the members of a tar, be it a file or in the cache."""
+    path, cache = (job, None) if isinstance(job, Path) else (job[0].paths[job[1]], job[0].cache)
+    if isinstance(path, Path):
+        opened = path.open("rb")
+    else:
+        assert cache is not None
+        opened = cache.open(path)
+    with opened as file:
+        return list_samples(file, str(path))
 
 
 @dataclass(frozen=True, slots=True)

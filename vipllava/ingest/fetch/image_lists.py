@@ -7,7 +7,6 @@ decides: what is no JPEG is encoded anew, what cannot be decoded is no image.
 from __future__ import annotations
 
 import io
-import json
 import re
 import tempfile
 from collections.abc import Callable
@@ -21,13 +20,14 @@ from vipllava.files.pools import run_threads
 from vipllava.files.retries import Patience
 from vipllava.ingest.image_format import format_of
 from vipllava.records.image_decode import decode_image
+from vipllava.records.json_values import parse_json
 from vipllava.shards.sources import ImageList
 from vipllava.types import RecordError, VipLlavaError
 
 _EXTENSIONS: Final = frozenset({".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ""})
 _QUALITY: Final = 95
 _BRIEF: Final = Patience(max_attempts=3, timeout_s=30)
-_SAFE: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_SAFE: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")  # of a name's 255 letters
 
 
 class ImageListError(VipLlavaError):
@@ -116,7 +116,7 @@ def read_image_list(path: Path, url_field: str) -> dict[str, str]:
         ImageListError: the file is missing, no JSON object, or an entry is not usable.
     """
     try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        raw: Any = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ImageListError(f"{path} cannot be read as JSON ({error}); get it again") from error
     if not isinstance(raw, dict):
@@ -127,7 +127,7 @@ def read_image_list(path: Path, url_field: str) -> dict[str, str]:
         if not isinstance(url, str) or not _SAFE.fullmatch(key):
             raise ImageListError(
                 f"{path}: entry `{key}` has {url_field} {url!r}; expected an address, and an id of "
-                "letters, digits, `.`, `_` and `-`"
+                "at most 200 letters, digits, `.`, `_` and `-`"
             )
         urls[key] = url
     return urls

@@ -152,19 +152,19 @@ class LintReport:
 
 
 def report_table(report: LintReport, max_keys: int = 3) -> Table:
-    """Return counts by code with severity, meaning and the first keys of each."""
-    table = Table("code", "severity", "count", "meaning", "first", title=f"lint {report.dataset}")
+    """Return counts by code with severity, meaning, a message and the first keys of each."""
+    table = Table(
+        "code", "severity", "count", "what it is", "first", title=f"lint {report.dataset}"
+    )
     table.columns[2].justify = "right"
     for code, count in report.counts.items():
         severity, meaning = CODES[code]
         style = "red" if severity == "error" else "yellow"
-        places = [
-            finding.key or finding.shard or finding.dataset
-            for finding in report.findings
-            if finding.code == code
-        ]
+        found = [finding for finding in report.findings if finding.code == code]
+        places = [finding.key or finding.shard or finding.dataset for finding in found]
         first = Text("\n".join(list(dict.fromkeys(places))[:max_keys]))  # keys are no markup
-        table.add_row(Text(code, style), Text(severity, style), str(count), meaning, first)
+        said = Text(f"{meaning}\n{places[0]}: {found[0].message}")
+        table.add_row(Text(code, style), Text(severity, style), str(count), said, first)
     return table
 
 

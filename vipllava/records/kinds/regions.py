@@ -43,8 +43,10 @@ def _fixed(fields: Fields, value: object, name: str) -> FixedVisualPrompt:
     if unknown := sorted(set(given) - set(_KNOWN)):
         fields.fail(name, unknown, f"only {', '.join(_KNOWN)}")
     width, alpha = given.get("width"), given.get("alpha")
-    if width is not None and (type(width) is not int or width < 1):
-        fields.fail(f"{name}.width", width, "a line width of at least 1 pixel")
+    widest = max(fields.size)  # one of ten million takes seconds to draw
+    if width is not None and (type(width) is not int or not 1 <= width <= widest):
+        expected = f"a line width of at least 1 pixel and at most {widest}, the image's longer side"
+        fields.fail(f"{name}.width", width, expected)
     if alpha is not None and (type(alpha) is not int or not 1 <= alpha <= 255):
         fields.fail(f"{name}.alpha", alpha, "an opacity from 1 to 255")
     colour: Any = given.get("colour")
