@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.resources
 import io
+import itertools
 import time
 from collections.abc import Callable
 from statistics import median
@@ -192,9 +193,14 @@ def _draw_plainly(image: Image.Image, plan: VisualPromptPlan) -> Image.Image:
                 pen.ellipse(points, width=max(1, stroke.width), **outline)
             elif stroke.width == 0:
                 pen.polygon(points, fill=fill)
+            elif stroke.kind == "contour":
+                reach = range(-(stroke.width // 2), stroke.width // 2 + 1)
+                for dx, dy in itertools.product(reach, reach):
+                    pen.polygon([(x + dx, y + dy) for x, y in points], outline=fill)
+            elif stroke.kind == "polygon":
+                pen.line([*points, points[0]], fill=fill, width=stroke.width, joint="curve")
             else:
-                closing = points[:2] if stroke.kind == "polygon" else []
-                pen.line(points + closing, fill=fill, width=stroke.width, joint="curve")
+                pen.line(points, fill=fill, width=stroke.width)
     return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
 
 

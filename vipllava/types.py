@@ -124,11 +124,12 @@ class Region:
 class Stroke:
     """One drawing primitive, fully determined: the renderer draws no random numbers."""
 
-    # ``line`` (open polyline), ``polygon`` (closed), ``box`` or ``ellipse`` (``points`` are the
-    # top-left and bottom-right corners of the bounds).
-    kind: Literal["line", "polygon", "box", "ellipse"]
+    # ``line`` (open polyline), ``polygon`` (closed), ``contour`` (closed, drawn with a square
+    # brush), ``box`` or ``ellipse`` (``points`` are the top-left and bottom-right corners of the
+    # bounds).
+    kind: Literal["line", "polygon", "contour", "box", "ellipse"]
     points: tuple[Point, ...]  # pixels of the stored image
-    width: int = 0  # line width in pixels; 0 fills the primitive
+    width: int = 0  # of the line, or side of the brush, in pixels; 0 fills the primitive
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from vipllava.evaluation.judge import is_exact_match, match_offline, split_ground_truth
+from vipllava.evaluation.judge import (
+    is_exact_match,
+    is_lenient_match,
+    match_offline,
+    split_ground_truth,
+)
 from vipllava.types import VipLlavaError
 
 
@@ -57,8 +62,21 @@ def test_empty_parts_are_refused(truth: str):
 
 
 @pytest.mark.parametrize(
-    ("prediction", "truth", "same"),
-    [("Star.", "star", True), ("7", "7", True), ("the star", "star", False), ("77", "7", False)],
+    ("prediction", "truth", "exact", "lenient"),
+    [
+        ("7", "7", True, True),
+        (" a\n", "A", True, True),
+        ("Two Dogs", "two dogs", True, True),
+        ("Star.", "star", False, True),
+        ("(A)", "A", False, True),
+        ("A. within the red rectangle", "A", False, False),
+        ("two  dogs", "two dogs", False, True),
+        ("the star", "star", False, False),
+        ("77", "7", False, False),
+    ],
 )
-def test_exact_match_ignores_case_and_punctuation_only(prediction: str, truth: str, same: bool):
-    assert is_exact_match(prediction, truth) is same
+def test_exact_match_puts_case_aside_the_lenient_one_punctuation_too(
+    prediction: str, truth: str, exact: bool, lenient: bool
+):
+    assert is_exact_match(prediction, truth) is exact
+    assert is_lenient_match(prediction, truth) is lenient

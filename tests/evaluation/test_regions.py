@@ -33,8 +33,11 @@ def sample(key: str, answer: str) -> Sample:
 class Looker:
     """Answers `star` if the picture has a mark, else `cup`."""
 
+    def __init__(self, star: str = " Star"):
+        self.star = star
+
     def answer(self, requests, *, max_new_tokens=64, batch_size=16):
-        return ["cup" if _is_plain(r.image) else "Star." for r in requests]
+        return ["cup" if _is_plain(r.image) else self.star for r in requests]
 
 
 def _is_plain(image: Image.Image) -> bool:
@@ -77,12 +80,23 @@ def test_scores_are_exact():
     assert sum(row["marked"]["total"] for row in results["by_shape"].values()) == 4
 
 
+def test_a_full_stop_is_a_mistake_and_right_in_the_lenient_figure_beside():
+    results = regions.score(answered([sample("a", "star")], Looker("Star.")))
+    assert results["marked"]["correct"] == 0
+    assert results["marked"]["accuracy"] == 0
+    assert results["marked"]["lenient_accuracy"] == 1
+    assert results["unmarked"]["lenient_accuracy"] == 0
+    assert regions.REGIONS.table(results).total[2:] == ("0.0 (0.0-79.3)", "0.0 (0.0-79.3)", "100.0")
+
+
 def test_the_table_ends_with_all_shapes():
     results = regions.score(answered([sample("a", "star"), sample("b", "cup")]))
     table = regions.REGIONS.table(results)
-    assert table.columns == ("shape", "questions", "with marks", "marks not drawn")
+    assert table.columns == (
+        "shape", "questions", "with marks", "marks not drawn", "punctuation aside",
+    )  # fmt: skip
     assert [row[0] for row in table.rows] == sorted(results["by_shape"])
-    assert table.total == ("all", "2", "50.0 (9.5-90.5)", "50.0 (9.5-90.5)")
+    assert table.total == ("all", "2", "50.0 (9.5-90.5)", "50.0 (9.5-90.5)", "50.0")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +136,7 @@ def test_images_are_held_a_few_batches_at_a_time():
     assert Counter.asked == [(8, 16), (16, 16), (24, 16), (32, 16), (40, 16)]
     assert [each.key for each in found] == [f"toy/{number}" for number in range(40)]
     assert {tuple(each.texts.items()) for each in found} == {
-        (("marked", "Star."), ("unmarked", "cup"))
+        (("marked", " Star"), ("unmarked", "cup"))
     }
 
 
@@ -133,8 +147,8 @@ def test_the_file_of_predictions():
     lines = [json.loads(line) for line in text.splitlines()]
     assert list(lines[0]) == ["key", "question", "shape", "answer", "marked", "unmarked"]
     assert [(line["key"], line["answer"], line["marked"], line["unmarked"]) for line in lines] == [
-        ("toy/a", "star", "Star.", "cup"),
-        ("toy/b", "é", "Star.", "cup"),
+        ("toy/a", "star", " Star", "cup"),
+        ("toy/b", "é", " Star", "cup"),
     ]
 
 

@@ -82,7 +82,7 @@ def content() -> QuickstartPage:
                 "human": scores(56.0, 47.0, 65.0, rec=68.0),
             }
         },
-        examples=[example("cup", "Cup.", "<b>fish"), example("7", "", None)],
+        examples=[example("cup", "Cup", "<b>fish"), example("7", "", None)],
         seconds={"pretrain": 61.2, "all": 583.0},
         versions={"torch": "2.13.0"},
     )
@@ -142,7 +142,7 @@ def test_it_holds_the_figures(reader: Reader, text: str):
 
 def test_right_and_wrong_answers_are_told_apart(source: str):
     assert re.findall(r'class="(verdict \w+|soft)">([^<]*)</span></dd>', source) == [
-        ("verdict right", "\u2713 Cup."),
+        ("verdict right", "\u2713 Cup"),
         ("verdict wrong", "\u2717 &lt;b&gt;fish"),
         ("verdict wrong", "\u2717 (nothing)"),
         ("soft", "not asked"),

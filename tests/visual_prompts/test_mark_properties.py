@@ -214,8 +214,8 @@ def test_what_is_fixed_is_drawn(
         case "mask contour":
             assert drawn.width == 2 * width + 1
         case "point":
-            (x1, _), (x2, _) = drawn.points
-            assert x2 - x1 == pytest.approx(2 * width)
+            (x1, y1), (x2, y2) = drawn.points
+            assert (x2 - x1) * (y2 - y1) == pytest.approx((2 * width) ** 2)
         case _:
             assert drawn.width == width
     check_bounds(scene, prompt, 1)

@@ -119,9 +119,17 @@ def answer_tokens(text: str, *, keep_articles: bool = False) -> tuple[str, ...]:
 
 
 def is_exact_match(prediction: str, truth: str) -> bool:
-    """Tell whether both texts have the same words, as short-answer benchmarks compare them.
+    """Tell whether the whole answer is ``truth``, as the published figures of short answers count.
 
-    Only case and punctuation are put aside.
+    Only case and blanks around the answer are put aside; ``A.`` is not ``A``.
+    """
+    return prediction.strip().lower() == truth.lower()
+
+
+def is_lenient_match(prediction: str, truth: str) -> bool:
+    """Tell whether both texts have the same words, whatever their case and punctuation.
+
+    More than published figures count; only for what names it.
     """
     first, second = (
         re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,8 +142,8 @@ def _card(example: Example) -> Html:
 def _verdict(prediction: str | None, answer: str) -> Html:
     if prediction is None:
         return markup('<span class="soft">not asked</span>')
-    # As the benchmark does: words only, case and punctuation aside.
-    said, truth = (re.findall(r"\w+", text.casefold()) for text in (prediction, answer))
+    # As the benchmark does: the whole answer, case aside.
+    said, truth = prediction.strip().lower(), answer.lower()
     # The sign says it to those who do not see red and green apart.
     kind, sign = ("right", "\u2713") if said == truth else ("wrong", "\u2717")
     shown = '<span class="verdict {}">{} {}</span>'

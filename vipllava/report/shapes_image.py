@@ -71,7 +71,7 @@ _SUBJECTS: Final = (
              ellipse(200, 320, 78, 82, 32), 1),
     _Subject("mask", "blue", "coffee.png", (60, 0, 540, 360), _CUP, 4),
     _Subject("mask contour", "aqua", "astronaut.png", (188, 269, 512, 512), _HELMET, 8),
-    _Subject("arrow", "orange", "rocket.jpg", (170, 100, 490, 340), _ROCKET, 8),
+    _Subject("arrow", "orange", "rocket.jpg", (170, 100, 490, 340), _ROCKET, 10),
     _Subject("scribble", "lime", "motorcycle_left.png", (40, 60, 440, 360), _SEAT, 2),
 )  # fmt: skip
 

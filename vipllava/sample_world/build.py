@@ -36,7 +36,7 @@ from vipllava.types import VipLlavaError
 
 _LOG = logging.getLogger(__name__)
 
-FOLDER: Final = "sample_world-v1"
+FOLDER: Final = "sample_world-v2"
 """Under the data root; the version changes with anything that changes the data."""
 
 _SHARDS: Final[Mapping[str, tuple[Mapping[RegionRecord, float], Split, int]]] = {

@@ -12,7 +12,7 @@ from vipllava.types import BBox, Point, Polygon
 
 _ATTEMPTS = 8
 _POINTS_PER_ATTEMPT = 64
-_CURVE_TOLERANCE = 0.25
+_RELEASED_ATTEMPTS = 10
 
 
 def bounds_of(polygons: Sequence[Polygon]) -> BBox:
@@ -64,24 +64,29 @@ def sample_points(
 
 
 def sample_central_point(
-    polygons: Sequence[Polygon], bbox: BBox, rng: np.random.Generator
+    polygons: Sequence[Polygon], bbox: BBox, rng: np.random.Generator, *, released: bool = False
 ) -> Point:
     """Draw a point near the centre of the box, or inside one randomly chosen polygon.
 
-    Gaussian around the centre of the bounds, sigma an eighth of their extent.
+    Gaussian around the centre of the bounds, sigma an eighth of their extent. ``released`` takes
+    the square root of that, in pixels, and after ten points outside of the polygon the next one
+    wherever it lies, as the released code does.
     """
     if polygons:
         polygon = polygons[int(rng.integers(len(polygons)))]
         polygons, bbox = (polygon,), bounds_of((polygon,))
     x1, y1, x2, y2 = bbox
-    centre, sigma = ((x1 + x2) / 2, (y1 + y2) / 2), ((x2 - x1) / 8, (y2 - y1) / 8)
-    drawn = rng.normal(centre, sigma, size=(_POINTS_PER_ATTEMPT, 2))
+    centre, sigma = ((x1 + x2) / 2, (y1 + y2) / 2), np.array(((x2 - x1) / 8, (y2 - y1) / 8))
+    attempts = _POINTS_PER_ATTEMPT
+    if released:
+        sigma, attempts = np.sqrt(sigma), _RELEASED_ATTEMPTS
+    drawn = rng.normal(centre, sigma, size=(attempts, 2))
     if polygons:
         inside = contains(polygons[0], drawn)
     else:
         inside = np.all((drawn >= (x1, y1)) & (drawn <= (x2, y2)), axis=1)
-    if inside.any():
-        x, y = drawn[inside][0]
+    if inside.any() or released:
+        x, y = drawn[inside][0] if inside.any() else rng.normal(centre, sigma)
         return float(x), float(y)
     return sample_points(polygons, bbox, 1, rng)[0]
 
@@ -100,15 +105,14 @@ def largest_angle(triangle: Sequence[Point]) -> float:
     return max(angles)
 
 
-def cubic_bezier(control: Sequence[Point]) -> tuple[Point, ...]:
-    """Flatten a cubic Bezier curve of 4 control points into a polyline.
+def cubic_bezier(control: Sequence[Point], count: int) -> tuple[Point, ...]:
+    """Return where a cubic Bezier curve of 4 control points comes into a new pixel.
 
-    It stays within a quarter of a pixel of the curve: the gap is at most an eighth of the second
-    derivative over the square of the number of segments.
+    It is followed in ``count`` equal steps of its parameter; first and last point always count.
     """
-    ring = np.array(control)
-    second = 6.0 * float(np.linalg.norm(np.diff(ring, n=2, axis=0), axis=1).max())
-    segments = max(8, math.ceil(math.sqrt(second / (8 * _CURVE_TOLERANCE))))
-    t = np.linspace(0.0, 1.0, segments + 1)[:, None]
+    t = np.linspace(0.0, 1.0, max(2, count))[:, None]
     basis = np.concatenate([(1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3], axis=1)
-    return tuple((float(x), float(y)) for x, y in basis @ ring)
+    curve = basis @ np.array(control)
+    is_new = np.any(np.diff(np.trunc(curve), axis=0) != 0, axis=1)
+    is_new[-1] = True
+    return tuple((x, y) for x, y in curve[np.concatenate([[True], is_new])].tolist())

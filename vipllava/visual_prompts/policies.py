@@ -29,14 +29,19 @@ class ShapeRanges:
     Attributes:
         anchor: longer side at which ``s`` is 1 (336, CLIP's input, in the published recipe).
         rectangle_width, ellipse_width, triangle_width, scribble_width, arrow_width: line widths.
-        contour_width: pixels to each side of the outline; the stroke is twice that plus one.
-        point_radius: horizontal radius of a point.
-        point_aspect: vertical over horizontal radius, for the half of points that are not round.
+        contour_width: pixels to each side of the outline; the brush is a square of twice that
+            plus one.
+        point_radius: radius of a round point.
+        point_aspect: what the horizontal radius is multiplied and the vertical one divided by, for
+            the half of points that are not round.
         ellipse_scale: enlargement of the region's bounds.
-        arrow_length: (fraction of the box's shorter side, pixels at the anchor).
-        arrow_head: head length as a fraction of the arrow's length.
-        arrow_head_min: least head length.
-        arrow_bend: largest sideways shift of a bent shaft's middle.
+        arrow_length: (fraction of the box's shorter side, pixels at the anchor); the head is part
+            of it and lies over the shaft, so that from tip to tail there is the length less the
+            head.
+        arrow_head: length of the head's sides as a fraction of the length.
+        arrow_head_min: least length of the head's sides.
+        arrow_bend: largest shift of a bent shaft's middle in x and in y, at whole multiples of the
+            anchor: smaller pictures have straight shafts.
         constant_rectangle_width, constant_point_radius: values of the constant style.
         alpha: opacity of 255, all shapes but the mask.
         mask_alpha: opacity of the filled mask.
@@ -75,6 +80,8 @@ class VisualPromptPolicy:
         name_colour: whether the text may say the colour.
         article_rate: how often the words say "the".
         constant_style: fixed rectangle width and round points of fixed radius.
+        released_point_jitter: points lie off the centre by the square root of an eighth of the
+            region's extent, as published figures were measured with, not by an eighth of it.
         fixed_alpha: opacity for every mark (128 in evaluation), or None to sample.
         distinguishable: give no shape more marks than the palette has names, and refuse a sample
             whose regions cannot be told apart by words, instead of falling back to unnamed colours
@@ -88,6 +95,7 @@ class VisualPromptPolicy:
     name_colour: bool = True
     article_rate: float = 1.0
     constant_style: bool = False
+    released_point_jitter: bool = False
     fixed_alpha: int | None = None
     distinguishable: bool = False
 
@@ -113,7 +121,9 @@ _PUBLISHED: Final = {
 
 # VCR is asked with points, which training leaves out, all of one size.
 _ASKED: Final = _PUBLISHED | {
-    "vcr": replace(_PUBLISHED["vcr"], shapes=("point",), constant_style=True)
+    "vcr": replace(
+        _PUBLISHED["vcr"], shapes=("point",), constant_style=True, released_point_jitter=True
+    )
 }
 
 POLICIES: Final[Mapping[str, Mapping[str, VisualPromptPolicy]]] = MappingProxyType(

@@ -69,9 +69,29 @@ def _paint(canvas: ImageDraw.ImageDraw, stroke: Stroke, points: list[Point], alp
             paint(points, fill=alpha)
         else:
             paint(points, outline=alpha, width=stroke.width)
+    elif stroke.kind == "contour":
+        _paint_contour(canvas, points, stroke.width // 2, alpha)
     elif stroke.kind == "polygon" and filled:
         canvas.polygon(points, fill=alpha)
+    elif stroke.kind == "polygon":
+        canvas.line([*points, points[0]], fill=alpha, width=stroke.width, joint="curve")
     else:
-        # Closing over the first edge gives the first corner a joint as well.
-        closing = points[:2] if stroke.kind == "polygon" else []
-        canvas.line([*points, *closing], fill=alpha, width=stroke.width, joint="curve")
+        canvas.line(points, fill=alpha, width=stroke.width)
+
+
+def _paint_contour(
+    canvas: ImageDraw.ImageDraw, points: list[Point], reach: int, alpha: int
+) -> None:
+    """Paint what a square brush covers that goes round ``points``, ``reach`` pixels to each side.
+
+    The same pixels as one outline per pixel of the brush, without the square of its side in work.
+    """
+    for (x1, y1), (x2, y2) in zip(points, [*points[1:], points[0]], strict=True):
+        canvas.rectangle((x1 - reach, y1 - reach, x1 + reach, y1 + reach), fill=alpha)
+        # Two opposite corners of the brush bound what it sweeps along an edge.
+        dy = -reach if (x2 - x1) * (y2 - y1) >= 0 else reach
+        ahead = [(x1 + reach, y1 + dy), (x2 + reach, y2 + dy)]
+        behind = [(x1 - reach, y1 - dy), (x2 - reach, y2 - dy)]
+        canvas.polygon([*ahead, *reversed(behind)], fill=alpha)
+        canvas.line(ahead, fill=alpha)
+        canvas.line(behind, fill=alpha)

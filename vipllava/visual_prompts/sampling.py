@@ -39,8 +39,10 @@ from vipllava.visual_prompts.shapes import PALETTE, SHAPES, check_shape, named_c
 _ATTEMPTS = 16
 _LARGEST_TRIANGLE_ANGLE = 150.0
 _LEAST_SPAN = 4.0
-"""Least longer side of a triangle or scribble, pixels at the anchor and of the stored picture;
-smaller ones are sampled anew."""
+"""Least longer side of a triangle or scribble and least length of an arrow, pixels at the anchor
+and of the stored picture; what the released code draws smaller is a speck or points nowhere."""
+_SCRIBBLE_STEPS = 1000
+"""Of a scribble's curve, in a picture of the anchor's size: so many that every pixel is met."""
 _ARROW_BARB_ANGLE = math.radians(60)
 
 
@@ -246,65 +248,71 @@ class _Sampler:
             case "triangle":
                 return (Stroke("polygon", self.triangle(region), width),)
             case "point":
-                x, y = sample_central_point(polygons, bbox, self.rng)
-                radius_y = max(1.0, width * style.aspect)
-                corners = ((x - width, y - radius_y), (x + width, y + radius_y))
-                return (Stroke("ellipse", corners),)
+                x, y = sample_central_point(
+                    polygons, bbox, self.rng, released=self.policy.released_point_jitter
+                )
+                rx, ry = width * style.aspect, width / style.aspect
+                return (Stroke("ellipse", ((x - rx, y - ry), (x + rx, y + ry))),)
             case "scribble":
                 return (Stroke("line", self.scribble(region), width),)
             case "mask":
                 return tuple(Stroke("polygon", ring) for ring in _outlines(region))
             case "mask contour":
-                stroke = 2 * width + 1
-                return tuple(Stroke("polygon", ring, stroke) for ring in _outlines(region))
+                brush = 2 * width + 1
+                return tuple(Stroke("contour", ring, brush) for ring in _outlines(region))
             case "arrow":
                 return self.arrow(bbox, width)
 
     def triangle(self, region: Region) -> tuple[Point, ...]:
         for _ in range(_ATTEMPTS):
             corners = sample_points(region.polygons, region.bbox_xyxy, 3, self.rng)
-            if largest_angle(corners) <= _LARGEST_TRIANGLE_ANGLE and _is_seen(corners, self.scale):
+            if largest_angle(corners) <= _LARGEST_TRIANGLE_ANGLE and self.is_seen(corners):
                 return tuple(corners)
         # Regions too thin or small for such a triangle: the one that fills their bounds.
         x1, y1, x2, y2 = _bounds(region)
         return ((x1 + x2) / 2, y1), (x2, y2), (x1, y2)
 
     def scribble(self, region: Region) -> tuple[Point, ...]:
-        polygons = region.polygons
+        polygons, count = region.polygons, int(_SCRIBBLE_STEPS * self.scale)
         for _ in range(_ATTEMPTS):
             chosen = (polygons[int(self.rng.integers(len(polygons)))],) if polygons else ()
-            curve = cubic_bezier(sample_points(chosen, region.bbox_xyxy, 4, self.rng))
-            if _is_seen(curve, self.scale):
+            curve = cubic_bezier(sample_points(chosen, region.bbox_xyxy, 4, self.rng), count)
+            if self.is_seen(curve):
                 return curve
         # Regions too small for a curve of any size: one through all of their bounds.
         x1, y1, x2, y2 = _bounds(region)
-        return cubic_bezier(((x1, y1), (x2, y1), (x1, y2), (x2, y2)))
+        return cubic_bezier(((x1, y1), (x2, y1), (x1, y2), (x2, y2)), count)
 
     def arrow(self, bbox: BBox, width: int) -> tuple[Stroke, ...]:
+        """Draw shaft and head; both start at the tip, so the arrow is its length less its head."""
         ranges, scale = self.policy.ranges, self.scale
         x1, y1, x2, y2 = bbox
+        near = ranges.arrow_length[0] * min(x2 - x1, y2 - y1)
+        far = max(1, int(ranges.arrow_length[1] * scale))
+        length = self.number((min(near, far), max(near, far)))
+        head = max(self.number(ranges.arrow_head) * length, int(ranges.arrow_head_min * scale))
         tip = np.array([(x1 + x2) / 2, (y1 + y2) / 2])
         tip += self.rng.uniform(-0.25, 0.25, size=2) * (x2 - x1, y2 - y1)
-        near, far = ranges.arrow_length[0] * min(x2 - x1, y2 - y1), ranges.arrow_length[1] * scale
-        length = self.number((min(near, far), max(near, far)))
-        head = max(self.number(ranges.arrow_head) * length, ranges.arrow_head_min * scale)
-        length = max(length, head)
         angle = float(self.rng.uniform(0, 2 * math.pi))
         back = np.array([math.cos(angle), math.sin(angle)])
-        barbs = [tip + head * _rotate(back, side * _ARROW_BARB_ANGLE) for side in (-1, 1)]
-        tail = tip + length * back
+        tail = tip + max(self.least_span, length - head) * back
         bent, filled = self.rng.random(size=2) < 0.5
-        # A filled head covers the shaft's end; an open one needs the shaft up to the tip.
-        shaft_end = tip + head * math.cos(_ARROW_BARB_ANGLE) * back if filled else tip
-        shaft = [tail, shaft_end]
+        shaft = [tip, tail]
         if bent:
-            sideways = (
-                _rotate(back, math.pi / 2) * self.rng.uniform(-1, 1) * ranges.arrow_bend * scale
-            )
-            shaft.insert(1, (tail + shaft_end) / 2 + sideways)
+            bend = self.rng.uniform(-ranges.arrow_bend, ranges.arrow_bend, size=2) * int(scale)
+            shaft.insert(1, (tip + tail) / 2 + bend)
+        barbs = [tip + head * _rotate(back, side * _ARROW_BARB_ANGLE) for side in (-1, 1)]
         corners = _points([barbs[0], tip, barbs[1]])
         head_stroke = Stroke("polygon", corners) if filled else Stroke("line", corners, width)
         return Stroke("line", _points(shaft), width), head_stroke
+
+    @property
+    def least_span(self) -> float:
+        return _LEAST_SPAN * max(1.0, self.scale)
+
+    def is_seen(self, points: Sequence[Point]) -> bool:
+        x1, y1, x2, y2 = bounds_of((tuple(points),))
+        return max(x2 - x1, y2 - y1) >= self.least_span
 
     def number(self, bounds: FloatRange) -> float:
         return float(self.rng.uniform(*bounds))
@@ -334,11 +342,6 @@ def _check_words(regions: Sequence[Region], styles: Sequence[_Style]) -> None:
                 "or colour for one of them",
                 "same-words",
             )
-
-
-def _is_seen(points: Sequence[Point], scale: float) -> bool:
-    x1, y1, x2, y2 = bounds_of((tuple(points),))
-    return max(x2 - x1, y2 - y1) >= _LEAST_SPAN * max(1.0, scale)
 
 
 def _outlines(region: Region) -> tuple[Polygon, ...]:

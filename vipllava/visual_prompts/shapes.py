@@ -102,9 +102,10 @@ def refer_turns(turns: Sequence[DraftTurn], plan: VisualPromptPlan) -> tuple[Tur
 def mark_bounds(prompt: VisualPrompt) -> BBox:
     """Return x1, y1, x2, y2 (pixels, unclipped) outside which ``prompt`` paints nothing.
 
-    A line's round joints and square ends reach at most its width beyond its points; one pixel
-    more covers rounding.
+    Joints, ends and brushes reach at most the width beyond the points; one pixel more covers
+    rounding.
     """
     xs, ys = zip(*(point for stroke in prompt.strokes for point in stroke.points), strict=True)
-    reach = 1 + max((s.width for s in prompt.strokes if s.kind in ("line", "polygon")), default=0)
+    kinds = ("line", "polygon", "contour")
+    reach = 1 + max((s.width for s in prompt.strokes if s.kind in kinds), default=0)
     return min(xs) - reach, min(ys) - reach, max(xs) + reach, max(ys) + reach

@@ -8,12 +8,12 @@ is left out: a model that answers as well without marks never looked at them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from vipllava.evaluation.bench import Answered, Asked, Bench, BenchData, BenchTable, jsonl
-from vipllava.evaluation.judge import is_exact_match
+from vipllava.evaluation.judge import is_exact_match, is_lenient_match
 from vipllava.evaluation.statistics import paired_difference_interval, wilson_interval
 from vipllava.types import ConfigError, RecordError, Request, Sample, Turn
 
@@ -111,12 +111,13 @@ def ask(
 
 
 def score(answered: Sequence[Answered[Prediction]]) -> dict[str, Any]:
-    """Score answers by exact match, ignoring case and punctuation.
+    """Score answers by exact match, as the published figures are.
 
     Returns:
         ``num_questions``; ``marked`` and ``unmarked`` (null where not asked), each with
-        ``correct``, ``total``, ``accuracy`` and its 95 % Wilson interval ``low``, ``high``;
-        ``gap`` of the two with its paired 95 % interval; ``by_shape`` with both.
+        ``correct``, ``total``, ``accuracy`` and its 95 % Wilson interval ``low``, ``high``, and
+        ``lenient_accuracy``, punctuation aside; ``gap`` of the two with its paired 95 % interval;
+        ``by_shape`` with both.
     """
     by_shape: dict[str, list[Answered[Prediction]]] = defaultdict(list)
     for each in answered:
@@ -141,11 +142,12 @@ def _files(answered: Sequence[Answered[Prediction]]) -> dict[str, str]:
 def _table(results: Mapping[str, Any]) -> BenchTable:
     def row(name: str, of: Mapping[str, Any]) -> tuple[str, ...]:
         known = of["marked"] or of["unmarked"]
-        return name, str(known["total"]), _percent(of["marked"]), _percent(of["unmarked"])
+        lenient = f"{100 * known['lenient_accuracy']:.1f}"
+        return name, str(known["total"]), _percent(of["marked"]), _percent(of["unmarked"]), lenient
 
     return BenchTable(
-        f"regions: {results['num_questions']} questions, accuracy in % (95 %)",
-        ("shape", "questions", "with marks", "marks not drawn"),
+        f"regions: {results['num_questions']} questions, exact match in % (95 %)",
+        ("shape", "questions", "with marks", "marks not drawn", "punctuation aside"),
         [row(shape, of) for shape, of in results["by_shape"].items()],
         row("all", results),
     )
@@ -158,24 +160,28 @@ def _percent(accuracy: Mapping[str, float] | None) -> str:
     return f"{share:.1f} ({low:.1f}-{high:.1f})"
 
 
-def _hits(answered: Sequence[Answered[Prediction]], way: str) -> list[bool]:
+def _hits(
+    answered: Sequence[Answered[Prediction]],
+    way: str,
+    match: Callable[[str, str], bool] = is_exact_match,
+) -> list[bool]:
     """Return which answers are right; none if it was not asked this way."""
-    return [
-        is_exact_match(each.texts[way], each.item.answer) for each in answered if way in each.texts
-    ]
+    return [match(each.texts[way], each.item.answer) for each in answered if way in each.texts]
 
 
 def _accuracies(answered: Sequence[Answered[Prediction]]) -> dict[str, dict[str, float] | None]:
-    return {way: _accuracy(_hits(answered, way)) for way in ("marked", "unmarked")}
+    return {way: _accuracy(answered, way) for way in ("marked", "unmarked")}
 
 
-def _accuracy(hits: Sequence[bool]) -> dict[str, float] | None:
+def _accuracy(answered: Sequence[Answered[Prediction]], way: str) -> dict[str, float] | None:
+    hits = _hits(answered, way)
     if not hits:
         return None
     correct, total = sum(hits), len(hits)
     low, high = wilson_interval(correct, total)
     return {
         "correct": correct, "total": total, "accuracy": correct / total, "low": low, "high": high,
+        "lenient_accuracy": sum(_hits(answered, way, is_lenient_match)) / total,
     }  # fmt: skip
 
 
