@@ -12,6 +12,7 @@ from typing import Any
 from vipllava.checkpoints.loading import load_tokenizer
 from vipllava.commands.inspect import look_at
 from vipllava.config.batch import accumulation_steps
+from vipllava.conversation.encode import TooLong
 from vipllava.files.cache import ShardCache
 from vipllava.files.retries import ONCE
 from vipllava.models.building import ModelSpec, read_tower_config
@@ -111,6 +112,7 @@ def sample_encoder(
     policies: Mapping[str, VisualPromptPolicy] | str = "published",
     image_aspect: ImageAspect = "pad",
     max_length: int = 2048,
+    too_long: TooLong = "drop_turns",
     seed: int = 42,
 ) -> SampleEncoder:
     """Return what makes ids, labels and pixels for a model; loads no weights.
@@ -121,6 +123,8 @@ def sample_encoder(
         policies: visual-prompt policies by name, or the name of a set in ``POLICIES``.
         image_aspect: how images become square: ``pad``, ``resize`` or ``square`` (cropped).
         max_length: greatest number of ids of a sample, the image's included.
+        too_long: what becomes of longer conversations: they lose whole exchanges (``drop_turns``),
+            are ``cut`` off as in the released training, or are an ``error``.
         seed: of wordings and marks, and of the order of a stream.
 
     Raises:
@@ -132,7 +136,7 @@ def sample_encoder(
             raise ConfigError(f"policies={policies!r} is not one of {', '.join(POLICIES)}")
         policies = POLICIES[policies]
     tokenizer = tokenizer or load_tokenizer(model)
-    encoder = conversation_encoder(model, tokenizer, model.chat_template, max_length)
+    encoder = conversation_encoder(model, tokenizer, model.chat_template, max_length, too_long)
     preprocessing = preprocessing_of(read_tower_config(model))
     transform = ImageTransform(model.image_size, image_aspect, preprocessing)
     return SampleEncoder(policies, encoder, transform, seed)

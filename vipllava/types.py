@@ -221,7 +221,8 @@ class Encoded:
     # int64 [length]; equal to ``input_ids`` where supervised, else ``IGNORE_INDEX``.
     labels: npt.NDArray[np.int64]
     num_images: int  # pictures in this conversation (0 or 1)
-    num_dropped_turns: int = 0  # trailing turns left out to respect the length limit
+    num_dropped_turns: int = 0  # trailing turns of which the length limit left nothing
+    is_cut: bool = False  # cut off at the limit, so that the last turn left may be a part of one
 
     @property
     def length(self) -> int:
@@ -232,6 +233,11 @@ class Encoded:
     def num_supervised(self) -> int:
         """Number of positions that carry loss."""
         return int((self.labels != IGNORE_INDEX).sum())
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the conversation did not fit into the length limit."""
+        return self.is_cut or self.num_dropped_turns > 0
 
 
 @dataclass(slots=True)

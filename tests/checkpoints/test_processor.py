@@ -78,6 +78,8 @@ def test_the_processor_gives_the_ids_of_training(template, tokenizer, request):
     question = Turn("user", "What is it?", has_image=True)
     expected = encoder.encode_generation_prompt([question]).tolist()
     assert processor_ids(processor, [question]) == expected
+    alone = Turn("user", "", has_image=True)
+    assert processor_ids(processor, [alone]) == encoder.encode_generation_prompt([alone]).tolist()
 
 
 def test_a_caption_prompt_of_llama_keeps_one_space_more(llama_like):  # noqa: F811

@@ -33,6 +33,7 @@ def test_every_key_is_one_of_a_training_job():
         ("pack_length=8 is less than max_length=9", None),
         ("raise max_length or look", "raise stage.max_length or look"),
         ("raise max_length.", "raise stage.max_length."),
+        ("or pass too_long=cut", "or pass stage.too_long=cut"),
         ("window=5 at least 20", "guard.window=5 at least 20"),
         ("the window of 5 steps, on 8 devices", "the window of 5 steps, on 8 devices"),
         ("the mix gives `a` no sample", "data.mix gives `a` no sample"),

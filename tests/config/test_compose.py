@@ -177,6 +177,11 @@ def test_packs_hold_about_the_recipes_samples(
     assert (data["micro_batch_size"], data["global_batch_size"]) == packs
 
 
+def test_published_data_are_cut_and_your_own_lose_exchanges() -> None:
+    ways = {name: compose_job([f"stage={name}"]).stage.too_long for name in RECIPE}
+    assert ways == {"pretrain": "cut", "finetune": "cut", "gpt4v": "cut", "task": "drop_turns"}
+
+
 @pytest.mark.parametrize("bench", ["regions", "vip_bench"])
 def test_evaluation_composes(bench: str):
     cfg, values = resolve([f"bench={bench}"], "evaluate")

@@ -160,6 +160,7 @@ _CONVERSATIONS = {
     "picture": ["<image>What is it?", "a dog.", "Sure?", "Yes."],
     "text_only": ["Sure?", "No."],
     "picture_late": ["Sure?", "Yes.", "<image>What is it?", "a dog."],
+    "picture_only": ["<image>", "a dog."],
     "non_latin": ["<image>这 é?", "Ça 犬 😀."],
     "blanks": ["<image> What is it?  ", "\na dog. \n", "\n\nSure? \n", "  Yes."],
     "typed_marks": [

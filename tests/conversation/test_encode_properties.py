@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -111,16 +113,22 @@ def test_truncation_keeps_the_longest_run_of_whole_pairs(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(turns=conversations(CLEAN_TEXTS))
+@given(turns=conversations(CLEAN_TEXTS), alone=st.booleans())
 @SETTINGS
-def test_clean_texts_get_the_released_ids(encoders: Encoders, name: str, turns: list[Turn]) -> None:
+def test_clean_texts_get_the_released_ids(
+    encoders: Encoders, name: str, turns: list[Turn], alone: bool
+) -> None:
     """One string, cut at the picture, each side encoded by itself, BOS once."""
     encoder = encoders[name]
+    if alone:  # the picture is all that its turn says
+        turns = [replace(turn, text="") if turn.has_image else turn for turn in turns]
     if encoder.template.drops_user_text:
         turns = turns[:2]
     backend = encoder.tokenizer.backend_tokenizer
     ids = [] if encoder.template.bos else backend.encode("").ids
     for index, part in enumerate(encoder.template.render(turns).split("<image>")):
         ids += [5000] * 3 if index else []
+        if index and "Metaspace" in str(backend.pre_tokenizer) and part.startswith(" "):
+            part = f" {part}"  # sentencepiece prefixes a space to this, too; Metaspace does not
         ids += backend.encode(part, add_special_tokens=False).ids
     assert encoder.encode(turns).input_ids.tolist() == ids

@@ -222,7 +222,8 @@ class TestTruncation:
         assert str(error.value) == (
             "sample 'shard-000000/0017': its first question and answer need 42 ids (3 of the "
             "picture, 7 of the question, 2 of the answer, 30 of template 'llava_v1') and "
-            f"max_length={max_length}; raise max_length, shorten the record or leave it out"
+            f"max_length={max_length}; raise max_length, shorten the record, leave it out or pass "
+            "too_long=cut"
         )
 
     def test_what_follows_the_last_answer_counts(self, smol_like: PreTrainedTokenizerFast) -> None:

@@ -97,6 +97,9 @@ EXPECTED = {
         29871 200000 200000 200000 29871 13 5618 338 372 29973 319 1799 9047 13566 29901
         [263 11203 29889 2] 11889 29901 18585 29973 319 1799 9047 13566 29901 [3869 29889 2]
     """,
+    ("llava_v1", "picture_only"): """
+        29871 200000 200000 200000 29871 319 1799 9047 13566 29901 [263 11203 29889 2]
+    """,
     ("llava_v1", "text_only"): """
         18585 29973 319 1799 9047 13566 29901 [1939 29889 2]
     """,
@@ -229,7 +232,7 @@ def test_numbers_known_beforehand() -> None:
     """What the facts about the vocabulary say, found in the committed numbers."""
     assert OPENINGS["llava_v1"].split()[0] == "1"
     assert OPENINGS["llava_v1"].split()[-3:] == ["3148", "1001", "29901"]
-    for (name, _), written in EXPECTED.items():
+    for (name, conversation), written in EXPECTED.items():
         numbers = " ".join(written.split())
         if name == "llava_v1":
             assert numbers.count("319 1799 9047 13566 29901 [") == numbers.count("[")
@@ -238,7 +241,8 @@ def test_numbers_known_beforehand() -> None:
         if name == "llava_v0":
             assert numbers.count("2277 29937 7900 22137 29901 [") == numbers.count("[")
         if name in ("llava_v1", "llava_v0") and "200000" in numbers:
-            assert "29871 200000 200000 200000 29871 13" in numbers
+            after = "319" if conversation == "picture_only" else "13"
+            assert f"29871 200000 200000 200000 29871 {after} " in numbers
         if name == "llama_3":
             assert numbers.count("128006 78191 128007 271 [") == numbers.count("[")
             assert numbers.count("128009]") == numbers.count("[")

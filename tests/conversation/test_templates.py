@@ -61,6 +61,13 @@ def test_rendered_conversation(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RENDERED)
+def test_an_image_without_a_question_has_no_newline(name: str) -> None:
+    turns = [Turn("user", "", has_image=True), *TURNS[1:]]
+    expected = RENDERED[name].replace("<image>\nQ1", "<image>")
+    assert get_template(name).render(turns) == expected
+
+
+@pytest.mark.parametrize("name", RENDERED)
 def test_generation_prompt(name: str) -> None:
     template = get_template(name)
     prompt = template.render(TURNS[:1], generation_prompt=True)

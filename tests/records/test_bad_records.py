@@ -123,6 +123,13 @@ def test_polygon_points_outside_move_to_the_edge() -> None:
         ("regions", {"visual_prompts": [{"width": 10**400}]}, "at most 64, the image"),
         ("regions", {"visual_prompts": [{"alpha": 0}]}, "an opacity from 1 to 255"),
         ("image_level", {"conversations": said("<image>", "a", "<image>", "b")}, "turns .0, 2."),
+        (
+            "image_level",
+            {"conversations": said("Hi", "<image> a")},
+            r"s\[1\].value` has <image> in",
+        ),
+        ("regions", {"conversations": said("<image>", "in <image>")}, "has <image> in an answer"),
+        ("regions", {"conversations": said("<image> or <image>", "a")}, "has <image> 2 times and"),
         ("image_level", {"conversations": []}, "at least one question and its answer"),
         ("image_level", {"conversations": said("only a question")}, "question and its answer"),
         ("image_level", {"conversations": [{"from": "user"}]}, "`conversations.0..from` is 'user'"),

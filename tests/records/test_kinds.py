@@ -139,7 +139,6 @@ def test_kinds_by_id(record: dict[str, Any], kind: str) -> None:
         (("<image>", "a"), ("", "a"), 0),
         (("Hi", "a"), ("Hi", "a"), 0),
         (("Hi", "a", "<image>\nSo?", "b"), ("Hi", "a", "So?", "b"), 2),
-        (("<image> Hi", "see <image>"), ("Hi", "see <image>"), 0),
     ],
 )
 def test_the_picture_moves_to_the_front(

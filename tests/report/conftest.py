@@ -19,7 +19,7 @@ from tests.conversation.conftest import (  # noqa: F401
     phi3_like,
     smol_like,
 )
-from vipllava.conversation.encode import ConversationEncoder
+from vipllava.conversation.encode import ConversationEncoder, TooLong
 from vipllava.models.towers import CLIP
 from vipllava.report.inspected import InspectedSample, inspect_trace
 from vipllava.stream.image_transform import ImageAspect, ImageTransform
@@ -95,6 +95,7 @@ def inspect(encoders: dict[str, ConversationEncoder]) -> Inspect:  # noqa: F811
         *,
         aspect: ImageAspect = "pad",
         max_length: int = 2048,
+        too_long: TooLong = "drop_turns",
     ) -> InspectedSample:
         base = encoders[template]
         encoder = ConversationEncoder(
@@ -103,6 +104,7 @@ def inspect(encoders: dict[str, ConversationEncoder]) -> Inspect:  # noqa: F811
             base.image_token_id,
             base.image_seq_length,
             max_length,
+            too_long,
         )
         transform = ImageTransform(SIDE, aspect, CLIP.preprocessing)
         policies = {"plain_marks": VisualPromptPolicy()}

@@ -162,6 +162,14 @@ def test_dropped_turns_are_struck_through_with_the_reason(source: str, reader: R
     ]
 
 
+def test_where_a_sample_is_cut_off(inspect: Inspect):
+    shown = inspect(make_sample("Is it?", "No." * 99, "Why?", "So."), max_length=90, too_long="cut")
+    assert read(build_inspect_page(JOB, [shown])).texts["why"] == [
+        "2 turns dropped: the conversation is cut off, be it within a text, at max_length=90. No "
+        "id holds them; their text is the record's."
+    ]
+
+
 def test_the_plan_in_words(reader: Reader):
     assert reader.texts["words"] == ["\u201cwithin the red rectangle\u201d"]
     (marks,) = reader.texts["marks"]

@@ -189,6 +189,19 @@ def test_turns_beyond_the_limit_are_the_records(inspect: Inspect):
     assert sample.max_length == four - 1
 
 
+def test_a_sample_that_is_cut_off(inspect: Inspect):
+    texts = ("What is it?", "a dog.", "Sure?", "Yes.", "Is it red?", "No.")
+    four = sum(stretch.num_ids for stretch in inspect(make_sample(*texts)).stretches[:4])
+    sample = inspect(make_sample(*texts), max_length=four - 1, too_long="cut")
+    assert (sample.num_turns, sample.num_ids, sample.is_cut) == (4, four - 1, True)
+    assert [s.text for s in sample.stretches if s.supervised] == [" a dog.</s>", " Yes."]
+    assert [turn.text for turn in sample.dropped] == ["Is it red?", "No."]
+    two = sum(stretch.num_ids for stretch in sample.stretches[:2])
+    asked = inspect(make_sample(*texts), max_length=two + 3, too_long="cut")  # USER: Sure | ?
+    assert (asked.num_turns, asked.stretches[-1].text) == (3, "USER: Sure")
+    assert inspect(make_sample(*texts)).is_cut is False
+
+
 def test_the_picture_is_what_the_network_gets(inspect: Inspect):
     sample = inspect(make_sample("What is it?", "a dog."))
     assert sample.image is not None

@@ -76,12 +76,14 @@ def test_all_ranks_end_with_the_one_that_cannot_read_a_sample(
         return [mine]
 
     failed: list[int] = []
-    here = Ranks(sum=lambda mine: (failed.append(mine[2]), list(mine))[1], gather=note)
+    here = Ranks(sum=lambda mine: (failed.append(mine[-1]), list(mine))[1], gather=note)
     with pytest.raises(RecordError, match=r"^\S+shard-000000\.tar: toy/s002: field `conv"):
         list(make(here))
     assert failed == [0, 1]
     assert len(told) == 1
-    elsewhere = Ranks(sum=lambda mine: [0, 0, 1], gather=lambda mine: [mine, "CacheError: silent"])
+    elsewhere = Ranks(
+        sum=lambda mine: [0, 0, 0, 1], gather=lambda mine: [mine, "CacheError: silent"]
+    )
     with pytest.raises(VipLlavaError, match="rank 1: CacheError: silent"):
         list(make(elsewhere))
 

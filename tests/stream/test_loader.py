@@ -373,7 +373,7 @@ def test_quarantine_ends_above_its_rate(build_dataset: Build) -> None:
 def test_a_rank_without_a_fault_stops_with_the_one_that_has_it(build_dataset: Build) -> None:
     dataset = build_dataset(toy_samples(8))
     ranks = Ranks(
-        sum=lambda mine: [mine[0], mine[1], mine[2] + 1],
+        sum=lambda mine: [*mine[:-1], mine[-1] + 1],
         gather=lambda mine: [mine, "RecordError: toy/s9 is bad"],
     )
     with pytest.raises(VipLlavaError, match=r"of other ranks .*\srank 1: Record.*toy/s9 is bad"):

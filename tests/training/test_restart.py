@@ -28,7 +28,7 @@ from vipllava.types import CheckpointError, ConfigError
 
 JOB = {
     "seed": 1,
-    "stage": {"name": "finetune", "max_length": 2048, "learning_rate": 2e-5},
+    "stage": {"name": "finetune", "max_length": 2048, "too_long": "cut", "learning_rate": 2e-5},
     "data": {"manifest": "mine", "num_workers": 4},
     "strategy": {"name": "ddp"},
     "module": {"model": {"language_model": "a", "dtype": "float32"}},
@@ -331,6 +331,7 @@ def test_a_checkpoint_that_is_not_there(run_dir):
     [
         ({"seed": 2}, "seed: 1 -> 2"),
         ({"stage__max_length": 1024}, "stage.max_length: 2048 -> 1024"),
+        ({"stage__too_long": "drop_turns"}, "stage.too_long: cut -> drop_turns"),
         ({"data__manifest": "other"}, "data.manifest: mine -> other"),
         ({"module__model__language_model": "b"}, "module.model.language_model: a -> b"),
         ({"strategy__name": "zero3"}, "strategy.name: ddp -> zero3"),

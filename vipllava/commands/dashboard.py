@@ -49,6 +49,7 @@ def dashboard_sections() -> dict[str, tuple[Panel, ...]]:
         "Data": (
             Panel("Share of the time waited for data", (metrics.WAIT_SHARE,)),
             Panel("Quarantined samples", (metrics.QUARANTINED,)),
+            Panel("Samples shortened to the length limit", (metrics.TRUNCATED,)),
             Panel("Supervised tokens of a step", (metrics.SUPERVISED_TOKENS,)),
         ),
     }

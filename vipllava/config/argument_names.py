@@ -22,7 +22,7 @@ _SAME_NAME: Final = {
     "min_polygon_area",
     "machine": "micro_batch_size",
     "paths": "data_root",
-    "stage": "checkpoint global_batch_size max_length trainable",
+    "stage": "checkpoint global_batch_size max_length too_long trainable",
     "trainer": "devices num_nodes",
     "tuning": "adapter",
 }

@@ -149,6 +149,7 @@ TRAIN: Final = _section({
         _PARTS: "trainable",
         _CHAT_TEMPLATE: "chat_template",
         _one_of("square", "pad", "resize"): "image_aspect",
+        _one_of("cut", "drop_turns", "error"): "too_long",
         _POSITIVE: "learning_rate eps",
         _POSITIVE_OR_NULL: "projector_learning_rate vision_tower_learning_rate gradient_clip",
         _COUNT: "global_batch_size epochs max_length mean_length longest_length pack_length "

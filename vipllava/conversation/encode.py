@@ -38,8 +38,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,7 @@ from vipllava.conversation.templates import ChatTemplate, get_template
 from vipllava.types import IGNORE_INDEX, ConfigError, Encoded, RecordError, Turn
 
 Ids = Sequence[int] | npt.NDArray[np.int64]
+TooLong = Literal["cut", "drop_turns", "error"]
 
 
 class ConversationEncoder:
@@ -61,6 +63,10 @@ class ConversationEncoder:
         image_token_id: id of every position that holds an image feature. Not a token of text.
         image_seq_length: number of these positions for one image.
         max_length: greatest number of ids of a training sample, the image's included.
+        too_long: what becomes of a longer conversation. ``cut``: its end is cut off, labels too,
+            be it within an answer, as the released checkpoints were trained. ``drop_turns``: it
+            loses whole trailing pairs of question and answer; a first pair that is too long is an
+            error. ``error``: it is an error.
 
     Raises:
         ConfigError: unknown template, impossible lengths, or a tokenizer that does not fit the
@@ -74,6 +80,7 @@ class ConversationEncoder:
         image_token_id: int,
         image_seq_length: int,
         max_length: int,
+        too_long: TooLong = "drop_turns",
     ) -> None:
         for name, value, least in (
             ("image_token_id", image_token_id, 0),
@@ -82,11 +89,15 @@ class ConversationEncoder:
         ):
             if value < least:
                 raise ConfigError(f"{name}={value} must be at least {least}")
+        if too_long not in get_args(TooLong):
+            known = ", ".join(get_args(TooLong))
+            raise ConfigError(f"too_long={too_long}: expected one of {known}")
         self.tokenizer = tokenizer
         self.template = get_template(template) if isinstance(template, str) else template
         self.image_token_id = image_token_id
         self.image_seq_length = image_seq_length
         self.max_length = max_length
+        self.too_long: TooLong = too_long
         self._pieces = PieceTokenizer(tokenizer, self.template, image_token_id)
         self._image_ids = [image_token_id] * image_seq_length
         self._opening_ids, self._opening_before = self._encode_opening()
@@ -104,7 +115,8 @@ class ConversationEncoder:
 
     @property
     def _settings(self) -> tuple[Any, ...]:
-        return self.template, self.image_token_id, self.image_seq_length, self.max_length
+        sizes = self.image_token_id, self.image_seq_length, self.max_length
+        return self.template, *sizes, self.too_long
 
     def __reduce__(self) -> tuple[Any, ...]:
         # From the arguments: each copy of the tokenizer would carry the vocabulary.
@@ -131,8 +143,8 @@ class ConversationEncoder:
     def encode(self, turns: Sequence[Turn], key: str = "") -> Encoded:
         """Return ids and labels of a training sample.
 
-        A conversation over ``max_length`` loses whole trailing pairs of question and answer,
-        never a part of a text and never the image.
+        A conversation over ``max_length`` is shortened as ``too_long`` says; it never loses its
+        image.
 
         Args:
             turns: user and assistant in alternation, user first, assistant last; at most one
@@ -140,39 +152,56 @@ class ConversationEncoder:
             key: the record's key, for errors.
 
         Raises:
-            RecordError: the turns are not such a conversation; the picture or the first pair
-                does not fit into ``max_length``; a text is not valid Unicode.
+            RecordError: the turns are not such a conversation; it is too long and may not be
+                shortened, or would lose its image or all that is supervised; a text is not valid
+                Unicode.
         """
+        return self._encode(turns, key, self.max_length)
+
+    def encode_whole(self, turns: Sequence[Turn], key: str = "") -> Encoded:
+        """Return what :meth:`encode` returns where ``max_length`` is no limit."""
+        return self._encode(turns, key, sys.maxsize)
+
+    def _encode(self, turns: Sequence[Turn], key: str, limit: int) -> Encoded:
         _check_turns(turns, key, last_role="assistant")
         draft = _Draft(self._opening_ids, self._opening_before)
-        num_kept, end = 0, (len(draft.ids), draft.before)
+        is_cut = False
         for index in range(0, len(turns), 2):
+            fitting = len(draft.ids), draft.before
             self._add_user(draft, turns, index, key)
             self._add_fixed(draft, self._to_assistant)
             self._add_answer(draft, turns, index + 1, key)
             closing_ids, _ = self._pieces.fixed(self._closing, draft.before)
             length = len(draft.ids) + len(closing_ids)
-            if length > self.max_length:
-                if index == 0:
-                    raise self._too_long(turns, length, key)
-                if any(turn.has_image for turn in turns[index:]):
-                    raise RecordError(
-                        f"sample {key!r}: the picture stands in a turn that does not fit into "
-                        f"max_length={self.max_length} (turns 1 to {index + 2} of {len(turns)} "
-                        f"need {length} ids); raise max_length, or move the picture to turn 1",
-                        "too-long",
-                    )
-                del draft.ids[end[0] :], draft.labels[end[0] :]
-                draft.before = end[1]
-                break
-            num_kept, end = index + 2, (len(draft.ids), draft.before)
-        # What follows the last answer. Its end token is the one fixed piece that is supervised.
-        self._add_fixed(draft, self._closing, self._token_end)
+            if length <= limit:
+                continue
+            is_cut = self.too_long == "cut"
+            if is_cut:
+                self._add_fixed(draft, self._closing, self._token_end)
+                draft.cut(limit)
+            if self.too_long == "error" or (index == 0 and not (is_cut and draft.is_supervised)):
+                raise self._too_long(turns[: index + 2], length, key)
+            if not is_cut:
+                draft.cut(*fitting)
+                del draft.starts[index:]
+            has_image = any(turn.has_image for turn in turns)
+            if has_image and draft.ids.count(self.image_token_id) < self.image_seq_length:
+                raise RecordError(
+                    f"sample {key!r}: the picture stands in a turn that does not fit into "
+                    f"max_length={limit} (turns 1 to {index + 2} of {len(turns)} "
+                    f"need {length} ids); raise max_length, or move the picture to turn 1",
+                    "too-long",
+                )
+            break
+        if not is_cut:
+            # What follows the last answer. Its end token is the one fixed piece that is supervised.
+            self._add_fixed(draft, self._closing, self._token_end)
         return Encoded(
             input_ids=np.array(draft.ids, dtype=np.int64),
             labels=np.array(draft.labels, dtype=np.int64),
-            num_images=sum(turn.has_image for turn in turns[:num_kept]),
-            num_dropped_turns=len(turns) - num_kept,
+            num_images=sum(turn.has_image for turn in turns),
+            num_dropped_turns=len(turns) - len(draft.starts),
+            is_cut=is_cut,
         )
 
     def encode_generation_prompt(
@@ -248,16 +277,18 @@ class ConversationEncoder:
         template, turn = self.template, turns[index]
         if index:
             self._add_fixed(draft, self._to_user, self._token_end)
+        draft.starts.append(len(draft.ids))
         text = "" if template.drops_user_text else turn.text
         if turn.has_image:
             draft.add(self._typed(template.user_lead, draft.before, index, key), Before.TEXT)
             draft.add(self._image_ids, Before.NOTHING)
-            text = template.image_suffix + text
+            text = template.image_suffix + text if text else ""
         else:
             text = template.user_lead + text
         draft.add(self._typed(text, draft.before, index, key), Before.TEXT)
 
     def _add_answer(self, draft: _Draft, turns: Sequence[Turn], index: int, key: str) -> None:
+        draft.starts.append(len(draft.ids))
         text = self.template.assistant_lead + turns[index].text + self._text_end
         draft.add(self._typed(text, draft.before, index, key), Before.TEXT, learn=True)
 
@@ -275,18 +306,29 @@ class ConversationEncoder:
             raise RecordError(f"sample {key!r}: text of turn {index + 1}: {error}") from None
 
     def _too_long(self, turns: Sequence[Turn], length: int, key: str) -> RecordError:
-        user, assistant = turns[0], turns[1]
+        """Return why the first turns, which need ``length`` ids, cannot be shortened."""
+        limit = f"max_length={self.max_length}"
+        if len(turns) > 2:
+            return RecordError(
+                f"sample {key!r}: turns 1 to {len(turns)} need {length} ids and {limit}; raise "
+                "max_length, split the conversation, or pass too_long=drop_turns or too_long=cut",
+                "too-long",
+            )
+        user, assistant = turns
         asked = "" if self.template.drops_user_text else user.text
         num_user = len(self._pieces.typed(asked, Before.TEXT))
         num_assistant = len(self._pieces.typed(assistant.text, Before.TEXT))
         num_image = self.image_seq_length if user.has_image else 0
         num_template = length - num_user - num_assistant - num_image
+        is_cut = self.too_long == "cut"
+        limit += ", which leaves no token of the answer" if is_cut else ""
+        remedy = "or leave it out" if is_cut else "leave it out or pass too_long=cut"
         return RecordError(
             f"sample {key!r}: its first question and answer need {length} ids ({num_image} of "
             f"the picture, {num_user} of the question, {num_assistant} of the answer, "
-            f"{num_template} of template {self.template.name!r}) and max_length="
-            f"{self.max_length}; raise max_length, shorten the record or leave it out",
-            "too-long",
+            f"{num_template} of template {self.template.name!r}) and {limit}; raise max_length, "
+            f"shorten the record{'' if is_cut else ','} {remedy}",
+            "unsupervised" if is_cut else "too-long",
         )
 
 
@@ -296,6 +338,18 @@ class _Draft:
     def __init__(self, ids: list[int], before: Before) -> None:
         self.ids = list(ids)
         self.labels = [IGNORE_INDEX] * len(ids)
+        self.before = before
+        self.starts: list[int] = []  # where the text of each turn, or its image, begins
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether a position carries loss."""
+        return any(label != IGNORE_INDEX for label in self.labels)
+
+    def cut(self, length: int, before: Before = Before.TEXT) -> None:
+        """Keep the first ids, and the turns that begin among them."""
+        del self.ids[length:], self.labels[length:]
+        self.starts = [start for start in self.starts if start < length]
         self.before = before
 
     def add(self, ids: list[int], before: Before, *, learn: bool = False) -> None:

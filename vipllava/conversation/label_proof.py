@@ -2,7 +2,8 @@
 
 The encoder makes labels from pieces and never looks at them again. The proof goes the other way:
 it decodes what is labelled and compares it with the texts, and it asks that what stands before
-each answer is exactly the prompt a model would be given there.
+each answer is exactly the prompt a model would be given there. Of a conversation that was cut off
+the whole one is proved, and that the sample is its beginning.
 """
 
 from __future__ import annotations
@@ -54,9 +55,19 @@ def prove_labels(
             shows both around the first difference).
     """
     name = f"labels of sample {key!r} (template {encoder.template.name!r})"
-    ids, labels = encoded.input_ids, encoded.labels
     _prove_arrays(name, encoder, encoded)
-
+    if encoded.is_cut:
+        whole = encoder.encode_whole(turns, key)
+        for part in ("input_ids", "labels"):
+            mine, all_of_them = getattr(encoded, part), getattr(whole, part)
+            if not np.array_equal(mine, all_of_them[: len(mine)]):
+                at = _first_difference(mine.tolist(), all_of_them.tolist())
+                raise VipLlavaError(
+                    f"{name}: it was cut off, and is not how the whole conversation begins: their "
+                    f"{part} part at position {at}"
+                )
+        encoded = whole
+    ids, labels = encoded.input_ids, encoded.labels
     kept = turns[: len(turns) - encoded.num_dropped_turns]
     if not kept or len(kept) % 2:
         raise VipLlavaError(

@@ -6,7 +6,8 @@ A fast tokenizer does three things with a string that a conversation must contro
   in the template's own strings, wrong in what a person typed.
 * It may put a space in front of a string (Llama's dummy prefix, as a normalizer or in Metaspace).
   Right at the start of a part, wrong behind a forced boundary. What happens behind an added token
-  differs between tokenizers, so it is tried out, not assumed.
+  differs between tokenizers, so it is tried out, not assumed. Metaspace spares the prefix where a
+  space stands already; sentencepiece, with which checkpoints were trained, does not: nor do we.
 * It merges characters across any boundary that is only text.
 
 So text goes through two bare copies of the tokenizer that know no added tokens: one adds the
@@ -24,6 +25,7 @@ from typing import Any, Protocol, cast
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
 
 from vipllava.conversation.templates import ChatTemplate
 from vipllava.types import ConfigError
@@ -76,6 +78,10 @@ class PieceTokenizer:
         self._template = template
         self._added = frozenset(backend.get_added_tokens_decoder())
         self._at_start = _bare_copy(backend, keep_prefix=True)
+        metaspace: Any = backend.pre_tokenizer
+        self._spares_prefix = isinstance(metaspace, Metaspace) and (
+            metaspace.prepend_scheme != "never"
+        )
         self._inside = _bare_copy(backend, keep_prefix=False)
         self.token_ids = {token: self._special_id(token) for token in template.special_tokens}
         self._behind_token = self._inside  # until it is found out below
@@ -93,6 +99,8 @@ class PieceTokenizer:
         """
         if not text:
             return []
+        if self._spares_prefix and before is Before.NOTHING and text[0] in " \u2581":
+            text = f" {text}"
         try:
             return self._bare(before).encode(text, add_special_tokens=False).ids
         except TypeError:

@@ -12,7 +12,8 @@ A rendered conversation is::
 
 The generation prompt ends after ``assistant_prefix``. Supervised is what follows it: lead, text
 and ``assistant_end``, and nothing else. The lead belongs to the text because tokenizers write a
-space and the word after it as one token: the model must produce it.
+space and the word after it as one token: the model must produce it. Between an image and a user
+text that is empty nothing stands, as in the released data.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class ChatTemplate:
     bos: str = ""
     system: str = ""  # everything before the first user turn
     user_lead: str = ""  # between role string and user text (or the image before it)
-    image_suffix: str = "\n"  # between the image and the text after it
+    image_suffix: str = "\n"  # between the image and the text after it, where there is one
     user_end: str = ""  # end of a user turn
     assistant_lead: str = ""  # between role string and assistant text; supervised with it
     after_assistant: str = ""  # what follows the end before the next turn; not supervised
@@ -70,7 +71,7 @@ class ChatTemplate:
             if turn.role == "user":
                 pieces += (self.user_prefix_later if number else self.user_prefix, self.user_lead)
                 if turn.has_image:
-                    pieces += (IMAGE_PLACEHOLDER, self.image_suffix)
+                    pieces += (IMAGE_PLACEHOLDER, self.image_suffix if turn.text else "")
                 pieces += ("" if self.drops_user_text else turn.text, self.user_end)
             else:
                 pieces += (self.assistant_prefix, self.assistant_lead, turn.text)
@@ -187,7 +188,14 @@ def jinja_template(template: ChatTemplate, *, bos: str = "", after_image: str = 
             ids that a checkpoint was trained with, see
             :func:`vipllava.checkpoints.processor.build_processor`.
     """
-    image = json.dumps(IMAGE_PLACEHOLDER + after_image + template.image_suffix)
+    # Where no text follows there is no suffix, and before a special token no word to begin.
+    follows = template.split_special_tokens(template.user_end + template.assistant_prefix)
+    alone = "" if follows and follows[0] in template.special_tokens else after_image
+    before_text = after_image + template.image_suffix
+    behind_image = _say(alone)
+    if before_text != alone:
+        behind_image = "{%- if text_of(message) -%}\n" + _say(before_text)
+        behind_image += "{%- else -%}\n" + _say(alone) + "{%- endif -%}\n"
     user_text = "" if template.drops_user_text else "{{- text_of(message) -}}\n"
     lines = [
         _TEXT_OF,
@@ -213,7 +221,8 @@ def jinja_template(template: ChatTemplate, *, bos: str = "", after_image: str = 
         "{%- if message['content'] is not string -%}\n",
         "{%- for item in message['content'] if item['type'] == 'image' -%}\n",
         "{%- if not loop.first -%}\n{{- raise_exception('one picture a turn') -}}\n{%- endif -%}\n",
-        f"{{{{- {image} -}}}}\n",
+        _say(IMAGE_PLACEHOLDER),
+        behind_image,
         "{%- endfor -%}\n{%- endif -%}\n",
         user_text,
         _say(template.user_end),

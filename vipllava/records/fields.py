@@ -229,8 +229,10 @@ class Fields:
         """Read ``conversations`` of ``human`` and ``gpt``.
 
         ``<image>`` in a human text moves to that turn's front; a record with an image and no
-        ``<image>`` gets it in the first turn. See :func:`kept_turns` for what is left out. Region
-        placeholders become mentions of ``num_regions`` regions; None leaves them as text.
+        ``<image>`` gets it in the first turn. With an image, more than one ``<image>`` or one in an
+        answer is refused: it would vanish, or be learnt as letters. See :func:`kept_turns` for what
+        is left out. Region placeholders become mentions of ``num_regions`` regions; None leaves
+        them as text.
         """
         expected = "a list of {from: human|gpt, value: text}, taking turns"
         items = self.items("conversations", expected)
@@ -240,9 +242,20 @@ class Fields:
         speakers = [speaker for _, speaker, _ in said]
         if speakers != ["human", "gpt"] * (len(said) // 2):
             self.fail("conversations", speakers, "human and gpt taking turns")
-        named = [n for n, (_, speaker, value) in enumerate(said)
-                 if speaker == "human" and IMAGE_PLACEHOLDER in value]  # fmt: skip
-        if self.image is not None and len(named) > 1:
+        named: list[int] = []
+        for number, (where, speaker, value) in enumerate(said if self.image is not None else ()):
+            if not (count := value.count(IMAGE_PLACEHOLDER)):
+                continue
+            found = f"field `{where}.value` has {IMAGE_PLACEHOLDER}"
+            if speaker == "gpt":
+                self.refuse(
+                    f"{found} in an answer, where it would be learnt as letters; remove it, or "
+                    "move it to the question that shows the image"
+                )
+            if count > 1:
+                self.refuse(f"{found} {count} times and the record one image; keep one of them")
+            named.append(number)
+        if len(named) > 1:
             found = f"{IMAGE_PLACEHOLDER} in turns {named}"
             self.fail("conversations", found, "one image a record")
         turns: list[DraftTurn] = []

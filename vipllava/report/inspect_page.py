@@ -198,11 +198,13 @@ def _view(sample: InspectedSample, job: JobSummary) -> Html:
 def _talk(sample: InspectedSample) -> list[Html]:
     rows = [_stretch(stretch) for stretch in sample.stretches]
     rows += [_dropped(turn) for turn in sample.dropped]
-    if sample.dropped:
+    if sample.dropped or sample.is_cut:
+        why = "with the next question and answer the sample would be longer than"
+        if sample.is_cut:
+            why = "the conversation is cut off, be it within a text, at"
         reason = (
-            f"{_count(len(sample.dropped), 'turn')} dropped: with the next question and answer "
-            f"the sample would be longer than max_length={sample.max_length}. No id holds them; "
-            "their text is the record's."
+            f"{_count(len(sample.dropped), 'turn')} dropped: {why} max_length={sample.max_length}. "
+            "No id holds them; their text is the record's."
         )
         rows.append(markup('<div class="side"></div><p class="why">{}</p>', reason))
     return rows

@@ -97,6 +97,7 @@ class InspectedSample:
     num_turns: int  # that it holds
     dropped: tuple[Turn, ...]  # turns beyond the length limit, from the record
     max_length: int  # that limit, ids
+    is_cut: bool = False  # the last turn that it holds may end before its end, at the limit
     fault: str = ""  # why the labels could not be proved to be the answers; empty if they were
 
     @property
@@ -155,6 +156,7 @@ def inspect_trace(
         num_turns=num_kept,
         dropped=trace.turns[num_kept:],
         max_length=encoder.max_length,
+        is_cut=encoded.is_cut,
         fault=fault,
     )
 

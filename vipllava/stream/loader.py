@@ -18,6 +18,7 @@ ignored: each sample is learnt from exactly as often as the mix says, and no mic
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,8 @@ from vipllava.stream.quarantine import BadSample, QuarantineLog
 from vipllava.stream.ranks import Ranks
 from vipllava.stream.visual_prompt_dataset import VisualPromptDataset
 from vipllava.types import Batch, CheckpointError, ConfigError, VipLlavaError
+
+log = logging.getLogger(__name__)
 
 STATE_VERSION: Final = 2
 
@@ -132,6 +135,7 @@ class _Step:
     share: StepShare
     batches: list[Batch]
     bad_samples: list[BadSample]
+    truncated: list[str] = field(default_factory=list[str])  # samples that did not fit whole
     error: Exception | None = None
     num_supervised: int = 0
 
@@ -149,16 +153,16 @@ class _StepDataset(Dataset[Any]):
         self.collator = collator
 
     def __getitem__(self, share: StepShare) -> _Step:
-        step = _Step(share, [], [], share.error)
+        step = _Step(share, [], [], error=share.error)
         try:
             for rows, num_repeats in zip(share.micro_batches, share.repeats, strict=True):
-                step.batches.append(self._batch(rows, num_repeats, step.bad_samples))
+                step.batches.append(self._batch(rows, num_repeats, step))
         except Exception as error:  # noqa: BLE001 - a rank that raised alone would leave the others
             step.error = _sendable(error)
         step.num_supervised = sum(batch.num_supervised for batch in step.batches)
         return step
 
-    def _batch(self, rows: tuple[Row, ...], num_repeats: int, found: list[BadSample]) -> Batch:
+    def _batch(self, rows: tuple[Row, ...], num_repeats: int, step: _Step) -> Batch:
         in_pack = self.collator.pack_length is not None
         packs: list[list[EncodedSample]] = []
         for row in rows:
@@ -166,7 +170,8 @@ class _StepDataset(Dataset[Any]):
             is_repeat = len(packs) >= len(rows) - num_repeats
             packs.append([s.without_labels() if is_repeat else s for s, _ in loaded])
             if not is_repeat:
-                found += [bad for _, bad in loaded if bad is not None]
+                step.bad_samples += [bad for _, bad in loaded if bad is not None]
+                step.truncated += [s.key for s, _ in loaded if s.encoded.is_truncated]
         batch = self.collator(packs)
         batch.num_repeats = sum(map(len, rows[len(rows) - num_repeats :]))
         return batch
@@ -196,6 +201,7 @@ class StepLoader:
     Attributes:
         seconds_waited: how long the workers were waited for, all in all.
         began: the place where the step of the last micro-batch begins.
+        num_truncated: samples since the job began that the length limit shortened, of all ranks.
     """
 
     def __init__(
@@ -218,6 +224,7 @@ class StepLoader:
         self.prefetcher = prefetcher
         self.seconds_waited = 0.0
         self.began = Cursor()
+        self.num_truncated = 0
         self._loader: DataLoader[Any] = DataLoader(
             _StepDataset(dataset, collator),
             sampler=sampler,
@@ -275,7 +282,7 @@ class StepLoader:
                         steps = iter(self._loader)
                 step = next(steps, None)  # raises where a worker was killed
             except Exception as error:  # noqa: BLE001 - told to the others, and raised, in _agree
-                step = _Step(StepShare(), [], [], error)
+                step = _Step(StepShare(), [], [], error=error)
             self.seconds_waited += time.perf_counter() - began
             if step is None:
                 return
@@ -293,11 +300,17 @@ class StepLoader:
             self.quarantine_log.write(step.bad_samples)
         except VipLlavaError as unwritten:
             error = error or unwritten
-        mine = (step.num_supervised, num_mine, int(error is not None))
-        total, num_faults, num_failed = self.ranks.sum(mine)
+        mine = (step.num_supervised, num_mine, len(step.truncated), int(error is not None))
+        total, num_faults, num_truncated, num_failed = self.ranks.sum(mine)
         if num_failed:
             self.ranks.end_together(error)
         self.quarantine_log.count(num_faults, step.share.num_samples)
+        if step.truncated and not self.num_truncated:
+            log.warning(
+                "%s does not fit into max_length and is shortened, the first of this run: more are "
+                "only counted; `vipllava lint` names them all", step.truncated[0],
+            )  # fmt: skip
+        self.num_truncated += num_truncated
         return total
 
     def close(self) -> None:
@@ -323,6 +336,7 @@ class StepLoader:
             "micro_batch": micro_batch,
             "num_faults": self.quarantine_log.total,
             "num_samples_seen": self.quarantine_log.num_samples,
+            "num_truncated": self.num_truncated,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -350,6 +364,7 @@ class StepLoader:
         self._resume = (place, micro_batch)
         self.quarantine_log.total = int(state["num_faults"])
         self.quarantine_log.num_samples = int(state["num_samples_seen"])
+        self.num_truncated = int(state.get("num_truncated", 0))  # older checkpoints have none
 
     def identity(self) -> dict[str, Any]:
         """Return what the stream depends on, see :func:`stream_identity`."""

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from vipllava.checkpoints.loading import load_tokenizer
 from vipllava.conversation import ConversationEncoder
+from vipllava.conversation.encode import TooLong
 from vipllava.forecast.architecture import Architecture, architecture_of
 from vipllava.models.building import ModelSpec, network_config, read_tower_config, token_id
 from vipllava.models.hub_models import load_config
@@ -38,8 +39,11 @@ def build_datamodule(
     spec = spec or model_spec(cfg)
     tower = read_tower_config(spec)
     tokenizer = tokenizer or load_tokenizer(spec)
-    encoder = conversation_encoder(spec, tokenizer, cfg.stage.chat_template, cfg.stage.max_length)
-    transform = ImageTransform(spec.image_size, cfg.stage.image_aspect, preprocessing_of(tower))
+    stage = cfg.stage
+    encoder = conversation_encoder(
+        spec, tokenizer, stage.chat_template, stage.max_length, stage.too_long
+    )
+    transform = ImageTransform(spec.image_size, stage.image_aspect, preprocessing_of(tower))
     datamodule = partial(cfg.data)(conversation_encoder=encoder, image_transform=transform)
     if any(manifest.made_by == "sample_world" for manifest in datamodule.manifests):
         # The only data that can be made here; all others must be there already.
@@ -50,7 +54,7 @@ def build_datamodule(
 
 
 def conversation_encoder(
-    spec: ModelSpec, tokenizer: Any, chat_template: str, max_length: int
+    spec: ModelSpec, tokenizer: Any, chat_template: str, max_length: int, too_long: TooLong
 ) -> ConversationEncoder:
     """Return what makes ids for a model; reads the tower's config, no weights."""
     return ConversationEncoder(
@@ -59,6 +63,7 @@ def conversation_encoder(
         image_token_id=token_id(tokenizer, spec.image_token),
         image_seq_length=num_patches(read_tower_config(spec)),
         max_length=max_length,
+        too_long=too_long,
     )
 
 

@@ -34,6 +34,7 @@ MFU: Final = "train/mfu"
 MEMORY: Final = "train/memory_gb"
 WAIT_SHARE: Final = "data/wait_share"
 QUARANTINED: Final = "data/quarantined_total"
+TRUNCATED: Final = "data/truncated_total"
 VALIDATION_LOSS: Final = "val/loss"
 SAMPLES: Final = "samples"
 
@@ -49,6 +50,7 @@ METRICS: Final[Mapping[str, str]] = {
     MEMORY: "most memory allocated on any device since the start, 10^9 bytes; CUDA only",
     WAIT_SHARE: "share of the time that the rank which waited longest waited for data, 0..1",
     QUARANTINED: "bad samples replaced since the start, all ranks together",
+    TRUNCATED: "samples shortened to the length limit since the start, all ranks together",
     VALIDATION_LOSS: "cross entropy per supervised token of the validation data",
 }
 """Every metric and its meaning. Beside them there are :func:`dataset_loss` for each data set and,
@@ -282,6 +284,7 @@ class Throughput(Callback):
         metrics = window_metrics(gather_objects(mine), self.peak_flops)
         if isinstance(loader, StepLoader):
             metrics[QUARANTINED] = float(loader.quarantine_log.total)
+            metrics[TRUNCATED] = float(loader.num_truncated)
         for logger in trainer.loggers:
             # Not by the module's `log`, which repeats a value in every step until the next one.
             logger.log_metrics(metrics, step=trainer.global_step - 1)

@@ -41,10 +41,10 @@ _ASIDE: Final = "before-"
 """Begins the name of a folder of what an earlier run left; a number follows."""
 _MATTERS: Final = (
     "seed", "stage.name", "stage.checkpoint", "stage.trainable", "stage.chat_template",
-    "stage.image_aspect", "stage.max_length", "stage.pack_length", "stage.global_batch_size",
-    "module.model", "module.adapter", "module.quantization", "visual_prompts", "data.manifest",
-    "data.mix", "data.samples_per_epoch", "data.batching", "data.global_batch_size",
-    "data.window_samples", "strategy.name",
+    "stage.image_aspect", "stage.max_length", "stage.too_long", "stage.pack_length",
+    "stage.global_batch_size", "module.model", "module.adapter", "module.quantization",
+    "visual_prompts", "data.manifest", "data.mix", "data.samples_per_epoch", "data.batching",
+    "data.global_batch_size", "data.window_samples", "strategy.name",
 )  # fmt: skip
 """What decides the order of the data, the model, or the form of its checkpoints."""
 _HARMLESS: Final = (

@@ -176,6 +176,25 @@ def test_labels(
     assert codes(findings) == [code]
 
 
+@pytest.mark.parametrize(
+    ("texts", "code", "message"),
+    [
+        (("Why?", "word " * 500), "truncated", "and turn 2 or the token that ends it is cut off"),
+        (("word " * 500, "Yes."), "unsupervised", "which leaves no token of the answer"),
+        (("Why?", "Yes.", "And?", "word " * 500), "truncated", "0 of 4 turns do not fit"),
+    ],
+)
+def test_what_is_cut_off(
+    encoder: ConversationEncoder, texts: tuple[str, ...], code: str, message: str
+) -> None:
+    arguments = encoder.__reduce__()[1]
+    samples = sample_encoder(ConversationEncoder(*arguments[:-2], 1024, "cut"))
+    record = record_of("image_level", conversations=said(*texts))
+    (finding,) = lint_one(record, samples, image=picture())
+    assert finding.code == code
+    assert message in finding.message
+
+
 def test_a_picture_that_a_crop_cuts_off(encoder: ConversationEncoder) -> None:
     from vipllava.stream.image_transform import ImageTransform
 

@@ -249,6 +249,11 @@ def placeholders() -> Iterator[Case]:
         "vcr": record_of("vcr", question=["Why", "is", [0], "near", "<bbox1>", "?"]),
     }.items():
         yield Case(f"place-{name}", code, record)
+    for number, mark in enumerate(("<Image>", "<im_start>", "<img>", "<|image_1|>", "<image_0>")):
+        record = record_of("image_level", conversations=said(f"{mark}\nWho is it?", "A man."))
+        yield Case(f"foreign-{number}", {"image-placeholder"}, record)
+    text = record_of("text_only", conversations=said("What does <img> say in HTML?", "An image."))
+    yield Case("foreign-text_only", set(), text, None)
     text = record_of("text_only", conversations=said("Where is <bbox1>?", "There."))
     yield Case("place-text_only", code, text, None)
     for kind in ("regions", "vg_rel-gpt4v"):

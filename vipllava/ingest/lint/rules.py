@@ -18,7 +18,12 @@ from PIL import Image, ImageChops
 
 from vipllava.ingest.lint.findings import LintLimits, Problem
 from vipllava.records import RecordKind
-from vipllava.records.fields import REGION_PLACEHOLDER, Fields, kept_turns
+from vipllava.records.fields import (
+    IMAGE_PLACEHOLDER,
+    REGION_PLACEHOLDER,
+    Fields,
+    kept_turns,
+)
 from vipllava.records.kind import Outline, list_or_empty
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.types import Mention, RecordError, Sample, Turn, VisualPromptPlan
@@ -31,6 +36,10 @@ _FAR: Final = 1e9
 """Coordinates beyond it count as this far out: their products stay finite."""
 _EDGES_AT_ONCE: Final = 512
 _Vertices = npt.NDArray[np.float64]
+_FOREIGN_PLACEHOLDER: Final = re.compile(
+    r"</?\|?(?:image|img|im_start|im_end|im_patch|image_pad|vision_start|vision_end)[_ ]?\d*\|?>",
+    re.IGNORECASE,
+)
 _COLOUR_NAMES: Final = {rgb: name for name, rgb in PALETTE.items()}
 
 
@@ -205,6 +214,18 @@ def leftover_problems(sample: Sample) -> Iterator[Problem]:
                     f"turn {number + 1} ({turn.role}) keeps {match.group()} as text: this kind of "
                     "record has no placeholder there; remove it",
                 )
+
+
+def image_placeholder_problems(sample: Sample) -> Iterator[Problem]:
+    """Yield what other projects write for an image, in texts of a sample that has one."""
+    for number, turn in enumerate(sample.turns if sample.image is not None else ()):
+        text = "".join(part for part in turn.parts if isinstance(part, str))
+        if match := _FOREIGN_PLACEHOLDER.search(text):
+            yield Problem(
+                "image-placeholder",
+                f"turn {number + 1} ({turn.role}) keeps {match.group()} as text; the image's place "
+                f"is {IMAGE_PLACEHOLDER}, in a question: remove what stands for it elsewhere",
+            )
 
 
 def same_words_problems(sample: Sample, plan: VisualPromptPlan) -> Iterator[Problem]:

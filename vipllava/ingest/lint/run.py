@@ -24,6 +24,7 @@ from vipllava.ingest.lint.rules import (
     blank_problems,
     colour_problems,
     geometry_problems,
+    image_placeholder_problems,
     leftover_problems,
     mark_problems,
     placeholder_problems,
@@ -219,6 +220,7 @@ def lint_entry(
         sample = source.parse(entry, epoch)
         if not any(problem.code == "placeholder-without-region" for problem in problems):
             problems += leftover_problems(sample)
+        problems += image_placeholder_problems(sample)
         for problem in _sample_problems(sample, fields, image, samples, limits, epoch):
             problems.append(problem)  # those before an error count
     except VipLlavaError as error:
@@ -259,11 +261,15 @@ def _sample_problems(
     yield from blank_problems(turns)
     _, encoded = samples.encode_text(sample, epoch)
     encoder = samples.conversation_encoder
-    if encoded.num_dropped_turns:
+    if encoded.is_truncated:
+        num_kept = len(turns) - encoded.num_dropped_turns
+        end = (
+            f", and turn {num_kept} or the token that ends it is cut off" if encoded.is_cut else ""
+        )
         yield Problem(
             "truncated",
             f"{encoded.num_dropped_turns} of {len(turns)} turns do not fit into max_length="
-            f"{encoder.max_length} and are dropped; raise it or split the conversation",
+            f"{encoder.max_length} and are dropped{end}; raise it or split the conversation",
         )
     try:
         prove_labels(encoder, turns, encoded, f"{sample.dataset}/{sample.key}")
