@@ -165,7 +165,7 @@ def _from_pillow(raw: dict[str, Any], encoder: SampleEncoder) -> EncodedSample:
     sample = _parse(key, raw["json"], raw["bytes"])
     rng = marks_generator(_SEED, 0, _NAME, key)
     plan = sample_plan(sample.regions, picture.size, encoder.policies[sample.policy], rng)
-    encoded = encoder.conversation_encoder.encode(refer_turns(sample.turns, plan))
+    encoded = encoder.conversation_encoder.encode(refer_turns(sample.turns, plan, rng))
     return EncodedSample(key, encoded, encoder.transform(render_plan(picture, plan)))
 
 

@@ -142,7 +142,6 @@ class VisualPrompt:
     colour_name: str | None  # the palette's for ``rgb``, or None when the text must not name it
     alpha: int  # opacity, 0..255
     strokes: tuple[Stroke, ...]  # the primitives, painted in order as one layer
-    article: bool = True  # whether the words say "the" before colour and shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +150,7 @@ class VisualPromptPlan:
 
     size: tuple[int, int]  # width and height of the stored image, pixels
     prompts: tuple[VisualPrompt, ...] = ()  # the marks in drawing order; at most one per region
+    article_rate: float = 1.0  # how often a mention says "the" before colour and shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,12 +89,12 @@ def test_polygon_points_outside_move_to_the_edge() -> None:
     ("kind", "changes", "message"),
     [
         ("refcocog", {"bboxes": [BOX, BOX2]}, "`bboxes` is a list of 2; .* 1 of them"),
-        ("refcocog", {"segmentations": []}, "one list of polygons per box"),
+        ("refcocog", {"segmentations": [[], []]}, "one list of polygons per box"),
         ("refcocog", {"answer": "  "}, "`answer` is '  '; expected a text that is not empty"),
         ("vg_rel", {"bboxes": [BOX]}, "a list of 1; .* 2 of them"),
         ("v7w", {"bboxes": [BOX, BOX2, BOX]}, "a list of 3; .* 4 of them"),
-        ("v7w", {"answer": [1, 1, 2, 2]}, "exactly one of the boxes"),
-        ("v7w", {"bboxes": [BOX, BOX2, BOX, BOX], "answer": BOX}, "exactly one of the boxes"),
+        ("v7w", {"answer": [1, 1, 2, 2]}, "one of the boxes"),
+        ("v7w", {"bboxes": [BOX, BOX2, BOX, [70, 9, 70, 20]]}, "a box inside the 64 x 48 image"),
         ("vcr", {"answer_choices": [["a"]] * 3}, "`answer_choices` is a list of 3; .* 4 choices"),
         ("vcr", {"rationale_choices": [["a"]] * 5}, "`rationale_choices` is a list of 5"),
         ("vcr", {"answer_label": 4}, "an index from 0 to 3"),
@@ -103,16 +103,22 @@ def test_polygon_points_outside_move_to_the_edge() -> None:
         ("vcr", {"question": ["Is", [], "?"]}, "at least one object index"),
         ("vcr", {"answer_choices": [["a"], ["b"], ["c"], [[7]]]}, r"choices\[3\]` is 7"),
         ("vcr", {"question": []}, "a list that mixes words"),
-        ("vcr", {"meta": None, "meta_dir": "x.json"}, "`meta` is None"),
+        ("vcr", {"meta": 1, "meta_dir": "x.json"}, "`meta` is 1"),
         ("vcr", {"meta": {"boxes": []}}, "one entry per object of class_names"),
         ("vcr", {"class_names": ["person"]}, "`boxes` is a list of 3; .*class_names .1."),
         ("flickr30k", {"grounding": "no phrase"}, "a caption with <bboxN> after its phrases"),
         ("flickr30k", {"grounding": "a <bbox5>"}, "`bbox`, which has 2"),
         ("flickr30k", {"bbox": [[], [BOX]]}, r"`bbox\[0\]` is \[\]; expected at least one box"),
         ("flickr30k", {"bbox": [BOX, [BOX]]}, r"`bbox\[0\]\[0\]` is 5"),
-        ("regions", {"bboxes": [], "segmentations": []}, "at least one box"),
+        ("regions", {"bboxes": [[0.1, 0.2, 0.5, 1]]}, "`bboxes` is .*these look like fractions"),
+        ("image_level", {"conversations": said("<bbox0>?", "a")}, "no mark: .* no `bboxes`$"),
+        (
+            "image_level",
+            {"conversations": said("<bbox>?", "a"), "boxes": [BOX]},
+            "no `bboxes`; `boxes` is probably meant: call it `bboxes`$",
+        ),
         ("regions", {"conversations": said("What is <bbox1>?", "x")}, "which has 1 boxes"),
-        ("regions", {"visual_prompts": []}, "one entry per box"),
+        ("regions", {"visual_prompts": [None] * 2}, "one entry per box"),
         ("regions", {"visual_prompts": ["red"]}, "null or an object"),
         ("regions", {"visual_prompts": [{"color": "red"}]}, "only shape, colour, width, alpha"),
         ("regions", {"visual_prompts": [{"shape": "star"}]}, "unknown shape `star`; the shapes"),
@@ -212,3 +218,44 @@ def test_a_message_does_not_repeat_megabytes() -> None:
 def test_a_record_of_a_newer_release_is_refused() -> None:
     with pytest.raises(RecordError, match=r"^d/k: field `schema_version` is 9; this release reads"):
         parse("regions", schema_version=9)
+
+
+@pytest.mark.parametrize("name", ["image_path", "file_name", "images", "img", "video", "picture"])
+@pytest.mark.parametrize("text", ["<image>\nWhat?", "What?\n<image>", "See <image> here"])
+def test_an_image_in_a_misspelt_field_is_never_missed(name: str, text: str) -> None:
+    reason = rf"record no field `image`; `{name}` is probably meant: call it `image`$"
+    with pytest.raises(RecordError, match=reason) as caught:
+        parse("text_only", conversations=said(text, "A cup."), **{name: "a.jpg"})
+    assert caught.value.fault == "image-missing"
+
+
+@pytest.mark.parametrize("text", ["<image>\nWhat?", "What?\n<image>"])
+def test_an_image_that_no_field_names(text: str) -> None:
+    with pytest.raises(RecordError, match=r"name its file there, or remove the placeholder$"):
+        parse("text_only", conversations=said(text, "A cup."), image=None)
+
+
+def test_any_field_may_name_the_image() -> None:
+    record = {"bboxes": [BOX], "where": "a.png", "conversations": said("<bbox0>?", "A cup.")}
+    with pytest.raises(RecordError, match=r"no field `image`; `where` is probably meant"):
+        parse_record(record, key="k", dataset="d", image=None, rng=generator_for("test"))
+
+
+@pytest.mark.parametrize(
+    ("identifier", "kind", "why"),
+    [
+        ("vcr-12", "vcr", "its id begins with `vcr-`"),
+        ("refcocog-gpt4v-1", "refcocog-gpt4v", "its id begins with `refcocog-gpt4v-`"),
+        ("mine", "regions", "it has `bboxes`"),
+    ],
+)
+def test_auto_says_why_it_chose_a_kind(identifier: str, kind: str, why: str) -> None:
+    record = {"id": identifier, "bboxes": [BOX]}
+    message = rf"took it for `{kind}`, because {why}; if .* name its kind in the manifest, e\.g\."
+    with pytest.raises(RecordError, match=message):
+        parse_record(record, key="k", dataset="d", image=IMAGE, rng=generator_for("test"))
+    with pytest.raises(RecordError) as caught:
+        parse_record(
+            record, key="k", dataset="d", image=IMAGE, kind=kind, rng=generator_for("test")
+        )
+    assert "auto" not in str(caught.value)

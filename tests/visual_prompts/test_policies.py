@@ -110,7 +110,11 @@ def test_the_published_words_and_styles() -> None:
 def test_evaluation_differs_in_opacity_and_in_vcrs_points() -> None:
     expected = {name: replace(policy, fixed_alpha=128) for name, policy in load_policies().items()}
     expected["vcr"] = replace(
-        expected["vcr"], shapes=("point",), constant_style=True, released_point_jitter=True
+        expected["vcr"],
+        shapes=("point",),
+        constant_style=True,
+        released_point_jitter=True,
+        distinguishable=False,
     )
     assert load_policies("evaluation") == expected
 

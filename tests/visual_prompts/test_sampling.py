@@ -115,9 +115,9 @@ def test_triangles_lie_in_the_mask_and_are_not_flat():
 
 
 def test_a_region_without_width_still_gets_a_triangle():
-    thin = Region((10.0, 50.0, 12.0, 400.0))
+    thin = Region((10.0, 50.0, 10.0625, 400.0))
     corners = one("triangle", 0, thin).strokes[0].points
-    assert corners == ((11.0, 50.0), (12.0, 400.0), (10.0, 400.0))
+    assert corners == ((10.03125, 50.0), (10.0625, 400.0), (10.0, 400.0))
 
 
 def test_scribbles_stay_inside_the_convex_mask():

@@ -133,11 +133,12 @@ class SpeltScenes:
             record, key=record["id"], dataset="spelt", image=picture, kind="auto", rng=rng
         )
         if not sample.regions:
-            turns = refer_turns(sample.turns, sample_plan((), scene.image.size, _ANY, rng))
+            plan = sample_plan((), scene.image.size, _ANY, rng)
+            turns = refer_turns(sample.turns, plan, rng)
             return _lead(turns, _spell(scene, {}, rng) + "\n") if has_image else turns
         policy = get_policy(self._policies, sample.policy)
         plan = sample_plan(sample.regions, scene.image.size, policy, rng, sample.fixed)
-        turns = refer_turns(sample.turns, plan)
+        turns = refer_turns(sample.turns, plan, rng)
         words = {_box(sample, p.region): prompt_words(p) for p in plan.prompts}
         return _lead(turns, _spell(scene, words, rng) + "\n")
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _COLOURS: Final = {
     "ok": "green", "present": "green", "fetched": "green", "unchecked": "yellow",
-    "differs": "yellow", "missing": "red", "damaged": "red", "failed": "red",
+    "unused": "yellow", "differs": "yellow", "missing": "red", "damaged": "red", "failed": "red",
 }  # fmt: skip
 
 

@@ -82,10 +82,13 @@ def build(
         "text only": f"{summary.num_text_only:,}",
         "tars": f"{tars:,}, {_size(summary.num_bytes)}",
         "kinds": _counts(summary.kinds),
+        "by record_kind: auto": _reasons(summary.kinds) if manifest.record_kind == "auto" else "",
         "pictures changed": _counts(summary.changes) if summary.changes else "",
         "rejected": f"{rejected}rejected.jsonl beside the tars" if summary.num_rejected else "",
     }
     print_table(facts_table(facts.items()))
+    for remark in summary.remarks:
+        say(f"look at this: {remark}")
     if lines := manifest_lines(manifest, data_root, summary, output):
         say("\n".join(("lines for the manifest:", *lines)))
 
@@ -242,6 +245,13 @@ def _open_cache(
     from vipllava.files.cache import ShardCache
 
     return ShardCache(folder.expanduser(), int(gigabytes * 10**9))
+
+
+def _reasons(kinds: Mapping[str, int]) -> str:
+    """Say why records were taken for their kinds; other kinds are named in the manifest."""
+    from vipllava.records import KINDS, why_kind
+
+    return "; ".join(f"{name}: {why_kind(KINDS[name])}" for name in kinds if name in KINDS)
 
 
 def _size(num_bytes: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar, cast
 import numpy as np
 
 from vipllava.records.fields import Fields, check_version, list_or_empty
-from vipllava.records.kind import CONVERSATIONS, NO_POLICY, RecordKind
+from vipllava.records.kind import CONVERSATIONS, NO_POLICY, RecordKind, present_fields
 from vipllava.records.kinds.dialogues import IMAGE_LEVEL, TEXT_ONLY
 from vipllava.records.kinds.flickr30k import FLICKR30K
 from vipllava.records.kinds.pointqa_twice import POINTQA_TWICE
@@ -26,7 +26,7 @@ from vipllava.types import RecordError, Sample, VipLlavaError
 
 __all__ = [
     "AUTO", "KINDS", "NO_POLICY", "Kinds", "RecordKind", "find_kind", "kind_of", "parse_record",
-    "record_texts", "register_kind", "with_kinds",
+    "record_texts", "register_kind", "why_kind", "with_kinds",
 ]  # fmt: skip
 
 AUTO: Final = "auto"
@@ -90,18 +90,28 @@ def register_kind(kind: RecordKind) -> None:
 def kind_of(record: Mapping[str, Any], has_image: bool = False) -> str:
     """Return the kind of a record of a mix.
 
-    A text ``id`` that starts with the prefix of a kind decides. Other ids: with ``bboxes`` a user's
-    region record, with ``image`` (or an image beside it) an image-level one, else text only.
+    A text ``id`` that starts with the prefix of a kind decides. Other ids: with ``bboxes`` (or
+    ``bbox``) a user's region record, with ``image`` (or an image beside it) an image-level one,
+    else text only. Null says nothing, nor does an empty list of boxes.
     """
+    record = present_fields(record)
     identifier = record.get("id")
     if isinstance(identifier, str):
         prefixes = {kind.prefix: kind for kind in KINDS.values() if kind.prefix}
         fitting = [prefix for prefix in prefixes if f"{identifier}-".startswith(f"{prefix}-")]
         if fitting:
             return prefixes[max(fitting, key=len)].name
-    if "bboxes" in record:
+    if "bboxes" in record or "bbox" in record:
         return REGIONS.name
     return (IMAGE_LEVEL if has_image or "image" in record else TEXT_ONLY).name
+
+
+def why_kind(kind: RecordKind) -> str:
+    """Say by what ``record_kind: auto`` takes a record for one of ``kind``."""
+    if kind.prefix:
+        return f"its id begins with `{kind.prefix}-`"
+    has = {REGIONS.name: "it has `bboxes`", IMAGE_LEVEL.name: "it has an image and no `bboxes`"}
+    return has.get(kind.name, "it has neither `image` nor `bboxes`")
 
 
 def find_kind(record: Mapping[str, Any], kind: str, has_image: bool) -> RecordKind:
@@ -154,13 +164,23 @@ def parse_record(
     Raises:
         RecordError: naming data set, key, field, what was found and what is expected.
     """
-    fields = Fields(record, key, dataset, image, size, upright)
-    check_version(record, fields.where)
+    where = f"{dataset}/{key}"
+    check_version(record, where)
     try:
         found = find_kind(record, kind, image is not None)
     except RecordError as error:
-        raise error.at(fields.where) from None
-    parsed = found.parse(fields, rng)
+        raise error.at(where) from None
+    fields = Fields(found.given(record), key, dataset, image, size, upright)
+    try:
+        parsed = found.parse(fields, rng)
+    except RecordError as error:
+        if kind != AUTO or error.fault != "record-invalid":
+            raise
+        other = IMAGE_LEVEL if found is REGIONS else REGIONS
+        raise RecordError(
+            f"{error} (record_kind: auto took it for `{found.name}`, because {why_kind(found)}; "
+            f"if it is not one, name its kind in the manifest, e.g. record_kind: {other.name})"
+        ) from error
     try:
         "".join(
             part for turn in parsed.turns for part in turn.parts if isinstance(part, str)

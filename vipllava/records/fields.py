@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, cast
 
+from vipllava.records.field_names import meant_for
 from vipllava.records.image_decode import image_size
 from vipllava.types import (
     BBox,
@@ -82,19 +83,18 @@ class Fields:
         self, name: str, found: object, expected: str, fault: str = "record-invalid"
     ) -> NoReturn:
         """Raise a RecordError about the value of field ``name``."""
-        shown = repr(found)
-        if len(shown) > _SHOWN:
-            shown = f"{shown[:_SHOWN]}..."
-        self.refuse(f"field `{name}` is {shown}; expected {expected}", fault)
+        self.refuse(f"field `{name}` is {_shown(found)}; expected {expected}", fault)
 
     def require_image(self) -> bytes:
         """Return the image; refuse a record of one whose shard holds none."""
         if self.image is None:
-            self.refuse(
-                f"no image beside the record (it names {self.record.get('image')!r}); "
-                "expected KEY.jpg, .jpeg, .png or .webp in the same shard",
-                "image-missing",
+            name = self.record.get("image")
+            reason = (
+                f"it has no field `image`{meant_for(self.record, 'image')}"
+                if name is None
+                else f"it names {_shown(name)}; expected KEY.jpg, .jpeg, .png or .webp in its shard"
             )
+            self.refuse(f"no image beside the record: {reason}", "image-missing")
         return self.image
 
     def require(self, name: str, expected: str) -> Any:
@@ -148,24 +148,25 @@ class Fields:
 
     # Geometry.
 
-    def bbox(self, value: object, name: str, extra: int = 0) -> BBox:
+    def bbox(self, value: object, name: str, extra: int = 0, *, may_be_empty: bool = False) -> BBox:
         """Check one box ``[x1, y1, x2, y2]`` of field ``name`` and clip it to the image.
 
-        ``extra`` numbers may follow (a score), which are ignored. A box wholly outside, empty,
-        reversed or not finite is refused.
+        ``extra`` numbers may follow (a score), which are ignored. A box wholly outside, reversed,
+        not finite or, unless it ``may_be_empty``, without area is refused.
         """
         expected = "a box [x1, y1, x2, y2] in pixels" + (" and a score" if extra else "")
         numbers = self.as_list(value, name, expected, fault="box-invalid")
-        if len(numbers) not in (4, 4 + extra) or not all(map(_is_number, numbers[:4])):
+        if len(numbers) not in (4, 4 + extra) or not all(map(is_number, numbers[:4])):
             self.fail(name, numbers, expected, "box-invalid")
         x1, y1, x2, y2 = (float(number) for number in numbers[:4])
         if x2 < x1 or y2 < y1:
             self.fail(name, numbers, "x1 <= x2 and y1 <= y2: this box is reversed", "box-reversed")
-        if x1 == x2 or y1 == y2:
+        is_empty = x1 == x2 or y1 == y2
+        if is_empty and not may_be_empty:
             self.fail(name, numbers, "a box with an area: this one is empty", "box-empty")
         width, height = self.size
         x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-        if x1 >= x2 or y1 >= y2:
+        if min(x2 - x1, y2 - y1) < 0 or (min(x2 - x1, y2 - y1) == 0 and not is_empty):
             self.fail(name, numbers, f"a box inside the {width} x {height} image", "box-outside")
         return x1, y1, x2, y2
 
@@ -191,7 +192,7 @@ class Fields:
         checked: list[Point] = []
         for point in points:
             pair = list_or_empty(point)
-            if len(pair) != 2 or not all(map(_is_number, pair)):
+            if len(pair) != 2 or not all(map(is_number, pair)):
                 self.fail(name, point, "finite x, y coordinates in pixels", "polygon-invalid")
             checked.append((float(pair[0]), float(pair[1])))
         if len(checked) < 3:
@@ -203,10 +204,13 @@ class Fields:
             self.fail(name, list(points), expected, "polygon-outside")
         return tuple((min(max(x, 0.0), right), min(max(y, 0.0), bottom)) for x, y in checked)
 
-    def regions(self, *, count: int | None = None, masks: bool | None = None) -> tuple[Region, ...]:
+    def regions(
+        self, *, count: int | None = None, masks: bool | None = None, may_be_empty: bool = False
+    ) -> tuple[Region, ...]:
         """Read ``bboxes``, ``count`` of them where given, and ``segmentations``.
 
-        ``masks`` says whether the latter have to be there; None reads them where they are.
+        ``masks`` says whether the latter have to be there; None reads them where they are. For
+        ``may_be_empty`` see :meth:`bbox`.
         """
         many = "any number" if count is None else str(count)
         boxes = self.items("bboxes", f"a list of boxes [x1, y1, x2, y2], {many} of them", count)
@@ -216,7 +220,8 @@ class Fields:
             segmentations = self.items("segmentations", expected, len(boxes))
         regions: list[Region] = []
         for number, (box, mask) in enumerate(zip(boxes, segmentations, strict=True)):
-            bbox, rings = self.bbox(box, f"bboxes[{number}]"), list[tuple[str, object]]()
+            bbox = self.bbox(box, f"bboxes[{number}]", may_be_empty=may_be_empty)
+            rings: list[tuple[str, object]] = []
             if masks or mask is not None:
                 rings = self.flats(mask, f"segmentations[{number}]")
             polygons = (self.polygon(self.points(flat, name), name) for name, flat in rings)
@@ -287,7 +292,9 @@ class Fields:
         start = 0
         for match in REGION_PLACEHOLDER.finditer(text):
             region, expected = int(match.group(1) or 0), ""
-            if not match.group(1) and num_regions != 1:
+            if num_regions == 0:
+                expected = f"no mark: the record has no `bboxes`{meant_for(self.record, 'bboxes')}"
+            elif not match.group(1) and num_regions != 1:
                 expected = f"<bbox0> to <bbox{num_regions - 1}>: bare is unclear"
             elif region >= num_regions:
                 expected = f"a region of this record, which has {num_regions} boxes"
@@ -316,7 +323,13 @@ def list_or_empty(value: object) -> list[Any]:
     return cast("list[Any]", value) if isinstance(value, list) else []
 
 
-def _is_number(value: object) -> bool:
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a value can be a coordinate: finite, and no truth value."""
     if not isinstance(value, (int, float)) or type(value) is bool:
         return False
     # A whole number may have more digits than a float can hold; no coordinate has.

@@ -8,13 +8,16 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
-from vipllava.records.fields import Fields, Parsed, list_or_empty
+from vipllava.records.field_names import nearest_name
+from vipllava.records.fields import VERSION_FIELD, Fields, Parsed, list_or_empty
 from vipllava.types import VipLlavaError
 
 NO_POLICY: Final = "none"
 """Policy name of kinds whose images get no marks; it is never looked up."""
 CONVERSATIONS: Final = "conversations"
 """The field of a dialogue of ``human`` and ``gpt``; see :meth:`Fields.conversation`."""
+_OF_ALL: Final = ("id", "image", "width", "height", "model", VERSION_FIELD)
+_MAY_BE_EMPTY: Final = ("bbox", "bboxes", "segmentations", "visual_prompts")
 
 
 class Outline(NamedTuple):
@@ -25,12 +28,13 @@ class Outline(NamedTuple):
     value: Any  # what the record has
     name: str  # the field, for messages
     extra: int = 0  # how many numbers may follow the four of a box
+    may_be_empty: bool = False  # whether a box without area is one all the same
 
 
-def boxes(record: Mapping[str, Any]) -> Iterator[Outline]:
+def boxes(record: Mapping[str, Any], *, may_be_empty: bool = False) -> Iterator[Outline]:
     """Yield ``bboxes``."""
     for number, box in enumerate(list_or_empty(record.get("bboxes"))):
-        yield Outline("box", box, f"bboxes[{number}]")
+        yield Outline("box", box, f"bboxes[{number}]", may_be_empty=may_be_empty)
 
 
 def boxes_and_masks(record: Mapping[str, Any], *, all_masks: bool = False) -> Iterator[Outline]:
@@ -59,6 +63,9 @@ class RecordKind:
         prefix: dash-separated start of the ids by which ``record_kind: auto`` recognises the kind;
             the longest that fits counts.
         has_image: whether its records have an image.
+        fields: those that it reads beside ``id`` and ``image``, for naming the others; empty if
+            nothing is to be said of others.
+        spellings: other names of fields, each with the field that it means where that is not there.
         outlines: all boxes and polygons that a parser may use, for lint: a parser stops at the
             first fault and may use only some.
         mentions: the field whose texts mention regions as ``<bboxN>``, and the field that lists
@@ -75,6 +82,8 @@ class RecordKind:
     policy: str = NO_POLICY
     prefix: str | None = None
     has_image: bool = True
+    fields: tuple[str, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
     outlines: Callable[[Mapping[str, Any]], Iterable[Outline]] = no_outlines
     mentions: tuple[str, str | None] | None = None
 
@@ -84,3 +93,29 @@ class RecordKind:
                 f"record kind `{self.name}`: texts is {self.texts!r}; expected a tuple of the "
                 "fields that hold the texts of its conversation"
             )
+
+    def given(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a record says, under the names that are read: null says nothing."""
+        given = present_fields(record)
+        for other, name in self.spellings:
+            if other in given and name not in given:
+                given[name] = given.pop(other)
+        return given
+
+    def unread(self, given: Mapping[str, Any]) -> Iterator[str]:
+        """Yield a message for each field that is not read, the same for all records."""
+        for name in given if self.fields else ():
+            if name not in self.fields and name not in _OF_ALL:
+                known = ", ".join(self.fields)
+                near = nearest_name(name, {*self.fields, *_OF_ALL, *_MAY_BE_EMPTY} - {name, "bbox"})
+                meant = f"`{near}` is probably meant" if near else f"it reads {known}"
+                yield f"field `{name[:60]}` is not read by record kind `{self.name}`: {meant}"
+
+
+def present_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that say something: data frames write null, and ``[]`` for no boxes."""
+    return {
+        name: value
+        for name, value in record.items()
+        if value is not None and not (value == [] and name in _MAY_BE_EMPTY)
+    }

@@ -4,7 +4,7 @@
     sample   = parse_record(..., rng=words)                  regions, turns with mentions
     plan     = sample_plan(sample.regions, size, rng=marks)  what is drawn, what it is called
     image    = render_plan(decode_image(...), plan)          RGB with marks
-    turns    = refer_turns(sample.turns, plan)               texts with the marks' words
+    turns    = refer_turns(sample.turns, plan, rng=marks)    texts with the marks' words
     encoded  = conversation_encoder.encode(turns)            int64 ids and labels [length]
     pixels   = transform(image)                              uint8 [3, size, size]
 
@@ -142,7 +142,7 @@ def plan_sample(
         if sample.regions:
             policy = get_policy(policies, sample.policy)
             plan = sample_plan(sample.regions, size, policy, rng, sample.fixed)
-        return plan, refer_turns(sample.turns, plan)
+        return plan, refer_turns(sample.turns, plan, rng)
     except VipLlavaError as error:
         raise error.at(_name(sample)) from error
 

@@ -78,7 +78,7 @@ class VisualPromptPolicy:
             occur several times in one picture always get distinct names.
         colour: a palette colour that every mark takes, or None to sample.
         name_colour: whether the text may say the colour.
-        article_rate: how often the words say "the".
+        article_rate: how often a mention says "the".
         constant_style: fixed rectangle width and round points of fixed radius.
         released_point_jitter: points lie off the centre by the square root of an eighth of the
             region's extent, as published figures were measured with, not by an eighth of it.
@@ -119,10 +119,15 @@ _PUBLISHED: Final = {
     "regions": VisualPromptPolicy(distinguishable=True),  # users' own records
 }
 
-# VCR is asked with points, which training leaves out, all of one size.
+# VCR is asked with points, which training leaves out, all of one size. Colours tell nine apart;
+# a tenth goes unnamed and the item is asked.
 _ASKED: Final = _PUBLISHED | {
     "vcr": replace(
-        _PUBLISHED["vcr"], shapes=("point",), constant_style=True, released_point_jitter=True
+        _PUBLISHED["vcr"],
+        shapes=("point",),
+        constant_style=True,
+        released_point_jitter=True,
+        distinguishable=False,
     )
 }
 

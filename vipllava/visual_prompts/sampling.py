@@ -56,7 +56,6 @@ class _Style:
     alpha: int
     width: int
     aspect: float
-    article: bool
 
 
 def sample_plan(
@@ -97,11 +96,10 @@ def sample_plan(
             colour_name=style.colour_name,
             alpha=style.alpha,
             strokes=sampler.strokes(region, style),
-            article=style.article,
         )
         for index, (region, style) in enumerate(zip(regions, styles, strict=True))
     )
-    return VisualPromptPlan(size, prompts)
+    return VisualPromptPlan(size, prompts, policy.article_rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +129,7 @@ class _Sampler:
             round_point = self.policy.constant_style or self.rng.random() < 0.5
             aspect = 1.0 if round_point else self.number(ranges.point_aspect)
             width = choice.width or self.width(shape)
-            article = bool(self.rng.random() < self.policy.article_rate)
-            styles[index] = _Style(shape, *colours[index], alpha, width, aspect, article)
+            styles[index] = _Style(shape, *colours[index], alpha, width, aspect)
         for index, region in enumerate(regions):
             if region.style_of is not None:
                 if region.style_of not in styles or region.style_of >= index:

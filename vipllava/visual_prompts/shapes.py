@@ -6,7 +6,7 @@ Wordings are the ones the published checkpoints were trained with (source: ViP-L
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, get_args
+from typing import TYPE_CHECKING, Final, get_args
 
 from vipllava.types import (
     RGB,
@@ -20,6 +20,9 @@ from vipllava.types import (
     VisualPrompt,
     VisualPromptPlan,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SHAPES: Final[tuple[Shape, ...]] = get_args(Shape)
 
@@ -75,26 +78,33 @@ def shape_words(shape: Shape, colour_name: str | None, *, article: bool = True) 
 
 
 def prompt_words(prompt: VisualPrompt) -> str:
-    """Return the words of ``prompt``; equal wherever the sample's text names this mark."""
-    return shape_words(prompt.shape, prompt.colour_name, article=prompt.article)
+    """Return the words of ``prompt``, with "the"."""
+    return shape_words(prompt.shape, prompt.colour_name)
 
 
-def refer_turns(turns: Sequence[DraftTurn], plan: VisualPromptPlan) -> tuple[Turn, ...]:
+def refer_turns(
+    turns: Sequence[DraftTurn], plan: VisualPromptPlan, rng: np.random.Generator
+) -> tuple[Turn, ...]:
     """Replace every mention by the words of its region's mark.
+
+    Whether they say "the" is drawn for each mention, as published: two of one mark may differ.
 
     Raises:
         RecordError: a mention of a region that the plan does not mark.
     """
-    words = {prompt.region: prompt_words(prompt) for prompt in plan.prompts}
+    marks = {prompt.region: prompt for prompt in plan.prompts}
 
     def text_of(part: str | Mention) -> str:
-        if isinstance(part, Mention) and part.region not in words:
+        if isinstance(part, str):
+            return part
+        if part.region not in marks:
             raise RecordError(
-                f"the text mentions region {part.region}, the plan marks {sorted(words)}; "
+                f"the text mentions region {part.region}, the plan marks {sorted(marks)}; "
                 "every mentioned region needs a box",
                 "placeholder-without-region",
             )
-        return part if isinstance(part, str) else words[part.region]
+        mark, article = marks[part.region], bool(rng.random() < plan.article_rate)
+        return shape_words(mark.shape, mark.colour_name, article=article)
 
     return tuple(Turn(t.role, "".join(map(text_of, t.parts)), t.has_image) for t in turns)
 

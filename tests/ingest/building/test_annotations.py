@@ -192,6 +192,12 @@ def test_what_is_no_list(
     assert str(path) in str(caught.value)
 
 
+def test_a_coco_file(tmp_path: Path):
+    path = write(tmp_path / "list.json", '{"info": {}, "images": [{"file_name": "a.jpg"}]}')
+    with pytest.raises(AnnotationError, match=r"is a COCO file; .* a record per image: .*COCO's"):
+        plan_ranges(path, 2)
+
+
 def test_a_missing_list(tmp_path: Path):
     with pytest.raises(AnnotationError, match=r"nowhere\.json cannot be read: No such file"):
         list(iter_annotations(tmp_path / "nowhere.json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def put(root: Path, name: str, data: bytes) -> Path:
 
 def take(record: Any, root: Path, position: int = 7, **changes: Any) -> Ingested:
     text = json.dumps(record).encode()
-    return ingest(Annotation(position, 0, text, record), manifest_of(**changes), root)
+    item = Annotation(position, 0, text, record)
+    return ingest(item, manifest_of(**changes), root, Counter())
 
 
 def image_level(name: str) -> dict[str, Any]:
@@ -90,6 +92,18 @@ def test_a_picture_outside_the_data_root_is_refused(tmp_path: Path, name: str):
         take(image_level(name), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["/9j/4AAQSkZJRg" * 9000, "x" * 300 + ".jpg", "a/" + "é" * 130])
+def test_an_image_as_text_is_no_name(tmp_path: Path, name: str):
+    with pytest.raises(RecordError, match=r"is no path .*as base64 text") as caught:
+        take(image_level(name), tmp_path)
+    assert len(str(caught.value)) < 300
+
+
+def test_half_a_letter_is_no_name(tmp_path: Path):
+    with pytest.raises(RecordError, match=r"begins with 'a\\ud83d\.jpg' and is no path"):
+        take(image_level("a\ud83d.jpg"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -138,6 +152,11 @@ def test_a_good_record_is_kept_as_it_is(tmp_path: Path):
     assert (made.image, made.extension, made.change) == (jpeg, "jpg", None)
     assert made.kind == "image_level"
     assert json.dumps(record) == before
+
+
+def test_null_means_no_picture(tmp_path: Path):
+    made = take({"id": "t", "image": None, "conversations": said("Hi", "Hello")}, tmp_path)
+    assert (made.image, made.kind) == (None, "text_only")
 
 
 def test_text_only(tmp_path: Path):
@@ -281,7 +300,6 @@ def test_vcr_without_its_metadata(tmp_path: Path, meta: bytes | None, fault: str
     ("record", "message"),
     [
         ({"id": "x", "image": ["a.jpg"], "conversations": []}, "field `image` is"),
-        ({"id": "x", "image": None, "conversations": []}, "field `image` is None"),
         ({"id": "x", "conversations": []}, "field `conversations`"),
         ({"id": "x", "n": float("nan"), "conversations": said("a", "b")}, "cannot be stored"),
         ({"id": "x", "n": "\ud800", "conversations": said("a", "b")}, "cannot be stored"),
@@ -297,7 +315,7 @@ def test_records_that_cannot_be_used(tmp_path: Path, record: Any, message: str):
 def test_an_item_that_is_no_record(tmp_path: Path):
     item = Annotation(3, 0, b"1", None, "is int; a record is a JSON object")
     with pytest.raises(RecordError, match="toy/record-3: item 3 of the list is int"):
-        ingest(item, manifest_of(), tmp_path)
+        ingest(item, manifest_of(), tmp_path, Counter())
 
 
 def test_a_region_outside_its_picture_is_found(tmp_path: Path):

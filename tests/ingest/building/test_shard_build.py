@@ -137,6 +137,40 @@ def test_tars_beside_the_data_root(data_root: Path, tmp_path: Path):
     assert len(open_shards(toy_manifest(**new), tmp_path / "fast")) == NUM
 
 
+def test_what_to_look_at_is_told_once(data_root: Path):
+    records = toy_records()
+    for record in records[:4]:
+        record |= {"boxes": [[1, 2, 3, 4]], "note": record["id"]}
+    records[2]["segmentation"] = []
+    write_list(data_root, records)
+    (data_root / "more").mkdir()
+    manifest = toy_manifest(image_roots=["pictures", "more"])
+    boxes, masks = (f"`{name}` is probably meant" for name in ("bboxes", "segmentations"))
+    talks = "it reads conversations"
+    regions = "it reads bboxes, segmentations, visual_prompts, conversations"
+    expected = [
+        f"field `boxes` is not read by record kind `image_level`: {boxes} (records with it: 3)",
+        f"field `note` is not read by record kind `image_level`: {talks} (records with it: 3)",
+        f"field `boxes` is not read by record kind `regions`: {boxes} (records with it: 1)",
+        f"field `note` is not read by record kind `regions`: {regions} (records with it: 1)",
+        f"field `segmentation` is not read by record kind `regions`: {masks} (records with it: 1)",
+        "image root more: no record has an image in it",
+    ]
+    for _ in range(2):  # a finished build says it again
+        assert build(data_root, manifest).remarks == expected
+
+
+def test_boxes_in_another_form_are_told(data_root: Path):
+    records = toy_records()
+    coco = ([30, 20, 9, 8], [9, 9, 9, 9], [50, 40, 10, 8])
+    for record, box in zip(records[2::5], coco, strict=True):
+        record["bboxes"] = [box]
+    write_list(data_root, records)
+    with pytest.raises(BuildError, match=r"\(box-reversed 1\).* records\. Such as: toy/r02-2: "):
+        build(data_root)
+    assert "they look like COCO's boxes" in build(data_root, max_bad_rate=1).remarks[0]
+
+
 # Rejected records.
 
 

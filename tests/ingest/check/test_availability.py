@@ -64,6 +64,21 @@ def test_everything_is_there(tmp_path: Path) -> None:
     )
 
 
+def test_an_image_root_that_no_record_uses(tmp_path: Path) -> None:
+    records = write_data(tmp_path)
+    for record in records:
+        if "image" in record:
+            record["image_path"] = record.pop("image")
+    (tmp_path / "toy.json").write_text(json.dumps(records))
+    found = check_data(make_manifest(), tmp_path, parts=["annotations", "images"])
+    assert statuses(found)["images vg"] == "unused"
+    assert found.ok
+    assert one(found, "images").remedy.startswith("see that the records name their files")
+    write_data(tmp_path)
+    found = check_data(make_manifest(), tmp_path, parts=["images"], num_images=0)
+    assert statuses(found)["images vg"] == "ok"  # nobody looked
+
+
 def test_nothing_is_there(tmp_path: Path) -> None:
     found = check_data(make_manifest(), tmp_path)
     assert not found.ok

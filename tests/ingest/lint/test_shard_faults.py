@@ -24,7 +24,7 @@ from vipllava.shards.tar_index import index_path
 from vipllava.shards.tars import ShardError, write_shards
 from vipllava.types import ConfigError, VipLlavaError
 
-BAD = record_of("vg_rel", bboxes=[[9, 9, 1, 1], [20, 20, 120, 110]])
+BAD = record_of("vg_rel", bboxes=[[300, 200, 290, 190], [20, 20, 120, 110]])
 
 
 def talk(number: int) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def texts(*keys: str) -> Members:
 
 
 def marked(key: str, seed: int = 0) -> Members:
-    return members_of(key, record_of("v7w", seed=seed), picture(seed))
+    return members_of(key, record_of("v7w", model=seed), picture(seed))
 
 
 def messages(report: LintReport) -> list[tuple[str, str, str, str]]:
@@ -287,7 +287,7 @@ def test_samples_that_occur_twice(tmp_path: Path, encoder: ConversationEncoder) 
         *members_of("e", region, picture(1)),  # another picture
         *members_of("f", record_of("v7w", question="Which is a cat?"), image),  # another record
         *members_of("g", region, image),
-        *members_of("h", {**talk(1), "more": 1}),
+        *members_of("h", {**talk(1), "model": 1}),
     ]
     write_tar(tmp_path / "toy" / "0.tar", first)
     write_tar(tmp_path / "toy" / "1.tar", second)
@@ -322,7 +322,7 @@ def mixed(root: Path) -> None:
     for number in range(90):
         key = f"s{number:03d}"
         if number % 9 == 4:
-            samples.append((key, {**BAD, "number": number}, picture(number), "jpg"))
+            samples.append((key, {**BAD, "model": number}, picture(number), "jpg"))
         elif number % 9 == 7:
             samples.append((key, {**talk(0), "conversations": said("Hi", " ")}, None, None))
         else:
@@ -332,7 +332,9 @@ def mixed(root: Path) -> None:
 
 def test_samples_spread_evenly(tmp_path: Path, encoder: ConversationEncoder) -> None:
     keys = [f"k{number}" for number in range(10)]
-    records = [(key, record_of("vg_rel", answer=key, bboxes=[[9, 9, 1, 1]] * 2)) for key in keys]
+    records = [
+        (key, record_of("vg_rel", answer=key, bboxes=[[300, 200, 290, 190]] * 2)) for key in keys
+    ]
     write_shards([(k, r, picture(), "jpg") for k, r in records], tmp_path / "toy", max_samples=4)
     samples = sample_encoder(encoder)
 
@@ -383,3 +385,20 @@ def test_a_process_that_is_killed(tmp_path: Path, encoder: ConversationEncoder) 
     samples.transform = Deadly()  # type: ignore[assignment]
     with pytest.raises(VipLlavaError, match=r"worker process was ended .* fewer workers"):
         lint(tmp_path, samples, num_workers=1)
+
+
+def test_the_form_of_boxes_is_told_of_a_data_set(
+    tmp_path: Path, encoder: ConversationEncoder
+) -> None:
+    boxes = ([20, 20, 60, 95], [10, 5, 90, 60], [30, 40, 70, 80])  # per cent
+    talk = said("<image>\nWhat is <bbox0>?", "A cup.")
+    tar: Members = []
+    for number, box in enumerate(boxes):
+        record = record_of("regions", bboxes=[box], segmentations=..., conversations=talk)
+        tar += members_of(f"s{number}", record, picture(number))
+    write_tar(tmp_path / "toy" / "0.tar", tar)
+    report = lint(tmp_path, sample_encoder(encoder))
+    assert [(f.code, f.key, f.severity) for f in report.findings] == [("box-form", "", "warning")]
+    assert report.findings[0].message.startswith(
+        "all 3 boxes lie within 0..100, in larger images: they look like per cent of the image"
+    )

@@ -199,6 +199,11 @@ class _Window:
             if not self._refill():
                 return ""
 
+    @property
+    def held(self) -> str:
+        """The text that is held at present."""
+        return self._text
+
     def take(self) -> str:
         """Return what ``peek`` returns and pass it."""
         char = self.peek()
@@ -263,9 +268,17 @@ def _iter_list(window: _Window, first: int, whole: bool) -> Iterator[Annotation]
     """Yield the items of a ``whole`` list, or of a stretch of it, which has no brackets."""
     if whole and (found := window.take()) != "[":
         shown = f"starts with `{found}`" if found else "is empty"
+        remedy = "One record a line is read from a file called .jsonl"
+        if found == "{" and all(name in window.held for name in ('"images"', '"file_name"')):
+            shown = "is a COCO file"
+            remedy = (
+                'Write a record per image: {"id", "image": its file_name, "bboxes": its boxes, '
+                '"conversations"}; COCO\'s bbox is x, y, width, height, ours x, y, x + width, y + '
+                "height"
+            )
         raise AnnotationError(
             f"annotation list {window.path} {shown}; expected a JSON list `[{{...}}, ...]`. "
-            "One record a line is read from a file called .jsonl"
+            f"{remedy}"
         )
     position = first
     while (char := window.peek()) or whole:

@@ -15,7 +15,7 @@ from vipllava.records.fields import RECORD_VERSION
 
 SUMMARY_FILE: Final = "build.json"
 REJECTED_FILE: Final = "rejected.jsonl"
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Goes up with any change of what a build writes from the same inputs; older parts are redone."""
 _HEAD: Final = {"format": "vipllava-build", "version": FORMAT}
 _NOT_ONE: Final = (OSError, ValueError, TypeError, KeyError, AttributeError)
@@ -46,6 +46,7 @@ class ShardReport:
     kinds: Counter[str] = field(default_factory=Counter[str])
     changes: Counter[str] = field(default_factory=Counter[str])
     rejected: list[Rejected] = field(default_factory=list[Rejected])
+    noted: Counter[str] = field(default_factory=Counter[str])  # see :func:`ingest`
 
     def save(self, path: Path) -> None:
         """Write the report; it appears under its name only when it is whole."""
@@ -81,6 +82,7 @@ class BuildSummary:
     rejected_by_fault: Counter[str] = field(default_factory=Counter[str])
     kinds: Counter[str] = field(default_factory=Counter[str])
     changes: Counter[str] = field(default_factory=Counter[str])
+    remarks: list[str] = field(default_factory=list[str])  # on what was read; no faults
     # per tar its name, first position, samples, rejected records and bytes
     shards: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from typing import Any, Final, cast
 from vipllava.ingest.building.annotations import Annotation
 from vipllava.ingest.image_format import format_of, same_format
 from vipllava.keyed_random import generator_for
-from vipllava.records import AUTO, kind_of, parse_record
+from vipllava.records import find_kind, parse_record
+from vipllava.records.box_form import box_signs
 from vipllava.records.fields import RECORD_VERSION, VERSION_FIELD, check_version
 from vipllava.records.image_decode import decode_image
 from vipllava.records.json_values import parse_json
@@ -41,6 +43,9 @@ _LONGEST_NAME: Final = 255
 _LONGEST_PATH: Final = 1000  # letters; with the data root a path may have 4096 bytes
 _ENCODED: Final = ("data:", "/9j/", "iVBORw0KGgo")  # an address of data; JPEG and PNG in base64
 _SHOWN: Final = 80
+UNREAD: Final = "unread: "
+ROOT: Final = "root: "
+"""What is counted over a data set: these with a message or an image root, and signs of boxes."""
 _STORED: Final = ("jpg", "png", "webp")
 """Formats that shards hold; others are stored as PNG, which loses nothing."""
 FileState = list[int] | None
@@ -122,8 +127,8 @@ def input_states(names: Iterable[str], data_root: Path) -> dict[str, FileState]:
     return states
 
 
-def ingest(item: Annotation, manifest: Manifest, data_root: Path) -> Ingested:
-    """Read, check and complete one record.
+def ingest(item: Annotation, manifest: Manifest, data_root: Path, noted: Counter[str]) -> Ingested:
+    """Read, check and complete one record; count what is to be noted of the data set as a whole.
 
     Raises:
         RecordError: it is no record, breaks its schema, or a file it names is missing or broken.
@@ -134,11 +139,16 @@ def ingest(item: Annotation, manifest: Manifest, data_root: Path) -> Ingested:
         raise RecordError(f"{where}: item {item.position} of the list {item.problem}")
     check_version(item.record, where)
     record = dict(item.record)
+    kind = find_kind(record, manifest.record_kind, False)
+    given = kind.given(record)
+    noted.update(f"{UNREAD}{message}" for message in kind.unread(given))
     try:
-        image, extension, change = _read_image(record, manifest, data_root, key)
+        image, extension, change, size = _read_image(record, manifest, data_root, key, noted)
         _add_metadata(record, manifest, data_root)
     except RecordError as error:
         raise error if str(error).startswith(where) else error.at(where) from error
+    if size is not None:
+        noted.update(box_signs(kind.outlines(kind.given(record)), size))
     record[VERSION_FIELD] = RECORD_VERSION
     try:
         json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
@@ -153,33 +163,34 @@ def ingest(item: Annotation, manifest: Manifest, data_root: Path) -> Ingested:
         rng=generator_for("build", manifest.name, key),
         upright=manifest.apply_exif_orientation,
     )
-    kind = kind_of(record) if manifest.record_kind == AUTO else manifest.record_kind
-    return Ingested(sample.key, record, image, extension, kind, change)
+    return Ingested(sample.key, record, image, extension, kind.name, change)
 
 
 def _read_image(
-    record: Mapping[str, Any], manifest: Manifest, data_root: Path, key: str
-) -> tuple[bytes | None, str | None, str | None]:
-    """Return the image's bytes, real extension, and what was changed."""
-    if "image" not in record:
-        return None, None, None
-    name, data = _read_input(record, "image", manifest, data_root)
+    record: Mapping[str, Any], manifest: Manifest, data_root: Path, key: str, noted: Counter[str]
+) -> tuple[bytes | None, str | None, str | None, tuple[int, int] | None]:
+    """Return the image's bytes, real extension, what was changed, and width and height."""
+    if record.get("image") is None:
+        return None, None, None, None
+    name, path, data = _read_input(record, "image", manifest, data_root)
+    within = path.relative_to(data_root)
+    noted.update(f"{ROOT}{root}" for root in manifest.image_roots if within.is_relative_to(root))
     decoded = decode_image(data, f"{manifest.name}/{key}", upright=manifest.apply_exif_orientation)
     real = format_of(data)
     if real not in _STORED:
         buffer = io.BytesIO()
         decoded.save(buffer, "PNG")
-        return buffer.getvalue(), "png", f"{real or 'other format'} stored as png"
+        return buffer.getvalue(), "png", f"{real or 'other format'} stored as png", decoded.size
     named = PurePosixPath(name).suffix.lower().removeprefix(".")
     change = None if same_format(named, real) else f"{named or 'no extension'} is {real}"
-    return data, real, change
+    return data, real, change, decoded.size
 
 
 def _add_metadata(record: dict[str, Any], manifest: Manifest, data_root: Path) -> None:
     """Put the JSON that ``meta_dir`` names under ``meta``."""
-    if record.get(_META) is None or "meta" in record:
+    if record.get(_META) is None or record.get("meta") is not None:
         return
-    name, data = _read_input(record, _META, manifest, data_root)
+    name, _, data = _read_input(record, _META, manifest, data_root)
     try:
         meta: Any = parse_json(data)
         if not isinstance(meta, dict):
@@ -194,8 +205,8 @@ def _add_metadata(record: dict[str, Any], manifest: Manifest, data_root: Path) -
 
 def _read_input(
     record: Mapping[str, Any], field: str, manifest: Manifest, data_root: Path
-) -> tuple[str, bytes]:
-    """Return name and content of the file that a field names, from the first place that has it."""
+) -> tuple[str, Path, bytes]:
+    """Return name, first place that has it, and content of the file that a field names."""
     name = record[field]
     if not isinstance(name, str):
         raise RecordError(f"field `{field}` is {name!r}; expected one path, a text")
@@ -203,7 +214,7 @@ def _read_input(
     places = input_paths(name, data_root, manifest.image_roots, field)
     for path in places:
         try:
-            return name, path.read_bytes()
+            return name, path, path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:

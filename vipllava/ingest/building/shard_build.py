@@ -38,6 +38,8 @@ from vipllava.ingest.building.build_report import (
     write_rejected,
 )
 from vipllava.ingest.building.incoming import (
+    ROOT,
+    UNREAD,
     UNREADABLE,
     Ingested,
     ingest,
@@ -46,6 +48,7 @@ from vipllava.ingest.building.incoming import (
     make_key,
 )
 from vipllava.records import with_kinds
+from vipllava.records.box_form import box_form
 from vipllava.records.fields import RECORD_VERSION
 from vipllava.shards.manifest import Manifest, is_remote
 from vipllava.shards.tar_index import index_path, load_index
@@ -62,6 +65,7 @@ _LOCK: Final = ".lock"
 _SCRATCH: Final = ".part-"
 _PREFIX: Final = "shard"
 _NO_LIMIT: Final = 1 << 62
+_MOST_FIELDS: Final = 20
 
 
 class BuildError(VipLlavaError):
@@ -145,20 +149,25 @@ def build_shards(
             inputs = _fingerprint(manifest, name, part.digest)
             jobs.append(ShardJob(manifest, root, work, name, part, inputs))
         _drop_others(work, {job.name for job in jobs})
+        noted: Counter[str] = Counter()
         done, total = 0, plan.num_selected
         max_rejected = min(max_bad_rate * total, total - 1)
         try:
             with closing(run_jobs(with_kinds(build_shard), jobs, num_workers)) as made:
                 for report in made:
                     summary.add(report)
+                    noted.update(report.noted)
                     done += report.num_samples + len(report.rejected)
                     bad = f" ({summary.num_rejected} rejected)" if summary.num_rejected else ""
                     tell("building shards", f"records{bad}", done, total)
                     if summary.num_rejected > max_rejected:  # it is certain from now on
-                        raise _too_many(summary, done, max_bad_rate, work)
+                        hints = [f"Such as: {row.reason}." for row in report.rejected[:1]]
+                        hints += [f"Of those read, {form}" for form in (box_form(noted),) if form]
+                        raise _too_many(summary, done, max_bad_rate, work, " ".join(hints))
         finally:  # one by one: the rejected records of all may be many
             reports = (ShardReport.load(job.report_path) for job in jobs)
             write_rejected(work / REJECTED_FILE, filter(None, reports))
+        summary.remarks = _remarks(noted, manifest)
         summary.save(work)
         move(work, folder)
         _drop_traces(folder)
@@ -221,7 +230,7 @@ def _ingested(job: ShardJob, report: ShardReport) -> Iterator[Ingested]:
     annotation_file = job.data_root / (job.manifest.annotation_file or "")
     for item in iter_range(annotation_file, job.part, job.manifest.has_record):
         try:
-            sample = ingest(item, job.manifest, job.data_root)
+            sample = ingest(item, job.manifest, job.data_root, report.noted)
         except RecordError as error:
             image = (item.record or {}).get("image")
             names = input_names(item.record, job.data_root, job.manifest.image_roots)
@@ -350,7 +359,21 @@ def _fingerprint(manifest: Manifest, name: str, digest: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _too_many(summary: BuildSummary, done: int, max_bad_rate: float, work: Path) -> BuildError:
+def _remarks(noted: Counter[str], manifest: Manifest) -> list[str]:
+    """Return what to look at in a data set whose records were all read."""
+    unread = [item for item in noted.items() if item[0].startswith(UNREAD)]
+    lines = [
+        f"{message.removeprefix(UNREAD)} (records with it: {count})"
+        for message, count in sorted(unread, key=lambda item: (-item[1], item[0]))[:_MOST_FIELDS]
+    ]
+    lines += filter(None, [box_form(noted)])
+    unused = [root for root in manifest.image_roots if not noted[f"{ROOT}{root}"]]
+    return lines + [f"image root {root}: no record has an image in it" for root in unused]
+
+
+def _too_many(
+    summary: BuildSummary, done: int, max_bad_rate: float, work: Path, hint: str
+) -> BuildError:
     by_fault = Counter(summary.rejected_by_fault).most_common()
     faults = ", ".join(f"{fault} {number}" for fault, number in by_fault)
     if summary.num_rejected == summary.num_selected:
@@ -361,5 +384,5 @@ def _too_many(summary: BuildSummary, done: int, max_bad_rate: float, work: Path)
         f"`{summary.dataset}`: {summary.num_rejected} of {done} records read cannot be used "
         f"({faults}), {verdict}. They are listed in {work / REJECTED_FILE}. Get or fix the files "
         "and run the same command again (finished tars are kept), or pass a larger max_bad_rate "
-        "(1 allows all) to build without these records"
+        "(1 allows all) to build without these records. " + hint
     )

@@ -36,7 +36,7 @@ _META_DATA: Final = "vip-bench-meta-data.json"
 _TOLERANCE: Final = 0.05
 _MOST_EXAMPLES: Final = 20
 
-Status = Literal["ok", "missing", "damaged", "differs", "unchecked"]
+Status = Literal["ok", "missing", "damaged", "differs", "unchecked", "unused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ class Finding:
 
     part: str  # a part, ``metadata``, ``layout`` or ``data root``
     name: str  # the file, folder or pattern, relative to the data root
-    # something is not there, cannot be read, is more or less than expected, or nobody looked
+    # something is not there, cannot be read, is more or less than expected, nobody looked, or no
+    # record needs it
     status: Status
     detail: str  # counts and reasons
     remedy: str = ""  # what to do
@@ -63,7 +64,7 @@ class Availability:
     @property
     def ok(self) -> bool:
         """Whether nothing is missing, damaged or different."""
-        return all(finding.status in ("ok", "unchecked") for finding in self.findings)
+        return all(f.status in ("ok", "unchecked", "unused") for f in self.findings)
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``data check --json`` prints."""
@@ -149,6 +150,8 @@ class _Check:
     bad_items: _Counted = field(default_factory=_Counted)
     kinds: Counter[str] = field(default_factory=Counter[str])  # of the data set's records
     num_others: int = 0
+    num_images: int = 0  # that records name, and how many were looked at
+    num_looked_at: int = 0
 
     def __post_init__(self) -> None:
         # By part, folder and status.
@@ -197,6 +200,7 @@ class _Check:
                 self.kinds[kind_of(item.record)] += 1
                 for name in FILE_FIELDS:
                     if isinstance(value := item.record.get(name), str):
+                        self.num_images += name == "image"
                         yield _Wanted(item.position, value, name)
         self.tell(f"reading {path.name}", "bytes", size, size)
 
@@ -234,6 +238,7 @@ class _Check:
             part = "images" if wanted.field == "image" else "metadata"
             counted = self.looked_at[part, wanted.folder or folder, status]
             counted.add(wanted.position, reason)
+            self.num_looked_at += part == "images"
             if number % 50 == 0 or number == total:
                 self.tell("looking at pictures", "files", number, total)
 
@@ -278,14 +283,16 @@ class _Check:
             status, detail = "missing", "no such folder"
         elif not total:
             detail = "there; no record that was looked at names a file in it"
+            status = "unused" if self.num_looked_at or not self.num_images else "ok"
         else:
             detail = f"{good} of {total} that were looked at are good"
             detail += f", {missing.count} missing" if missing.count else ""
             detail += f", {damaged.count} unreadable" if damaged.count else ""
         examples = (damaged.examples + missing.examples)[:_MOST_EXAMPLES]
-        return Finding(
-            part, folder, status, detail, "" if status == "ok" else self.remedy, examples
-        )
+        remedy = "" if status == "ok" else self.remedy
+        if status == "unused":
+            remedy = "see that the records name their files in `image`, or drop the image root"
+        return Finding(part, folder, status, detail, remedy, examples)
 
     def shards(self) -> Finding:
         """Check the tars: named ones are there, indices fit, the count is right."""

@@ -63,7 +63,7 @@ def _asked(problems: Iterator[Problem]) -> Iterator[Problem]:
 
 
 def _box(fields: Fields, box: Outline, limits: LintLimits) -> Iterator[Problem]:
-    fields.bbox(box.value, box.name, box.extra)
+    fields.bbox(box.value, box.name, box.extra, may_be_empty=box.may_be_empty)
     x1, y1, x2, y2 = (float(number) for number in box.value[:4])
     width, height = fields.size
     outside = max(-x1, -y1, x2 - width, y2 - height)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from vipllava.ingest.lint.rules import (
 )
 from vipllava.ingest.tar_listing import Listing, find_tars, list_tar
 from vipllava.records import find_kind
+from vipllava.records.box_form import box_form, box_signs
 from vipllava.records.fields import Fields
 from vipllava.shards.manifest import Manifest, is_remote
 from vipllava.shards.tars import Entry, ShardError, ShardSet
@@ -39,8 +41,11 @@ from vipllava.stream.sample_encoder import SampleEncoder, SampleSource, marks_ge
 from vipllava.types import ConfigError, RecordError, Sample, VipLlavaError
 
 _CHUNK: Final = 32
+_ONCE: Final = "field-unread"
 _Place = tuple[int, int]
 """Number of the tar, row in it."""
+_Checked = tuple[list[Finding], bytes | None, Counter[str]]
+"""Findings, digest (None: it could not be read) and the signs of the boxes of one record."""
 
 
 def lint_shards(
@@ -122,10 +127,15 @@ def lint_shards(
     repeated = _repeated_keys(dataset, contents)
     found = {place: [finding] for place, finding in repeated.items()}
     first: dict[bytes, str] = {}
+    told: set[str] = set()  # of fields that are not read
+    signs: Counter[str] = Counter()
     results = run_jobs(checker, chunks, num_workers, ordered=True)
     with closing(results):
         for number, result in enumerate(results):
-            for place, (about_it, digest) in zip(chunks[number], result, strict=True):
+            for place, (about_it, digest, its_signs) in zip(chunks[number], result, strict=True):
+                signs += its_signs
+                about_it = [f for f in about_it if f.code != _ONCE or f.message not in told]
+                told.update(finding.message for finding in about_it if finding.code == _ONCE)
                 about_it = [*found.get(place, ()), *about_it]
                 if digest is not None and place not in repeated:
                     shard, key = contents[place[0]].name, contents[place[0]].keys[place[1]]
@@ -140,6 +150,8 @@ def lint_shards(
                     found[place] = about_it
             if on_progress is not None:
                 on_progress(min(count, (number + 1) * _CHUNK), count)
+    if (form := box_form(signs)) is not None:
+        findings.append(Finding("box-form", dataset, "", "", form))
     for place, about_it in sorted(found.items()):
         by_tar[place[0]] += about_it
     return LintReport(dataset, total, count, (*findings, *chain.from_iterable(by_tar)))
@@ -174,13 +186,13 @@ class _Checker:
     epoch: int
     listed: tuple[int, Listing] | None = None
 
-    def __call__(self, places: Sequence[_Place]) -> list[tuple[list[Finding], bytes | None]]:
-        """Return findings and digest of each record; without a digest it could not be read."""
+    def __call__(self, places: Sequence[_Place]) -> list[_Checked]:
+        """Look at each record."""
         if parent_process() is not None:
             torch.set_num_threads(1)  # the processes are the parallelism
         return [self._check(*place) for place in places]
 
-    def _check(self, number: int, row: int) -> tuple[list[Finding], bytes | None]:
+    def _check(self, number: int, row: int) -> _Checked:
         if self.listed is None or self.listed[0] != number:
             name = self.tars[number]
             self.listed = number, list_tar(self.root / name, name)
@@ -190,9 +202,10 @@ class _Checker:
         except (ShardError, RecordError) as error:
             code = error.fault if isinstance(error, RecordError) else "shard-broken"
             message = str(error).removeprefix(f"{tar.path}: ").removeprefix(f"{tar.name}: ")
-            return [Finding(code, self.source.name, tar.name, tar.keys[row], message)], None
+            finding = Finding(code, self.source.name, tar.name, tar.keys[row], message)
+            return [finding], None, Counter()
         findings = lint_entry(entry, self.source, self.samples, self.limits, self.epoch)
-        return findings, entry_digest(entry)
+        return findings, entry_digest(entry), _entry_signs(entry, self.source)
 
 
 def lint_entry(
@@ -210,12 +223,14 @@ def lint_entry(
     Of ``source`` data set, record kind, policy and seed count; its shards are not read.
     """
     kind = find_kind(entry.record, source.record_kind, entry.image is not None)
-    fields = Fields(entry.record, entry.key, source.name, entry.image, upright=source.upright)
+    given = kind.given(entry.record)
+    fields = Fields(given, entry.key, source.name, entry.image, upright=source.upright)
     image, image_error = read_image(fields, kind)
     problems = [] if image_error is None else [Problem(image_error.fault, str(image_error))]
     problems += image_problems(fields, kind, image, entry.image_extension, limits)
     problems += geometry_problems(fields, kind, limits)
-    problems += placeholder_problems(entry.record, kind)
+    problems += [Problem("field-unread", message) for message in kind.unread(given)]
+    problems += placeholder_problems(given, kind)
     try:
         sample = source.parse(entry, epoch)
         if not any(problem.code == "placeholder-without-region" for problem in problems):
@@ -233,6 +248,16 @@ def lint_entry(
         message = message.removeprefix(f"{shard}: ").removeprefix(f"{name}/{key}: ")
         findings.append(Finding(code, name, shard, key, message))
     return findings
+
+
+def _entry_signs(entry: Entry, source: SampleSource) -> Counter[str]:
+    """Count what the boxes of a record look like; none where its image cannot be read."""
+    kind = find_kind(entry.record, source.record_kind, entry.image is not None)
+    fields = Fields(kind.given(entry.record), entry.key, source.name, entry.image)
+    try:
+        return box_signs(kind.outlines(fields.record), fields.size)
+    except RecordError:
+        return Counter()
 
 
 def entry_digest(entry: Entry) -> bytes:

@@ -108,6 +108,7 @@ FLICKR30K = RecordKind(
     texts=("grounding",),
     policy="flickr30k",
     prefix="flickr30k",
+    fields=("bbox", "grounding"),
     outlines=_outlines,
     mentions=("grounding", "bbox"),
 )

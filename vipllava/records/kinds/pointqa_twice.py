@@ -28,5 +28,6 @@ POINTQA_TWICE = RecordKind(
     texts=("general_question", "answer"),
     policy="pointQA_twice",
     prefix="pointQA_twice",
+    fields=("bboxes", "general_question", "answer"),
     outlines=boxes,
 )

@@ -52,6 +52,7 @@ REFCOCOG = RecordKind(
     texts=("answer",),
     policy="refcocog",
     prefix="refcocog",
+    fields=("bboxes", "segmentations", "answer"),
     outlines=partial(boxes_and_masks, all_masks=True),
 )
 REFCOCOG_GPT4V = replace(
@@ -59,6 +60,7 @@ REFCOCOG_GPT4V = replace(
     name="refcocog-gpt4v",
     parse=partial(parse_marked, count=1, masks=True),
     texts=(CONVERSATIONS,),
+    fields=("bboxes", "segmentations", CONVERSATIONS),
     prefix="refcocog-gpt4v",
     mentions=(CONVERSATIONS, "bboxes"),
 )

@@ -3,7 +3,7 @@
 ``{"bboxes", "segmentations"?, "visual_prompts"?, "conversations"}`` with ``<bbox0>``, ``<bbox1>``
 and so on anywhere in the texts. ``visual_prompts`` has one entry per box: null, or an object that
 fixes any of ``shape``, ``colour`` (a palette name or [r, g, b]), ``width`` and ``alpha``. Every box
-is marked, mentioned or not.
+is marked, mentioned or not. ``bbox`` is read as ``bboxes``: so the original's documentation says.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ def parse_regions(fields: Fields, rng: np.random.Generator) -> Parsed:
     regions = fields.regions()
     if not regions:
         fields.fail("bboxes", [], "at least one box; a record without is an image-level one")
+    if max(max(region.bbox_xyxy) for region in regions) <= 1:
+        reason = "one pixel in the corner; these look like fractions: multiply by width and height"
+        fields.fail("bboxes", fields.record["bboxes"], f"pixels, not {reason}", "box-fractions")
     turns = fields.conversation(num_regions=len(regions))
     fixed: tuple[FixedVisualPrompt, ...] = ()
     if fields.record.get("visual_prompts") is not None:
@@ -70,6 +73,8 @@ REGIONS = RecordKind(
     parse_regions,
     texts=(CONVERSATIONS,),
     policy="regions",
+    fields=("bboxes", "segmentations", "visual_prompts", CONVERSATIONS),
+    spellings=(("bbox", "bboxes"),),
     outlines=boxes_and_masks,
     mentions=(CONVERSATIONS, "bboxes"),
 )

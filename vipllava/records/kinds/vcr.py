@@ -16,7 +16,7 @@ import numpy as np
 
 from vipllava.records.fields import Fields, Parsed, list_or_empty
 from vipllava.records.kind import Outline, RecordKind
-from vipllava.records.wording import LETTERS, Parts, capitalised, choose, exchange, fill, join
+from vipllava.records.wording import LETTERS, Parts, choose, exchange, fill, join
 from vipllava.types import DraftTurn, Mention, Region
 
 _CHOICE_RATE: Final = 0.5
@@ -46,6 +46,16 @@ _CHOOSE: Final = (
     " Pick the right option: {}",
     " Select from: {}",
 )
+# How a choice is told, as published: of 14 draws 4 are the letter only, 10 letter and content.
+_LETTER: Final = ("({})", "{}", "The answer is ({}).", "Option ({}) is right.")
+_LETTER_AND_CONTENT: Final = (
+    "({}) {}",
+    "{}. {}",
+    "{}: {}",
+    "The answer is ({}) {}",
+    "Option ({}) is right: {}",
+)
+_FORMS: Final = (*_LETTER, *_LETTER_AND_CONTENT, *_LETTER_AND_CONTENT)
 
 
 class _Speaker:
@@ -90,13 +100,17 @@ class _Speaker:
         return checked
 
     def say(self, tokens: _Tokens) -> Parts:
-        """Write one question or choice."""
+        """Write one question or choice; of its words only a leading "the" changes case."""
         parts: list[str | Mention] = []
         for token in tokens:
             if parts and not (isinstance(token, str) and token in _CLOSE):
                 parts.append(" ")
             parts += (token,) if isinstance(token, str) else self._objects(token)
-        return capitalised(join(parts))
+        said = join(parts)
+        first, *others = said
+        if isinstance(first, str) and f"{first} ".startswith("the "):
+            return (f"T{first[1:]}", *others)
+        return said
 
     def _objects(self, indices: list[int]) -> list[str | Mention]:
         parts: list[str | Mention] = []
@@ -152,7 +166,8 @@ def _ask(speaker: _Speaker, question: Parts | None, what: str) -> tuple[DraftTur
         for letter, option in zip(LETTERS, said, strict=True):
             options += [f"{' ' if options else ''}({letter}) ", *option]
         asked = join([*asked, *fill(choose(_CHOOSE, rng), tuple(options))])
-        answer = join([f"({LETTERS[label]}) ", *said[label]])
+        form = choose(_FORMS, rng)
+        answer = fill(form, LETTERS[label], *((said[label],) if form not in _LETTER else ()))
     return exchange(asked, answer, has_image=question is not None)
 
 
@@ -183,4 +198,15 @@ def _integers(value: object) -> Iterator[int]:
             yield from _integers(item)
 
 
-VCR = RecordKind("vcr", parse_vcr, texts=_TEXTS, policy="vcr", prefix="vcr", outlines=_outlines)
+VCR = RecordKind(
+    "vcr",
+    parse_vcr,
+    texts=_TEXTS,
+    policy="vcr",
+    prefix="vcr",
+    fields=(
+        "class_names", *_TEXTS, "answer_label", "rationale_label", "meta", "meta_dir", "boxes",
+        "segms",
+    ),
+    outlines=_outlines,
+)  # fmt: skip

@@ -40,7 +40,13 @@ def parse_vg_rel(fields: Fields, rng: np.random.Generator) -> Parsed:
 
 
 VG_REL = RecordKind(
-    "vg_rel", parse_vg_rel, texts=("answer",), policy="vg_rel", prefix="vg_rel", outlines=boxes
+    "vg_rel",
+    parse_vg_rel,
+    texts=("answer",),
+    policy="vg_rel",
+    prefix="vg_rel",
+    fields=("bboxes", "answer"),
+    outlines=boxes,
 )
 VG_REL_GPT4V = replace(
     VG_REL,
@@ -49,5 +55,6 @@ VG_REL_GPT4V = replace(
     texts=(CONVERSATIONS,),
     policy="vg_rel-gpt4v",
     prefix="vg_rel-gpt4v",
+    fields=("bboxes", CONVERSATIONS),
     mentions=(CONVERSATIONS, "bboxes"),
 )
