@@ -322,9 +322,10 @@ def _iter_lines(
 def _annotation(position: int, start: int, text: bytes, value: object) -> Annotation:
     problem = f"is {type(value).__name__}; a record is a JSON object"
     if isinstance(value, dict):
+        record = cast("dict[str, Any]", value)
         try:
-            check_depth(value)
-            return Annotation(position, start, text, cast("dict[str, Any]", value))
+            check_depth(record)
+            return Annotation(position, start, text, record)
         except ValueError as error:
             problem = f"has {error}"
     return Annotation(position, start, text, None, problem)
