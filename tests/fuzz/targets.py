@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -66,7 +67,7 @@ def read_record(case: tuple[str, bytes]) -> None:
         with own_errors():
             for item in iter_annotations(_ROOT / name):
                 with own_errors():
-                    ingest(item, manifest, _ROOT)
+                    ingest(item, manifest, _ROOT, Counter())
 
 
 def make_lint() -> Callable[[tuple[str, bytes]], None]:

@@ -179,6 +179,7 @@ class ConversationEncoder:
             if is_cut:
                 self._add_fixed(draft, self._closing, self._token_end)
                 draft.cut(limit)
+                draft.starts = [start for start in draft.starts if start < limit]
             if self.too_long == "error" or (index == 0 and not (is_cut and draft.is_supervised)):
                 raise self._too_long(turns[: index + 2], length, key)
             if not is_cut:
@@ -347,9 +348,8 @@ class _Draft:
         return any(label != IGNORE_INDEX for label in self.labels)
 
     def cut(self, length: int, before: Before = Before.TEXT) -> None:
-        """Keep the first ids, and the turns that begin among them."""
+        """Keep the first ids."""
         del self.ids[length:], self.labels[length:]
-        self.starts = [start for start in self.starts if start < length]
         self.before = before
 
     def add(self, ids: list[int], before: Before, *, learn: bool = False) -> None:
