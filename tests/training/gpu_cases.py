@@ -124,9 +124,10 @@ def _in_child(cfg: DictConfig) -> None:
 def near(expected: list[float], case: Case) -> Any:
     """Return what half precision may make of float32's losses.
 
-    LoRA in packs falls from 6.9 to 0.3 within its steps, where rounding has added up to 0.025.
+    Packs fall from 6.9 to 0.2 within their steps, some of 0.3 up or down, where rounding has added
+    up to 0.06 with LoRA and 0.02 without.
     """
-    slack = 5e-2 if case.packed and case.tuning == "lora" else None
+    slack = (0.1 if case.tuning == "lora" else 0.03) if case.packed else None
     return pytest.approx(expected, rel=3e-2, abs=slack)
 
 
