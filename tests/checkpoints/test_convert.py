@@ -281,7 +281,7 @@ def test_adapters_as_the_originals_lora_runs_leave_them(make_export, make_spec, 
 def test_a_conversion_that_answers_otherwise_is_not_kept(make_export, tmp_path, monkeypatch):
     export = make_export()
     convert(str(export), tmp_path / "there")
-    (tmp_path / "there" / "mine").touch()
+    before = files(tmp_path / "there")
     write = convert_module.save_export
 
     def damage(model, tokenizer, directory, meta):
@@ -293,8 +293,40 @@ def test_a_conversion_that_answers_otherwise_is_not_kept(make_export, tmp_path, 
     monkeypatch.setattr(convert_module, "save_export", damage)
     with pytest.raises(CheckpointError, match="gives other answers than its source"):
         convert(str(export), tmp_path / "there")
-    assert (tmp_path / "there" / "mine").exists()
+    assert_same(files(tmp_path / "there"), before)
     assert sorted(path.name for path in tmp_path.iterdir()) == [export.name, "there"]
+
+
+@pytest.mark.parametrize("format", ["hf", "llava", "projector"])
+def test_the_same_call_again_does_the_same(make_export, tmp_path, tiny_sources, format):
+    export, out = make_export(), tmp_path / "out"
+    # The source knows its feature layers, which are not the tower's usual ones.
+    call = {"format": format, "vision_tower": tiny_sources.vision_tower}
+    convert(str(export), out, **call)
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert load_meta(out).feature_layers == LAYERS
+    convert(str(export), out, **call)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+    if format == "llava":  # and so does what was written
+        opened = open_source(str(out))
+        assert opened.meta == load_meta(out)
+        assert (opened.meta.stage, opened.meta.chat_template) == ("gpt4v", "llava_v1")
+
+    with pytest.raises(CheckpointError, match=r"out is the conversion of .* to format=.*: choose"):
+        convert(f"{export}/", out, **call)
+    (out / "mine.txt").touch()
+    with pytest.raises(CheckpointError, match=r"did not write \(mine\.txt\), which would be lost"):
+        convert(str(export), out, **call)
+    assert (out / "mine.txt").is_file()
+
+
+def test_an_export_of_a_run_is_not_replaced(make_export, tmp_path):
+    export = make_export()
+    other = make_export("phi3")
+    before = files(other)
+    with pytest.raises(CheckpointError, match=r"is no conversion \(it has no conversion\.json\)"):
+        convert(str(export), other)
+    assert_same(files(other), before)
 
 
 def test_no_room_is_said_before_anything_is_written(make_export, tmp_path, monkeypatch):

@@ -345,7 +345,10 @@ def test_fsdp2_without_cuda_is_fine():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("checkpoint=runs/nothing", "checkpoint=runs/nothing: no such folder; train first or pass"),
+        (
+            "checkpoint=runs/nothing",
+            "checkpoint=runs/nothing: no such file or folder; train first or",
+        ),
         ("bench.manifest=sample_region", "unknown (did you mean sample_regions?); known:"),
         ("batch_size=0", "batch_size=0: expected a whole number of at least 1"),
         ("device=cuda:1", "device=cuda:1: this machine has 0 CUDA devices; use device=auto"),
@@ -358,6 +361,26 @@ def test_fsdp2_without_cuda_is_fine():
 def test_evaluation(override: str, message: str):
     found = problems("checkpoint=runs/tiny-pretrain/export", override, name="evaluate")
     assert [p for p in found if message in p], found
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_a_data_root_that_is_named_has_to_be_there(tmp_path, name):
+    """Sample data would be made in a mistyped one."""
+    job = {"train": ["stage=pretrain"], "evaluate": ["checkpoint=a/b"]}[name]
+    for root in ("data", "s3://bucket/data", str(tmp_path)):
+        assert problems(*job, f"paths.data_root={root}", name=name) == []
+    assert problems(*job, f"paths.data_root={tmp_path}/dtaa", name=name) == [
+        f"paths.data_root={tmp_path}/dtaa: no such folder; make it, or name the one that has the "
+        "data"
+    ]
+
+
+def test_a_checkpoint_among_the_runs_may_be_a_file(tmp_path):
+    runs = f"paths.runs={tmp_path}"
+    (tmp_path / "mm_projector.bin").touch()
+    file = tmp_path / "mm_projector.bin"
+    assert problems("stage=finetune", runs, f"stage.checkpoint={file}") == []
+    assert problems(runs, f"checkpoint={file}", name="evaluate") == []
 
 
 def test_sound_evaluation(machines: dict[str, Hardware]):

@@ -185,7 +185,7 @@ def test_published_data_are_cut_and_your_own_lose_exchanges() -> None:
 @pytest.mark.parametrize("bench", ["regions", "vip_bench"])
 def test_evaluation_composes(bench: str):
     cfg, values = resolve([f"bench={bench}"], "evaluate")
-    assert values["run_dir"] == f"runs/eval/{bench}"
+    assert values["run_dir"] == f"runs/eval/tiny-gpt4v/{bench}"
     assert values["checkpoint"] == "runs/tiny-gpt4v/export"
     assert find_target_problems(cfg) == []
 

@@ -208,6 +208,20 @@ def test_names_make_the_folders():
     ]
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [
+        ("runs/7b-gpt4v/export", "7b-gpt4v"),
+        ("runs/7b-gpt4v/checkpoints/000500.ckpt", "7b-gpt4v-000500"),
+        ("runs/my-lora/adapter", "my-lora-adapter"),
+        ("llava-hf/vip-llava-7b-hf", "vip-llava-7b-hf"),
+        ("models/merged/", "merged"),
+    ],
+)
+def test_a_checkpoint_is_called_by_its_run(checkpoint: str, name: str):
+    assert resolvers.checkpoint_name(checkpoint) == name
+
+
 def test_quiet_has_no_progress_bar():
     cfg = compose_job(["callbacks=quiet"])
     assert cfg.callbacks.progress is None

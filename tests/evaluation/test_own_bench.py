@@ -87,7 +87,7 @@ def test_the_example_of_the_page(
     cfg = job("checkpoint=weights", f"paths.data_root={place / 'data'}", folder=place)
     check_config(cfg, more=bench_problems(cfg))
     run_evaluation(cfg)
-    folder = place / "runs" / "eval" / "sign_letters"
+    folder = place / "runs" / "eval" / "weights" / "sign_letters"
     results = json.loads((folder / "results.json").read_text())
     assert results == {
         "benchmark": "sign_letters", "manifest": "my_signs.yaml", "checkpoint": "weights",

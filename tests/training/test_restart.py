@@ -425,3 +425,28 @@ class TestCsvLog:
         (tmp_path / "metrics.csv").write_text("half a head")
         cut_csv(tmp_path / "metrics.csv", 3)
         assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_a_run_copied_elsewhere_goes_on_with_the_same_model(run_dir, tmp_path):
+    """What a model holds decides, not where it lies: another checkout has other paths."""
+    for place in ("here", "there", "other"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"WEIGHTS")
+
+    def job(place: str) -> dict:
+        model = JOB["module"]["model"] | {"vision_tower": str(tmp_path / place)}
+        return JOB | {"module": JOB["module"] | {"model": model}}
+
+    shutil.rmtree(run_dir)
+    prepare_run(run_dir, job("here"))
+    (run_dir / "checkpoints").mkdir()
+    torch.save({"global_step": 5}, run_dir / "checkpoints" / "000005.ckpt")
+    shutil.rmtree(tmp_path / "here")
+    with pytest.raises(ConfigError, match=r"module\.model\.vision_tower: .*here -> .*other"):
+        prepare_run(run_dir, job("other"))
+    assert prepare_run(run_dir, job("there")).num_steps == 5
+    # Once more: what it says of itself is now of there.
+    shutil.rmtree(tmp_path / "there")
+    with pytest.raises(ConfigError, match=r"there -> .*other"):
+        prepare_run(run_dir, job("other"))

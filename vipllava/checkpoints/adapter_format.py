@@ -20,15 +20,15 @@ from vipllava.checkpoints.export_meta import ExportMeta, write_meta
 from vipllava.checkpoints.folders import checkpoint_folder, write_json
 from vipllava.checkpoints.llava_format import NON_LORA_FILES
 from vipllava.checkpoints.model_card import CARD_NAME, model_card
-from vipllava.checkpoints.names import HF_TO_LLAVA, hf_to_hf, rename
+from vipllava.checkpoints.names import HF_TO_HF, HF_TO_LLAVA, hf_to_hf, map_name, rename
 from vipllava.models.adapters import (
     AdapterSettings,
     adapter_parameters,
-    adapter_targets,
     add_adapters,
     lora_config,
     target_pattern,
 )
+from vipllava.models.building import name_in_memory
 from vipllava.models.tensor_files import (
     LazyTensor,
     list_misfits,
@@ -43,6 +43,18 @@ from vipllava.types import CheckpointError
 _CONFIG: Final = "adapter_config.json"
 _FILES: Final = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX: Final = "base_model.model."
+_WITHIN: Final = re.compile(r"\.(?:modules_to_save\.default|modules_to_save|default)\.")
+"""What peft has in its names in memory, and some trainers in their files."""
+_FACTOR: Final = re.compile(r"\.lora_[AB]\.weight$")
+_READ: Final = (
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
+    "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision",
+    "target_modules", "task_type", "use_rslora",
+)  # fmt: skip
+"""Settings of peft that do not keep an adapter from being read, whatever they are."""
+_PLAIN_STARTS: Final = (True, False, "gaussian", "eva", "orthogonal")
+"""Initial factors; with the others the weights under the adapter are changed, too."""
 
 
 def save_adapter(
@@ -55,12 +67,15 @@ def save_adapter(
 ) -> Path:
     """Write a network's adapters and projector as a peft folder; an earlier one is replaced.
 
-    ``base`` is the folder or id of the VipLlava under the adapters.
+    ``base`` is the folder or id of the VipLlava under the adapters. A folder is named from the root
+    on, so that the adapter opens in whatever folder somebody works.
 
     Raises:
         CheckpointError: the folder holds something else, or cannot be written.
     """
     directory = Path(directory)
+    if base and Path(base).exists():
+        base = str(Path(base).resolve())
     config = lora_config(
         settings,
         target_modules=target_pattern(model),
@@ -82,7 +97,8 @@ def load_adapter(model: VipLlavaForConditionalGeneration, directory: Path) -> No
 
     Args:
         model: the base, without adapters; unchanged if there is an error.
-        directory: a peft folder of ours or of the original's LoRA runs.
+        directory: a peft folder of ours, of the original's LoRA runs or of another trainer: of
+            some linear layers, with names of older releases, with whole weights beside the factors.
 
     Raises:
         CheckpointError: the folder is incomplete, or was trained on another base: the message
@@ -90,13 +106,16 @@ def load_adapter(model: VipLlavaForConditionalGeneration, directory: Path) -> No
     """
     config = _read_config(directory)
     tensors = _read_tensors(directory)
-    _check_base(model, tensors, directory, config.r)
+    _check_base(model, tensors, directory, config)
+    # What is there says best what was adapted; a pattern may be of other names.
+    config.target_modules = sorted({_FACTOR.sub("", n) for n in tensors if _FACTOR.search(n)})
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.init_lora_weights = True
     add_adapters(model, AdapterSettings(), config=config)
-    present = dict(model.named_parameters())
+    present = {_WITHIN.sub(".", name): value for name, value in model.named_parameters()}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            inside = re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", name)
-            present[inside].copy_(read_tensor(tensor))
+            present[name].copy_(read_tensor(tensor))
 
 
 def write_llava_adapter(
@@ -106,6 +125,15 @@ def write_llava_adapter(
 
     ``base`` is the folder or id of the language model.
     """
+    # On the language model alone.
+    own = "model.language_model."
+    factors = adapter_parameters(model)
+    if others := [name for name in factors if not name.startswith(own)]:
+        raise CheckpointError(
+            f"the original's adapters are of the language model alone, and {others[0]} is not: use "
+            "format=lora-merged"
+        )
+    targets = {name.partition(".lora_")[0].rpartition(".")[2] for name in factors}
     config: dict[str, Any] = {
         "base_model_name_or_path": base,
         "bias": "none",
@@ -114,14 +142,12 @@ def write_llava_adapter(
         "lora_dropout": settings.dropout,
         "peft_type": "LORA",
         "r": settings.r,
-        "target_modules": sorted({name.rsplit(".", 1)[1] for name in adapter_targets(model)}),
+        "target_modules": sorted(targets),
         "task_type": "CAUSAL_LM",
     }
     write_json(directory / _CONFIG, config)
-    # On the language model alone.
-    own = "model.language_model."
-    factors = adapter_parameters(model).items()
-    _save_factors(directory, {name.replace(own, "model.", 1): factor for name, factor in factors})
+    renamed = {name.replace(own, "model.", 1): factor for name, factor in factors.items()}
+    _save_factors(directory, renamed)
     projector = rename(hf_to_hf(_projector(model), "this model"), HF_TO_LLAVA, "this model")
     save_pickle(
         directory / NON_LORA_FILES[1],
@@ -130,8 +156,14 @@ def write_llava_adapter(
 
 
 def stored_settings(directory: Path) -> AdapterSettings:
-    """Return the numbers of a stored adapter; CheckpointError if its config cannot be read."""
+    """Return the numbers of a stored adapter; CheckpointError if it has further ones."""
     config = _read_config(directory)
+    for name in ("use_rslora", "rank_pattern", "alpha_pattern"):
+        if value := getattr(config, name):
+            raise CheckpointError(
+                f"{directory} has {name}={value}, and the original's adapters one rank and scale "
+                "for all layers: use format=lora-merged"
+            )
     return AdapterSettings(r=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout)
 
 
@@ -147,9 +179,14 @@ def _read_config(directory: Path) -> Any:
         ) from error
     if type(config) is not LoraConfig:
         raise CheckpointError(f"{directory} is no LoRA adapter but a {type(config).__name__}")
-    if config.bias != "none":
+    plain, more = vars(LoraConfig()), vars(config) | {"init_lora_weights": True}
+    if config.init_lora_weights not in _PLAIN_STARTS:
+        more["init_lora_weights"] = config.init_lora_weights
+    odd = [f"{n}={v!r}" for n, v in more.items() if n not in _READ and v != plain.get(n)]
+    if odd:
         raise CheckpointError(
-            f"{directory} has bias={config.bias!r}: adapters with biases cannot be read"
+            f"{directory}/{_CONFIG} has {', '.join(odd)}, which is not done here: merge the "
+            "adapter with peft itself (merge_and_unload) and name the folder of the result"
         )
     return config
 
@@ -159,23 +196,33 @@ def _read_tensors(directory: Path) -> dict[str, LazyTensor]:
     path = next((directory / name for name in _FILES if (directory / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{directory} lacks {' or '.join(_FILES)}: it is incomplete")
+    return {_name_in_network(name): t for name, t in open_tensors(path, "adapter").items()}
+
+
+def _name_in_network(name: str) -> str:
+    short = _WITHIN.sub(".", name.removeprefix(_PREFIX))
     # The original's runs put adapters on the language model alone.
-    layers = re.compile(r"^(?:base_model\.model\.)?model\.layers\.")
-    return {
-        layers.sub("model.language_model.layers.", name).removeprefix(_PREFIX): tensor
-        for name, tensor in open_tensors(path, "adapter").items()
-    }
+    short = re.sub(r"^model\.(?=layers\.)", "model.language_model.", short)
+    stored = map_name(short, HF_TO_HF)
+    return short if stored is None else name_in_memory(stored)
 
 
-def _check_base(model: Any, tensors: Mapping[str, LazyTensor], directory: Path, rank: int) -> None:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for target in adapter_targets(model):
-        layer: Any = model.get_submodule(target)
-        shapes[f"{target}.lora_A.weight"] = (rank, layer.in_features)
-        shapes[f"{target}.lora_B.weight"] = (layer.out_features, rank)
-    projector = {name: tuple(weight.shape) for name, weight in _projector(model).items()}
+def _check_base(
+    model: Any, tensors: Mapping[str, LazyTensor], directory: Path, config: Any
+) -> None:
+    from peft.utils.other import get_pattern_key
+
+    # Whole weights take the place of the base's.
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if n in tensors}
+    projector = {n: tuple(p.shape) for n, p in _projector(model).items()}
     if not projector.keys().isdisjoint(tensors):
         shapes |= projector
+    factors = {_FACTOR.sub("", name) for name in tensors if _FACTOR.search(name)}
+    for name, layer in model.named_modules():
+        if name in factors and isinstance(layer, nn.Linear):
+            rank = config.rank_pattern.get(get_pattern_key([*config.rank_pattern], name), config.r)
+            shapes[f"{name}.lora_A.weight"] = (rank, layer.in_features)
+            shapes[f"{name}.lora_B.weight"] = (layer.out_features, rank)
     wrong = [
         f"{name} {found} (base {shapes[name]})"
         for name, tensor in tensors.items()
@@ -186,8 +233,10 @@ def _check_base(model: Any, tensors: Mapping[str, LazyTensor], directory: Path, 
     if problems := list_misfits(misfits):
         raise CheckpointError(
             f"the adapter {directory} does not fit this base: {problems}. It was trained on "
-            "another model: pass that one as base=FOLDER_OR_ID"
+            "another model (pass that one as base=FOLDER_OR_ID), or adapts more than linear layers"
         )
+    if not factors:
+        raise CheckpointError(f"the adapter {directory} holds no factors (*.lora_A.weight)")
 
 
 def _projector(model: VipLlavaForConditionalGeneration) -> dict[str, nn.Parameter]:

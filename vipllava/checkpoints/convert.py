@@ -18,14 +18,16 @@ import torch
 
 from vipllava.checkpoints import llava_format
 from vipllava.checkpoints.adapter_format import stored_settings, write_llava_adapter
-from vipllava.checkpoints.export_meta import META_NAME
-from vipllava.checkpoints.folders import check_replaceable, checkpoint_folder
+from vipllava.checkpoints.export_meta import write_meta
+from vipllava.checkpoints.folders import check_replaceable, checkpoint_folder, write_json
 from vipllava.checkpoints.hf_format import save_export
-from vipllava.checkpoints.loading import KINDS, Source, open_source
+from vipllava.checkpoints.kinds import KINDS
+from vipllava.checkpoints.loading import Source, open_source
 from vipllava.checkpoints.model_card import CARD_NAME, model_card
 from vipllava.checkpoints.names import hf_to_hf
 from vipllava.models.adapters import merge_adapters
 from vipllava.models.building import EMBEDDINGS, projector_shapes
+from vipllava.models.hub_models import read_json
 from vipllava.models.tensor_files import FLOATS, dtype_of, shape_of
 from vipllava.models.towers import normalise_pixels, preprocessing_of
 from vipllava.types import CheckpointError, ConfigError
@@ -45,8 +47,11 @@ FORMATS: dict[Format, str] = {
 TOLERANCE = 1e-5
 """Greatest difference of logits, as a share of their spread, where weights are only copied: the
 order of sums can differ between runs on some devices."""
-MERGED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""The same where an adapter is added to the weights: those are rounded to their dtype again."""
+MERGED_TOLERANCE = 1e-4
+"""The same where an adapter has been added to the weights. Both sides are held in float32: rounding
+to 16 bits alone moves logits by a quarter of their spread, which would hide a wrong sum."""
+_MARK = "conversion.json"
+"""Says what a folder is the conversion of: the same call replaces it, and no other does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,8 @@ def convert(
 
     Args:
         source: folder, file or Hugging Face id.
-        destination: folder to write; replaced if a conversion or an export wrote it.
+        destination: folder to write; replaced if the same conversion wrote it, and nothing else is
+            in it.
         format: of :data:`FORMATS`.
         vision_tower: see :func:`vipllava.checkpoints.loading.open_source`, as the next three.
         base: what the source is put on.
@@ -106,8 +112,7 @@ def convert(
         raise ConfigError(f"format={format!r} is not one of {', '.join(FORMATS)}")
     if dtype != "auto" and dtype not in FLOATS:
         raise ConfigError(f"dtype={dtype!r} is not one of auto, {', '.join(FLOATS)}")
-    kept = ("conversion", (META_NAME, llava_format.PROJECTOR_FILES[1]))
-    check_replaceable(destination, *kept)
+    _check_replaceable(destination, source, format)
     options: dict[str, Any] = {"chat_template": chat_template, "feature_layers": feature_layers}
     opened = open_source(source, base=base, vision_tower=vision_tower, **options)
     on_step(f"{source} is {KINDS[opened.kind]}")
@@ -119,42 +124,66 @@ def convert(
     written = projector_shapes(opened.config) if format == "projector" else opened.tensors
     _check_space(destination, _num_bytes(opened, written, wanted))
 
-    on_step(f"reading {_gib(_num_bytes(opened, opened.tensors, wanted))} of weights")
-    model: Any = opened.network(dtype=wanted, merge_adapter=False)
+    merges = opened.adapter is not None and format != "llava-lora"
+    held = torch.float32 if merges else wanted
+    on_step(f"reading {_gib(_num_bytes(opened, opened.tensors, held))} of weights")
+    model: Any = opened.network(dtype=held, merge_adapter=False)
     model.to(device)
     # Ids of the language model's own vocabulary: those before the image token. Phi-3's free ids lie
     # inside its padded rows; what stands before them is its own all the same.
     num_rows = min(model.config.text_config.vocab_size, model.config.image_token_id)
-    expected = _probe_logits(model, num_rows)
-    if format != "llava-lora":
+    expected, merged = _probe_logits(model, num_rows), None
+    if merges:
         merge_adapters(model)
-    options["vision_tower"] = vision_tower or opened.meta.vision_tower
-    with checkpoint_folder(destination, *kept) as unfinished:
+        what = f"merging the adapter of {source}"
+        merged = _compare(expected, _probe_logits(model, num_rows), what, MERGED_TOLERANCE)
+        for parameter in model.parameters():  # buffers keep their precision
+            parameter.data = parameter.data.to(wanted)
+        expected = _probe_logits(model, num_rows)
+    with checkpoint_folder(destination, "conversion", [_MARK]) as unfinished:
         on_step(f"writing {FORMATS[format]}")
-        again = _write(model, opened, unfinished, format, options)
+        again = _write(model, opened, unfinished, format, vision_tower)
+        names = sorted(path.name for path in unfinished.iterdir())
+        write_json(unfinished / _MARK, {"source": source, "format": format, "files": names})
         del model
         gc.collect()
         on_step("opening the result and comparing its answers")
-        result: Any = again.network(dtype=wanted, merge_adapter=format != "llava-lora")
-        agreement = _compare(
-            expected,
-            _probe_logits(result.to(device), num_rows),
-            f"the conversion of {source}",
-            dtype=wanted,
-            merged=opened.adapter is not None,
-        )
+        result: Any = again.network(dtype=wanted, merge_adapter=False)
+        found = _probe_logits(result.to(device), num_rows)
+        agreement = _compare(expected, found, f"the conversion of {source}", TOLERANCE)
     name = str(wanted).removeprefix("torch.")
-    return Conversion(opened.kind, destination, format, name, agreement)
+    return Conversion(opened.kind, destination, format, name, merged or agreement)
+
+
+def _check_replaceable(destination: Path, source: str, format: Format) -> None:
+    """Raise CheckpointError where a folder is there that not just this conversion has filled."""
+    check_replaceable(destination, "conversion", [_MARK])
+    if not (destination / _MARK).is_file():
+        return
+    before = read_json(destination / _MARK)
+    if (before.get("source"), before.get("format")) != (source, format):
+        raise CheckpointError(
+            f"{destination} is the conversion of {before.get('source')} to format="
+            f"{before.get('format')}: choose another folder, or move it away"
+        )
+    found = {path.name for path in destination.iterdir()}
+    if more := sorted(found - {_MARK, *before.get("files", ())}):
+        raise CheckpointError(
+            f"{destination} holds what its conversion did not write ({', '.join(more[:5])}), which "
+            "would be lost: move it elsewhere"
+        )
 
 
 def _write(
-    model: Any, opened: Source, directory: Path, format: Format, options: dict[str, Any]
+    model: Any, opened: Source, directory: Path, format: Format, vision_tower: str | None
 ) -> Source:
     """Write a network; return it opened again, projector and adapter on the source's own parts."""
     config, meta = opened.config, opened.meta
     if format in ("hf", "lora-merged"):
         save_export(model, opened.tokenizer, directory, meta)
-        return open_source(str(directory), **options)
+        return open_source(str(directory))
+    # What the original format has no place for; the released code does not look at it.
+    write_meta(directory, replace(meta, vision_tower=vision_tower or meta.vision_tower))
     card = model_card(meta, "lora" if format == "llava-lora" else format, config)
     (directory / CARD_NAME).write_text(card, encoding="utf-8")
     if opened.adapter is not None and format == "llava-lora":
@@ -172,7 +201,7 @@ def _write(
         )
         return replace(opened, tensors={**opened.tensors, **llava_format.read_projector(directory)})
     llava_format.write_llava(directory, config, tensors, opened.tokenizer, meta.image_aspect)
-    return open_source(str(directory), **options)
+    return open_source(str(directory), vision_tower=vision_tower)
 
 
 def _check_space(destination: Path, needed: int) -> None:
@@ -217,11 +246,8 @@ def _probe_logits(network: Any, num_rows: int) -> torch.Tensor:
     return out.logits[0, :, :num_rows].float().cpu()
 
 
-def _compare(
-    expected: torch.Tensor, found: torch.Tensor, what: str, *, dtype: torch.dtype, merged: bool
-) -> Agreement:
-    """Insist that the logits of a source and of what was written from it are the same."""
-    tolerance = MERGED_TOLERANCE[dtype] if merged else TOLERANCE
+def _compare(expected: torch.Tensor, found: torch.Tensor, what: str, tolerance: float) -> Agreement:
+    """Insist that the logits of a source and of what was made of it are the same."""
     difference = spread = float("inf")
     if expected.shape == found.shape and torch.isfinite(found).all():
         difference, spread = float((expected - found).abs().max()), float(expected.std())

@@ -16,6 +16,7 @@ from vipllava.checkpoints.export_meta import META_NAME, ExportMeta, check_meta, 
 from vipllava.checkpoints.folders import checkpoint_folder, write_json
 from vipllava.checkpoints.model_card import CARD_NAME, model_card
 from vipllava.checkpoints.names import hf_to_hf
+from vipllava.checkpoints.older_releases import add_rope, rename_tokenizer
 from vipllava.checkpoints.processor import build_processor
 from vipllava.models import modeling_vipllava_patches
 from vipllava.models.building import network_class
@@ -46,6 +47,7 @@ def save_export(
         made, agreement = build_processor(tokenizer, model.config, meta)
         processor: Any = made
         processor.save_pretrained(unfinished)
+        rename_tokenizer(unfinished)
         # The processor's file holds the image processor, too; older readers look for its own.
         processor.image_processor.save_pretrained(unfinished)
         write_meta(unfinished, meta)
@@ -76,15 +78,16 @@ def _write_network(model: VipLlavaForConditionalGeneration, folder: Path) -> Non
 
 
 def _complete_config(folder: Path, config: Any, feature_layers: tuple[int, ...]) -> None:
-    """Write the feature layers under both names that releases of transformers read.
+    """Write feature layers and rotary embedding under the names that releases of transformers read.
 
-    A release that does not know the name takes its default layers without a word. A network that
+    A release that does not know a name takes its default without a word. A network that
     transformers does not have has its code in the folder, which the config names.
     """
     path = folder / "config.json"
     written = read_json(path)
     for name in ("vision_feature_layer", "vision_feature_layers"):
         written[name] = list(feature_layers)
+    add_rope(written["text_config"])
     cls = network_class(config)
     if cls is not VipLlavaForConditionalGeneration:
         code = Path(modeling_vipllava_patches.__file__)

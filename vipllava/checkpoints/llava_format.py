@@ -23,6 +23,7 @@ from transformers import (
 
 from vipllava.checkpoints.folders import checkpoint_folder, write_json
 from vipllava.checkpoints.names import HF_TO_HF, HF_TO_LLAVA, LLAVA_TO_HF, rename, tower_to_hf
+from vipllava.checkpoints.older_releases import add_rope, rename_tokenizer
 from vipllava.models.building import EMBEDDINGS, HEAD, PROJECTOR, mean_row, projector_shapes
 from vipllava.models.hub_models import read_json
 from vipllava.models.tensor_files import (
@@ -183,8 +184,10 @@ def write_config(
     }
     for key in ("_name_or_path", "transformers_version"):
         text.pop(key, None)
+    add_rope(text)
     write_json(directory / "config.json", text)
     tokenizer.save_pretrained(directory)
+    rename_tokenizer(directory)
 
 
 def read_projector(path: Path) -> dict[str, LazyTensor]:
@@ -202,11 +205,14 @@ def read_projector(path: Path) -> dict[str, LazyTensor]:
             raise CheckpointError(f"{path} has no projector (none of {', '.join(names)})")
         path = found
     opened = open_tensors(path, "projector")
-    # LoRA runs of the original code put `base_model.model.` before names, or one `model.` more.
-    prefix = re.compile(r"^(?:base_model\.)?(?:model\.(?=model\.))*")
-    whole = {prefix.sub("", name): tensor for name, tensor in opened.items()}
+    # What was around the network stands before the names: `base_model.model.` of LoRA runs,
+    # `module.`, `_forward_module.`, a LightningModule's attribute.
+    prefix = re.compile(rf"^(?:\w+\.)*?(?:model\.)?(?=mm_projector\.|{PROJECTOR}\.)")
+    whole = {prefix.sub("model.", name): tensor for name, tensor in opened.items()}
+    if len(whole) < len(opened):
+        raise CheckpointError(f"{path} holds weights twice, under several prefixes")
     # Files written by other tools have the names of the Hugging Face format.
-    is_hf = all(name.removeprefix("model.").startswith(PROJECTOR) for name in whole)
+    is_hf = all(name.startswith(f"model.{PROJECTOR}.") for name in whole)
     tensors = rename(whole, HF_TO_HF if is_hf else LLAVA_TO_HF, str(path))
     others = sorted(name for name in tensors if not name.startswith(f"{PROJECTOR}."))
     if others or not tensors:

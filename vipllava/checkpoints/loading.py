@@ -10,9 +10,9 @@ Weights stay in their files until a network is made of them, so that they are in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -25,20 +25,17 @@ from transformers import (
 
 from vipllava.checkpoints.adapter_format import load_adapter
 from vipllava.checkpoints.export_meta import META_NAME, ExportMeta, check_meta, load_meta
-from vipllava.checkpoints.llava_format import (
-    NON_LORA_FILES,
-    PROJECTOR_FILES,
-    is_llava,
-    read_llava,
-    read_projector,
-)
+from vipllava.checkpoints.kinds import KINDS, Kind, has_any, kind_of
+from vipllava.checkpoints.llava_format import read_llava, read_projector
 from vipllava.checkpoints.names import HF_TO_HF, TEXT_TO_HF, hf_to_hf, map_name, rename, tower_to_hf
-from vipllava.checkpoints.training_state import INDEX, read_training_state
+from vipllava.checkpoints.training_state import JOB_FILE, read_training_state
+from vipllava.files.atomic import read_yaml
 from vipllava.models.adapters import merge_adapters
 from vipllava.models.building import (
     ModelSpec,
     add_tokens,
     added_tokens,
+    check_tower_config,
     generation_config_for,
     grow_vocabulary,
     initial_projector,
@@ -53,19 +50,8 @@ from vipllava.models.building import (
 from vipllava.models.hub_models import load_config, local_folder, read_json
 from vipllava.models.placing import Placement
 from vipllava.models.tensor_files import LazyTensor, open_tensors, shape_of
-from vipllava.models.towers import feature_layers_of, tower_of
+from vipllava.models.towers import feature_layers_of, num_patches, tower_of
 from vipllava.types import CheckpointError
-
-Kind = Literal["hf", "llava", "projector", "lora", "llava_lora", "training_state", "parts"]
-KINDS: dict[Kind, str] = {
-    "hf": "a VipLlava in the Hugging Face format",
-    "llava": "a VipLlava in the original (LLaVA) format",
-    "projector": "a projector alone, as stage 1 leaves it",
-    "lora": "an adapter folder of peft with the projector in it",
-    "llava_lora": "an adapter folder of the original format",
-    "training_state": "a training checkpoint of Lightning, DeepSpeed or FSDP2",
-    "parts": "a vision tower and a language model",
-}
 
 DEFAULT_TOWER = "openai/clip-vit-large-patch14-336"
 """The tower of every published checkpoint; the original format does not hold its config."""
@@ -141,41 +127,6 @@ class Source:
         return model
 
 
-def kind_of(path: Path, source: str) -> Kind:
-    """Tell the format of a folder or file, which the user named ``source``, by what is in it.
-
-    Raises:
-        CheckpointError: it is none that can become a VipLlava; the message says what it is.
-    """
-    if path.is_file():
-        if path.suffix == ".ckpt":
-            return "training_state"
-        if path.suffix in (".bin", ".safetensors", ".pt"):
-            return "projector"
-        raise CheckpointError(
-            f"{source} is a {path.suffix or 'nameless'} file: name a model folder, a projector "
-            "(mm_projector.bin) or a training checkpoint (.ckpt)"
-        )
-    if (path / "adapter_config.json").is_file():
-        return "llava_lora" if _has(path, *NON_LORA_FILES) else "lora"
-    if _has(path, ".metadata", "latest", INDEX, "**/*model_states.pt"):
-        return "training_state"
-    has_projector = _has(path, *PROJECTOR_FILES)
-    if is_llava(path):
-        has_weights = _has(path, "model*.safetensors", "pytorch_model*.bin")
-        return "projector" if has_projector and not has_weights else "llava"
-    if has_projector and not _has(path, "config.json"):
-        return "projector"
-    model_type = load_config(str(path), "checkpoint").model_type
-    if model_type == "vipllava":
-        return "hf"
-    raise CheckpointError(
-        f"{source} holds a {model_type!r} model, not a VipLlava: name the export folder of a "
-        "training stage or a published VipLlava; a language model alone starts a run with "
-        "stage=pretrain model.spec.language_model=..."
-    )
-
-
 def open_source(
     source: str,
     *,
@@ -188,14 +139,15 @@ def open_source(
 
     Args:
         source: folder, file or Hugging Face id.
-        vision_tower: folder or id of the tower, where the source lacks it; CLIP's ViT-L/14-336,
-            which every published checkpoint has, if not given.
+        vision_tower: folder or id of the tower, where the source lacks it; what its
+            ``vipllava.json`` says if not given, else CLIP's ViT-L/14-336, which every published
+            checkpoint has.
         base: folder or id of what the source is put on: for a projector or an original LoRA the
             language model, for an adapter folder or a training checkpoint the VipLlava that
             training began with.
         chat_template: the template it was trained with, where the source does not say.
         feature_layers: tower layers that the projector reads, where the source does not say; those
-            of :class:`vipllava.models.towers.Tower` if not given.
+            of ``vipllava.json``, else of :class:`vipllava.models.towers.Tower`, if not given.
 
     Raises:
         CheckpointError: nothing is there, it is of no known format, or something that it does not
@@ -203,33 +155,57 @@ def open_source(
     """
     path = local_folder(source, "checkpoint")
     kind = kind_of(path, source)
-    tower = vision_tower or DEFAULT_TOWER
+    meta = load_meta(path) if (path / META_NAME).is_file() else None
+    tower = vision_tower or (meta.vision_tower if meta else DEFAULT_TOWER)
     if kind == "hf":
         return _open_hf(source, path, tower, chat_template)
-    base = source if kind == "llava" else base or _named_base(path)
-    if base is None:
-        what, example = _UNDER[kind]
-        raise CheckpointError(
-            f"{source} is {KINDS[kind]}, which needs {what} under it: pass base={example}"
-        )
+    options: dict[str, Any] = {"chat_template": chat_template, "feature_layers": feature_layers}
+    if kind == "llava":
+        base = source
+    elif base is None:
+        return _open_on_own_base(source, path, kind, vision_tower=vision_tower, **options)
     if kind in ("lora", "training_state"):
-        under = open_source(
-            base, vision_tower=tower, chat_template=chat_template, feature_layers=feature_layers
-        )
-        return _put_on_base(under, base, source, path, kind)
+        under = open_source(base, vision_tower=vision_tower, **options)
+        return _put_on_base(under, base, source, path, kind, chat_template)
     tower_config = load_tower_config(tower)
     spec = ModelSpec(
         vision_tower=tower,
         language_model=base,
-        feature_layers=feature_layers or tower_of(tower_config).feature_layers,
-        chat_template=chat_template or "",
+        feature_layers=feature_layers or (meta or tower_of(tower_config)).feature_layers,
+        chat_template=chat_template or (meta.chat_template if meta else ""),
         image_size=tower_config.image_size,
     )
-    if kind == "llava":
-        tokenizer = add_tokens(read_tokenizer(str(path), "checkpoint"))
-        text_config, tensors = read_llava(path, vision_tower=local_folder(tower, "vision_tower"))
-        return _assembled("llava", spec, tower_config, text_config, tokenizer, tensors, path)
-    return _put_on_parts(spec, source, path, kind)
+    check_tower_config(tower_config, spec)
+    if kind != "llava":
+        return _put_on_parts(spec, source, path, kind)
+    tokenizer = add_tokens(read_tokenizer(str(path), "checkpoint"))
+    text_config, tensors = read_llava(path, vision_tower=local_folder(tower, "vision_tower"))
+    opened = _assembled("llava", spec, tower_config, text_config, tokenizer, tensors, path)
+    if meta is None:
+        return opened
+    changed = {"feature_layers": spec.feature_layers, "chat_template": spec.chat_template}
+    meta = replace(meta, vision_tower=tower, **changed)
+    check_meta(meta, opened.config)
+    return replace(opened, meta=meta)
+
+
+def _open_on_own_base(source: str, path: Path, kind: Kind, **options: Any) -> Source:
+    """Open what says itself what it is put on: an adapter, or a checkpoint in its run's folder."""
+    config, model = path / "adapter_config.json", _job_of(path).get("module", {}).get("model")
+    try:
+        if config.is_file() and (base := read_json(config).get("base_model_name_or_path")):
+            return open_source(source, base=base, **options)
+        if kind == "training_state" and model:
+            known = {each.name for each in fields(ModelSpec)}
+            under = open_spec(ModelSpec(**{n: v for n, v in model.items() if n in known}))
+            return _put_on_base(under, under.path, source, path, kind, options["chat_template"])
+    except CheckpointError as error:
+        where = f"{source} on the base that it names (pass base=FOLDER_OR_ID for another one)"
+        raise error.at(where) from None
+    what, example = _UNDER[kind]
+    raise CheckpointError(
+        f"{source} is {KINDS[kind]}, which needs {what} under it: pass base={example}"
+    )
 
 
 def _put_on_parts(spec: ModelSpec, source: str, path: Path, kind: Kind, *, seed: int = 0) -> Source:
@@ -406,13 +382,15 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
     source, role = spec.language_model, "language_model"
     if spec.checkpoint is not None:
         folder = local_folder(spec.checkpoint, "checkpoint", weights=False)
-        if _has(folder, "tokenizer.json", "tokenizer.model"):
+        if has_any(folder, "tokenizer.json", "tokenizer.model"):
             source, role = str(folder), "checkpoint"
     return add_tokens(read_tokenizer(source, role), spec.image_token, spec.pad_token)
 
 
 def _open_hf(source: str, path: Path, tower: str, chat_template: str | None) -> Source:
     config: Any = load_config(str(path), "checkpoint")
+    # Old configs lack it, and what newer releases write of them has the default, 576.
+    config.image_seq_length = num_patches(config.vision_config)
     tokenizer = add_tokens(read_tokenizer(str(path), "checkpoint"))
     if (path / META_NAME).is_file():
         meta = load_meta(path)
@@ -434,11 +412,19 @@ def _open_hf(source: str, path: Path, tower: str, chat_template: str | None) -> 
     return Source("hf", source, config, tensors, tokenizer, meta, generation)
 
 
-def _put_on_base(under: Source, base: str, source: str, path: Path, kind: Kind) -> Source:
+def _put_on_base(
+    under: Source, base: str, source: str, path: Path, kind: Kind, chat_template: str | None
+) -> Source:
     """Put an adapter folder of ours, or what a run trained, on the opened base."""
     changed = replace(under, kind=kind, path=source)
     if kind == "training_state":
-        return replace(changed, tensors={**under.tensors, **read_training_state(path)})
+        # Trained as its own stage says, not as the one before.
+        stage = _job_of(path).get("stage", {})
+        said = {name: stage[name] for name in ("chat_template", "image_aspect") if name in stage}
+        said |= {"stage": stage["name"]} if "name" in stage else {}
+        said |= {"chat_template": chat_template} if chat_template else {}
+        tensors = {**under.tensors, **read_training_state(path)}
+        return replace(changed, tensors=tensors, meta=replace(under.meta, **said))
     if under.adapter is not None:
         raise CheckpointError(
             f"base={base!r} of the adapter {source} is an adapter itself: merge it first with "
@@ -448,13 +434,9 @@ def _put_on_base(under: Source, base: str, source: str, path: Path, kind: Kind) 
     return replace(changed, meta=meta, adapter=path)
 
 
-def _named_base(path: Path) -> str | None:
-    config = path / "adapter_config.json"
-    return (config.is_file() and read_json(config).get("base_model_name_or_path")) or None
-
-
-def _has(folder: Path, *patterns: str) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in patterns)
+def _job_of(checkpoint: Path) -> dict[str, Any]:
+    """Return the job of the run in whose folder a checkpoint lies; empty where there is none."""
+    return read_yaml(checkpoint.absolute().parents[1] / JOB_FILE) or {}
 
 
 def _check_same_architecture(opened: Source, spec: ModelSpec) -> None:

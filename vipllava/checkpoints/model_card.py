@@ -18,6 +18,7 @@ from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.conversation.templates import get_template
 from vipllava.models.building import network_class
+from vipllava.models.hub_models import is_hub_id
 from vipllava.types import Turn
 
 if TYPE_CHECKING:
@@ -98,8 +99,7 @@ def licence_of(source: str) -> str:
 
 
 def _is_hub_id(source: str) -> bool:
-    is_path = source.startswith((".", "/", "~")) or Path(source).exists()
-    return source.count("/") == 1 and not is_path
+    return source.count("/") == 1 and is_hub_id(source)
 
 
 def _named(source: str) -> str:

@@ -16,6 +16,8 @@ from typing import Any, Final, cast
 
 import torch
 
+from vipllava.models.hub_models import what_instead
+from vipllava.models.tensor_files import load_pickle
 from vipllava.types import CheckpointError, first_line
 
 _DEEPSPEED_VALUES: Final = (
@@ -50,10 +52,11 @@ def load_plain(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         CheckpointError: it cannot be read, holds something else, or code, which is not run.
     """
     try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        loaded: Any = load_pickle(path, mapped=mapped)
     except UNREADABLE as error:
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint of plain values and tensors "
+            what_instead(path)
+            or f"{path} cannot be read as a checkpoint of plain values and tensors "
             f"({first_line(error)}): it is cut short, or holds code, which is not run"
         ) from error
     if not isinstance(loaded, dict):

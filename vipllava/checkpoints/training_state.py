@@ -39,6 +39,8 @@ from vipllava.types import CheckpointError, first_line
 
 INDEX: Final = "checkpoint.json"
 """Written last: the names of the folder's files and their sizes in bytes."""
+JOB_FILE: Final = "job.yaml"
+"""Of a run's folder, in whose ``checkpoints`` they lie: its whole configuration."""
 RUN_STATE: Final = "meta.pt"
 """What all processes share: Lightning's state of the run, and how the weights are called."""
 WEIGHT: Final = "fp32"

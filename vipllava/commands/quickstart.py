@@ -48,8 +48,8 @@ def plan_steps(output: Path, data_root: Path, seed: int) -> dict[str, tuple[str,
     return {
         "sample_data": ("sample-data", "--data-root", str(data_root)),
         **{stage: (*train, f"stage={stage}") for stage in STAGES},
-        "regions": (*evaluate, "bench=regions"),
-        "vip_bench": (*evaluate, "bench=vip_bench", "max_new_tokens=32"),
+        "regions": (*evaluate, "bench=regions", "name=eval/regions"),
+        "vip_bench": (*evaluate, "bench=vip_bench", "name=eval/vip_bench", "max_new_tokens=32"),
     }
 
 

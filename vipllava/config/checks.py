@@ -54,7 +54,7 @@ def check_config(
 
 def check_data_config(cfg: DictConfig) -> None:
     """Raise ConfigError where looking at a job's data fails; where it trains does not matter."""
-    _refuse(_find(JobValues(cfg, Hardware()), TRAIN, (_manifest,)))
+    _refuse(_find(JobValues(cfg, Hardware()), TRAIN, (_manifest, _data_root)))
 
 
 def check_plan_config(cfg: DictConfig) -> None:
@@ -181,17 +181,25 @@ def _checkpoint(job: JobValues) -> Iterator[str]:
     """The folder a stage starts from, or that is evaluated, where it is one of our runs."""
     folder = job.get("checkpoint" if job.is_evaluation else "stage.checkpoint", str)
     runs = job.get("paths.runs", str)
-    if folder is None or runs is None or Path(folder).is_dir():
+    if folder is None or runs is None or Path(folder).exists():
         return
     if not Path(folder).is_relative_to(runs):
         return  # hub ids and folders elsewhere: the loader says what is wrong with them
     if job.is_evaluation:
-        yield f"checkpoint={folder}: no such folder; train first or pass checkpoint=FOLDER"
+        yield f"checkpoint={folder}: no such file or folder; train first or pass checkpoint=FOLDER"
     else:
         yield (
             f"stage={job.get('stage.name')} starts from {folder}, which is not there; run the "
             "stage before it or pass stage.checkpoint=FOLDER"
         )
+
+
+def _data_root(job: JobValues) -> Iterator[str]:
+    """A folder that is named has to be there: sample data are made in it, else in `data`."""
+    root = job.get("paths.data_root", str)
+    if root is None or root == "data" or "://" in root or Path(root).expanduser().is_dir():
+        return
+    yield f"paths.data_root={root}: no such folder; make it, or name the one that has the data"
 
 
 def _global_batch(job: JobValues) -> Iterator[str]:
@@ -421,9 +429,9 @@ def _extra(job: JobValues, what: str, extra: str, package: str) -> Iterator[str]
 
 _Check = Callable[[JobValues], Iterable[str]]
 _TRAIN_CHECKS: tuple[_Check, ...] = (
-    _manifest, _checkpoint, _global_batch, _devices, check_launch, _precision, _strategy,
-    _attention, _tuning, _compile, _loggers, _callbacks, _home,
+    _manifest, _data_root, _checkpoint, _global_batch, _devices, check_launch, _precision,
+    _strategy, _attention, _tuning, _compile, _loggers, _callbacks, _home,
 )  # fmt: skip
 _EVALUATE_CHECKS: tuple[_Check, ...] = (
-    _manifest, _checkpoint, check_single_process, _device, _attention, _home,
+    _manifest, _data_root, _checkpoint, check_single_process, _device, _attention, _home,
 )  # fmt: skip

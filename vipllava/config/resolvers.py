@@ -194,6 +194,17 @@ def last_part(path: str) -> str:
     return Path(path).name
 
 
+def checkpoint_name(source: str) -> str:
+    """What to call a checkpoint: by its run where it lies in the folder of one."""
+    path = Path(source).expanduser().absolute()
+    if path.name == "export":
+        return path.parent.name
+    if path.parent.name == "checkpoints":
+        return f"{path.parents[1].name}-{path.stem}"
+    within = path.name in ("adapter", "projector")
+    return f"{path.parent.name}-{path.name}" if within else path.name
+
+
 def package_path(relative: str) -> str:
     """Absolute path of a file that ships inside the package."""
     return str(Path(__file__).resolve().parents[1] / relative)
@@ -205,8 +216,8 @@ def manifests_dir() -> str:
 
 
 _RESOLVERS: tuple[Callable[..., Any], ...] = (
-    accumulation_steps, attention, compute_dtype, devices, folder_name, last_part, manifests_dir,
-    micro_batch_size, num_workers, one_if_set, package_path, packs_per_batch,
+    accumulation_steps, attention, checkpoint_name, compute_dtype, devices, folder_name, last_part,
+    manifests_dir, micro_batch_size, num_workers, one_if_set, package_path, packs_per_batch,
     packs_per_micro_batch, precision, product, recipe, run_dir, strategy, weights_dtype, workload,
     zero_if_null,
 )  # fmt: skip

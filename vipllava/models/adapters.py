@@ -108,13 +108,14 @@ def add_adapters(
 ) -> None:
     """Put an adapter beside every target, in place; the network keeps its class.
 
-    They change nothing until they are trained: one of the two factors is zero.
+    They change nothing until they are trained: one of the two factors is zero. They are in training
+    mode, and drop out, where the network is.
 
     Args:
         model: without adapters.
         settings: rank, scale and dropout.
         seed: decides the other factor, which is drawn on the CPU.
-        config: peft's own, of a stored adapter, in place of the settings.
+        config: peft's own, of a stored adapter, in place of the settings; it may name targets.
         dtype: of the adapters; the projector's, which trains as they do, if not given.
 
     Raises:
@@ -125,7 +126,7 @@ def add_adapters(
 
     if adapter_parameters(model):
         raise ConfigError("the network has adapters already: merge them first")
-    config.target_modules = target_pattern(model)
+    config.target_modules = config.target_modules or target_pattern(model)
     config.modules_to_save = None  # the projector trains by itself
     dtype = dtype or model.model.multi_modal_projector.linear_1.weight.dtype
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), _weights_aside(model, dtype):
@@ -133,6 +134,7 @@ def add_adapters(
         inject_adapter_in_model(config, cast("nn.Module", model))
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.to(dtype)
+    model.train(model.training)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from transformers.models.vipllava.modeling_vipllava import VipLlavaMultiModalPro
 from transformers.utils import logging as transformers_logging
 
 from vipllava.models.attention import attention_settings
-from vipllava.models.hub_models import load_config, local_folder, read_json
+from vipllava.models.hub_models import load_config, local_folder, read_json, what_instead
 from vipllava.models.modeling_vipllava_patches import VipLlavaPatchesForConditionalGeneration
 from vipllava.models.placing import OnDevice, Placement, fill, hollow_network, one_to_one
 from vipllava.models.tensor_files import (
@@ -115,6 +115,9 @@ class ModelSpec:
 def read_tokenizer(source: str, role: str) -> PreTrainedTokenizerFast:
     """Read a tokenizer as it is stored at a folder or id, which the setting ``role`` names."""
     folder = local_folder(source, role, weights=False)
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        if instead := what_instead(folder / name):
+            raise CheckpointError(instead)
     config = folder / "config.json"
     # Of a config that transformers does not know (the original format's) it would warn.
     known = not config.is_file() or read_json(config).get("model_type") in CONFIG_MAPPING
@@ -293,7 +296,7 @@ def materialise(
         # Of published names transformers knows those with CLIP's tower.
         known = whole_config.vision_config.model_type == CLIP.model_type
         state = {
-            name if known else _name_in_memory(name): (
+            name if known else name_in_memory(name): (
                 read_tensor(lazy) if isinstance(lazy, ComputedTensor) else lazy
             )
             for name, lazy in tensors.items()
@@ -353,7 +356,8 @@ def load_strictly(cls: Any, source: str, **options: Any) -> Any:
     return model
 
 
-def _name_in_memory(name: str) -> str:
+def name_in_memory(name: str) -> str:
+    """Return the name in the network of a weight of the Hugging Face format."""
     for stored, own in _IN_MEMORY.items():
         if name.startswith(stored):
             return own + name.removeprefix(stored)

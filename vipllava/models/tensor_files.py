@@ -9,6 +9,8 @@ import contextlib
 import json
 import os
 import pickle
+import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vipllava.config.machine_faults import disk_errno
-from vipllava.models.hub_models import read_json
+from vipllava.models.hub_models import read_json, what_instead
 from vipllava.types import CheckpointError, first_line
 
 LazyTensor: TypeAlias = Any
@@ -48,15 +50,23 @@ def open_tensors(path: Path, role: str) -> dict[str, LazyTensor]:
     Raises:
         CheckpointError: there are no weights, a file is missing, cut short, or holds code.
     """
-    if path.is_file():
-        return _open_file(path, role)
-    for name in (*_INDICES, *_SINGLES):
-        if (path / name).is_file():
-            return _open_file(path / name, role)
-    raise CheckpointError(
-        f"{role}={str(path)!r} has no weights ({', '.join(_SINGLES)}, or shards with an index): "
-        "the download or the copy is incomplete"
-    )
+    if not path.is_file():
+        singles = (path / name for name in (*_INDICES, *_SINGLES))
+        found = next((file for file in singles if file.is_file()), None)
+        if found is None:
+            raise CheckpointError(
+                f"{role}={str(path)!r} has no weights ({', '.join(_SINGLES)}, or shards with an "
+                "index): the download or the copy is incomplete"
+            )
+        path = found
+    tensors = _open_file(path, role)
+    if empty := [name for name, tensor in tensors.items() if 0 in shape_of(tensor)]:
+        raise CheckpointError(
+            f"{path} holds {len(empty)} tensors without a value, {empty[0]} first: it was written "
+            "under ZeRO-3, where each process holds a part; gather the run's checkpoint with "
+            f"DeepSpeed's zero_to_fp32.py, and use what that writes ({role})"
+        )
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -173,10 +183,11 @@ def _open_file(path: Path, role: str) -> dict[str, LazyTensor]:
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, "safetensors", role, error) from error
     try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        loaded: Any = load_pickle(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds more than tensors ({first_line(error)}): it was not opened, since a "
+            what_instead(path)
+            or f"{path} holds more than tensors ({first_line(error)}): it was not opened, since a "
             f"pickle may run code; convert it to safetensors where you trust it ({role})"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
@@ -189,8 +200,21 @@ def _open_file(path: Path, role: str) -> dict[str, LazyTensor]:
     return cast("dict[str, LazyTensor]", loaded)
 
 
+def load_pickle(path: Path, *, mapped: bool = True) -> Any:
+    """Read what ``torch.save`` wrote, plain values and tensors only; raises torch's errors.
+
+    Tensors stay in the file until they are used if ``mapped``, but for files of before PyTorch 1.6.
+    """
+    mapped = mapped and zipfile.is_zipfile(path)
+    with warnings.catch_warnings():
+        # What it warns of it reads, or raises an error about.
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
 def _unreadable(path: Path, kind: str, role: str, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{path} cannot be read as {kind} ({first_line(error)}): it is cut short or of another "
+        what_instead(path)
+        or f"{path} cannot be read as {kind} ({first_line(error)}): it is cut short or of another "
         f"kind; download or copy it again ({role})"
     )

@@ -85,7 +85,7 @@ def forget_missing_checkpoint(cfg: DictConfig) -> Path | None:
     Returns the export that is not there and was taken out of the configuration, if there was one.
     """
     folder = cfg.stage.checkpoint
-    if folder is None or not Path(folder).is_relative_to(cfg.paths.runs) or Path(folder).is_dir():
+    if folder is None or not Path(folder).is_relative_to(cfg.paths.runs) or Path(folder).exists():
         return None
     cfg.stage.checkpoint = None
     return Path(folder)

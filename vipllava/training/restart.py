@@ -22,15 +22,15 @@ from typing import Any, Final
 
 import torch
 
-from vipllava.checkpoints.training_state import find_damage
+from vipllava.checkpoints.training_state import JOB_FILE, find_damage
 from vipllava.files.atomic import move, read_text, read_yaml, write_whole, write_yaml
 from vipllava.files.locks import locked
+from vipllava.models.hub_models import content_digest
 from vipllava.training.csv_log import FILE_NAME, count_rows
 from vipllava.types import CheckpointError, ConfigError, VipLlavaError
 
 logger = logging.getLogger(__name__)
 
-JOB_FILE: Final = "job.yaml"
 FINISHED_FILE: Final = "finished.yaml"
 EXPORT_FOLDER: Final = "export"
 CHECKPOINTS: Final = "checkpoints"
@@ -51,6 +51,13 @@ _HARMLESS: Final = (
     "module.model.attn_implementation", "module.model.dtype", "module.quantization.compute_dtype",
 )  # fmt: skip
 """Exceptions: how the model is computed."""
+_SOURCES: Final = (
+    "stage.checkpoint",
+    *(f"module.model.{n}" for n in ("checkpoint", "language_model", "vision_tower")),
+)
+"""Of these what is there matters, not where it lies: in another checkout that is another path."""
+_CONTENTS: Final = "contents"
+"""Beside the configuration in ``JOB_FILE``: digests of its sources when the run began."""
 _SAME_CHECKPOINTS: Final = ({"single", "ddp"}, {"zero2", "zero3", "zero3_offload"})
 """Strategies that go on from each other's checkpoints."""
 
@@ -189,7 +196,9 @@ def prepare_run(
             f"their steps are in {aside}"
         )
     (run_dir / FINISHED_FILE).unlink(missing_ok=True)
-    write_yaml(run_dir / JOB_FILE, dict(job))
+    digests = {source: content_digest(source) for source in _sources(job)}
+    contents = {source: digest for source, digest in digests.items() if digest}
+    write_yaml(run_dir / JOB_FILE, dict(job) | ({_CONTENTS: contents} if contents else {}))
     return restart
 
 
@@ -340,9 +349,13 @@ def _check_job(run_dir: Path, job: Mapping[str, Any], done: Path, anyway: bool) 
     if before is None:
         return
     shown, refused = "", ""
+    contents = before.pop(_CONTENTS, {})
     for key, (was, now) in differences(before, job).items():
         line = f"\n  {key}: {was} -> {now}"
         same = key == "strategy.name" and any({was, now} <= each for each in _SAME_CHECKPOINTS)
+        if key in _SOURCES and isinstance(was, str) and isinstance(now, str):
+            digest = contents.get(was) or content_digest(was)
+            same = digest is not None and digest == content_digest(now)
         if _is_below(key, _MATTERS) and not _is_below(key, _HARMLESS) and not same:
             refused += line
         else:
@@ -358,6 +371,11 @@ def _check_job(run_dir: Path, job: Mapping[str, Any], done: Path, anyway: bool) 
         )
     if refused:
         logger.warning("resume_anyway=true: going on with changes:%s", refused)
+
+
+def _sources(job: Mapping[str, Any]) -> list[str]:
+    flat = _flat(job)
+    return sorted({source for key in _SOURCES if isinstance(source := flat.get(key), str)})
 
 
 def _is_below(key: str, roots: tuple[str, ...]) -> bool:
