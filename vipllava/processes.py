@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -59,6 +60,12 @@ def begin() -> None:
     It ends with the process of the job that started it; on Ctrl-C with one line and exit code 130
     unless somebody else listens; on a second one at once, even if it hangs in a library.
     """
+    if find_spec("hydra") is None:
+        sys.stderr.write(
+            f"error: {sys.executable} lacks the packages that this needs: activate the environment "
+            "(source .venv/bin/activate), or start it with .venv/bin/python\n"
+        )
+        sys.exit(2)
     ends = end_with_parent()
     # Else it has begun already, or Ctrl-C is ignored: a shell's background job.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -7,9 +7,10 @@ The way of a sample: a shard's record becomes a :class:`Sample`; its regions a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,6 +119,21 @@ class Region:
     # Index of an earlier region whose mark style this one repeats (all boxes of one Flickr30k
     # phrase look alike), or None for a style of its own.
     style_of: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no box or no rings; whether it lies in the picture is known later."""
+        box: Any = self.bbox_xyxy
+        rings: Any = self.polygons
+        try:
+            fine = len(box) == 4 and all(map(math.isfinite, box))
+            fine = fine and all(len(point) == 2 for ring in rings for point in ring)
+        except TypeError:
+            fine = False
+        if not fine:
+            raise VipLlavaError(
+                f"region {box}, polygons {rings}: expected four finite numbers x1, y1, x2, "
+                "y2, and polygons as rings of points (x, y)"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,42 @@ from pathlib import Path
 
 import pytest
 
-from vipllava.commands.job import compose_data_job
+from vipllava.commands.job import compose_data_job, job_help
 from vipllava.types import ConfigError
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_help_fits_a_screen(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = job_help(name).splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    named = " ".join(lines)
+    for word in ("visual_prompts", "name=RUN", "--cfg job", "--config-dir", "-m ", "docs/"):
+        assert word in named
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "mine.yaml").touch()
+    assert "mine" in job_help("evaluate", ["--config-dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("overrides", [["a=b.yaml"], ["a (b).yaml"], ["é.yaml"]])
+def test_a_manifest_of_any_name(tmp_path: Path, overrides: list[str]):
+    own = tmp_path / overrides[0]
+    own.write_text("name: mine\nshards: [a.tar]\nlicence: mine\n", encoding="utf-8")
+    assert compose_data_job(str(own), ["stage=pretrain"]).data.manifest == str(own)
+
+
+def test_wrong_marks_are_said_with_what_else_is_wrong():
+    marks = ["visual_prompts.policies.vcr.shapes=[circle]", "visual_prompts.ranges.alpha=3"]
+    with pytest.raises(ConfigError) as error:
+        compose_data_job("sample_gpt4v", [*marks, "seed=-1"])
+    wrong = [line.partition(";")[0] for line in str(error.value).splitlines()]
+    assert wrong == [
+        "this configuration cannot run: 3 problems",
+        "  - seed=-1: expected a whole number of at least 0",
+        "  - visual_prompts.ranges.alpha is 3",
+        "  - visual_prompts.policies.vcr: unknown shape `circle`",
+    ]
 
 
 def test_the_stage_is_the_manifests_unless_chosen():

@@ -129,6 +129,26 @@ def test_manifest_files(project: Path):
     assert "holds no manifests" in problems("paths.manifests=elsewhere")[0]
 
 
+@pytest.mark.parametrize(
+    "source", ["./nope", "/nope", "a/b/c", "runs/nope", "notes/nope", "last.ckpt", "~/nope"]
+)
+def test_a_checkpoint_that_is_nowhere(project: Path, source: str):
+    (project / "notes").mkdir()
+    job = "paths.runs=elsewhere", "stage=finetune", f"stage.checkpoint='{source}'"
+    missing = f"{source}: no such file or folder in {project}"
+    assert problems(*job) == [f"stage.checkpoint={missing}"]
+    assert problems(f"checkpoint='{source}'", "paths.runs=elsewhere", name="evaluate") == [
+        f"checkpoint={missing}"
+    ]
+
+
+def test_a_checkpoint_may_be_a_file_or_an_id(project: Path):
+    file = project / "runs" / "tiny-pretrain" / "mm_projector.bin"
+    file.touch()
+    for source in (f"runs/tiny-pretrain/{file.name}", "llava-hf/vip-llava-7b-hf", "gpt2"):
+        assert problems("stage=finetune", f"stage.checkpoint={source}") == []
+
+
 def test_a_stage_before_its_predecessor():
     (found,) = problems("stage=gpt4v", "data.manifest=sample_finetune")
     assert found == (
@@ -329,6 +349,26 @@ def test_a_netrc_entry_of_the_right_host_is_a_key(nobody: Path, monkeypatch: pyt
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
     (found,) = problems("logger=wandb", machine=WITH_WANDB)
     assert found.startswith("logger=wandb has no key for wandb.example.org: ")
+
+
+@pytest.mark.parametrize("key", ["abc", "x" * 39, "x" * 39 + " "])
+def test_a_key_of_wandb_that_is_none(nobody: Path, monkeypatch: pytest.MonkeyPatch, key: str):
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    (found,) = problems("logger=wandb", machine=WITH_WANDB)
+    assert found.startswith(f"WANDB_API_KEY has {len(key)} characters and is no key of W&B")
+    assert "WANDB_MODE=offline" in found
+    assert problems("logger=wandb", "logger.wandb.mode=offline", machine=WITH_WANDB) == []
+    for whole in ("x" * 86, "local-" + "x" * 40, "head.pay-load.sig_n"):
+        monkeypatch.setenv("WANDB_API_KEY", whole)
+        assert problems("logger=wandb", machine=WITH_WANDB) == []
+
+
+def test_checkpoints_are_not_uploaded_by_wandb(nobody: Path):
+    job = "logger=wandb", "logger.wandb.offline=true", "logger.wandb.log_model=all"
+    assert problems(*job, machine=WITH_WANDB) == [
+        "logger.wandb.log_model: checkpoints are not uploaded during a run; do it afterwards with "
+        "`wandb artifact put --type model RUN_DIR/export`"
+    ]
 
 
 def test_intervals_of_callbacks():

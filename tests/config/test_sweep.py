@@ -50,7 +50,8 @@ def start(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.Compl
 
 
 def test_each_job_is_a_process_and_a_failed_one_does_not_stop_the_others(tmp_path: Path):
-    done = start(tmp_path, "-m", "seed=1,2,3", "name=search", "paths.data_root=/some/where")
+    # -m may stand anywhere, at the end, too.
+    done = start(tmp_path, "seed=1,2,3", "name=search", "-m", "paths.data_root=/some/where")
 
     folder = tmp_path / "runs" / "sweeps" / "search"
     said = {path.parent.name: json.loads(path.read_text()) for path in folder.rglob("said.json")}

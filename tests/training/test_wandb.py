@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 import shutil
@@ -15,10 +16,12 @@ import pytest
 
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.checkpoints.loading import load_tokenizer
+from vipllava.config.composing import compose_job
 from vipllava.training.callbacks import StartLog
 from vipllava.training.metrics import Throughput
 from vipllava.training.run import run_training
 from vipllava.training.sample_log import SampleTable
+from vipllava.types import VipLlavaError
 
 pytestmark = [
     *LIGHTNING_WARNINGS,
@@ -88,8 +91,9 @@ def test_a_resumed_run_is_the_same_run_on_wandb(wandb, config, tmp_path):
     def start(*changes: str) -> tuple[str, list[int]]:
         """Return the run's id and the steps whose loss was logged."""
         job = "stage=pretrain", "stage.epochs=1", "stage.checkpoint_steps=1", "logger=wandb"
+        team = "logger.wandb.entity=team", "callbacks.samples=null"
         try:
-            run_training(config(*job, "callbacks.samples=null", *changes))
+            run_training(config(*job, *team, *changes))
         finally:
             wandb.finish()
         (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
@@ -97,6 +101,7 @@ def test_a_resumed_run_is_the_same_run_on_wandb(wandb, config, tmp_path):
         # wandb names the folder by the second, and these runs are short.
         shutil.rmtree(run_dir / "wandb")
         (run,) = [record.run for record in read if record.WhichOneof("record_type") == "run"]
+        assert run.entity == "team"
         rows = [
             {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
             for record in read
@@ -117,6 +122,24 @@ def test_a_resumed_run_is_the_same_run_on_wandb(wandb, config, tmp_path):
     anew, steps = start("resume=never")
     assert anew not in (first, "chosen")
     assert steps == [0, 1, 2]
+
+
+def test_a_server_that_cannot_be_reached_is_one_message(wandb, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    wandb.teardown()  # it has read the variables of an earlier test
+    job = "stage=pretrain", "logger=wandb", "logger.wandb.settings={init_timeout: 1}"
+    with pytest.raises(VipLlavaError, match=r"W&B cannot be reached .*: .* set WANDB_MODE=offline"):
+        run_training(config(*job))
+    wandb.teardown()
+    assert not (tmp_path / "runs" / "tiny-pretrain" / "checkpoints").exists()
+
+
+def test_every_argument_of_wandb_has_a_key(wandb):
+    made_here = {"dir", "anonymous"}  # Lightning's save_dir; a setting that W&B has given up
+    keys = set(compose_job(["logger=wandb"]).logger.wandb)
+    assert set(inspect.signature(wandb.init).parameters) - made_here <= keys
 
 
 def test_an_offline_run_holds_metrics_tables_and_the_start(

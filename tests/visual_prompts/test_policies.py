@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from tests.visual_prompts.policy_files import FILES, load_policies
 from vipllava.records import KINDS, NO_POLICY
 from vipllava.sample_world import TINY_POLICIES
-from vipllava.types import Shape, VipLlavaError
+from vipllava.types import Region, Shape, VipLlavaError
 from vipllava.visual_prompts.policies import (
     POLICIES,
     ShapeRanges,
@@ -147,11 +148,19 @@ def test_every_problem_is_named_at_once() -> None:
                 "h": {"shapes": []},
                 "i": {"colour": "pink"},
                 "j": {"ranges": {"mask_alpha": [0, 9]}},
+                "k": {"shapes": "rectangle"},
+                "l": {"colour": [255, 0, 0]},
+                "m": {"distinguishable": "no"},
+                "n": {"ranges": {"point_radius": [5.5, 9]}},
+                "o": {"ranges": {"arrow_bend": "much"}},
+                "p": {"ranges": 5},
+                "q": ["rectangle"],
+                "r": {"article_rate": "often"},
             }
         )
     messages = str(caught.value).splitlines()
     assert [message.split(":")[0] for message in messages] == [
-        f"visual_prompts.policies.{name}" for name in "abcdefghij"
+        f"visual_prompts.policies.{name}" for name in "abcdefghijklmnopqr"
     ]
     for message, fragment in zip(
         messages,
@@ -166,10 +175,50 @@ def test_every_problem_is_named_at_once() -> None:
             "shapes is empty; name at least one shape",
             "unknown colour `pink`; the palette has: red",
             "mask_alpha is [0, 9]; opacity lies in 1..255",
+            "shapes is 'rectangle'; give a list of rectangle, ellipse, ",
+            "unknown colour `(255, 0, 0)`; the palette has: red",
+            "distinguishable is no; give true or false",
+            "point_radius is [5.5, 9]; give [low, high] with low <= high, whole numbers",
+            "arrow_bend is 'much'; give a number",
+            "ranges: 5 is no section; it may have anchor, ",
+            "['rectangle'] is no section; it may have shapes, ",
+            "article_rate is often; a rate lies in 0..1",
         ),
         strict=True,
     ):
         assert fragment in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shapes": ("rectangel",)}, "unknown shape `rectangel`; the shapes are: rectangle"),
+        ({"shapes": ("rectangle"), "colour": "red"}, "shapes is 'rectangle'; give a list of"),
+        ({"colour": "crimson"}, "unknown colour `crimson`; the palette has: red"),
+        ({"fixed_alpha": 0}, "fixed_alpha is 0; opacity lies in 1..255"),
+    ],
+)
+def test_a_policy_made_by_hand_is_checked(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(VipLlavaError, match=message):
+        VisualPromptPolicy(**fields)
+    with pytest.raises(VipLlavaError, match=message):
+        replace(VisualPromptPolicy(), **fields)
+
+
+@pytest.mark.parametrize(
+    ("box", "polygons"),
+    [
+        ((1, 2, 3), ()),
+        ("1234", ()),
+        ((1, 2, 3, float("nan")), ()),
+        (5, ()),
+        ((1, 2, 3, 4), ((1, 2), (3, 4), (5, 6))),
+        ((1, 2, 3, 4), (((1, 2, 3),),)),
+    ],
+)
+def test_a_region_made_by_hand_is_checked(box: Any, polygons: Any) -> None:
+    with pytest.raises(VipLlavaError, match="expected four finite numbers x1, y1, x2, y2"):
+        Region(box, polygons)
 
 
 def test_an_unknown_policy_lists_the_known() -> None:

@@ -64,7 +64,8 @@ def list_data(manifests: Manifests, data_root: DataRoot = "data", as_json: Json 
         print_json({"data_root": data_root, "manifests": rows})
     else:
         headers = ("name", "stage", "records", "samples", f"in {data_root}")
-        print_table(_table("", headers, [tuple(row.values()) for row in rows]))
+        cells = [tuple(row.values()) for row in rows]
+        print_table(_table("", headers, cells, ("records", "stage", "samples")))
     if problems:
         raise ManifestError("\n".join(problems))
 
@@ -167,7 +168,7 @@ def fetch(
     else:
         cells = [(o.source, o.part, o.place, o.status, o.detail if o.ok else "") for o in outcomes]
         headers = ("source", "part", "place", "status", "found")
-        print_table(_table(manifest.name, headers, cells))
+        print_table(_table(manifest.name, headers, cells, ("place", "part")))
         for outcome in outcomes:
             if not outcome.ok:
                 say(f"{outcome.source}, {outcome.part}: {outcome.detail}")
@@ -240,7 +241,9 @@ def _found(detail: str, examples: Sequence[str]) -> str:
     return "\n".join([detail, *(f"- {example}" for example in examples[:5]), *more])
 
 
-def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _table(
+    title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str] = ()
+) -> Table:
     from rich.text import Text
 
     coloured = [
@@ -250,4 +253,4 @@ def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) ->
         ]
         for row in rows
     ]
-    return rows_table(title, headers, coloured, whole=("name", "status"))
+    return rows_table(title, headers, coloured, whole=("name", "status"), spare=spare)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from vipllava.config.places import CONFIG_DIR
-from vipllava.types import ConfigError
+from vipllava.types import ConfigError, VipLlavaError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -21,20 +21,29 @@ _TRAINING_STAGES: Final = ("pretrain", "finetune", "gpt4v", "task")
 
 _HELP: Final = """\
 usage: {program} [GROUP=OPTION] [KEY=VALUE] ...
-
-{what} For example: {program} {example}
-
+{what}, for example
+  {program} {example}
 Groups and their options, the default marked by *:
-
 {groups}
-
-Options of Hydra:
-
-  --cfg job [--resolve]  print the job with every value, and run nothing
-  --config-dir FOLDER    add configuration of your own
-  -m, --multirun         a sweep: a job for each of several values, KEY=A,B
-  --hydra-help           the others
+Often set:
+{keys}
+Options: --cfg job [--resolve] prints the job with every key and runs nothing;
+  --config-dir FOLDER adds configuration of yours; -m starts a job for each of
+  several values, KEY=A,B; --hydra-help lists others. More: docs/{page}
 """
+_ABOUT: Final = {
+    "train": (
+        "Train one stage", "stage=finetune model=7b trainer=8xa100", "training.md",
+        "name=RUN  stage.checkpoint=FOLDER  data.manifest=NAME  stage.learning_rate=X",
+        "stage.epochs=N  trainer.max_steps=N  machine.micro_batch_size=N  resume=never",
+        "inspect=true  preflight=true  replay=FILE: look at the job, and do not train",
+    ),
+    "evaluate": (
+        "Run one benchmark", "bench=vip_bench checkpoint=runs/7b-gpt4v/export", "evaluation.md",
+        "checkpoint=FOLDER_OR_ID  base=FOLDER_OR_ID  chat_template=NAME  name=RUN",
+        "limit=N  batch_size=N  device=cpu  dtype=NAME  bits=4",
+    ),
+}  # fmt: skip
 
 
 def run_job(name: Literal["train", "evaluate"], arguments: Sequence[str] | None = None) -> None:
@@ -70,16 +79,22 @@ def job_help(name: Literal["train", "evaluate"], arguments: Sequence[str] = ()) 
         folders = [folder / group for folder in (CONFIG_DIR, own) if folder]
         files = [file for folder in folders for file in folder.glob("*.yaml")]
         names = sorted({f"{f.stem}*" if f.stem == default else f.stem for f in files})
-        indent = f"  {group:<16}"
+        if names == [f"{default}*"]:
+            continue  # there is nothing to choose
+        indent = f"  {group:<15}"
         listed, space = ", ".join(names), " " * len(indent)
         groups.append(textwrap.fill(listed, width, initial_indent=indent, subsequent_indent=space))
-    what, example = {
-        "train": ("Train one stage.", "stage=finetune model=7b trainer=8xa100"),
-        "evaluate": ("Run one benchmark.", "bench=vip_bench checkpoint=runs/7b-gpt4v/export"),
-    }[name]
+    what, example, page, *keys = _ABOUT[name]
     script = Path(sys.argv[0]).name
     program = f"python {script}" if script == f"{name}.py" else f"vipllava {name}"
-    return _HELP.format(program=program, what=what, example=example, groups="\n".join(groups))
+    return _HELP.format(
+        program=program,
+        what=what,
+        example=example,
+        groups="\n".join(groups),
+        keys="\n".join(f"  {line}" for line in keys),
+        page=page,
+    )
 
 
 def train(cfg: DictConfig) -> None:
@@ -91,23 +106,24 @@ def train(cfg: DictConfig) -> None:
         check_targets,
     )
 
+    marks = _mark_problems(cfg)
     if cfg.inspect:
-        check_data_config(cfg)
+        check_data_config(cfg, marks)
         from vipllava.commands.inspect import inspect_job
 
         inspect_job(cfg)
     elif cfg.preflight:
-        check_plan_config(cfg)
+        check_plan_config(cfg, marks)
         from vipllava.commands.preflight import preflight
 
         preflight(cfg)
     elif cfg.replay:
-        check_data_config(cfg)
+        check_data_config(cfg, marks)
         from vipllava.commands.replay import replay_job
 
         replay_job(cfg)
     else:
-        check_config(cfg)
+        check_config(cfg, more=marks)
         check_targets(cfg)
         from vipllava.training.run import run_training
 
@@ -119,8 +135,22 @@ def evaluate(cfg: DictConfig) -> None:
     from vipllava.config.checks import check_config
     from vipllava.evaluation.run import bench_problems, run_evaluation
 
-    check_config(cfg, more=bench_problems(cfg))
+    check_config(cfg, more=[*_mark_problems(cfg), *bench_problems(cfg)])
     run_evaluation(cfg)
+
+
+def _mark_problems(cfg: DictConfig) -> list[str]:
+    """Return what is wrong with the shapes, colours and ranges of a job's marks."""
+    from vipllava.config.schema import read
+    from vipllava.visual_prompts.policies import build_policies
+
+    try:
+        build_policies(read(cfg, "visual_prompts.policies"), read(cfg, "visual_prompts.ranges"))
+    except ConfigError:
+        return []  # said by the checks of the configuration
+    except VipLlavaError as error:
+        return str(error).splitlines()
+    return []
 
 
 def compose_data_job(
@@ -137,30 +167,31 @@ def compose_data_job(
     Raises:
         ConfigError: listing what does not compose, or what is wrong with the job's data.
     """
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     from vipllava.config.checks import check_data_config
-    from vipllava.config.composing import compose_job, composition_message
+    from vipllava.config.composing import (
+        COMPOSING_ERRORS,
+        compose_job,
+        composition_message,
+        searchpath,
+    )
+    from vipllava.config.overrides import quoted, readable_words
     from vipllava.shards.manifest import load_manifest
 
-    added, shown = list[str](), list[str]()
-    if config_dir is not None:
-        added = [f"hydra.searchpath=[{config_dir.resolve()}]"]
-        shown = ["--config-dir", str(config_dir)]
+    overrides = readable_words(overrides)
+    shown = [] if config_dir is None else ["--config-dir", str(config_dir)]
 
     def compose(chosen: Sequence[str]) -> DictConfig:
         try:
-            cfg = compose_job([*added, *chosen])
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            cfg = compose_job([*searchpath(config_dir), *chosen])
+        except COMPOSING_ERRORS as error:
             arguments = [*shown, *chosen]
             raise ConfigError(composition_message(arguments, CONFIG_DIR, "train", error)) from error
-        check_data_config(cfg)
+        check_data_config(cfg, _mark_problems(cfg))
         return cfg
 
     if data is None:
         return compose(overrides)
-    chosen = [*overrides, "data.mix=null", f"data.manifest={data}"]
+    chosen = [*overrides, "data.mix=null", f"data.manifest={quoted(data)}"]
     cfg = compose(chosen)
     if any(override.startswith("stage=") for override in overrides):
         return cfg

@@ -27,6 +27,8 @@ _HEADERS: Final = (
     "trains", "machine", "strategy", "micro-batch", "largest", "recomputed", "GiB", "host GiB",
     "hours",
 )  # fmt: skip
+_SPARE: Final = ("recomputed", "largest", "host GiB", "micro-batch")
+"""What a narrow terminal has no room for."""
 _GIB: Final = 2**30
 
 
@@ -94,7 +96,7 @@ def machines(
         return
     for model in dict.fromkeys(row.model for row in rows):
         title, cells = f"{model}, hours at an MFU of {mfu:.0%}", _cells(rows, model)
-        look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 0)}
+        look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 0), "spare": _SPARE}
         print_table(rows_table(title, _HEADERS, cells, right=_HEADERS[3:], **look))
 
 

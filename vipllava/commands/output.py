@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,11 +18,22 @@ Tell = Callable[[str, str, int, int | None], None]
 """Is told a task's name, its unit, how much is done, and how much there is, if that is known."""
 
 
-def print_table(table: Table) -> None:
-    """Print a table, as wide as the terminal."""
+_PIPED: Final = 1000
+"""Columns where nobody said how wide a page is: what reads a pipe wants whole lines."""
+
+
+def make_console() -> Console:
+    """Return the standard output, as wide as the terminal; a pipe is as wide as a line is long."""
     from rich.console import Console
 
-    Console().print(table)
+    console = Console()
+    narrow = console.is_terminal or "COLUMNS" in os.environ
+    return console if narrow else Console(width=_PIPED)
+
+
+def print_table(table: Table) -> None:
+    """Print a table, as wide as the terminal."""
+    make_console().print(table)
 
 
 def say(text: str) -> None:
@@ -66,9 +78,14 @@ def rows_table(
     *,
     right: Sequence[str] = (),
     whole: Sequence[str] = (),
+    spare: Sequence[str] = (),
+    console: Console | None = None,
     **look: Any,
 ) -> Table:
     """Return a table with lines, whose texts are no markup.
+
+    Where a terminal is too narrow, columns are left out rather than words broken, and the table
+    says which.
 
     Args:
         title: above it; empty for none.
@@ -76,17 +93,31 @@ def rows_table(
         rows: a text per column.
         right: headers of the columns that stand on the right, such as numbers.
         whole: headers of the columns that are not broken.
+        spare: headers of the columns that may be left out, the first one first.
+        console: where it is printed; the standard output if not given.
         look: more of :class:`rich.table.Table`.
     """
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title or None, **look)
-    for header in headers:
-        justify = "right" if header in right else "left"
-        table.add_column(header, justify=justify, overflow="fold", no_wrap=header in whole)
-    for row in rows:
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    console = console or make_console()
+    endless = console.options.update_width(_PIPED)
+    cells = [[Text(c) if isinstance(c, str) else c for c in row] for row in rows]
+    for num_left_out in range(len(spare) + 1):
+        left_out = spare[:num_left_out]
+        table = Table(title=title or None, **look)
+        kept = [number for number, header in enumerate(headers) if header not in left_out]
+        for header in (headers[number] for number in kept):
+            justify = "right" if header in right else "left"
+            table.add_column(header, justify=justify, overflow="fold", no_wrap=header in whole)
+        for row in cells:
+            table.add_row(*(row[number] for number in kept))
+        if left_out:
+            caption = look.get("caption") or ""
+            table.caption = f"{caption} too narrow for: {', '.join(left_out)}".strip()
+        if Measurement.get(console, endless, table).maximum <= console.width:
+            break
     return table
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from vipllava.commands.output import rows_table
+from vipllava.commands.output import make_console, rows_table
 from vipllava.training.callbacks import render_parameter_table
 from vipllava.training.preflight import PreflightReport, examine
 from vipllava.types import VipLlavaError
@@ -32,7 +32,7 @@ def preflight(cfg: DictConfig, console: Console | None = None) -> PreflightRepor
             when all has been printed, something would stop the job: each problem with its remedy.
     """
     report = examine(cfg)
-    console = console or Console()
+    console = console or make_console()
     console.print(Text(f"preflight: {report.title}", style="bold"))
     console.print(_data_table(report))
     console.print(render_parameter_table(report.forecast.parameters))

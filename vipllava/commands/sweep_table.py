@@ -92,7 +92,8 @@ def print_sweep(
         overrides = "\n".join(job.overrides) or "-"
         rows.append((overrides, *values, _number(job.seconds, 0), job.folder))
     numbers = ("last", "best", "steps", "seconds")
-    print_table(rows_table(metric, ("overrides", *numbers, "folder"), rows, right=numbers))
+    headers, spare = ("overrides", *numbers, "folder"), ("folder", "seconds", "steps", "last")
+    print_table(rows_table(metric, headers, rows, right=numbers, spare=spare))
 
 
 def _worst_if_not_a_number(value: float | None) -> float:

@@ -6,11 +6,12 @@ import inspect
 import netrc
 import os
 import pydoc
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -34,6 +35,8 @@ from vipllava.config.schema import (
 from vipllava.processes import is_first_process
 from vipllava.types import ConfigError, first_line
 
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_WANDB_KEY: Final = re.compile(r"[\w-]+(\.[\w-]+){2}|([^-]*-)?[\w-]{40,}")  # a token, or a key
 _TARGET_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 
 
@@ -52,15 +55,15 @@ def check_config(
     _refuse([*find_problems(cfg, machine), *more])
 
 
-def check_data_config(cfg: DictConfig) -> None:
+def check_data_config(cfg: DictConfig, more: Sequence[str] = ()) -> None:
     """Raise ConfigError where looking at a job's data fails; where it trains does not matter."""
-    _refuse(_find(JobValues(cfg, Hardware()), TRAIN, (_manifest, _data_root)))
+    _refuse([*_find(JobValues(cfg, Hardware()), TRAIN, (_manifest, _data_root)), *more])
 
 
-def check_plan_config(cfg: DictConfig) -> None:
+def check_plan_config(cfg: DictConfig, more: Sequence[str] = ()) -> None:
     """Raise ConfigError where a forecast fails; what this machine has or lacks does not matter."""
     job = JobValues(cfg, Hardware(installed=frozenset(hardware.OPTIONAL_PACKAGES)))
-    _refuse(_find(job, TRAIN, (_manifest, _global_batch, _tuning, _compile)))
+    _refuse([*_find(job, TRAIN, (_manifest, _global_batch, _tuning, _compile)), *more])
 
 
 def check_targets(cfg: DictConfig) -> None:
@@ -178,20 +181,28 @@ def _manifest(job: JobValues) -> Iterator[str]:
 
 
 def _checkpoint(job: JobValues) -> Iterator[str]:
-    """The folder a stage starts from, or that is evaluated, where it is one of our runs."""
-    folder = job.get("checkpoint" if job.is_evaluation else "stage.checkpoint", str)
-    runs = job.get("paths.runs", str)
-    if folder is None or runs is None or Path(folder).exists():
+    """The folder or file a stage starts from, or that is evaluated; the hub is not asked yet."""
+    key = "checkpoint" if job.is_evaluation else "stage.checkpoint"
+    source, runs = job.get(key, str), job.get("paths.runs", str)
+    if source is None or runs is None or Path(source).expanduser().exists():
         return
-    if not Path(folder).is_relative_to(runs):
-        return  # hub ids and folders elsewhere: the loader says what is wrong with them
-    if job.is_evaluation:
-        yield f"checkpoint={folder}: no such file or folder; train first or pass checkpoint=FOLDER"
-    else:
-        yield (
-            f"stage={job.get('stage.name')} starts from {folder}, which is not there; run the "
-            "stage before it or pass stage.checkpoint=FOLDER"
-        )
+    if Path(source).is_relative_to(runs):
+        if job.is_evaluation:
+            yield f"{key}={source}: no such file or folder; train first or pass {key}=FOLDER"
+        else:
+            yield (
+                f"stage={job.get('stage.name')} starts from {source}, which is not there; run the "
+                "stage before it or pass stage.checkpoint=FOLDER"
+            )
+    elif _is_path(source):
+        yield f"{key}={source}: no such file or folder in {Path.cwd()}"
+
+
+def _is_path(source: str) -> bool:
+    """Return whether a name is not a hub's: an id has one slash, and not a folder's name before."""
+    ends = source.endswith((".ckpt", ".bin", ".safetensors"))
+    owner = source.partition("/")[0] if "/" in source else None
+    return ends or not _HUB_ID.fullmatch(source) or (owner is not None and Path(owner).is_dir())
 
 
 def _data_root(job: JobValues) -> Iterator[str]:
@@ -361,15 +372,29 @@ def _loggers(job: JobValues) -> Iterator[str]:
     for name in ("tensorboard", "wandb"):
         if loggers.get(name):
             yield from _extra(job, f"logger={name}", name, name)
-    # W&B asks for a key when a run starts, which is late, and a batch job cannot answer.
-    logs = job.get("logger.wandb", dict) and "wandb" in job.machine.installed
-    offline = os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun")
-    if not logs or offline or job.get("logger.wandb.offline") is True:
+    if not (job.get("logger.wandb", dict) and "wandb" in job.machine.installed):
         return
-    if is_first_process() and not has_wandb_key():  # it alone logs
+    if job.get("logger.wandb.log_model") not in (None, False):
+        yield (
+            "logger.wandb.log_model: checkpoints are not uploaded during a run; do it afterwards "
+            "with `wandb artifact put --type model RUN_DIR/export`"
+        )
+    # W&B asks for a key when a run starts, which is late, and a batch job cannot answer.
+    mode = job.get("logger.wandb.mode", str) or os.environ.get("WANDB_MODE", "")
+    offline = mode.lower() in ("offline", "disabled", "dryrun")
+    if offline or job.get("logger.wandb.offline") is True or not is_first_process():
+        return  # the first process alone logs
+    otherwise = "or set WANDB_MODE=offline and upload later with `wandb sync`"
+    key = os.environ.get("WANDB_API_KEY")
+    if not has_wandb_key():
         yield (
             f"logger=wandb has no key for {_wandb_host()}: run `wandb login`, set WANDB_API_KEY, "
-            "or set WANDB_MODE=offline and upload later with `wandb sync`"
+            f"{otherwise}"
+        )
+    elif key and not _WANDB_KEY.fullmatch(key):
+        yield (
+            f"WANDB_API_KEY has {len(key)} characters and is no key of W&B, which has 40 or more "
+            f"of A-Z, 0-9, _: copy it from https://wandb.ai/authorize, {otherwise}"
         )
 
 
@@ -389,6 +414,15 @@ def has_wandb_key() -> bool:
 def _wandb_host() -> str:
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     return urlsplit(url).hostname or url
+
+
+def _validation(job: JobValues) -> Iterator[str]:
+    interval = job.get("trainer.val_check_interval")
+    if interval is not None and job.number("trainer.val_check_interval") is None:
+        yield (
+            f"trainer.val_check_interval={spell(interval)}: validation is counted in optimizer "
+            "steps here, not in parts of an epoch: pass validation.every_n_steps=N instead"
+        )
 
 
 def _home(job: JobValues) -> Iterator[str]:
@@ -430,7 +464,7 @@ def _extra(job: JobValues, what: str, extra: str, package: str) -> Iterator[str]
 _Check = Callable[[JobValues], Iterable[str]]
 _TRAIN_CHECKS: tuple[_Check, ...] = (
     _manifest, _data_root, _checkpoint, _global_batch, _devices, check_launch, _precision,
-    _strategy, _attention, _tuning, _compile, _loggers, _callbacks, _home,
+    _strategy, _attention, _tuning, _compile, _validation, _loggers, _callbacks, _home,
 )  # fmt: skip
 _EVALUATE_CHECKS: tuple[_Check, ...] = (
     _manifest, _data_root, _checkpoint, check_single_process, _device, _attention, _home,

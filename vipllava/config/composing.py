@@ -7,29 +7,36 @@ would have been allowed; then the rest is checked as if it had been the job.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import inspect
+import pydoc
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from vipllava.config.checks import find_problems, format_problems
+from vipllava.config.overrides import OPTIONS, join_spaced, quoted, quoting, unreadable
 from vipllava.config.places import CONFIG_DIR
 from vipllava.config.resolvers import register_resolvers
-from vipllava.config.schema import did_you_mean
+from vipllava.config.schema import did_you_mean, nearest
 from vipllava.types import ConfigError, first_line
 
-_ERRORS = (HydraException, OmegaConfBaseException)
-_OPTIONS = (("--config-dir", "-cd"), ("--config-name", "-cn"), ("--config-path", "-cp"),
-            ("--cfg", "-c"), ("--package", "-p"), ("--info", "-i"))  # fmt: skip
-"""Hydra's own, which take a value."""
+COMPOSING_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+"""What a wrong override or a wrong file of a configuration raises."""
+_ERRORS = (*COMPOSING_ERRORS, OSError)
+_PLUGINS = {"launcher": ("submitit", "slurm"), "sweeper": ("optuna", "sweep")}
+"""By what they are for Hydra: the package of a plugin, and the extra that brings it."""
 
 
 def compose_job(
@@ -62,15 +69,22 @@ def _hydra(config_dir: Path) -> AbstractContextManager[None]:
     return initialize_config_dir(str(config_dir), version_base="1.3")
 
 
+def searchpath(own: Path | None) -> list[str]:
+    """Return the override that adds a configuration folder of one's own, if there is one."""
+    return [] if own is None else [f"hydra.searchpath=[{quoted(str(own.resolve()))}]"]
+
+
 def composition_message(
     arguments: Sequence[str], config_dir: Path, config_name: str, error: Exception
 ) -> str:
     """Return everything that keeps a command line from composing; ``error`` is Hydra's own."""
-    if "submitit_" in str(error) and find_spec("submitit") is None:
-        install = 'pip install "vipllava-lightning[slurm]"'
-        return format_problems([f"the launcher needs submitit, which is not installed: {install}"])
+    for kind, (package, extra) in _PLUGINS.items():
+        if f"hydra/{kind}/{package}" in str(error) and find_spec(package) is None:
+            install = f'pip install "vipllava-lightning[{extra}]"'
+            missing = f"the {kind} needs {package}, which is not installed: {install}"
+            return format_problems([missing])
     problems = find_override_problems(arguments, config_dir, config_name)
-    return format_problems(problems or [first_line(error)])
+    return format_problems(problems or [_reason(error)])
 
 
 def find_override_problems(
@@ -80,64 +94,80 @@ def find_override_problems(
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--multirun", "-m", action="store_true")
-    for names in _OPTIONS:
+    for names in OPTIONS:
         parser.add_argument(*names, nargs="?")
     options, _ = parser.parse_known_intermixed_args(arguments)
     own = Path(options.config_dir).resolve() if options.config_dir else None
     if own and not own.is_dir():
         return [f"--config-dir {options.config_dir}: there is no such folder"]
+    words, problems = join_spaced(options.overrides)
+    bad = dict(unreadable(words))
     with _hydra(config_dir):
-        overrides = [_first_of_sweep(o) if options.multirun else o for o in options.overrides]
-        return _find(overrides, own, options.config_name or config_name)
+        overrides = [word for word in words if word not in bad]
+        if options.multirun:
+            overrides = [_first_of_sweep(override) for override in overrides]
+        problems += [*bad.values(), *_find(overrides, own, options.config_name or config_name)]
+    return list(dict.fromkeys(problems))
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line what is wrong; of a YAML file, where."""
+    mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+    if mark is None:
+        return first_line(error)
+    return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
 def _first_of_sweep(text: str) -> str:
     """Return the override of a sweep's first job; what cannot be listed stays as it is."""
-    with suppress(HydraException):
-        override = OverridesParser.create().parse_override(text)
-        if override.is_sweep_override() and override.is_discrete_sweep():
-            return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+    override = OverridesParser.create().parse_override(text)
+    if override.is_sweep_override() and override.is_discrete_sweep():
+        return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
     return text
 
 
 def _find(overrides: list[str], own: Path | None, config_name: str) -> list[str]:
+    """Return the problems of overrides that can be read."""
     problems: list[str] = []
     parser, loader = OverridesParser.create(), GlobalHydra.instance().config_loader()
-    good = [f"hydra.searchpath=[{own}]"] if own else []
-    values: list[Override] = []
-    for text in overrides:
+    good = searchpath(own)
+
+    def try_also(text: str) -> Exception | None:
         try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            problems.append(f"`{text}` is not KEY=VALUE: {first_line(error)}")
-            continue
-        sweep = override.is_sweep_override()
-        options = [] if sweep else loader.get_group_options(override.key_or_group)
-        if not options:
+            compose(config_name, [*good, text])
+        except _ERRORS as error:
+            return error
+        good.append(text)
+        return None
+
+    values: list[Override] = []
+    for override in map(parser.parse_override, overrides):
+        group = override.key_or_group
+        options = loader.get_group_options(group, overrides=searchpath(own))
+        if override.is_sweep_override() or not options:
             values.append(override)
         elif problem := _unknown_option(override, options):
-            problems.append(problem + _lacks(own, override.key_or_group))
-        else:
-            good.append(text)
-
-    base = list(good)
+            problems.append(problem + _lacks(own, group))
+        elif error := try_also(str(override.input_line)):
+            problems.append(f"`{override.input_line}`: {_reason(error)}")
     try:
-        cfg = compose(config_name, base)
+        cfg = compose(config_name, good)
     except _ERRORS as error:
-        return [*problems, first_line(error)]
+        return [*problems, _reason(error)]
+    groups = {
+        group: loader.get_group_options(group, overrides=searchpath(own))
+        for group in loader.get_group_options("", ObjectType.GROUP, overrides=searchpath(own))
+    }
     for override in values:
-        text = str(override.input_line)
-        try:
-            compose(config_name, [*base, text])
-            good.append(text)
-        except _ERRORS as error:
+        if error := try_also(str(override.input_line)):
             group = override.key_or_group if "." not in override.key_or_group else None
-            problems.append(_describe(override, text, cfg, error) + _lacks(own, group))
+            described = _describe(override, cfg, groups, error)
+            problems.append(described + _lacks(own, group))
     try:
         problems += find_problems(compose(config_name, good))
     except _ERRORS as error:
-        problems.append(first_line(error))
-    return list(dict.fromkeys(problems))
+        problems.append(_reason(error))
+    return problems
 
 
 def _lacks(own: Path | None, group: str | None) -> str:
@@ -161,24 +191,61 @@ def _unknown_option(override: Override, options: list[str]) -> str | None:
     )
 
 
-def _describe(override: Override, text: str, cfg: DictConfig, error: Exception) -> str:
-    key = override.key_or_group
+def _describe(
+    override: Override, cfg: DictConfig, groups: Mapping[str, Sequence[str]], error: Exception
+) -> str:
+    key, text = override.key_or_group, str(override.input_line)
     if override.is_sweep_override():
-        return f"`{text}`: several values are a sweep; add -m, or quote a list as [a,b]"
+        as_text = quoting(key, text.partition("=")[2])
+        return (
+            f"`{text}`: several values are a sweep; add -m, or quote a list as [a,b] and a text "
+            f"as {as_text}"
+        )
     if override.is_add() or override.is_delete() or OmegaConf.select(cfg, key) is not None:
-        return f"`{text}`: {first_line(error)}"
+        return f"`{text}`: {_reason(error)}"
     sections = {"": cfg, **dict(_sections(cfg))}
-    section, _, leaf = key.rpartition(".")
+    parent, _, leaf = key.rpartition(".")
+    section = parent
     while section not in sections:  # the deepest that exists
         section = section.rpartition(".")[0]
+    if section == parent and _may_be_added(leaf, section, sections):
+        return f"`{text}`: {key} is not set so far; a plus adds it: +{text}"
     known = [str(name) for name in sections[section]]
-    # The key meant: of the same name in another section, else the likest in its own.
+    meant = _meant(key, sections, groups, str(override.value()))
+    hint = f" (did you mean {meant}?)" if meant else ""
+    return f"{key}: no such key{hint}; {section or 'the top level'} has {', '.join(known)}"
+
+
+def _may_be_added(leaf: str, section: str, sections: Mapping[str, DictConfig]) -> bool:
+    """Return whether a section could have a key: its constructor takes it, or its like has it."""
+    if target := sections[section].get("_target_"):
+        with suppress(Exception):  # what cannot be imported is said by the checks
+            constructor: Any = pydoc.locate(str(target))
+            return leaf in inspect.signature(constructor).parameters
+    parent = section.rpartition(".")[0]
+    return parent != "" and any(
+        name.rpartition(".")[0] == parent and leaf in node for name, node in sections.items()
+    )
+
+
+def _meant(
+    key: str, sections: Mapping[str, DictConfig], groups: Mapping[str, Sequence[str]], value: str
+) -> str | None:
+    """Return the key that is most likely meant: a group with that option, else the likest."""
+    parent, _, leaf = key.rpartition(".")
+    prefix = f"{parent}." if parent else ""
+    if not parent and (group := nearest(key, [g for g in groups if value in groups[g]])):
+        return group
+    # Of the same name in another section.
     same = [f"{name}.{leaf}" for name, node in sections.items() if name and leaf in node]
     same.sort(key=lambda path: path.split(".")[0] not in ("stage", "machine", "trainer"))
-    prefix = f"{section}." if section else ""
-    hint = did_you_mean(key, [f"{prefix}{name}" for name in known])
-    hint = f" (did you mean {same[0]}?)" if same else hint
-    return f"{key}: no such key{hint}; {section or 'the top level'} has {', '.join(known)}"
+    if same:
+        return (None if parent in sections else nearest(key, same)) or same[0]
+    if parent in sections and (near := nearest(leaf, map(str, sections[parent]))):
+        return prefix + near
+    paths = [f"{name}.{k}" if name else str(k) for name, node in sections.items() for k in node]
+    by_leaf = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    return nearest(key, paths) or by_leaf.get(nearest(leaf, by_leaf) or "")
 
 
 def _sections(cfg: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:

@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from vipllava.config import sweep
 from vipllava.config.argument_names import naming_keys
-from vipllava.config.composing import composition_message
+from vipllava.config.composing import COMPOSING_ERRORS, composition_message
 from vipllava.config.machine_faults import explain_fault, make_output_safe
+from vipllava.config.overrides import readable_words
 from vipllava.config.places import CONFIG_DIR
 from vipllava.config.resolvers import register_resolvers
 from vipllava.processes import begin
@@ -45,12 +44,13 @@ def run_main(
             if not given.
     """
     begin()
-    # Hydra would print its own short message and exit 1; ours needs the exception.
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    # Hydra would print its own short message and exit 1; ours, which is short, needs the exception.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     make_output_safe()
     command = sys.argv
-    given = command[1:] if arguments is None else list(arguments)
-    program = _program(len(command) - len(given))
+    words = command[1:] if arguments is None else arguments
+    given = readable_words(words)
+    program = _program(len(command) - len(words))
     sys.argv = [command[0], *given]  # where Hydra reads it
     started = False
 
@@ -82,7 +82,8 @@ def run_main(
             _fail(f"a queued job did not end well; the others go on. {error}")
         if started:
             raise
-        if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
+        # OmegaConf has an OSError without a number for a file that is no mapping.
+        if isinstance(error, COMPOSING_ERRORS) or getattr(error, "errno", 0) is None:
             _fail_by_machine(error)
             _fail(composition_message(given, config_dir, config_name, error))
         if isinstance(error, BrokenPipeError):  # of `--cfg job | head`

@@ -231,10 +231,16 @@ EVALUATE: Final = _section({
 """Keys of ``conf/evaluate.yaml``."""
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the nearest of ``known``, or None; transposed letters are nearer than other ones."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return max(near, key=lambda found: sorted(found) == sorted(name), default=None)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean X?)`` for the nearest of ``known``, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]}?)" if near else ""
+    found = nearest(name, known)
+    return f" (did you mean {found}?)" if found else ""
 
 
 def check_schema(cfg: DictConfig, section: Section, path: str = "") -> list[str]:
@@ -260,12 +266,19 @@ def check_schema(cfg: DictConfig, section: Section, path: str = "") -> list[str]
         elif key in node:
             try:
                 if not rule.accepts(value := read(cfg, where)):
-                    problems.append(f"{where}={spell(value)}: expected {rule.expected}")
+                    problems.append(f"{where}={spell(value)}: {_expected(rule, where, value)}")
             except ConfigError as error:
                 problems.append(str(error))
         elif not rule.optional:
             problems.append(f"{where} is missing; expected {rule.expected}")
     return problems
+
+
+def _expected(rule: Rule, where: str, value: Any) -> str:
+    """Say what a value has to be; a text may look like a number, and YAML takes it for one."""
+    if isinstance(value, (bool, int, float)) and rule.accepts(text := spell(value)):
+        return f"expected {rule.expected}, in quotes: '{where}=\"{text}\"'"
+    return f"expected {rule.expected}"
 
 
 def read(cfg: DictConfig, path: str) -> Any:

@@ -22,11 +22,11 @@ from typing import Any, Final
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
+from vipllava.config.overrides import quoted
 from vipllava.processes import EXIT_INTERRUPTED, run_child, shell_code
 from vipllava.types import ConfigError, Interrupted, VipLlavaError
 
@@ -72,7 +72,7 @@ def folder_overrides(task: Sequence[str], own: Sequence[str]) -> list[str]:
         return []
     parsed = OverridesParser.create().parse_overrides(list(task))
     fixed = [override.key_or_group for override in parsed if not override.is_sweep_override()]
-    keys = ",".join(QuotedString(key, Quote.single).with_quotes() for key in fixed)
+    keys = ",".join(map(quoted, fixed))
     of_sweeper = any(o.lstrip("+").startswith(("hydra/sweeper", "hydra.sweep")) for o in own)
     is_sweep = len(fixed) < len(parsed) or of_sweeper
     return [f"{_DIRNAME}.exclude_keys=[{keys}]", *([] if is_sweep else [_OF_ONE_JOB])]
@@ -88,8 +88,7 @@ def job_command(
 ) -> list[str]:
     """Return the command of one job of a sweep; its parts as in :func:`run_in_fresh_process`."""
     kept = [override for override in own if not override.lstrip("+").startswith(_OF_THE_SWEEP)]
-    folder = QuotedString(output_dir, Quote.single).with_quotes()
-    return [*program, *task, *kept, f"hydra.run.dir={folder}"]
+    return [*program, *task, *kept, f"hydra.run.dir={quoted(output_dir)}"]
 
 
 def run_in_fresh_process(cfg: DictConfig, program: Sequence[str]) -> float | None:

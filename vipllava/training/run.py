@@ -127,6 +127,15 @@ def _train(cfg: DictConfig) -> Path:
             if trainer.is_global_zero:
                 raise
             return export_dir  # one process tells; a launcher takes an error of another for a crash
+        except Exception as error:
+            # W&B starts inside of `fit`, before any weight is loaded.
+            if not type(error).__module__.startswith("wandb."):
+                raise
+            raise VipLlavaError(
+                f"W&B cannot be reached or refuses this run ({first_line(error)}): see to network, "
+                "key, entity and project, or set WANDB_MODE=offline and upload later with "
+                "`wandb sync`"
+            ) from error
     _leave_processes()
     if trainer.interrupted or (trainer.is_global_zero and not export_dir.is_dir()):
         what = "training ended before its last step and exported nothing to"

@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from vipllava.types import Shape, VipLlavaError
 from vipllava.visual_prompts.shapes import SHAPES, check_shape, named_colour
 
 IntRange = tuple[int, int]
 FloatRange = tuple[float, float]
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    return type(value) in ((int,) if type(default) is int else (int, float))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,29 @@ class ShapeRanges:
     alpha: IntRange = (96, 255)
     mask_alpha: IntRange = (48, 128)
 
+    def __post_init__(self) -> None:
+        """Refuse what no mark can be drawn with; arguments may come from a file of a user's."""
+        for field in fields(self):
+            value, default = getattr(self, field.name), field.default
+            if not isinstance(default, tuple):
+                if not _is_like(value, default):
+                    raise VipLlavaError(f"ranges.{field.name} is {value!r}; give a number")
+                continue
+            fine = isinstance(value, (tuple, list)) and len(value) == 2
+            fine = fine and all(_is_like(bound, default[0]) for bound in value)
+            # arrow_length mixes a fraction and pixels: its bounds may be reversed for big boxes.
+            if not fine or (value[0] > value[1] and field.name != "arrow_length"):
+                shown = list(value) if isinstance(value, tuple) else value
+                raise VipLlavaError(
+                    f"ranges.{field.name} is {shown}; give [low, high] with low <= high, "
+                    f"{'whole numbers' if type(default[0]) is int else 'numbers'}"
+                )
+        if self.anchor <= 0:
+            raise VipLlavaError(f"ranges.anchor is {self.anchor}; it must be positive")
+        for name, (low, high) in (("alpha", self.alpha), ("mask_alpha", self.mask_alpha)):
+            if not 1 <= low <= high <= 255:
+                raise VipLlavaError(f"ranges.{name} is [{low}, {high}]; opacity lies in 1..255")
+
 
 @dataclass(frozen=True, slots=True)
 class VisualPromptPolicy:
@@ -98,6 +125,28 @@ class VisualPromptPolicy:
     released_point_jitter: bool = False
     fixed_alpha: int | None = None
     distinguishable: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what no mark can be drawn with; arguments may come from a file of a user's."""
+        shapes: Any = self.shapes
+        if not isinstance(shapes, (tuple, list)):
+            raise VipLlavaError(f"shapes is {shapes!r}; give a list of {', '.join(SHAPES)}")
+        if not self.shapes:
+            raise VipLlavaError("shapes is empty; name at least one shape")
+        for shape in self.shapes:
+            check_shape(shape)
+        if self.colour is not None:
+            named_colour(self.colour)
+        for name in ("named_colour_rate", "article_rate"):
+            rate = getattr(self, name)
+            if type(rate) not in (int, float) or not 0 <= rate <= 1:
+                raise VipLlavaError(f"{name} is {rate}; a rate lies in 0..1")
+        for name in ("name_colour", "constant_style", "distinguishable"):
+            if type(getattr(self, name)) is not bool:
+                raise VipLlavaError(f"{name} is {getattr(self, name)}; give true or false")
+        alpha = self.fixed_alpha
+        if alpha is not None and (type(alpha) is not int or not 1 <= alpha <= 255):
+            raise VipLlavaError(f"fixed_alpha is {alpha}; opacity lies in 1..255")
 
 
 _PUBLISHED: Final = {
@@ -157,24 +206,16 @@ def build_policies(
     """
     problems: list[str] = []
     built: dict[str, VisualPromptPolicy] = {}
+    common = ShapeRanges()
+    try:
+        common = ShapeRanges(**_as_tuples(ranges or {}, ShapeRanges))
+    except VipLlavaError as error:
+        problems.append(f"visual_prompts.{error}")
     for name, spec in policies.items():
         try:
-            values = dict(spec)
-            own: dict[str, Any] = {**(ranges or {}), **(values.pop("ranges", None) or {})}
-            _known_fields(VisualPromptPolicy, values)
-            if "shapes" in values:
-                values["shapes"] = tuple(check_shape(shape) for shape in values["shapes"])
-                if not values["shapes"]:
-                    raise VipLlavaError("shapes is empty; name at least one shape")
-            if values.get("colour") is not None:
-                named_colour(values["colour"])
-            for key in ("named_colour_rate", "article_rate"):
-                if not 0 <= float(values.get(key, 0)) <= 1:
-                    raise VipLlavaError(f"{key} is {values[key]}; a rate lies in 0..1")
-            alpha = values.get("fixed_alpha")
-            if alpha is not None and (type(alpha) is not int or not 1 <= alpha <= 255):
-                raise VipLlavaError(f"fixed_alpha is {alpha}; opacity lies in 1..255")
-            built[name] = VisualPromptPolicy(**values, ranges=_build_ranges(own))
+            values = _as_tuples(spec, VisualPromptPolicy)
+            own = _as_tuples(values.pop("ranges", None) or {}, ShapeRanges)
+            built[name] = VisualPromptPolicy(**values, ranges=replace(common, **own))
         except VipLlavaError as error:
             problems.append(f"visual_prompts.policies.{name}: {error}")
     if problems:
@@ -190,26 +231,12 @@ def get_policy(policies: Mapping[str, VisualPromptPolicy], name: str) -> VisualP
     return policies[name]
 
 
-def _known_fields(kind: type, values: Mapping[str, Any], where: str = "") -> None:
+def _as_tuples(values: Any, kind: type) -> dict[str, Any]:
+    """Return the fields of ``kind`` that a section of YAML gives, lists as tuples."""
     known = [f.name for f in fields(kind)]
-    if unknown := sorted(set(values) - set(known)):
+    where = "ranges: " if kind is ShapeRanges else ""
+    if not isinstance(values, Mapping):
+        raise VipLlavaError(f"{where}{values!r} is no section; it may have {', '.join(known)}")
+    if unknown := sorted(set(map(str, values)) - set(known)):
         raise VipLlavaError(f"{where}unknown fields {unknown}; known: {', '.join(known)}")
-
-
-def _build_ranges(values: dict[str, Any]) -> ShapeRanges:
-    _known_fields(ShapeRanges, values, "ranges: ")
-    for key, value in values.items():
-        if not isinstance(getattr(ShapeRanges(), key), tuple):
-            continue
-        pair = tuple(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else ()
-        # arrow_length mixes a fraction and pixels: its bounds may be reversed for big boxes.
-        if len(pair) != 2 or (pair[0] > pair[1] and key != "arrow_length"):
-            raise VipLlavaError(f"ranges.{key} is {value}; give [low, high] with low <= high")
-        values[key] = pair
-    built = ShapeRanges(**values)
-    if built.anchor <= 0:
-        raise VipLlavaError(f"ranges.anchor is {built.anchor}; it must be positive")
-    for key, (low, high) in (("alpha", built.alpha), ("mask_alpha", built.mask_alpha)):
-        if not 1 <= low <= high <= 255:
-            raise VipLlavaError(f"ranges.{key} is [{low}, {high}]; opacity lies in 1..255")
-    return built
+    return {str(k): tuple(v) if isinstance(v, list) else v for k, v in values.items()}

@@ -64,9 +64,9 @@ def check_shape(name: str) -> Shape:
     return name
 
 
-def named_colour(name: str) -> RGB:
+def named_colour(name: object) -> RGB:
     """Return the RGB value of a palette colour; an unknown name lists the known ones."""
-    if name not in PALETTE:
+    if not isinstance(name, str) or name not in PALETTE:
         raise VipLlavaError(f"unknown colour `{name}`; the palette has: {', '.join(PALETTE)}")
     return PALETTE[name]
 
