@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("data", "open", "shards", "stream", "loading", "train", "evaluation")
+PARTS = ("data", "open", "shards", "stream", "loading", "train", "contention", "evaluation")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

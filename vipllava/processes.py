@@ -66,6 +66,12 @@ def begin() -> None:
             "(source .venv/bin/activate), or start it with .venv/bin/python\n"
         )
         sys.exit(2)
+    # Threads that wait for each other soon sleep. OpenMP's own spin 150 times as long: where
+    # another process wants the core, a step waits for it over and over, and training is half as
+    # fast. Never to spin costs 15 % where nobody does. It is read when torch is imported
+    # (docs/benchmarks.md, `contention`).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     ends = end_with_parent()
     # Else it has begun already, or Ctrl-C is ignored: a shell's background job.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

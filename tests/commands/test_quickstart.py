@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from vipllava import cli
 from vipllava.commands import quickstart
+from vipllava.files.locks import hold_folder
 from vipllava.sample_world.build import ensure_sample_world
 from vipllava.types import VipLlavaError
 
@@ -47,6 +49,74 @@ def test_what_carries_the_photographs_may_not_be_installed(monkeypatch, tmp_path
         assert cli.main([command]) == 2
         assert 'pip install "vipllava-lightning[sample]"' in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def two_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A quick start whose second step fails until there is a file; returns its folder."""
+    code = "import sys; from pathlib import Path; folder = Path(sys.argv[2]); "
+    code += "folder.mkdir(parents=True); (folder / 'results.json').write_text(sys.argv[1]); "
+    code += "sys.exit(0 if Path('allowed').exists() or sys.argv[1] == 'first' else 3)"
+    steps = {
+        name: (name, str(tmp_path / "q" / "eval" / f"{name}{end}"))
+        for name, end in (("first", ""), ("second", "/deep"))
+    }
+    monkeypatch.setattr(quickstart, "plan_steps", lambda *_: steps)
+    monkeypatch.setattr(quickstart, "PROGRAM", (sys.executable, "-c", code))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "q"
+
+
+def test_an_interrupted_one_goes_on_and_an_ended_one_stays(two_steps: Path, monkeypatch, caplog):
+    def write_report(output: Path, data_root: Path, seconds) -> dict:
+        (output / "report.html").write_text(f"{sorted(seconds)}")
+        return {"accuracy_marked": 1, "accuracy_unmarked": 0, "num_questions": 2}
+
+    monkeypatch.setattr(quickstart, "write_report", write_report)
+    with pytest.raises(VipLlavaError, match=r"step `second` ended with code 3; the same command"):
+        quickstart.quickstart(two_steps)
+    (two_steps / "tiny-mine").mkdir()
+    with pytest.raises(VipLlavaError, match=r"holds a quick start with --seed 42, not 7: "):
+        quickstart.quickstart(two_steps, seed=7)
+    shutil.rmtree(two_steps / "eval" / "second")
+    Path("allowed").touch()
+    with caplog.at_level("INFO"):
+        quickstart.quickstart(two_steps)  # the first step would fail: its folder is there
+    assert "first: done before" in caplog.text
+    assert (two_steps / "report.html").read_text() == "['all', 'first', 'second']"
+
+    (two_steps / "report.html").write_text("mine")
+    with caplog.at_level("INFO"):
+        quickstart.quickstart(two_steps)
+    assert "has ended already" in caplog.text
+    assert (two_steps / "report.html").read_text() == "mine"
+
+    quickstart.quickstart(two_steps, again=True)
+    assert (two_steps / "report.html").read_text() != "mine"
+    kept = two_steps.with_name("q-before-1")
+    assert (kept / "report.html").read_text() == "mine"
+    assert (kept / "tiny-mine").is_dir()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_folder_of_others_is_left_alone(two_steps: Path, again: bool):
+    for name in ("tiny-finetune", "eval"):
+        (two_steps / name).mkdir(parents=True)
+        (two_steps / name / "mine.txt").write_text("mine")
+    with pytest.raises(VipLlavaError, match=r"not made by .* and holds eval, tiny-finetune: pass"):
+        quickstart.quickstart(two_steps, again=again)
+    assert sorted(p.name for p in two_steps.rglob("*.*")) == ["mine.txt", "mine.txt"]
+
+
+def test_two_at_once_in_one_folder(two_steps: Path):
+    Path("allowed").touch()
+    two_steps.mkdir()
+    (two_steps / quickstart.MARK).write_text(f"seed: 42\ndata_root: {Path('data').absolute()}\n")
+    with (
+        hold_folder(two_steps, another="nothing"),
+        pytest.raises(VipLlavaError, match=rf"in use by process {os.getpid()} on .* --output"),
+    ):
+        quickstart.quickstart(two_steps)
 
 
 QUICKSTART = """
@@ -140,11 +210,3 @@ def test_summary_and_page_come_from_the_steps_files(finished: tuple[Path, Path])
     page = (output / "report.html").read_text()
     assert "seen0" in page
     assert (output / "shapes.png").stat().st_size > 10_000
-
-
-def test_two_metrics_files_are_not_mixed(finished: tuple[Path, Path]):
-    output, data_root = finished
-    (output / "tiny-pretrain" / "old").mkdir()
-    (output / "tiny-pretrain" / "old" / "metrics.csv").write_text("step,train/loss\n")
-    with pytest.raises(VipLlavaError, match=r"has 2 files metrics\.csv"):
-        quickstart.write_report(output, data_root, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
@@ -85,6 +86,7 @@ def test_the_page(place, published, capsys):
         "vipllava shards",
         "vipllava lint",
         "vipllava inspect",
+        "python train.py",
         "vipllava convert",
         "python train.py",
         "python train.py",
@@ -102,6 +104,15 @@ def test_the_page(place, published, capsys):
             assert "-> vipllava shards build my_marks" in capsys.readouterr().out
         elif words[0] == "vipllava":
             assert cli.main(words[1:]) == 0, words
+        elif "model=tiny" in words:
+            changed = [sys.executable, str(ROOT / "train.py"), *words[2:]]
+            done = preloaded.run(changed, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-3000:]
+            log = (place / "runs" / "try" / "csv" / "metrics.csv").read_text().splitlines()
+            rows = csv.DictReader(log)
+            losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
+            assert len(losses) == 30
+            assert losses[-1] < 0.1 < losses[0]  # what the page says
         else:
             assert words[3:5] == ["model=7b", "trainer=8xa100"]
             changed = [sys.executable, str(ROOT / "train.py"), words[2], *words[5:], *TINY]

@@ -102,6 +102,30 @@ def test_misspelt_words_are_one_error(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
+def test_the_log_holds_what_ended_a_run(tmp_path: Path):
+    script = tmp_path / "job.py"
+    script.write_text(
+        f"""
+from pathlib import Path
+from vipllava.config.entry import run_main
+from vipllava.types import RecordError
+
+def job(cfg):
+    if cfg.seed == 1:
+        raise RecordError("record 7 has 100 % more ids")
+    raise KeyError("a defect")
+
+run_main(job, config_dir=Path({str(CONFIG_DIR)!r}), config_name="train")
+"""
+    )
+    for seed, ending in ((1, "record 7 has 100 % more ids"), (2, "KeyError: 'a defect'")):
+        done = run(tmp_path, str(script), f"seed={seed}", "trainer=cpu", f"name=n{seed}")
+        assert done.returncode == {1: 2, 2: 1}[seed]
+        assert done.stderr.count("more ids") == (seed == 1)
+        log = (tmp_path / "runs" / f"n{seed}" / "train.log").read_text()
+        assert log.rstrip().endswith(ending)
+
+
 def test_errors_of_the_program(tmp_path: Path):
     script = tmp_path / "job.py"
     script.write_text(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -18,9 +19,10 @@ from vipllava.config.composing import compose_job
 from vipllava.evaluation import benches
 from vipllava.evaluation.benches import BENCHES, get_bench, register_bench
 from vipllava.evaluation.run import bench_problems, run_evaluation
+from vipllava.files.locks import hold_folder
 from vipllava.inference.engine import Engine
 from vipllava.shards.tars import write_shards
-from vipllava.types import ConfigError
+from vipllava.types import ConfigError, VipLlavaError
 
 PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
@@ -99,6 +101,16 @@ def test_the_example_of_the_page(
         {"key": "my_signs/sign-1", "read": "SHOP"},
     ]
     assert "letters in %" in capsys.readouterr().out
+
+
+def test_a_second_evaluation_into_one_folder_is_refused(place: Path):
+    cfg = job("checkpoint=weights", folder=place)
+    folder = place / "runs" / "eval" / "sign_letters"
+    folder.mkdir(parents=True)
+    refused = pytest.raises(VipLlavaError, match=rf"in use by process {os.getpid()} on .* name=NEW")
+    with hold_folder(folder, another="nothing"), refused:
+        run_evaluation(cfg)
+    assert [path.name for path in folder.iterdir()] == ["run.lock"]
 
 
 def test_options_are_the_benchmarks_own(place: Path):

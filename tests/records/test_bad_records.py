@@ -42,7 +42,7 @@ def test_a_field_of_another_type(kind: str, name: str, value: object) -> None:
     ("box", "message"),
     [
         ([30, 5, 5, 40], "`bboxes[0]` is [30, 5, 5, 40]; expected x1 <= x2 .* reversed"),
-        ([5, 40, 30, 5], "reversed"),
+        ([5, 40, 30, 5], "reversed; if it says x, y, width and height, write [5, 40, 35, 45]"),
         ([5, 5, 5, 40], "this one is empty"),
         ([64, 5, 90, 40], "expected a box inside the 64 x 48 image"),
         ([-9, -9, 0, 40], "expected a box inside the 64 x 48 image"),

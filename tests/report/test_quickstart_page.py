@@ -111,7 +111,7 @@ def test_it_is_well_formed(reader: Reader):
 
 
 def test_it_needs_no_other_file(source: str, reader: Reader):
-    assert len(reader.sources) == 3
+    assert len(reader.sources) == 4  # both halves of the shapes, two examples
     assert all(link.startswith("data:image/") for link in reader.sources)
     assert "script" not in reader.tags
     assert "link" not in reader.tags

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 
 import pytest
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
 
 from tests import tiny_meta
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
@@ -17,18 +15,19 @@ pytestmark = LIGHTNING_WARNINGS
 META = replace(tiny_meta.META, stage="pretrain", chat_template="plain", image_aspect="square")
 
 
-def test_parameter_table_is_shown_at_the_start(make_module, make_trainer):
-    text = io.StringIO()
-    table = ParameterTable(Console(file=text, width=60))
-    make_trainer(callbacks=[table]).fit(
-        make_module(trainable=["projector"]), Loader(make_samples(2), 2, 1)
-    )
-
-    rows = [line.split() for line in text.getvalue().replace("│", " ").splitlines()]
-    assert ["vision_tower", "41,648", "0"] in rows
-    assert ["projector", "4,352", "4,352"] in rows
-    assert ["language_model", "36,000", "0"] in rows
-    assert ["all", "82,000", "4,352"] in rows
+def test_what_trains_is_said_once(make_module, make_trainer, caplog):
+    with caplog.at_level("INFO", logger="vipllava.training.callbacks"):
+        make_trainer(callbacks=[ParameterTable()]).fit(
+            make_module(trainable=["projector"]), Loader(make_samples(2), 2, 1)
+        )
+    name = ParameterTable.__module__
+    (message,) = [record.getMessage() for record in caplog.records if record.name == name]
+    assert [line.split() for line in message.splitlines()] == [
+        ["what", "trains:"],
+        ["vision_tower", "41,648", "parameters,", "0", "train"],
+        ["projector", "4,352", "parameters,", "4,352", "train"],
+        ["language_model", "36,000", "parameters,", "0", "train"],
+    ]
 
 
 def test_export_at_the_end_of_fit(make_module, make_trainer, spec, tmp_path):
@@ -41,6 +40,19 @@ def test_export_at_the_end_of_fit(make_module, make_trainer, spec, tmp_path):
     assert len(opened.tokenizer) == 261
     trained, found = module.network.state_dict(), opened.network().state_dict()
     assert all((trained[name] == weight).all() for name, weight in found.items())
+
+
+def test_what_was_put_into_an_earlier_export_stays(make_module, make_trainer, spec, tmp_path):
+    export = ExportCallback(tmp_path / "run" / "export", load_tokenizer(spec), META)
+    for number in (1, 2, 3):
+        trainer = make_trainer(f"log-{number}", callbacks=[export])
+        trainer.fit(make_module(trainable=["projector"]), Loader(make_samples(2), 2, 1))
+        (tmp_path / "run" / "export" / "notes.txt").write_text(f"mine {number}")
+    run = tmp_path / "run"
+    notes = {p.parts[-3]: p.read_text() for p in run.glob("*/export/notes.txt")}
+    assert notes == {"before-1": "mine 1", "before-2": "mine 2"}
+    assert (run / "before-2" / "projector" / "mm_projector.bin").is_file()
+    assert (run / "export" / "notes.txt").read_text() == "mine 3"
 
 
 def test_a_failed_run_exports_nothing(make_module, make_trainer, spec, tmp_path):

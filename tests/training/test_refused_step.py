@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,8 @@ def test_the_sample_is_found(config, poison, tmp_path, batching):
     assert sorted(row["key"] for row in rows) == sorted(keys)
     assert f"step {record.step}: the loss is nan" in text
     page = losses.with_suffix(".html").read_text()
+    shown = [f"loss {float(row['loss']):.4f}" for row in rows]
+    assert re.findall(r'<span class="badge">(loss [^<]*)<', page) == shown
     assert f"those of step {record.step}, worst first" in page
     assert BAD.split("/")[1] in page
 

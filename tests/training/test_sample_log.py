@@ -58,7 +58,10 @@ def test_texts_and_pictures_of_packed_samples(tokenizer):
     ]
     batch = batch_of([samples[:2], samples[2:]])
     predictions = answers(batch, tokenizer, "a cap" + "hare" + "Hallo" + "y")
-    shown = shown_samples(batch, predictions, tokenizer, image_token_id=IMAGE, limit=2)
+    limits = {"image_token_id": IMAGE, "limit": 2}
+    shown = shown_samples(batch, predictions, tokenizer, **limits)
+    without = shown_samples(batch, predictions, tokenizer, system="What  is ", **limits)
+    assert [s.question for s in without] == ["this?\nWhere?", "Hi"]
 
     assert [s.key for s in shown] == ["a/1", "b/2"]
     first, second = shown

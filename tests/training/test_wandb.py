@@ -118,7 +118,7 @@ def test_a_resumed_run_is_the_same_run_on_wandb(wandb, config, tmp_path):
     (run_dir / "finished.yaml").unlink()
     assert start() == (first, [2])
     assert start("resume=never", "logger.wandb.id=chosen") == ("chosen", [0, 1, 2])
-    assert (run_dir / "before-1" / "wandb_id").read_text().strip() == first
+    assert (run_dir / "before-2" / "wandb_id").read_text().strip() == first
     anew, steps = start("resume=never")
     assert anew not in (first, "chosen")
     assert steps == [0, 1, 2]
@@ -140,6 +140,21 @@ def test_every_argument_of_wandb_has_a_key(wandb):
     made_here = {"dir", "anonymous"}  # Lightning's save_dir; a setting that W&B has given up
     keys = set(compose_job(["logger=wandb"]).logger.wandb)
     assert set(inspect.signature(wandb.init).parameters) - made_here <= keys
+
+
+def test_pictures_of_tables_wait_in_the_runs_folder(wandb, config, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_DATA_DIR")
+    try:
+        run_training(config("stage=finetune", "stage.checkpoint=null", "logger=wandb"))
+    finally:
+        wandb.finish()
+    folder = tmp_path / "runs" / "tiny-finetune"
+    waiting = [p.read_bytes() for p in (folder / "wandb").rglob("staging/*") if p.is_file()]
+    lines = (folder / "samples" / "000000.jsonl").read_text().splitlines()
+    shown = [json.loads(line) for line in lines]
+    num_images = sum(sample["image"] is not None for sample in shown)
+    assert sum(content.startswith(b"\x89PNG") for content in waiting) == num_images > 0
+    assert all(sample["question"].startswith("USER: ") for sample in shown), shown
 
 
 def test_an_offline_run_holds_metrics_tables_and_the_start(

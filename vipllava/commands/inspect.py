@@ -93,6 +93,7 @@ def write_page(
     *,
     chosen: str,
     command: str = "",
+    remarks: Sequence[str] = (),
 ) -> None:
     """Write a page of some samples of a job whose data is open.
 
@@ -103,6 +104,7 @@ def write_page(
         items: the samples.
         chosen: how they were chosen, in words.
         command: how to make the page again.
+        remarks: on each of the samples.
     """
     from vipllava.files.atomic import write_whole
     from vipllava.report.inspect_page import JobSummary, build_inspect_page
@@ -124,7 +126,7 @@ def write_page(
     )
     sources, encoder = dataset.sources, datamodule.sample_encoder
     shown = [look_at(sources[i.part], encoder, i.position, i.epoch_pass) for i in items]
-    write_whole(path, build_inspect_page(summary, shown))
+    write_whole(path, build_inspect_page(summary, shown, remarks))
     logger.info(
         "%d of %d samples of %s: open %s", len(shown), summary.num_samples, summary.dataset, path
     )

@@ -1,7 +1,8 @@
 """``vipllava quickstart``: the whole recipe on the tiny model, ending with a page to look at.
 
 It runs the commands that a user would type, one process each, and then reads the files that they
-wrote; nothing here trains or scores by itself.
+wrote; nothing here trains or scores by itself. Its folder is one that it has marked: the same
+command goes on there where an earlier one stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import logging
 import platform
 import shlex
-import shutil
 import sys
 import time
 from collections import Counter
@@ -23,7 +23,8 @@ import typer
 
 from vipllava.commands.options import DataRoot
 from vipllava.config.places import MANIFESTS_DIR
-from vipllava.files.atomic import write_whole
+from vipllava.files.atomic import free_path, move, read_yaml, write_whole, write_yaml
+from vipllava.files.locks import hold_folder
 from vipllava.processes import run_child, shell_code
 from vipllava.types import VipLlavaError
 
@@ -35,6 +36,8 @@ _LOG = logging.getLogger(__name__)
 STAGES: Final = ("pretrain", "finetune", "gpt4v")
 PROGRAM = (sys.executable, "-m", "vipllava.cli")
 """What a step's words are given to."""
+MARK: Final = "quickstart.yaml"
+"""File of a folder that is a quick start's own: its settings, and the seconds of finished steps."""
 _NUM_EXAMPLES: Final = 12
 _PACKAGES: Final = ("torch", "transformers", "lightning", "webdataset")
 
@@ -58,26 +61,78 @@ def quickstart(
         "runs/quickstart"
     ),
     seed: Annotated[int, typer.Option(min=0)] = 42,
+    again: Annotated[
+        bool, typer.Option("--again", help="Begin anew; an earlier one is kept beside it.")
+    ] = False,
     data_root: DataRoot = "data",
 ) -> None:
-    """Train three stages on sample data, evaluate, write a report."""
+    """Train three stages on sample data, evaluate, write a report.
+
+    The same command goes on where it was stopped.
+    """
     from vipllava.sample_world.build import require_photographs
 
     require_photographs()  # not only after minutes, when the report needs them
-    for name in (*(f"tiny-{stage}" for stage in STAGES), "eval"):
-        # Left over from an earlier quick start: two runs must not be mixed in one report.
-        shutil.rmtree(output / name, ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
-    began, seconds = time.monotonic(), dict[str, float]()
-    for name, words in plan_steps(output, Path(data_root), seed).items():
-        seconds[name] = _run_step(name, words)
-    seconds["all"] = time.monotonic() - began
-    summary = write_report(output, Path(data_root), seconds)
+    if again and (output / MARK).is_file():
+        with hold_folder(output, another="--output FOLDER"):
+            kept = move(output, free_path(f"{output.resolve()}-before-", 1))
+        _LOG.info("the earlier quick start is kept in %s", kept)
+    settings = {"seed": seed, "data_root": str(Path(data_root).absolute())}
+    _mark(output, settings)
+    with hold_folder(output, another="--output FOLDER"):
+        seconds: dict[str, float] = (read_yaml(output / MARK) or {}).get("seconds", {})
+        if "all" in seconds and (output / "report.html").is_file():
+            _LOG.info(
+                "this quick start has ended already: open %s; --again makes a new one",
+                output / "report.html",
+            )
+            return
+        for name, words in plan_steps(output, Path(data_root), seed).items():
+            if name in seconds and _result_of(output, name).exists():
+                _LOG.info("%s: done before", name)
+                continue
+            seconds[name] = _run_step(name, words)
+            write_yaml(output / MARK, settings | {"seconds": seconds})
+        seconds["all"] = sum(value for name, value in seconds.items() if name != "all")
+        summary = write_report(output, Path(data_root), seconds)
+        write_yaml(output / MARK, settings | {"seconds": seconds})
     _LOG.info(
         "with marks %.1f %%, without %.1f %% of %d questions; %.0f s in all; open %s",
         100 * summary["accuracy_marked"], 100 * summary["accuracy_unmarked"],
         summary["num_questions"], seconds["all"], output / "report.html",
     )  # fmt: skip
+
+
+def _mark(output: Path, settings: Mapping[str, Any]) -> None:
+    """Make the folder this command's own, if it is new; complain about one that is not."""
+    remedy = "pass --output with another folder"
+    if output.exists() and not output.is_dir():
+        raise VipLlavaError(f"--output {output} is a file: {remedy}")
+    marked = read_yaml(output / MARK)
+    if marked is None:
+        if output.is_dir() and (found := sorted(path.name for path in output.iterdir())):
+            raise VipLlavaError(
+                f"--output {output} was not made by `vipllava quickstart` and holds "
+                f"{', '.join(found[:3])}{', ...' if found[3:] else ''}: {remedy}, or move it away"
+            )
+        output.mkdir(parents=True, exist_ok=True)
+        write_yaml(output / MARK, dict(settings))
+        return
+    for name, value in settings.items():
+        if marked.get(name) != value:
+            option = f"--{name.replace('_', '-')}"
+            raise VipLlavaError(
+                f"--output {output} holds a quick start with {option} {marked.get(name)}, not "
+                f"{value}: to go on with it pass that, to begin anew --again (it is kept), or "
+                f"{remedy}"
+            )
+
+
+def _result_of(output: Path, step: str) -> Path:
+    """Return what a step leaves when it has ended."""
+    if step in STAGES:
+        return output / f"tiny-{step}" / "export"
+    return output if step == "sample_data" else output / "eval" / step / "results.json"
 
 
 def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -86,7 +141,9 @@ def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) ->
     from vipllava.report.quickstart_page import QuickstartPage, write_quickstart_page
     from vipllava.report.shapes_image import draw_shapes_image
 
-    curves = {stage: read_loss_curve(_find_metrics(output / f"tiny-{stage}")) for stage in STAGES}
+    curves = {
+        stage: read_loss_curve(output / f"tiny-{stage}" / "csv" / "metrics.csv") for stage in STAGES
+    }
     regions = _read_json(output / "eval" / "regions" / "results.json")
     bench = _read_json(output / "eval" / "vip_bench" / "results.json")
     totals = [split["total"] for split in bench["splits"].values()]
@@ -126,7 +183,10 @@ def _run_step(name: str, words: Sequence[str]) -> float:
     code, asked_by = run_child([*PROGRAM, *words])
     if code or asked_by is not None:
         code = shell_code(code or -(asked_by or 0))
-        error = VipLlavaError(f"the quick start stopped: step `{name}` ended with code {code}")
+        error = VipLlavaError(
+            f"the quick start stopped: step `{name}` ended with code {code}; the same command goes "
+            "on with it"
+        )
         error.exit_code = code
         raise error
     return time.monotonic() - began
@@ -154,13 +214,6 @@ def _examples(output: Path, data_root: Path, seed: int) -> list[Example]:
         Example(q.marked, q.text, q.answer, row["marked"], row["unmarked"], q.shape)
         for q, row in zip(questions, (predictions[n] for n in shown), strict=True)
     ]
-
-
-def _find_metrics(run_dir: Path) -> Path:
-    found = sorted(run_dir.rglob("metrics.csv"))
-    if len(found) != 1:
-        raise VipLlavaError(f"{run_dir} has {len(found)} files metrics.csv, expected one")
-    return found[0]
 
 
 def _read_json(path: Path) -> Any:

@@ -91,6 +91,9 @@ def replay_job(cfg: DictConfig, console: Console | None = None) -> Path:
     dataset = datamodule.dataset
     assert dataset is not None
     shown = [items[sample.key] for sample in step.samples]
-    chosen = f"those of step {record.step}, worst first"
-    write_page(path.with_suffix(".html"), cfg, datamodule, dataset, shown, chosen=chosen)
+    more = {
+        "chosen": f"those of step {record.step}, worst first",
+        "remarks": [f"loss {sample.loss:.4f}" for sample in step.samples],
+    }
+    write_page(path.with_suffix(".html"), cfg, datamodule, dataset, shown, **more)
     return losses

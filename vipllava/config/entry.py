@@ -5,9 +5,11 @@ A user's mistake ends with exit code 2 and everything that is wrong; a defect ke
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
@@ -64,8 +66,10 @@ def run_main(
             with naming_keys(cfg):
                 task(cfg)
         except VipLlavaError as error:
+            _note_in_log(str(error))
             _fail(str(error), error.exit_code)
         except Exception as error:
+            _note_in_log("the run ended with this:", error)
             _fail_by_machine(error, cfg)
             raise
         return None
@@ -101,6 +105,18 @@ def _program(num_words: int) -> list[str]:
     spec = sys.modules["__main__"].__spec__
     start = [str(Path(sys.argv[0]).resolve())] if spec is None else ["-m", spec.name]
     return [sys.executable, *start, *sys.argv[1:num_words]]
+
+
+def _note_in_log(message: str, error: Exception | None = None) -> None:
+    """Write why a run ends into its log file; the terminal gets it from the end itself."""
+    record = logging.LogRecord(
+        __name__, logging.ERROR, __file__, 0, message, None,
+        error and (type(error), error, error.__traceback__),
+    )  # fmt: skip
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            with suppress(OSError):  # a full disk may be what ended it
+                handler.handle(record)
 
 
 def _fail_by_machine(error: Exception, cfg: DictConfig | None = None) -> None:

@@ -17,6 +17,7 @@ from vipllava.config.schema import read
 from vipllava.evaluation.bench import Bench, BenchData, BenchTable, ask_all
 from vipllava.evaluation.benches import get_bench
 from vipllava.files.atomic import write_json, write_whole
+from vipllava.files.locks import hold_folder
 from vipllava.types import ConfigError, RecordError, VipLlavaError
 
 if TYPE_CHECKING:
@@ -44,8 +45,16 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
         The results, as written to ``results.json``.
 
     Raises:
-        VipLlavaError: checkpoint or data cannot be used; the message says what to do.
+        VipLlavaError: checkpoint or data cannot be used, or another evaluation writes there; the
+            message says what to do.
     """
+    run_dir = Path(cfg.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with hold_folder(run_dir, another="name=NEW_NAME"):
+        return _evaluate(cfg, run_dir)
+
+
+def _evaluate(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     bench, options = _open_bench(cfg)
     asked = bench.read(_bench_data(cfg, options))
     from vipllava.inference.engine import Engine
@@ -59,7 +68,6 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     answered = ask_all(asked, engine, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size)
     if not answered:
         raise RecordError(f"no questions: the data set `{cfg.bench.manifest}` is empty")
-    run_dir = Path(cfg.run_dir)
     for name, text in bench.files(answered).items():
         write_whole(run_dir / name, text)
     results = {

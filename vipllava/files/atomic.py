@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import os
@@ -93,6 +94,12 @@ def put_folder(unfinished: Path, folder: Path, *, replace: bool = False) -> None
 def move(source: Path, target: Path) -> Path:
     """Give a file or folder another name on its file system, which is returned; replaces a file."""
     return source.replace(target)
+
+
+def free_path(path: str, first: int) -> Path:
+    """Return the path with the first number behind it that is free."""
+    paths = (Path(f"{path}{number}") for number in itertools.count(first))
+    return next(path for path in paths if not path.exists())
 
 
 def remove(path: Path) -> None:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import os
+import socket
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
 from filelock import FileLock, Timeout
 
+from vipllava.files.atomic import read_yaml
+from vipllava.types import VipLlavaError
+
 log = logging.getLogger(__name__)
 
+LOCK_FILE: Final = "run.lock"
 _POLL_S: Final = 0.05
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -66,3 +73,41 @@ def locked(
         yield free
     finally:
         lock.release()
+
+
+@contextmanager
+def hold_folder(folder: Path, *, another: str, patience_s: float = 0.0) -> Generator[None]:
+    """Hold a folder that exists against another process that would write into it, too.
+
+    Its file :data:`LOCK_FILE` says who holds it, and stays: what it says counts only while the
+    lock is held, so that of a process that is gone is taken over.
+
+    Args:
+        folder: to hold.
+        another: what to pass for a folder of one's own; for the error.
+        patience_s: how long to wait for a process that is about to end.
+
+    Raises:
+        VipLlavaError: another process holds it; names host and process.
+        OSError: the file cannot be made.
+    """
+    path = folder / LOCK_FILE
+    with locked(
+        path,
+        patience_s,
+        waiting=f"waiting for {path}, which the start before this one still holds",
+        without="nothing will notice a second start of this run",
+    ) as mine:
+        if not mine:
+            about = read_yaml(path) or {}
+            pid, host, since = (about.get(n, "(unknown)") for n in ("pid", "host", "since"))
+            raise VipLlavaError(
+                f"{folder} is in use by process {pid} on {host}, since {since}: wait for that run "
+                f"or stop it; for a run of its own pass {another}. If there is no such process any "
+                "more (a network file system may hold a lost node's lock for minutes), delete "
+                f"{path}"
+            )
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        about_me = f"host: {socket.gethostname()}\npid: {os.getpid()}\nsince: '{now}'\n"
+        path.write_text(about_me, encoding="utf-8")
+        yield

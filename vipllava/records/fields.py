@@ -160,7 +160,11 @@ class Fields:
             self.fail(name, numbers, expected, "box-invalid")
         x1, y1, x2, y2 = (float(number) for number in numbers[:4])
         if x2 < x1 or y2 < y1:
-            self.fail(name, numbers, "x1 <= x2 and y1 <= y2: this box is reversed", "box-reversed")
+            corners = f"[{x1:g}, {y1:g}, {x1 + x2:g}, {y1 + y2:g}]"
+            expected = "x1 <= x2 and y1 <= y2: this box is reversed"
+            if x2 > 0 and y2 > 0:
+                expected += f"; if it says x, y, width and height, write {corners}"
+            self.fail(name, numbers, expected, "box-reversed")
         is_empty = x1 == x2 or y1 == y2
         if is_empty and not may_be_empty:
             self.fail(name, numbers, "a box with an area: this one is empty", "box-empty")

@@ -51,8 +51,11 @@ class JobSummary:
 Shown = InspectedSample | RefusedSample
 
 
-def build_inspect_page(job: JobSummary, samples: Sequence[Shown]) -> str:
-    """Return the page, one file that needs no other and no network."""
+def build_inspect_page(
+    job: JobSummary, samples: Sequence[Shown], remarks: Sequence[str] = ()
+) -> str:
+    """Return the page, one file that needs no other and no network; remarks are on the samples."""
+    remarks = remarks or [""] * len(samples)
     encoded = [sample for sample in samples if isinstance(sample, InspectedSample)]
     shapes = Counter(mark.prompt.shape for sample in encoded for mark in sample.marks)
     command = '<div class="wide"><dt>made by</dt><dd><code>{}</code></dd></div>'
@@ -71,7 +74,10 @@ def build_inspect_page(job: JobSummary, samples: Sequence[Shown]) -> str:
         shapes=_shapes(shapes) if shapes else None,
         image_chip=_image_chip(job.image_seq_length),
         contents=_contents(samples) if len(samples) >= _CONTENTS_FROM else None,
-        samples=[_sample(number, sample, job) for number, sample in enumerate(samples, start=1)],
+        samples=[
+            _sample(number, sample, job, remark)
+            for number, (sample, remark) in enumerate(zip(samples, remarks, strict=True), start=1)
+        ],
     )
     return page(f"Inspect: {job.dataset}", body, "style.css", "inspect.css")
 
@@ -136,7 +142,7 @@ def _contents(samples: Sequence[Shown]) -> Html:
     return markup(_TEMPLATES["contents"], entries=entries)
 
 
-def _sample(number: int, sample: Shown, job: JobSummary) -> Html:
+def _sample(number: int, sample: Shown, job: JobSummary, remark: str) -> Html:
     where = f"{sample.dataset}, {sample.shard}"
     if isinstance(sample, InspectedSample):
         where += f", policy {sample.policy}"
@@ -145,8 +151,9 @@ def _sample(number: int, sample: Shown, job: JobSummary) -> Html:
     else:
         badge = markup('<span class="badge wrong">refused</span>')
         body = markup('<p class="fault">{}</p>', sample.reason)
+    badges = [badge, markup('<span class="badge">{}</span>', remark) if remark else None]
     return markup(
-        _TEMPLATES["sample"], number=number, key=sample.key, badge=badge, where=where, body=body
+        _TEMPLATES["sample"], number=number, key=sample.key, badge=badges, where=where, body=body
     )
 
 

@@ -56,7 +56,10 @@ def write_quickstart_page(path: Path, content: QuickstartPage) -> None:
     regions, splits = content.regions, content.vip_bench["splits"]
     gap = [f"{100 * regions['gap'][key]:+.1f}" for key in ("accuracy", "low", "high")]
     bars = [_bar("mark drawn", regions, "marked"), _bar("mark not drawn", regions, "unmarked")]
-    alt = "Eight photographs, each with a region marked by another shape and its wording below"
+    sheet = content.shapes_image
+    middle = sheet.width // 2
+    halves = [(0, 0, middle, sheet.height), (middle, 0, sheet.width, sheet.height)]
+    alt = "Four photographs, each with a region marked by another shape and its wording below"
     body = markup(
         _TEMPLATES["page"],
         share=_percent(regions["marked"]),
@@ -65,7 +68,7 @@ def write_quickstart_page(path: Path, content: QuickstartPage) -> None:
         gap_low=gap[1],
         gap_high=gap[2],
         bars=bar_chart(bars),
-        shapes=embed_image(content.shapes_image, alt, ' class="sheet"'),
+        shapes=[embed_image(sheet.crop(half), alt) for half in halves],
         losses=[
             _loss(number, stage, curve)
             for number, (stage, curve) in enumerate(content.loss_curves.items(), start=1)

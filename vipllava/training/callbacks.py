@@ -19,7 +19,6 @@ from typing import Any, Final
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast, VipLlavaForConditionalGeneration
 
@@ -34,6 +33,7 @@ from vipllava.models.adapters import merge_adapters
 from vipllava.models.freezing import ParameterRow, parameter_table
 from vipllava.training.first_alone import first_alone
 from vipllava.training.lit_module import VipLlavaLitModule
+from vipllava.training.restart import move_aside
 from vipllava.training.sharding import whole_network
 from vipllava.types import VipLlavaError
 
@@ -109,19 +109,17 @@ def render_parameter_table(rows: tuple[ParameterRow, ...]) -> Table:
 
 @dataclass(eq=False)
 class ParameterTable(Callback):
-    """Shows which parts train when fit starts, on the first rank."""
-
-    console: Console | None = None  # where to print it; stderr if not given, beside the log
+    """Says which parts train when fit starts, on the first rank: one message, a line for each."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table."""
+        """Write it to the log, which is the terminal, too."""
         if not trainer.is_global_zero:
             return
-        rows = parameter_table(_ours(pl_module).network)
-        (self.console or Console(stderr=True)).print(render_parameter_table(rows))
-        for row in rows:
-            counts = (row.part, row.num_parameters, row.num_trainable)
-            logger.info("%s: %s parameters, %s trainable", *counts)
+        table = "".join(
+            f"\n  {row.part:<16}{row.num_parameters:>16,} parameters,{row.num_trainable:>15,} train"
+            for row in parameter_table(_ours(pl_module).network)
+        )
+        logger.info("what trains:%s", table)
 
 
 @dataclass(eq=False)
@@ -132,7 +130,7 @@ class ExportCallback(Callback):
     holds them merged. One that trains the projector alone writes it into ``projector``, too.
     """
 
-    directory: Path  # the folder to write; one of an earlier run is replaced
+    directory: Path  # the folder to write; an earlier one is moved to ``before-N`` beside it
     tokenizer: PreTrainedTokenizerFast  # saved with the weights
     meta: ExportMeta  # what the folder says about itself
     base: str = ""  # what adapters belong on: the folder or id that the run started from
@@ -145,6 +143,11 @@ class ExportCallback(Callback):
         first_alone(trainer.is_global_zero, what, lambda: self._export(network, module))
 
     def _export(self, network: VipLlavaForConditionalGeneration, module: VipLlavaLitModule) -> None:
+        names = (self.directory.name, "adapter", "projector")
+        folders = [self.directory.with_name(name) for name in names]
+        if earlier := [folder for folder in folders if folder.is_dir()]:
+            aside = move_aside(self.directory.parent, earlier)
+            logger.info("the export of before, with all that was put there, is in %s", aside)
         if module.adapter is not None:
             adapter = self.directory.with_name("adapter")
             save_adapter(network, adapter, self.meta, base=self.base, settings=module.adapter)

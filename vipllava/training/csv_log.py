@@ -12,7 +12,7 @@ from typing import Any, Final
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 
-from vipllava.files.atomic import write_whole
+from vipllava.files.atomic import move, write_whole
 
 FILE_NAME: Final = "metrics.csv"
 
@@ -84,14 +84,17 @@ class CsvLog(Logger):
 
 
 def cut_csv(path: Path, num_steps: int) -> None:
-    """Remove the rows of steps behind ``num_steps``, and a row cut short by a kill."""
+    """Remove the rows of steps behind ``num_steps``, and a row cut short by a kill.
+
+    A file that is no such log gets another name.
+    """
     if not path.is_file():
         return
     text = path.read_text(encoding="utf-8")
     rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
     columns = list(rows.fieldnames or ())
     if "step" not in columns:
-        path.unlink()
+        move(path, path.with_name(f"{path.name}.unreadable"))
         return
     whole = (row for row in rows if None not in row and None not in row.values())
     kept = [row for row in whole if row["step"].isdecimal() and int(row["step"]) < num_steps]

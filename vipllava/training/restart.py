@@ -6,25 +6,22 @@ start is shown, and refused where it decides the order of the data or the model.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import re
 import secrets
 import shutil
-import socket
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from vipllava.checkpoints.training_state import JOB_FILE, find_damage
-from vipllava.files.atomic import move, read_text, read_yaml, write_whole, write_yaml
-from vipllava.files.locks import locked
+from vipllava.files.atomic import free_path, move, read_text, read_yaml, write_whole, write_yaml
+from vipllava.files.locks import LOCK_FILE, hold_folder
 from vipllava.models.hub_models import content_digest
 from vipllava.training.csv_log import FILE_NAME, count_rows
 from vipllava.types import CheckpointError, ConfigError, VipLlavaError
@@ -35,7 +32,6 @@ FINISHED_FILE: Final = "finished.yaml"
 EXPORT_FOLDER: Final = "export"
 CHECKPOINTS: Final = "checkpoints"
 CSV: Final = "csv"
-LOCK_FILE: Final = "run.lock"
 SUFFIX: Final = ".ckpt"
 _ASIDE: Final = "before-"
 """Begins the name of a folder of what an earlier run left; a number follows."""
@@ -90,37 +86,12 @@ class Restart:
     finished: bool = False
 
 
-@contextmanager
-def hold_run(run_dir: Path, *, patience_s: float = 0.0) -> Generator[None]:
+def hold_run(run_dir: Path, *, patience_s: float = 0.0) -> AbstractContextManager[None]:
     """Hold a run's folder, which exists, against a second start; first process only.
 
-    The file says who holds it, and stays: what it says counts only while the lock is held.
-    ``patience_s`` is how long to wait for a process that is about to end.
-
-    Raises:
-        VipLlavaError: another process holds it; names host and process.
-        OSError: the file cannot be made.
+    See :func:`vipllava.files.locks.hold_folder`.
     """
-    path = run_dir / LOCK_FILE
-    with locked(
-        path,
-        patience_s,
-        waiting=f"waiting for {path}, which the start before this one still holds",
-        without="nothing will notice a second start of this run",
-    ) as mine:
-        if not mine:
-            about = read_yaml(path) or {}
-            pid, host, since = (about.get(n, "(unknown)") for n in ("pid", "host", "since"))
-            raise VipLlavaError(
-                f"{run_dir} is in use by process {pid} on {host}, since {since}: wait for that run "
-                "or stop it; for a run of its own pass name=NEW_NAME. If there is no such process "
-                "any more (a network file system may hold a lost node's lock for minutes), delete "
-                f"{path}"
-            )
-        now = datetime.now().astimezone().isoformat(timespec="seconds")
-        about_me = f"host: {socket.gethostname()}\npid: {os.getpid()}\nsince: '{now}'\n"
-        path.write_text(about_me, encoding="utf-8")
-        yield
+    return hold_folder(run_dir, another="name=NEW_NAME", patience_s=patience_s)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -162,14 +133,14 @@ def prepare_run(
         write_yaml(probe, dict(job))
         probe.unlink()
         if resume == "never" and (left := _files_of_before(run_dir)):
-            aside = _move_aside(run_dir, left)
+            aside = move_aside(run_dir, left)
             logger.info("resume=never: what an earlier run left is in %s", aside)
     except OSError as error:
         raise unwritable(run_dir, error) from error
     restart, damaged = _decide(run_dir, goal or Goal(), resume)
     for path, damage in damaged.items():
         renamed = Path(f"{path}.damaged")
-        renamed = _free(f"{renamed}-", 2) if renamed.exists() else renamed
+        renamed = free_path(f"{renamed}-", 2) if renamed.exists() else renamed
         move(path, renamed)
         logger.warning("%s is damaged: %s; it is now %s", path, damage, renamed.name)
     # What has ended was that job, too, though its checkpoints may have been deleted since.
@@ -180,13 +151,13 @@ def prepare_run(
     log, checkpoints = run_dir / CSV / FILE_NAME, list_checkpoints(run_dir / CHECKPOINTS)
     later = [path for path in checkpoints if _num_steps(path) > restart.num_steps]
     if restart.checkpoint is None and (num_rows := count_rows(log)):
-        aside = _move_aside(run_dir, _files_of_before(run_dir))
+        aside = move_aside(run_dir, _files_of_before(run_dir))
         logger.warning(
             f"{run_dir} has a log of {num_rows} steps and no checkpoint to go on from: the run "
             f"begins again with its first step; what was there is in {aside}"
         )
     elif restart.checkpoint is not None and resume != "auto" and later:
-        aside = _move_aside(run_dir, later)  # they are no part of the run now
+        aside = move_aside(run_dir, later)  # they are no part of the run now
         if log.is_file():
             (aside / CSV).mkdir()
             shutil.copy2(log, aside / CSV)
@@ -391,8 +362,9 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _move_aside(run_dir: Path, paths: Iterable[Path]) -> Path:
-    aside = _free(f"{run_dir / _ASIDE}", 1)
+def move_aside(run_dir: Path, paths: Iterable[Path]) -> Path:
+    """Move what lies in a run's folder into a new ``before-N`` there, which is returned."""
+    aside = free_path(f"{run_dir / _ASIDE}", 1)
     for path in paths:
         target = aside / path.relative_to(run_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -404,9 +376,3 @@ def _files_of_before(run_dir: Path) -> list[Path]:
     # Not what the process that is starting writes already, and the queue's files of its job.
     own = (".hydra", "train.log", ".submitit", LOCK_FILE)
     return [p for p in run_dir.iterdir() if p.name not in own and not p.name.startswith(_ASIDE)]
-
-
-def _free(path: str, first: int) -> Path:
-    """Return the path with the first number behind it that is free."""
-    paths = (Path(f"{path}{number}") for number in itertools.count(first))
-    return next(path for path in paths if not path.exists())

@@ -64,8 +64,10 @@ def _train(cfg: DictConfig) -> Path:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     end_with_parent()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        # Lightning prints beside the root logger, which has both terminal and file.
+        # Lightning prints beside the root logger, which has both terminal and file; and what it
+        # tells of devices, steps and its makers' products is no news of this run.
         logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).setLevel(logging.WARNING)
     draw_bars_on_terminals_only()
     lightning.seed_everything(int(cfg.seed), workers=True, verbose=False)
     if cfg.machine.tf32:
@@ -219,6 +221,9 @@ def _loggers(cfg: DictConfig, start: Restart) -> list[Any]:
     # TensorBoard hides what an earlier start wrote about steps that are now done again.
     more: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": start.num_steps}}
     chosen = "WANDB_RUN_ID" in os.environ or OmegaConf.select(cfg, "logger.wandb.id") is not None
+    if "wandb" in nodes:
+        # Pictures of tables wait there for `wandb sync`: with the run, not in the home folder.
+        os.environ.setdefault("WANDB_DATA_DIR", str(Path(cfg.run_dir, "wandb").absolute()))
     if "wandb" in nodes and not chosen and is_first_process():
         more["wandb"] = {"id": restart.wandb_id(Path(cfg.run_dir))}
     return [instantiate(n, _convert_="all", **more.get(name, {})) for name, n in nodes.items()]

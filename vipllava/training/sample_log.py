@@ -55,8 +55,13 @@ def shown_samples(
     *,
     image_token_id: int,
     limit: int,
+    system: str = "",
 ) -> list[ShownSample]:
-    """Return the first samples of a micro-batch, at most ``limit``, that have an answer."""
+    """Return the first samples of a micro-batch, at most ``limit``, that have an answer.
+
+    Questions are shown without ``system``, the template's text before the first of them.
+    """
+    opening = " ".join(system.split())
     ids, segments = batch.input_ids.cpu(), batch.segment_ids.cpu()
     answered = torch.zeros_like(ids, dtype=torch.bool)
     answered[:, 1:] = predictions.supervised.cpu()
@@ -85,6 +90,8 @@ def shown_samples(
             image = None
             if pixels is not None:  # uint8 [3, height, width]
                 image = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+            if questions:
+                questions[0] = questions[0].removeprefix(opening).lstrip()
             texts = ("\n".join(x) for x in (questions[: len(targets)], targets, said_texts))
             shown.append(ShownSample(key, image, *texts))
     return shown
@@ -102,6 +109,7 @@ class SampleTable(Callback):
     every_n_steps: int = 500  # optimizer steps between two tables; the first is of step 0
     num_samples: int = 4  # rows of a table
     tokenizer: FastTokenizer | None = None  # of the ids; that of the data module if None
+    system: str = ""  # the template's text before the first question, not shown; likewise
     _trainer: Trainer | None = field(default=None, init=False)
     _image_token_id: int = field(default=-1, init=False)
     _shown_at: int = field(default=-1, init=False)
@@ -111,6 +119,7 @@ class SampleTable(Callback):
         datamodule: Any = getattr(trainer, "datamodule", None)
         if self.tokenizer is None and isinstance(datamodule, VisualPromptDataModule):
             self.tokenizer = datamodule.conversation_encoder.tokenizer
+            self.system = datamodule.conversation_encoder.template.system
         if not isinstance(pl_module, VipLlavaLitModule) or self.tokenizer is None:
             logger.info("no table of samples: the training data have no tokenizer")
             return
@@ -128,8 +137,8 @@ class SampleTable(Callback):
         if step % self.every_n_steps or step == self._shown_at:
             return
         self._shown_at = step
-        limits = {"image_token_id": self._image_token_id, "limit": self.num_samples}
-        if shown := shown_samples(batch, predictions, tokenizer, **limits):
+        told: Any = {"image_token_id": self._image_token_id, "limit": self.num_samples}
+        if shown := shown_samples(batch, predictions, tokenizer, system=self.system, **told):
             _write_samples(Path(self.run_dir) / "samples", shown, step)
             for each in trainer.loggers:
                 log_samples(each, shown, step)
