@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from vipllava.types import Shape, VipLlavaError
 from vipllava.visual_prompts.shapes import SHAPES, check_shape, named_colour
@@ -78,11 +78,12 @@ class ShapeRanges:
                 if not _is_like(value, default):
                     raise VipLlavaError(f"ranges.{field.name} is {value!r}; give a number")
                 continue
-            fine = isinstance(value, (tuple, list)) and len(value) == 2
-            fine = fine and all(_is_like(bound, default[0]) for bound in value)
+            several = isinstance(value, (tuple, list))
+            bounds = list(cast("Sequence[Any]", value)) if several else []
+            fine = len(bounds) == 2 and all(_is_like(bound, default[0]) for bound in bounds)
             # arrow_length mixes a fraction and pixels: its bounds may be reversed for big boxes.
-            if not fine or (value[0] > value[1] and field.name != "arrow_length"):
-                shown = list(value) if isinstance(value, tuple) else value
+            if not fine or (bounds[0] > bounds[1] and field.name != "arrow_length"):
+                shown = bounds if several else value
                 raise VipLlavaError(
                     f"ranges.{field.name} is {shown}; give [low, high] with low <= high, "
                     f"{'whole numbers' if type(default[0]) is int else 'numbers'}"
@@ -237,6 +238,10 @@ def _as_tuples(values: Any, kind: type) -> dict[str, Any]:
     where = "ranges: " if kind is ShapeRanges else ""
     if not isinstance(values, Mapping):
         raise VipLlavaError(f"{where}{values!r} is no section; it may have {', '.join(known)}")
-    if unknown := sorted(set(map(str, values)) - set(known)):
+    section = cast("Mapping[Any, Any]", values)
+    if unknown := sorted(set(map(str, section)) - set(known)):
         raise VipLlavaError(f"{where}unknown fields {unknown}; known: {', '.join(known)}")
-    return {str(k): tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return {
+        str(k): tuple(cast("list[Any]", v)) if isinstance(v, list) else v
+        for k, v in section.items()
+    }
