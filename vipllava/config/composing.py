@@ -112,8 +112,7 @@ def find_override_problems(
 
 def _reason(error: Exception) -> str:
     """Return in one line what is wrong; of a YAML file, where."""
-    mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
-    if mark is None:
+    if not isinstance(error, MarkedYAMLError) or (mark := error.problem_mark) is None:
         return first_line(error)
     return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 

@@ -6,7 +6,7 @@ who have no ``conf/``; a test compares the two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Final, cast
@@ -79,11 +79,11 @@ class ShapeRanges:
                     raise VipLlavaError(f"ranges.{field.name} is {value!r}; give a number")
                 continue
             several = isinstance(value, (tuple, list))
-            bounds = list(cast("Sequence[Any]", value)) if several else []
+            bounds: list[Any] = list(cast("Sequence[Any]", value)) if several else []
             fine = len(bounds) == 2 and all(_is_like(bound, default[0]) for bound in bounds)
             # arrow_length mixes a fraction and pixels: its bounds may be reversed for big boxes.
             if not fine or (bounds[0] > bounds[1] and field.name != "arrow_length"):
-                shown = bounds if several else value
+                shown: object = bounds if several else cast("object", value)
                 raise VipLlavaError(
                     f"ranges.{field.name} is {shown}; give [low, high] with low <= high, "
                     f"{'whole numbers' if type(default[0]) is int else 'numbers'}"
