@@ -105,7 +105,7 @@ def test_the_example_of_the_page(
 
 def test_a_second_evaluation_into_one_folder_is_refused(place: Path):
     cfg = job("checkpoint=weights", folder=place)
-    folder = place / "runs" / "eval" / "sign_letters"
+    folder = place / "runs" / "eval" / "weights" / "sign_letters"
     folder.mkdir(parents=True)
     refused = pytest.raises(VipLlavaError, match=rf"in use by process {os.getpid()} on .* name=NEW")
     with hold_folder(folder, another="nothing"), refused:

@@ -79,7 +79,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             checkpoint = load_plain(Path(path))
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error}: move it away, and the same command goes on from the one before"
+                f"{error}; or move it away, and the same command goes on from the one before"
             ) from error
         if "loops" not in checkpoint:  # which only a trainer writes
             raise CheckpointError(

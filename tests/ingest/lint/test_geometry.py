@@ -109,7 +109,7 @@ def test_box_by_box_and_polygon_by_polygon(encoder: ConversationEncoder) -> None
     findings = lint_one(record, sample_encoder(encoder), image=picture())
     assert [(finding.code, finding.message) for finding in findings[:8]] == [
         ("box-reversed", "field `bboxes[0]` is [120, 20, 20, 110]; expected x1 <= x2 and y1 <= y2: "
-         "this box is reversed"),
+         "this box is reversed; if it says x, y, width and height, write [120, 20, 140, 130]"),
         ("box-outside", "field `bboxes[1]` is [5000, 0, 5001, 9]; expected a box inside the "
          "336 x 252 image"),
         ("box-invalid", "field `bboxes[2]` is [1, 2, 3]; expected a box [x1, y1, x2, y2] in "

@@ -68,7 +68,7 @@ def test_json(tmp_path: Path, encoder: ConversationEncoder) -> None:
                 "shard": "toy/0.tar",
                 "key": "a",
                 "message": "field `bboxes[0]` is [9, 9, 1, 1]; expected x1 <= x2 and y1 <= y2: "
-                "this box is reversed",
+                "this box is reversed; if it says x, y, width and height, write [9, 9, 10, 10]",
             },
             {
                 "code": "box-clipped",
