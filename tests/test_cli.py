@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from vipllava import __version__, cli
-from vipllava.types import VipLlavaError
+from vipllava.types import ConfigError, VipLlavaError
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "lightning", "transformers", "numpy", "hydra", "rich"}
@@ -198,3 +198,38 @@ def test_a_configuration_folder_of_ones_own(tmp_path: Path):
     done = job("train", "--config-dir", "nowhere")
     assert done.returncode == 2
     assert "--config-dir nowhere: there is no such folder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "shown"),
+    [
+        (
+            ["shards", "build", "x", "--output", "o"],
+            "pass a larger max_bad_rate (1 allows all), or another output=FOLDER",
+            "pass a larger --max-bad-rate (1 allows all), or another --output FOLDER",
+        ),
+        (["shards", "stats", "x"], "a/data_root: set data_root", "a/data_root: set --data-root"),
+        (["shards", "verify", "x"], "correct `num_samples`", "correct `num_samples`"),
+        (["shards", "index", "x"], "fewer (num_workers=)", "fewer (--num-workers)"),
+        (["sample-data"], "with data_root=FOLDER", "with --data-root FOLDER"),
+        (["convert", "a", "b"], "use format=hf or llava", "use --format hf or llava"),
+        (["convert", "a", "b"], "language_model='x'", "language_model='x'"),
+        (["data", "fetch", "x"], "again=true fetches; data", "--again fetches; data"),
+        (["data", "fetch", "x"], "http://a.b/c?again=true", "http://a.b/c?again=true"),
+        (["lint", "data=x"], "data.num_workers, num_workers=", "data.num_workers, --num-workers"),
+        (["train"], "data_root", "data_root"),
+    ],
+)
+def test_messages_name_options_as_they_are_typed(words: list[str], message: str, shown: str):
+    assert cli._message(VipLlavaError(message), words) == shown
+
+
+def test_keys_of_a_job_stay_keys():
+    error = ConfigError("data=x: no such option; data has num_workers, num_samples")
+    assert cli._message(error, ["lint", "data=x"]) == str(error)
+
+
+def test_a_command_says_its_own_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    nowhere = str(tmp_path / "nowhere")
+    assert cli.main(["shards", "stats", "v7w_test", "--data-root", nowhere]) == 2
+    assert "set --data-root" in capsys.readouterr().err

@@ -22,12 +22,12 @@ from vipllava.commands.doctor import doctor
 from vipllava.commands.inspect import inspect
 from vipllava.commands.lint import lint
 from vipllava.commands.machines import machines
-from vipllava.commands.options import DataRoot
+from vipllava.commands.options import DataRoot, as_typed
 from vipllava.commands.quickstart import quickstart
 from vipllava.commands.sweep_table import print_sweep
 from vipllava.config.machine_faults import explain_fault, make_output_safe
 from vipllava.processes import begin
-from vipllava.types import VipLlavaError
+from vipllava.types import ConfigError, VipLlavaError
 
 HydraArguments = Annotated[
     list[str] | None,
@@ -139,12 +139,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _Defect as defect:
         raise defect.__cause__ or defect from None
     except Exception as error:
-        message = str(error) if isinstance(error, VipLlavaError) else explain_fault(error)
+        words = sys.argv[1:] if arguments is None else arguments
+        mine = isinstance(error, VipLlavaError)
+        message = _message(error, words) if mine else explain_fault(error)
         if message is None:
             raise
         sys.stderr.write(f"error: {message}\n")
-        return error.exit_code if isinstance(error, VipLlavaError) else VipLlavaError.exit_code
+        return error.exit_code if mine else VipLlavaError.exit_code
     return 0
+
+
+def _message(error: VipLlavaError, words: Sequence[str]) -> str:
+    """Return an error's message with the options of the command that ``words`` start."""
+    command: Any = typer.main.get_command(app)
+    for word in words:
+        command = getattr(command, "commands", {}).get(word, command)
+    kinds = {parameter.name: parameter.param_type_name for parameter in command.params}
+    if "overrides" in kinds and isinstance(error, ConfigError):
+        return str(error)  # it names keys, which are typed as they are
+    return as_typed(str(error), [name for name, kind in kinds.items() if kind == "option"])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
@@ -125,14 +126,15 @@ class Region:
         box: Any = self.bbox_xyxy
         rings: Any = self.polygons
         try:
-            fine = len(box) == 4 and all(map(math.isfinite, box))
-            fine = fine and all(len(point) == 2 for ring in rings for point in ring)
+            points = [point for ring in rings for point in ring]
+            fine = len(box) == 4 and all(map(math.isfinite, chain(box, *points)))
+            fine = fine and all(len(point) == 2 for point in points)
         except TypeError:
             fine = False
         if not fine:
             raise VipLlavaError(
                 f"region {box}, polygons {rings}: expected four finite numbers x1, y1, x2, "
-                "y2, and polygons as rings of points (x, y)"
+                "y2, and polygons as rings of finite points (x, y)"
             )
 
 
@@ -177,6 +179,20 @@ class FixedVisualPrompt:
     colour: str | RGB | None = None
     width: int | None = None
     alpha: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be drawn; names of shapes and colours are looked up later."""
+        colour: Any = self.colour
+        rgb = (0, 0, 0) if colour is None or isinstance(colour, str) else colour
+        fine = isinstance(rgb, (tuple, list)) and len(rgb) == 3
+        if not fine or not all(type(channel) is int and 0 <= channel <= 255 for channel in rgb):
+            raise VipLlavaError(
+                f"colour is {colour!r}; give a palette name or three numbers 0..255"
+            )
+        for name, most, expected in (("width", math.inf, "of 1 or more"), ("alpha", 255, "1..255")):
+            value: Any = getattr(self, name)
+            if value is not None and (type(value) is not int or not 1 <= value <= most):
+                raise VipLlavaError(f"{name} is {value!r}; give a whole number {expected}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,4 +56,4 @@ def test_train_with_inspect_writes_a_page_and_trains_nothing(user_data: UserData
 
 def test_unknown_data_is_an_error_of_one_line(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["inspect", "--data", "nowhere"]) == 2
-    assert "data.manifest=nowhere: unknown" in capsys.readouterr().err
+    assert "--data nowhere: unknown" in capsys.readouterr().err

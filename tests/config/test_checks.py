@@ -341,14 +341,21 @@ def test_variables_of_wandb(
     assert any("no key" in problem for problem in found) is not fine
 
 
-def test_a_netrc_entry_of_the_right_host_is_a_key(nobody: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("host", ["api.wandb.ai", "api.forge.coreweave.com"])
+def test_a_netrc_entry_of_the_right_host_is_a_key(
+    nobody: Path, monkeypatch: pytest.MonkeyPatch, host: str
+):
     entry = nobody / ".netrc"
-    entry.write_text("machine api.wandb.ai\n  login user\n  password secret\n")
+    secret = "login user\n  password secret\n"
+    entry.write_text(f"machine {host}\n  {secret}")
     entry.chmod(0o600)
     assert problems("logger=wandb", machine=WITH_WANDB) == []
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
     (found,) = problems("logger=wandb", machine=WITH_WANDB)
     assert found.startswith("logger=wandb has no key for wandb.example.org: ")
+    for own in ("wandb.example.org", "wandb.example.org:8080"):  # by the client's version
+        entry.write_text(f"machine {own}\n  {secret}")
+        assert problems("logger=wandb", machine=WITH_WANDB) == []
 
 
 @pytest.mark.parametrize("key", ["abc", "x" * 39, "x" * 39 + " "])

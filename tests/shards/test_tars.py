@@ -127,7 +127,7 @@ def test_missing_folder_says_where_the_data_come_from(tmp_path: Path) -> None:
     manifest = make_manifest(annotation_file="toy.json")
     with pytest.raises(ShardError, match=r"root, or run `vipllava shards build toy`$"):
         open_shards(manifest, tmp_path)
-    with pytest.raises(ShardError, match="made on first use"):
+    with pytest.raises(ShardError, match=r"set data_root, or run `vipllava sample-data`$"):
         open_shards(make_manifest(made_by="sample_world"), tmp_path)
 
 

@@ -214,6 +214,8 @@ def test_a_policy_made_by_hand_is_checked(fields: dict[str, Any], message: str) 
         (5, ()),
         ((1, 2, 3, 4), ((1, 2), (3, 4), (5, 6))),
         ((1, 2, 3, 4), (((1, 2, 3),),)),
+        ((1, 2, 3, 4), (((1, 2), (3, float("nan")), (5, 6)),)),
+        ((1, 2, 3, 4), (("ab", "cd", "ef"),)),
     ],
 )
 def test_a_region_made_by_hand_is_checked(box: Any, polygons: Any) -> None:

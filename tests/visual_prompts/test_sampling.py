@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,6 +242,22 @@ def test_unknown_fixed_values_list_the_known_ones():
     ):
         with pytest.raises(VipLlavaError, match=known):
             sample_plan([BOX], SIZE, VisualPromptPolicy(), generator_for(0), [fixed])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"colour": 5}, r"colour is 5; give a palette name or three numbers 0\.\.255"),
+        ({"colour": (1, 2)}, r"colour is \(1, 2\); "),
+        ({"colour": (300, 0, 0)}, r"colour is \(300, 0, 0\); "),
+        ({"width": 0}, "width is 0; give a whole number of 1 or more"),
+        ({"alpha": 256}, r"alpha is 256; give a whole number 1\.\.255"),
+        ({"alpha": "x"}, "alpha is 'x'; "),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_when_it_is_fixed(given: dict[str, Any], message: str):
+    with pytest.raises(VipLlavaError, match=message):
+        FixedVisualPrompt(**given)
 
 
 def test_pointqa_is_red_and_does_not_say_so():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from vipllava.commands.options import DataRoot, Json, Manifests, Name, count_or_all
+from vipllava.commands.options import DataRoot, Json, Manifests, Name, as_typed, count_or_all
 from vipllava.commands.output import (
     facts_table,
     print_json,
@@ -161,6 +161,7 @@ def fetch(
     options = FetchOptions(keep_archives, again, num_workers)
     with progress_bars() as bars:
         outcomes = fetch_data(manifest, data_root, options, tell=bars)
+    outcomes = [replace(o, detail=as_typed(o.detail, ["again"])) for o in outcomes]
     ok = all(outcome.ok for outcome in outcomes)
     if as_json:
         report = {"schema_version": 1, "manifest": manifest.name, "data_root": data_root}

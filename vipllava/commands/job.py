@@ -192,7 +192,10 @@ def compose_data_job(
     if data is None:
         return compose(overrides)
     chosen = [*overrides, "data.mix=null", f"data.manifest={quoted(data)}"]
-    cfg = compose(chosen)
+    try:
+        cfg = compose(chosen)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"data.manifest={data}", f"--data {data}")) from error
     if any(override.startswith("stage=") for override in overrides):
         return cfg
     manifest = load_manifest(cfg.data.manifest, cfg.data.manifests_dir)

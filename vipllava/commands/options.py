@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +23,27 @@ def count_or_all(text: str | int) -> int | None:
     if not str(text).isdecimal():
         raise ValueError("expected a number from 0, or all")
     return int(text)
+
+
+def as_typed(message: str, arguments: Iterable[str]) -> str:
+    """Return a library class's message with options in place of the arguments that it names.
+
+    ``data_root`` becomes ``--data-root``, ``output=DIR`` ``--output DIR``, ``again=true``
+    ``--again``. A word that could be English counts only where a value follows, and none in a path,
+    a longer key or backticks, which name fields of a file.
+
+    Args:
+        message: what is to be printed.
+        arguments: names of a command's options in Python.
+    """
+    words = "|".join(name if "_" in name else f"{name}(?==)" for name in arguments)
+    if not words:
+        return message
+    return re.sub(
+        rf"(?<![\w./`?&-])({words})(?![\w/`-]|\.\w)(?:=true\b|=(?=[\s)]|$))?(=)?",
+        lambda found: f"--{found[1].replace('_', '-')}{' ' if found[2] else ''}",
+        message,
+    )
 
 
 Name = Annotated[

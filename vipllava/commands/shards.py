@@ -17,6 +17,7 @@ from vipllava.commands.options import (
     Manifests,
     Name,
     Processes,
+    as_typed,
     count_or_all,
 )
 from vipllava.commands.output import (
@@ -90,6 +91,7 @@ def build(
     for remark in summary.remarks:
         say(f"look at this: {remark}")
     if lines := manifest_lines(manifest, data_root, summary, output):
+        lines = [as_typed(line, ["data_root"]) for line in lines]
         say("\n".join(("lines for the manifest:", *lines)))
 
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from vipllava.types import VipLlavaError
 
 _SAME_NAME: Final = {
-    "data": "batching cache_gb max_fault_rate on_fault pack_length samples_per_epoch "
+    "data": "batching cache_gb max_fault_rate num_workers on_fault pack_length samples_per_epoch "
     "window_samples",
     "guard": "max_skipped on_nonfinite on_spike spike_factor spike_floor window",
     "lint": "max_image_aspect max_outside_pixels min_contrast min_image_contrast min_mark_pixels "

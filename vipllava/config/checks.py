@@ -388,7 +388,7 @@ def _loggers(job: JobValues) -> Iterator[str]:
     key = os.environ.get("WANDB_API_KEY")
     if not has_wandb_key():
         yield (
-            f"logger=wandb has no key for {_wandb_host()}: run `wandb login`, set WANDB_API_KEY, "
+            f"logger=wandb has no key for {_wandb_hosts()[0]}: run `wandb login`, set WANDB_API_KEY, "
             f"{otherwise}"
         )
     elif key and not _WANDB_KEY.fullmatch(key):
@@ -406,14 +406,17 @@ def has_wandb_key() -> bool:
     for file in [named] if named else ["~/.netrc", "~/_netrc"]:
         # RuntimeError: there is no home.
         with suppress(OSError, RuntimeError, netrc.NetrcParseError):
-            if netrc.netrc(Path(file).expanduser()).authenticators(_wandb_host()) is not None:
+            if any(map(netrc.netrc(Path(file).expanduser()).authenticators, _wandb_hosts())):
                 return True
     return False
 
 
-def _wandb_host() -> str:
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return urlsplit(url).hostname or url
+def _wandb_hosts() -> tuple[str, ...]:
+    """Return the names under which W&B keeps the key of its server, by the client's version."""
+    if (url := os.environ.get("WANDB_BASE_URL")) is None:
+        return "api.wandb.ai", "api.forge.coreweave.com"
+    parts = urlsplit(url)
+    return parts.hostname or url, parts.netloc
 
 
 def _validation(job: JobValues) -> Iterator[str]:

@@ -337,9 +337,9 @@ def match_patterns(
 
 
 def _remedy(manifest: Manifest) -> str:
-    if manifest.made_by == "sample_world":
-        return "the sample data is made on first use by train.py and evaluate.py"
     ways = [f"`vipllava data fetch {manifest.name}`"] if manifest.sources else []
+    if manifest.made_by == "sample_world":
+        ways = ["`vipllava sample-data`"]
     if manifest.annotation_file:
         ways.append(f"`vipllava shards build {manifest.name}`")
     return f"set data_root, or run {' and '.join(ways)}" if ways else "set data_root"

@@ -288,10 +288,10 @@ def _finished(folder: Path, summary: BuildSummary) -> BuildSummary | None:
         try:
             foreign = folder.exists() and any(folder.iterdir())
         except OSError as error:
-            raise BuildError(f"output {folder} is no folder that can be used: {error}") from error
+            raise BuildError(f"output={folder} is no folder that can be used: {error}") from error
         if foreign:
             raise BuildError(
-                f"output {folder} holds files that no build made; tars get a folder of their own: "
+                f"output={folder} holds files that no build made; tars get a folder of their own: "
                 "correct the manifest's `shards`, or pass another output=FOLDER"
             )
         return None
