@@ -1,6 +1,7 @@
 """What a user types wrong most often: each ends with one readable message, and loses nothing.
 
-A second start of one run is in ``tests/training/test_run_lock.py``.
+A second start of one run is in ``tests/training/test_run_lock.py``, Ctrl-C in
+``tests/test_processes.py`` (before the first step) and ``tests/training/test_signals.py``.
 """
 
 from __future__ import annotations
@@ -67,6 +68,16 @@ def test_without_the_environment(tmp_path: Path):
         assert (done.returncode, done.stdout) == (2, "")
         (line,) = done.stderr.splitlines()
         assert line.startswith(f"error: {bare[0]} lacks the packages that this needs: activate")
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path):
+    """Root, who may write anywhere, cannot write below a file."""
+    (tmp_path / "runs").touch()
+    done = run(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the run's folder cannot be written (")
+    assert line.endswith("): make room or set paths.runs")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
@@ -126,9 +125,10 @@ class Region:
         box: Any = self.bbox_xyxy
         rings: Any = self.polygons
         try:
-            points = [point for ring in rings for point in ring]
-            fine = len(box) == 4 and all(map(math.isfinite, chain(box, *points)))
-            fine = fine and all(len(point) == 2 for point in points)
+            points: list[Any] = [point for ring in rings for point in ring]
+            numbers: list[Any] = [*box, *(number for point in points for number in point)]
+            fine = len(box) == 4 and all(len(point) == 2 for point in points)
+            fine = fine and all(map(math.isfinite, numbers))
         except TypeError:
             fine = False
         if not fine:
@@ -183,12 +183,13 @@ class FixedVisualPrompt:
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn; names of shapes and colours are looked up later."""
         colour: Any = self.colour
-        rgb = (0, 0, 0) if colour is None or isinstance(colour, str) else colour
-        fine = isinstance(rgb, (tuple, list)) and len(rgb) == 3
-        if not fine or not all(type(channel) is int and 0 <= channel <= 255 for channel in rgb):
-            raise VipLlavaError(
-                f"colour is {colour!r}; give a palette name or three numbers 0..255"
-            )
+        rgb: Any = (0, 0, 0) if colour is None or isinstance(colour, str) else colour
+        try:
+            fine = len(rgb) == 3 and all(type(each) is int and 0 <= each <= 255 for each in rgb)
+        except TypeError:
+            fine = False
+        if not fine:
+            raise VipLlavaError(f"colour is {colour!r}; give a palette name or [r, g, b] of 0..255")
         for name, most, expected in (("width", math.inf, "of 1 or more"), ("alpha", 255, "1..255")):
             value: Any = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= most):

@@ -111,6 +111,16 @@ def test_the_key_that_is_meant():
         assert problem.startswith(start), problem
 
 
+def test_a_key_that_another_option_brings():
+    (problem,) = found("logger.wandb.entity=TEAM")
+    assert problem.startswith("logger.wandb.entity: no such key (it comes with logger=wandb); ")
+
+
+def test_a_word_without_a_key_spoils_none_before_it():
+    (problem,) = found("seed=1", "=x")
+    assert problem.startswith("`=x` is not KEY=VALUE: ")
+
+
 def test_options_of_ones_own_folder_count(tmp_path: Path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nstage: {epochs: 2}\n")

@@ -247,7 +247,7 @@ def test_unknown_fixed_values_list_the_known_ones():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"colour": 5}, r"colour is 5; give a palette name or three numbers 0\.\.255"),
+        ({"colour": 5}, r"colour is 5; give a palette name or \[r, g, b\]"),
         ({"colour": (1, 2)}, r"colour is \(1, 2\); "),
         ({"colour": (300, 0, 0)}, r"colour is \(300, 0, 0\); "),
         ({"width": 0}, "width is 0; give a whole number of 1 or more"),

@@ -388,8 +388,8 @@ def _loggers(job: JobValues) -> Iterator[str]:
     key = os.environ.get("WANDB_API_KEY")
     if not has_wandb_key():
         yield (
-            f"logger=wandb has no key for {_wandb_hosts()[0]}: run `wandb login`, set WANDB_API_KEY, "
-            f"{otherwise}"
+            f"logger=wandb has no key for {_wandb_hosts()[0]}: run `wandb login`, set "
+            f"WANDB_API_KEY, {otherwise}"
         )
     elif key and not _WANDB_KEY.fullmatch(key):
         yield (

@@ -212,6 +212,9 @@ def _describe(
     known = [str(name) for name in sections[section]]
     meant = _meant(key, sections, groups, str(override.value()))
     hint = f" (did you mean {meant}?)" if meant else ""
+    option = key.removeprefix(f"{section}.").partition(".")[0]
+    if option in groups.get(section, ()):  # logger.wandb.entity without logger=wandb
+        hint = f" (it comes with {section}={option})"
     return f"{key}: no such key{hint}; {section or 'the top level'} has {', '.join(known)}"
 
 

@@ -24,7 +24,7 @@ OPTIONS: Final = (
 _TAKES_VALUE: Final = frozenset(name for names in OPTIONS for name in names)
 _KEY: Final = re.compile(r"(?P<key>\+{0,2}[\w./@$:-]+)=(?P<value>.+)", re.DOTALL)
 # Words are separated by zeros.
-_SPACED: Final = re.compile(r"([^\0=]+)(?:\0=\0?|=\0)([^\0=]+)(?=\0|$)")
+_SPACED: Final = re.compile(r"(?<![^\0])([^\0=]+)(?:\0=\0?|=\0)([^\0=]+)(?=\0|$)")
 
 
 def quoted(text: str) -> str:
@@ -81,6 +81,8 @@ def join_spaced(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def unreadable(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield each word that is no override, and the problem."""
     for word in words:
+        if word.startswith("="):  # Hydra reads a key without a name
+            yield word, f"`{word}` is not KEY=VALUE: there is no KEY"
         if (error := _reading_error(word)) is None:
             continue
         found, why = _KEY.fullmatch(word), first_line(error)
