@@ -104,7 +104,9 @@ def test_an_older_one_stays_until_the_new_one_is_whole(tmp_path, full_disk):
 @pytest.mark.parametrize("content", [b"", b"no pickle at all"])
 def test_reading_a_damaged_file_is_a_readable_error(tmp_path, content):
     (tmp_path / "000001.ckpt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"000001\.ckpt (is empty|cannot be read).* move it away"):
+    with pytest.raises(
+        CheckpointError, match=r"000001\.ckpt (is empty|cannot be read).* move it away"
+    ):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "000001.ckpt", weights_only=True)
 
 

@@ -96,7 +96,9 @@ def readable(done: subprocess.CompletedProcess) -> str:
         (52, "no space is left on the device: free some"),
         pytest.param(64, "(0.0 MB free): no space is left", marks=pytest.mark.slow, id="samples"),
         pytest.param(12_000, "could not be written", marks=pytest.mark.slow, id="export"),
-        pytest.param(19_800, "projector could not be written", marks=pytest.mark.slow, id="projector"),
+        pytest.param(
+            19_800, "projector could not be written", marks=pytest.mark.slow, id="projector"
+        ),
     ],
 )
 def test_a_full_disk_is_one_error_and_no_half_file(
