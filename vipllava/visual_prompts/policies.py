@@ -86,7 +86,7 @@ class ShapeRanges:
                 shown: object = bounds if several else cast("object", value)
                 raise VipLlavaError(
                     f"ranges.{field.name} is {shown}; give [low, high] with low <= high, "
-                    f"{'whole numbers' if type(default[0]) is int else 'numbers'}"
+                    f"{'whole numbers' if isinstance(default[0], int) else 'numbers'}"
                 )
         if self.anchor <= 0:
             raise VipLlavaError(f"ranges.anchor is {self.anchor}; it must be positive")
