@@ -20,7 +20,7 @@ BASE: Final = Path(__file__).parent / "base"
 _RANGES: Final = ShapeRanges(
     anchor=168, rectangle_width=(3, 5), ellipse_width=(3, 5), triangle_width=(3, 4),
     scribble_width=(3, 5), arrow_width=(3, 4), contour_width=(1, 2), point_radius=(6, 9),
-    ellipse_scale=(1.0, 1.3), arrow_head_min=9.0, alpha=(176, 255), mask_alpha=(144, 192),
+    ellipse_scale=(1.0, 1.3), arrow_head_min=9.0, alpha=(176, 255), mask_alpha=(96, 128),
 )  # fmt: skip
 TINY_POLICIES: Final = {
     name: replace(policy, ranges=_RANGES) for name, policy in POLICIES["published"].items()
