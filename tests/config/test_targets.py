@@ -7,6 +7,13 @@ from vipllava.config.checks import check_targets, find_target_problems, targets
 from vipllava.types import ConfigError
 
 
+def test_a_stop_while_a_module_is_imported_is_no_problem_of_it(tmp_path, monkeypatch):
+    (tmp_path / "stopped.py").write_text("raise SystemExit(130)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit, match="130"):
+        find_target_problems(OmegaConf.create({"a": {"_target_": "stopped.Thing"}}))
+
+
 def test_unknown_arguments_and_targets():
     cfg = OmegaConf.create(
         {

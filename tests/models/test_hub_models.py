@@ -14,7 +14,7 @@ from tests.files.file_server import Reply
 from tests.ingest.fetch.fake_hub import REPO, Hub, run_hub
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.models.building import ModelSpec
-from vipllava.models.hub_models import local_folder
+from vipllava.models.hub_models import load_config, local_folder
 from vipllava.types import CheckpointError
 
 REFUSED = {"gated": "GatedRepo", "unknown": "RepoNotFound"}
@@ -148,3 +148,13 @@ def test_a_hub_that_fails(hub, monkeypatch):
         hub.server.always[path] = Reply(500)
     with pytest.raises(CheckpointError, match=r"could not be downloaded \(.*500.*check the net"):
         local_folder(REPO, "checkpoint")
+
+
+def test_a_run_in_place_of_its_model(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match=r"it holds checkpoints\): name the folder that save"):
+        load_config(str(tmp_path), "checkpoint")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"export\): its model is {tmp_path}/export"):
+        load_config(str(tmp_path), "checkpoint")

@@ -51,9 +51,10 @@ def test_what_is_said() -> None:
     ("rows", "size"),
     [
         ([[0.1, 0.1, 0.5, 0.9]] * 2, SIZE),  # too few to tell
-        ([[10, 10, 60, 95]] * 9, (120, 100)),  # an image of about a hundred pixels
-        ([[10, 10, 40, 50]] * 9, SIZE),  # nothing near a hundred
-        ([[10, 10, 60, 95]] * 9 + [[200, 9, 300, 99]], SIZE),
+        ([[10, 10, 60, 95]] * 19, SIZE),  # a few, near the corner
+        ([[10, 10, 60, 95]] * 30, (120, 100)),  # an image of about a hundred pixels
+        ([[10, 10, 40, 50]] * 30, SIZE),  # nothing near a hundred
+        ([[10, 10, 60, 95]] * 30 + [[200, 9, 300, 99]], SIZE),
         ([[10, 10, 40, 50]] * 30 + [[190, 20, 180, 50]], SIZE),  # one slip
         ([[9, 9], "box", None, [1, 2, "3", 4]] * 3, SIZE),  # the parser's to refuse
         ([], SIZE),

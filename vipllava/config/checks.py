@@ -85,6 +85,8 @@ def find_target_problems(cfg: DictConfig) -> list[str]:
         try:
             target: Any = pydoc.locate(name)
         except pydoc.ErrorDuringImport as error:
+            if isinstance(error.value, (KeyboardInterrupt, SystemExit)):
+                raise error.value from None  # Ctrl-C: pydoc catches that, too
             problems.append(f"{path}._target_={name} cannot be imported: {first_line(error)}")
             continue
         if target is None:

@@ -152,9 +152,12 @@ def load_config(source: str, role: str) -> Any:
         raise CheckpointError(f"{role}={source!r} is a file: name the folder that holds it")
     if not (folder / "config.json").is_file():
         names = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        if (folder / "export" / "config.json").is_file():
+            meant = f"its model is {folder / 'export'}"
+        else:
+            meant = "name the folder that save_pretrained or a training stage's export wrote"
         raise CheckpointError(
-            f"{role}={source!r} is a folder without config.json (it holds {names}): name the "
-            "folder that save_pretrained or a training stage's export wrote"
+            f"{role}={source!r} is a folder without config.json (it holds {names}): {meant}"
         )
     try:
         return AutoConfig.from_pretrained(folder)

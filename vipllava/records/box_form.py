@@ -10,6 +10,8 @@ from vipllava.records.fields import is_number, list_or_empty
 from vipllava.records.kind import Outline
 
 _LEAST_BOXES: Final = 3
+_LEAST_BOXES_PER_CENT: Final = 20
+"""A few boxes in pixels may well lie within 100 pixels of the corner; all of many do not."""
 _LEAST_SIDE: Final = 150
 """Pixels: boxes within 0..100 of smaller images may be in pixels."""
 _SLACK: Final = 1.0  # pixels; annotations count the last one or do not
@@ -50,7 +52,7 @@ def box_form(signs: Counter[str]) -> str | None:
     found, remedy = None, "multiply x by the image's width and y by its height"
     if signs["within_1"] == count:
         found = "lie within 0..1: they look like fractions of the image"
-    elif signs["within_100"] == count and signs["near_100"]:
+    elif count >= _LEAST_BOXES_PER_CENT and signs["within_100"] == count and signs["near_100"]:
         found = "lie within 0..100, in larger images: they look like per cent of the image"
         remedy += ", divided by 100"
     elif signs["fits_as_size"] == count and signs["reversed"] >= _LEAST_REVERSED * count:

@@ -393,12 +393,12 @@ def test_the_form_of_boxes_is_told_of_a_data_set(
     boxes = ([20, 20, 60, 95], [10, 5, 90, 60], [30, 40, 70, 80])  # per cent
     talk = said("<image>\nWhat is <bbox0>?", "A cup.")
     tar: Members = []
-    for number, box in enumerate(boxes):
+    for number, box in enumerate(boxes * 7):
         record = record_of("regions", bboxes=[box], segmentations=..., conversations=talk)
         tar += members_of(f"s{number}", record, picture(number))
     write_tar(tmp_path / "toy" / "0.tar", tar)
     report = lint(tmp_path, sample_encoder(encoder))
     assert [(f.code, f.key, f.severity) for f in report.findings] == [("box-form", "", "warning")]
     assert report.findings[0].message.startswith(
-        "all 3 boxes lie within 0..100, in larger images: they look like per cent of the image"
+        "all 21 boxes lie within 0..100, in larger images: they look like per cent of the image"
     )
