@@ -59,7 +59,7 @@ def test_the_result_is_uploaded_on_request(export, tmp_path, capsys, monkeypatch
         (["--format", "gguf"], "'gguf' is not one of 'hf', 'llava', 'projector'"),
         (["--feature-layers", "-2,b"], "expected whole numbers, such as -2,-5"),
         (["--push-to-hub", "model"], "expected OWNER/NAME"),
-        (["--device", "cuda:77"], "device='cuda:77' is not there"),
+        (["--device", "cuda:77"], "--device 'cuda:77' is not there"),
         (["--vision-towr", "x"], "(Possible options: --vision-tower)"),
     ],
 )

@@ -53,7 +53,7 @@ def test_the_stage_is_the_manifests_unless_chosen():
 
 
 def test_what_does_not_fit_is_said_at_once():
-    with pytest.raises(ConfigError, match=r"data\.manifest=sample_gpt5: unknown"):
+    with pytest.raises(ConfigError, match="--data sample_gpt5: unknown"):
         compose_data_job("sample_gpt5", [])
     with pytest.raises(ConfigError, match=r"stage\.max_lenght: no such key"):
         compose_data_job("sample_gpt4v", ["stage.max_lenght=3"])
