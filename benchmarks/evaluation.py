@@ -10,7 +10,8 @@ from typing import Any
 from benchmarks.train_cases import ROOT, tiny_spec
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder
-from vipllava.evaluation.benches.regions import read_questions
+from vipllava.evaluation.asking import Protocol, requests_of
+from vipllava.evaluation.bench import Item
 from vipllava.inference.engine import Engine
 from vipllava.models.building import image_seq_length, token_id
 from vipllava.models.towers import CLIP
@@ -19,7 +20,6 @@ from vipllava.sample_world.build import ensure_sample_world
 from vipllava.shards.manifest import load_manifest
 from vipllava.stream.image_transform import ImageTransform
 from vipllava.stream.sample_encoder import SampleSource
-from vipllava.types import Request
 
 _NUM_QUESTIONS, _MAX_NEW_TOKENS = 64, 8
 
@@ -45,8 +45,8 @@ def run(data_root: Path = Path("data")) -> dict[str, Any]:
     )
     manifest = load_manifest("sample_regions", ROOT / "data_manifests")
     samples = SampleSource.open(manifest, data_root, seed=42)
-    questions = read_questions(islice(samples, _NUM_QUESTIONS), TINY_POLICIES, seed=42)
-    requests = [Request(question.marked, question.turns, question.key) for question in questions]
+    items = (Item(sample.key, sample) for sample in islice(samples, _NUM_QUESTIONS))
+    requests = list(requests_of(items, Protocol(TINY_POLICIES, seed=42)))
     rows: list[dict[str, Any]] = []
     for batch_size in (1, 8, 32):
         engine.answer(requests[:batch_size], max_new_tokens=2, batch_size=batch_size)  # warm up

@@ -90,4 +90,4 @@ def test_two_steps_are_trained_from_it_and_evaluated(installed: Path, tmp_path: 
         installed, tmp_path, "evaluate", checkpoint, "limit=2", f"paths.runs={runs}", "device=cpu"
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (runs / "eval" / "tiny-pretrain" / "regions" / "results.json").is_file()
+    assert (runs / "eval" / "tiny-pretrain" / "regions" / "metrics.json").is_file()

@@ -229,6 +229,8 @@ class Request:
     # The conversation so far, the user's turn last; one has the image if and only if there is one.
     turns: Sequence[Turn]
     key: str = ""  # names the question in errors
+    # Further images, shown behind it, e.g. crops; for models that take several.
+    more_images: tuple[Image.Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

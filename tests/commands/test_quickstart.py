@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vipllava import cli
 from vipllava.commands import quickstart
+from vipllava.evaluation.bench import Prediction, jsonl
+from vipllava.evaluation.journal import predictions_path
 from vipllava.files.locks import hold_folder
 from vipllava.sample_world.build import ensure_sample_world
 from vipllava.types import VipLlavaError
@@ -55,7 +58,7 @@ def test_what_carries_the_photographs_may_not_be_installed(monkeypatch, tmp_path
 def two_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A quick start whose second step fails until there is a file; returns its folder."""
     code = "import sys; from pathlib import Path; folder = Path(sys.argv[2]); "
-    code += "folder.mkdir(parents=True); (folder / 'results.json').write_text(sys.argv[1]); "
+    code += "folder.mkdir(parents=True); (folder / 'metrics.json').write_text(sys.argv[1]); "
     code += "sys.exit(0 if Path('allowed').exists() or sys.argv[1] == 'first' else 3)"
     steps = {
         name: (name, str(tmp_path / "q" / "eval" / f"{name}{end}"))
@@ -156,10 +159,8 @@ def test_a_killed_quick_start_leaves_no_step(tmp_path: Path, number: signal.Sign
     assert "Traceback" not in errors
 
 
-def accuracy(correct: int, total: int) -> dict[str, float]:
-    return {
-        "correct": correct, "total": total, "accuracy": correct / total, "low": 0.1, "high": 0.9,
-    }  # fmt: skip
+def accuracy(correct: int, total: int) -> dict[str, Any]:
+    return {"score": correct / total, "low": 0.1, "high": 0.9, "num_items": total}
 
 
 @pytest.fixture
@@ -174,17 +175,19 @@ def finished(tmp_path: Path) -> tuple[Path, Path]:
         (folder / "metrics.csv").write_text("step,train/loss\n" + rows)
     regions = output / "eval" / "regions"
     regions.mkdir(parents=True)
-    halves = {"marked": accuracy(7, 8), "unmarked": accuracy(1, 8)}
-    results = {
-        "seed": 42, "num_questions": 8, **halves, "by_shape": {"arrow": halves},
-        "gap": {"accuracy": 0.75, "low": 0.5, "high": 0.9},
-    }  # fmt: skip
-    (regions / "results.json").write_text(json.dumps(results))
-    lines = [
-        json.dumps({"shape": "arrow", "answer": "x", "marked": f"seen{n}", "unmarked": "guess"})
-        for n in range(8)
-    ]
-    (regions / "predictions.jsonl").write_text("\n".join(lines))
+    halves = {"kept": accuracy(7, 8), "removed": accuracy(1, 8)}
+    metrics = {
+        "settings": {"seed": 42},
+        "marks": {name: {**half, "groups": {"arrow": half}} for name, half in halves.items()},
+        "faithfulness": {"gap": {"score": 0.75, "low": 0.5, "high": 0.9}},
+    }
+    (regions / "metrics.json").write_text(json.dumps(metrics))
+    for marks in ("kept", "removed"):
+        rows = [
+            Prediction(f"{n}", "i", marks, "What?", "x", ("arrow",), f"{marks}{n}")
+            for n in range(8)
+        ]
+        predictions_path(regions, marks).write_text(jsonl(row.row() for row in rows))
     split = {
         "total": 40.0, "low": 30.0, "high": 50.0, "num_items": 60,
         "by_capability": {"rec": {"score": 40.0, "num_items": 60}},
@@ -192,7 +195,7 @@ def finished(tmp_path: Path) -> tuple[Path, Path]:
     bench = output / "eval" / "vip_bench"
     bench.mkdir(parents=True)
     splits = {"bbox": split, "human": {**split, "total": 50.0}}
-    (bench / "results.json").write_text(json.dumps({"splits": splits}))
+    (bench / "metrics.json").write_text(json.dumps({"splits": splits}))
     return output, data_root
 
 
@@ -208,5 +211,6 @@ def test_summary_and_page_come_from_the_steps_files(finished: tuple[Path, Path])
     assert summary["loss_last"]["gpt4v"] == pytest.approx(0.55)
     assert set(summary["seconds"]) == {"pretrain", "all"}
     page = (output / "report.html").read_text()
-    assert "seen0" in page
+    assert "kept0" in page
+    assert "removed7" in page
     assert (output / "shapes.png").stat().st_size > 10_000

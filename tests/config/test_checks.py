@@ -431,5 +431,5 @@ def test_a_checkpoint_among_the_runs_may_be_a_file(tmp_path):
 
 
 def test_sound_evaluation(machines: dict[str, Hardware]):
-    job = ("checkpoint=runs/tiny-pretrain/export", "bench.draw_marks=both", "device=cuda:7")
+    job = ("checkpoint=runs/tiny-pretrain/export", "marks=[kept,removed]", "device=cuda:7")
     assert problems(*job, name="evaluate", machine=machines["8xa100"]) == []

@@ -202,7 +202,7 @@ JOBS = [
     "train.py experiment=quickstart stage=gpt4v",
     "train.py model=7b trainer=8xa100 experiment=released_recipe logger=wandb",
     "evaluate.py bench=vip_bench",
-    "evaluate.py bench=regions bench.draw_marks=false checkpoint=runs/7b-gpt4v/export",
+    "evaluate.py bench=regions marks=removed checkpoint=runs/7b-gpt4v/export",
 ]
 
 

@@ -68,9 +68,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Reader:
-    """Reads every sign as SHOP."""
+    """Reads every sign as SHOP, once it may."""
+
+    num_answers = 99
 
     def answer(self, requests: list[Any], **settings: Any) -> list[str]:
+        if self.num_answers < len(requests):
+            raise KeyboardInterrupt
         return ["SHOP" for _ in requests]
 
 
@@ -90,15 +94,15 @@ def test_the_example_of_the_page(
     check_config(cfg, more=bench_problems(cfg))
     run_evaluation(cfg)
     folder = place / "runs" / "eval" / "weights" / "sign_letters"
-    results = json.loads((folder / "results.json").read_text())
-    assert results == {
-        "benchmark": "sign_letters", "manifest": "my_signs.yaml", "checkpoint": "weights",
-        "seed": 42, "num_signs": 2, "letters": 0.375,
-    }  # fmt: skip
-    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    assert lines == [
-        {"key": "my_signs/sign-0", "read": "SHOP"},
-        {"key": "my_signs/sign-1", "read": "SHOP"},
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["bench"] == "sign_letters"
+    assert metrics["metric"] == "letters"
+    assert metrics["marks"]["kept"]["score"] == 0.375
+    assert metrics["settings"]["seed"] == 42
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [(row["key"], row["answer"], row["score"]) for row in rows] == [
+        ("my_signs/sign-0", "SHOP", 0.75),
+        ("my_signs/sign-1", "SHOP", 0.0),
     ]
     assert "letters in %" in capsys.readouterr().out
 
@@ -117,10 +121,11 @@ def test_options_are_the_benchmarks_own(place: Path):
     (problem,) = bench_problems(job("+bench.ignore_cases=true", folder=place))
     assert problem == (
         "bench has unknown keys ignore_cases; `sign_letters` has name, module, manifest, "
-        "max_new_tokens, ignore_case"
+        "max_new_tokens, marks, ignore_case"
     )
-    wrong = compose_job(["bench.draw_marks=maybe", "batch_size=0"], config_name="evaluate")
-    with pytest.raises(ConfigError, match=r"(?s)batch_size=0: .*bench.draw_marks=maybe: expected"):
+    wrong = compose_job(["marks=maybe", "batch_size=0"], config_name="evaluate")
+    known = "kept, removed, moved, recoloured"
+    with pytest.raises(ConfigError, match=rf"(?s)batch_size=0: .*marks=maybe: expected .*{known}"):
         check_config(wrong, more=bench_problems(wrong))
 
 

@@ -1,158 +1,126 @@
-"""The region benchmark: marks drawn or not, exact scores, the files it writes."""
+"""The benchmark of any manifest's samples: marks kept and removed, exact scores, the table."""
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
-from typing import ClassVar
+from pathlib import Path
 
 import pytest
-from PIL import Image
 
+from tests.evaluation.answering import Says, evaluated, grey_sample, is_plain
 from tests.toy_data import lying_sample
-from vipllava.evaluation.bench import ask_all
-from vipllava.evaluation.benches import regions
-from vipllava.types import ConfigError, DraftTurn, Mention, RecordError, Region, Sample
-from vipllava.visual_prompts.policies import VisualPromptPolicy
+from vipllava.evaluation.bench import Item
+from vipllava.evaluation.benches.regions import REGIONS
+from vipllava.evaluation.summary import score_table, summarise
+from vipllava.types import DraftTurn, Request, Sample
 
-POLICIES = {"refcocog": VisualPromptPolicy()}
-GREY = (90, 90, 90)
-
-
-def sample(key: str, answer: str) -> Sample:
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 48), GREY).save(buffer, format="PNG")
-    turns = (
-        DraftTurn("user", ("What is ", Mention(0), "?"), has_image=True),
-        DraftTurn("assistant", (answer,)),
-    )
-    return Sample(key, "toy", buffer.getvalue(), (Region((8, 8, 40, 40)),), turns, "refcocog")
+BOTH = ("kept", "removed")
 
 
-class Looker:
-    """Answers `star` if the picture has a mark, else `cup`."""
-
-    def __init__(self, star: str = " Star"):
-        self.star = star
-
-    def answer(self, requests, *, max_new_tokens=64, batch_size=16):
-        return ["cup" if _is_plain(r.image) else self.star for r in requests]
+def item(key: str, answer: str) -> Item:
+    return Item(f"toy/{key}", grey_sample(key, answer))
 
 
-def _is_plain(image: Image.Image) -> bool:
-    return image.getextrema() == tuple((value, value) for value in GREY)
+def look(request: Request) -> str:
+    """Answer `star` if the image has a mark, else `cup`."""
+    return "cup" if is_plain(request.image) else "Star"
 
 
-def test_the_control_draws_nothing_and_keeps_the_words():
-    first, second = (
-        next(regions.read_questions([sample("a", "star")], POLICIES, seed=1)) for _ in range(2)
-    )
-    assert first.marked.tobytes() == second.marked.tobytes()
-    assert not _is_plain(first.marked)
-    assert _is_plain(first.unmarked)
-    assert first.shape in first.text
-    assert first.answer == "star"
+def test_scores_are_exact(tmp_path: Path):
+    items = [item(str(i), "star" if i < 3 else "cup") for i in range(4)]
+    metrics = summarise(evaluated(REGIONS, items, look, tmp_path, BOTH))
+    kept, removed = metrics["marks"]["kept"], metrics["marks"]["removed"]
+    assert (kept["num_items"], kept["num_failures"], kept["score"]) == (4, 0, 0.75)
+    assert kept["low"] == pytest.approx(0.3006, abs=1e-4)
+    assert removed["score"] == 0.25
+    gap = metrics["faithfulness"]["gap"]
+    assert (gap["score"], gap["num_items"]) == (0.5, 4)
+    assert (metrics["faithfulness"]["left"], metrics["faithfulness"]["chance"]) == (0.25, 0.75)
+    assert sum(group["num_items"] for group in kept["groups"].values()) == 4
 
 
-@pytest.mark.parametrize("upright", [True, False])
-def test_published_pictures_are_asked_about_as_they_are_stored(upright: bool):
-    (_, _, image, _), size = lying_sample(upright)
-    lying = replace(sample("a", "star"), image=image, upright=upright)
-    question = next(regions.read_questions([lying], POLICIES, seed=1))
-    assert question.marked.size == question.unmarked.size == size
+def test_without_the_marks_nothing_is_drawn_and_the_words_stay(tmp_path: Path):
+    model = Says(look)
+    kept, removed = evaluated(REGIONS, [item("a", "star")], model, tmp_path, BOTH)
+    assert [is_plain(request.image) for request in model.asked] == [False, True]
+    assert kept.question == removed.question
+    assert kept.groups == removed.groups
+    assert kept.groups[0] in kept.question
 
 
-def answered(samples, model=None, draw_marks="both", batch_size=16):
-    asked = regions.ask(regions.read_questions(samples, POLICIES, seed=1), draw_marks)
-    return ask_all(asked, model or Looker(), max_new_tokens=16, batch_size=batch_size)
+def test_a_full_stop_is_a_mistake_and_right_in_the_lenient_figure_beside(tmp_path: Path):
+    metrics = summarise(evaluated(REGIONS, [item("a", "star")], lambda _: "Star.", tmp_path))
+    kept = metrics["marks"]["kept"]
+    assert (kept["score"], kept["lenient"]) == (0, 1)
+    assert score_table(REGIONS, metrics).total == ("all", "1", "0.0 (0.0-79.3)", "100.0")
 
 
-def test_scores_are_exact():
-    samples = [sample(str(i), "star" if i < 3 else "cup") for i in range(4)]
-    results = regions.score(answered(samples))
-    assert results["num_questions"] == 4
-    assert results["marked"]["correct"] == 3
-    assert results["marked"]["accuracy"] == 0.75
-    assert results["marked"]["low"] == pytest.approx(0.3006, abs=1e-4)
-    assert results["unmarked"]["accuracy"] == 0.25
-    assert results["gap"]["accuracy"] == 0.5
-    assert sum(row["marked"]["total"] for row in results["by_shape"].values()) == 4
-
-
-def test_a_full_stop_is_a_mistake_and_right_in_the_lenient_figure_beside():
-    results = regions.score(answered([sample("a", "star")], Looker("Star.")))
-    assert results["marked"]["correct"] == 0
-    assert results["marked"]["accuracy"] == 0
-    assert results["marked"]["lenient_accuracy"] == 1
-    assert results["unmarked"]["lenient_accuracy"] == 0
-    assert regions.REGIONS.table(results).total[2:] == ("0.0 (0.0-79.3)", "0.0 (0.0-79.3)", "100.0")
-
-
-def test_the_table_ends_with_all_shapes():
-    results = regions.score(answered([sample("a", "star"), sample("b", "cup")]))
-    table = regions.REGIONS.table(results)
-    assert table.columns == (
-        "shape", "questions", "with marks", "marks not drawn", "punctuation aside",
-    )  # fmt: skip
-    assert [row[0] for row in table.rows] == sorted(results["by_shape"])
-    assert table.total == ("all", "2", "50.0 (9.5-90.5)", "50.0 (9.5-90.5)", "50.0")
-
-
-@pytest.mark.parametrize(
-    ("draw_marks", "asked", "left_out"),
-    [(True, "marked", "unmarked"), (False, "unmarked", "marked")],
-)
-def test_one_half_alone(draw_marks, asked, left_out):
-    results = regions.score(answered([sample("a", "star")], draw_marks=draw_marks))
-    assert results[asked]["total"] == 1
-    assert results[left_out] is None
-    assert results["gap"] is None
-    assert "-" in regions.REGIONS.table(results).total
-
-
-@pytest.mark.parametrize("value", ["maybe", "true", 1, None])
-def test_marks_are_drawn_not_drawn_or_both(value):
-    with pytest.raises(ConfigError, match=f"draw_marks={value}: expected one of true, false, both"):
-        regions.RegionsOptions(draw_marks=value)
-
-
-def test_images_are_held_a_few_batches_at_a_time():
-    drawn = []
-
-    def samples():
-        for number in range(40):
-            drawn.append(number)
-            yield sample(str(number), "star")
-
-    class Counter(Looker):
-        asked: ClassVar[list[tuple[int, int]]] = []
-
-        def answer(self, requests, **settings):
-            self.asked.append((len(drawn), len(requests)))
-            return super().answer(requests)
-
-    found = answered(samples(), Counter(), batch_size=1)
-    assert Counter.asked == [(8, 16), (16, 16), (24, 16), (32, 16), (40, 16)]
-    assert [each.key for each in found] == [f"toy/{number}" for number in range(40)]
-    assert {tuple(each.texts.items()) for each in found} == {
-        (("marked", " Star"), ("unmarked", "cup"))
-    }
-
-
-def test_the_file_of_predictions():
-    found = answered([sample("a", "star"), sample("b", "é")])
-    ((name, text),) = regions.REGIONS.files(found).items()
-    assert name == "predictions.jsonl"
-    lines = [json.loads(line) for line in text.splitlines()]
-    assert list(lines[0]) == ["key", "question", "shape", "answer", "marked", "unmarked"]
-    assert [(line["key"], line["answer"], line["marked"], line["unmarked"]) for line in lines] == [
-        ("toy/a", "star", " Star", "cup"),
-        ("toy/b", "é", " Star", "cup"),
+def test_the_table_has_a_row_per_shape_and_a_column_per_marking(tmp_path: Path):
+    items = [item(str(n), "star") for n in range(20)]
+    table = score_table(REGIONS, summarise(evaluated(REGIONS, items, look, tmp_path, BOTH)))
+    assert table.title == "regions: accuracy in % (95 %)"
+    assert table.columns == ("", "items", "marks kept", "marks removed", "lenient")
+    assert {"rectangle", "arrow"} & {row[0] for row in table.rows}
+    assert table.total == ("all", "20", "100.0 (83.9-100.0)", "0.0 (0.0-16.1)", "100.0")
+    assert table.notes == [
+        "falls by 100.0 (100.0-100.0) points without the mark, to 0.0 %; chance is 100.0 %"
     ]
 
 
-def test_records_that_ask_nothing_are_errors():
-    text_only = Sample("t", "toy", None, (), (DraftTurn("user", ("hi",)),), "refcocog")
-    with pytest.raises(RecordError, match="toy/t cannot be asked"):
-        next(regions.read_questions([text_only], POLICIES, seed=1))
+@pytest.mark.parametrize("upright", [True, False])
+def test_published_images_are_asked_about_as_they_are_stored(upright: bool, tmp_path: Path):
+    (_, _, image, _), size = lying_sample(upright)
+    lying = replace(grey_sample("a", "star"), image=image, upright=upright)
+    model = Says(lambda _: "star")
+    evaluated(REGIONS, [Item("a", lying)], model, tmp_path)
+    assert model.asked[0].image is not None
+    assert model.asked[0].image.size == size
+
+
+def test_images_are_held_as_the_model_gets_on(tmp_path: Path):
+    drawn: list[int] = []
+
+    def items():
+        for number in range(40):
+            drawn.append(number)
+            yield item(str(number), "star")
+
+    ahead: list[int] = []
+
+    def say(request: Request) -> str:
+        ahead.append(len(drawn))
+        return "star"
+
+    found = evaluated(REGIONS, items(), say, tmp_path)
+    assert ahead == list(range(1, 41))
+    assert [each.key for each in found] == [f"toy/{number}" for number in range(40)]
+
+
+def test_the_file_of_predictions(tmp_path: Path):
+    evaluated(REGIONS, [item("b", "é"), item("a", "star")], look, tmp_path, BOTH)
+    rows = [
+        json.loads(x) for x in (tmp_path / "predictions-removed.jsonl").read_text().split("\n")[:-1]
+    ]
+    assert list(rows[0]) == [
+        "key", "image", "marks", "question", "answer", "ground_truth", "score", "groups", "failure",
+    ]  # fmt: skip
+    assert {row["key"]: (row["ground_truth"], row["answer"], row["marks"]) for row in rows} == {
+        "toy/a": ("star", "cup", "removed"),
+        "toy/b": ("é", "cup", "removed"),
+    }
+
+
+def test_what_asks_nothing_is_a_failure_of_its_own(tmp_path: Path):
+    silent = Sample("t", "toy", None, (), (DraftTurn("assistant", ("hi",)),), "refcocog")
+    broken = replace(grey_sample("p", "star"), image=b"no image")
+    items = [Item("toy/t", silent), Item("toy/p", broken), item("a", "star")]
+    found = evaluated(REGIONS, items, look, tmp_path)
+    assert [each.key for each in found] == ["toy/t", "toy/p", "toy/a"]
+    assert found[0].failure == "toy/t cannot be asked: it has no user's question and its answer"
+    assert found[1].failure is not None
+    assert found[1].failure.startswith("toy/p")
+    assert [each.score for each in found] == [None, None, 1.0]
+    kept = summarise(found)["marks"]["kept"]
+    assert (kept["score"], kept["num_items"], kept["num_failures"]) == (1.0, 1, 2)
+    assert list(kept["failures"]) == ["toy/t", "toy/p"]

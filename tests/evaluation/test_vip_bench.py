@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.evaluation.answering import Says, evaluated
 from tests.toy_data import encode_picture, make_manifest
-from vipllava.evaluation.bench import BenchData, ask_all
+from vipllava.evaluation.bench import Bench, BenchData, Failure, Prediction
 from vipllava.evaluation.benches import vip_bench
-from vipllava.evaluation.judge import NoVerdictError, match_offline
+from vipllava.evaluation.benches.vip_bench import VIP_BENCH
+from vipllava.evaluation.judge import NoVerdictError
+from vipllava.evaluation.scoring import per_item
 from vipllava.types import ConfigError, RecordError, VipLlavaError
 
 META = {
@@ -52,23 +55,18 @@ def change(folder: Path, key: str, **fields) -> None:
     (folder / "vip-bench-meta-data.json").write_text(json.dumps(meta))
 
 
-class Fixed:
-    """Answers with given texts and remembers what was asked."""
-
-    def __init__(self, *texts: str) -> None:
-        self.texts, self.asked = list(texts), []
-
-    def answer(self, requests, *, max_new_tokens=64, batch_size=16):
-        self.asked += [request.turns[-1].text for request in requests]
-        return self.texts
-
-
-def ask(asked, model: Fixed):
-    return ask_all(asked, model, max_new_tokens=4, batch_size=16)
+def answered(
+    data: BenchData, *texts: str | Failure, bench: Bench = VIP_BENCH
+) -> tuple[Says, list[Prediction]]:
+    """Return the model, for what it was asked, and the scored predictions."""
+    left = list(texts)
+    model = Says(lambda _: left.pop(0))
+    folder = data.folder / "evaluation"
+    return model, evaluated(bench, bench.items(data), model, folder, data=data)
 
 
-def answered(folder: Path, split: str, model: Fixed):
-    return ask(vip_bench.ask(vip_bench.read_items(folder, split)), model)
+def questions(model: Says) -> list[str]:
+    return [request.turns[-1].text for request in model.asked]
 
 
 def bench_data(folder: Path, limit: int | None = None) -> BenchData:
@@ -77,19 +75,26 @@ def bench_data(folder: Path, limit: int | None = None) -> BenchData:
 
 
 def test_answers_and_scores(folder: Path):
-    model = Fixed("a star", "six", "left of the tree")
-    found = answered(folder, "human", model)
-    assert model.asked == ["human 0?", "human 1?", "human 2?"]
-    assert [(each.key, each.texts["answer"]) for each in found] == [
-        ("v1_0", "a star"), ("v1_1", "six"), ("v1_2", "left of the tree"),
-    ]  # fmt: skip
-    result = vip_bench.score(found, match_offline)
+    texts = ("a star", "six", "left of the tree")
+    model, found = answered(bench_data(folder), "x", "x", "x", *texts)
+    assert questions(model)[3:] == ["human 0?", "human 1?", "human 2?"]
+    assert [(each.key, each.answer, each.score) for each in found[3:]] == [
+        ("human/v1_0", "a star", 1.0),
+        ("human/v1_1", "six", 0.0),
+        ("human/v1_2", "left of the tree", 0.5),
+    ]
+    result = vip_bench.summarise(found)["splits"]["human"]
     assert result["total"] == pytest.approx(50.0)
     assert result["by_capability"] == {
         "rec": {"score": 75.0, "num_items": 2},
         "ocr": {"score": 0.0, "num_items": 1},
         "math": {"score": 0.0, "num_items": 1},
         "rel": {"score": 50.0, "num_items": 1},
+    }
+    assert result["by_combination"] == {
+        "rec": {"score": 100.0, "num_items": 1},
+        "ocr, math": {"score": 0.0, "num_items": 1},
+        "rec, rel": {"score": 50.0, "num_items": 1},
     }
     assert (result["num_items"], result["num_failures"]) == (3, 0)
 
@@ -102,52 +107,71 @@ def test_the_manifest_says_whether_pictures_are_turned(
         path.write_bytes(encode_picture(orientation=6))
     data = bench_data(folder)
     manifest = replace(data.manifest, apply_exif_orientation=upright)
-    for asked in vip_bench.VIP_BENCH.read(replace(data, manifest=manifest)):
-        image = asked.requests["answer"].image
-        assert image is not None
-        assert image.size == size
+    model, _ = answered(replace(data, manifest=manifest), *("x",) * 6)
+    assert {request.image.size for request in model.asked if request.image} == {size}
+
+
+def test_the_alpha_of_an_image_is_dropped(folder: Path):
+    for path in folder.glob("*/images/*"):
+        Image.new("RGBA", (8, 8), (10, 20, 30, 0)).save(path)
+    model, _ = answered(bench_data(folder, limit=1), "x", "x")
+    assert model.asked[0].image is not None
+    assert model.asked[0].image.getpixel((4, 4)) == (10, 20, 30)
 
 
 def test_both_splits_and_a_limit_of_each(folder: Path):
-    bench = vip_bench.VIP_BENCH
-    model = Fixed("star", "é", "star", "7")
-    found = ask(bench.read(bench_data(folder, limit=2)), model)
-    assert model.asked == ["bbox 0?", "bbox 1?", "human 0?", "human 1?"]
-    assert bench.files(found) == {
+    model, found = answered(bench_data(folder, limit=2), "star", "é", "star", "7")
+    assert questions(model) == ["bbox 0?", "bbox 1?", "human 0?", "human 1?"]
+    assert VIP_BENCH.files(found) == {
         "answers-bbox.json": '{\n  "v1_0": "star",\n  "v1_1": "é"\n}\n',
         "answers-human.json": '{\n  "v1_0": "star",\n  "v1_1": "7"\n}\n',
     }
-    results = bench.score(found)
-    assert list(results) == ["judge", "splits"]
-    assert {name: split["total"] for name, split in results["splits"].items()} == {
+    metrics = VIP_BENCH.summarise(found, None)
+    assert {name: split["total"] for name, split in metrics["splits"].items()} == {
         "bbox": 50.0, "human": 100.0,
     }  # fmt: skip
-    table = bench.table(results)
+    table = VIP_BENCH.table(VIP_BENCH, metrics)
     assert table.columns == ("capability", "bbox", "human")
     assert ("math", "0.0 (1)", "100.0 (1)") in table.rows
-    assert table.total[2] == "100.0 (100.0-100.0), 2 items"
+    assert table.total[2].endswith(", 2 items")
+    assert table.notes[0] == (
+        "published, ViP-LLaVA-7B: bbox 48.4, human 48.3 "
+        "(ViP-LLaVA, CVPR 2024; graded by gpt-4-0613)"
+    )
 
 
 def test_the_folder_is_the_manifests_and_everything_is_checked_before_a_model(folder: Path):
     (folder / "human" / "images" / "1.png").unlink()
     with pytest.raises(RecordError, match=r"human/questions.jsonl:2: v1_1"):
-        vip_bench.VIP_BENCH.read(bench_data(folder))
+        VIP_BENCH.items(bench_data(folder))
     with pytest.raises(VipLlavaError, match="there is missing; put the data of `toy` there"):
         _ = bench_data(folder / "there").folder
     with pytest.raises(ConfigError, match="manifest `toy` names no folder"):
         _ = BenchData(make_manifest(), folder, {}).folder
 
 
-def test_an_item_without_verdict_is_a_failure_not_a_zero(folder: Path):
-    def judge(question: str, ground_truth: str, prediction: str) -> float:
-        if ground_truth == "star":
+def test_an_item_without_verdict_or_answer_is_a_failure_not_a_zero(folder: Path):
+    def judge(prediction: Prediction) -> float:
+        if prediction.ground_truth == "star":
             raise NoVerdictError("unreadable: maybe")
         return 1.0
 
-    result = vip_bench.score(answered(folder, "bbox", Fixed("x", "x", "x")), judge)
-    assert result["failures"] == {"v1_0": "unreadable: maybe"}
-    assert result["total"] == 100.0
-    assert result["num_items"] == 2
+    bench = replace(VIP_BENCH, score=per_item(score=judge))
+    texts = ("x", Failure("no answer in 60 s"), "x")
+    _, found = answered(bench_data(folder), *texts, "x", "x", "x", bench=bench)
+    result = vip_bench.summarise(found)["splits"]["bbox"]
+    assert result["failures"] == {
+        "v1_0": "no verdict: unreadable: maybe", "v1_1": "no answer in 60 s",
+    }  # fmt: skip
+    assert (result["total"], result["num_items"], result["num_failures"]) == (100.0, 1, 2)
+    assert bench.files(found)["answers-bbox.json"] == '{\n  "v1_0": "x",\n  "v1_2": "x"\n}\n'
+
+
+def test_marks_of_the_image_itself_can_only_be_kept(folder: Path):
+    data = bench_data(folder)
+    refused = pytest.raises(ConfigError, match=r"marks=removed: bbox/v1_0 has no regions, its")
+    with refused:
+        evaluated(VIP_BENCH, VIP_BENCH.items(data), lambda _: "x", folder / "out", ("removed",))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +201,7 @@ def test_an_item_without_verdict_is_a_failure_not_a_zero(folder: Path):
 def test_broken_layouts_name_file_line_and_id(folder: Path, spoil, message: str):
     spoil(folder)
     with pytest.raises(RecordError, match=message):
-        vip_bench.read_items(folder, "bbox")
+        vip_bench.read_questions(folder, "bbox")
 
 
 def test_a_question_asked_twice_or_not_at_all_is_an_error(folder: Path):
@@ -185,23 +209,25 @@ def test_a_question_asked_twice_or_not_at_all_is_an_error(folder: Path):
     first, second, _ = path.read_text().splitlines()
     path.write_text("\n".join([first, second, first]))
     with pytest.raises(RecordError, match=r"(?s)jsonl:3: question_id of v1_0 occurs.*for v1_2 of"):
-        vip_bench.read_items(folder, "bbox")
+        vip_bench.read_questions(folder, "bbox")
 
 
-def test_an_unreadable_picture_names_the_item_and_the_file(folder: Path):
+def test_an_unreadable_image_costs_its_own_item(folder: Path):
     path = folder / "bbox" / "images" / "1.png"
     path.write_bytes(b"no picture")
-    with pytest.raises(RecordError, match=r"v1_1 \(.*1\.png\)"):
-        answered(folder, "bbox", Fixed("a", "b", "c"))
+    _, found = answered(bench_data(folder), *("star",) * 5)
+    assert [each.answer for each in found] == ["star", None, "star", "star", "star", "star"]
+    assert found[1].failure is not None
+    assert found[1].failure.startswith(f"bbox/v1_1 ({path}): ")
 
 
 def test_the_interval_stays_within_the_scale(folder: Path):
-    found = answered(folder, "bbox", Fixed("star", "star", "star"))
-    result = vip_bench.score(found, match_offline)
-    assert (result["total"], result["low"]) == (pytest.approx(33.333, abs=1e-3), 0.0)
-    assert result["high"] == pytest.approx(98.665, abs=1e-3)
+    _, found = answered(bench_data(folder), *("left",) * 6)
+    result = vip_bench.summarise(found)["splits"]["bbox"]
+    assert (result["total"], result["low"]) == (pytest.approx(16.667, abs=1e-3), 0.0)
+    assert result["high"] == pytest.approx(49.333, abs=1e-3)
 
 
 def test_an_unknown_split_lists_the_known(folder: Path):
     with pytest.raises(RecordError, match="known: bbox, human"):
-        vip_bench.read_items(folder, "mask")
+        vip_bench.read_questions(folder, "mask")

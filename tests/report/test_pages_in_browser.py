@@ -131,12 +131,16 @@ def quickstart_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("quickstart") / "report.html"
     stripes = Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3))
     question = "What is within the red rectangle?\nAnswer the question using a single word."
-    halves = {"marked": accuracy(90, 100, 0.826, 0.945), "unmarked": accuracy(20, 100, 0.13, 0.29)}
-    gap = {"accuracy": 0.7, "low": 0.62, "high": 0.77}
+    halves = [accuracy(90, 100, 0.826, 0.945), accuracy(20, 100, 0.13, 0.29)]
+    marks = [{**half, "groups": {"mask contour": half}} for half in halves]
+    gap = {"score": 0.7, "low": 0.62, "high": 0.77}
     content = QuickstartPage(
         shapes_image=stripes.resize((1700, 790)),
         loss_curves={stage: [(0, 5.0), (1, 2.5)] for stage in ("pretrain", "finetune", "gpt4v")},
-        regions={**halves, "gap": gap, "by_shape": {"mask contour": halves}},
+        regions={
+            "marks": {"kept": marks[0], "removed": marks[1]},
+            "faithfulness": {"gap": gap},
+        },
         vip_bench={
             "splits": {name: scores(58.4, 50.1, 66.1, rec=71.2) for name in ("bbox", "human")}
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -45,10 +46,8 @@ def example(answer: str, marked: str | None, unmarked: str | None) -> Example:
     return Example(image, question, answer, marked, unmarked, "mask contour")
 
 
-def accuracy(correct: int, total: int, low: float, high: float) -> dict[str, float]:
-    return {
-        "correct": correct, "total": total, "accuracy": correct / total, "low": low, "high": high,
-    }  # fmt: skip
+def accuracy(correct: int, total: int, low: float, high: float) -> dict[str, Any]:
+    return {"score": correct / total, "low": low, "high": high, "num_items": total}
 
 
 def scores(total: float, low: float, high: float, **capabilities: float) -> dict[str, object]:
@@ -66,15 +65,17 @@ def content() -> QuickstartPage:
             "gpt4v": [(0, 0.5), (1, 0.25)],
         },
         regions={
-            "marked": accuracy(712, 800, 0.866, 0.910),
-            "unmarked": accuracy(188, 800, 0.207, 0.266),
-            "gap": {"accuracy": 0.655, "low": 0.62, "high": 0.69},
-            "by_shape": {
-                "arrow": {
-                    "marked": accuracy(90, 100, 0.826, 0.945),
-                    "unmarked": accuracy(21, 100, 0.1, 0.3),
-                }
+            "marks": {
+                "kept": {
+                    **accuracy(712, 800, 0.866, 0.910),
+                    "groups": {"arrow": accuracy(90, 100, 0.826, 0.945)},
+                },
+                "removed": {
+                    **accuracy(188, 800, 0.207, 0.266),
+                    "groups": {"arrow": accuracy(21, 100, 0.1, 0.3)},
+                },
             },
+            "faithfulness": {"gap": {"score": 0.655, "low": 0.62, "high": 0.69}},
         },
         vip_bench={
             "splits": {

@@ -132,7 +132,7 @@ def _result_of(output: Path, step: str) -> Path:
     """Return what a step leaves when it has ended."""
     if step in STAGES:
         return output / f"tiny-{step}" / "export"
-    return output if step == "sample_data" else output / "eval" / step / "results.json"
+    return output if step == "sample_data" else output / "eval" / step / "metrics.json"
 
 
 def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -144,15 +144,17 @@ def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) ->
     curves = {
         stage: read_loss_curve(output / f"tiny-{stage}" / "csv" / "metrics.csv") for stage in STAGES
     }
-    regions = _read_json(output / "eval" / "regions" / "results.json")
-    bench = _read_json(output / "eval" / "vip_bench" / "results.json")
+    regions = _read_json(output / "eval" / "regions" / "metrics.json")
+    bench = _read_json(output / "eval" / "vip_bench" / "metrics.json")
     totals = [split["total"] for split in bench["splits"].values()]
+    marked, unmarked = (regions["marks"][marks] for marks in ("kept", "removed"))
     summary: dict[str, Any] = {
-        "accuracy_marked": regions["marked"]["accuracy"],
-        "accuracy_unmarked": regions["unmarked"]["accuracy"],
-        "interval_marked": [regions["marked"]["low"], regions["marked"]["high"]],
-        "interval_unmarked": [regions["unmarked"]["low"], regions["unmarked"]["high"]],
-        "num_questions": regions["num_questions"],
+        "accuracy_marked": marked["score"],
+        "accuracy_unmarked": unmarked["score"],
+        "interval_marked": [marked["low"], marked["high"]],
+        "interval_unmarked": [unmarked["low"], unmarked["high"]],
+        "num_questions": marked["num_items"],
+        "faithfulness": regions["faithfulness"],
         "vip_bench_total": sum(totals) / len(totals),
         "vip_bench": {name: split["total"] for name, split in bench["splits"].items()},
         "loss_first": {stage: _mean(curve[:10]) for stage, curve in curves.items()},
@@ -166,7 +168,7 @@ def write_report(output: Path, data_root: Path, seconds: Mapping[str, float]) ->
         loss_curves=curves,
         regions=regions,
         vip_bench=bench,
-        examples=_examples(output, data_root, int(regions["seed"])),
+        examples=_examples(output, data_root, int(regions["settings"]["seed"])),
         seconds=seconds,
         versions={"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -194,26 +196,38 @@ def _run_step(name: str, words: Sequence[str]) -> float:
 
 def _examples(output: Path, data_root: Path, seed: int) -> list[Example]:
     """Return a dozen held-out questions, as many shapes as there are, with their pictures."""
-    from vipllava.evaluation.benches.regions import read_questions
+    from vipllava.evaluation.asking import item_image
+    from vipllava.evaluation.bench import Item
+    from vipllava.evaluation.journal import predictions_path, read_predictions
+    from vipllava.evaluation.marking import mark_item
     from vipllava.report.quickstart_page import Example
     from vipllava.sample_world import TINY_POLICIES
     from vipllava.shards.manifest import load_manifest
     from vipllava.stream.sample_encoder import SampleSource
+    from vipllava.visual_prompts.render import render_plan
 
-    path = output / "eval" / "regions" / "predictions.jsonl"
-    predictions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    folder = output / "eval" / "regions"
+    kept, removed = (read_predictions(predictions_path(folder, m)) for m in ("kept", "removed"))
     seen, order = Counter[str](), list[tuple[int, str, int]]()
-    for n, row in enumerate(predictions):
-        order.append((seen[row["shape"]], row["shape"], n))
-        seen[row["shape"]] += 1
-    shown = [n for _, _, n in sorted(order)[:_NUM_EXAMPLES]]
+    for n, (key, row) in enumerate(kept.items()):
+        shape = row.groups[-1]
+        if key in removed:
+            order.append((seen[shape], shape, n))
+            seen[shape] += 1
     manifest = load_manifest("sample_regions", MANIFESTS_DIR)
     source = SampleSource.open(manifest, data_root, seed)
-    questions = read_questions(map(source.sample, shown), TINY_POLICIES, seed)
-    return [
-        Example(q.marked, q.text, q.answer, row["marked"], row["unmarked"], q.shape)
-        for q, row in zip(questions, (predictions[n] for n in shown), strict=True)
-    ]
+    keys, examples = list(kept), list[Example]()
+    for _, shape, n in sorted(order)[:_NUM_EXAMPLES]:
+        row, item = kept[keys[n]], Item(keys[n], source.sample(n))
+        image = item_image(item)
+        assert image is not None
+        marked = mark_item(item, image.size, TINY_POLICIES, seed, "kept")
+        assert marked is not None
+        drawn, blank = render_plan(image, marked.plan), removed[keys[n]].answer
+        examples.append(
+            Example(drawn, row.question, str(row.ground_truth), row.answer, blank, shape)
+        )
+    return examples
 
 
 def _read_json(path: Path) -> Any:

@@ -221,11 +221,18 @@ EVALUATE: Final = _section({
     _null_or(_CHAT_TEMPLATE): "chat_template",
     _INDEX: "seed",
     _COUNT: "batch_size max_new_tokens",
-    _COUNT_OR_NULL: "limit",
+    _COUNT_OR_NULL: "limit num_processes",
+    _ANY: "marks",
+    _one_of("overlay", "coordinates", "set_of_mark", "crop"): "encoding",
     _null_or(_one_of(4, 8)): "bits",
     _one_of(AUTO, *_DTYPES): "dtype",
     _one_of(*_ATTENTIONS_OF_ANSWERS): "attn_implementation",
 }, paths=_PATHS, visual_prompts=_VISUAL_PROMPTS,
+    coordinates=_section({
+        _one_of("pixels", "unit", "thousand"): "scale",
+        _one_of("box", "point"): "form",
+        _TEXT_OR_NULL: "words",
+    }),
     bench=_section({_TEXT: "name manifest", _COUNT: "max_new_tokens"}, is_open=True),
 )  # fmt: skip
 """Keys of ``conf/evaluate.yaml``."""

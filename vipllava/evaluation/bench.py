@@ -1,36 +1,148 @@
 """What a benchmark is: one :class:`Bench`, from reading its data to the table on the terminal.
 
-asked    = bench.read(data)          items with what is asked about each, one at a time
-answered = ask_all(asked, engine)    texts in place of images
-files    = bench.files(answered)     kept, whatever scoring says
-results  = bench.score(answered)     results.json
-table    = bench.table(results)      printed
+item        = next(bench.items(data))         an image, its regions, a question, the right answer
+request     = marked and encoded item         see asking.py, marking.py, encodings.py
+prediction  = answer to the request           a line of predictions.jsonl as soon as it is there
+predictions = bench.score(predictions, data)  with scores
+metrics     = bench.summarise(predictions)    metrics.json
+table       = bench.table(metrics)            printed
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast, get_args
 
-from vipllava.types import ConfigError, Request, Sample, VipLlavaError
+from vipllava.types import ConfigError, Region, Request, Sample, VipLlavaError
 
 if TYPE_CHECKING:
+    from vipllava.records import RecordKind
     from vipllava.shards.manifest import Manifest
+    from vipllava.stream.sample_encoder import SampleSource
     from vipllava.visual_prompts.policies import VisualPromptPolicy
 
-Item = TypeVar("Item")
+Marks = Literal["kept", "removed", "moved", "recoloured"]
+"""What becomes of an item's marks; see :mod:`vipllava.evaluation.marking`."""
+ALL_MARKS: Final[tuple[Marks, ...]] = get_args(Marks)
 
-_BATCHES_AT_ONCE: Final = 16
-"""Enough for the engine to put questions of similar length together, few enough to hold."""
+
+_TEXTS: Final = ("key", "image", "question")
+_TEXTS_OR_NULL: Final = ("answer", "failure")
 
 
 @dataclass(frozen=True)
 class NoOptions:
     """Options of a benchmark that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Where else the marks of an item can go."""
+
+    regions: tuple[Region, ...]  # as many as the item's, in its order
+    ground_truth: Any  # the right answer then
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question about one image, still without marks or wording."""
+
+    key: str  # unique in the benchmark
+    # Image, regions and the conversation. A last turn of the assistant's is the right answer, not
+    # asked. Without regions nothing is drawn: the image may carry its marks.
+    sample: Sample
+    ground_truth: Any = None  # plain JSON, as the score needs it; None: the answer turn's text
+    groups: tuple[str, ...] = ()  # what tables group by, e.g. capabilities
+    moved: tuple[Moved, ...] = ()
+
+    @property
+    def image_id(self) -> str:
+        """A name of the image's bytes: items of one image are not independent."""
+        return hashlib.blake2b(self.sample.image or b"", digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """An item as it was asked, with the model's text; a line of ``predictions.jsonl``."""
+
+    key: str
+    image: str  # :attr:`Item.image_id`
+    marks: Marks
+    question: str  # the last user turn as it was worded
+    ground_truth: Any
+    groups: tuple[str, ...] = ()
+    answer: str | None = None  # the model's text; None: there is none, and ``failure`` says why
+    score: float | None = None  # the higher the better; None: not scored, or ``failure`` says why
+    more: Mapping[str, float] = field(default_factory=dict[str, float])  # other figures, by name
+    failure: str | None = None
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether it need not be asked again."""
+        return self.answer is not None
+
+    def row(self) -> dict[str, Any]:
+        """Return its line of the file as an object."""
+        names = ("key", "image", "marks", "question", "answer", "ground_truth", "score")
+        row = {name: getattr(self, name) for name in names}
+        return row | dict(self.more) | {"groups": list(self.groups), "failure": self.failure}
+
+    @classmethod
+    def from_row(cls, row: Any) -> Prediction:
+        """Read what :meth:`row` returned, but for ``more``.
+
+        Raises:
+            ValueError: it is no object, or a field is missing or of another type.
+        """
+        if not isinstance(row, dict):
+            raise ValueError("is no object")
+        given = cast("dict[str, Any]", row)
+        names = (*_TEXTS, *_TEXTS_OR_NULL, "marks", "ground_truth", "score", "groups")
+        if missing := [name for name in names if name not in given]:
+            raise ValueError(f"has no {', '.join(missing)}")
+        groups, score = given["groups"], given["score"]
+        wrong = [name for name in _TEXTS if not isinstance(given[name], str)]
+        wrong += [name for name in _TEXTS_OR_NULL if not isinstance(given[name], str | None)]
+        wrong += ["marks"] * (given["marks"] not in ALL_MARKS)
+        wrong += ["score"] * (not isinstance(score, int | float | None))
+        wrong += ["groups"] * (not isinstance(groups, list))
+        if wrong:
+            raise ValueError(f"has another type of value in {', '.join(wrong)}")
+        fields: dict[str, Any] = {name: given[name] for name in names}
+        fields["groups"] = tuple(map(str, groups))
+        return cls(**fields)
+
+    def failed(self, reason: str) -> Prediction:
+        """Return it with the reason why it has no score."""
+        return replace(self, score=None, more={}, failure=reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a request has no answer."""
+
+    reason: str
+
+
+class Answerer(Protocol):
+    """Answers questions: an engine here, or a model behind an address."""
+
+    @property
+    def several_images(self) -> bool:
+        """Whether it takes a request's ``more_images``."""
+        ...
+
+    def answer(self, requests: Iterable[Request]) -> Iterator[tuple[int, str | Failure]]:
+        """Yield the number of each request, as it was read, with the text; in any order.
+
+        Requests are read as they are worked on: each holds an image.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +155,25 @@ class BenchData:
     seed: int = 42  # of wordings and marks
     limit: int | None = None  # only the first so many items (of each split), or None
     options: Any = field(default_factory=NoOptions)  # a value of :attr:`Bench.options`
+    marks: tuple[Marks, ...] = ("kept",)
 
-    def samples(self) -> Iterator[Sample]:
-        """Yield the first ``limit`` samples in shard order: no shuffling, no substitutes."""
+    def source(self, record_kind: str | RecordKind | None = None) -> SampleSource:
+        """Open the manifest's shards, read as another kind of record where one is given."""
         from vipllava.stream.sample_encoder import SampleSource
 
-        return islice(SampleSource.open(self.manifest, self.data_root, self.seed), self.limit)
+        source = SampleSource.open(self.manifest, self.data_root, self.seed)
+        if record_kind is not None:
+            source.record_kind = record_kind
+        return source
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the shards' content; None without shards."""
+        return self.source().shards.fingerprint if self.manifest.shards else None
+
+    def samples(self, record_kind: str | RecordKind | None = None) -> Iterator[Sample]:
+        """Yield the first ``limit`` samples in shard order: no shuffling, no substitutes."""
+        return islice(self.source(record_kind), self.limit)
 
     @property
     def folder(self) -> Path:
@@ -73,56 +198,6 @@ class BenchData:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked(Generic[Item]):
-    """One item and what the model is asked about it."""
-
-    item: Item  # what scoring needs of it. Kept until the end, so it holds no image.
-    # one per way of asking, e.g. with and without marks, by the benchmark's names.
-    requests: Mapping[str, Request]
-
-
-@dataclass(frozen=True, slots=True)
-class Answered(Generic[Item]):
-    """One item with the model's texts, one per way of asking; ``key`` is its first request's."""
-
-    key: str
-    item: Item
-    texts: Mapping[str, str]
-
-
-class Answerer(Protocol):
-    """Answers questions; :class:`vipllava.inference.engine.Engine` does, and so can a fake."""
-
-    def answer(
-        self, requests: Sequence[Request], *, max_new_tokens: int = 64, batch_size: int = 16
-    ) -> list[str]:
-        """Return one text per request, in their order."""
-        ...
-
-
-def ask_all(
-    asked: Iterable[Asked[Item]], answerer: Answerer, *, max_new_tokens: int, batch_size: int
-) -> list[Answered[Item]]:
-    """Return every item with its answers, in order; images are held a few batches at a time."""
-    items: list[tuple[str, Item, list[str]]] = []
-
-    def requests() -> Iterator[Request]:
-        for each in asked:
-            ways = list(each.requests)
-            items.append((each.requests[ways[0]].key, each.item, ways))
-            yield from each.requests.values()
-
-    pending, texts = requests(), list[str]()
-    while chunk := list(islice(pending, _BATCHES_AT_ONCE * batch_size)):
-        texts += answerer.answer(chunk, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    said = iter(texts)
-    return [
-        Answered(key, item, dict(zip(ways, islice(said, len(ways)), strict=True)))
-        for key, item, ways in items
-    ]
-
-
-@dataclass(frozen=True, slots=True)
 class BenchTable:
     """What is printed at the end."""
 
@@ -130,6 +205,23 @@ class BenchTable:
     columns: Sequence[str]  # their names; the first is aligned left, the others right
     rows: Sequence[Sequence[str]]  # a text per column
     total: Sequence[str] = ()  # a last row, set apart, or empty
+    notes: Sequence[str] = ()  # lines below it
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A published figure, to stand beside a score."""
+
+    model: str
+    figures: Mapping[str, float]  # by metric, in the unit of the publication
+    source: str  # where it was published
+    judge: str | None = None  # the model that graded it; None where none does
+
+
+Scorer = Callable[[Sequence[Prediction], BenchData], Sequence[Prediction]]
+"""Returns the predictions with their scores: each for itself (:func:`.scoring.per_item`), or all
+together, as corpus measures and judges do. One that cannot be scored gets a ``failure``. Those
+without an answer are not among them."""
 
 
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -137,24 +229,43 @@ def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def answers_as_jsonl(answered: Sequence[Answered[Any]]) -> dict[str, str]:
-    """Return ``answers.jsonl``: a line per item with its key and its texts."""
-    return {"answers.jsonl": jsonl({"key": each.key, **each.texts} for each in answered)}
+def no_files(predictions: Sequence[Prediction]) -> Mapping[str, str]:
+    """Return nothing: ``predictions.jsonl`` is all there is."""
+    return {}
+
+
+def _summarise(predictions: Sequence[Prediction], chance: float | None) -> dict[str, Any]:
+    from vipllava.evaluation.summary import summarise
+
+    return summarise(predictions, chance)
+
+
+def _table(bench: Bench, metrics: Mapping[str, Any]) -> BenchTable:
+    from vipllava.evaluation.summary import score_table
+
+    return score_table(bench, metrics)
 
 
 @dataclass(frozen=True, slots=True)
-class Bench(Generic[Item]):
+class Bench:
     """A benchmark."""
 
-    name: str  # as ``bench.name`` and ``results.json`` have it
-    # returns the items in order. It may be a generator, so that images are held a few batches at a
-    # time; what it checks before its first item costs no loading of a model.
-    read: Callable[[BenchData], Iterable[Asked[Item]]]
-    # turns all answers into what ``results.json`` holds; plain values
-    score: Callable[[Sequence[Answered[Item]]], dict[str, Any]]
-    table: Callable[[Mapping[str, Any]], BenchTable]  # turns those into what is printed
-    # names and contents of the files beside ``results.json``
-    files: Callable[[Sequence[Answered[Item]]], Mapping[str, str]] = answers_as_jsonl
+    name: str  # as ``bench.name`` and ``metrics.json`` have it
+    # yields the items in order, best one at a time: images are held a few batches long. What it
+    # checks before its first item costs no loading of a model.
+    items: Callable[[BenchData], Iterable[Item]]
+    score: Scorer
     # a frozen dataclass of the settings that only this benchmark has; its ``__post_init__`` raises
     # a ConfigError for an impossible value
     options: type = NoOptions
+    metric: str = "accuracy"  # what the score is called
+    # All predictions, of all markings and scored, to what ``metrics.json`` holds; plain values.
+    summarise: Callable[[Sequence[Prediction], float | None], dict[str, Any]] = _summarise
+    table: Callable[[Bench, Mapping[str, Any]], BenchTable] = _table  # metrics to what is printed
+    # names and contents of further files, e.g. official answer files, from the kept marks
+    files: Callable[[Sequence[Prediction]], Mapping[str, str]] = no_files
+    chance: float | None = None  # of a guess; None: that of always saying the commonest answer
+    resize: tuple[int, int] | None = None  # of the image, once its marks are drawn; None leaves it
+    published: tuple[Published, ...] = ()
+    # Asks nothing: it scores, by key, what these benchmarks of the same checkpoint have answered.
+    joins: tuple[str, ...] = ()

@@ -9,13 +9,26 @@ import importlib
 import logging
 import sys
 import time
-from dataclasses import fields
+from contextlib import suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vipllava.config.schema import read
-from vipllava.evaluation.bench import Bench, BenchData, BenchTable, ask_all
+from vipllava.evaluation.asking import Protocol, ask_items
+from vipllava.evaluation.bench import (
+    ALL_MARKS,
+    Answerer,
+    Bench,
+    BenchData,
+    BenchTable,
+    Marks,
+    Prediction,
+)
 from vipllava.evaluation.benches import get_bench
+from vipllava.evaluation.encodings import Coordinates, check_encoding
+from vipllava.evaluation.joining import join, joined_settings
+from vipllava.evaluation.journal import Journal
 from vipllava.files.atomic import write_json, write_whole
 from vipllava.files.locks import hold_folder
 from vipllava.types import ConfigError, RecordError, VipLlavaError
@@ -25,68 +38,164 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_COMMON: Final = ("name", "module", "manifest", "max_new_tokens")
+_COMMON: Final = ("name", "module", "manifest", "max_new_tokens", "marks")
 """Keys of ``bench`` that every benchmark has; the others are its options."""
+_MODEL: Final = ("attn_implementation", "vision_tower", "base", "chat_template", "bits")
 
 
 def bench_problems(cfg: DictConfig) -> list[str]:
     """Return why the job's benchmark or its options cannot be used; imports nothing heavy."""
-    try:
-        _open_bench(cfg)
-    except VipLlavaError as error:
-        return [str(error)]
-    return []
+    problems: list[str] = []
+    for check in (_open_bench, find_marks, _check_encoding):
+        try:
+            check(cfg)
+        except VipLlavaError as error:
+            problems.append(str(error))
+    return problems
 
 
-def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
-    """Run one benchmark, write its files to ``run_dir`` and print a table.
+def _check_encoding(cfg: DictConfig) -> None:
+    _coordinates(cfg)
+    with suppress(ConfigError):  # said already
+        marks = find_marks(cfg)
+        check_encoding(read(cfg, "encoding"), marks, several_images=False)
+
+
+def run_evaluation(*jobs: DictConfig) -> dict[str, dict[str, Any]]:
+    """Run benchmarks one after another with one model; print a table for each.
+
+    Args:
+        jobs: a configuration per benchmark; they differ in ``bench`` and what follows from it.
 
     Returns:
-        The results, as written to ``results.json``.
+        Per benchmark what its ``metrics.json`` holds.
 
     Raises:
         VipLlavaError: checkpoint or data cannot be used, or another evaluation writes there; the
             message says what to do.
     """
-    run_dir = Path(cfg.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with hold_folder(run_dir, another="name=NEW_NAME"):
-        return _evaluate(cfg, run_dir)
+    opened: dict[tuple[Any, ...], Answerer] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for cfg in jobs:
+        run_dir = Path(cfg.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with hold_folder(run_dir, another="name=NEW_NAME"):
+            results[cfg.bench.name] = _evaluate(cfg, run_dir, opened)
+    return results
 
 
-def _evaluate(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
+def _evaluate(
+    cfg: DictConfig, run_dir: Path, opened: dict[tuple[Any, ...], Answerer]
+) -> dict[str, Any]:
     bench, options = _open_bench(cfg)
-    asked = bench.read(_bench_data(cfg, options))
-    from vipllava.inference.engine import Engine
-    from vipllava.models.hub_models import draw_bars_on_terminals_only
-
-    draw_bars_on_terminals_only()
-    names = ("attn_implementation", "vision_tower", "base", "chat_template", "bits")
-    settings = {name: cfg[name] for name in names}
-    engine = Engine.from_checkpoint(cfg.checkpoint, cfg.device, cfg.dtype, **settings)
     began = time.monotonic()
-    answered = ask_all(asked, engine, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size)
-    if not answered:
-        raise RecordError(f"no questions: the data set `{cfg.bench.manifest}` is empty")
-    for name, text in bench.files(answered).items():
+    if bench.joins:
+        folders = {name: run_dir.parent / name for name in bench.joins}
+        settings = joined_settings(folders)
+        scored = [each for marks in find_marks(cfg) for each in join(folders, marks)]
+    else:
+        data = _bench_data(cfg, options)
+        settings = _settings(cfg, data)
+        scored = _ask(cfg, bench, data, Journal(run_dir, settings), opened)
+    for name, text in bench.files([each for each in scored if each.marks == "kept"]).items():
         write_whole(run_dir / name, text)
-    results = {
-        "benchmark": bench.name,
-        "manifest": cfg.bench.manifest,
-        "checkpoint": str(cfg.checkpoint),
-        "seed": cfg.seed,
-        **bench.score(answered),
+    metrics = {
+        "bench": bench.name,
+        "metric": bench.metric,
+        "settings": settings,
+        **bench.summarise(scored, bench.chance),
+        "published": [asdict(each) for each in bench.published],
     }
-    write_json(run_dir / "results.json", results, indent=1)
-    _print(bench.table(results))
+    write_json(run_dir / "metrics.json", metrics, indent=1)
+    _print(bench.table(bench, metrics))
     logger.info(
         "%s of %s: %.0f s; written to %s",
         bench.name, cfg.checkpoint, time.monotonic() - began, run_dir,
     )  # fmt: skip
-    return results
+    return metrics
 
 
-def _open_bench(cfg: DictConfig) -> tuple[Bench[Any], Any]:
+def _ask(
+    cfg: DictConfig,
+    bench: Bench,
+    data: BenchData,
+    journal: Journal,
+    opened: dict[tuple[Any, ...], Answerer],
+) -> list[Prediction]:
+    """Return all predictions with their scores; they are in the journal, too."""
+
+    def answerer() -> Answerer:
+        from vipllava.evaluation.answerers import EngineSettings, make_answerer
+        from vipllava.models.hub_models import draw_bars_on_terminals_only
+
+        draw_bars_on_terminals_only()
+        engine = EngineSettings(
+            str(cfg.checkpoint), cfg.device, cfg.dtype, {name: cfg[name] for name in _MODEL}
+        )
+        sizes = (cfg.num_processes, cfg.max_new_tokens, cfg.batch_size)
+        if (key := (repr(engine), *sizes)) not in opened:
+            opened.clear()  # two models at once may not fit
+            opened[key] = make_answerer(engine, *sizes)
+        return opened[key]
+
+    protocol = Protocol(
+        data.policies, data.seed, data.marks, cfg.encoding, _coordinates(cfg), bench.resize
+    )
+    scored: list[Prediction] = []
+    for marks, asked in ask_items(bench.items(data), protocol, answerer, journal).items():
+        answered = [each for each in asked if each.has_answer]
+        if asked and not answered:
+            raise RecordError(f"none of {len(asked)} items has an answer: {asked[0].failure}")
+        by_key = {each.key: each for each in bench.score(answered, data)}
+        found = [by_key.get(each.key, each) for each in asked]
+        journal.finish(marks, found)
+        scored += found
+    if not scored:
+        why = f"the data set `{cfg.bench.manifest}` is empty"
+        if data.marks == ("moved",):
+            why = "the marks of no item can go anywhere else; see `others` in docs/evaluation.md"
+        raise RecordError(f"no questions: {why}")
+    return scored
+
+
+def _settings(cfg: DictConfig, data: BenchData) -> dict[str, Any]:
+    """Return what the answers depend on, markings aside: those have a file each."""
+    from vipllava.checkpoints.folders import content_digest
+
+    names = ("checkpoint", *_MODEL, "dtype", "device", "seed", "limit", "max_new_tokens")
+    bench = {key: value for key, value in read(cfg, "bench").items() if key != "marks"}
+    return {
+        "bench": bench,
+        **{name: read(cfg, name) for name in names},
+        "checkpoint_digest": content_digest(Path(str(cfg.checkpoint)).expanduser()),
+        "data": data.fingerprint,
+        "encoding": cfg.encoding,
+        "coordinates": read(cfg, "coordinates") if cfg.encoding == "coordinates" else None,
+        "visual_prompts": read(cfg, "visual_prompts"),
+    }
+
+
+def _coordinates(cfg: DictConfig) -> Coordinates:
+    given = read(cfg, "coordinates")
+    return Coordinates(*(given.get(each.name) for each in fields(Coordinates)))
+
+
+def find_marks(cfg: DictConfig) -> tuple[Marks, ...]:
+    """Return what becomes of the marks, each once.
+
+    Raises:
+        ConfigError: there is no such way; lists the known ones.
+    """
+    given = read(cfg, "marks")
+    listed = given if isinstance(given, list) else [given]
+    known = ", ".join(ALL_MARKS)
+    if not listed or (wrong := [each for each in listed if each not in ALL_MARKS]):
+        shown = ",".join(map(str, wrong if listed else []))
+        raise ConfigError(f"marks={shown}: expected one or several of {known}")
+    return tuple(dict.fromkeys(listed))
+
+
+def _open_bench(cfg: DictConfig) -> tuple[Bench, Any]:
     """Return the job's benchmark and its options."""
     section: dict[str, Any] = read(cfg, "bench")
     if section.get("module"):
@@ -133,7 +242,9 @@ def _bench_data(cfg: DictConfig, options: Any) -> BenchData:
         ensure_sample_world(cfg.paths.data_root)
     marks: Any = OmegaConf.to_container(cfg.visual_prompts, resolve=True)
     policies = build_policies(marks["policies"], marks["ranges"])
-    return BenchData(manifest, Path(cfg.paths.data_root), policies, cfg.seed, cfg.limit, options)
+    return BenchData(
+        manifest, Path(cfg.paths.data_root), policies, cfg.seed, cfg.limit, options, find_marks(cfg)
+    )
 
 
 def _print(table: BenchTable) -> None:
@@ -148,4 +259,7 @@ def _print(table: BenchTable) -> None:
     if table.total:
         shown.add_section()
         shown.add_row(*table.total)
-    Console().print(shown)
+    console = Console()
+    console.print(shown)
+    for note in table.notes:
+        console.print(note, markup=False, highlight=False)

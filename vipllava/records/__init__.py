@@ -114,12 +114,14 @@ def why_kind(kind: RecordKind) -> str:
     return has.get(kind.name, "it has neither `image` nor `bboxes`")
 
 
-def find_kind(record: Mapping[str, Any], kind: str, has_image: bool) -> RecordKind:
-    """Return the kind of a stored record, given its name or ``auto``; see :func:`kind_of`.
+def find_kind(record: Mapping[str, Any], kind: str | RecordKind, has_image: bool) -> RecordKind:
+    """Return the kind of a stored record, given itself, its name or ``auto``: see :func:`kind_of`.
 
     Raises:
         RecordError: the kind is unknown; lists the known ones.
     """
+    if isinstance(kind, RecordKind):
+        return kind
     name = kind_of(record, has_image) if kind == AUTO else kind
     if name not in KINDS:
         raise RecordError(f"unknown record kind `{name}`; known: {AUTO}, {', '.join(KINDS)}")
@@ -144,7 +146,7 @@ def parse_record(
     key: str,
     dataset: str,
     image: bytes | None,
-    kind: str = AUTO,
+    kind: str | RecordKind = AUTO,
     rng: np.random.Generator,
     size: tuple[int, int] | None = None,
     upright: bool = True,
@@ -156,7 +158,7 @@ def parse_record(
         key: its own in the data set of that manifest's name.
         dataset: see ``key``.
         image: encoded, from beside the record.
-        kind: one of ``KINDS``, or ``auto``.
+        kind: one of ``KINDS``, its name, or ``auto``; or one that is not registered.
         rng: chooses wordings; see :func:`vipllava.keyed_random.generator_for`.
         size: width and height of the image, pixels, where known already.
         upright: whether the image is turned as its EXIF block says.

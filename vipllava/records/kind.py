@@ -16,7 +16,10 @@ NO_POLICY: Final = "none"
 """Policy name of kinds whose images get no marks; it is never looked up."""
 CONVERSATIONS: Final = "conversations"
 """The field of a dialogue of ``human`` and ``gpt``; see :meth:`Fields.conversation`."""
-_OF_ALL: Final = ("id", "image", "width", "height", "model", VERSION_FIELD)
+OTHERS: Final = "others"
+"""The field of a record to be asked that lists what it would say about other regions, each an
+object of the fields that differ, e.g. ``{"bboxes": [[1, 2, 30, 40]], "answer": "cup"}``."""
+_OF_ALL: Final = ("id", "image", "width", "height", "model", OTHERS, VERSION_FIELD)
 _MAY_BE_EMPTY: Final = ("bbox", "bboxes", "segmentations", "visual_prompts")
 
 

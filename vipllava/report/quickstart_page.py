@@ -43,8 +43,8 @@ class QuickstartPage:
 
     shapes_image: Image.Image  # the eight shapes, see :mod:`vipllava.report.shapes_image`
     loss_curves: Mapping[str, Sequence[tuple[int, float]]]  # per stage (optimizer step, loss)
-    regions: Mapping[str, Any]  # ``results.json`` of the benchmark ``regions``, marks drawn and not
-    vip_bench: Mapping[str, Any]  # ``results.json`` of ``vip_bench``
+    regions: Mapping[str, Any]  # ``metrics.json`` of ``regions`` with marks kept and removed
+    vip_bench: Mapping[str, Any]  # ``metrics.json`` of ``vip_bench``
     # held-out questions to look at, chosen without looking at the answers
     examples: Sequence[Example]
     seconds: Mapping[str, float]  # duration of the parts, and of ``all``
@@ -53,17 +53,21 @@ class QuickstartPage:
 
 def write_quickstart_page(path: Path, content: QuickstartPage) -> None:
     """Write the page as one file that needs no other and no network."""
-    regions, splits = content.regions, content.vip_bench["splits"]
-    gap = [f"{100 * regions['gap'][key]:+.1f}" for key in ("accuracy", "low", "high")]
-    bars = [_bar("mark drawn", regions, "marked"), _bar("mark not drawn", regions, "unmarked")]
+    marks, splits = content.regions["marks"], content.vip_bench["splits"]
+    faithful = content.regions["faithfulness"]
+    gap = [f"{100 * faithful['gap'][key]:+.1f}" for key in ("score", "low", "high")]
+    bars = [
+        _bar("mark drawn", marks["kept"], "marked"),
+        _bar("mark not drawn", marks["removed"], "unmarked"),
+    ]
     sheet = content.shapes_image
     middle = sheet.width // 2
     halves = [(0, 0, middle, sheet.height), (middle, 0, sheet.width, sheet.height)]
     alt = "Four photographs, each with a region marked by another shape and its wording below"
     body = markup(
         _TEMPLATES["page"],
-        share=_percent(regions["marked"]),
-        num_questions=regions["marked"]["total"],
+        share=_percent(marks["kept"]),
+        num_questions=marks["kept"]["num_items"],
         gap=gap[0],
         gap_low=gap[1],
         gap_high=gap[2],
@@ -75,8 +79,11 @@ def write_quickstart_page(path: Path, content: QuickstartPage) -> None:
         ],
         by_shape=table(
             ["shape", "questions", "mark drawn", "not drawn"],
-            [_shape_row(shape, of) for shape, of in regions["by_shape"].items()],
-            _shape_row("all", regions),
+            [
+                _shape_row(shape, [of["groups"][shape] for of in marks.values()])
+                for shape in marks["kept"]["groups"]
+            ],
+            _shape_row("all", list(marks.values())),
         ),
         num_items=min(split["num_items"] for split in splits.values()),
         vip_bench=_vip_bench(splits),
@@ -87,11 +94,11 @@ def write_quickstart_page(path: Path, content: QuickstartPage) -> None:
     write_whole(path, page("ViP-LLaVA quick start", body, "style.css"))
 
 
-def _bar(name: str, regions: Mapping[str, Any], kind: str) -> Bar:
-    of = regions[kind]
+def _bar(name: str, of: Mapping[str, Any], kind: str) -> Bar:
     interval = f"{100 * of['low']:.1f} to {100 * of['high']:.1f}"
-    label = f"{name}: {_percent(of)} ({interval}), {of['correct']} of {of['total']}"
-    return Bar(label, of["accuracy"], of["low"], of["high"], kind)
+    correct = round(of["score"] * of["num_items"])
+    label = f"{name}: {_percent(of)} ({interval}), {correct} of {of['num_items']}"
+    return Bar(label, of["score"], of["low"], of["high"], kind)
 
 
 def _loss(number: int, stage: str, curve: Sequence[tuple[int, float]]) -> Html:
@@ -107,12 +114,9 @@ def _loss(number: int, stage: str, curve: Sequence[tuple[int, float]]) -> Html:
     )
 
 
-def _shape_row(shape: str, of: Mapping[str, Any]) -> list[Html | str | int]:
-    cells = [
-        _score_cell(*(100 * of[way][key] for key in ("accuracy", "low", "high")))
-        for way in ("marked", "unmarked")
-    ]
-    return [shape, of["marked"]["total"], *cells]
+def _shape_row(shape: str, ways: Sequence[Mapping[str, Any]]) -> list[Html | str | int]:
+    cells = [_score_cell(*(100 * of[key] for key in ("score", "low", "high"))) for of in ways[:2]]
+    return [shape, ways[0]["num_items"], *cells]
 
 
 def _vip_bench(splits: Mapping[str, Any]) -> Html:
@@ -162,7 +166,7 @@ def _score_cell(score: float | None, low: float | None = None, high: float | Non
 
 
 def _percent(of: Mapping[str, Any]) -> str:
-    return f"{100 * of['accuracy']:.1f} %"
+    return f"{100 * of['score']:.1f} %"
 
 
 def _duration(seconds: float) -> str:

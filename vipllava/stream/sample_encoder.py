@@ -14,7 +14,7 @@ in any process, worker or order, and another wording never moves a mark.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -27,7 +27,7 @@ from vipllava.conversation.encode import ConversationEncoder
 from vipllava.files.cache import ShardCache
 from vipllava.files.retries import ONCE, Patience
 from vipllava.keyed_random import generator_for
-from vipllava.records import KINDS, Kinds, parse_record
+from vipllava.records import KINDS, Kinds, RecordKind, parse_record
 from vipllava.records.image_decode import decode_image, image_size, naming_in_memory_errors
 from vipllava.shards.manifest import AUTO_POLICY, Manifest
 from vipllava.shards.tars import Entry, ShardSet, open_shards
@@ -55,7 +55,7 @@ class SampleSource:
     """The samples of one data set, drafted for any (epoch, position)."""
 
     shards: ShardSet  # the opened tars
-    record_kind: str  # of every record, or ``auto``
+    record_kind: str | RecordKind  # of every record, or ``auto``
     policy: str  # of every sample, or ``auto``: the record kind's own
     seed: int  # of wordings and marks
     upright: bool = True  # whether images are turned as their EXIF blocks say
@@ -124,6 +124,7 @@ def plan_sample(
     size: tuple[int, int],
     policies: Mapping[str, VisualPromptPolicy],
     rng: np.random.Generator,
+    change: Callable[[VisualPromptPlan], VisualPromptPlan] | None = None,
 ) -> tuple[VisualPromptPlan, tuple[Turn, ...]]:
     """Sample the marks of one sample and write its texts from them.
 
@@ -132,6 +133,7 @@ def plan_sample(
         size: width and height of its stored image, pixels; any for a text-only sample.
         policies: by the names that samples carry.
         rng: see :func:`marks_generator`.
+        change: makes another plan of the sampled one, before any text is written from it.
 
     Raises:
         RecordError: the regions cannot be told apart, or a mention has no region.
@@ -142,6 +144,8 @@ def plan_sample(
         if sample.regions:
             policy = get_policy(policies, sample.policy)
             plan = sample_plan(sample.regions, size, policy, rng, sample.fixed)
+        if change is not None:
+            plan = change(plan)
         return plan, refer_turns(sample.turns, plan, rng)
     except VipLlavaError as error:
         raise error.at(_name(sample)) from error

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from vipllava.evaluation.bench import Bench
+from vipllava.evaluation.benches.custom import CUSTOM
+from vipllava.evaluation.benches.pointqa import POINTQA
 from vipllava.evaluation.benches.regions import REGIONS
+from vipllava.evaluation.benches.v7w import V7W
+from vipllava.evaluation.benches.vcr import VCR_QA, VCR_QAR, VCR_QAR_JOINT
 from vipllava.evaluation.benches.vip_bench import VIP_BENCH
 from vipllava.types import ConfigError
 
-BENCHES: Final[dict[str, Bench[Any]]] = {bench.name: bench for bench in (REGIONS, VIP_BENCH)}
+BENCHES: Final[dict[str, Bench]] = {
+    bench.name: bench
+    for bench in (REGIONS, VIP_BENCH, V7W, POINTQA, VCR_QA, VCR_QAR, VCR_QAR_JOINT, CUSTOM)
+}
 
 
-def register_bench(bench: Bench[Any]) -> None:
+def register_bench(bench: Bench) -> None:
     """Make a benchmark of one's own known under its name.
 
     Raises:
@@ -26,7 +33,7 @@ def register_bench(bench: Bench[Any]) -> None:
     BENCHES[bench.name] = bench
 
 
-def get_bench(name: str) -> Bench[Any]:
+def get_bench(name: str) -> Bench:
     """Return the benchmark of this name.
 
     Raises:

@@ -9,16 +9,20 @@ is the mean over all items. An item without a verdict is a recorded failure, nev
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Final, cast
 
-from vipllava.evaluation.bench import Answered, Asked, Bench, BenchData, BenchTable
-from vipllava.evaluation.judge import Judge, NoVerdictError, match_offline, split_ground_truth
-from vipllava.evaluation.statistics import mean_interval
-from vipllava.records.image_decode import decode_image
-from vipllava.types import RecordError, Request, Turn, VipLlavaError
+from PIL import Image
+
+from vipllava.evaluation.bench import Bench, BenchData, BenchTable, Item, Prediction, Published
+from vipllava.evaluation.judge import split_ground_truth
+from vipllava.evaluation.scoring import SCORERS
+from vipllava.evaluation.summary import published_notes, score_of
+from vipllava.records.kind import NO_POLICY
+from vipllava.types import DraftTurn, RecordError, Sample, VipLlavaError
 
 META_DATA: Final = "vip-bench-meta-data.json"
 SPLITS: Final = ("bbox", "human")
@@ -26,7 +30,7 @@ CAPABILITIES: Final = ("rec", "ocr", "know", "math", "rel", "lang")
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class Question:
     """One question of one split."""
 
     key: str  # ``v1_<question_id>``, as in meta data and answer file
@@ -37,7 +41,7 @@ class Item:
     split: str  # of :data:`SPLITS`
 
 
-def read_items(folder: Path, split: str) -> list[Item]:
+def read_questions(folder: Path, split: str) -> list[Question]:
     """Read one split, checking everything before the first question is asked.
 
     Raises:
@@ -47,7 +51,7 @@ def read_items(folder: Path, split: str) -> list[Item]:
         raise RecordError(f"unknown split `{split}` of ViP-Bench; known: {', '.join(SPLITS)}")
     meta = _read_meta(folder / META_DATA)
     path = folder / split / "questions.jsonl"
-    items: dict[str, Item] = {}
+    items: dict[str, Question] = {}
     problems: list[str] = []
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
@@ -68,78 +72,105 @@ def read_items(folder: Path, split: str) -> list[Item]:
     return list(items.values())
 
 
-def ask(items: Iterable[Item], *, upright: bool = True) -> Iterator[Asked[Item]]:
-    """Ask every question in its split's wording; ``upright``: images turned as EXIF says."""
-    for item in items:
-        name = f"{item.key} ({item.image})"
-        image = decode_image(item.image.read_bytes(), name, upright=upright)
-        turn = Turn("user", item.text, has_image=True)
-        yield Asked(item, {"answer": Request(image, (turn,), item.key)})
+def items(data: BenchData) -> Iterator[Item]:
+    """Return the questions of both splits, in each split's wording, all checked."""
+    splits = [read_questions(data.folder, split) for split in SPLITS]
+    chosen = (question for questions in splits for question in questions[: data.limit])
+    return (_item(each, upright=data.manifest.apply_exif_orientation) for each in chosen)
 
 
-def score(answered: Sequence[Answered[Item]], judge: Judge) -> dict[str, Any]:
-    """Grade the answers of one split.
+def _item(question: Question, *, upright: bool) -> Item:
+    sample = Sample(
+        key=f"{question.key} ({question.image})",
+        dataset=question.split,
+        image=_opaque(question.image.read_bytes()),
+        regions=(),
+        turns=(DraftTurn("user", (question.text,), has_image=True),),
+        policy=NO_POLICY,
+        upright=upright,
+    )
+    key = f"{question.split}/{question.key}"
+    return Item(key, sample, question.answer, (question.split, *question.capability))
+
+
+def _opaque(data: bytes) -> bytes:
+    """Drop the alpha of an image, as the official script does; elsewhere white shows through."""
+    try:
+        with Image.open(BytesIO(data)) as image:
+            if not image.has_transparency_data:
+                return data
+            opaque = BytesIO()
+            image.convert("RGBA").convert("RGB").save(opaque, "PNG", exif=image.getexif())
+            return opaque.getvalue()
+    except (OSError, ValueError):  # said, with the item's name, by whoever decodes it
+        return data
+
+
+def summarise(predictions: Sequence[Prediction], chance: float | None = None) -> dict[str, Any]:
+    """Return totals and scores by capability, 0 to 100, of every split.
 
     Returns:
-        ``total`` (mean x 100) with its 95 % interval ``low``, ``high``; ``by_capability`` with
-        ``score`` and ``num_items``; ``num_items`` graded, ``num_failures`` and ``failures``
-        (key: reason); ``verdicts`` (key: 0.0..1.0).
+        ``splits``: per split ``total`` (mean x 100) with its 95 % interval ``low``, ``high``;
+        ``by_capability`` with ``score`` and ``num_items``, and ``by_combination`` of exactly those;
+        ``num_items`` graded, ``num_failures`` and ``failures`` (key: reason); ``verdicts`` (key:
+        0.0..1.0).
     """
-    verdicts: dict[str, float] = {}
-    failures: dict[str, str] = {}
-    for each in answered:
-        try:
-            verdicts[each.key] = judge(each.item.text, each.item.answer, each.texts["answer"])
-        except NoVerdictError as error:
-            failures[each.key] = str(error)
-    graded = {
-        name: [verdicts[a.key] for a in answered if name in a.item.capability and a.key in verdicts]
-        for name in CAPABILITIES
-    }
-    values = [100 * verdict for verdict in verdicts.values()]
-    low, high = mean_interval(values) if len(values) > 1 else (None, None)
+    splits = {split: [each for each in predictions if split in each.groups] for split in SPLITS}
+    return {"splits": {split: _summarise(part) for split, part in splits.items() if part}}
+
+
+def _summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    verdicts = {_key(p): p.score for p in predictions if p.score is not None}
+    capabilities: dict[str, list[float]] = {name: [] for name in CAPABILITIES}
+    combinations: dict[str, list[float]] = {}
+    for each in predictions:
+        if each.score is not None:
+            needed = [name for name in CAPABILITIES if name in each.groups]
+            combinations.setdefault(", ".join(needed), []).append(each.score)
+            for name in needed:
+                capabilities[name].append(each.score)
+    total = score_of(predictions)
     return {
-        "total": sum(values) / len(values) if values else None,
-        "low": None if low is None else max(low, 0.0),
-        "high": None if high is None else min(high, 100.0),
-        "num_items": len(values),
-        "num_failures": len(failures),
-        "by_capability": {
-            name: {"score": 100 * sum(found) / len(found), "num_items": len(found)}
-            for name, found in graded.items()
-            if found
-        },
-        "failures": failures,
+        "total": _times_100(total["score"]),
+        "low": _times_100(total["low"]),
+        "high": _times_100(total["high"]),
+        "num_items": total["num_items"],
+        "num_failures": total["num_failures"],
+        "by_capability": _means(capabilities),
+        "by_combination": _means(combinations),
+        "failures": {_key(each): each.failure for each in predictions if each.score is None},
         "verdicts": verdicts,
     }
 
 
-def _read(data: BenchData) -> Iterator[Asked[Item]]:
-    splits = [read_items(data.folder, split) for split in SPLITS]
-    chosen = (item for items in splits for item in items[: data.limit])
-    return ask(chosen, upright=data.manifest.apply_exif_orientation)
+def _key(prediction: Prediction) -> str:
+    return prediction.key.rpartition("/")[2]
 
 
-def _by_split(answered: Sequence[Answered[Item]]) -> dict[str, list[Answered[Item]]]:
-    return {split: [a for a in answered if a.item.split == split] for split in SPLITS}
+def _times_100(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
-def _files(answered: Sequence[Answered[Item]]) -> dict[str, str]:
+def _means(found: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    return {
+        name: {"score": 100 * sum(values) / len(values), "num_items": len(values)}
+        for name, values in found.items()
+        if values
+    }
+
+
+def _files(predictions: Sequence[Prediction]) -> dict[str, str]:
     """Return the official answer files."""
     files: dict[str, str] = {}
-    for split, part in _by_split(answered).items():
-        texts = {each.key: each.texts["answer"] for each in part}
+    for split in SPLITS:
+        part = [each for each in predictions if split in each.groups]
+        texts = {_key(each): each.answer for each in part if each.answer is not None}
         files[f"answers-{split}.json"] = json.dumps(texts, indent=2, ensure_ascii=False) + "\n"
     return files
 
 
-def _score(answered: Sequence[Answered[Item]]) -> dict[str, Any]:
-    splits = {split: score(part, match_offline) for split, part in _by_split(answered).items()}
-    return {"judge": "offline matcher", "splits": splits}
-
-
-def _table(results: Mapping[str, Any]) -> BenchTable:
-    splits: Mapping[str, Any] = results["splits"]
+def _table(bench: Bench, metrics: Mapping[str, Any]) -> BenchTable:
+    splits: Mapping[str, Any] = metrics["splits"]
 
     def cell(split: Mapping[str, Any], capability: str) -> str:
         found = split["by_capability"].get(capability)
@@ -147,10 +178,11 @@ def _table(results: Mapping[str, Any]) -> BenchTable:
 
     names = dict.fromkeys(name for split in splits.values() for name in split["by_capability"])
     return BenchTable(
-        f"ViP-Bench, {results['judge']} (0-100; total with 95 % interval)",
+        "ViP-Bench, offline matcher (0-100; total with 95 % interval)",
         ("capability", *splits),
         [(name, *(cell(split, name) for split in splits.values())) for name in names],
         ("total", *map(_total, splits.values())),
+        published_notes(bench),
     )
 
 
@@ -185,8 +217,8 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_item(
     line: object, meta: Mapping[str, Mapping[str, Any]], folder: Path, split: str
-) -> Item:
-    """Build one item; every complaint is a ValueError, to which the caller adds file and line."""
+) -> Question:
+    """Build one question; a complaint is a ValueError, to which the caller adds file and line."""
     if not isinstance(line, dict):
         raise ValueError("not an object")
     question = cast("dict[str, Any]", line)
@@ -215,7 +247,7 @@ def _read_item(
         split_ground_truth(answer)
     except VipLlavaError as error:
         raise ValueError(f"{key}: {error}") from error
-    return Item(key, image, question["text"], answer, tuple(capability), split)
+    return Question(key, image, question["text"], answer, tuple(capability), split)
 
 
 def _read_text(path: Path) -> str:
@@ -229,4 +261,18 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-VIP_BENCH: Final = Bench("vip_bench", _read, _score, _table, _files)
+_PAPER: Final = "ViP-LLaVA, CVPR 2024"
+_GPT_4: Final = "gpt-4-0613"
+VIP_BENCH: Final = Bench(
+    "vip_bench",
+    items,
+    SCORERS["offline"],
+    metric="offline matcher",
+    summarise=summarise,
+    table=_table,
+    files=_files,
+    published=(
+        Published("ViP-LLaVA-7B", {"bbox": 48.4, "human": 48.3}, _PAPER, _GPT_4),
+        Published("ViP-LLaVA-13B", {"bbox": 48.3, "human": 48.2}, _PAPER, _GPT_4),
+    ),
+)

@@ -10,19 +10,26 @@ that mix words and lists of object indices.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, cast
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 
 from vipllava.records.fields import Fields, Parsed, list_or_empty
 from vipllava.records.kind import Outline, RecordKind
-from vipllava.records.wording import LETTERS, Parts, choose, exchange, fill, join
+from vipllava.records.wording import LETTERS, OPTION_LETTER, Parts, choose, exchange, fill, join
 from vipllava.types import DraftTurn, Mention, Region
 
 _CHOICE_RATE: Final = 0.5
 _CLASS_NAME_RATE: Final = 0.5
 _SHORTEST_RING: Final = 4
 _TEXTS: Final = ("question", "answer_choices", "rationale_choices")
+# An interface constant of the released evaluation, with no blank before the last sentence.
+_RATIONALE: Final = (
+    "I give you a question and its answer, I need you to provide a rationale explaining why the "
+    'answer is right. "{}" The answer is "{}".What is the rationale for this decision?'
+)
 _Tokens = list["str | list[int]"]
 _CLOSE: Final = frozenset(".,?!:;")
 
@@ -61,9 +68,12 @@ _FORMS: Final = (*_LETTER, *_LETTER_AND_CONTENT, *_LETTER_AND_CONTENT)
 class _Speaker:
     """Turns lists of words and object indices into text with mentions."""
 
-    def __init__(self, fields: Fields, rng: np.random.Generator) -> None:
+    def __init__(
+        self, fields: Fields, rng: np.random.Generator, class_name_rate: float = _CLASS_NAME_RATE
+    ) -> None:
         self.fields = fields
         self.rng = rng
+        self.class_name_rate = class_name_rate
         self.class_names = fields.items("class_names", "a list with the class of each object")
         clip = _clip(fields.record)
         if clip is None:
@@ -118,7 +128,7 @@ class _Speaker:
             noun = self.class_names[index]
             if not isinstance(noun, str) or not noun:
                 self.fields.fail(f"class_names[{index}]", noun, "the object's class, a text")
-            if self.rng.random() >= _CLASS_NAME_RATE:
+            if self.rng.random() >= self.class_name_rate:
                 noun = choose(("object", "instance"), self.rng)
             parts += [" and the " if parts else "the ", f"{noun} ", Mention(self._region(index))]
         return parts
@@ -150,13 +160,39 @@ def parse_vcr(fields: Fields, rng: np.random.Generator) -> Parsed:
     return Parsed(turns, tuple(speaker.regions.values()))
 
 
+def parse_vcr_task(
+    fields: Fields, rng: np.random.Generator, *, what: Literal["answer", "rationale"]
+) -> Parsed:
+    """Ask for the letter of the right answer, or of the rationale of the right answer.
+
+    As the benchmark does: one turn, class names always, and only the objects that this turn
+    mentions are regions.
+    """
+    speaker = _Speaker(fields, rng, class_name_rate=1.0)
+    asked = speaker.say(speaker.check(fields.require("question", "a list of words"), "question"))
+    if what == "rationale":
+        choices, label = _choices(speaker, "answer")
+        asked = fill(_RATIONALE, asked, speaker.say(choices[label]))
+    choices, label = _choices(speaker, what)
+    parts: list[str | Mention] = [*asked, "\n"]
+    for letter, choice in zip(LETTERS, choices, strict=True):
+        parts += [f"{letter}. ", *speaker.say(choice), "\n"]
+    turns = exchange(join([*parts, OPTION_LETTER]), LETTERS[label])
+    return Parsed(turns, tuple(speaker.regions.values()))
+
+
+def _choices(speaker: _Speaker, what: str) -> tuple[list[_Tokens], int]:
+    """Return the four answers or rationales, checked, and the number of the right one."""
+    name = f"{what}_choices"
+    given = speaker.fields.items(name, "a list of 4 choices", len(LETTERS))
+    choices = [speaker.check(choice, f"{name}[{number}]") for number, choice in enumerate(given)]
+    return choices, speaker.fields.index(f"{what}_label", len(LETTERS))
+
+
 def _ask(speaker: _Speaker, question: Parts | None, what: str) -> tuple[DraftTurn, ...]:
     """Write one exchange; ``question`` None asks why."""
-    fields, rng = speaker.fields, speaker.rng
-    name = f"{what}_choices"
-    given = fields.items(name, "a list of 4 choices", len(LETTERS))
-    choices = [speaker.check(choice, f"{name}[{number}]") for number, choice in enumerate(given)]
-    label = fields.index(f"{what}_label", len(LETTERS))
+    rng = speaker.rng
+    choices, label = _choices(speaker, what)
     asked = (choose(_WHY, rng),) if question is None else fill(choose(_ASK, rng), question)
     if rng.random() >= _CHOICE_RATE:
         answer = speaker.say(choices[label])
@@ -210,3 +246,5 @@ VCR = RecordKind(
     ),
     outlines=_outlines,
 )  # fmt: skip
+VCR_QA = replace(VCR, name="vcr_qa", parse=partial(parse_vcr_task, what="answer"), prefix=None)
+VCR_QAR = replace(VCR_QA, name="vcr_qar", parse=partial(parse_vcr_task, what="rationale"))

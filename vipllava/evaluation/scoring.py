@@ -1,0 +1,69 @@
+"""Scores of single answers, by the names that ``bench.score`` knows them by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final
+
+from vipllava.evaluation.bench import BenchData, Prediction, Scorer
+from vipllava.evaluation.judge import (
+    NoVerdictError,
+    is_exact_match,
+    is_lenient_match,
+    match_offline,
+)
+
+_LETTER: Final = re.compile(r"^\W*(?:(?:the )?(?:answer|option)\W+(?:is\W+)?)?([a-z])\b", re.I)
+
+
+def per_item(**figures: Callable[[Prediction], float]) -> Scorer:
+    """Return a scorer that looks at each answer alone.
+
+    Args:
+        figures: ``score``, and others that are to stand beside it. One that raises
+            :class:`NoVerdictError` leaves the item without a score.
+    """
+
+    def score(predictions: Sequence[Prediction], data: BenchData) -> list[Prediction]:
+        return [_scored(each, figures) for each in predictions]
+
+    return score
+
+
+def _scored(each: Prediction, figures: dict[str, Callable[[Prediction], float]]) -> Prediction:
+    try:
+        found = {name: float(figure(each)) for name, figure in figures.items()}
+    except NoVerdictError as error:
+        return each.failed(f"no verdict: {error}")
+    return replace(each, score=found.pop("score"), more=found, failure=None)
+
+
+def exact(prediction: Prediction) -> float:
+    """Return 1 if the whole answer is the right one, case aside: ``A.`` is not ``A``."""
+    return float(is_exact_match(prediction.answer or "", str(prediction.ground_truth)))
+
+
+def lenient(prediction: Prediction) -> float:
+    """Return 1 if the words are those of the right answer, punctuation aside."""
+    return float(is_lenient_match(prediction.answer or "", str(prediction.ground_truth)))
+
+
+def letter(prediction: Prediction) -> float:
+    """Return 1 if the answer begins with the right letter: ``B. the red one``, ``Answer: B``."""
+    found = _LETTER.match(prediction.answer or "")
+    return float(found is not None and found[1].upper() == str(prediction.ground_truth).upper())
+
+
+def offline(prediction: Prediction) -> float:
+    """Return the share of the ground truth's parts that are found; see :func:`match_offline`."""
+    return match_offline(prediction.question, str(prediction.ground_truth), prediction.answer or "")
+
+
+SCORERS: Final[dict[str, Scorer]] = {
+    "exact": per_item(score=exact, lenient=lenient),
+    "letter": per_item(score=exact, lenient_letter=letter),
+    "offline": per_item(score=offline),
+}
+"""By the names of ``bench.score``. Measures of all answers together belong here, too."""
