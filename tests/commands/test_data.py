@@ -180,12 +180,12 @@ def test_a_manifest_by_its_path(place: Path, call: Call) -> None:
 
 def test_sample_data_are_made(place: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "vipllava.sample_world.build.ensure_sample_world", lambda root: root / "sample_world-v2"
+        "vipllava.sample_world.build.ensure_sample_world", lambda root: root / "sample_world-v3"
     )
     write(place, MANIFEST + "made_by: sample_world\n")
     code, shown = call("fetch", "toy")
     assert code == 0
-    assert f"toy is made, not fetched: {place / 'sample_world-v2'}" in shown
+    assert f"toy is made, not fetched: {place / 'sample_world-v3'}" in shown
 
 
 @pytest.mark.parametrize(

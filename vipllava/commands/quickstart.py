@@ -48,6 +48,7 @@ def plan_steps(output: Path, data_root: Path, seed: int) -> dict[str, tuple[str,
     runs, checkpoint = f"paths.runs={output}", f"checkpoint={output}/tiny-gpt4v/export"
     train = ("train", "experiment=quickstart", runs, data, f"seed={seed}")
     evaluate = ("evaluate", runs, data, f"seed={seed}", checkpoint)
+    every = "marks=[kept,removed,moved,recoloured]"
     return {
         "sample_data": ("sample-data", "--data-root", str(data_root)),
         **{stage: (*train, f"stage={stage}") for stage in STAGES},
