@@ -179,7 +179,11 @@ def finished(tmp_path: Path) -> tuple[Path, Path]:
     metrics = {
         "settings": {"seed": 42},
         "marks": {name: {**half, "groups": {"arrow": half}} for name, half in halves.items()},
-        "faithfulness": {"gap": {"score": 0.75, "low": 0.5, "high": 0.9}},
+        "faithfulness": {
+            "gap": {"score": 0.75, "low": 0.5, "high": 0.9},
+            "follows": accuracy(5, 8),
+            "stays": accuracy(6, 7),
+        },
     }
     (regions / "metrics.json").write_text(json.dumps(metrics))
     for marks in ("kept", "removed"):

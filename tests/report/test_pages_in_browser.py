@@ -139,7 +139,7 @@ def quickstart_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         loss_curves={stage: [(0, 5.0), (1, 2.5)] for stage in ("pretrain", "finetune", "gpt4v")},
         regions={
             "marks": {"kept": marks[0], "removed": marks[1]},
-            "faithfulness": {"gap": gap},
+            "faithfulness": {"gap": gap, "follows": halves[0], "stays": halves[0]},
         },
         vip_bench={
             "splits": {name: scores(58.4, 50.1, 66.1, rec=71.2) for name in ("bbox", "human")}

@@ -75,7 +75,11 @@ def content() -> QuickstartPage:
                     "groups": {"arrow": accuracy(21, 100, 0.1, 0.3)},
                 },
             },
-            "faithfulness": {"gap": {"score": 0.655, "low": 0.62, "high": 0.69}},
+            "faithfulness": {
+                "gap": {"score": 0.655, "low": 0.62, "high": 0.69},
+                "follows": accuracy(488, 800, 0.57, 0.64),
+                "stays": accuracy(680, 712, 0.93, 0.97),
+            },
         },
         vip_bench={
             "splits": {
@@ -127,6 +131,8 @@ def test_it_needs_no_other_file(source: str, reader: Reader):
         "mark not drawn: 23.5 % (20.7 to 26.6), 188 of 800",
         "of 800 held-out questions answered right with the mark",
         "+65.5 points over the control (95 %: +62.0 to +69.0, paired)",
+        "61.0 % follow the mark to another region of the same scene",
+        "95.5 % of the right ones stay right",
         "5.00 \u2192 3.33",
         "recognition\n71.2\n68.0",
         "mathematics\n10.0\n\u2013",

@@ -75,6 +75,10 @@ def test_every_record_parses_in_its_schema(world: Path, name: str):
             rng=generator_for(name),
         )
         assert sample.turns[-1].role == "assistant"
+        if name == "regions":  # where else its mark can go, and what is right there
+            others = {other["answer"] for other in entry.record["others"]}
+            assert others
+            assert entry.record["answer"] not in others
     expected = {
         "pretrain": {"image_level"},
         "finetune": {"refcocog", "regions", "image_level", "vg_rel", "v7w", "text_only"},

@@ -52,7 +52,7 @@ def plan_steps(output: Path, data_root: Path, seed: int) -> dict[str, tuple[str,
     return {
         "sample_data": ("sample-data", "--data-root", str(data_root)),
         **{stage: (*train, f"stage={stage}") for stage in STAGES},
-        "regions": (*evaluate, "bench=regions", "name=eval/regions"),
+        "regions": (*evaluate, "bench=regions", "name=eval/regions", every),
         "vip_bench": (*evaluate, "bench=vip_bench", "name=eval/vip_bench", "max_new_tokens=32"),
     }
 

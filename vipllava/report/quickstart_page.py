@@ -43,7 +43,7 @@ class QuickstartPage:
 
     shapes_image: Image.Image  # the eight shapes, see :mod:`vipllava.report.shapes_image`
     loss_curves: Mapping[str, Sequence[tuple[int, float]]]  # per stage (optimizer step, loss)
-    regions: Mapping[str, Any]  # ``metrics.json`` of ``regions`` with marks kept and removed
+    regions: Mapping[str, Any]  # ``metrics.json`` of ``regions`` with all markings
     vip_bench: Mapping[str, Any]  # ``metrics.json`` of ``vip_bench``
     # held-out questions to look at, chosen without looking at the answers
     examples: Sequence[Example]
@@ -68,6 +68,8 @@ def write_quickstart_page(path: Path, content: QuickstartPage) -> None:
         _TEMPLATES["page"],
         share=_percent(marks["kept"]),
         num_questions=marks["kept"]["num_items"],
+        follows=_percent(faithful["follows"]),
+        stays=_percent(faithful["stays"]),
         gap=gap[0],
         gap_low=gap[1],
         gap_high=gap[2],
@@ -80,10 +82,10 @@ def write_quickstart_page(path: Path, content: QuickstartPage) -> None:
         by_shape=table(
             ["shape", "questions", "mark drawn", "not drawn"],
             [
-                _shape_row(shape, [of["groups"][shape] for of in marks.values()])
+                _shape_row(shape, [marks[way]["groups"][shape] for way in ("kept", "removed")])
                 for shape in marks["kept"]["groups"]
             ],
-            _shape_row("all", list(marks.values())),
+            _shape_row("all", [marks["kept"], marks["removed"]]),
         ),
         num_items=min(split["num_items"] for split in splits.values()),
         vip_bench=_vip_bench(splits),
@@ -115,7 +117,7 @@ def _loss(number: int, stage: str, curve: Sequence[tuple[int, float]]) -> Html:
 
 
 def _shape_row(shape: str, ways: Sequence[Mapping[str, Any]]) -> list[Html | str | int]:
-    cells = [_score_cell(*(100 * of[key] for key in ("score", "low", "high"))) for of in ways[:2]]
+    cells = [_score_cell(*(100 * of[key] for key in ("score", "low", "high"))) for of in ways]
     return [shape, ways[0]["num_items"], *cells]
 
 

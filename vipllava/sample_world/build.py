@@ -24,6 +24,7 @@ from vipllava.sample_world.records import (
     GPT4V_MIX,
     Record,
     RegionRecord,
+    asked_record,
     caption_record,
     choice_record,
     phrase_record,
@@ -36,14 +37,14 @@ from vipllava.types import VipLlavaError
 
 _LOG = logging.getLogger(__name__)
 
-FOLDER: Final = "sample_world-v2"
+FOLDER: Final = "sample_world-v3"
 """Under the data root; the version changes with anything that changes the data."""
 
 _SHARDS: Final[Mapping[str, tuple[Mapping[RegionRecord, float], Split, int]]] = {
     "pretrain": ({caption_record: 1.0}, "train", 4000),
     "finetune": (FINETUNE_MIX, "train", 8000),
     "gpt4v": (GPT4V_MIX, "train", 2000),
-    "regions": ({phrase_record: 1.0}, "heldout", 800),
+    "regions": ({asked_record: 1.0}, "heldout", 800),
 }
 """Per folder the shares of its record kinds, whose scenes it shows, and its samples."""
 _NUM_TRAIN_SCENES: Final = 5000

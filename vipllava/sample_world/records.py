@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from vipllava.records.kind import OTHERS
 from vipllava.records.wording import choose
 from vipllava.sample_world.objects import DIGITS, DRAWINGS
 from vipllava.sample_world.scenes import Scene, SceneObject
@@ -65,6 +66,17 @@ def phrase_record(scene: Scene, number: int, rng: np.random.Generator) -> Record
     """A RefCOCOg record: one marked object, answered by its name."""
     (item,) = _pick(scene, 1, rng)
     return {**_marked(f"refcocog-{number}", item), "answer": item.kind}
+
+
+def asked_record(scene: Scene, number: int, rng: np.random.Generator) -> Record:
+    """A RefCOCOg record to be asked: beside it, what it would be of the scene's other objects."""
+    record = phrase_record(scene, number, rng)
+    others = [
+        {"bboxes": [list(o.bbox_xyxy)], "segmentations": [o.segmentation], "answer": o.kind}
+        for o in scene.objects
+        if o.kind != record["answer"]
+    ]
+    return record | {OTHERS: others}
 
 
 def phrase_dialogue_record(scene: Scene, number: int, rng: np.random.Generator) -> Record:
