@@ -131,12 +131,75 @@ def train(cfg: DictConfig) -> None:
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Check a benchmark's job, then run it; nothing heavy is imported before."""
+    """Check the job of each benchmark, then run them; nothing heavy is imported before."""
     from vipllava.config.checks import check_config
     from vipllava.evaluation.run import bench_problems, run_evaluation
 
-    check_config(cfg, more=[*_mark_problems(cfg), *bench_problems(cfg)])
-    run_evaluation(cfg)
+    jobs = _jobs_of_benches(cfg)
+    for job in jobs:
+        check_config(job, more=[*_mark_problems(job), *bench_problems(job)])
+    run_evaluation(*jobs)
+
+
+def _jobs_of_benches(cfg: DictConfig) -> list[DictConfig]:
+    """Return a job for each benchmark of ``bench=[A,B]``, or of ``bench=all`` whose data are here.
+
+    Hydra lays several options of a group over each other; here each is composed alone.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():  # composed by a program
+        return [cfg]
+    hydra = HydraConfig.get()
+    chosen = str(hydra.runtime.choices["bench"])
+    if chosen != "all" and not chosen.startswith("["):
+        return [cfg]
+    words = [word for word in hydra.overrides.task if not word.startswith("bench=")]
+    own = [str(each.path) for each in hydra.runtime.config_sources if each.schema == "file"]
+    return compose_benches(chosen, words, own)
+
+
+def compose_benches(
+    chosen: str, overrides: Sequence[str], config_dirs: Sequence[str] = ()
+) -> list[DictConfig]:
+    """Compose a job for each of several benchmarks.
+
+    Args:
+        chosen: ``[A,B]``, or ``all``: those whose data are here.
+        overrides: of all of them.
+        config_dirs: the configuration folders; those beside the package's own are searched, too.
+
+    Raises:
+        ConfigError: the data of no benchmark are here, or several would share a folder.
+    """
+    from vipllava.config.composing import compose_job
+    from vipllava.config.overrides import quoted
+    from vipllava.evaluation.benches import BENCHES
+    from vipllava.evaluation.run import has_data
+
+    own = [f"file://{folder}" for folder in config_dirs if Path(folder) != CONFIG_DIR]
+    added = [f"hydra.searchpath=[{','.join(map(quoted, own))}]"] if own else []
+    folders = [Path(folder) for folder in [*config_dirs, CONFIG_DIR]]
+    names = [name.strip(" '\"") for name in chosen.strip("[]").split(",")]
+    if chosen == "all":
+        files = {path.stem: path for folder in folders for path in folder.glob("bench/*.yaml")}
+        names = [name for name in files if name not in ("all", "custom")]
+    jobs = [
+        compose_job([*added, f"bench={name}", *overrides], config_name="evaluate")
+        for name in dict.fromkeys(names)
+    ]
+    if chosen == "all":
+        jobs = [job for job in jobs if has_data(job)]
+        if not jobs:
+            raise ConfigError(f"bench=all: the data of none of {', '.join(names)} are here")
+    # What joins others' answers comes behind them.
+    jobs.sort(key=lambda job: job.bench.name in BENCHES and BENCHES[job.bench.name].joins != ())
+    if len({job.run_dir for job in jobs}) < len(jobs):
+        raise ConfigError(
+            f"bench={chosen} with name={jobs[0].name}: several benchmarks would write into one "
+            "folder; leave name out, or set paths.runs=FOLDER"
+        )
+    return jobs
 
 
 def _mark_problems(cfg: DictConfig) -> list[str]:

@@ -61,6 +61,20 @@ def _check_encoding(cfg: DictConfig) -> None:
         check_encoding(read(cfg, "encoding"), marks, several_images=False)
 
 
+def has_data(cfg: DictConfig) -> bool:
+    """Return whether something of the data of a job's benchmark is here, or can be made here."""
+    from vipllava.shards.manifest import load_manifest
+    from vipllava.shards.tars import match_patterns
+
+    manifest = load_manifest(cfg.bench.manifest, cfg.paths.manifests)
+    if manifest.made_by is not None:
+        return True
+    root = Path(cfg.paths.data_root)
+    if manifest.folder is not None:
+        return (root / manifest.folder).is_dir()
+    return any(found for _, _, found in match_patterns(manifest.patterns, root))
+
+
 def run_evaluation(*jobs: DictConfig) -> dict[str, dict[str, Any]]:
     """Run benchmarks one after another with one model; print a table for each.
 
