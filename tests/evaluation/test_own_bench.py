@@ -129,6 +129,13 @@ def test_options_are_the_benchmarks_own(place: Path):
         check_config(wrong, more=bench_problems(wrong))
 
 
+def test_an_encoding_has_to_fit_the_marks():
+    wrong = compose_job(["encoding=coordinates"], config_name="evaluate")
+    (problem,) = bench_problems(wrong)
+    assert problem.startswith("encoding=coordinates with marks=removed: it draws no marks")
+    assert bench_problems(compose_job(["encoding=set_of_mark"], config_name="evaluate")) == []
+
+
 def test_a_module_that_is_not_there(place: Path):
     (problem,) = bench_problems(job("bench.module=signs.nowhere", folder=place))
     assert problem.startswith("bench.module=signs.nowhere: there is no such module in this folder")

@@ -60,7 +60,7 @@ def test_the_table_has_a_row_per_shape_and_a_column_per_marking(tmp_path: Path):
     items = [item(str(n), "star") for n in range(20)]
     table = score_table(REGIONS, summarise(evaluated(REGIONS, items, look, tmp_path, BOTH)))
     assert table.title == "regions: accuracy in % (95 %)"
-    assert table.columns == ("", "items", "marks kept", "marks removed", "lenient")
+    assert table.columns == ("", "items", "kept", "removed", "lenient")
     assert {"rectangle", "arrow"} & {row[0] for row in table.rows}
     assert table.total == ("all", "20", "100.0 (83.9-100.0)", "0.0 (0.0-16.1)", "100.0")
     assert table.notes == [

@@ -136,7 +136,7 @@ def look_at(
     source: SampleSource, encoder: SampleEncoder, position: int, epoch: int
 ) -> InspectedSample | RefusedSample:
     """Return one sample as a page shows it; one that training would refuse with the reason."""
-    from vipllava.records import AUTO, kind_of
+    from vipllava.records import find_kind
     from vipllava.report.inspected import RefusedSample, inspect_trace
 
     entry = source.shards.read(position)
@@ -145,7 +145,7 @@ def look_at(
         trace = encoder.trace(source.parse(entry, epoch), epoch)
     except RecordError as error:
         return RefusedSample(entry.key, source.name, shard, str(error))
-    kind = kind_of(entry.record) if source.record_kind == AUTO else source.record_kind
+    kind = find_kind(entry.record, source.record_kind, has_image=False).name
     return inspect_trace(
         trace, encoder.conversation_encoder, encoder.transform, shard=shard, record_kind=kind
     )

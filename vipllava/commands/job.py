@@ -151,16 +151,22 @@ def _jobs_of_benches(cfg: DictConfig) -> list[DictConfig]:
     if not HydraConfig.initialized():  # composed by a program
         return [cfg]
     hydra = HydraConfig.get()
-    chosen = str(hydra.runtime.choices["bench"])
+    # A list is no choice for Hydra.
+    words = [word for word in hydra.overrides.task if word.startswith("bench=")]
+    chosen = str(hydra.runtime.choices.get("bench") or words[-1].partition("=")[2])
     if chosen != "all" and not chosen.startswith("["):
         return [cfg]
     words = [word for word in hydra.overrides.task if not word.startswith("bench=")]
     own = [str(each.path) for each in hydra.runtime.config_sources if each.schema == "file"]
-    return compose_benches(chosen, words, own)
+    in_sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
+    return compose_benches(chosen, words, own, folder=cfg.run_dir if in_sweep else None)
 
 
 def compose_benches(
-    chosen: str, overrides: Sequence[str], config_dirs: Sequence[str] = ()
+    chosen: str,
+    overrides: Sequence[str],
+    config_dirs: Sequence[str] = (),
+    folder: str | None = None,
 ) -> list[DictConfig]:
     """Compose a job for each of several benchmarks.
 
@@ -168,9 +174,11 @@ def compose_benches(
         chosen: ``[A,B]``, or ``all``: those whose data are here.
         overrides: of all of them.
         config_dirs: the configuration folders; those beside the package's own are searched, too.
+        folder: in which each gets one; None: where each would be alone, or with a common ``name``
+            in the folder of that name.
 
     Raises:
-        ConfigError: the data of no benchmark are here, or several would share a folder.
+        ConfigError: the data of no benchmark are here.
     """
     from vipllava.config.composing import compose_job
     from vipllava.config.overrides import quoted
@@ -194,11 +202,10 @@ def compose_benches(
             raise ConfigError(f"bench=all: the data of none of {', '.join(names)} are here")
     # What joins others' answers comes behind them.
     jobs.sort(key=lambda job: job.bench.name in BENCHES and BENCHES[job.bench.name].joins != ())
-    if len({job.run_dir for job in jobs}) < len(jobs):
-        raise ConfigError(
-            f"bench={chosen} with name={jobs[0].name}: several benchmarks would write into one "
-            "folder; leave name out, or set paths.runs=FOLDER"
-        )
+    share = len({job.name for job in jobs}) < len(jobs)
+    for job in jobs:  # Hydra's own folder is that of the whole command
+        base = folder or (f"{job.paths.runs}/{job.name}" if share else None)
+        job.run_dir = f"{base}/{job.bench.name}" if base else f"{job.paths.runs}/{job.name}"
     return jobs
 
 

@@ -9,7 +9,6 @@ import importlib
 import logging
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -56,9 +55,11 @@ def bench_problems(cfg: DictConfig) -> list[str]:
 
 def _check_encoding(cfg: DictConfig) -> None:
     _coordinates(cfg)
-    with suppress(ConfigError):  # said already
+    try:
         marks = find_marks(cfg)
-        check_encoding(read(cfg, "encoding"), marks, several_images=False)
+    except ConfigError:  # said already
+        return
+    check_encoding(read(cfg, "encoding"), marks, several_images=False)
 
 
 def has_data(cfg: DictConfig) -> bool:

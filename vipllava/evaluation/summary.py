@@ -150,7 +150,7 @@ def score_table(bench: Bench, metrics: Mapping[str, Any]) -> BenchTable:
         (
             "",
             "items",
-            *(f"marks {marks}" for marks in markings),
+            *markings,
             *(n.replace("_", " ") for n in more),
         ),
         rows,
