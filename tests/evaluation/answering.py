@@ -9,9 +9,9 @@ from pathlib import Path
 from PIL import Image
 
 from vipllava.evaluation.asking import Protocol, ask_items
-from vipllava.evaluation.bench import Bench, BenchData, Failure, Item, Marks, Prediction
+from vipllava.evaluation.bench import Bench, BenchData, Item, Marks, Prediction
 from vipllava.evaluation.journal import Journal
-from vipllava.types import DraftTurn, Mention, Region, Request, Sample
+from vipllava.types import DraftTurn, Failure, Mention, Region, Request, Sample
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
 GREY = (90, 90, 90)

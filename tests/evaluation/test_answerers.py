@@ -15,10 +15,10 @@ from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.evaluation.answerers import EngineAnswerer, EngineSettings, make_answerer
 from vipllava.evaluation.asking import Protocol, ask_items
-from vipllava.evaluation.bench import Failure, Item, Prediction
+from vipllava.evaluation.bench import Item, Prediction
 from vipllava.evaluation.journal import Journal
 from vipllava.models.building import ModelSpec
-from vipllava.types import ConfigError, Request, Turn, VipLlavaError
+from vipllava.types import ConfigError, Failure, Request, Turn, VipLlavaError
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
 

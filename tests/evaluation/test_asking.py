@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.evaluation.answering import Says, evaluated, grey_sample
-from vipllava.evaluation.bench import Failure, Item
+from vipllava.evaluation.bench import Item
 from vipllava.evaluation.benches.regions import REGIONS
 from vipllava.evaluation.journal import Journal, read_predictions
-from vipllava.types import RecordError, Request, VipLlavaError
+from vipllava.types import Failure, RecordError, Request, VipLlavaError
 
 ROOT = Path(__file__).parents[2]
 

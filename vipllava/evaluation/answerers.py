@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from vipllava.evaluation.bench import Failure
 from vipllava.files.pools import run_jobs
-from vipllava.types import ConfigError, Request, VipLlavaError
+from vipllava.types import ConfigError, Failure, Request, VipLlavaError
 
 if TYPE_CHECKING:
     from vipllava.inference.engine import Engine

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from vipllava.evaluation.bench import Answerer, Failure, Item, Marks, Prediction
+from vipllava.evaluation.bench import Answerer, Item, Marks, Prediction
 from vipllava.evaluation.encodings import Coordinates, Encoding, encode_item
 from vipllava.evaluation.journal import Journal
 from vipllava.evaluation.marking import mark_item
 from vipllava.records.image_decode import decode_image
-from vipllava.types import RecordError, Request
+from vipllava.types import Failure, RecordError, Request
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast, get_args
 
-from vipllava.types import ConfigError, Region, Request, Sample, VipLlavaError
+from vipllava.types import ConfigError, Failure, Region, Request, Sample, VipLlavaError
 
 if TYPE_CHECKING:
     from vipllava.records import RecordKind
@@ -120,13 +120,6 @@ class Prediction:
     def failed(self, reason: str) -> Prediction:
         """Return it with the reason why it has no score."""
         return replace(self, score=None, more={}, failure=reason)
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a request has no answer."""
-
-    reason: str
 
 
 class Answerer(Protocol):

@@ -164,6 +164,11 @@ class Engine:
         return answers
 
     def _encode(self, request: Request, max_new_tokens: int) -> list[int]:
+        if request.more_images:
+            raise VipLlavaError(
+                f"request {request.key!r} has {1 + len(request.more_images)} images, and this "
+                "model takes one: leave out more_images"
+            )
         num_images = sum(turn.has_image for turn in request.turns)
         if num_images != (request.image is not None):
             raise VipLlavaError(
