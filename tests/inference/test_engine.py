@@ -171,6 +171,13 @@ def test_picture_and_turns_must_agree(parts):
         _engine(parts).answer([Request(None, [Turn("user", "?", has_image=True)], "q")])
 
 
+def test_images_that_would_not_be_shown_are_refused(parts):
+    image = Image.new("RGB", (4, 4))
+    request = Request(image, [Turn("user", "?", has_image=True)], "q", (image, image))
+    with pytest.raises(VipLlavaError, match="request 'q' has 3 images, and this model takes one"):
+        _engine(parts).answer([request])
+
+
 def test_a_captioner_cannot_be_asked_without_a_picture(parts):
     request = Request(None, [Turn("user", "What is the capital of France?")], "q")
     with pytest.raises(VipLlavaError, match=r"request 'q' asks without a picture.*'plain'"):
