@@ -120,7 +120,7 @@ def test_the_examples_of_the_page(
     assert len(session["data"]) == 10
     assert session["first"].keys != session["second"].keys
     assert (place / "models" / "vip-llava-7b" / "config.json").is_file()
-    assert list(benches.BENCHES) [-1:] == ["sums"]
+    assert list(benches.BENCHES)[-1:] == ["sums"]
     assert "learned ' yes</s>'" in capsys.readouterr().out
 
 
