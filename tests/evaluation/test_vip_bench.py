@@ -12,7 +12,7 @@ from PIL import Image
 from tests.toy_data import encode_picture, make_manifest
 from vipllava.evaluation.bench import BenchData, ask_all
 from vipllava.evaluation.benches import vip_bench
-from vipllava.evaluation.judge import NoVerdictError, match_offline
+from vipllava.evaluation.matching import NoVerdictError, match_offline
 from vipllava.types import ConfigError, RecordError, VipLlavaError
 
 META = {

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from vipllava.evaluation.bench import Answered, Asked, Bench, BenchData, BenchTable, jsonl
-from vipllava.evaluation.judge import is_exact_match, is_lenient_match
+from vipllava.evaluation.matching import is_exact_match, is_lenient_match
 from vipllava.evaluation.statistics import paired_difference_interval, wilson_interval
 from vipllava.types import ConfigError, RecordError, Request, Sample, Turn
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from vipllava.evaluation.bench import Answered, Asked, Bench, BenchData, BenchTable
-from vipllava.evaluation.judge import Judge, NoVerdictError, match_offline, split_ground_truth
+from vipllava.evaluation.matching import Grader, NoVerdictError, match_offline, split_ground_truth
 from vipllava.evaluation.statistics import mean_interval
 from vipllava.records.image_decode import decode_image
 from vipllava.types import RecordError, Request, Turn, VipLlavaError
@@ -77,7 +77,7 @@ def ask(items: Iterable[Item], *, upright: bool = True) -> Iterator[Asked[Item]]
         yield Asked(item, {"answer": Request(image, (turn,), item.key)})
 
 
-def score(answered: Sequence[Answered[Item]], judge: Judge) -> dict[str, Any]:
+def score(answered: Sequence[Answered[Item]], judge: Grader) -> dict[str, Any]:
     """Grade the answers of one split.
 
     Returns:

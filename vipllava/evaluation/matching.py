@@ -1,4 +1,4 @@
-"""Judges: how correct a free-form answer is, from 0.0 to 1.0, and what counts as the same text."""
+"""What counts as the same text, and how correct a free answer is, by its words: no model needed."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ _TOKEN: Final = re.compile(
 )
 _REPLACED: Final = str.maketrans({"\u2212": "-", "\u2019": "'"})
 
-Judge = Callable[[str, str, str], float]
+Grader = Callable[[str, str, str], float]
 """Returns the correctness of (question, ground truth, prediction): 0.0 to 1.0 in steps of 0.1.
 
-The question is worded as the model was asked. A judge that gives no readable verdict raises
+The question is worded as the model was asked. A grader that gives no readable verdict raises
 :class:`NoVerdictError`.
 """
 
 
 class NoVerdictError(VipLlavaError):
-    """A judge could not grade an answer; the benchmark records a failure, never a zero."""
+    """A grader could not grade an answer; the benchmark records a failure, never a zero."""
 
 
 def split_ground_truth(ground_truth: str) -> tuple[tuple[str, ...], ...]:
