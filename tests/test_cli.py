@@ -16,7 +16,7 @@ from vipllava import __version__, cli
 from vipllava.types import ConfigError, VipLlavaError
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = {"torch", "lightning", "transformers", "numpy", "hydra", "rich"}
+HEAVY = {"torch", "lightning", "transformers", "numpy", "hydra", "rich", "openai"}
 
 
 def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -42,6 +42,7 @@ def test_extras():
         "slurm",
         "sweep",
         "browser",
+        "endpoint",
         "docs",
         "dev",
         "all",

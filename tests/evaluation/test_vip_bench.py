@@ -14,7 +14,7 @@ from tests.toy_data import encode_picture, make_manifest
 from vipllava.evaluation.bench import Bench, BenchData, Prediction
 from vipllava.evaluation.benches import vip_bench
 from vipllava.evaluation.benches.vip_bench import VIP_BENCH
-from vipllava.evaluation.judge import NoVerdictError
+from vipllava.evaluation.matching import NoVerdictError
 from vipllava.evaluation.scoring import per_item
 from vipllava.types import ConfigError, Failure, RecordError, VipLlavaError
 

@@ -1,14 +1,17 @@
-"""Jobs over processes."""
+"""Jobs over processes, and over the tasks of an event loop."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager
 
 import pytest
 
-from vipllava.files.pools import WorkerDied, run_jobs
+from vipllava.files.pools import WorkerDied, run_jobs, run_tasks
 from vipllava.types import RecordError, VipLlavaError
 
 
@@ -57,3 +60,45 @@ def test_a_killed_worker_is_said():
 def test_a_negative_number_of_workers():
     with pytest.raises(VipLlavaError, match="num_workers is -1"):
         list(run_jobs(square, [1], -1))
+
+
+@asynccontextmanager
+async def log_of_a_loop() -> AsyncGenerator[list[str]]:
+    log = ["entered"]
+    yield log
+    SEEN.append([*log, "left"])
+
+
+SEEN: list[list[str]] = []
+
+
+async def take_time(log: list[str], seconds: float) -> float:
+    try:
+        await asyncio.sleep(seconds)
+    except asyncio.CancelledError:
+        log.append("cancelled")
+        raise
+    if seconds == 0.02:
+        raise RecordError("bad", "a-fault")
+    return seconds
+
+
+def test_tasks_come_as_they_end_and_share_what_is_left_at_the_end():
+    assert list(run_tasks(log_of_a_loop(), take_time, [0.3, 0.0, 0.1], 3)) == [0.0, 0.1, 0.3]
+    assert SEEN.pop() == ["entered", "left"]
+    assert list(run_tasks(log_of_a_loop(), take_time, [0.1, 0.0], 1)) == [0.1, 0.0]
+
+
+def test_a_failing_task_ends_it_after_those_that_have_begun():
+    found: list[float] = []
+    with pytest.raises(RecordError, match="bad"):
+        found.extend(run_tasks(log_of_a_loop(), take_time, [0.2, 0.02, 0.1], 2))
+    assert found == [0.2]
+
+
+def test_left_early_what_runs_is_cancelled():
+    results = run_tasks(log_of_a_loop(), take_time, [0.0, 60.0, 60.0, 60.0], 3)
+    assert next(results) == 0.0
+    results.close()
+    assert SEEN.pop() == ["entered", "cancelled", "cancelled", "left"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "run_tasks"]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.chat_server import completion, run_chat_server
 from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder, get_template
+from vipllava.inference.endpoint import Endpoint, EndpointSettings, Reply
 from vipllava.inference.engine import Engine
 from vipllava.models.building import ModelSpec
 from vipllava.models.towers import CLIP, normalise_pixels
@@ -226,3 +231,34 @@ def test_few_bits_must_be_four_or_eight(parts, tmp_path):
     )
     with pytest.raises(ConfigError, match="bits=3 must be 4 or 8"):
         Engine.from_checkpoint(tmp_path / "export", device="cpu", bits=3)
+
+
+def _request_of(body: dict[str, Any]) -> Request:
+    """Read a chat completion's request, as a server of this engine does."""
+    image, turns = None, []
+    for message in body["messages"]:
+        content, has_image = message["content"], False
+        if not isinstance(content, str):
+            picture, text = content
+            encoded = picture["image_url"]["url"].removeprefix("data:image/png;base64,")
+            image = Image.open(io.BytesIO(base64.b64decode(encoded)))
+            content, has_image = text["text"], True
+        turns.append(Turn(message["role"], content, has_image=has_image))
+    return Request(image, turns)
+
+
+def test_the_engine_behind_an_endpoint_gives_the_same_texts(parts):
+    engine, requests = _engine(parts), _requests(7)
+    with run_chat_server() as server:
+
+        def answer(body: dict[str, Any]) -> bytes:
+            return completion(
+                engine.answer([_request_of(body)], max_new_tokens=body["max_tokens"])[0]
+            )
+
+        server.answer = answer
+        endpoint = Endpoint(EndpointSettings(server.address, "tiny", concurrency=3))
+        found = dict(endpoint.answers(requests, max_new_tokens=6))
+    texts = [each.text for _, each in sorted(found.items()) if isinstance(each, Reply)]
+    assert texts == engine.answer(requests, max_new_tokens=6, batch_size=3)
+    assert len(set(texts)) > 3

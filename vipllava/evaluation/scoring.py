@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from vipllava.evaluation.bench import BenchData, Prediction, Scorer
-from vipllava.evaluation.judge import (
+from vipllava.evaluation.matching import (
     NoVerdictError,
     is_exact_match,
     is_lenient_match,

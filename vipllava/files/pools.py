@@ -1,13 +1,14 @@
-"""Jobs over processes or threads: bounded in number, and ended with whoever started them."""
+"""Jobs over processes, threads or tasks: bounded in number, ended with whoever started them."""
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from concurrent.futures import (
     FIRST_COMPLETED,
     Executor,
@@ -17,6 +18,7 @@ from concurrent.futures import (
     wait,
 )
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, TypeVar
 
 from vipllava.types import VipLlavaError
@@ -25,6 +27,7 @@ _IN_FLIGHT: Final = 4  # jobs per worker: none waits for one, and 200 thousand a
 _MOST: Final = 16
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
+_Shared = TypeVar("_Shared")
 
 
 class WorkerDied(VipLlavaError):
@@ -80,6 +83,82 @@ def run_threads(
     """Yield results of jobs that run in threads, as :func:`run_jobs`; at least one thread."""
     num_threads = max(1, num_threads)
     yield from _in_pool(ThreadPoolExecutor(num_threads), work, jobs, num_threads, ordered)
+
+
+def run_tasks(
+    shared: AbstractAsyncContextManager[_Shared],
+    work: Callable[[_Shared, _Job], Coroutine[Any, Any, _Result]],
+    jobs: Iterable[_Job],
+    num_tasks: int,
+) -> Generator[_Result]:
+    """Yield results of jobs that run as tasks of one event loop, in a thread, as they come.
+
+    The first error, of a job or of reading the jobs, ends it once what has begun is done and
+    yielded; leaving the generator ends what runs at once.
+
+    Args:
+        shared: what the tasks use together, e.g. connections; entered and left in the loop.
+        work: is called with that and a job.
+        jobs: read in the caller's thread, one when a task is free.
+        num_tasks: how many run at once.
+    """
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="run_tasks", daemon=True)
+    thread.start()
+
+    def start(job: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(job, loop)
+
+    try:
+        entered = start(_call_async(shared.__aenter__)).result()
+        try:
+            yield from _tasks_results(lambda job: start(work(entered, job)), jobs, num_tasks)
+        finally:
+            start(_cancel_the_others()).result()
+            start(_call_async(shared.__aexit__, None, None, None)).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def _tasks_results(
+    start: Callable[[_Job], Future[_Result]], jobs: Iterable[_Job], num_tasks: int
+) -> Generator[_Result]:
+    pending: set[Future[_Result]] = set()
+    fault: BaseException | None = None
+    waiting = iter(jobs)
+    more = True
+    while True:
+        while more and fault is None and len(pending) < num_tasks:
+            try:
+                pending.add(start(next(waiting)))
+            except StopIteration:
+                more = False
+            except Exception as error:  # noqa: BLE001 - raised below, after what has begun
+                fault = error
+        if not pending:
+            break
+        done, pending = wait(pending, None, FIRST_COMPLETED)
+        for each in done:
+            error = each.exception()
+            if error is None:
+                yield each.result()
+            else:
+                fault = fault or error
+    if fault is not None:
+        raise fault
+
+
+async def _call_async(function: Callable[..., Any], *args: Any) -> Any:
+    return await function(*args)
+
+
+async def _cancel_the_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _in_pool(

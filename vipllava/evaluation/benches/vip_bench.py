@@ -18,7 +18,7 @@ from typing import Any, Final, cast
 from PIL import Image
 
 from vipllava.evaluation.bench import Bench, BenchData, BenchTable, Item, Prediction, Published
-from vipllava.evaluation.judge import split_ground_truth
+from vipllava.evaluation.matching import split_ground_truth
 from vipllava.evaluation.scoring import SCORERS
 from vipllava.evaluation.summary import published_notes, score_of
 from vipllava.records.kind import NO_POLICY

@@ -1,0 +1,137 @@
+"""ViP-Bench's way of judging: how correct a free answer is, from 0.0 to 1.0, by a language model.
+
+The message is a table with worked rows, and the item as its last row, whose last cell the judge is
+to fill in: ``question | ground truth | prediction | ``. A verdict is the first word of the reply, a
+number from 0 to 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from vipllava.evaluation.judge import Judged, JudgeQuestion
+from vipllava.evaluation.matching import AND, OR
+from vipllava.inference.endpoint import Reply
+from vipllava.types import VipLlavaError
+
+REMINDER: Final = "\nWrite the number for the last cell and nothing else: "
+_NUMBER: Final = re.compile(r"[01]|[01]?\.[0-9]+")
+
+_OURS: Final = """\
+You grade answers about images without seeing them. Each row of the table below has a question, \
+the ground truth, a model's prediction and how correct the prediction is: a number from 0.0 \
+(wrong) to 1.0 (right) in steps of 0.1. Where <AND> joins parts of the ground truth, a prediction \
+is right only if it has all of them, and it earns a share for some. Where <OR> joins them, one of \
+them is enough. Judge the meaning: other words for the same thing are right, and what the question \
+did not ask for does not matter unless it contradicts the ground truth. Fill in the last cell of \
+the last row with the number alone.
+
+Question | Ground truth | Prediction | Correctness
+--- | --- | --- | ---
+Which fruit is inside the green ellipse? | a pear | The marked fruit looks like a pear. | 1.0
+Which fruit is inside the green ellipse? | a pear | It is an apple. | 0.0
+Which tools do the two arrows point at? | hammer <AND> saw | A hammer and a wrench. | 0.5
+How much is the ticket in the red box? | 12.50 <OR> twelve and a half dollars | $12.50 | 1.0
+Who is the person at the blue point, and what does she hold? | the goalkeeper <AND> a towel <AND> \
+a bottle | She is the goalkeeper and holds a bottle. | 0.7
+What is the number in the box times three? | 21 <OR> 7 x 3 = 21 | The number in the box is 7. | 0.2
+Why is the marked man running? | his bus is leaving | He seems to hurry after a vehicle. | 0.6
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgePrompt:
+    """What stands above the item's row."""
+
+    text: str = _OURS
+    source: str = "ours"  # or the path of a file
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def read_prompt(path: Path) -> JudgePrompt:
+    """Read another prompt, e.g. the official one, up to its last worked row.
+
+    Raises:
+        VipLlavaError: it cannot be read, or is empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VipLlavaError(f"the judge's prompt {path} cannot be read: {error}") from error
+    if not text.strip():
+        raise VipLlavaError(f"the judge's prompt {path} is empty")
+    return JudgePrompt(text, str(path))
+
+
+def correctness_question(
+    prompt: JudgePrompt, key: str, question: str, ground_truth: str, prediction: str
+) -> JudgeQuestion[float]:
+    """Return what a judge is asked about an answer; the question is worded as the model had it."""
+    for word in (AND, OR):
+        ground_truth = ground_truth.replace(word, f" {word} ")
+    row = " | ".join((question, ground_truth, prediction, ""))
+    text = prompt.text.rstrip("\n") + "\n\n" + row
+    return JudgeQuestion(key, text, read_correctness, REMINDER)
+
+
+def read_correctness(reply: Reply) -> float | None:
+    """Return the number at the start of a reply, or None if there is none from 0 to 1.
+
+    A reply that the limit of tokens has cut may be the start of another number: ``0`` and ``0.``
+    of 0.5 are none.
+    """
+    words = reply.text.split()
+    if not words or not _NUMBER.fullmatch(words[0]) or float(words[0]) > 1:
+        return None
+    if reply.finish_reason == "length" and len(words) == 1 and "." not in words[0]:
+        return None
+    return float(words[0])
+
+
+def run_totals(judged: Iterable[Judged[float]]) -> dict[str, Any]:
+    """Return the totals, 0 to 100, of the items that have a verdict in every run.
+
+    Returns:
+        ``total`` (mean of the runs') and ``std`` (their population deviation), None without items;
+        ``totals`` per run; ``num_items`` that they are over; ``num_failures`` and ``failures``
+        (key: reason).
+    """
+    graded: list[tuple[float, ...]] = []
+    failures: dict[str, str] = {}
+    for each in judged:
+        if each.failure is None:
+            graded.append(each.verdicts)
+        else:
+            failures[each.key] = each.failure.reason
+    totals = [100 * statistics.fmean(verdicts) for verdicts in zip(*graded, strict=True)]
+    return {
+        "total": statistics.fmean(totals) if totals else None,
+        "std": statistics.pstdev(totals) if totals else None,
+        "totals": totals,
+        "num_items": len(graded),
+        "num_failures": len(failures),
+        "failures": failures,
+    }
+
+
+def official_grades(judged: Iterable[Judged[float]]) -> dict[str, Mapping[str, Any]]:
+    """Return the content of ViP-Bench's grade file; items with a failure are not in it."""
+    return {
+        each.key: {
+            "model": [reply.model for reply in each.replies],
+            "content": [reply.text for reply in each.replies],
+            "score": list(each.verdicts),
+        }
+        for each in judged
+        if each.failure is None
+    }
