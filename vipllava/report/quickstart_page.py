@@ -54,7 +54,7 @@ class QuickstartPage:
 def write_quickstart_page(path: Path, content: QuickstartPage) -> None:
     """Write the page as one file that needs no other and no network."""
     regions, splits = content.regions, content.vip_bench["splits"]
-    gap = [f"{100 * regions['gap'][key]:+.1f}" for key in ("accuracy", "low", "high")]
+    gap = [_points(regions["gap"][key]) for key in ("accuracy", "low", "high")]
     bars = [_bar("mark drawn", regions, "marked"), _bar("mark not drawn", regions, "unmarked")]
     sheet = content.shapes_image
     middle = sheet.width // 2
@@ -89,9 +89,20 @@ def write_quickstart_page(path: Path, content: QuickstartPage) -> None:
 
 def _bar(name: str, regions: Mapping[str, Any], kind: str) -> Bar:
     of = regions[kind]
+    if of["low"] is None:  # too few questions for one
+        label = f"{name}: {_percent(of)}, {of['correct']} of {of['total']}"
+        return Bar(label, of["accuracy"], of["accuracy"], of["accuracy"], kind)
     interval = f"{100 * of['low']:.1f} to {100 * of['high']:.1f}"
     label = f"{name}: {_percent(of)} ({interval}), {of['correct']} of {of['total']}"
     return Bar(label, of["accuracy"], of["low"], of["high"], kind)
+
+
+def _points(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:+.1f}"
+
+
+def _times_100(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _loss(number: int, stage: str, curve: Sequence[tuple[int, float]]) -> Html:
@@ -109,7 +120,7 @@ def _loss(number: int, stage: str, curve: Sequence[tuple[int, float]]) -> Html:
 
 def _shape_row(shape: str, of: Mapping[str, Any]) -> list[Html | str | int]:
     cells = [
-        _score_cell(*(100 * of[way][key] for key in ("accuracy", "low", "high")))
+        _score_cell(*(_times_100(of[way][key]) for key in ("accuracy", "low", "high")))
         for way in ("marked", "unmarked")
     ]
     return [shape, of["marked"]["total"], *cells]

@@ -7,6 +7,7 @@ is left out: a model that answers as well without marks never looked at them.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from vipllava.evaluation.bench import Answered, Asked, Bench, BenchData, BenchTable, jsonl
 from vipllava.evaluation.judge import is_exact_match, is_lenient_match
-from vipllava.evaluation.statistics import paired_difference_interval, wilson_interval
+from vipllava.evaluation.statistics import mean_estimate, paired_difference
 from vipllava.types import ConfigError, RecordError, Request, Sample, Turn
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Question:
     shape: str  # of the first mark, or ``none``
     marked: Image.Image  # the image with the marks drawn
     unmarked: Image.Image  # the stored image
+    image_id: str  # equal for questions about one stored image
 
     @property
     def text(self) -> str:
@@ -61,6 +63,7 @@ class Prediction:
     question: str
     shape: str
     answer: str
+    image: str  # names the stored image
     marked: str | None = None
     unmarked: str | None = None
 
@@ -95,6 +98,7 @@ def read_questions(
             shape=plan.prompts[0].shape if plan.prompts else "none",
             marked=render_plan(image, plan),
             unmarked=image,
+            image_id=hashlib.blake2b(sample.image, digest_size=8).hexdigest(),
         )
 
 
@@ -107,7 +111,7 @@ def ask(
         if draw_marks != "both":
             del images["unmarked" if draw_marks else "marked"]
         requests = {way: Request(image, q.turns, q.key) for way, image in images.items()}
-        yield Asked(Prediction(q.key, q.text, q.shape, q.answer), requests)
+        yield Asked(Prediction(q.key, q.text, q.shape, q.answer, q.image_id), requests)
 
 
 def score(answered: Sequence[Answered[Prediction]]) -> dict[str, Any]:
@@ -115,9 +119,9 @@ def score(answered: Sequence[Answered[Prediction]]) -> dict[str, Any]:
 
     Returns:
         ``num_questions``; ``marked`` and ``unmarked`` (null where not asked), each with
-        ``correct``, ``total``, ``accuracy`` and its 95 % Wilson interval ``low``, ``high``, and
-        ``lenient_accuracy``, punctuation aside; ``gap`` of the two with its paired 95 % interval;
-        ``by_shape`` with both.
+        ``correct``, ``total``, ``accuracy`` and its 95 % interval ``low``, ``high``
+        (null where none can be given), and ``lenient_accuracy``, punctuation aside; ``gap`` of the
+        two with its paired 95 % interval; ``by_shape`` with both.
     """
     by_shape: dict[str, list[Answered[Prediction]]] = defaultdict(list)
     for each in answered:
@@ -125,7 +129,7 @@ def score(answered: Sequence[Answered[Prediction]]) -> dict[str, Any]:
     return {
         "num_questions": len(answered),
         **_accuracies(answered),
-        "gap": _gap(_hits(answered, "marked"), _hits(answered, "unmarked")),
+        "gap": _gap(answered),
         "by_shape": {shape: _accuracies(by_shape[shape]) for shape in sorted(by_shape)},
     }
 
@@ -153,11 +157,13 @@ def _table(results: Mapping[str, Any]) -> BenchTable:
     )
 
 
-def _percent(accuracy: Mapping[str, float] | None) -> str:
+def _percent(accuracy: Mapping[str, Any] | None) -> str:
     if accuracy is None:
         return "-"
-    share, low, high = (100 * accuracy[key] for key in ("accuracy", "low", "high"))
-    return f"{share:.1f} ({low:.1f}-{high:.1f})"
+    share, low, high = (accuracy[key] for key in ("accuracy", "low", "high"))
+    if low is None or high is None:
+        return f"{100 * share:.1f}"
+    return f"{100 * share:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def _hits(
@@ -169,27 +175,28 @@ def _hits(
     return [match(each.texts[way], each.item.answer) for each in answered if way in each.texts]
 
 
-def _accuracies(answered: Sequence[Answered[Prediction]]) -> dict[str, dict[str, float] | None]:
+def _accuracies(answered: Sequence[Answered[Prediction]]) -> dict[str, dict[str, Any] | None]:
     return {way: _accuracy(answered, way) for way in ("marked", "unmarked")}
 
 
-def _accuracy(answered: Sequence[Answered[Prediction]], way: str) -> dict[str, float] | None:
+def _accuracy(answered: Sequence[Answered[Prediction]], way: str) -> dict[str, Any] | None:
     hits = _hits(answered, way)
     if not hits:
         return None
-    correct, total = sum(hits), len(hits)
-    low, high = wilson_interval(correct, total)
+    of = mean_estimate(hits, [each.item.image for each in answered if way in each.texts])
     return {
-        "correct": correct, "total": total, "accuracy": correct / total, "low": low, "high": high,
-        "lenient_accuracy": sum(_hits(answered, way, is_lenient_match)) / total,
+        "correct": sum(hits), "total": len(hits), "accuracy": of.value, "low": of.low,
+        "high": of.high,
+        "lenient_accuracy": sum(_hits(answered, way, is_lenient_match)) / len(hits),
     }  # fmt: skip
 
 
-def _gap(marked: Sequence[bool], unmarked: Sequence[bool]) -> dict[str, float] | None:
-    if len(marked) != len(unmarked) or len(marked) < 2:
+def _gap(answered: Sequence[Answered[Prediction]]) -> dict[str, float | None] | None:
+    marked, unmarked = _hits(answered, "marked"), _hits(answered, "unmarked")
+    if len(marked) != len(unmarked) or not marked:
         return None
-    low, high = paired_difference_interval(marked, unmarked)
-    return {"accuracy": (sum(marked) - sum(unmarked)) / len(marked), "low": low, "high": high}
+    of = paired_difference(unmarked, marked, [each.item.image for each in answered]).estimate
+    return {"accuracy": of.value, "low": of.low, "high": of.high}
 
 
 REGIONS: Final = Bench("regions", _read, score, _table, _files, RegionsOptions)

@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 
 from vipllava.evaluation.bench import Answered, Asked, Bench, BenchData, BenchTable
 from vipllava.evaluation.judge import Judge, NoVerdictError, match_offline, split_ground_truth
-from vipllava.evaluation.statistics import mean_interval
+from vipllava.evaluation.statistics import mean_estimate
 from vipllava.records.image_decode import decode_image
 from vipllava.types import RecordError, Request, Turn, VipLlavaError
 
@@ -97,12 +97,13 @@ def score(answered: Sequence[Answered[Item]], judge: Judge) -> dict[str, Any]:
         for name in CAPABILITIES
     }
     values = [100 * verdict for verdict in verdicts.values()]
-    low, high = mean_interval(values) if len(values) > 1 else (None, None)
+    images = [str(each.item.image) for each in answered if each.key in verdicts]
+    total = mean_estimate(values, images, bounds=(0.0, 100.0))
     return {
-        "total": sum(values) / len(values) if values else None,
-        "low": None if low is None else max(low, 0.0),
-        "high": None if high is None else min(high, 100.0),
-        "num_items": len(values),
+        "total": total.value,
+        "low": total.low,
+        "high": total.high,
+        "num_items": total.num_items,
         "num_failures": len(failures),
         "by_capability": {
             name: {"score": 100 * sum(found) / len(found), "num_items": len(found)}
@@ -155,9 +156,11 @@ def _table(results: Mapping[str, Any]) -> BenchTable:
 
 
 def _total(result: Mapping[str, Any]) -> str:
-    if result["low"] is None:
+    if result["total"] is None:
         return "-"
-    text = f"{result['total']:.1f} ({result['low']:.1f}-{result['high']:.1f})"
+    text = f"{result['total']:.1f}"
+    if result["low"] is not None:
+        text += f" ({result['low']:.1f}-{result['high']:.1f})"
     failed = f", {result['num_failures']} without verdict" if result["num_failures"] else ""
     return f"{text}, {result['num_items']} items{failed}"
 
