@@ -112,7 +112,7 @@ def estimate(
     if len(scores) < (1 - _MOST_UNDEFINED) * len(drawn):
         return without("too few images: many draws of them give no score")
     if np.ptp(scores) <= 1e-12 * max(1.0, abs(value)):
-        return without(f"all {len(rows)} images score the same, which shows no spread")
+        return without(f"all {len(rows)} images give the same value, which shows no spread")
     low, high = np.quantile(scores, _bca_levels(value, scores, distinct, times, statistic))
     return Estimate(value, float(low), float(high), num_items, len(rows))
 
