@@ -74,6 +74,7 @@ ELSEWHERE = {
     "benchmarks.run": "tests/test_benchmarks.py",
     "data.mix=": "placeholders of data sets; tests/stream",
     "doctor": "tests/commands/test_doctor.py",
+    "vipllava compare": "tests/commands/test_compare.py",
     "profiler=torch": "tests/training/test_profiling.py",
 }
 """What is run by another test, or cannot be here: a part of the command, and where or why."""

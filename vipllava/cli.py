@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from vipllava import __version__
 from vipllava.commands import data, job, shards
+from vipllava.commands.compare import print_comparison
 from vipllava.commands.convert import convert
 from vipllava.commands.dashboard import dashboard
 from vipllava.commands.doctor import doctor
@@ -68,6 +69,7 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "quickstart": (quickstart, {}),
     "train": (train, _BY_HYDRA),
     "evaluate": (evaluate, _BY_HYDRA),
+    "compare": (print_comparison, {}),
     "inspect": (inspect, {}),
     "lint": (lint, {}),
     "machines": (machines, {}),

@@ -55,7 +55,7 @@ def write_quickstart_page(path: Path, content: QuickstartPage) -> None:
     """Write the page as one file that needs no other and no network."""
     marks, splits = content.regions["marks"], content.vip_bench["splits"]
     faithful = content.regions["faithfulness"]
-    gap = [f"{100 * faithful['gap'][key]:+.1f}" for key in ("score", "low", "high")]
+    gap = [_points(faithful["gap"][key]) for key in ("score", "low", "high")]
     bars = [
         _bar("mark drawn", marks["kept"], "marked"),
         _bar("mark not drawn", marks["removed"], "unmarked"),
@@ -97,10 +97,21 @@ def write_quickstart_page(path: Path, content: QuickstartPage) -> None:
 
 
 def _bar(name: str, of: Mapping[str, Any], kind: str) -> Bar:
-    interval = f"{100 * of['low']:.1f} to {100 * of['high']:.1f}"
     correct = round(of["score"] * of["num_items"])
+    if of["low"] is None:  # too few questions for one
+        label = f"{name}: {_percent(of)}, {correct} of {of['num_items']}"
+        return Bar(label, of["score"], of["score"], of["score"], kind)
+    interval = f"{100 * of['low']:.1f} to {100 * of['high']:.1f}"
     label = f"{name}: {_percent(of)} ({interval}), {correct} of {of['num_items']}"
     return Bar(label, of["score"], of["low"], of["high"], kind)
+
+
+def _points(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:+.1f}"
+
+
+def _times_100(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _loss(number: int, stage: str, curve: Sequence[tuple[int, float]]) -> Html:
@@ -117,7 +128,7 @@ def _loss(number: int, stage: str, curve: Sequence[tuple[int, float]]) -> Html:
 
 
 def _shape_row(shape: str, ways: Sequence[Mapping[str, Any]]) -> list[Html | str | int]:
-    cells = [_score_cell(*(100 * of[key] for key in ("score", "low", "high"))) for of in ways]
+    cells = [_score_cell(*(_times_100(of[key]) for key in ("score", "low", "high"))) for of in ways]
     return [shape, ways[0]["num_items"], *cells]
 
 
