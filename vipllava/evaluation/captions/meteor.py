@@ -114,6 +114,7 @@ class _Running:
         self._process = process
         self._errors = errors
         self._answer_s = answer_s
+        self._hung = False
 
     def ask(self, line: str) -> str:
         """Send a line and return the (first) line of the answer."""
@@ -133,11 +134,11 @@ class _Running:
             VipLlavaError: there is none, or it is no numbers.
         """
         assert self._process.stdout is not None
-        with self._limit() as hung:
+        with self._limit():
             answer = self._process.stdout.readline().strip()
         if re.fullmatch(r"[-+.\dE]+(?: [-+.\dE]+)*", answer):
             return answer
-        if hung.is_set():
+        if self._hung:
             reason = f"no answer within {self._answer_s:g} s"
         else:
             self._errors.seek(0)
@@ -146,19 +147,18 @@ class _Running:
         raise VipLlavaError(f"METEOR's program failed: {reason} ({self._process.args})")
 
     @contextmanager
-    def _limit(self) -> Generator[threading.Event]:
-        """End the program if what is done meanwhile takes too long: nothing can wait for it."""
-        hung = threading.Event()
+    def _limit(self) -> Generator[None]:
+        """End the program if what is done meanwhile takes too long: a pipe has no time limit."""
 
         def end() -> None:
-            hung.set()
+            self._hung = True
             self._process.kill()
 
         timer = threading.Timer(self._answer_s, end)
         timer.daemon = True
         timer.start()
         try:
-            yield hung
+            yield
         finally:
             timer.cancel()
 
@@ -176,6 +176,7 @@ def _started(program: MeteorProgram, answer_s: float) -> Generator[_Running]:
             stdout=subprocess.PIPE,
             stderr=errors,
             encoding="utf-8",
+            errors="replace",
         )
         try:
             yield _Running(process, errors, answer_s)
