@@ -37,6 +37,7 @@ def test_extras():
         "lora",
         "quant",
         "gguf",
+        "captions",
         "s3",
         "gs",
         "slurm",

@@ -1,0 +1,1 @@
+"""Scores of captions as published: CIDEr-D in NumPy, METEOR by its own program."""
