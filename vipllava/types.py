@@ -241,13 +241,6 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """In place of an answer or verdict: what came is none. Never a text, and never a zero."""
-
-    reason: str  # one line, for people
-
-
-@dataclass(frozen=True, slots=True)
 class Sample:
     """One record, parsed and checked, still without marks or ids."""
 
