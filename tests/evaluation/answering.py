@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from vipllava.evaluation.asking import Protocol, ask_items
 from vipllava.evaluation.bench import Bench, BenchData, Item, Marks, Prediction
@@ -43,9 +44,12 @@ def is_plain(image: Image.Image | None) -> bool:
     return image.getextrema() == tuple((value, value) for value in GREY)
 
 
-def grey_image(width: int = 64, height: int = 48) -> bytes:
+def grey_image(name: str = "") -> bytes:
+    """Return a file that is another one for each name: an image of its own."""
+    said = PngInfo()
+    said.add_text("name", name)
     buffer = io.BytesIO()
-    Image.new("RGB", (width, height), GREY).save(buffer, format="PNG")
+    Image.new("RGB", (64, 48), GREY).save(buffer, format="PNG", pnginfo=said)
     return buffer.getvalue()
 
 
@@ -55,7 +59,7 @@ def grey_sample(key: str, answer: str, box: tuple[float, ...] = (8, 8, 40, 40)) 
         DraftTurn("assistant", (answer,)),
     )
     x1, y1, x2, y2 = box
-    return Sample(key, "toy", grey_image(), (Region((x1, y1, x2, y2)),), turns, "refcocog")
+    return Sample(key, "toy", grey_image(key), (Region((x1, y1, x2, y2)),), turns, "refcocog")
 
 
 def evaluated(

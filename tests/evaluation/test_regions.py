@@ -32,7 +32,7 @@ def test_scores_are_exact(tmp_path: Path):
     metrics = summarise(evaluated(REGIONS, items, look, tmp_path, BOTH))
     kept, removed = metrics["marks"]["kept"], metrics["marks"]["removed"]
     assert (kept["num_items"], kept["num_failures"], kept["score"]) == (4, 0, 0.75)
-    assert kept["low"] == pytest.approx(0.3006, abs=1e-4)
+    assert (kept["low"], kept["high"], kept["num_images"]) == (0.25, 1.0, 4)
     assert removed["score"] == 0.25
     gap = metrics["faithfulness"]["gap"]
     assert (gap["score"], gap["num_items"]) == (0.5, 4)
@@ -52,8 +52,10 @@ def test_without_the_marks_nothing_is_drawn_and_the_words_stay(tmp_path: Path):
 def test_a_full_stop_is_a_mistake_and_right_in_the_lenient_figure_beside(tmp_path: Path):
     metrics = summarise(evaluated(REGIONS, [item("a", "star")], lambda _: "Star.", tmp_path))
     kept = metrics["marks"]["kept"]
-    assert (kept["score"], kept["lenient"]) == (0, 1)
-    assert score_table(REGIONS, metrics).total == ("all", "1", "0.0 (0.0-79.3)", "100.0")
+    assert (kept["score"], kept["low"], kept["more"]["lenient"]["score"]) == (0, None, 1)
+    assert kept["why_no_interval"] == "1 item of one image: one image shows no spread"
+    total = ("all", "1", "0.0 (no interval)", "100.0 (no interval)")
+    assert score_table(REGIONS, metrics).total == total
 
 
 def test_the_table_has_a_row_per_shape_and_a_column_per_marking(tmp_path: Path):
@@ -62,10 +64,24 @@ def test_the_table_has_a_row_per_shape_and_a_column_per_marking(tmp_path: Path):
     assert table.title == "regions: accuracy in % (95 %)"
     assert table.columns == ("", "items", "kept", "removed", "lenient")
     assert {"rectangle", "arrow"} & {row[0] for row in table.rows}
-    assert table.total == ("all", "20", "100.0 (83.9-100.0)", "0.0 (0.0-16.1)", "100.0")
+    all_right, all_wrong = "100.0 (83.9 to 100.0)", "0.0 (0.0 to 16.1)"
+    assert table.total == ("all", "20", all_right, all_wrong, all_right)
     assert table.notes == [
-        "falls by 100.0 (100.0-100.0) points without the mark, to 0.0 %; chance is 100.0 %"
+        "falls by 100.0 (no interval) points without the mark, to 0.0 %; chance is 100.0 %"
     ]
+
+
+def test_items_of_one_image_are_drawn_together(tmp_path: Path):
+    """Two images of two items, one right and one wrong: nothing between 0 and 1 is certain."""
+    images = (grey_sample("a", "star").image, grey_sample("b", "cup").image)
+    items = [
+        Item(f"{name}/{n}", replace(grey_sample(f"{name}{n}", answer), image=image))
+        for name, answer, image in zip("ab", ("star", "cup"), images, strict=True)
+        for n in range(2)
+    ]
+    kept = summarise(evaluated(REGIONS, items, look, tmp_path))["marks"]["kept"]
+    assert (kept["score"], kept["low"], kept["high"]) == (0.5, 0.0, 1.0)
+    assert (kept["num_items"], kept["num_images"]) == (4, 2)
 
 
 @pytest.mark.parametrize("upright", [True, False])

@@ -28,7 +28,7 @@ META = {
         "answer": "7<OR>seven", "capability": ["ocr", "math"],
     },
     "v1_2": {
-        "image_source": "toy", "image": "0.png", "question": "How is <obj>?",
+        "image_source": "toy", "image": "2.png", "question": "How is <obj>?",
         "answer": "left<AND>cup", "capability": ["rec", "rel"],
     },
 }  # fmt: skip
@@ -39,8 +39,8 @@ def folder(tmp_path: Path) -> Path:
     for split in vip_bench.SPLITS:
         images = tmp_path / split / "images"
         images.mkdir(parents=True)
-        for name in ("0.png", "1.png"):
-            Image.new("RGB", (8, 8)).save(images / name)
+        for number in range(3):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(images / f"{number}.png")
         lines = [
             json.dumps({"question_id": n, "image": item["image"], "text": f"{split} {n}?"})
             for n, item in enumerate(META.values())
@@ -85,16 +85,18 @@ def test_answers_and_scores(folder: Path):
     ]
     result = vip_bench.summarise(found)["splits"]["human"]
     assert result["total"] == pytest.approx(50.0)
+    # Three images of one value each. `ocr` and `math` have one item, `rec` has two.
+    none = {"low": None, "high": None, "num_items": 1}
     assert result["by_capability"] == {
-        "rec": {"score": 75.0, "num_items": 2},
-        "ocr": {"score": 0.0, "num_items": 1},
-        "math": {"score": 0.0, "num_items": 1},
-        "rel": {"score": 50.0, "num_items": 1},
+        "rec": {"score": 75.0, "low": 50.0, "high": 100.0, "num_items": 2},
+        "ocr": {"score": 0.0, **none},
+        "math": {"score": 0.0, **none},
+        "rel": {"score": 50.0, **none},
     }
     assert result["by_combination"] == {
-        "rec": {"score": 100.0, "num_items": 1},
-        "ocr, math": {"score": 0.0, "num_items": 1},
-        "rec, rel": {"score": 50.0, "num_items": 1},
+        "rec": {"score": 100.0, **none},
+        "ocr, math": {"score": 0.0, **none},
+        "rec, rel": {"score": 50.0, **none},
     }
     assert (result["num_items"], result["num_failures"]) == (3, 0)
 
@@ -132,8 +134,8 @@ def test_both_splits_and_a_limit_of_each(folder: Path):
     }  # fmt: skip
     table = VIP_BENCH.table(VIP_BENCH, metrics)
     assert table.columns == ("capability", "bbox", "human")
-    assert ("math", "0.0 (1)", "100.0 (1)") in table.rows
-    assert table.total[2].endswith(", 2 items")
+    assert ("math", "0.0 (no interval) of 1", "100.0 (no interval) of 1") in table.rows
+    assert table.total == ("total", "50.0 (0.0 to 100.0) of 2", "100.0 (34.2 to 100.0) of 2")
     assert table.notes[0] == (
         "published, ViP-LLaVA-7B: bbox 48.4, human 48.3 "
         "(ViP-LLaVA, CVPR 2024; graded by gpt-4-0613)"
@@ -225,7 +227,7 @@ def test_the_interval_stays_within_the_scale(folder: Path):
     _, found = answered(bench_data(folder), *("left",) * 6)
     result = vip_bench.summarise(found)["splits"]["bbox"]
     assert (result["total"], result["low"]) == (pytest.approx(16.667, abs=1e-3), 0.0)
-    assert result["high"] == pytest.approx(49.333, abs=1e-3)
+    assert result["high"] == pytest.approx(50.0)
 
 
 def test_an_unknown_split_lists_the_known(folder: Path):

@@ -11,6 +11,7 @@ from vipllava.evaluation.statistics import (
     LEVEL,
     Estimate,
     PairedDifference,
+    bounds_of,
     holm,
     items_by_group,
     mean_estimate,
@@ -137,8 +138,7 @@ def _compare_two(first: Evaluated, other: Evaluated, common: bool, seed: int) ->
             before.append(a.score)
             after.append(b.score)
 
-    # A caption's score has no upper end.
-    bounds = (0.0, 1.0) if all(0 <= value <= 1 for value in before + after) else None
+    bounds = bounds_of(before + after)
 
     def row(members: Iterable[int]) -> Row:
         chosen = list(members)

@@ -9,7 +9,7 @@ drawn, times the images' sums: 10,000 resamples of 20,000 images take 3 s and 30
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Final
@@ -47,13 +47,19 @@ class Estimate:
 
     def text(self, *, signed: bool = False) -> str:
         """Return it as percent, such as ``48.3 (43.1 to 53.5)``; ``-`` without a score."""
-        if self.value is None:
-            return "-"
-        sign = "+" if signed else ""
-        value = f"{100 * self.value:{sign}.1f}"
-        if self.low is None or self.high is None:
-            return f"{value} (no interval)"
-        return f"{value} ({100 * self.low:{sign}.1f} to {100 * self.high:{sign}.1f})"
+        return estimate_text(self.value, self.low, self.high, signed=signed)
+
+
+def estimate_text(
+    value: float | None, low: float | None, high: float | None, *, signed: bool = False
+) -> str:
+    """Return :meth:`Estimate.text` of these numbers."""
+    if value is None:
+        return "-"
+    sign = "+" if signed else ""
+    if low is None or high is None:
+        return f"{100 * value:{sign}.1f} (no interval)"
+    return f"{100 * value:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +157,11 @@ def mean_estimate(
     width = (top - bottom) * _Z * _Z / (found.num_images + _Z * _Z)
     low, high = (bottom, bottom + width) if found.value == bottom else (top - width, top)
     return Estimate(found.value, low, high, found.num_items, found.num_images)
+
+
+def bounds_of(values: Iterable[float]) -> tuple[float, float] | None:
+    """Return the scale of scores, 0 to 1, or None if they have no such ends, as CIDEr."""
+    return (0.0, 1.0) if all(0 <= value <= 1 for value in values) else None
 
 
 def group_estimates(

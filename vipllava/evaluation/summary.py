@@ -7,38 +7,47 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from vipllava.evaluation.bench import ALL_MARKS, Bench, BenchTable, Prediction
-from vipllava.evaluation.statistics import mean_interval, wilson_interval
+from vipllava.evaluation.statistics import bounds_of, estimate_text, mean_estimate
 
 _LISTED: Final = 20  # of failures
 
 
-def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return the 95 % interval of the mean of values from 0 to 1, if there is one."""
-    if values and set(values) <= {0.0, 1.0}:
-        return wilson_interval(round(sum(values)), len(values))
-    return _mean_interval(values, 0.0)
+def estimated(
+    values: Sequence[float],
+    images: Sequence[str],
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+) -> dict[str, Any]:
+    """Return the mean of items as ``score`` with the ends of its interval, ``low`` and ``high``.
 
-
-def _mean_interval(values: Sequence[float], least: float) -> tuple[float | None, float | None]:
-    if len(values) < 2:
-        return None, None
-    low, high = mean_interval(values)
-    return max(low, least), min(high, 1.0)
+    Both are None where the items can give no interval, and ``why_no_interval`` says why.
+    """
+    found = mean_estimate(values, images, bounds=bounds)
+    why = found.why_no_interval
+    return {
+        "score": found.value, "low": found.low, "high": found.high,
+        "num_items": found.num_items, "num_images": found.num_images,
+    } | ({} if why is None else {"why_no_interval": why})  # fmt: skip
 
 
 def score_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Return the mean score with its interval, the means of the other figures, and the counts."""
+    """Return the mean score, see :func:`estimated`, ``num_failures``, and of other figures each.
+
+    Those are in ``more``, by name.
+    """
     scored = [each for each in predictions if each.score is not None]
     values = [each.score for each in scored if each.score is not None]
-    low, high = interval(values)
-    more = {
-        name: _mean([each.more[name] for each in scored if name in each.more])
-        for name in dict.fromkeys(name for each in scored for name in each.more)
-    }
-    return {
-        "score": _mean(values), "low": low, "high": high, **more,
-        "num_items": len(values), "num_failures": len(predictions) - len(values),
+    more: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for each in scored for name in each.more):
+        having = [each for each in scored if name in each.more]
+        figures = [each.more[name] for each in having]
+        more[name] = estimated(figures, _images(having), bounds_of(figures))
+    return estimated(values, _images(scored), bounds_of(values)) | {
+        "num_failures": len(predictions) - len(values), "more": more,
     }  # fmt: skip
+
+
+def _images(predictions: Sequence[Prediction]) -> list[str]:
+    return [each.image for each in predictions]
 
 
 def summarise(predictions: Sequence[Prediction], chance: float | None = None) -> dict[str, Any]:
@@ -82,31 +91,25 @@ def faithfulness(predictions: Sequence[Prediction], chance: float | None = None)
     for each in predictions:
         if each.score is not None:
             scores[each.marks][each.key] = each.score
+    image = {each.key: each.image for each in predictions}
     kept, found = scores["kept"], dict[str, Any]()
 
-    def pairs(marks: str) -> list[tuple[float, float]]:
-        return [(kept[key], score) for key, score in scores[marks].items() if key in kept]
+    def pairs(marks: str) -> dict[str, tuple[float, float]]:
+        return {key: (kept[key], score) for key, score in scores[marks].items() if key in kept}
+
+    def share(right: Mapping[str, bool]) -> dict[str, Any]:
+        return estimated([float(each) for each in right.values()], [image[key] for key in right])
 
     if both := pairs("moved"):
-        found["follows"] = _share([float(min(pair) >= 1) for pair in both])
+        found["follows"] = share({key: min(pair) >= 1 for key, pair in both.items()})
     if both := pairs("removed"):
-        falls = [first - second for first, second in both]
-        low, high = _mean_interval(falls, -1.0)
-        found["gap"] = {"score": _mean(falls), "low": low, "high": high, "num_items": len(falls)}
-        found["left"] = _mean([second for _, second in both])
+        falls = [first - second for first, second in both.values()]
+        found["gap"] = estimated(falls, [image[key] for key in both], bounds=None)
+        found["left"] = sum(second for _, second in both.values()) / len(both)
         found["chance"] = _commonest(predictions) if chance is None else chance
-    if both := [pair for pair in pairs("recoloured") if pair[0] >= 1]:
-        found["stays"] = _share([float(second >= 1) for _, second in both])
+    if both := {key: pair for key, pair in pairs("recoloured").items() if pair[0] >= 1}:
+        found["stays"] = share({key: second >= 1 for key, (_, second) in both.items()})
     return found
-
-
-def _share(values: Sequence[float]) -> dict[str, Any]:
-    low, high = interval(values)
-    return {"score": _mean(values), "low": low, "high": high, "num_items": len(values)}
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _commonest(predictions: Sequence[Prediction]) -> float:
@@ -119,25 +122,18 @@ def _commonest(predictions: Sequence[Prediction]) -> float:
 
 
 def percent(of: Mapping[str, Any] | None) -> str:
-    """Return a score with its interval, e.g. ``48.3 (43.1-53.5)``."""
-    if of is None or of["score"] is None:
-        return "-"
-    value = f"{100 * of['score']:.1f}"
-    if of["low"] is None:
-        return value
-    return f"{value} ({100 * of['low']:.1f}-{100 * of['high']:.1f})"
+    """Return a score with its interval, e.g. ``48.3 (43.1 to 53.5)``."""
+    return "-" if of is None else estimate_text(of["score"], of["low"], of["high"])
 
 
 def score_table(bench: Bench, metrics: Mapping[str, Any]) -> BenchTable:
     """Return a row per group, a column per marking and one for each figure beside the score."""
     markings: Mapping[str, Any] = metrics["marks"]
-    first = next(iter(markings.values()))
-    counts = ("score", "low", "high", "num_items", "num_failures", "groups", "failures")
-    more = [name for name in first if name not in counts]
+    more = list(next(iter(markings.values()))["more"])
 
     def row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
         known = next(of for of in found.values() if of is not None)
-        beside = ("-" if known.get(n) is None else f"{100 * known[n]:.1f}" for n in more)
+        beside = (percent(known["more"].get(each)) for each in more)
         return (name, str(known["num_items"]), *map(percent, found.values()), *beside)
 
     names = dict.fromkeys(name for of in markings.values() for name in of["groups"])
@@ -147,12 +143,7 @@ def score_table(bench: Bench, metrics: Mapping[str, Any]) -> BenchTable:
         rows = []
     return BenchTable(
         f"{bench.name}: {bench.metric} in % (95 %)",
-        (
-            "",
-            "items",
-            *markings,
-            *(n.replace("_", " ") for n in more),
-        ),
+        ("", "items", *markings, *(name.replace("_", " ") for name in more)),
         rows,
         total,
         [*_failure_notes(markings), *_faith_notes(metrics), *published_notes(bench)],

@@ -20,7 +20,13 @@ from PIL import Image
 from vipllava.evaluation.bench import Bench, BenchData, BenchTable, Item, Prediction, Published
 from vipllava.evaluation.matching import split_ground_truth
 from vipllava.evaluation.scoring import SCORERS
-from vipllava.evaluation.summary import published_notes, score_of
+from vipllava.evaluation.statistics import (
+    Estimate,
+    estimate_text,
+    group_estimates,
+    mean_estimate,
+)
+from vipllava.evaluation.summary import published_notes
 from vipllava.records.kind import NO_POLICY
 from vipllava.types import DraftTurn, RecordError, Sample, VipLlavaError
 
@@ -111,35 +117,31 @@ def summarise(predictions: Sequence[Prediction], chance: float | None = None) ->
 
     Returns:
         ``splits``: per split ``total`` (mean x 100) with its 95 % interval ``low``, ``high``;
-        ``by_capability`` with ``score`` and ``num_items``, and ``by_combination`` of exactly those;
-        ``num_items`` graded, ``num_failures`` and ``failures`` (key: reason); ``verdicts`` (key:
-        0.0..1.0).
+        ``by_capability`` with ``score``, ``low``, ``high`` and ``num_items``, and
+        ``by_combination`` of exactly those; ``num_items`` graded, ``num_failures`` and ``failures``
+        (key: reason).
     """
     splits = {split: [each for each in predictions if split in each.groups] for split in SPLITS}
     return {"splits": {split: _summarise(part) for split, part in splits.items() if part}}
 
 
 def _summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    verdicts = {_key(p): p.score for p in predictions if p.score is not None}
-    capabilities: dict[str, list[float]] = {name: [] for name in CAPABILITIES}
-    combinations: dict[str, list[float]] = {}
-    for each in predictions:
-        if each.score is not None:
-            needed = [name for name in CAPABILITIES if name in each.groups]
-            combinations.setdefault(", ".join(needed), []).append(each.score)
-            for name in needed:
-                capabilities[name].append(each.score)
-    total = score_of(predictions)
+    graded = [each for each in predictions if each.score is not None]
+    values = [each.score for each in graded if each.score is not None]
+    images = [each.image for each in graded]
+    needed = [[name for name in CAPABILITIES if name in each.groups] for each in graded]
+    by_capability = group_estimates(values, images, needed)
+    by_combination = group_estimates(values, images, [[", ".join(names)] for names in needed])
+    total = _times_100(mean_estimate(values, images))
     return {
-        "total": _times_100(total["score"]),
-        "low": _times_100(total["low"]),
-        "high": _times_100(total["high"]),
-        "num_items": total["num_items"],
-        "num_failures": total["num_failures"],
-        "by_capability": _means(capabilities),
-        "by_combination": _means(combinations),
+        "total": total.pop("score"),
+        **total,
+        "num_failures": len(predictions) - len(graded),
+        "by_capability": {
+            name: _times_100(by_capability[name]) for name in CAPABILITIES if name in by_capability
+        },
+        "by_combination": {name: _times_100(found) for name, found in by_combination.items()},
         "failures": {_key(each): each.failure for each in predictions if each.score is None},
-        "verdicts": verdicts,
     }
 
 
@@ -147,16 +149,10 @@ def _key(prediction: Prediction) -> str:
     return prediction.key.rpartition("/")[2]
 
 
-def _times_100(share: float | None) -> float | None:
-    return None if share is None else 100 * share
-
-
-def _means(found: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    return {
-        name: {"score": 100 * sum(values) / len(values), "num_items": len(values)}
-        for name, values in found.items()
-        if values
-    }
+def _times_100(found: Estimate) -> dict[str, Any]:
+    ends = {"score": found.value, "low": found.low, "high": found.high}
+    times = {name: None if value is None else 100 * value for name, value in ends.items()}
+    return {**times, "num_items": found.num_items}
 
 
 def _files(predictions: Sequence[Prediction]) -> dict[str, str]:
@@ -172,26 +168,23 @@ def _files(predictions: Sequence[Prediction]) -> dict[str, str]:
 def _table(bench: Bench, metrics: Mapping[str, Any]) -> BenchTable:
     splits: Mapping[str, Any] = metrics["splits"]
 
-    def cell(split: Mapping[str, Any], capability: str) -> str:
-        found = split["by_capability"].get(capability)
-        return f"{found['score']:.1f} ({found['num_items']})" if found else "-"
-
     names = dict.fromkeys(name for split in splits.values() for name in split["by_capability"])
+    scores = [split["by_capability"] for split in splits.values()]
     return BenchTable(
-        "ViP-Bench, offline matcher (0-100; total with 95 % interval)",
+        "ViP-Bench, offline matcher (0-100, 95 %)",
         ("capability", *splits),
-        [(name, *(cell(split, name) for split in splits.values())) for name in names],
-        ("total", *map(_total, splits.values())),
+        [(name, *(_cell(of[name]) if name in of else "-" for of in scores)) for name in names],
+        ("total", *(_cell(split | {"score": split["total"]}) for split in splits.values())),
         published_notes(bench),
     )
 
 
-def _total(result: Mapping[str, Any]) -> str:
-    if result["low"] is None:
-        return "-"
-    text = f"{result['total']:.1f} ({result['low']:.1f}-{result['high']:.1f})"
-    failed = f", {result['num_failures']} without verdict" if result["num_failures"] else ""
-    return f"{text}, {result['num_items']} items{failed}"
+def _cell(of: Mapping[str, Any]) -> str:
+    ends = (
+        None if value is None else value / 100 for value in map(of.get, ("score", "low", "high"))
+    )
+    failed = f", {of['num_failures']} without verdict" if of.get("num_failures") else ""
+    return f"{estimate_text(*ends)} of {of['num_items']}{failed}"
 
 
 def _read_meta(path: Path) -> dict[str, dict[str, Any]]:
