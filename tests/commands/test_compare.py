@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vipllava import cli
-from vipllava.evaluation.predictions import ScoredItem
+from vipllava.evaluation.bench import Prediction, jsonl
 
 PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 RUNS = ("7b-gpt4v", "my-lora", "my-lora-2")
@@ -26,15 +26,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder = tmp_path / "runs" / "eval" / name / "vip_bench"
         folder.mkdir(parents=True)
         right = hard + rng.normal(0, 0.2, size=300) < skill
-        lines = [
-            ScoredItem(
-                f"v1_{at}", f"{at // 2}.jpg", float(right[at]), "a cup", "cup", groups[at]
-            ).line()
+        items = [
+            Prediction(
+                f"v1_{at}", f"{at // 2}.jpg", "kept", "What?", "cup", groups[at], "a cup",
+                float(right[at]),
+            )
             for at in range(300 if name != "my-lora-2" else 299)
-        ]
+        ]  # fmt: skip
         if name == "my-lora":
-            lines[7] = ScoredItem("v1_7", "3.jpg", None, None, "cup", groups[7]).line()
-        (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+            items[7] = items[7].failed("no verdict")
+        text = jsonl(item.row() for item in items)
+        (folder / "predictions.jsonl").write_text(text, encoding="utf-8")
         settings = {
             "checkpoint": f"runs/{name}/export", "seed": 42 if name == "7b-gpt4v" else 7,
             "marks": "kept", "judge": {"model": "Llama-3.3-70B", "prompt": "4be1f0"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -107,26 +106,6 @@ def test_other_settings_are_refused_by_name(tmp_path: Path):
     (tmp_path / "old" / "predictions.jsonl").write_text("{}\n")
     with pytest.raises(VipLlavaError, match=r"predictions.jsonl without settings.json"):
         Journal(tmp_path / "old", {"seed": 1})
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("no json", "Expecting value"),
-        ("[]", "is no object"),
-        ('{"key": "a"}', "has no image, question, answer, failure, marks"),
-    ],
-)
-def test_a_damaged_line_is_named(line: str, message: str, tmp_path: Path):
-    evaluated(REGIONS, items(2), echo, tmp_path)
-    path = tmp_path / "predictions.jsonl"
-    first, second = path.read_text().splitlines()
-    path.write_text(f"{first}\n{line}\n{second}\n")
-    with pytest.raises(VipLlavaError, match=rf"predictions.jsonl:2: {message}.*restore the line"):
-        evaluated(REGIONS, items(2), echo, tmp_path)
-    path.write_text(json.dumps(json.loads(first) | {"groups": "arrow", "answer": 7}) + "\n")
-    with pytest.raises(VipLlavaError, match="another type of value in answer, groups"):
-        read_predictions(path)
 
 
 def test_two_items_of_one_key_are_refused(tmp_path: Path):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vipllava.evaluation.comparison import compare
-from vipllava.evaluation.predictions import Evaluated, ScoredItem
+from vipllava.evaluation.bench import Prediction, jsonl
+from vipllava.evaluation.comparison import Evaluated, compare, read_evaluation
 from vipllava.types import VipLlavaError
 
 
@@ -18,7 +19,9 @@ def evaluated(
 ) -> Evaluated:
     """An item per score and image; those of even numbers are in the group `even`."""
     items = [
-        ScoredItem(f"q{at}", f"{at}.jpg", score, "A", "A", ("all", "even")[: 2 - at % 2])
+        Prediction(
+            f"q{at}", f"{at}.jpg", "kept", "Which?", "A", ("all", "even")[: 2 - at % 2], "A", score
+        )
         for at, score in enumerate(scores)
     ]
     return Evaluated(Path(name), bench, settings, {item.key: item for item in items})
@@ -118,15 +121,21 @@ def test_other_items_are_refused_by_name_or_left_out():
         compare([many, Evaluated(Path("b"), "v7w", {}, {})], common=True)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("image", "0.png"), ("ground_truth", "B"), ("groups", ("rec",))]
-)
-def test_an_item_that_is_another_one_is_refused(field: str, value: object):
+@pytest.mark.parametrize("changed", [{"image": "0.png"}, {"ground_truth": "B"}])
+def test_an_item_that_is_another_one_is_refused(changed: dict[str, Any]):
     first, other = evaluated("a", [1, 0]), evaluated("b", [1, 0])
-    changed = {name: getattr(other.items["q1"], name) for name in ScoredItem.__slots__}
-    items = {**other.items, "q1": ScoredItem(**{**changed, field: value})}
+    items = {**other.items, "q1": replace(other.items["q1"], **changed)}
+    (field,) = changed
     with pytest.raises(VipLlavaError, match=rf"1 items \(q1\) differ in `{field}` between a and b"):
         compare([first, Evaluated(Path("b"), "v7w", {}, items)], common=True)
+
+
+def test_groups_are_those_that_items_have_in_both():
+    """Shapes, e.g., follow from the marks and not from the item."""
+    first, other = evaluated("a", [1, 0]), evaluated("b", [1, 0])
+    items = {**other.items, "q0": replace(other.items["q0"], groups=("all", "arrow"))}
+    (comparison,) = compare([first, Evaluated(Path("b"), "v7w", {}, items)]).comparisons
+    assert {name: row.first.num_items for name, row in comparison.groups.items()} == {"all": 2}
 
 
 def test_another_benchmark_is_refused():
@@ -142,8 +151,8 @@ def test_different_judges_are_refused_unless_allowed():
     message = r"different judges do not compare(.|\n)*a: judge.model=small\n  b: judge.model=big"
     with pytest.raises(VipLlavaError, match=message):
         compare([first, other])
-    prompt = {"judge.model": "small", "judge.prompt": "f00"}
-    with pytest.raises(VipLlavaError, match=r"b: judge\.model=-, judge\.prompt=-"):
+    prompt = {"judge.model": "small", "judge.prompt_sha256": "f00"}
+    with pytest.raises(VipLlavaError, match=r"b: judge\.model=-, judge\.prompt_sha256=-"):
         compare([evaluated("a", [1, 0], **prompt), evaluated("b", [1, 0])])
     compared = compare([first, other], allow_different_judges=True)
     assert compared.settings == {"judge.model": ["small", "big"], "judge.seed": [1, 2]}
@@ -159,3 +168,27 @@ def test_scores_without_an_upper_end():
     total = compared.comparisons[0].total
     assert (total.first.value, total.other.value) == pytest.approx((3.5 / 3, 1.0))
     assert (total.difference.num_lower, total.difference.num_higher) == (1, 1)
+
+
+def test_an_evaluation_that_cannot_be_read(tmp_path: Path):
+    with pytest.raises(VipLlavaError, match=r"there is no .*metrics.json: name the folder"):
+        read_evaluation(tmp_path)
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text('{"bench": "v7w", "settings": {"seed": 1, "judge": {"model": "m"}}}')
+    with pytest.raises(VipLlavaError, match=r"predictions.jsonl has no items with their marks"):
+        read_evaluation(tmp_path)
+    items = evaluated("a", [0.5, None]).items
+    lenient = replace(items["q0"], more={"lenient": 1})
+    (tmp_path / "predictions.jsonl").write_text(jsonl([lenient.row(), items["q1"].row()]))
+    found = read_evaluation(tmp_path)
+    assert found.settings == {"seed": 1, "judge.model": "m"}
+    assert [each.score for each in found.items.values()] == [0.5, None]
+    assert [each.score for each in read_evaluation(tmp_path, "lenient").items.values()] == [1, None]
+    with pytest.raises(VipLlavaError, match=r"has no cider; it has score, lenient"):
+        read_evaluation(tmp_path, "cider")
+    metrics.write_text('{"benchmark": "v7w"}')
+    with pytest.raises(VipLlavaError, match=r"metrics.json has no `bench` .*earlier version"):
+        read_evaluation(tmp_path)
+    metrics.write_text("{")
+    with pytest.raises(VipLlavaError, match=r"cannot read .*metrics.json: .*; evaluate again"):
+        read_evaluation(tmp_path)

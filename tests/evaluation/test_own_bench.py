@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.toy_data import encode_picture
+from vipllava import cli
 from vipllava.config.checks import check_config
 from vipllava.config.composing import compose_job
 from vipllava.evaluation import benches
@@ -105,6 +106,16 @@ def test_the_example_of_the_page(
         ("my_signs/sign-1", "SHOP", 0.0),
     ]
     assert "letters in %" in capsys.readouterr().out
+
+    # The same items under another seed, of marks that nobody sees: what `compare` says of both.
+    run_evaluation(job("checkpoint=weights", f"paths.data_root={place / 'data'}", "seed=7",
+                       "name=other", folder=place))  # fmt: skip
+    capsys.readouterr()
+    assert cli.main(["compare", str(folder), "runs/other"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"seed +│ 42 +│ 7 ", printed)
+    assert "0 of 2 items changed: 0 lower, 0 higher" in printed
+    assert printed.endswith("p 1.000: no difference that these items can show\n")
 
 
 def test_a_second_evaluation_into_one_folder_is_refused(place: Path):

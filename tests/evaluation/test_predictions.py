@@ -1,4 +1,4 @@
-"""The files of an evaluation that others read: what they hold, and what is refused."""
+"""A line of ``predictions.jsonl``: what is written is read, and what breaks the schema refused."""
 
 from __future__ import annotations
 
@@ -7,83 +7,73 @@ from pathlib import Path
 
 import pytest
 
-from vipllava.evaluation.predictions import ScoredItem, read_evaluation, read_predictions
+from vipllava.evaluation.bench import Prediction, jsonl
+from vipllava.evaluation.journal import Journal, read_predictions
 from vipllava.types import VipLlavaError
 
 LINE = {
-    "key": "a", "image": "1.jpg", "score": 0.5, "answer": "cup", "ground_truth": ["a cup", "cup"],
-    "groups": ["rec"],
+    "key": "a", "image": "1.jpg", "marks": "kept", "question": "What?", "answer": "cup",
+    "ground_truth": ["a cup", "cup"], "score": 0.5, "groups": ["rec"], "failure": None,
 }  # fmt: skip
-
-
-def file(folder: Path, *lines: object) -> Path:
-    path = folder / "predictions.jsonl"
-    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-    return path
 
 
 def test_what_is_written_is_read(tmp_path: Path):
     items = [
-        ScoredItem("a", "1.jpg", 0.5, "é\u2028cup", ["a cup", "cup"], ("rec", "ocr")),
-        ScoredItem("b", "1.jpg", None, None, "star"),
+        Prediction(
+            "a", "1.jpg", "kept", "What?", ["a cup", "cup"], ("rec", "ocr"), "é\u2028cup", 0.5
+        ),
+        Prediction("b", "1.jpg", "kept", "What?", "star", more={"lenient": 1}, failure="none"),
     ]
     path = tmp_path / "predictions.jsonl"
-    text = items[0].line(question="What?", letter_score=1) + items[1].line(letter_score=0)
-    path.write_text(text, encoding="utf-8")
-    assert text.splitlines()[-1] == (
-        '{"key": "b", "image": "1.jpg", "score": null, "answer": null, "ground_truth": "star", '
-        '"groups": [], "letter_score": 0}'
+    path.write_text(text := jsonl(item.row() for item in items), encoding="utf-8")
+    assert text.split("\n")[-2] == (
+        '{"key": "b", "image": "1.jpg", "marks": "kept", "question": "What?", "answer": null, '
+        '"ground_truth": "star", "score": null, "lenient": 1, "groups": [], "failure": "none"}'
     )
     assert list(read_predictions(path).values()) == items
-    assert [item.score for item in read_predictions(path, "letter_score").values()] == [1, 0]
 
 
 def test_a_score_that_is_no_number_is_not_written():
     with pytest.raises(ValueError, match="Out of range float values"):
-        ScoredItem("a", "1.jpg", float("nan"), "cup", "cup").line()
+        jsonl([LINE | {"score": float("nan")}])
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"key": "a", "marked": "cup"}, r"has no image, score, answer, .*; it has key, marked"),
-        (LINE | {"score": True}, "score is True; expected a number or null"),
-        (LINE | {"score": "1"}, "score is '1'; expected a number or null"),
-        ('{"key": "a", "image": "1", "score": NaN, "answer": "", "ground_truth": 1, "groups": []}',
-         "score is nan; expected a number or null"),
-        (LINE | {"key": 3}, "key is 3; expected a text"),
-        (LINE | {"image": ""}, "image is ''; expected a text"),
-        (LINE | {"answer": 3}, "answer is 3; expected a text or null"),
-        (LINE | {"groups": "rec"}, "groups is 'rec'; expected a list of texts"),
-        ("[]", "not an object"),
-        ('{"key": "a", "ima', "Unterminated string"),
-        (LINE | {"key": "first"}, "the key first occurs twice"),
+        ({"key": "a", "failure": "x"}, r"has no image, marks, .*, groups; it has key, failure"),
+        (LINE | {"score": True}, r"has another kind of value in score \(True\)"),
+        (LINE | {"score": "1", "key": ""}, r"in key \(''\), score \('1'\)"),
+        (json.dumps(LINE).replace("0.5", "NaN"), r"in score \(nan\)"),
+        (LINE | {"key": 3}, r"in key \(3\)"),
+        (LINE | {"image": ""}, r"in image \(''\)"),
+        (LINE | {"marks": "lost"}, r"in marks \('lost'\)"),
+        (LINE | {"question": None}, r"in question \(None\)"),
+        (LINE | {"answer": 3}, r"in answer \(3\)"),
+        (LINE | {"groups": "rec"}, r"in groups \('rec'\)"),
+        (LINE | {"groups": [1]}, r"in groups \(\[1\]\)"),
+        (LINE | {"lenient": "yes"}, r"in lenient \('yes'\)"),
+        ("[]", "is no object"),
+        ("{", "Expecting property name"),
     ],
-)  # fmt: skip
-def test_what_breaks_the_schema_is_named_by_line(line, message: str, tmp_path: Path):
-    path = file(tmp_path, LINE | {"key": "first"}, line)
-    with pytest.raises(VipLlavaError, match=f"1 lines of (.|\n)*predictions.jsonl:2: {message}"):
+)
+def test_what_breaks_the_schema_is_named_by_line(line: object, message: str, tmp_path: Path):
+    path = tmp_path / "predictions.jsonl"
+    text = line if isinstance(line, str) else json.dumps(line)
+    path.write_text(f"{json.dumps(LINE)}\n{text}\n")
+    with pytest.raises(VipLlavaError, match=rf"predictions.jsonl:2: .*{message}.*restore the line"):
         read_predictions(path)
 
 
-def test_an_evaluation_that_cannot_be_read(tmp_path: Path):
-    with pytest.raises(VipLlavaError, match=r"there is no .*metrics.json: name the folder"):
-        read_evaluation(tmp_path)
-    metrics = tmp_path / "metrics.json"
-    metrics.write_text('{"bench": "v7w", "settings": {"seed": 1, "judge": {"model": "m"}}}')
-    with pytest.raises(VipLlavaError, match=r"there is no .*predictions.jsonl"):
-        read_evaluation(tmp_path)
-    file(tmp_path)
-    with pytest.raises(VipLlavaError, match=r"predictions.jsonl has no items; evaluate again"):
-        read_evaluation(tmp_path)
-    file(tmp_path, LINE)
-    assert read_evaluation(tmp_path).settings == {"seed": 1, "judge.model": "m"}
-    with pytest.raises(VipLlavaError, match=r"has no cider; it has key, image, score"):
-        read_evaluation(tmp_path, "cider")
-    metrics.write_text('{"benchmark": "v7w"}')
-    with pytest.raises(VipLlavaError, match=r"metrics.json has no `bench` .*earlier version"):
-        read_evaluation(tmp_path)
-    metrics.write_text("{")
-    with pytest.raises(VipLlavaError, match=r"metrics.json is not JSON"):
-        read_evaluation(tmp_path)
+def test_a_torn_line_is_read_over_and_cut_off_by_who_writes_behind_it(tmp_path: Path):
+    journal = Journal(tmp_path, {})
+    path = tmp_path / "predictions.jsonl"
+    path.write_bytes(whole := jsonl([LINE]).encode())
+    with path.open("ab") as file:
+        file.write(b'{"key": "b", "ima')
+    assert list(read_predictions(path)) == ["a"]
+    assert path.stat().st_size > len(whole)
+    journal.append(Prediction("c", "1.jpg", "kept", "What?", "star"))
+    journal.close()
+    assert list(read_predictions(path)) == ["a", "c"]
+    assert path.read_bytes().startswith(whole + b'{"key": "c"')

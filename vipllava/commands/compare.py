@@ -38,8 +38,7 @@ def print_comparison(
 
     Each folder is compared with the first one: which differences its items can show.
     """
-    from vipllava.evaluation.comparison import compare
-    from vipllava.evaluation.predictions import read_evaluation
+    from vipllava.evaluation.comparison import compare, read_evaluation
 
     evaluations = [read_evaluation(folder, score) for folder in folders]
     compared = compare(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
 Marks = Literal["kept", "removed", "moved", "recoloured"]
 """What becomes of an item's marks; see :mod:`vipllava.evaluation.marking`."""
 ALL_MARKS: Final[tuple[Marks, ...]] = get_args(Marks)
-
-
-_TEXTS: Final = ("key", "image", "question")
-_TEXTS_OR_NULL: Final = ("answer", "failure")
 
 
 @dataclass(frozen=True)
@@ -88,38 +85,47 @@ class Prediction:
 
     def row(self) -> dict[str, Any]:
         """Return its line of the file as an object."""
-        names = ("key", "image", "marks", "question", "answer", "ground_truth", "score")
-        row = {name: getattr(self, name) for name in names}
-        return row | dict(self.more) | {"groups": list(self.groups), "failure": self.failure}
+        row = {name: getattr(self, name) for name in _FIELDS}
+        return {**row, **self.more, "groups": list(self.groups), "failure": self.failure}
 
     @classmethod
     def from_row(cls, row: Any) -> Prediction:
-        """Read what :meth:`row` returned, but for ``more``.
+        """Read what :meth:`row` returned.
 
         Raises:
             ValueError: it is no object, or a field is missing or of another type.
         """
         if not isinstance(row, dict):
             raise ValueError("is no object")
-        given = cast("dict[str, Any]", row)
-        names = (*_TEXTS, *_TEXTS_OR_NULL, "marks", "ground_truth", "score", "groups")
+        given = dict(cast("dict[str, Any]", row))
+        names = (*_FIELDS, "groups", "failure")
         if missing := [name for name in names if name not in given]:
-            raise ValueError(f"has no {', '.join(missing)}")
-        groups, score = given["groups"], given["score"]
-        wrong = [name for name in _TEXTS if not isinstance(given[name], str)]
-        wrong += [name for name in _TEXTS_OR_NULL if not isinstance(given[name], str | None)]
-        wrong += ["marks"] * (given["marks"] not in ALL_MARKS)
-        wrong += ["score"] * (not isinstance(score, int | float | None))
-        wrong += ["groups"] * (not isinstance(groups, list))
+            raise ValueError(f"has no {', '.join(missing)}; it has {', '.join(given)}")
+        fields = {name: given.pop(name) for name in names}
+        wrong = [n for n in ("key", "image") if not (isinstance(fields[n], str) and fields[n])]
+        wrong += [n for n in ("question",) if not isinstance(fields[n], str)]
+        wrong += [n for n in ("answer", "failure") if not isinstance(fields[n], str | None)]
+        wrong += ["marks"] * (fields["marks"] not in ALL_MARKS)
+        wrong += ["score"] * (fields["score"] is not None and not _is_number(fields["score"]))
+        groups: Any = fields["groups"]
+        if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
+            wrong.append("groups")
+        wrong += [name for name, value in given.items() if not _is_number(value)]
         if wrong:
-            raise ValueError(f"has another type of value in {', '.join(wrong)}")
-        fields: dict[str, Any] = {name: given[name] for name in names}
-        fields["groups"] = tuple(map(str, groups))
-        return cls(**fields)
+            said = (f"{name} ({row[name]!r})" for name in wrong)
+            raise ValueError(f"has another kind of value in {', '.join(said)}")
+        return cls(**{**fields, "groups": tuple(groups)}, more=given)
 
     def failed(self, reason: str) -> Prediction:
         """Return it with the reason why it has no score."""
         return replace(self, score=None, more={}, failure=reason)
+
+
+_FIELDS: Final = ("key", "image", "marks", "question", "answer", "ground_truth", "score")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(cast("float", value))
 
 
 class Answerer(Protocol):
@@ -219,7 +225,8 @@ without an answer are not among them."""
 
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return one JSON object per line."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    texts = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+    return "".join(f"{text}\n" for text in texts)
 
 
 def no_files(predictions: Sequence[Prediction]) -> Mapping[str, str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, cast
 
-from vipllava.evaluation.predictions import Evaluated, ScoredItem
+from vipllava.evaluation.bench import Prediction
+from vipllava.evaluation.journal import METRICS, predictions_path, read_predictions
 from vipllava.evaluation.statistics import (
     LEVEL,
     Estimate,
@@ -20,9 +23,71 @@ from vipllava.evaluation.statistics import (
 from vipllava.types import VipLlavaError
 
 _MOST_NAMED: Final = 5
-_SAME_JUDGE: Final = ("judge.seed", "judge.num_runs")
-"""Settings of a judge that leave it the same one."""
+_SAME_JUDGE: Final = tuple(
+    f"judge.{name}" for name in ("base_url", "seed", "runs", "reported", "prompt_source")
+)
+"""Settings of a judge that leave it the same one: its model, with the same prompt."""
 _UNSET: Final = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """An evaluation as its folder has it."""
+
+    folder: Path
+    bench: str
+    settings: Mapping[str, Any]  # by dotted names, e.g. ``judge.model``
+    items: Mapping[str, Prediction]  # by key; their score is what is compared
+
+
+def read_evaluation(folder: Path, score: str = "score") -> Evaluated:
+    """Read the folder of an evaluation that has ended.
+
+    Args:
+        folder: with ``metrics.json`` and ``predictions.jsonl``.
+        score: which figure of the items is compared.
+
+    Raises:
+        VipLlavaError: a file is missing or damaged, or no item has such a figure.
+    """
+    path = folder / METRICS
+    try:
+        metrics: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise VipLlavaError(
+            f"there is no {path}: name the folder of an evaluation that has ended, such as "
+            "runs/eval/NAME/BENCH"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise VipLlavaError(f"cannot read {path}: {error}; evaluate again") from error
+    fields = cast("dict[str, Any]", metrics) if isinstance(metrics, dict) else {}
+    bench, settings = fields.get("bench"), fields.get("settings")
+    if not isinstance(bench, str) or not isinstance(settings, dict):
+        raise VipLlavaError(
+            f"{path} has no `bench` with a name, or no `settings`: written by an earlier version? "
+            "Evaluate again"
+        )
+    path = predictions_path(folder, "kept")
+    items = read_predictions(path)
+    if not items:
+        raise VipLlavaError(f"{path} has no items with their marks kept; evaluate again")
+    if score != "score":
+        known = dict.fromkeys(name for item in items.values() for name in item.more)
+        if score not in known:
+            raise VipLlavaError(f"{path} has no {score}; it has {', '.join(('score', *known))}")
+        items = {key: replace(each, score=each.more.get(score)) for key, each in items.items()}
+    return Evaluated(folder, bench, _flat(cast("dict[str, Any]", settings)), items)
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return a nested object by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            found |= _flat(cast("dict[str, Any]", value), f"{above}{name}.")
+        else:
+            found[f"{above}{name}"] = value
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +196,10 @@ def _compare_two(first: Evaluated, other: Evaluated, common: bool, seed: int) ->
     if not pairs:
         raise VipLlavaError(f"{first.folder} and {other.folder} have no item in common")
     _check_items(first, other, pairs)
-    items, before, after = list[ScoredItem](), list[float](), list[float]()
+    items, before, after = list[Prediction](), list[float](), list[float]()
     for a, b in pairs:
         if a.score is not None and b.score is not None:
-            items.append(a)
+            items.append(replace(a, groups=tuple(name for name in a.groups if name in b.groups)))
             before.append(a.score)
             after.append(b.score)
 
@@ -170,9 +235,9 @@ def _correct(rows: Sequence[Row]) -> list[Row]:
 
 
 def _check_items(
-    first: Evaluated, other: Evaluated, pairs: Sequence[tuple[ScoredItem, ScoredItem]]
+    first: Evaluated, other: Evaluated, pairs: Sequence[tuple[Prediction, Prediction]]
 ) -> None:
-    for name in ("image", "ground_truth", "groups"):
+    for name in ("image", "ground_truth"):  # groups may follow from the marks, as shapes
         if keys := [a.key for a, b in pairs if getattr(a, name) != getattr(b, name)]:
             raise VipLlavaError(
                 f"{_named(keys)} differ in `{name}` between {first.folder} and {other.folder}: the "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vipllava.evaluation.bench import Marks, Prediction
-from vipllava.evaluation.journal import predictions_path, read_predictions, read_settings
+from vipllava.evaluation.journal import METRICS, predictions_path, read_predictions, read_settings
 from vipllava.types import VipLlavaError
 
 
@@ -23,7 +23,7 @@ def joined_settings(folders: Mapping[str, Path]) -> dict[str, Any]:
     """
     found: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
-        if not (folder / "metrics.json").is_file():
+        if not (folder / METRICS).is_file():
             raise VipLlavaError(
                 f"{folder} holds no finished evaluation of {name}, which this one joins: evaluate "
                 f"bench=[{','.join(folders)}] with the same checkpoint and paths.runs first"

@@ -20,6 +20,7 @@ from vipllava.types import VipLlavaError
 logger = logging.getLogger(__name__)
 
 SETTINGS: Final = "settings.json"
+METRICS: Final = "metrics.json"
 
 
 class Journal:
@@ -57,13 +58,7 @@ class Journal:
             write_json(path, wanted, indent=1)
 
     def read(self, marks: Marks) -> dict[str, Prediction]:
-        """Return what is there, by key; of lines about one item the last counts.
-
-        A last line that a kill has torn is cut off.
-
-        Raises:
-            VipLlavaError: another line is no prediction; names it.
-        """
+        """Return what is there, as :func:`read_predictions`."""
         return read_predictions(predictions_path(self.folder, marks))
 
     def append(self, prediction: Prediction) -> None:
@@ -71,7 +66,8 @@ class Journal:
         marks = prediction.marks
         if marks not in self._open:
             # Held for the whole of a run, and closed by :meth:`finish` or with the process.
-            self._open[marks] = predictions_path(self.folder, marks).open("ab")
+            file = self._open[marks] = predictions_path(self.folder, marks).open("a+b")
+            file.truncate(_whole_lines(file))
         self._open[marks].write(jsonl([prediction.row()]).encode("utf-8", "backslashreplace"))
         self._open[marks].flush()
 
@@ -93,27 +89,36 @@ def predictions_path(folder: Path, marks: Marks) -> Path:
 
 
 def read_predictions(path: Path) -> dict[str, Prediction]:
-    """Return what a file holds, as :meth:`Journal.read`."""
+    """Return what a file holds, by key; of lines about one item the last counts.
+
+    A last line that a kill has torn is passed over.
+
+    Raises:
+        VipLlavaError: another line is no prediction; names it.
+    """
     found: dict[str, Prediction] = {}
     if not path.exists():
         return found
-    at = 0
-    with path.open("r+b") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
-                logger.warning("%s: line %d is torn; the item is asked again", path, number)
-                file.truncate(at)
+                logger.warning("%s: line %d is torn; it does not count", path, number)
                 break
-            at += len(line)
             try:
                 prediction = Prediction.from_row(json.loads(line))
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 raise VipLlavaError(
                     f"{path}:{number}: {error}; restore the line, or delete it to have the item "
                     "asked again"
                 ) from error
             found[prediction.key] = prediction
     return found
+
+
+def _whole_lines(file: IO[bytes]) -> int:
+    """Return how many bytes a file's whole lines have."""
+    file.seek(0)
+    return sum(len(line) for line in file if line.endswith(b"\n"))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from vipllava.evaluation.bench import (
 from vipllava.evaluation.benches import get_bench
 from vipllava.evaluation.encodings import Coordinates, check_encoding
 from vipllava.evaluation.joining import join, joined_settings
-from vipllava.evaluation.journal import Journal
+from vipllava.evaluation.journal import METRICS, Journal
 from vipllava.files.atomic import write_json, write_whole
 from vipllava.files.locks import hold_folder
 from vipllava.types import ConfigError, RecordError, VipLlavaError
@@ -121,7 +121,7 @@ def _evaluate(
         **bench.summarise(scored, bench.chance),
         "published": [asdict(each) for each in bench.published],
     }
-    write_json(run_dir / "metrics.json", metrics, indent=1)
+    write_json(run_dir / METRICS, metrics, indent=1)
     _print(bench.table(bench, metrics))
     logger.info(
         "%s of %s: %.0f s; written to %s",
