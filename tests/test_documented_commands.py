@@ -57,6 +57,8 @@ ELSEWHERE = {
     "torchrun ": "tests/training/test_clusters.py",
     "hydra/launcher=slurm": "tests/config/test_launchers.py",
     "optuna": "tests/config/test_sweep.py",
+    "answerer=endpoint": "tests/evaluation/test_served.py",
+    "judge.base_url": "tests/evaluation/test_served.py",
     " -m ": "a sweep: tests/config/test_sweep.py",
     "sweep-table": "tests/commands/test_sweep_table.py",
     "dashboard": "tests/commands/test_dashboard.py",

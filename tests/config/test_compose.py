@@ -96,7 +96,7 @@ def covering_jobs(groups: dict[str, list[str]]) -> list[dict[str, str]]:
 
 def test_groups_are_all_named_here():
     folders = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()}
-    assert folders == {*TRAIN_GROUPS, "bench"}
+    assert folders == {*TRAIN_GROUPS, "bench", "endpoint"}
 
 
 def test_the_options_that_were_promised():
@@ -118,7 +118,7 @@ def test_the_options_that_were_promised():
     assert options("tuning") == ["full", "lora", "qlora"]
     assert options("logger") == ["csv", "tensorboard", "wandb"]
     assert options("profiler") == ["none", "torch"]
-    assert options("bench") == ["regions", "vip_bench"]
+    assert {"regions", "vip_bench", "custom", "v7w", "all"} < {*options("bench")}
 
 
 def test_every_pair_of_options_composes():

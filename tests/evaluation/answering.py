@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,21 @@ from vipllava.visual_prompts.policies import VisualPromptPolicy
 
 GREY = (90, 90, 90)
 POLICIES = {"refcocog": VisualPromptPolicy(distinguishable=True)}
+
+META = {
+    "v1_0": {
+        "image_source": "toy", "image": "0.png", "question": "What is <obj>?",
+        "answer": "star", "capability": ["rec"],
+    },
+    "v1_1": {
+        "image_source": "toy", "image": "1.png", "question": "<obj> plus <obj>?",
+        "answer": "7<OR>seven", "capability": ["ocr", "math"],
+    },
+    "v1_2": {
+        "image_source": "toy", "image": "2.png", "question": "How is <obj>?",
+        "answer": "left<AND>cup", "capability": ["rec", "rel"],
+    },
+}  # fmt: skip
 
 
 class Says:
@@ -83,3 +99,19 @@ def evaluated(
         by_key = {each.key: each for each in bench.score(answered, data)}  # pyright: ignore
         scored += [by_key.get(each.key, each) for each in asked]
     return scored
+
+
+def make_vip_bench(folder: Path) -> Path:
+    """Write three questions of :data:`META`, each split in its own words, about three images."""
+    for split in ("bbox", "human"):
+        images = folder / split / "images"
+        images.mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(images / f"{number}.png")
+        lines = [
+            json.dumps({"question_id": n, "image": item["image"], "text": f"{split} {n}?"})
+            for n, item in enumerate(META.values())
+        ]
+        (folder / split / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "vip-bench-meta-data.json").write_text(json.dumps(META))
+    return folder

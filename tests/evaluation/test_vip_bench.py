@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.evaluation.answering import Says, evaluated
+from tests.evaluation.answering import META, Says, evaluated, make_vip_bench
 from tests.toy_data import encode_picture, make_manifest
 from vipllava.evaluation.bench import Bench, BenchData, Prediction
 from vipllava.evaluation.benches import vip_bench
@@ -18,36 +18,10 @@ from vipllava.evaluation.matching import NoVerdictError
 from vipllava.evaluation.scoring import per_item
 from vipllava.types import ConfigError, Failure, RecordError, VipLlavaError
 
-META = {
-    "v1_0": {
-        "image_source": "toy", "image": "0.png", "question": "What is <obj>?",
-        "answer": "star", "capability": ["rec"],
-    },
-    "v1_1": {
-        "image_source": "toy", "image": "1.png", "question": "<obj> plus <obj>?",
-        "answer": "7<OR>seven", "capability": ["ocr", "math"],
-    },
-    "v1_2": {
-        "image_source": "toy", "image": "2.png", "question": "How is <obj>?",
-        "answer": "left<AND>cup", "capability": ["rec", "rel"],
-    },
-}  # fmt: skip
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for split in vip_bench.SPLITS:
-        images = tmp_path / split / "images"
-        images.mkdir(parents=True)
-        for number in range(3):
-            Image.new("RGB", (8, 8), (number, 0, 0)).save(images / f"{number}.png")
-        lines = [
-            json.dumps({"question_id": n, "image": item["image"], "text": f"{split} {n}?"})
-            for n, item in enumerate(META.values())
-        ]
-        (tmp_path / split / "questions.jsonl").write_text("\n".join(lines) + "\n")
-    (tmp_path / "vip-bench-meta-data.json").write_text(json.dumps(META))
-    return tmp_path
+    return make_vip_bench(tmp_path)
 
 
 def change(folder: Path, key: str, **fields) -> None:

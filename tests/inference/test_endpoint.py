@@ -151,6 +151,17 @@ def test_what_is_sent(server: ChatServer):
     assert np.array_equal(np.asarray(arrived), pixels)
 
 
+def test_further_images_follow_the_first(server: ChatServer):
+    images = [Image.new("RGB", (8 + number, 8)) for number in range(3)]
+    turn = Turn("user", "Which?", has_image=True)
+    asked = Request(images[0], [turn], key="a", more_images=tuple(images[1:]))
+    assert len(list(endpoint(server, check_images=False).answers([asked]))) == 1
+    *shown, text = server.asked[0]["messages"][0]["content"]
+    urls = [part["image_url"]["url"].partition("base64,")[2] for part in shown]
+    sizes = [Image.open(io.BytesIO(base64.b64decode(url))).width for url in urls]
+    assert (sizes, text) == ([8, 9, 10], {"type": "text", "text": "Which?"})
+
+
 def test_other_sampling_is_sent_and_recorded(server: ChatServer):
     settings = {"temperature": None, "seed": None, "top_p": 0.9}
     asked = endpoint(server, **settings, limit_name="max_completion_tokens", revision="abc")

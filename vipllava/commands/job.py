@@ -42,6 +42,8 @@ _ABOUT: Final = {
         "Run one benchmark", "bench=vip_bench checkpoint=runs/7b-gpt4v/export", "evaluation.md",
         "checkpoint=FOLDER_OR_ID  base=FOLDER_OR_ID  chat_template=NAME  name=RUN",
         "limit=N  batch_size=N  device=cpu  dtype=NAME  bits=4",
+        "answerer=endpoint  endpoint.base_url=URL  endpoint.model=NAME",
+        "judge.base_url=URL  judge.model=NAME  judge.runs=N  judge.prompt=FILE",
     ),
 }  # fmt: skip
 
@@ -79,7 +81,7 @@ def job_help(name: Literal["train", "evaluate"], arguments: Sequence[str] = ()) 
         folders = [folder / group for folder in (CONFIG_DIR, own) if folder]
         files = [file for folder in folders for file in folder.glob("*.yaml")]
         names = sorted({f"{f.stem}*" if f.stem == default else f.stem for f in files})
-        if names == [f"{default}*"]:
+        if names in ([], [f"{default}*"]):
             continue  # there is nothing to choose
         indent = f"  {group:<15}"
         listed, space = ", ".join(names), " " * len(indent)

@@ -205,6 +205,11 @@ def checkpoint_name(source: str) -> str:
     return f"{path.parent.name}-{path.name}" if within else path.name
 
 
+def answerer_name(answerer: str, checkpoint: str, model: str | None) -> str:
+    """What to call who answers: the checkpoint, or the model behind an endpoint."""
+    return checkpoint_name(model or "endpoint" if answerer == "endpoint" else checkpoint)
+
+
 def package_path(relative: str) -> str:
     """Absolute path of a file that ships inside the package."""
     return str(Path(__file__).resolve().parents[1] / relative)
@@ -216,7 +221,7 @@ def manifests_dir() -> str:
 
 
 _RESOLVERS: tuple[Callable[..., Any], ...] = (
-    accumulation_steps, attention, checkpoint_name, compute_dtype, devices, folder_name, last_part,
+    accumulation_steps, answerer_name, attention, compute_dtype, devices, folder_name, last_part,
     manifests_dir, micro_batch_size, num_workers, one_if_set, package_path, packs_per_batch,
     packs_per_micro_batch, precision, product, recipe, run_dir, strategy, weights_dtype, workload,
     zero_if_null,

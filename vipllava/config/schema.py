@@ -215,8 +215,21 @@ TRAIN: Final = _section({
 )  # fmt: skip
 """Keys of ``conf/train.yaml``."""
 
+_ENDPOINT: Final[dict[Rule, str]] = {
+    _TEXT_OR_NULL: "base_url model api_key_env revision",
+    _null_or(_NOT_NEGATIVE): "temperature",
+    _null_or(_SHARE): "top_p",
+    _null_or(_INDEX): "seed",
+    _one_of("max_tokens", "max_completion_tokens"): "limit_name",
+    Rule("a section of fields", lambda v: isinstance(v, dict)): "extra_body",
+    _INDEX: "max_retries",
+    _POSITIVE: "timeout_s total_s",
+}
+"""Keys of ``conf/endpoint``, but for ``concurrency``."""
+
 EVALUATE: Final = _section({
     _TEXT: "name run_dir checkpoint device",
+    _one_of("engine", "endpoint"): "answerer",
     _TEXT_OR_NULL: "base vision_tower",
     _null_or(_CHAT_TEMPLATE): "chat_template",
     _INDEX: "seed",
@@ -234,6 +247,12 @@ EVALUATE: Final = _section({
         _TEXT_OR_NULL: "words",
     }),
     bench=_section({_TEXT: "name manifest", _COUNT: "max_new_tokens"}, is_open=True),
+    endpoint=_section({**_ENDPOINT, _COUNT: "concurrency", _FLAG: "check_images"}),
+    judge=_section({
+        **_ENDPOINT,
+        _null_or(_TEXT): "prompt cache",
+        _COUNT: "concurrency runs max_asks max_tokens",
+    }),
 )  # fmt: skip
 """Keys of ``conf/evaluate.yaml``."""
 

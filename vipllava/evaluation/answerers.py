@@ -1,4 +1,4 @@
-"""Who answers on this machine: one engine, or one in a process for each GPU."""
+"""Who answers: one engine, one in a process for each GPU, or a model behind an endpoint."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from vipllava.files.pools import run_jobs
 from vipllava.types import ConfigError, Failure, Request, VipLlavaError
 
 if TYPE_CHECKING:
+    from vipllava.inference.endpoint import Endpoint
     from vipllava.inference.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,20 @@ class EngineAnswerer:
             texts = answer_each(self.engine, chunk, self.max_new_tokens, self.batch_size)
             yield from enumerate(texts, start)
             start += len(chunk)
+
+
+@dataclass(frozen=True)
+class EndpointAnswerer:
+    """Answers by a model behind an address; a request that fails costs its own answer."""
+
+    endpoint: Endpoint
+    max_new_tokens: int = 64
+    several_images: bool = True
+
+    def answer(self, requests: Iterable[Request]) -> Iterator[tuple[int, str | Failure]]:
+        """Yield the texts as they come; as many images are held as are asked about at once."""
+        for number, reply in self.endpoint.answers(requests, max_new_tokens=self.max_new_tokens):
+            yield number, reply if isinstance(reply, Failure) else reply.text
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,16 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast, get_args
 
+from vipllava.inference.endpoint import Reply
 from vipllava.types import ConfigError, Failure, Region, Request, Sample, VipLlavaError
 
 if TYPE_CHECKING:
+    from vipllava.evaluation.correctness import Grader
     from vipllava.records import RecordKind
     from vipllava.shards.manifest import Manifest
     from vipllava.stream.sample_encoder import SampleSource
@@ -77,6 +79,9 @@ class Prediction:
     score: float | None = None  # the higher the better; None: not scored, or ``failure`` says why
     more: Mapping[str, float] = field(default_factory=dict[str, float])  # other figures, by name
     failure: str | None = None
+    # Of a judge: the verdict of each run, of which the score is the mean, and its reply.
+    verdicts: tuple[float, ...] = ()
+    replies: tuple[Reply, ...] = ()
 
     @property
     def has_answer(self) -> bool:
@@ -86,7 +91,10 @@ class Prediction:
     def row(self) -> dict[str, Any]:
         """Return its line of the file as an object."""
         row = {name: getattr(self, name) for name in _FIELDS}
-        return {**row, **self.more, "groups": list(self.groups), "failure": self.failure}
+        row |= {**self.more, "groups": list(self.groups), "failure": self.failure}
+        if self.replies:
+            row |= {"verdicts": list(self.verdicts), "replies": [asdict(r) for r in self.replies]}
+        return row
 
     @classmethod
     def from_row(cls, row: Any) -> Prediction:
@@ -102,6 +110,7 @@ class Prediction:
         if missing := [name for name in names if name not in given]:
             raise ValueError(f"has no {', '.join(missing)}; it has {', '.join(given)}")
         fields = {name: given.pop(name) for name in names}
+        verdicts, replies = given.pop("verdicts", []), given.pop("replies", [])
         wrong = [n for n in ("key", "image") if not (isinstance(fields[n], str) and fields[n])]
         wrong += [n for n in ("question",) if not isinstance(fields[n], str)]
         wrong += [n for n in ("answer", "failure") if not isinstance(fields[n], str | None)]
@@ -114,11 +123,20 @@ class Prediction:
         if wrong:
             said = (f"{name} ({row[name]!r})" for name in wrong)
             raise ValueError(f"has another kind of value in {', '.join(said)}")
-        return cls(**{**fields, "groups": tuple(groups)}, more=given)
+        try:
+            judged = tuple(map(float, verdicts)), tuple(Reply(**reply) for reply in replies)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"has verdicts or replies that are none ({error})") from error
+        fields |= {"groups": tuple(groups), "verdicts": judged[0], "replies": judged[1]}
+        return cls(**fields, more=given)
+
+    def unscored(self) -> Prediction:
+        """Return it as it was before it got a score."""
+        return replace(self, score=None, more={}, failure=None, verdicts=(), replies=())
 
     def failed(self, reason: str) -> Prediction:
         """Return it with the reason why it has no score."""
-        return replace(self, score=None, more={}, failure=reason)
+        return replace(self.unscored(), failure=reason)
 
 
 _FIELDS: Final = ("key", "image", "marks", "question", "answer", "ground_truth", "score")
@@ -155,6 +173,7 @@ class BenchData:
     limit: int | None = None  # only the first so many items (of each split), or None
     options: Any = field(default_factory=NoOptions)  # a value of :attr:`Bench.options`
     marks: tuple[Marks, ...] = ("kept",)
+    judge: Grader | None = None  # of free answers, if one is given
 
     def source(self, record_kind: str | RecordKind | None = None) -> SampleSource:
         """Open the manifest's shards, read as another kind of record where one is given."""
@@ -234,6 +253,10 @@ def no_files(predictions: Sequence[Prediction]) -> Mapping[str, str]:
     return {}
 
 
+def _never(options: Any, has_judge: bool) -> bool:
+    return False
+
+
 def _summarise(predictions: Sequence[Prediction], chance: float | None) -> dict[str, Any]:
     from vipllava.evaluation.summary import summarise
 
@@ -269,3 +292,6 @@ class Bench:
     published: tuple[Published, ...] = ()
     # Asks nothing: it scores, by key, what these benchmarks of the same checkpoint have answered.
     joins: tuple[str, ...] = ()
+    # Whether the score is a judge's, by the benchmark's options and whether there is a judge; with
+    # True there has to be one.
+    is_judged: Callable[[Any, bool], bool] = _never

@@ -10,15 +10,16 @@ from __future__ import annotations
 import hashlib
 import re
 import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from vipllava.evaluation.judge import Judged, JudgeQuestion
+from vipllava.evaluation.bench import Prediction
+from vipllava.evaluation.judge import Judge, Judged, JudgeQuestion
 from vipllava.evaluation.matching import AND, OR
 from vipllava.inference.endpoint import Reply
-from vipllava.types import VipLlavaError
+from vipllava.types import Failure, VipLlavaError
 
 REMINDER: Final = "\nWrite the number for the last cell and nothing else: "
 _NUMBER: Final = re.compile(r"[01]|[01]?\.[0-9]+")
@@ -96,6 +97,55 @@ def read_correctness(reply: Reply) -> float | None:
     if reply.finish_reason == "length" and len(words) == 1 and "." not in words[0]:
         return None
     return float(words[0])
+
+
+@dataclass(frozen=True)
+class Grader:
+    """A judge and what stands above the item's row."""
+
+    judge: Judge
+    prompt: JudgePrompt = field(default_factory=JudgePrompt)
+
+    def grade(self, predictions: Sequence[Prediction]) -> list[Prediction]:
+        """Return answers with their verdicts and the mean of these; an empty one is judged, too.
+
+        One that has no verdict in some run is a failure with its reason.
+
+        Raises:
+            EndpointError: see :meth:`vipllava.evaluation.judge.Judge.judge`.
+        """
+        questions = (
+            correctness_question(
+                self.prompt, each.key, each.question, str(each.ground_truth), each.answer or ""
+            )
+            for each in predictions
+        )
+        judged = {each.key: each for each in self.judge.judge(questions)}
+        return [_graded(each, judged[each.key]) for each in predictions]
+
+    def described(self, predictions: Iterable[Prediction]) -> dict[str, Any]:
+        """Return what belongs beside every score; see :meth:`.judge.Judge.described`."""
+        return self.judge.described(map(judged_of, predictions)) | {
+            "prompt_source": self.prompt.source,
+            "prompt_sha256": self.prompt.sha256,
+        }
+
+
+def _graded(prediction: Prediction, judged: Judged[float]) -> Prediction:
+    if judged.failure is not None:
+        return prediction.failed(judged.failure.reason)
+    return replace(
+        prediction,
+        score=statistics.fmean(judged.verdicts),
+        verdicts=judged.verdicts,
+        replies=judged.replies,
+    )
+
+
+def judged_of(prediction: Prediction) -> Judged[float]:
+    """Return a prediction's verdicts; what has none is a failure."""
+    failure = None if prediction.verdicts else Failure(prediction.failure or "it was not judged")
+    return Judged(prediction.key, prediction.verdicts, prediction.replies, failure)
 
 
 def run_totals(judged: Iterable[Judged[float]]) -> dict[str, Any]:

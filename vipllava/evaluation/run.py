@@ -9,11 +9,18 @@ import importlib
 import logging
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vipllava.config.schema import read
+from vipllava.evaluation.answerers import (
+    EndpointAnswerer,
+    EngineAnswerer,
+    EnginePool,
+    EngineSettings,
+    make_answerer,
+)
 from vipllava.evaluation.asking import Protocol, ask_items
 from vipllava.evaluation.bench import (
     ALL_MARKS,
@@ -35,22 +42,28 @@ from vipllava.types import ConfigError, RecordError, VipLlavaError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from vipllava.evaluation.correctness import Grader
+    from vipllava.inference.endpoint import Endpoint
+
 logger = logging.getLogger(__name__)
 
 _COMMON: Final = ("name", "module", "manifest", "max_new_tokens", "marks")
 """Keys of ``bench`` that every benchmark has; the others are its options."""
+_Answerers = EngineAnswerer | EnginePool | EndpointAnswerer
 _MODEL: Final = ("attn_implementation", "vision_tower", "base", "chat_template", "bits")
 
 
 def bench_problems(cfg: DictConfig) -> list[str]:
     """Return why the job's benchmark or its options cannot be used; imports nothing heavy."""
     problems: list[str] = []
-    for check in (_open_bench, find_marks, _check_encoding):
+    for check in (_open_bench, find_marks, _check_encoding, _check_answerer, _find_judge):
         try:
             check(cfg)
         except VipLlavaError as error:
             problems.append(str(error))
-    return problems
+        except TypeError:  # a value of another kind, which the checks of the configuration name
+            continue
+    return list(dict.fromkeys(problems))
 
 
 def _check_encoding(cfg: DictConfig) -> None:
@@ -59,7 +72,54 @@ def _check_encoding(cfg: DictConfig) -> None:
         marks = find_marks(cfg)
     except ConfigError:  # said already
         return
-    check_encoding(read(cfg, "encoding"), marks, several_images=False)
+    behind = EndpointAnswerer if cfg.answerer == "endpoint" else EngineAnswerer
+    check_encoding(read(cfg, "encoding"), marks, several_images=behind.several_images)
+
+
+def _check_answerer(cfg: DictConfig) -> None:
+    if cfg.answerer == "endpoint":
+        _open_endpoint(cfg, "endpoint")
+    elif given := [n for n in ("base_url", "model") if cfg.endpoint[n] is not None]:
+        raise ConfigError(
+            f"endpoint.{given[0]}={cfg.endpoint[given[0]]}: the engine answers; "
+            "pass answerer=endpoint, too"
+        )
+
+
+def _open_endpoint(cfg: DictConfig, section: str) -> Endpoint:
+    """Make the endpoint of a section; nothing is sent yet.
+
+    Raises:
+        ConfigError: its settings cannot work, or its key is not set.
+    """
+    from vipllava.inference.endpoint import Endpoint, EndpointSettings
+
+    given = read(cfg, section)
+    names = [each.name for each in fields(EndpointSettings) if each.name in given]
+    try:
+        return Endpoint(EndpointSettings(**{name: given[name] for name in names}))
+    except ConfigError as error:
+        raise ConfigError(f"{section}: {error}") from None
+
+
+def _find_judge(cfg: DictConfig) -> Grader | None:
+    """Return the judge of the job's scores, or None if they are not a judge's.
+
+    Raises:
+        ConfigError: its settings cannot work, its key is not set, or there has to be one.
+        VipLlavaError: its prompt or cache cannot be read.
+    """
+    given = read(cfg, "judge")
+    bench, options = _open_bench(cfg)
+    if not bench.is_judged(options, bool(given["base_url"] or given["model"])):
+        return None
+    from vipllava.evaluation.correctness import Grader, JudgePrompt, read_prompt
+    from vipllava.evaluation.judge import Judge
+
+    prompt = read_prompt(Path(given["prompt"])) if given["prompt"] else JudgePrompt()
+    cache = Path(given["cache"]) if given["cache"] else None
+    sizes = {name: given[name] for name in ("runs", "max_asks", "max_tokens")}
+    return Grader(Judge(_open_endpoint(cfg, "judge"), cache, **sizes), prompt)
 
 
 def has_data(cfg: DictConfig) -> bool:
@@ -89,7 +149,7 @@ def run_evaluation(*jobs: DictConfig) -> dict[str, dict[str, Any]]:
         VipLlavaError: checkpoint or data cannot be used, or another evaluation writes there; the
             message says what to do.
     """
-    opened: dict[tuple[Any, ...], Answerer] = {}
+    opened: dict[str, _Answerers] = {}
     results: dict[str, dict[str, Any]] = {}
     for cfg in jobs:
         run_dir = Path(cfg.run_dir)
@@ -99,21 +159,22 @@ def run_evaluation(*jobs: DictConfig) -> dict[str, dict[str, Any]]:
     return results
 
 
-def _evaluate(
-    cfg: DictConfig, run_dir: Path, opened: dict[tuple[Any, ...], Answerer]
-) -> dict[str, Any]:
+def _evaluate(cfg: DictConfig, run_dir: Path, opened: dict[str, _Answerers]) -> dict[str, Any]:
     bench, options = _open_bench(cfg)
-    began = time.monotonic()
+    began, judge = time.monotonic(), _find_judge(cfg)
     if bench.joins:
         folders = {name: run_dir.parent / name for name in bench.joins}
         settings = joined_settings(folders)
         scored = [each for marks in find_marks(cfg) for each in join(folders, marks)]
     else:
-        data = _bench_data(cfg, options)
+        data = replace(_bench_data(cfg, options), judge=judge)
         settings = _settings(cfg, data)
         scored = _ask(cfg, bench, data, Journal(run_dir, settings), opened)
     for name, text in bench.files([each for each in scored if each.marks == "kept"]).items():
         write_whole(run_dir / name, text)
+    if judge is not None:
+        settings |= {"judge": judge.described(scored)}
+        bench = replace(bench, metric=f"graded by {judge.judge.endpoint.settings.model}")
     metrics = {
         "bench": bench.name,
         "metric": bench.metric,
@@ -125,7 +186,7 @@ def _evaluate(
     _print(bench.table(bench, metrics))
     logger.info(
         "%s of %s: %.0f s; written to %s",
-        bench.name, cfg.checkpoint, time.monotonic() - began, run_dir,
+        bench.name, cfg.endpoint.model or cfg.checkpoint, time.monotonic() - began, run_dir,
     )  # fmt: skip
     return metrics
 
@@ -135,30 +196,22 @@ def _ask(
     bench: Bench,
     data: BenchData,
     journal: Journal,
-    opened: dict[tuple[Any, ...], Answerer],
+    opened: dict[str, _Answerers],
 ) -> list[Prediction]:
     """Return all predictions with their scores; they are in the journal, too."""
 
     def answerer() -> Answerer:
-        from vipllava.evaluation.answerers import EngineSettings, make_answerer
-        from vipllava.models.hub_models import draw_bars_on_terminals_only
-
-        draw_bars_on_terminals_only()
-        engine = EngineSettings(
-            str(cfg.checkpoint), cfg.device, cfg.dtype, {name: cfg[name] for name in _MODEL}
-        )
-        sizes = (cfg.num_processes, cfg.max_new_tokens, cfg.batch_size)
-        if (key := (repr(engine), *sizes)) not in opened:
+        if (key := repr(_answered_by(cfg))) not in opened:
             opened.clear()  # two models at once may not fit
-            opened[key] = make_answerer(engine, *sizes)
-        return opened[key]
+            opened[key] = _open_answerer(cfg)
+        return replace(opened[key], max_new_tokens=cfg.max_new_tokens)
 
     protocol = Protocol(
         data.policies, data.seed, data.marks, cfg.encoding, _coordinates(cfg), bench.resize
     )
     scored: list[Prediction] = []
     for marks, asked in ask_items(bench.items(data), protocol, answerer, journal).items():
-        answered = [each for each in asked if each.has_answer]
+        answered = [each.unscored() for each in asked if each.has_answer]
         if asked and not answered:
             raise RecordError(f"none of {len(asked)} items has an answer: {asked[0].failure}")
         by_key = {each.key: each for each in bench.score(answered, data)}
@@ -173,16 +226,36 @@ def _ask(
     return scored
 
 
-def _settings(cfg: DictConfig, data: BenchData) -> dict[str, Any]:
-    """Return what the answers depend on, markings aside: those have a file each."""
+def _open_answerer(cfg: DictConfig) -> _Answerers:
+    if cfg.answerer == "endpoint":
+        return EndpointAnswerer(_open_endpoint(cfg, "endpoint"))
+    from vipllava.models.hub_models import draw_bars_on_terminals_only
+
+    draw_bars_on_terminals_only()
+    options = {name: cfg[name] for name in _MODEL}
+    engine = EngineSettings(str(cfg.checkpoint), cfg.device, cfg.dtype, options)
+    return make_answerer(engine, cfg.num_processes, cfg.max_new_tokens, cfg.batch_size)
+
+
+def _answered_by(cfg: DictConfig) -> dict[str, Any]:
+    """Return what the answers depend on of who gives them."""
+    if cfg.answerer == "endpoint":
+        asked = _open_endpoint(cfg, "endpoint").settings
+        return {"answerer": "endpoint", "endpoint": asked.recorded()}
     from vipllava.checkpoints.folders import content_digest
 
-    names = ("checkpoint", *_MODEL, "dtype", "device", "seed", "limit", "max_new_tokens")
+    names = ("answerer", "checkpoint", *_MODEL, "dtype", "device")
+    digest = content_digest(Path(str(cfg.checkpoint)).expanduser())
+    return {name: read(cfg, name) for name in names} | {"checkpoint_digest": digest}
+
+
+def _settings(cfg: DictConfig, data: BenchData) -> dict[str, Any]:
+    """Return what the answers depend on, markings aside: those have a file each."""
     bench = {key: value for key, value in read(cfg, "bench").items() if key != "marks"}
     return {
         "bench": bench,
-        **{name: read(cfg, name) for name in names},
-        "checkpoint_digest": content_digest(Path(str(cfg.checkpoint)).expanduser()),
+        **_answered_by(cfg),
+        **{name: read(cfg, name) for name in ("seed", "limit", "max_new_tokens")},
         "data": data.fingerprint,
         "encoding": cfg.encoding,
         "coordinates": read(cfg, "coordinates") if cfg.encoding == "coordinates" else None,

@@ -14,6 +14,7 @@ from vipllava.evaluation.matching import (
     is_lenient_match,
     match_offline,
 )
+from vipllava.types import ConfigError
 
 _LETTER: Final = re.compile(r"^\W*(?:(?:the )?(?:answer|option)\W+(?:is\W+)?)?([a-z])\b", re.I)
 
@@ -61,9 +62,17 @@ def offline(prediction: Prediction) -> float:
     return match_offline(prediction.question, str(prediction.ground_truth), prediction.answer or "")
 
 
+def judged(predictions: Sequence[Prediction], data: BenchData) -> list[Prediction]:
+    """Return the verdicts of the job's judge."""
+    if data.judge is None:
+        raise ConfigError("a judge is to grade, and none is given: name its address and model")
+    return data.judge.grade(predictions)
+
+
 SCORERS: Final[dict[str, Scorer]] = {
     "exact": per_item(score=exact, lenient=lenient),
     "letter": per_item(score=exact, lenient_letter=letter),
     "offline": per_item(score=offline),
+    "judge": judged,
 }
 """By the names of ``bench.score``. Measures of all answers together belong here, too."""

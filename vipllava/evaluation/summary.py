@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from statistics import fmean, pstdev
 from typing import Any, Final
 
 from vipllava.evaluation.bench import ALL_MARKS, Bench, BenchTable, Prediction
@@ -46,6 +47,13 @@ def score_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def run_scores(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Return the ``scores`` of a judge's runs and ``std``, their population deviation, if any."""
+    verdicts = [each.verdicts for each in predictions if each.verdicts]
+    scores = [fmean(run) for run in zip(*verdicts, strict=True)]
+    return {"scores": scores, "std": pstdev(scores)} if scores else {}
+
+
 def _images(predictions: Sequence[Prediction]) -> list[str]:
     return [each.image for each in predictions]
 
@@ -72,6 +80,8 @@ def summarise(predictions: Sequence[Prediction], chance: float | None = None) ->
             "groups": {name: score_of([e for e in own if name in e.groups]) for name in names},
             "failures": {each.key: each.failure for each in failed},
         }
+        if runs := run_scores(own):
+            markings[marks]["runs"] = runs
     found: dict[str, Any] = {"marks": markings}
     if faithful := faithfulness(predictions, chance):
         found["faithfulness"] = faithful
@@ -146,7 +156,12 @@ def score_table(bench: Bench, metrics: Mapping[str, Any]) -> BenchTable:
         ("", "items", *markings, *(name.replace("_", " ") for name in more)),
         rows,
         total,
-        [*_failure_notes(markings), *_faith_notes(metrics), *published_notes(bench)],
+        [
+            *judge_notes(metrics),
+            *_failure_notes(markings),
+            *_faith_notes(metrics),
+            *published_notes(bench),
+        ],
     )
 
 
@@ -171,6 +186,21 @@ def _faith_notes(metrics: Mapping[str, Any]) -> list[str]:
         )
     if "stays" in found:
         notes.append(f"stays right when the mark is recoloured: {percent(found['stays'])} %")
+    return notes
+
+
+def judge_notes(metrics: Mapping[str, Any]) -> list[str]:
+    """Return a line about the judge of the scores, if there was one."""
+    judge: Mapping[str, Any] | None = metrics.get("settings", {}).get("judge")
+    if judge is None:
+        return []
+    notes = [
+        f"graded by {judge['model']}, revision {judge['revision'] or 'not named'}, "
+        f"seed {judge['seed']}, runs {judge['runs']}, prompt {judge['prompt_source']} "
+        f"(SHA-256 {judge['prompt_sha256'][:12]})"
+    ]
+    if len(judge["reported"]) > 1:
+        notes.append(f"the judge changed on the way: it reported {judge['reported']}")
     return notes
 
 

@@ -344,7 +344,7 @@ class Connection:
 
 
 def messages_of(request: Request) -> list[Message]:
-    """Return a request's conversation as messages, its image in front of the turn that has it.
+    """Return a request's conversation as messages, its images in front of the turn that has them.
 
     Raises:
         VipLlavaError: image and turns contradict each other.
@@ -357,22 +357,28 @@ def messages_of(request: Request) -> list[Message]:
             "image out"
         )
     return [
-        _user_message(turn.text, request.image)
+        _user_message(turn.text, request.image, *request.more_images)
         if turn.has_image
         else {"role": turn.role, "content": turn.text}
         for turn in request.turns
     ]
 
 
-def _user_message(text: str, image: Image.Image | None) -> Message:
-    if image is None:
-        return {"role": "user", "content": text}
+def _user_message(text: str, *images: Image.Image | None) -> Message:
+    parts = [
+        {"type": "image_url", "image_url": {"url": _as_url(image)}}
+        for image in images
+        if image is not None
+    ]
+    content = [*parts, {"type": "text", "text": text}] if parts else text
+    return {"role": "user", "content": content}
+
+
+def _as_url(image: Image.Image) -> str:
     encoded = io.BytesIO()
     # Lossless at any level; the first is several times faster than the default.
     image.convert("RGB").save(encoded, "PNG", compress_level=1)
-    url = f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}"
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
-    return {"role": "user", "content": parts}
+    return f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
 
 def _fault_of(response: Any) -> str | None:

@@ -28,4 +28,11 @@ def _score(predictions: Sequence[Prediction], data: BenchData) -> Sequence[Predi
     return SCORERS[data.options.score](predictions, data)
 
 
-CUSTOM: Final = Bench("custom", items_of, _score, CustomOptions, metric="score")
+CUSTOM: Final = Bench(
+    "custom",
+    items_of,
+    _score,
+    CustomOptions,
+    metric="score",
+    is_judged=lambda options, _: options.score == "judge",
+)

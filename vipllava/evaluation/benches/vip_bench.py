@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final, cast
@@ -18,6 +18,7 @@ from typing import Any, Final, cast
 from PIL import Image
 
 from vipllava.evaluation.bench import Bench, BenchData, BenchTable, Item, Prediction, Published
+from vipllava.evaluation.correctness import judged_of, official_grades, run_totals
 from vipllava.evaluation.matching import split_ground_truth
 from vipllava.evaluation.scoring import SCORERS
 from vipllava.evaluation.statistics import (
@@ -26,7 +27,7 @@ from vipllava.evaluation.statistics import (
     group_estimates,
     mean_estimate,
 )
-from vipllava.evaluation.summary import published_notes
+from vipllava.evaluation.summary import judge_notes, published_notes
 from vipllava.records.kind import NO_POLICY
 from vipllava.types import DraftTurn, RecordError, Sample, VipLlavaError
 
@@ -112,6 +113,10 @@ def _opaque(data: bytes) -> bytes:
         return data
 
 
+def _score(predictions: Sequence[Prediction], data: BenchData) -> Sequence[Prediction]:
+    return SCORERS["offline" if data.judge is None else "judge"](predictions, data)
+
+
 def summarise(predictions: Sequence[Prediction], chance: float | None = None) -> dict[str, Any]:
     """Return totals and scores by capability, 0 to 100, of every split.
 
@@ -119,7 +124,7 @@ def summarise(predictions: Sequence[Prediction], chance: float | None = None) ->
         ``splits``: per split ``total`` (mean x 100) with its 95 % interval ``low``, ``high``;
         ``by_capability`` with ``score``, ``low``, ``high`` and ``num_items``, and
         ``by_combination`` of exactly those; ``num_items`` graded, ``num_failures`` and ``failures``
-        (key: reason).
+        (key: reason). Of a judge ``totals``, one of each run, and ``std``, their deviation.
     """
     splits = {split: [each for each in predictions if split in each.groups] for split in SPLITS}
     return {"splits": {split: _summarise(part) for split, part in splits.items() if part}}
@@ -137,12 +142,21 @@ def _summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "total": total.pop("score"),
         **total,
         "num_failures": len(predictions) - len(graded),
+        **_of_runs(predictions),
         "by_capability": {
             name: _times_100(by_capability[name]) for name in CAPABILITIES if name in by_capability
         },
         "by_combination": {name: _times_100(found) for name, found in by_combination.items()},
         "failures": {_key(each): each.failure for each in predictions if each.score is None},
     }
+
+
+def _of_runs(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Return the totals of a judge's runs and their population deviation."""
+    if not any(each.verdicts for each in predictions):
+        return {}
+    found = run_totals(map(judged_of, predictions))
+    return {name: found[name] for name in ("totals", "std")}
 
 
 def _key(prediction: Prediction) -> str:
@@ -156,13 +170,21 @@ def _times_100(found: Estimate) -> dict[str, Any]:
 
 
 def _files(predictions: Sequence[Prediction]) -> dict[str, str]:
-    """Return the official answer files."""
+    """Return the official answer files, and a judge's grades."""
     files: dict[str, str] = {}
     for split in SPLITS:
         part = [each for each in predictions if split in each.groups]
         texts = {_key(each): each.answer for each in part if each.answer is not None}
-        files[f"answers-{split}.json"] = json.dumps(texts, indent=2, ensure_ascii=False) + "\n"
+        files[f"answers-{split}.json"] = _as_json(texts)
+        judged = [replace(judged_of(each), key=_key(each)) for each in part if each.verdicts]
+        if judged:
+            name = f"{split}-grade-{len(judged[0].verdicts)}runs.json"
+            files[name] = _as_json(official_grades(judged))
     return files
+
+
+def _as_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def _table(bench: Bench, metrics: Mapping[str, Any]) -> BenchTable:
@@ -171,11 +193,11 @@ def _table(bench: Bench, metrics: Mapping[str, Any]) -> BenchTable:
     names = dict.fromkeys(name for split in splits.values() for name in split["by_capability"])
     scores = [split["by_capability"] for split in splits.values()]
     return BenchTable(
-        "ViP-Bench, offline matcher (0-100, 95 %)",
+        f"ViP-Bench, {bench.metric} (0-100, 95 %)",
         ("capability", *splits),
         [(name, *(_cell(of[name]) if name in of else "-" for of in scores)) for name in names],
         ("total", *(_cell(split | {"score": split["total"]}) for split in splits.values())),
-        published_notes(bench),
+        [*judge_notes(metrics), *published_notes(bench)],
     )
 
 
@@ -184,7 +206,8 @@ def _cell(of: Mapping[str, Any]) -> str:
         None if value is None else value / 100 for value in map(of.get, ("score", "low", "high"))
     )
     failed = f", {of['num_failures']} without verdict" if of.get("num_failures") else ""
-    return f"{estimate_text(*ends)} of {of['num_items']}{failed}"
+    runs = f", std {of['std']:.1f} over {len(of['totals'])} runs" if "std" in of else ""
+    return f"{estimate_text(*ends)} of {of['num_items']}{failed}{runs}"
 
 
 def _read_meta(path: Path) -> dict[str, dict[str, Any]]:
@@ -259,7 +282,8 @@ _GPT_4: Final = "gpt-4-0613"
 VIP_BENCH: Final = Bench(
     "vip_bench",
     items,
-    SCORERS["offline"],
+    _score,
+    is_judged=lambda _, has_judge: has_judge,
     metric="offline matcher",
     summarise=summarise,
     table=_table,
