@@ -143,7 +143,8 @@ def score_table(bench: Bench, metrics: Mapping[str, Any]) -> BenchTable:
 
     def row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
         known = next(of for of in found.values() if of is not None)
-        beside = (percent(known["more"].get(each)) for each in more)
+        figures = (known["more"].get(each, {}).get("score") for each in more)
+        beside = ("-" if figure is None else f"{100 * figure:.1f}" for figure in figures)
         return (name, str(known["num_items"]), *map(percent, found.values()), *beside)
 
     names = dict.fromkeys(name for of in markings.values() for name in of["groups"])
