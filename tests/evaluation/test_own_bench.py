@@ -118,6 +118,22 @@ def test_the_example_of_the_page(
     assert printed.endswith("p 1.000: no difference that these items can show\n")
 
 
+def test_what_gets_no_score_is_a_failure_and_never_a_zero(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Engine, "from_checkpoint", lambda *_, **__: Reader())
+    path = place / "sign_letters.py"
+    given = 'float("nan")))\n        break'
+    path.write_text(path.read_text().replace("right / len(sign)))", given))
+    run_evaluation(job("checkpoint=x", f"paths.data_root={place / 'data'}", folder=place))
+    folder = place / "runs" / "eval" / "x" / "sign_letters"
+    kept = json.loads((folder / "metrics.json").read_text())["marks"]["kept"]
+    assert (kept["score"], kept["num_items"], kept["num_failures"]) == (None, 0, 2)
+    assert list(kept["failures"].values()) == [
+        "its score is no finite number", "it was given no score",
+    ]  # fmt: skip
+
+
 def test_a_second_evaluation_into_one_folder_is_refused(place: Path):
     cfg = job("checkpoint=weights", folder=place)
     folder = place / "runs" / "eval" / "weights" / "sign_letters"

@@ -22,10 +22,12 @@ from tests.chat_server import (
     wrong_at_first,
 )
 from tests.evaluation.answering import make_vip_bench
+from tests.toy_data import encode_picture, said
 from vipllava import cli
 from vipllava.commands import job
 from vipllava.config.composing import compose_job
 from vipllava.evaluation.run import bench_problems
+from vipllava.shards.tars import write_shards
 from vipllava.types import VipLlavaError
 
 PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -82,7 +84,8 @@ def words(which: str, **replaced: str) -> list[str]:
 def evaluate(server: ChatServer, *more: str) -> Path:
     """Run the page's command with this server, the three questions and further words."""
     asked = words("answerer=endpoint", **{"endpoint.base_url": server.address})
-    cfg = compose_job([*asked, "bench.manifest=three.yaml", *more], config_name="evaluate")
+    own = [] if "bench=custom" in more else ["bench.manifest=three.yaml"]
+    cfg = compose_job([*asked, *own, *more], config_name="evaluate")
     job.evaluate(cfg)
     return Path(cfg.run_dir)
 
@@ -243,6 +246,32 @@ def test_an_empty_answer_is_judged_as_one(place: Path, server: ChatServer):
     folder = judged(server, "endpoint.check_images=false")
     assert {(row["answer"], row["score"]) for row in rows(folder).values()} == {("", 0.0)}
     assert "bbox 1? | 7 <OR> seven |  | " in [row_of(text) for text in server.texts]
+
+
+def test_records_of_ones_own_are_judged(
+    place: Path, server: ChatServer, capsys: pytest.CaptureFixture[str]
+):
+    manifest = {
+        "schema_version": 2, "name": "mine", "stage": "evaluation", "licence": "mine",
+        "record_kind": "regions", "shards": "mine/*.tar",
+    }  # fmt: skip
+    (place / "mine.yaml").write_text(yaml.safe_dump(manifest))
+    records = [
+        {
+            "id": f"r-{n}", "image": "x.jpg", "bboxes": [[5, 5, 40, 30]],
+            "conversations": said(f"<image>\nWhat is <bbox0>? {n}?", "a cup"),
+        }
+        for n in range(3)
+    ]  # fmt: skip
+    entries = [(r["id"], r, encode_picture(seed=n), "jpg") for n, r in enumerate(records)]
+    write_shards(entries, place / "data" / "mine")
+    folder = judged(server, "bench=custom", "bench.manifest=mine.yaml", "bench.score=judge")
+    kept = json.loads((folder / "metrics.json").read_text())["marks"]["kept"]
+    assert (kept["score"], kept["num_items"]) == (pytest.approx(0.55), 2)
+    assert (kept["low"], kept["high"]) == (pytest.approx(0.1), 1.0)
+    assert kept["runs"] == {"scores": pytest.approx([0.5, 0.6]), "std": pytest.approx(0.05)}
+    assert list(kept["failures"]) == ["mine/r-2"]
+    assert "custom: graded by Qwen/Qwen2.5-72B-Instruct" in capsys.readouterr().out
 
 
 def test_totals_of_different_judges_are_not_compared(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import sys
 import time
 from dataclasses import asdict, fields, replace
@@ -215,7 +216,7 @@ def _ask(
         if asked and not answered:
             raise RecordError(f"none of {len(asked)} items has an answer: {asked[0].failure}")
         by_key = {each.key: each for each in bench.score(answered, data)}
-        found = [by_key.get(each.key, each) for each in asked]
+        found = [_with_score_or_reason(by_key.get(each.key, each)) for each in asked]
         journal.finish(marks, found)
         scored += found
     if not scored:
@@ -224,6 +225,15 @@ def _ask(
             why = "the marks of no item can go anywhere else; see `others` in docs/evaluation.md"
         raise RecordError(f"no questions: {why}")
     return scored
+
+
+def _with_score_or_reason(prediction: Prediction) -> Prediction:
+    """Return what a benchmark's scorer made of an answer; no score at all is a failure, too."""
+    if prediction.score is None:
+        return prediction if prediction.failure else prediction.failed("it was given no score")
+    if all(map(math.isfinite, (prediction.score, *prediction.more.values()))):
+        return prediction
+    return prediction.failed("its score is no finite number")
 
 
 def _open_answerer(cfg: DictConfig) -> _Answerers:
