@@ -64,7 +64,7 @@ def read_questions(folder: Path, split: str) -> list[Question]:
         if not line.strip():
             continue
         try:
-            raw = json.loads(line, object_pairs_hook=_distinct)
+            raw = json.loads(line, object_pairs_hook=distinct)
             item = _read_item(raw, meta, folder, split)
             if item.key in items:
                 raise ValueError(f"question_id of {item.key} occurs twice")
@@ -169,7 +169,7 @@ def _times_100(found: Estimate) -> dict[str, Any]:
     return {**times, "num_items": found.num_items}
 
 
-def _files(predictions: Sequence[Prediction]) -> dict[str, str]:
+def _files(predictions: Sequence[Prediction], model: str) -> dict[str, str]:
     """Return the official answer files, and a judge's grades."""
     files: dict[str, str] = {}
     for split in SPLITS:
@@ -212,7 +212,7 @@ def _cell(of: Mapping[str, Any]) -> str:
 
 def _read_meta(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        meta: object = json.loads(_read_text(path), object_pairs_hook=_distinct)
+        meta: object = json.loads(_read_text(path), object_pairs_hook=distinct)
     except ValueError as error:
         raise RecordError(f"{path} is not JSON: {error}") from error
     if not isinstance(meta, dict) or not meta:
@@ -223,7 +223,7 @@ def _read_meta(path: Path) -> dict[str, dict[str, Any]]:
     return items
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse a repeated key; the json module would silently keep the last."""
     names = [name for name, _ in pairs]
     if twice := next((name for name in names if names.count(name) > 1), None):
