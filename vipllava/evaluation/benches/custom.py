@@ -8,8 +8,8 @@ from typing import Final
 
 from vipllava.evaluation.bench import Bench, BenchData, Prediction
 from vipllava.evaluation.marking import items_of
-from vipllava.evaluation.scoring import SCORERS
-from vipllava.types import ConfigError
+from vipllava.evaluation.scoring import SCORERS, check_score
+from vipllava.types import ConfigError, VipLlavaError
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,24 @@ class CustomOptions:
     score: str = "exact"  # one of :data:`vipllava.evaluation.scoring.SCORERS`
 
     def __post_init__(self) -> None:
-        """Refuse a score that is not known."""
+        """Refuse a score that is not known, or that cannot be computed here."""
         if self.score not in SCORERS:
             raise ConfigError(f"score={self.score}: expected one of {', '.join(SCORERS)}")
+        try:
+            check_score(self.score)
+        except VipLlavaError as error:
+            raise ConfigError(str(error)) from None
 
 
-def _score(predictions: Sequence[Prediction], data: BenchData) -> Sequence[Prediction]:
+def score_as_chosen(predictions: Sequence[Prediction], data: BenchData) -> Sequence[Prediction]:
+    """Score by ``data.options.score``."""
     return SCORERS[data.options.score](predictions, data)
 
 
 CUSTOM: Final = Bench(
     "custom",
     items_of,
-    _score,
+    score_as_chosen,
     CustomOptions,
     metric="score",
     is_judged=lambda options, _: options.score == "judge",
