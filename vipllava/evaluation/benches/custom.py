@@ -28,15 +28,14 @@ class CustomOptions:
             raise ConfigError(str(error)) from None
 
 
-def score_as_chosen(predictions: Sequence[Prediction], data: BenchData) -> Sequence[Prediction]:
-    """Score by ``data.options.score``."""
+def _score(predictions: Sequence[Prediction], data: BenchData) -> Sequence[Prediction]:
     return SCORERS[data.options.score](predictions, data)
 
 
 CUSTOM: Final = Bench(
     "custom",
     items_of,
-    score_as_chosen,
+    _score,
     CustomOptions,
     metric="score",
     is_judged=lambda options, _: options.score == "judge",

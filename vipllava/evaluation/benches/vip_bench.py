@@ -18,7 +18,7 @@ from typing import Any, Final, cast
 from PIL import Image
 
 from vipllava.evaluation.bench import Bench, BenchData, BenchTable, Item, Prediction, Published
-from vipllava.evaluation.correctness import judged_of, official_grades, run_totals
+from vipllava.evaluation.correctness import judged_of, official_grades, official_table, run_totals
 from vipllava.evaluation.matching import split_ground_truth
 from vipllava.evaluation.scoring import SCORERS
 from vipllava.evaluation.statistics import (
@@ -170,7 +170,7 @@ def _times_100(found: Estimate) -> dict[str, Any]:
 
 
 def _files(predictions: Sequence[Prediction], model: str) -> dict[str, str]:
-    """Return the official answer files, and a judge's grades."""
+    """Return the official answer files, and a judge's grades with their tables."""
     files: dict[str, str] = {}
     for split in SPLITS:
         part = [each for each in predictions if split in each.groups]
@@ -178,8 +178,10 @@ def _files(predictions: Sequence[Prediction], model: str) -> dict[str, str]:
         files[f"answers-{split}.json"] = _as_json(texts)
         judged = [replace(judged_of(each), key=_key(each)) for each in part if each.verdicts]
         if judged:
-            name = f"{split}-grade-{len(judged[0].verdicts)}runs.json"
-            files[name] = _as_json(official_grades(judged))
+            result, runs = _summarise(part), f"{len(judged[0].verdicts)}runs"
+            files[f"{split}-grade-{runs}.json"] = _as_json(official_grades(judged))
+            for name, groups in (("cap", "by_capability"), ("cap-int", "by_combination")):
+                files[f"{split}-{name}-score-{runs}.csv"] = official_table(result, groups, model)
     return files
 
 
