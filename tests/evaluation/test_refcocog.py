@@ -216,6 +216,23 @@ def test_custom_records_are_scored_as_captions(tmp_path: Path):
     assert [each.score for each in found] == pytest.approx([0.0, 5.0])
 
 
+def test_what_has_no_score_is_a_failure_and_no_zero(tmp_path: Path):
+    data = BenchData(make_manifest(), tmp_path, {})
+    predictions = [
+        Prediction(truth, "i", "kept", "?", truth, answer="a red bus")
+        for truth in ("a red bus", "...<OR>!", "two dogs")
+    ]
+    scored = SCORERS["cider"](predictions, data)
+    # Of three words and of two and one of them, each in one of two items: all weigh the same.
+    assert [each.score for each in scored] == [pytest.approx(7.5), None, 0.0]
+    assert scored[1].failure == "no reference has words"
+    assert summarise(scored)["marks"]["kept"]["score"] == pytest.approx(3.75)
+    (alone,) = SCORERS["cider"](predictions[:1], data)
+    assert (alone.score, alone.answer) == (None, "a red bus")
+    assert alone.failure is not None
+    assert alone.failure.endswith("there have to be two")
+
+
 def test_without_the_extra_nothing_is_asked(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(meteor, "find_spec", lambda name: None)
     for job in (["bench=refcocog"], ["bench=custom", "bench.score=captions"]):

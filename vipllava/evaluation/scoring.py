@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from vipllava.evaluation.bench import BenchData, Prediction, Scorer
+from vipllava.evaluation.captions.ptb_tokenizer import tokenize
 from vipllava.evaluation.captions.scores import check_metrics, corpus_meteor, score_captions
 from vipllava.evaluation.matching import (
     OR,
@@ -80,8 +81,12 @@ def captions(*more: str) -> Scorer:
     """
 
     def score(predictions: Sequence[Prediction], data: BenchData) -> list[Prediction]:
-        answers = {each.key: each.answer or "" for each in predictions}
-        references = {each.key: str(each.ground_truth).split(OR) for each in predictions}
+        given = {each.key: str(each.ground_truth).split(OR) for each in predictions}
+        references = {key: texts for key, texts in given.items() if any(map(tokenize, texts))}
+        answers = {each.key: each.answer or "" for each in predictions if each.key in references}
+        if len(answers) < 2:  # e.g. of the one item whose mark can move
+            why = "CIDEr weighs words by how many of the items have them: there have to be two"
+            return [each.failed(why) for each in predictions]
         found = score_captions(answers, references, ("cider", *more))
         return [
             replace(
@@ -91,6 +96,8 @@ def captions(*more: str) -> Scorer:
                 sums={name: of[each.key] for name, of in found.counts.items()},
                 failure=None,
             )
+            if each.key in references
+            else each.failed("no reference has words")
             for each in predictions
         ]
 
