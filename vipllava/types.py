@@ -253,6 +253,7 @@ class Sample:
     fixed: tuple[FixedVisualPrompt, ...] = ()  # what the user fixed, one per region, or empty
     # Whether the picture is turned as its EXIF block says; regions are in these pixels.
     upright: bool = True
+    record_id: str | int | None = None  # the ``id`` of the list that it comes from, if it has one
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,11 @@ def test_the_example_of_the_page(
         ("my_signs/sign-0", "SHOP", 0.75),
         ("my_signs/sign-1", "SHOP", 0.0),
     ]
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert [(line["question_id"], line["text"], line["model_id"]) for line in lines] == [
+        ("sign-0", "SHOP", "weights"),
+        ("sign-1", "SHOP", "weights"),
+    ]
     assert "letters in %" in capsys.readouterr().out
 
     # The same items under another seed, of marks that nobody sees: what `compare` says of both.

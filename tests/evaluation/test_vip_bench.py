@@ -98,7 +98,7 @@ def test_the_alpha_of_an_image_is_dropped(folder: Path):
 def test_both_splits_and_a_limit_of_each(folder: Path):
     model, found = answered(bench_data(folder, limit=2), "star", "é", "star", "7")
     assert questions(model) == ["bbox 0?", "bbox 1?", "human 0?", "human 1?"]
-    assert VIP_BENCH.files(found) == {
+    assert VIP_BENCH.files(found, "toy") == {
         "answers-bbox.json": '{\n  "v1_0": "star",\n  "v1_1": "é"\n}\n',
         "answers-human.json": '{\n  "v1_0": "star",\n  "v1_1": "7"\n}\n',
     }
@@ -140,7 +140,7 @@ def test_an_item_without_verdict_or_answer_is_a_failure_not_a_zero(folder: Path)
         "v1_0": "no verdict: unreadable: maybe", "v1_1": "no answer in 60 s",
     }  # fmt: skip
     assert (result["total"], result["num_items"], result["num_failures"]) == (100.0, 1, 2)
-    assert bench.files(found)["answers-bbox.json"] == '{\n  "v1_0": "x",\n  "v1_2": "x"\n}\n'
+    assert bench.files(found, "toy")["answers-bbox.json"] == '{\n  "v1_0": "x",\n  "v1_2": "x"\n}\n'
 
 
 def test_marks_of_the_image_itself_can_only_be_kept(folder: Path):

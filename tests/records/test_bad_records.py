@@ -90,7 +90,7 @@ def test_polygon_points_outside_move_to_the_edge() -> None:
     [
         ("refcocog", {"bboxes": [BOX, BOX2]}, "`bboxes` is a list of 2; .* 1 of them"),
         ("refcocog", {"segmentations": [[], []]}, "one list of polygons per box"),
-        ("refcocog", {"answer": "  "}, "`answer` is '  '; expected a text that is not empty"),
+        ("refcocog", {"answer": "  "}, "`answer` is '  '; expected a text, or a list of texts"),
         ("vg_rel", {"bboxes": [BOX]}, "a list of 1; .* 2 of them"),
         ("v7w", {"bboxes": [BOX, BOX2, BOX]}, "a list of 3; .* 4 of them"),
         ("v7w", {"answer": [1, 1, 2, 2]}, "one of the boxes"),

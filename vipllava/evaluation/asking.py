@@ -114,7 +114,9 @@ def prepared(
     image: Image.Image | None = None
     read = False
     for marks in markings:
-        prediction = Prediction(item.key, item.image_id, marks, "", None, item.groups)
+        prediction = Prediction(
+            item.key, item.image_id, marks, "", None, item.groups, record_id=item.sample.record_id
+        )
         try:
             if not read:
                 image, read = item_image(item), True

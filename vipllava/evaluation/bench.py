@@ -82,6 +82,9 @@ class Prediction:
     # Of a judge: the verdict of each run, of which the score is the mean, and its reply.
     verdicts: tuple[float, ...] = ()
     replies: tuple[Reply, ...] = ()
+    record_id: str | int | None = None  # the ``id`` of the list that it comes from, if it has one
+    # By figures whose total is no mean but a function of sums: see :data:`.scoring.STATISTICS`.
+    sums: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
 
     @property
     def has_answer(self) -> bool:
@@ -94,6 +97,10 @@ class Prediction:
         row |= {**self.more, "groups": list(self.groups), "failure": self.failure}
         if self.replies:
             row |= {"verdicts": list(self.verdicts), "replies": [asdict(r) for r in self.replies]}
+        if self.record_id is not None:
+            row["id"] = self.record_id
+        if self.sums:
+            row["sums"] = {name: list(of) for name, of in self.sums.items()}
         return row
 
     @classmethod
@@ -111,6 +118,7 @@ class Prediction:
             raise ValueError(f"has no {', '.join(missing)}; it has {', '.join(given)}")
         fields = {name: given.pop(name) for name in names}
         verdicts, replies = given.pop("verdicts", []), given.pop("replies", [])
+        record_id, sums = given.pop("id", None), given.pop("sums", {})
         wrong = [n for n in ("key", "image") if not (isinstance(fields[n], str) and fields[n])]
         wrong += [n for n in ("question",) if not isinstance(fields[n], str)]
         wrong += [n for n in ("answer", "failure") if not isinstance(fields[n], str | None)]
@@ -119,6 +127,8 @@ class Prediction:
         groups: Any = fields["groups"]
         if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
             wrong.append("groups")
+        wrong += ["id"] * (not isinstance(record_id, str | int | None))
+        wrong += ["sums"] * (not isinstance(sums, dict))
         wrong += [name for name, value in given.items() if not _is_number(value)]
         if wrong:
             said = (f"{name} ({row[name]!r})" for name in wrong)
@@ -128,11 +138,12 @@ class Prediction:
         except (TypeError, ValueError) as error:
             raise ValueError(f"has verdicts or replies that are none ({error})") from error
         fields |= {"groups": tuple(groups), "verdicts": judged[0], "replies": judged[1]}
+        fields |= {"record_id": record_id, "sums": sums}
         return cls(**fields, more=given)
 
     def unscored(self) -> Prediction:
         """Return it as it was before it got a score."""
-        return replace(self, score=None, more={}, failure=None, verdicts=(), replies=())
+        return replace(self, score=None, more={}, sums={}, failure=None, verdicts=(), replies=())
 
     def failed(self, reason: str) -> Prediction:
         """Return it with the reason why it has no score."""
@@ -248,13 +259,33 @@ def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(f"{text}\n" for text in texts)
 
 
-def no_files(predictions: Sequence[Prediction]) -> Mapping[str, str]:
+def no_files(predictions: Sequence[Prediction], model: str) -> Mapping[str, str]:
     """Return nothing: ``predictions.jsonl`` is all there is."""
     return {}
 
 
 def _never(options: Any, has_judge: bool) -> bool:
     return False
+
+
+def released_lines(predictions: Sequence[Prediction], model: str) -> Mapping[str, str]:
+    """Return the lines that the released scripts write, for those who read them."""
+    rows: list[dict[str, Any]] = []
+    for each in predictions:
+        if each.answer is not None:
+            said = json.dumps([model, each.key, each.answer])
+            rows.append(
+                {
+                    "question_id": each.key if each.record_id is None else each.record_id,
+                    "prompt": each.question,
+                    "text": each.answer.strip(),
+                    # Any that is unique will do; the same answer has the same one in every run.
+                    "answer_id": hashlib.blake2b(said.encode(), digest_size=11).hexdigest(),
+                    "model_id": model,
+                    "metadata": {},
+                }
+            )
+    return {"answers.jsonl": jsonl(rows)}
 
 
 def _summarise(predictions: Sequence[Prediction], chance: float | None) -> dict[str, Any]:
@@ -285,8 +316,9 @@ class Bench:
     # All predictions, of all markings and scored, to what ``metrics.json`` holds; plain values.
     summarise: Callable[[Sequence[Prediction], float | None], dict[str, Any]] = _summarise
     table: Callable[[Bench, Mapping[str, Any]], BenchTable] = _table  # metrics to what is printed
-    # names and contents of further files, e.g. official answer files, from the kept marks
-    files: Callable[[Sequence[Prediction]], Mapping[str, str]] = no_files
+    # names and contents of further files, e.g. official answer files, from the predictions with
+    # their marks kept and what the model is called
+    files: Callable[[Sequence[Prediction], str], Mapping[str, str]] = released_lines
     chance: float | None = None  # of a guess; None: that of always saying the commonest answer
     resize: tuple[int, int] | None = None  # of the image, once its marks are drawn; None leaves it
     published: tuple[Published, ...] = ()

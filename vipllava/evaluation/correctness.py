@@ -7,7 +7,9 @@ number from 0 to 1.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +24,7 @@ from vipllava.inference.endpoint import Reply
 from vipllava.types import Failure, VipLlavaError
 
 REMINDER: Final = "\nWrite the number for the last cell and nothing else: "
+_DECIMALS: Final = 1
 _NUMBER: Final = re.compile(r"[01]|[01]?\.[0-9]+")
 
 _OURS: Final = """\
@@ -185,3 +188,24 @@ def official_grades(judged: Iterable[Judged[float]]) -> dict[str, Mapping[str, A
         for each in judged
         if each.failure is None
     }
+
+
+def official_table(result: Mapping[str, Any], groups: str, model: str) -> str:
+    """Return ViP-Bench's line of a model under its head, CSV: scores rounded as they are published.
+
+    Args:
+        result: ``total``, ``std``, ``totals``, and per group ``score`` and ``num_items``.
+        groups: where these are: ``by_capability``, or ``by_combination``, whose names are joined
+            as the evaluator does; the groups of most items come first.
+        model: what it is called.
+    """
+    items: Mapping[str, Mapping[str, float]] = result[groups]
+    ordered = sorted(items.items(), key=lambda group: -group[1]["num_items"])
+    scores = [*(found["score"] for _, found in ordered), result["total"], result["std"]]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [name.replace(", ", "_") for name, _ in ordered]
+    writer.writerow(["", *names, "total", "std", "runs"])
+    runs = [round(total, _DECIMALS) for total in result["totals"]]
+    writer.writerow([model, *(round(score, _DECIMALS) for score in scores), runs])
+    return text.getvalue()

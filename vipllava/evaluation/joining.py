@@ -72,6 +72,7 @@ def _joined(parts: list[Prediction]) -> Prediction:
         question="\n".join(each.question for each in parts),
         ground_truth=[each.ground_truth for each in parts],
         groups=first.groups,
+        record_id=first.record_id,
         answer=json.dumps([each.answer for each in parts], ensure_ascii=False),
         score=min(known) if len(known) == len(parts) else None,
         failure="; ".join(failures) or None,

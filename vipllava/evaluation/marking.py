@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from vipllava.evaluation.bench import BenchData, Item, Marks, Moved
 from vipllava.keyed_random import generator_for
 from vipllava.records import find_kind
-from vipllava.records.kind import CONVERSATIONS, OTHERS
+from vipllava.records.kind import CONVERSATIONS, OTHERS, RecordKind
 from vipllava.types import (
     RGB,
     BBox,
@@ -147,7 +147,7 @@ def _distance(first: RGB, second: RGB) -> int:
     return sum((a - b) ** 2 for a, b in zip(first, second, strict=True))
 
 
-def items_of(data: BenchData, *, record_kind: str | None = None) -> Iterator[Item]:
+def items_of(data: BenchData, *, record_kind: str | RecordKind | None = None) -> Iterator[Item]:
     """Yield an item for each sample of the manifest, its last turn being the right answer.
 
     If marks are to be moved, an item has as places what its record lists as ``others``, and the

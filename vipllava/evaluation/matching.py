@@ -7,10 +7,10 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from vipllava.records.wording import OR
 from vipllava.types import VipLlavaError
 
-AND = "<AND>"
-OR = "<OR>"
+AND: Final = "<AND>"
 
 _ARTICLES: Final = frozenset({"a", "an", "the"})
 

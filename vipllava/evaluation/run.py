@@ -14,6 +14,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from vipllava.config.resolvers import checkpoint_name
 from vipllava.config.schema import read
 from vipllava.evaluation.answerers import (
     EndpointAnswerer,
@@ -171,7 +172,9 @@ def _evaluate(cfg: DictConfig, run_dir: Path, opened: dict[str, _Answerers]) -> 
         data = replace(_bench_data(cfg, options), judge=judge)
         settings = _settings(cfg, data)
         scored = _ask(cfg, bench, data, Journal(run_dir, settings), opened)
-    for name, text in bench.files([each for each in scored if each.marks == "kept"]).items():
+    kept = [each for each in scored if each.marks == "kept"]
+    model = str(cfg.endpoint.model or checkpoint_name(str(cfg.checkpoint)))
+    for name, text in bench.files(kept, model).items():
         write_whole(run_dir / name, text)
     if judge is not None:
         settings |= {"judge": judge.described(scored)}

@@ -8,7 +8,14 @@ from statistics import fmean, pstdev
 from typing import Any, Final
 
 from vipllava.evaluation.bench import ALL_MARKS, Bench, BenchTable, Prediction
-from vipllava.evaluation.statistics import bounds_of, estimate_text, mean_estimate
+from vipllava.evaluation.scoring import STATISTICS
+from vipllava.evaluation.statistics import (
+    Estimate,
+    bounds_of,
+    estimate,
+    estimate_text,
+    mean_estimate,
+)
 
 _LISTED: Final = 20  # of failures
 
@@ -22,7 +29,10 @@ def estimated(
 
     Both are None where the items can give no interval, and ``why_no_interval`` says why.
     """
-    found = mean_estimate(values, images, bounds=bounds)
+    return _plain(mean_estimate(values, images, bounds=bounds))
+
+
+def _plain(found: Estimate) -> dict[str, Any]:
     why = found.why_no_interval
     return {
         "score": found.value, "low": found.low, "high": found.high,
@@ -33,13 +43,18 @@ def estimated(
 def score_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Return the mean score, see :func:`estimated`, ``num_failures``, and of other figures each.
 
-    Those are in ``more``, by name.
+    Those are in ``more``, by name; a figure with ``sums`` is the function of these that
+    :data:`.scoring.STATISTICS` has, not the mean of its items.
     """
     scored = [each for each in predictions if each.score is not None]
     values = [each.score for each in scored if each.score is not None]
     more: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for each in scored for name in each.more):
         having = [each for each in scored if name in each.more]
+        if name in STATISTICS:
+            sums = [each.sums[name] for each in having]
+            more[name] = _plain(estimate(sums, _images(having), STATISTICS[name]))
+            continue
         figures = [each.more[name] for each in having]
         more[name] = estimated(figures, _images(having), bounds_of(figures))
     return estimated(values, _images(scored), bounds_of(values)) | {

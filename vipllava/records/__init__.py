@@ -193,6 +193,8 @@ def parse_record(
             f"a text of the conversation has half of a character, {half}: a lone "
             "surrogate that no tokenizer reads; correct it"
         )
+    identifier = record.get("id")
     return Sample(
-        key, dataset, image, parsed.regions, parsed.turns, found.policy, parsed.fixed, upright
-    )
+        key, dataset, image, parsed.regions, parsed.turns, found.policy, parsed.fixed, upright,
+        identifier if isinstance(identifier, str | int) else None,
+    )  # fmt: skip

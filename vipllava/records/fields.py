@@ -113,6 +113,14 @@ class Fields:
             self.fail(name, value, "a text that is not empty")
         return value
 
+    def texts(self, name: str) -> list[str]:
+        """Return a field that is a text, or a list of texts of equal standing."""
+        value = self.require(name, "a text, or a list of texts")
+        texts: list[Any] = [value] if isinstance(value, str) else list_or_empty(value)
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            self.fail(name, value, "a text, or a list of texts, none of them empty")
+        return texts
+
     def answer(self, name: str = "answer") -> str:
         """Return a short answer; counts may be stored as numbers."""
         value = self.require(name, "a text or a whole number")

@@ -14,6 +14,9 @@ LETTERS: Final = "ABCD"
 SHORT_ANSWER: Final = "Answer the question using a single word or phrase."
 OPTION_LETTER: Final = "Answer with the option's letter from the given choices directly."
 
+OR: Final = "<OR>"
+"""Joins right answers of which any will do."""
+
 Parts = tuple[str | Mention, ...]
 _T = TypeVar("_T")
 

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from vipllava.evaluation.captions.meteor import MeteorProgram, find_meteor, meteor
-from vipllava.evaluation.captions.scores import score_captions
+from vipllava.evaluation.captions.scores import corpus_meteor, score_captions
 from vipllava.types import VipLlavaError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -59,6 +60,9 @@ def test_published_values_without_java(monkeypatch: pytest.MonkeyPatch):
     scores = score_captions(answers, references, ["meteor"])
     assert scores.items["meteor"] == {key: value for key, (_, _, value) in SAMPLE.items()}
     assert scores.totals == {"meteor": TOTAL}
+    counts = np.array([scores.counts["meteor"][key] for key in SAMPLE])
+    assert corpus_meteor(counts) == pytest.approx([value for *_, value in SAMPLE.values()])
+    assert float(corpus_meteor(counts.sum(axis=0))) == pytest.approx(TOTAL, abs=1e-12)
     assert not java_processes()
 
 

@@ -7,6 +7,7 @@ from typing import Final
 from vipllava.evaluation.bench import Bench
 from vipllava.evaluation.benches.custom import CUSTOM
 from vipllava.evaluation.benches.pointqa import POINTQA
+from vipllava.evaluation.benches.refcocog import REFCOCOG
 from vipllava.evaluation.benches.regions import REGIONS
 from vipllava.evaluation.benches.v7w import V7W
 from vipllava.evaluation.benches.vcr import VCR_QA, VCR_QAR, VCR_QAR_JOINT
@@ -15,7 +16,17 @@ from vipllava.types import ConfigError
 
 BENCHES: Final[dict[str, Bench]] = {
     bench.name: bench
-    for bench in (REGIONS, VIP_BENCH, V7W, POINTQA, VCR_QA, VCR_QAR, VCR_QAR_JOINT, CUSTOM)
+    for bench in (
+        REGIONS,
+        VIP_BENCH,
+        V7W,
+        POINTQA,
+        VCR_QA,
+        VCR_QAR,
+        VCR_QAR_JOINT,
+        REFCOCOG,
+        CUSTOM,
+    )
 }
 
 

@@ -8,8 +8,8 @@ from typing import Final
 
 from vipllava.evaluation.bench import Bench, BenchData, Prediction
 from vipllava.evaluation.marking import items_of
-from vipllava.evaluation.scoring import SCORERS
-from vipllava.types import ConfigError
+from vipllava.evaluation.scoring import SCORERS, check_score
+from vipllava.types import ConfigError, VipLlavaError
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,13 @@ class CustomOptions:
     score: str = "exact"  # one of :data:`vipllava.evaluation.scoring.SCORERS`
 
     def __post_init__(self) -> None:
-        """Refuse a score that is not known."""
+        """Refuse a score that is not known, or that cannot be computed here."""
         if self.score not in SCORERS:
             raise ConfigError(f"score={self.score}: expected one of {', '.join(SCORERS)}")
+        try:
+            check_score(self.score)
+        except VipLlavaError as error:
+            raise ConfigError(str(error)) from None
 
 
 def _score(predictions: Sequence[Prediction], data: BenchData) -> Sequence[Prediction]:

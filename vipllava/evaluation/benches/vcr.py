@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from vipllava.evaluation.bench import Bench, BenchData, Item, Published
+from vipllava.evaluation.bench import Bench, BenchData, Item, Published, no_files
 from vipllava.evaluation.scoring import SCORERS
 from vipllava.records.kind import RecordKind
 from vipllava.records.kinds import vcr as kinds
@@ -58,4 +58,5 @@ VCR_QAR_JOINT: Final = replace(
     items=_no_items,
     chance=1 / len(LETTERS) ** 2,
     joins=("vcr_qa", "vcr_qar"),
+    files=no_files,
 )

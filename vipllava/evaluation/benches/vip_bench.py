@@ -18,7 +18,7 @@ from typing import Any, Final, cast
 from PIL import Image
 
 from vipllava.evaluation.bench import Bench, BenchData, BenchTable, Item, Prediction, Published
-from vipllava.evaluation.correctness import judged_of, official_grades, run_totals
+from vipllava.evaluation.correctness import judged_of, official_grades, official_table, run_totals
 from vipllava.evaluation.matching import split_ground_truth
 from vipllava.evaluation.scoring import SCORERS
 from vipllava.evaluation.statistics import (
@@ -64,7 +64,7 @@ def read_questions(folder: Path, split: str) -> list[Question]:
         if not line.strip():
             continue
         try:
-            raw = json.loads(line, object_pairs_hook=_distinct)
+            raw = json.loads(line, object_pairs_hook=distinct)
             item = _read_item(raw, meta, folder, split)
             if item.key in items:
                 raise ValueError(f"question_id of {item.key} occurs twice")
@@ -169,8 +169,8 @@ def _times_100(found: Estimate) -> dict[str, Any]:
     return {**times, "num_items": found.num_items}
 
 
-def _files(predictions: Sequence[Prediction]) -> dict[str, str]:
-    """Return the official answer files, and a judge's grades."""
+def _files(predictions: Sequence[Prediction], model: str) -> dict[str, str]:
+    """Return the official answer files, and a judge's grades with their tables."""
     files: dict[str, str] = {}
     for split in SPLITS:
         part = [each for each in predictions if split in each.groups]
@@ -178,8 +178,10 @@ def _files(predictions: Sequence[Prediction]) -> dict[str, str]:
         files[f"answers-{split}.json"] = _as_json(texts)
         judged = [replace(judged_of(each), key=_key(each)) for each in part if each.verdicts]
         if judged:
-            name = f"{split}-grade-{len(judged[0].verdicts)}runs.json"
-            files[name] = _as_json(official_grades(judged))
+            result, runs = _summarise(part), f"{len(judged[0].verdicts)}runs"
+            files[f"{split}-grade-{runs}.json"] = _as_json(official_grades(judged))
+            for name, groups in (("cap", "by_capability"), ("cap-int", "by_combination")):
+                files[f"{split}-{name}-score-{runs}.csv"] = official_table(result, groups, model)
     return files
 
 
@@ -212,7 +214,7 @@ def _cell(of: Mapping[str, Any]) -> str:
 
 def _read_meta(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        meta: object = json.loads(_read_text(path), object_pairs_hook=_distinct)
+        meta: object = json.loads(_read_text(path), object_pairs_hook=distinct)
     except ValueError as error:
         raise RecordError(f"{path} is not JSON: {error}") from error
     if not isinstance(meta, dict) or not meta:
@@ -223,7 +225,7 @@ def _read_meta(path: Path) -> dict[str, dict[str, Any]]:
     return items
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse a repeated key; the json module would silently keep the last."""
     names = [name for name, _ in pairs]
     if twice := next((name for name in names if names.count(name) > 1), None):

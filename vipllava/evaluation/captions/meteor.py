@@ -33,6 +33,10 @@ _OPTIONS: Final = (
 )
 _JAVA_VARIABLES: Final = frozenset({"JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS"})
 _FORMULA: Final = ("-", "-", "-stdio", "-l", "en", "-norm")  # as pycocoevalcap calls it
+# Its constants for English: of recall, of fragmentation (exponent and share), and the weight of
+# content words against function words; then of exact words, stems, synonyms and paraphrases.
+ALPHA, BETA, GAMMA, CONTENT = 0.85, 0.2, 0.6, 0.75
+STAGES: Final = (1.0, 0.6, 0.8, 0.6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class MeteorScores:
 
     items: list[float]
     total: float
+    counts: list[tuple[float, ...]]  # per item; summed, :func:`.scores.corpus_meteor`
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +104,25 @@ def meteor(
         ]
         first = running.ask(" ||| ".join(("EVAL", *counts)))
         values = [float(first), *(float(running.read()) for _ in counts)]
-    return MeteorScores(items=values[:-1], total=values[-1])
+    return MeteorScores(values[:-1], values[-1], [_counts(line) for line in counts])
+
+
+def _counts(line: str) -> tuple[float, ...]:
+    """Return lengths and matches of answer and reference, weighted, chunks, and matched words.
+
+    The program tells: lengths of both, their function words, per stage the matches of content and
+    function words of both, chunks, matched words of both.
+    """
+    told = [float(number) for number in line.split()]
+    lengths, functions, chunks, words = told[0:2], told[2:4], told[20], told[21:23]
+    found = [CONTENT * (n - f) + (1 - CONTENT) * f for n, f in zip(lengths, functions, strict=True)]
+    for side in (0, 1):
+        content, function = told[4 + side : 20 : 4], told[6 + side : 20 : 4]
+        matches = zip(STAGES, content, function, strict=True)
+        found.append(sum(w * (CONTENT * c + (1 - CONTENT) * f) for w, c, f in matches))
+    if chunks == 1 and words == lengths:
+        chunks = 0.0  # nothing is out of place in a caption that is its reference
+    return (*found, chunks, sum(words) / 2)
 
 
 def _segment(text: str) -> str:

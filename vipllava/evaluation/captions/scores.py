@@ -6,15 +6,21 @@ texts --tokenize--> tokens --cider, meteor--> a value per item and per set
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from vipllava.evaluation.captions.cider import cider
-from vipllava.evaluation.captions.meteor import find_meteor, meteor
+from vipllava.evaluation.captions.meteor import ALPHA, BETA, GAMMA, find_meteor, meteor
 from vipllava.evaluation.captions.ptb_tokenizer import tokenize
 from vipllava.types import VipLlavaError
 
-Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[list[float], float]]
+Scorer = Callable[
+    [Sequence[str], Sequence[Sequence[str]]],
+    tuple[list[float], float, list[tuple[float, ...]] | None],
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,10 @@ class CaptionScores:
 
     items: Mapping[str, Mapping[str, float]]  # by metric, then by item
     totals: Mapping[str, float]  # by metric. METEOR's is computed from summed counts, no mean.
+    # By metric whose total is no mean, then by item: the total is a function of their sums.
+    counts: Mapping[str, Mapping[str, tuple[float, ...]]] = field(
+        default_factory=dict[str, Mapping[str, tuple[float, ...]]]
+    )
 
 
 def score_captions(
@@ -48,10 +58,13 @@ def score_captions(
         raise VipLlavaError(f"no reference with words: {_some(wordless)}")
     items: dict[str, dict[str, float]] = {}
     totals: dict[str, float] = {}
+    summed: dict[str, dict[str, tuple[float, ...]]] = {}
     for metric in metrics:
-        values, totals[metric] = _SCORERS[metric](hypotheses, truths)
+        values, totals[metric], counts = _SCORERS[metric](hypotheses, truths)
         items[metric] = dict(zip(keys, values, strict=True))
-    return CaptionScores(items, totals)
+        if counts is not None:
+            summed[metric] = dict(zip(keys, counts, strict=True))
+    return CaptionScores(items, totals, summed)
 
 
 def check_metrics(metrics: Iterable[str]) -> None:
@@ -66,6 +79,18 @@ def check_metrics(metrics: Iterable[str]) -> None:
         )
     if "meteor" in metrics:
         find_meteor()
+
+
+def corpus_meteor(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return METEOR of a set from its items' counts, summed: [..., 6] to [...].
+
+    The program tells its total once; a bootstrap asks for it ten thousand times.
+    """
+    length, ref_length, matches, ref_matches, chunks, words = np.moveaxis(sums, -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = 1 / ((1 - ALPHA) * length / matches + ALPHA * ref_length / ref_matches)
+        score = mean * (1 - GAMMA * (chunks / words) ** BETA)
+    return np.where((matches > 0) & (ref_matches > 0), score, 0.0)
 
 
 def _check_items(
@@ -94,16 +119,16 @@ def _some(keys: Sequence[str]) -> str:
 
 def _cider(
     answers: Sequence[str], references: Sequence[Sequence[str]]
-) -> tuple[list[float], float]:
+) -> tuple[list[float], float, None]:
     values = cider(answers, references)
-    return values.tolist(), float(values.mean())
+    return values.tolist(), float(values.mean()), None
 
 
 def _meteor(
     answers: Sequence[str], references: Sequence[Sequence[str]]
-) -> tuple[list[float], float]:
+) -> tuple[list[float], float, list[tuple[float, ...]]]:
     scores = meteor(answers, references)
-    return scores.items, scores.total
+    return scores.items, scores.total, scores.counts
 
 
 _SCORERS: Final[Mapping[str, Scorer]] = {"cider": _cider, "meteor": _meteor}

@@ -157,10 +157,12 @@ class _Check:
         # By part, folder and status.
         self.looked_at: defaultdict[tuple[str, str, Status], _Counted] = defaultdict(_Counted)
         manifest = self.manifest
+        asked = [f"{s.name}, {s.address}" for s in manifest.sources if s.access != "public"]
+        by_hand = f", which says how to get {'; '.join(asked)}" if asked else ""
         self.remedy = (
             "vipllava sample-data makes it"
             if manifest.made_by == "sample_world"
-            else f"vipllava data fetch {manifest.name}"
+            else f"vipllava data fetch {manifest.name}{by_hand}"
             if manifest.sources
             else "put it there"
         )

@@ -1,7 +1,8 @@
 """RefCOCOg: a short phrase that describes the marked object, or GPT-4V's dialogue about it.
 
 ``{"bboxes": [1], "segmentations": [1], "answer"}``, or instead of ``answer`` ``conversations`` in
-which ``<bbox>`` stands for the mark.
+which ``<bbox>`` stands for the mark. ``answer`` is a phrase, or a list of all that people have said
+of the object: training draws one of them, the benchmark takes them as references.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from vipllava.records.fields import Fields, Parsed
 from vipllava.records.kind import CONVERSATIONS, RecordKind, boxes_and_masks
 from vipllava.records.kinds.dialogues import parse_marked
-from vipllava.records.wording import choose, exchange, fill
+from vipllava.records.wording import OR, choose, exchange, fill
 from vipllava.types import Mention
 
 _GENERIC_RATE: Final = 0.25
@@ -40,10 +41,16 @@ _GENERIC: Final = (
 def parse_refcocog(fields: Fields, rng: np.random.Generator) -> Parsed:
     """Ask for the marked object; a quarter of the questions do not say what the mark looks like."""
     regions = fields.regions(count=1, masks=True)
-    answer = fields.text("answer")
+    phrases = fields.texts("answer")
     generic = rng.random() < _GENERIC_RATE
     question = (choose(_GENERIC, rng),) if generic else fill(choose(_MARKED, rng), Mention(0))
-    return Parsed(exchange(question, answer), regions)
+    return Parsed(exchange(question, choose(phrases, rng)), regions)
+
+
+def parse_refcocog_caption(fields: Fields, rng: np.random.Generator) -> Parsed:
+    """Ask for the marked object, in the same words each time; any of the phrases is right."""
+    regions = fields.regions(count=1)
+    return Parsed(exchange(fill(_MARKED[0], Mention(0)), OR.join(fields.texts("answer"))), regions)
 
 
 REFCOCOG = RecordKind(
@@ -54,6 +61,9 @@ REFCOCOG = RecordKind(
     prefix="refcocog",
     fields=("bboxes", "segmentations", "answer"),
     outlines=partial(boxes_and_masks, all_masks=True),
+)
+REFCOCOG_CAPTION = replace(
+    REFCOCOG, name="refcocog_caption", parse=parse_refcocog_caption, prefix=None
 )
 REFCOCOG_GPT4V = replace(
     REFCOCOG,
