@@ -93,7 +93,7 @@ def test_the_example_of_the_page(
     results = json.loads((folder / "results.json").read_text())
     assert results == {
         "benchmark": "sign_letters", "manifest": "my_signs.yaml", "checkpoint": "weights",
-        "seed": 42, "num_signs": 2, "letters": 0.375,
+        "seed": 42, "limit": None, "num_signs": 2, "letters": 0.375,
     }  # fmt: skip
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert lines == [
@@ -111,6 +111,23 @@ def test_a_second_evaluation_into_one_folder_is_refused(place: Path):
     with hold_folder(folder, another="nothing"), refused:
         run_evaluation(cfg)
     assert [path.name for path in folder.iterdir()] == ["run.lock"]
+
+
+def test_results_of_another_question_are_not_replaced(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Engine, "from_checkpoint", lambda *_, **__: Reader())
+    folder = place / "runs" / "eval" / "weights" / "sign_letters"
+    words = ("checkpoint=weights", f"paths.data_root={place / 'data'}")
+    run_evaluation(job(*words, folder=place))
+    before = (folder / "results.json").read_bytes()
+    run_evaluation(job(*words, folder=place))  # the same question may be asked again
+    for other in ("limit=1", "seed=7"):
+        with pytest.raises(ConfigError, match=r"results.json has the results of (limit|seed)=.*"):
+            run_evaluation(job(*words, other, folder=place))
+    assert (folder / "results.json").read_bytes() == before
+    run_evaluation(job(*words, "limit=1", "name=few", folder=place))
+    (folder / "results.json").write_text("{")
+    with pytest.raises(ConfigError, match="has the results of something else: pass name=NEW_NAME"):
+        run_evaluation(job(*words, folder=place))
 
 
 def test_options_are_the_benchmarks_own(place: Path):

@@ -6,9 +6,11 @@ The only place of evaluation that knows configuration objects; it knows no bench
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vipllava.config.schema import read
 from vipllava.evaluation.bench import Bench, BenchData, BenchTable, ask_all
 from vipllava.evaluation.benches import get_bench
-from vipllava.files.atomic import write_json, write_whole
+from vipllava.files.atomic import read_text, write_json, write_whole
 from vipllava.files.locks import hold_folder
 from vipllava.types import ConfigError, RecordError, VipLlavaError
 
@@ -54,8 +56,32 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
         return _evaluate(cfg, run_dir)
 
 
+def _refuse_another(path: Path, asked: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a folder has the results of another question than this one."""
+    if (text := read_text(path)) is None:
+        return
+    try:
+        before = json.loads(text)
+        other = [f"{key}={before[key]}" for key in asked if before[key] != asked[key]]
+    except (ValueError, TypeError, KeyError):
+        other = ["something else"]
+    if other:
+        raise ConfigError(
+            f"{path} has the results of {', '.join(other)}: pass name=NEW_NAME to keep both, or "
+            "move it away"
+        )
+
+
 def _evaluate(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     bench, options = _open_bench(cfg)
+    about = {
+        "benchmark": bench.name,
+        "manifest": cfg.bench.manifest,
+        "checkpoint": str(cfg.checkpoint),
+        "seed": cfg.seed,
+        "limit": cfg.limit,
+    }
+    _refuse_another(run_dir / "results.json", about)
     asked = bench.read(_bench_data(cfg, options))
     from vipllava.inference.engine import Engine
     from vipllava.models.hub_models import draw_bars_on_terminals_only
@@ -70,13 +96,7 @@ def _evaluate(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         raise RecordError(f"no questions: the data set `{cfg.bench.manifest}` is empty")
     for name, text in bench.files(answered).items():
         write_whole(run_dir / name, text)
-    results = {
-        "benchmark": bench.name,
-        "manifest": cfg.bench.manifest,
-        "checkpoint": str(cfg.checkpoint),
-        "seed": cfg.seed,
-        **bench.score(answered),
-    }
+    results = about | bench.score(answered)
     write_json(run_dir / "results.json", results, indent=1)
     _print(bench.table(results))
     logger.info(

@@ -83,7 +83,8 @@ def read_questions(
         if sample.image is None or roles != ["user", "assistant"]:
             raise RecordError(
                 f"{name} cannot be asked: a region question needs an image and ends with the "
-                "user's question and the assistant's answer"
+                "user's question and the assistant's answer; leave such records out of the data "
+                "set of this benchmark (`vipllava shards build` of a list without them)"
             )
         image = decode_image(sample.image, name, upright=sample.upright)
         rng = marks_generator(seed, 0, sample.dataset, sample.key)
