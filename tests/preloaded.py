@@ -49,8 +49,11 @@ LIBRARIES: Final = (
     "torch.utils.data",
     "deepspeed",
     "sklearn.datasets",
+    "pytest",
+    "torch.export",
+    "torch.profiler",
 )
-"""What a training imports; a name that a version of a library lacks is left out."""
+"""What a training and the modules of tests import; a name that a version of a library lacks is left out."""
 READ_ON_IMPORT: Final = (
     *("HF_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "MKL_", "MALLOC_", "DS_ACCELERATOR"),
     *("LANG", "LC_", "PYTHONUTF8", "PYTHONIOENCODING", "PYTHONWARNINGS", "PYTHONHASHSEED"),

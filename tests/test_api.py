@@ -229,6 +229,12 @@ def test_what_does_not_fit_is_an_error(place: Path, model: vl.ModelSpec):
         vl.open_stream(data, encoder, global_batch_size=5, micro_batch_size=2)
     with pytest.raises(ConfigError, match=r"mix=\['mine'\] and datasets=\['my_data'\] must name"):
         vl.open_stream(data, encoder, global_batch_size=5, mix={"mine": {"epochs": 1}})
+    with pytest.raises(TypeError, match=r"position is slice.*\[data\[i\] for i in"):
+        data[0:2]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(vl.VipLlavaError, match=r"image is 'mine\.jpg': open a file by"):
+        vl.draw("mine.jpg", [(0, 0, 9, 9)])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(vl.VipLlavaError, match="expected a role of user, assistant"):
+        vl.Turn("human", "What is it?")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="policies='publish' is not one of published, evaluation"):
         vl.sample_encoder(model, policies="publish")
 

@@ -27,6 +27,8 @@ MISTAKES = {
         ["stage.global_batch_size=100", "machine.micro_batch_size=16"],
         "nearest global batch sizes that are: 96, 112",
     ),
+    "a name that leads elsewhere": (["name=../../mine"], "leads out of paths.runs; name a folder"),
+    "records in place of a manifest": (["data.manifest=a.json"], "a.json is no manifest: copy"),
     "another shape": (["visual_prompts.policies.vcr.shapes=[box]"], "unknown shape `box`; the"),
     "another colour": (
         ["visual_prompts.policies.pointQA_twice.colour=pink"],

@@ -40,8 +40,11 @@ class Dataset(SampleSource):
 
         Raises:
             IndexError: there is none at this position.
+            TypeError: ``position`` is no whole number.
             RecordError: the record breaks its kind.
         """
+        if not isinstance(position, int):
+            raise TypeError(f"position is {position!r}: take several by [data[i] for i in ...]")
         if not 0 <= position < len(self):
             raise IndexError(f"there is no sample {position} among {len(self)}")
         return self.sample(position)

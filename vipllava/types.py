@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,7 @@ PADDING_SEGMENT = -1
 """Segment id of padding positions in a :class:`Batch`."""
 
 Role = Literal["user", "assistant"]
+_ROLES = get_args(Role)
 Shape = Literal[
     "rectangle", "ellipse", "point", "triangle", "mask", "mask contour", "arrow", "scribble"
 ]
@@ -219,6 +220,15 @@ class Turn:
     role: Role
     text: str
     has_image: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse who nobody is: LLaVA's files say ``human`` and ``gpt``."""
+        text: Any = self.text
+        if self.role not in _ROLES or not isinstance(text, str):
+            raise VipLlavaError(
+                f"turn ({self.role!r}, {self.text!r}): expected a role of {', '.join(_ROLES)} "
+                "(in LLaVA's files human and gpt), and a text"
+            )
 
 
 @dataclass(frozen=True)

@@ -338,6 +338,13 @@ def test_no_room_is_said_before_anything_is_written(make_export, tmp_path, monke
     assert not (tmp_path / "new").exists()
 
 
+def test_a_destination_within_the_source_is_refused(make_export):
+    export = make_export()
+    with pytest.raises(CheckpointError, match=r"sub lies in .*, or holds it: choose a folder"):
+        convert(str(export), export / "sub")
+    assert not (export / "sub").exists()
+
+
 def test_a_destination_of_something_else_is_left_alone(make_export, tmp_path):
     export = make_export()
     (tmp_path / "letters").mkdir()

@@ -123,7 +123,7 @@ def test_check_says_what_is_there_and_what_is_not(place: Path, call: Call) -> No
     write_pictures(place)
     code, shown = call("check", "toy")
     assert code == 1
-    assert "1 of 1 that were looked at are good" in shown
+    assert "1 of 1 files looked at are whole" in shown
     assert "-> vipllava shards build toy" in shown
     code, shown = call("check", "toy", "--json")
     assert code == 1

@@ -59,6 +59,13 @@ def test_what_does_not_fit_is_said_at_once():
         compose_data_job("sample_gpt4v", ["stage.max_lenght=3"])
 
 
+def test_a_data_set_without_its_option():
+    with pytest.raises(
+        ConfigError, match=r"my_marks is not KEY=VALUE; .* by --data my_marks"
+    ):
+        compose_data_job(None, ["my_marks"])
+
+
 def test_hardware_that_is_not_here_does_not_matter():
     cfg = compose_data_job("sample_gpt4v", ["trainer=8xa100", "strategy=zero3"])
     assert cfg.trainer.devices == 8

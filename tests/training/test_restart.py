@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from vipllava.files import atomic as whole_files
 from vipllava.training.csv_log import CsvLog, cut_csv
@@ -47,6 +48,14 @@ def _job(**changes: object) -> dict:
             node = node[name]
         node[last] = value
     return job
+
+
+def _export(run_dir: Path) -> Path:
+    """Write an export's weights, and return their file."""
+    file = run_dir / "export" / "model.safetensors"
+    file.parent.mkdir()
+    save_file({"weight": torch.ones(3)}, file)
+    return file
 
 
 @pytest.fixture
@@ -233,7 +242,7 @@ def test_a_run_that_has_ended_is_not_done_again(
     monkeypatch.chdir(run_dir)
     mark_finished(run_dir, Goal(2))
     if exported:
-        (run_dir / "export").mkdir()
+        _export(run_dir)
     # Whoever reads first, all processes decide alike.
     before = find_restart(run_dir, resume=resume, goal=goal)
     first = prepare_run(run_dir, JOB, resume=resume, goal=goal)
@@ -241,6 +250,21 @@ def test_a_run_that_has_ended_is_not_done_again(
     assert before == first == behind
     assert first.finished == finished
     assert (run_dir / "finished.yaml").exists() == finished
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut short"])
+def test_an_export_that_was_damaged_is_made_again(run_dir, caplog, damage):
+    weights = _export(run_dir)
+    mark_finished(run_dir, Goal(2))
+    assert find_restart(run_dir, goal=Goal(2)).finished
+    if damage == "deleted":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-5])
+    start = prepare_run(run_dir, JOB, goal=Goal(2))
+    assert not start.finished
+    assert start.checkpoint is not None
+    assert "its export is damaged" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -258,14 +282,14 @@ def test_a_run_that_has_ended_is_not_done_again(
     ],
 )
 def test_a_trial_is_not_the_whole_run(run_dir, done, asked, finished):
-    (run_dir / "export").mkdir()
+    _export(run_dir)
     mark_finished(run_dir, done)
     assert prepare_run(run_dir, JOB, goal=asked).finished == finished
 
 
 def test_a_marker_of_an_earlier_release_counts_as_absent(run_dir, caplog):
     """It may be of a trial."""
-    (run_dir / "export").mkdir()
+    _export(run_dir)
     (run_dir / "finished.yaml").write_text("epochs: 2\n")
     assert not prepare_run(run_dir, JOB).finished
     assert "finished.yaml does not say what was done" in caplog.text
@@ -273,7 +297,7 @@ def test_a_marker_of_an_earlier_release_counts_as_absent(run_dir, caplog):
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\0", b"\xff\xfe", b"{", b"- 1"])
 def test_a_marker_that_says_nothing_counts_as_absent(run_dir, caplog, content):
-    (run_dir / "export").mkdir()
+    _export(run_dir)
     for name in ("finished.yaml", "job.yaml", "wandb_id"):
         (run_dir / name).write_bytes(content)
     assert not prepare_run(run_dir, _job(seed=2)).finished
@@ -312,7 +336,7 @@ def test_markers_are_on_the_disk_before_they_have_their_name(run_dir, monkeypatc
 def test_a_run_that_has_ended_was_that_job(run_dir):
     """Its checkpoints take room, and a user may delete them."""
     shutil.rmtree(run_dir / "checkpoints")
-    (run_dir / "export").mkdir()
+    _export(run_dir)
     mark_finished(run_dir, Goal(1))
     assert prepare_run(run_dir, JOB) == Restart(None, 0, finished=True)
     with pytest.raises(ConfigError, match=r"seed: 1 -> 2\nTo go on from export, take these back"):
@@ -413,7 +437,7 @@ class TestCsvLog:
         expected = path.read_text()
         with path.open("a") as file:
             file.write("4,1.2")  # a row that a kill cut short
-        cut_csv(path, 2)
+        assert cut_csv(path, 2) == 2
         assert path.read_text() == "".join(expected.splitlines(keepends=True)[:3])
         again = CsvLog(tmp_path)
         for step in range(2, 4):
@@ -421,7 +445,7 @@ class TestCsvLog:
         assert path.read_text() == expected
 
     def test_nothing_to_cut(self, tmp_path):
-        cut_csv(tmp_path / "metrics.csv", 3)
+        assert cut_csv(tmp_path / "metrics.csv", 3) == 0
         (tmp_path / "metrics.csv").write_text("half a head")
         cut_csv(tmp_path / "metrics.csv", 3)
         assert not (tmp_path / "metrics.csv").exists()

@@ -49,8 +49,11 @@ LORA = {"adapter": AdapterSettings(r=4, alpha=8, dropout=0.3)}
 
 @pytest.mark.parametrize(
     ("data", "module"),
-    [({"batching": "length_grouped"}, {}), (PACKED, {}), (PACKED, LORA)],
-    ids=["length_grouped", "packed", "lora"],
+    [
+        pytest.param({"batching": "length_grouped"}, {}, id="length_grouped"),
+        pytest.param(PACKED, {}, id="packed"),
+        pytest.param(PACKED, LORA, id="lora", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_has_the_same_losses(
     data_root: Path, with_dropout: ModelSpec, data: dict, module: dict

@@ -62,7 +62,7 @@ def expected(spec, tmp_path_factory) -> dict[str, list[dict[str, float]]]:
         "ddp",
         "fsdp2",
         pytest.param("zero2", marks=pytest.mark.slow),
-        "zero3",
+        pytest.param("zero3", marks=pytest.mark.slow),
         pytest.param("zero3_offload", marks=pytest.mark.slow),
     ],
 )

@@ -113,6 +113,11 @@ def convert(
     if dtype != "auto" and dtype not in FLOATS:
         raise ConfigError(f"dtype={dtype!r} is not one of auto, {', '.join(FLOATS)}")
     _check_replaceable(destination, source, format)
+    folder, target = Path(source).expanduser().resolve(), destination.resolve()
+    if target.is_relative_to(folder) or folder.is_relative_to(target):
+        raise CheckpointError(
+            f"{destination} lies in {source}, or holds it: choose a folder beside it"
+        )
     options: dict[str, Any] = {"chat_template": chat_template, "feature_layers": feature_layers}
     opened = open_source(source, base=base, vision_tower=vision_tower, **options)
     on_step(f"{source} is {KINDS[opened.kind]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 import textwrap
@@ -250,6 +251,8 @@ def compose_data_job(
     from vipllava.shards.manifest import load_manifest
 
     overrides = readable_words(overrides)
+    if data is None and (names := [word for word in overrides if re.fullmatch(r"[\w./-]+", word)]):
+        raise ConfigError(f"{names[0]} is not KEY=VALUE; a data set is named by --data {names[0]}")
     shown = [] if config_dir is None else ["--config-dir", str(config_dir)]
 
     def compose(chosen: Sequence[str]) -> DictConfig:

@@ -173,6 +173,11 @@ def _manifest(job: JobValues) -> Iterator[str]:
         if name.endswith((".yaml", ".yml")):
             if not Path(name).is_file():
                 yield f"{where}={name}: there is no such file"
+        elif name.endswith((".json", ".jsonl", ".tar")):
+            yield (
+                f"{where}={name} is no manifest: copy data_manifests/user_data.yaml, name in it "
+                "where records, images and shards lie, and pass its name (docs/your_data.md)"
+            )
         elif not known:
             yield (
                 f"paths.manifests={folder} holds no manifests; start from the project's folder or "

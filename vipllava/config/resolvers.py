@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -171,7 +171,16 @@ def product(*factors: int) -> int:
 
 
 def run_dir(runs: str, name: str) -> str:
-    """Hydra's output folder of this job where Hydra runs it (a sweep's job has its own)."""
+    """Hydra's output folder of this job where Hydra runs it (a sweep's job has its own).
+
+    Raises ConfigError for a name that leads out of ``runs``: Hydra makes this folder before any
+    other check.
+    """
+    parts = PurePath(name).parts
+    if not parts or PurePath(name).is_absolute() or ".." in parts:
+        raise ConfigError(
+            f"name={name}: leads out of paths.runs; name a folder in it, or set paths.runs=FOLDER"
+        )
     from hydra.core.hydra_config import HydraConfig
 
     runtime = HydraConfig.get().runtime if HydraConfig.initialized() else None

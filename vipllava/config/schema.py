@@ -279,12 +279,14 @@ def check_schema(cfg: DictConfig, section: Section, path: str = "") -> list[str]
     if not isinstance(node, DictConfig):
         return [f"{path} is missing or no section; it has {known}"]
     prefix = f"{path}." if path else ""
-    problems = [
-        f"{prefix}{key}: no such key{did_you_mean(str(key), section.keys)}; "
-        f"{path or 'the configuration'} has {known}"
-        for key in node
-        if key not in section.keys and not section.is_open
-    ]
+    problems: list[str] = []
+    for key in () if section.is_open else [key for key in node if key not in section.keys]:
+        hint, child = did_you_mean(str(key), section.keys), node.get(key)
+        if not path and isinstance(child, DictConfig) and set(child) <= set(section.keys):
+            # A file of a group sets keys below the group's name, where it does not say otherwise.
+            hint = f" (a file of the group `{key}` begins with the line: # @package _global_)"
+        has = f"{path or 'the configuration'} has {known}"
+        problems.append(f"{prefix}{key}: no such key{hint}; {has}")
     for key, rule in section.keys.items():
         where = f"{prefix}{key}"
         if isinstance(rule, Section):

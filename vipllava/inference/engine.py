@@ -149,6 +149,8 @@ class Engine:
             raise ConfigError(
                 f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be at least 1"
             )
+        if isinstance(requests, Request):
+            raise VipLlavaError("requests is one Request: pass a list, answer([request])")
         prompts = [self._encode(request, max_new_tokens) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (len(prompts[i]), i))
         answers = [""] * len(requests)

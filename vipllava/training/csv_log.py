@@ -83,22 +83,23 @@ class CsvLog(Logger):
         self._row_start = self.path.stat().st_size
 
 
-def cut_csv(path: Path, num_steps: int) -> None:
+def cut_csv(path: Path, num_steps: int) -> int:
     """Remove the rows of steps behind ``num_steps``, and a row cut short by a kill.
 
-    A file that is no such log gets another name.
+    A file that is no such log gets another name. Returns how many rows are left.
     """
     if not path.is_file():
-        return
+        return 0
     text = path.read_text(encoding="utf-8")
     rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
     columns = list(rows.fieldnames or ())
     if "step" not in columns:
         move(path, path.with_name(f"{path.name}.unreadable"))
-        return
+        return 0
     whole = (row for row in rows if None not in row and None not in row.values())
     kept = [row for row in whole if row["step"].isdecimal() and int(row["step"]) < num_steps]
     write_whole(path, _text(columns, kept, header=True))
+    return len(kept)
 
 
 def count_rows(path: Path) -> int:

@@ -5,14 +5,12 @@ What belongs to one optimizer step is logged by the module, what needs a stretch
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from torch.nn import functional
 
 from vipllava.forecast.architecture import Architecture, architecture_of
@@ -21,6 +19,7 @@ from vipllava.models.supervised_loss import Predictions, supervised_positions
 from vipllava.stream.loader import StepLoader
 from vipllava.stream.ranks import gather_objects
 from vipllava.training.lit_module import VipLlavaLitModule
+from vipllava.training.progress import TrainingClock
 from vipllava.types import PADDING_SEGMENT, Batch
 
 LOSS: Final = "train/loss"
@@ -200,7 +199,7 @@ def window_metrics(ranks: list[WindowSums], peak_flops: float | None = None) -> 
 
 
 @dataclass(eq=False)
-class Throughput(Callback):
+class Throughput(TrainingClock):
     """Measures speed, waiting, memory and the loss of each data set over windows of steps.
 
     The ranks meet once a window. Validation's time is left out; the first window has the start-up.
@@ -211,13 +210,12 @@ class Throughput(Callback):
     useful_flops: Callable[[Batch], float | torch.Tensor] | None = None
     # Of one device, FLOP/s; its published one by default. Without it there is no MFU.
     peak_flops: float | None = None
-    clock: Callable[[], float] = time.perf_counter  # seconds that only grow
 
     def __post_init__(self) -> None:
         self._losses = DatasetLosses()
         self._window = WindowSums()
         self._num_steps = 0  # of this window
-        self._began = self._waited_before = self._paused_at = 0.0
+        self._waited_before = 0.0
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -231,14 +229,6 @@ class Throughput(Callback):
                 self.useful_flops = count_flops_of(pl_module)
         self._last_step = trainer.global_step
         self._begin(trainer)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
-        self._paused_at = self.clock()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on."""
-        self._began += self.clock() - self._paused_at
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -267,14 +257,14 @@ class Throughput(Callback):
     def _begin(self, trainer: Trainer) -> None:
         self._window, self._num_steps = WindowSums(), 0
         self._waited_before = getattr(trainer.train_dataloader, "seconds_waited", 0.0)
-        self._began = self.clock()
+        self.restart_clock()
 
     def _log(self, trainer: Trainer) -> None:
         device, mine = trainer.strategy.root_device, self._window
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # what is queued belongs to this window
             mine.memory = torch.cuda.max_memory_allocated(device)
-        mine.seconds = self.clock() - self._began
+        mine.seconds = self.seconds()
         loader = trainer.train_dataloader
         if isinstance(loader, StepLoader):
             mine.seconds_waited = loader.seconds_waited - self._waited_before

@@ -19,36 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class StepProgress(Callback):
-    """Says which step of how many a run is at, the loss, steps per second and the time left.
+class TrainingClock(Callback):
+    """Knows how long training has gone on since a moment, validation left out."""
 
-    The first process does. On a terminal it is a bar under the messages, which share its console;
-    elsewhere (a file, a queue) a message every ``every_n_seconds`` and at the end.
-    """
-
-    every_n_seconds: float = 30.0  # between two messages where there is no terminal
-    console: Console | None = None  # of the bar; the one that messages are printed to by default
-    clock: Callable[[], float] = time.monotonic  # seconds that only grow
-    _bar: Progress | None = field(default=None, init=False)
-    _first_step: int = field(default=0, init=False)
-    _last_step: int = field(default=0, init=False)
-    _said_step: int = field(default=0, init=False)
+    # Seconds that only grow.
+    clock: Callable[[], float] = field(default=time.monotonic, kw_only=True)
     _began: float = field(default=0.0, init=False)
-    _said_at: float = field(default=0.0, init=False)
     _paused_at: float = field(default=0.0, init=False)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count; what was done before this start is no part of the rate."""
-        if not trainer.is_global_zero:
-            return
-        self._first_step = self._last_step = self._said_step = trainer.global_step
-        self._began = self._said_at = self.clock()
-        console = self.console or get_console()
-        if console.is_terminal:
-            columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
-            self._bar = Progress(*columns, console=console, expand=True)
-            self._bar.add_task("", total=None, completed=trainer.global_step, facts="")
-            self._bar.start()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
@@ -57,6 +34,45 @@ class StepProgress(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on."""
         self._began += self.clock() - self._paused_at
+
+    def seconds(self) -> float:
+        """Return the seconds of training since :meth:`restart_clock`."""
+        return self.clock() - self._began
+
+    def restart_clock(self) -> None:
+        """Count from now on."""
+        self._began = self.clock()
+
+
+@dataclass(eq=False)
+class StepProgress(TrainingClock):
+    """Says which step of how many a run is at, the loss, steps per second and the time left.
+
+    The first process does. On a terminal it is a bar under the messages, which share its console;
+    elsewhere (a file, a queue) a message every ``every_n_seconds`` and at the end.
+    """
+
+    every_n_seconds: float = 30.0  # between two messages where there is no terminal
+    console: Console | None = None  # of the bar; the one that messages are printed to by default
+    _bar: Progress | None = field(default=None, init=False)
+    _first_step: int = field(default=0, init=False)
+    _last_step: int = field(default=0, init=False)
+    _said_step: int = field(default=0, init=False)
+    _said_at: float = field(default=0.0, init=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count; what was done before this start is no part of the rate."""
+        if not trainer.is_global_zero:
+            return
+        self._first_step = self._last_step = self._said_step = trainer.global_step
+        self.restart_clock()
+        self._said_at = self.clock()
+        console = self.console or get_console()
+        if console.is_terminal:
+            columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
+            self._bar = Progress(*columns, console=console, expand=True)
+            self._bar.add_task("", total=None, completed=trainer.global_step, facts="")
+            self._bar.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -104,7 +120,7 @@ class StepProgress(Callback):
         facts: list[str] = []
         if (loss := trainer.callback_metrics.get("train/loss")) is not None:
             facts.append(f"loss {float(loss):.4g}")
-        done, seconds = self._last_step - self._first_step, self.clock() - self._began
+        done, seconds = self._last_step - self._first_step, self.seconds()
         if done and seconds > 0:
             rate = done / seconds
             facts.append(f"{rate:.3g} steps/s" if rate >= 1 else f"{1 / rate:.3g} s/step")

@@ -23,6 +23,7 @@ from vipllava.checkpoints.training_state import JOB_FILE, find_damage
 from vipllava.files.atomic import free_path, move, read_text, read_yaml, write_whole, write_yaml
 from vipllava.files.locks import LOCK_FILE, hold_folder
 from vipllava.models.hub_models import content_digest
+from vipllava.models.tensor_files import open_tensors
 from vipllava.training.csv_log import FILE_NAME, count_rows
 from vipllava.types import CheckpointError, ConfigError, VipLlavaError
 
@@ -224,8 +225,13 @@ def _decide(run_dir: Path, goal: Goal, resume: str) -> tuple[Restart, dict[Path,
 
 
 def _is_finished(run_dir: Path, goal: Goal) -> bool:
-    done = read_yaml(run_dir / FINISHED_FILE)
-    if done is None or not (run_dir / EXPORT_FOLDER).is_dir():
+    done, export = read_yaml(run_dir / FINISHED_FILE), run_dir / EXPORT_FOLDER
+    if done is None or not export.is_dir():
+        return False
+    try:
+        open_tensors(export, "export")
+    except CheckpointError as error:
+        logger.warning("the run has ended, but its export is damaged (%s): it is made again", error)
         return False
     try:
         return goal.is_within(Goal(done["epochs"], done["max_steps"], done["limits"]))

@@ -198,7 +198,7 @@ def _out_of_memory(cfg: DictConfig, error: BaseException) -> str:
 
 def _begin(cfg: DictConfig, job: dict[str, Any]) -> Restart:
     """Decide where the run begins; the first process also brings its folder into that state."""
-    run_dir = Path(cfg.run_dir)
+    run_dir, every = Path(cfg.run_dir), int(cfg.trainer.log_every_n_steps or 1)
     asked: Any = {"goal": _goal(cfg), "resume": str(cfg.resume)}
     if not is_first_process():
         return restart.find_restart(run_dir, **asked)
@@ -209,9 +209,15 @@ def _begin(cfg: DictConfig, job: dict[str, Any]) -> Restart:
             "or trainer.max_steps=N, to begin anew resume=never, for a run of its own name=NEW_NAME"
         )
         return start
-    cut_csv(run_dir / CSV / FILE_NAME, start.num_steps)
+    log = run_dir / CSV / FILE_NAME
+    num_rows = cut_csv(log, start.num_steps)
     if start.checkpoint is not None:
         logger.info("going on from %s, after %s steps", start.checkpoint, start.num_steps)
+        if OmegaConf.select(cfg, "logger.csv") and num_rows * every < start.num_steps - every:
+            logger.warning(
+                f"{log} has {num_rows} rows of the {start.num_steps} steps that are done: it was "
+                "cut or moved, and its curve has a gap"
+            )
     return start
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from vipllava.keyed_random import generator_for
-from vipllava.types import BBox, FixedVisualPrompt, RecordError, Region
+from vipllava.types import BBox, FixedVisualPrompt, RecordError, Region, VipLlavaError
 from vipllava.visual_prompts.policies import POLICIES, VisualPromptPolicy, get_policy
 from vipllava.visual_prompts.render import render_plan
 from vipllava.visual_prompts.sampling import sample_plan
@@ -42,8 +42,13 @@ def draw(
 
     Raises:
         RecordError: a region is empty or not in the image, or two cannot be told apart by words.
-        VipLlavaError: there is no such policy.
+        VipLlavaError: there is no such policy, or ``image`` is none.
     """
+    given: Any = image
+    if not isinstance(given, Image.Image):
+        raise VipLlavaError(
+            f"image is {image!r}: open a file by PIL.ImageOps.exif_transpose(PIL.Image.open(path))"
+        )
     rgb = image.convert("RGB")
     if isinstance(policy, str):
         policy = get_policy(POLICIES["published"], policy)

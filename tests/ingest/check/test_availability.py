@@ -58,8 +58,8 @@ def test_everything_is_there(tmp_path: Path) -> None:
     assert found.ok
     assert found.findings == (
         Finding("annotations", "toy.json", "ok", "20 records (16 image_level, 4 text_only)"),
-        Finding("images", "coco/train2017", "ok", "8 of 8 that were looked at are good"),
-        Finding("images", "vg", "ok", "8 of 8 that were looked at are good"),
+        Finding("images", "coco/train2017", "ok", "8 of 8 files looked at are whole"),
+        Finding("images", "vg", "ok", "8 of 8 files looked at are whole"),
         Finding("shards", "toy/*.tar", "ok", "10 samples in 3 tars"),
     )
 
@@ -101,14 +101,14 @@ def test_missing_and_unreadable_pictures_are_counted_and_named(tmp_path: Path) -
     coco = one(found, "images", "coco/train2017")
     assert (coco.status, coco.detail) == (
         "missing",
-        "7 of 8 that were looked at are good, 1 missing",
+        "7 of 8 files looked at are whole, 1 missing",
     )
     assert coco.examples == ("coco/train2017/2.jpg: missing",)
     assert coco.remedy == "vipllava data fetch toy"
     vg = one(found, "images", "vg")
     assert (vg.status, vg.detail) == (
         "damaged",
-        "6 of 8 that were looked at are good, 2 unreadable",
+        "6 of 8 files looked at are whole, 2 unreadable",
     )
     assert "vg/3.jpg" in vg.examples[0]
     assert "are no image" in vg.examples[0]
@@ -123,8 +123,8 @@ def test_a_sample_of_pictures_is_the_same_each_time(tmp_path: Path, num_workers:
     found = check_data(make_manifest(), tmp_path, num_images=40, num_workers=num_workers)
     looked = [one(found, "images", root).detail for root in ("coco/train2017", "vg")]
     assert looked == [
-        "0 of 18 that were looked at are good, 18 missing",
-        "22 of 22 that were looked at are good",
+        "0 of 18 files looked at are whole, 18 missing",
+        "22 of 22 files looked at are whole",
     ]
     names = [name.removesuffix(".jpg: missing") for name in found.findings[1].examples]
     numbers = [int(name.rpartition("/")[2]) for name in names]
@@ -138,9 +138,7 @@ def test_pictures_named_within_their_root(tmp_path: Path) -> None:
     records = [{"id": "1", "image": "00453/1.jpg"}, {"id": "2", "image": "00453/2.jpg"}]
     (tmp_path / "toy.json").write_text(json.dumps(records))
     found = check_data(make_manifest(image_roots=["images"]), tmp_path)
-    assert one(found, "images", "images").detail == (
-        "1 of 2 that were looked at are good, 1 missing"
-    )
+    assert one(found, "images", "images").detail == ("1 of 2 files looked at are whole, 1 missing")
     assert one(found, "images", "images").examples == ("00453/2.jpg: missing",)
 
 
@@ -162,7 +160,7 @@ def test_metadata_files_of_vcr(tmp_path: Path) -> None:
     found = check_data(make_manifest(image_roots=["vcr1images"]), tmp_path)
     assert one(found, "images").status == "ok"
     meta = one(found, "metadata", "vcr1images")
-    assert meta.detail == "1 of 3 that were looked at are good, 1 missing, 1 unreadable"
+    assert meta.detail == "1 of 3 files looked at are whole, 1 missing, 1 unreadable"
 
 
 def test_only_records_of_the_manifests_kinds_count(tmp_path: Path) -> None:

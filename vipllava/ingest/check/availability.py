@@ -287,7 +287,7 @@ class _Check:
             detail = "there; no record that was looked at names a file in it"
             status = "unused" if self.num_looked_at or not self.num_images else "ok"
         else:
-            detail = f"{good} of {total} that were looked at are good"
+            detail = f"{good} of {total} files looked at are whole"
             detail += f", {missing.count} missing" if missing.count else ""
             detail += f", {damaged.count} unreadable" if damaged.count else ""
         examples = (damaged.examples + missing.examples)[:_MOST_EXAMPLES]
