@@ -195,7 +195,8 @@ def test_marks_that_nothing_tells_apart_any_more_are_not_asked(policy: str):
 
 @pytest.mark.parametrize("given", [{"alpha": 64}, {"jitter": 0.1}, {"shape": "arrow"}])
 def test_marks_that_an_image_carries_cannot_be_perturbed(given: dict[str, Any], tmp_path: Path):
-    sample = replace(grey_sample("a", "star"), regions=(), turns=(DraftTurn("user", ("?",), True),))
+    turns = (DraftTurn("user", ("?",), True),)
+    sample = replace(grey_sample("a", "star"), regions=(), turns=turns)
     items = [Item("toy/a", sample, "star")]
     with pytest.raises(ConfigError, match="perturbed marks: toy/a has no regions, its image carr"):
         evaluated(REGIONS, items, lambda _: "star", tmp_path, perturb=Perturbation(**given))
@@ -222,8 +223,11 @@ def test_marks_that_an_image_carries_cannot_be_perturbed(given: dict[str, Any], 
         ),
     ],
 )
-def test_what_cannot_be_perturbed_is_refused(words: str, problem: str):
-    cfg = compose_job(words.split(), config_name="evaluate")
+def test_what_cannot_be_perturbed_is_refused(words: str, problem: str, tmp_path: Path):
+    cfg = compose_job(
+        [*words.split(), f"checkpoint={tmp_path}", f"paths.data_root={tmp_path}"],
+        config_name="evaluate",
+    )
     with pytest.raises(ConfigError, match=f"1 problem\n  - {problem}"):
         check_config(cfg, more=bench_problems(cfg))
 

@@ -128,12 +128,15 @@ def _read_metrics(path: Path) -> tuple[str, dict[str, Any]]:
 
 def _cell(folder: Path, job: Path, perturb: Perturbed, metrics: Any, score: str) -> Cell:
     place = str(job.relative_to(folder))
-    # What an earlier start has left is none of the last one. A job of several benchmarks may have
-    # failed in another of them.
-    if metrics is None or (job / "metrics.json").exists():
-        failure = _last_error(job) or (_UNFINISHED if metrics is None else None)
-        if failure is not None:
-            return Cell(perturb, place, None, None, None, 0, 0, failure)
+    failure = None
+    if metrics is None:
+        failure = _last_error(job) or _UNFINISHED
+    elif (job / "metrics.json").exists():
+        # What an earlier start has left is none of one that failed. A job of several benchmarks,
+        # which have folders of their own, may have failed in another of them.
+        failure = _last_error(job)
+    if metrics is None or failure is not None:
+        return Cell(perturb, place, None, None, None, 0, 0, failure)
     of = _scores(metrics).get(score)
     if of is None:
         raise VipLlavaError(
@@ -177,10 +180,9 @@ def score_text(cell: Cell) -> str:
     """Return a cell's score, such as ``48.3 (43.1 to 53.5)``."""
     if cell.score is None:
         return cell.note
-    value = f"{100 * cell.score:.1f}"
-    if cell.low is None or cell.high is None:
-        return f"{value} (no interval)"
-    return f"{value} ({100 * cell.low:.1f} to {100 * cell.high:.1f})"
+    from vipllava.evaluation.statistics import estimate_text
+
+    return estimate_text(cell.score, cell.low, cell.high)
 
 
 def lay_out(cells: Sequence[Perturbed]) -> tuple[list[str], list[str]]:
@@ -224,19 +226,21 @@ def draw_grids(folder: Path, grids: Sequence[Grid]) -> list[Path]:
         perturbed = [cell.perturb for cell in grid.cells]
         sides = lay_out(perturbed)
         values = [_ordered(perturbed, keys) for keys in sides]
-        names = [
+        rows, columns = (
             [label(dict(zip(keys, own, strict=True))) for own in of]
             for keys, of in zip(sides, values, strict=True)
-        ]
+        )
         cells = {
             (values[0].index(_at(c.perturb, sides[0])), values[1].index(_at(c.perturb, sides[1]))):
                 HeatCell(c.score, c.low, c.high, c.note)
             for c in grid.cells
         }  # fmt: skip
-        rows = [row[:-1] for row in _table_rows(grid)]
+        table = [row[:-1] for row in _table_rows(grid)]
         failures = [f"{label(c.perturb)}: {c.failure}" for c in grid.cells if c.failure]
         maps.append(
-            RobustnessMap(grid.name, grid.summary(), *names, cells, _HEAD[:-1], rows, failures)
+            RobustnessMap(
+                grid.name, grid.summary(), rows, columns, cells, _HEAD[:-1], table, failures
+            )
         )
     score = grids[0].score
     name = "robustness" if score == _SCORE else f"robustness-{score}"
