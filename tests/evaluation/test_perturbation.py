@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tests.evaluation.answering import (
     GREY,
@@ -19,7 +21,7 @@ from tests.evaluation.answering import (
     is_plain,
 )
 from vipllava.config.checks import check_config
-from vipllava.config.composing import compose_job
+from vipllava.config.composing import CONFIG_DIR, compose_job
 from vipllava.evaluation.bench import Item, Marks, Moved
 from vipllava.evaluation.benches.regions import REGIONS
 from vipllava.evaluation.marking import MarkedItem, mark_item
@@ -230,6 +232,28 @@ def test_what_cannot_be_perturbed_is_refused(words: str, problem: str, tmp_path:
     )
     with pytest.raises(ConfigError, match=f"1 problem\n  - {problem}"):
         check_config(cfg, more=bench_problems(cfg))
+
+
+def test_the_grid_that_comes_along():
+    file = CONFIG_DIR / "hydra" / "sweeper" / "robustness.yaml"
+    shapes, changes = (
+        list(parsed.sweep_string_iterator())
+        for parsed in OverridesParser.create().parse_overrides(
+            [f"{key}={value}" for key, value in yaml.safe_load(file.read_text())["params"].items()]
+        )
+    )
+    assert shapes == ["rectangle", "ellipse", "arrow", "point"]
+    cells = [
+        compose_job(["perturb.shape=arrow", f"perturb={change}"], config_name="evaluate")
+        for change in changes
+    ]
+    assert [bench_problems(cell) for cell in cells] == [[]] * 6
+    given = [{k: v for k, v in cell.perturb.items() if v is not None} for cell in cells]
+    assert given == [
+        {"shape": "arrow", **change}
+        for change in ({}, {"width": 1}, {"alpha": 64}, {"colour": "purple"}, {"jitter": 0.3},
+                       {"jpeg_quality": 10})
+    ]  # fmt: skip
 
 
 def test_a_wrong_value_is_refused_without_a_configuration_too():

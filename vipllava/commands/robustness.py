@@ -266,13 +266,13 @@ def _table_rows(grid: Grid) -> list[tuple[str, ...]]:
 
 
 def print_robustness(
-    folder: Annotated[Path, typer.Argument(help="Of a sweep: runs/sweeps/NAME.")],
+    folder: Annotated[Path, typer.Argument(help="Of a sweep over `perturb`: runs/sweeps/NAME.")],
     score: Annotated[
         str, typer.Option(help="Which score of metrics.json, e.g. faithfulness.follows.")
     ] = _SCORE,
     as_json: Json = False,
 ) -> None:
-    """Show how far a score depends on how regions are marked (evaluate -m perturb...=A,B)."""
+    """Show how far a score depends on how regions are marked."""
     grids = read_grids(folder, score)
     if as_json:
         print_json([asdict(grid) for grid in grids])
