@@ -160,10 +160,10 @@ def _last_error(job: Path) -> str | None:
 
 
 def _scores(metrics: Mapping[str, Any], above: str = "") -> dict[str, Mapping[str, Any]]:
-    """Return what has a ``score``, by dotted names."""
+    """Return what has a ``score``, by dotted names; other parts are a benchmark's own."""
     found: dict[str, Mapping[str, Any]] = {}
     for name, value in metrics.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and (above or name in ("marks", "faithfulness")):
             if "score" in value:
                 found[f"{above}{name}"] = value
             found |= _scores(value, f"{above}{name}.")
