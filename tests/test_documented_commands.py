@@ -77,6 +77,7 @@ ELSEWHERE = {
     "data.mix=": "placeholders of data sets; tests/stream",
     "doctor": "tests/commands/test_doctor.py",
     "vipllava compare": "tests/commands/test_compare.py",
+    "vipllava robustness": "tests/commands/test_robustness.py",
     "profiler=torch": "tests/training/test_profiling.py",
 }
 """What is run by another test, or cannot be here: a part of the command, and where or why."""

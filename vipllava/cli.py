@@ -25,6 +25,7 @@ from vipllava.commands.lint import lint
 from vipllava.commands.machines import machines
 from vipllava.commands.options import DataRoot, as_typed
 from vipllava.commands.quickstart import quickstart
+from vipllava.commands.robustness import print_robustness
 from vipllava.commands.sweep_table import print_sweep
 from vipllava.config.machine_faults import explain_fault, make_output_safe
 from vipllava.processes import begin
@@ -70,6 +71,7 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "train": (train, _BY_HYDRA),
     "evaluate": (evaluate, _BY_HYDRA),
     "compare": (print_comparison, {}),
+    "robustness": (print_robustness, {}),
     "inspect": (inspect, {}),
     "lint": (lint, {}),
     "machines": (machines, {}),

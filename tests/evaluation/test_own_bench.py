@@ -139,6 +139,20 @@ def test_what_gets_no_score_is_a_failure_and_never_a_zero(
     ]  # fmt: skip
 
 
+def test_answers_to_other_images_are_not_mixed(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Engine, "from_checkpoint", lambda *_, **__: Reader())
+    (place / "weights").mkdir()
+    common = ("checkpoint=weights", f"paths.data_root={place / 'data'}")
+    run_evaluation(job(*common, folder=place))
+    with pytest.raises(
+        VipLlavaError, match=r"other settings \(perturb: .*'jpeg_quality': None.*, now"
+    ):
+        run_evaluation(job(*common, "perturb.jpeg_quality=50", folder=place))
+    run_evaluation(job(*common, "perturb.jpeg_quality=50", "name=fifty", folder=place))
+    settings = json.loads((place / "runs" / "fifty" / "settings.json").read_text())
+    assert settings["perturb"]["jpeg_quality"] == 50
+
+
 def test_a_second_evaluation_into_one_folder_is_refused(place: Path):
     cfg = job("checkpoint=weights", folder=place)
     folder = place / "runs" / "eval" / "weights" / "sign_letters"

@@ -106,6 +106,8 @@ def test_both_splits_and_a_limit_of_each(folder: Path):
     assert {name: split["total"] for name, split in metrics["splits"].items()} == {
         "bbox": 50.0, "human": 100.0,
     }  # fmt: skip
+    groups = metrics["marks"]["kept"]["groups"]  # where other benchmarks have them
+    assert (groups["bbox"]["score"], groups["human"]["score"]) == (0.5, 1.0)
     table = VIP_BENCH.table(VIP_BENCH, metrics)
     assert table.columns == ("capability", "bbox", "human")
     assert ("math", "0.0 (no interval) of 1", "100.0 (no interval) of 1") in table.rows

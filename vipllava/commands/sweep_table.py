@@ -29,15 +29,11 @@ class SweepJob:
     folder: str  # of the job, relative to the sweep's
 
 
-def read_sweep(folder: Path, metric: str = _METRIC) -> list[SweepJob]:
-    """Read every job below a sweep's folder.
-
-    Returns:
-        The jobs by the lowest value of the metric, a column of their CSV logs; those without one
-        come last.
+def read_jobs(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
+    """Return the folder of every job below a sweep's, and its overrides that not all jobs have.
 
     Raises:
-        VipLlavaError: there is no job, a file cannot be read, or no job logged the metric.
+        VipLlavaError: there is none.
     """
     import yaml
 
@@ -50,11 +46,25 @@ def read_sweep(folder: Path, metric: str = _METRIC) -> list[SweepJob]:
     read: list[Any] = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
     overrides = [[str(override) for override in own or ()] for own in read]
     shared = set[str]().union(*overrides).intersection(*overrides)
+    different = [tuple(override for override in own if override not in shared) for own in overrides]
+    return list(zip([file.parents[1] for file in files], different, strict=True))
+
+
+def read_sweep(folder: Path, metric: str = _METRIC) -> list[SweepJob]:
+    """Read every job below a sweep's folder.
+
+    Returns:
+        The jobs by the lowest value of the metric, a column of their CSV logs; those without one
+        come last.
+
+    Raises:
+        VipLlavaError: there is no job, a file cannot be read, or no job logged the metric.
+    """
     logged: set[str] = set()
     jobs: list[SweepJob] = []
-    for file, own in zip(files, overrides, strict=True):
+    for job, different in read_jobs(folder):
         values, steps, seconds = list[float](), 0, None
-        for log in sorted(file.parents[1].glob("csv/**/metrics.csv"))[-1:]:
+        for log in sorted(job.glob("csv/**/metrics.csv"))[-1:]:
             try:
                 rows = list(csv.DictReader(log.read_text(encoding="utf-8").splitlines()))
                 steps = max((int(row["step"]) + 1 for row in rows if row.get("step")), default=0)
@@ -63,11 +73,11 @@ def read_sweep(folder: Path, metric: str = _METRIC) -> list[SweepJob]:
                 raise VipLlavaError(f"{log}: {error}; the log of another program?") from error
             logged.update(*rows[:1])
             # Hydra writes its files when a job starts.
-            seconds = max(0.0, log.stat().st_mtime - file.stat().st_mtime)
+            start = job / ".hydra" / "overrides.yaml"
+            seconds = max(0.0, log.stat().st_mtime - start.stat().st_mtime)
         last = values[-1] if values else None
         best = min(values, key=_worst_if_not_a_number, default=None)
-        different = tuple(override for override in own if override not in shared)
-        place = str(file.parents[1].relative_to(folder))
+        place = str(job.relative_to(folder))
         jobs.append(SweepJob(different, last, best, steps, seconds, place))
     if logged and all(job.best is None for job in jobs):
         raise VipLlavaError(

@@ -11,7 +11,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
@@ -19,7 +19,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from vipllava.config.argument_names import with_keys
 from vipllava.config.attention import KERNELS, TORCH_VARLEN
 from vipllava.config.hardware import Hardware
-from vipllava.types import ConfigError, first_line
+from vipllava.types import ConfigError, Shape, first_line
 
 PARTS: Final = ("vision_tower", "projector", "language_model")
 AUTO: Final = "auto"
@@ -45,9 +45,10 @@ class Section:
     is_open: bool = False  # whether it has more, checked elsewhere: constructor arguments
 
 
-def _whole(low: int) -> Rule:
+def _whole(low: int, high: float = math.inf) -> Rule:
+    bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
     # `type`: true is an int for `isinstance`.
-    return Rule(f"a whole number of at least {low}", lambda v: type(v) is int and v >= low)
+    return Rule(f"a whole number {bounds}", lambda v: type(v) is int and low <= v <= high)
 
 
 def _number(bounds: str, fits: Callable[[float], bool]) -> Rule:
@@ -97,6 +98,7 @@ _POSITIVE = _number("above 0", lambda v: v > 0)
 _POSITIVE_OR_NULL = _null_or(_POSITIVE)
 _NOT_NEGATIVE = _number("of at least 0", lambda v: v >= 0)
 _SHARE = _number("above 0 and up to 1", lambda v: 0 < v <= 1)
+_FROM_0_TO_1 = _number("from 0 to 1", lambda v: 0 <= v <= 1)
 _BELOW_ONE = _number("from 0 to below 1", lambda v: 0 <= v < 1)
 _BETAS = Rule(
     f"a list of 2 items, each {_BELOW_ONE.expected}",
@@ -206,7 +208,7 @@ TRAIN: Final = _section({
         _COUNT: "micro_batch_size global_batch_size window_samples",
         _optional(_COUNT): "pack_length max_images_per_pack",
         _one_of("error", "quarantine"): "on_fault",
-        _number("from 0 to 1", lambda v: 0 <= v <= 1): "max_fault_rate",
+        _FROM_0_TO_1: "max_fault_rate",
         _POSITIVE: "cache_gb",
         _PATIENCE: "storage_patience_minutes",
         _INDEX: "num_workers",
@@ -245,6 +247,14 @@ EVALUATE: Final = _section({
         _one_of("pixels", "unit", "thousand"): "scale",
         _one_of("box", "point"): "form",
         _TEXT_OR_NULL: "words",
+    }),
+    perturb=_section({
+        _null_or(_one_of(*get_args(Shape))): "shape",
+        _TEXT_OR_NULL: "colour",
+        _COUNT_OR_NULL: "width",
+        _null_or(_whole(1, 255)): "alpha",
+        _null_or(_FROM_0_TO_1): "jitter",
+        _null_or(_whole(1, 100)): "jpeg_quality",
     }),
     bench=_section({_TEXT: "name manifest", _COUNT: "max_new_tokens"}, is_open=True),
     endpoint=_section({**_ENDPOINT, _COUNT: "concurrency", _FLAG: "check_images"}),

@@ -16,6 +16,7 @@ from vipllava.evaluation.bench import Answerer, Item, Marks, Prediction
 from vipllava.evaluation.encodings import Coordinates, Encoding, encode_item
 from vipllava.evaluation.journal import Journal
 from vipllava.evaluation.marking import mark_item
+from vipllava.evaluation.perturbation import UNCHANGED, Perturbation
 from vipllava.records.image_decode import decode_image
 from vipllava.types import Failure, RecordError, Request
 
@@ -35,6 +36,7 @@ class Protocol:
     encoding: Encoding = "overlay"
     coordinates: Coordinates | None = None
     resize: tuple[int, int] | None = None
+    perturb: Perturbation = UNCHANGED
 
 
 def ask_items(
@@ -121,13 +123,16 @@ def prepared(
             if not read:
                 image, read = item_image(item), True
             size = (0, 0) if image is None else image.size
-            marked = mark_item(item, size, protocol.policies, protocol.seed, marks)
+            marked = mark_item(
+                item, size, protocol.policies, protocol.seed, marks, protocol.perturb
+            )
             if marked is None:
                 continue
             request = encode_item(
                 image, marked, item.key, protocol.encoding, protocol.coordinates,
                 protocol.resize,
             )  # fmt: skip
+            request = protocol.perturb.compress(request)
         except RecordError as error:
             yield prediction.failed(str(error)), None
             continue

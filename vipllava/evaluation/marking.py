@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from vipllava.evaluation.bench import BenchData, Item, Marks, Moved
+from vipllava.evaluation.perturbation import UNCHANGED, Perturbation
 from vipllava.keyed_random import generator_for
 from vipllava.records import find_kind
 from vipllava.records.kind import CONVERSATIONS, OTHERS, RecordKind
@@ -57,8 +58,9 @@ def mark_item(
     policies: Mapping[str, VisualPromptPolicy],
     seed: int,
     marks: Marks,
+    perturb: Perturbation = UNCHANGED,
 ) -> MarkedItem | None:
-    """Plan and word an item; the same item, seed and marks give the same plan anywhere.
+    """Plan and word an item; the same arguments give the same plan anywhere.
 
     Args:
         item: from a benchmark.
@@ -66,6 +68,7 @@ def mark_item(
         policies: visual-prompt policies by name.
         seed: of the marks.
         marks: what becomes of them.
+        perturb: how they differ from what the policy samples.
 
     Returns:
         None if the marks are to be moved and can go nowhere.
@@ -78,19 +81,22 @@ def mark_item(
     from vipllava.stream.sample_encoder import marks_generator, plan_sample
 
     sample = item.sample
-    if marks != "kept" and not sample.regions:
+    if not sample.regions and (marks != "kept" or perturb.of_marks):
+        what = "perturbed marks" if marks == "kept" else f"marks={marks}"
         raise ConfigError(
-            f"marks={marks}: {item.key} has no regions, its image carries its marks; such items "
-            "can be asked with marks=kept only"
+            f"{what}: {item.key} has no regions, its image carries its marks; such items can be "
+            "asked with marks=kept only, and of what is perturbed with jpeg_quality"
         )
+    sample, policies = perturb.fix(sample, size, policies)
 
     def planned(
         marked: Sample, change: Callable[[VisualPromptPlan], VisualPromptPlan] | None = None
-    ) -> tuple[VisualPromptPlan, tuple[Turn, ...]]:
+    ) -> tuple[Sample, VisualPromptPlan, tuple[Turn, ...]]:
+        shifted = perturb.shift(marked, size, seed)
         rng = marks_generator(seed, 0, sample.dataset, sample.key)
-        return plan_sample(marked, size, policies, rng, change)
+        return shifted, *plan_sample(shifted, size, policies, rng, change)
 
-    plan, turns = planned(sample, _recolour if marks == "recoloured" else None)
+    shown, plan, turns = planned(sample, _recolour if marks == "recoloured" else None)
     truth = item.ground_truth
     if turns and turns[-1].role == "assistant":
         truth = turns[-1].text if truth is None else truth
@@ -113,10 +119,10 @@ def mark_item(
         place = places[int(rng.integers(len(places)))]
         styles = zip(sample.regions, place.regions, strict=True)
         regions = tuple(replace(new, style_of=old.style_of) for old, new in styles)
-        sample, truth = replace(sample, regions=regions), place.ground_truth
+        truth = place.ground_truth
         # Styles are drawn before strokes, so that these marks look and read as the kept ones.
-        plan = planned(sample)[0]
-    return MarkedItem(sample, plan, words, turns, truth)
+        shown, plan, _ = planned(replace(sample, regions=regions))
+    return MarkedItem(shown, plan, words, turns, truth)
 
 
 def _boxes(regions: Sequence[Region]) -> list[BBox]:

@@ -37,6 +37,7 @@ from vipllava.evaluation.benches import get_bench
 from vipllava.evaluation.encodings import Coordinates, check_encoding
 from vipllava.evaluation.joining import join, joined_settings
 from vipllava.evaluation.journal import METRICS, Journal
+from vipllava.evaluation.perturbation import Perturbation
 from vipllava.files.atomic import write_json, write_whole
 from vipllava.files.locks import hold_folder
 from vipllava.types import ConfigError, RecordError, VipLlavaError
@@ -58,7 +59,10 @@ _MODEL: Final = ("attn_implementation", "vision_tower", "base", "chat_template",
 def bench_problems(cfg: DictConfig) -> list[str]:
     """Return why the job's benchmark or its options cannot be used; imports nothing heavy."""
     problems: list[str] = []
-    for check in (_open_bench, find_marks, _check_encoding, _check_answerer, _find_judge):
+    checks = (
+        _open_bench, find_marks, _check_perturbation, _check_encoding, _check_answerer, _find_judge,
+    )  # fmt: skip
+    for check in checks:
         try:
             check(cfg)
         except VipLlavaError as error:
@@ -211,8 +215,9 @@ def _ask(
         return replace(opened[key], max_new_tokens=cfg.max_new_tokens)
 
     protocol = Protocol(
-        data.policies, data.seed, data.marks, cfg.encoding, _coordinates(cfg), bench.resize
-    )
+        data.policies, data.seed, data.marks, cfg.encoding, _coordinates(cfg), bench.resize,
+        _perturbation(cfg),
+    )  # fmt: skip
     scored: list[Prediction] = []
     for marks, asked in ask_items(bench.items(data), protocol, answerer, journal).items():
         answered = [each.unscored() for each in asked if each.has_answer]
@@ -273,12 +278,30 @@ def _settings(cfg: DictConfig, data: BenchData) -> dict[str, Any]:
         "encoding": cfg.encoding,
         "coordinates": read(cfg, "coordinates") if cfg.encoding == "coordinates" else None,
         "visual_prompts": read(cfg, "visual_prompts"),
+        "perturb": read(cfg, "perturb"),
     }
 
 
 def _coordinates(cfg: DictConfig) -> Coordinates:
     given = read(cfg, "coordinates")
     return Coordinates(*(given.get(each.name) for each in fields(Coordinates)))
+
+
+def _perturbation(cfg: DictConfig) -> Perturbation:
+    given = read(cfg, "perturb")
+    return Perturbation(**{each.name: given.get(each.name) for each in fields(Perturbation)})
+
+
+def _check_perturbation(cfg: DictConfig) -> None:
+    try:
+        Perturbation(colour=read(cfg, "perturb.colour"))
+    except ConfigError as error:
+        raise ConfigError(f"perturb.colour: {error}") from None
+    try:
+        perturb = _perturbation(cfg)
+    except (ConfigError, AttributeError):  # said by the checks of the configuration
+        return
+    perturb.check(read(cfg, "encoding"))
 
 
 def find_marks(cfg: DictConfig) -> tuple[Marks, ...]:

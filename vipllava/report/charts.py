@@ -1,14 +1,14 @@
-"""Charts as inline SVG in the colours of the page, and the loss that they draw."""
+"""Charts as inline SVG in the colours of the page, and the loss that one of them draws."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vipllava.report.html import Html, markup
+from vipllava.report.html import Html, markup, read_asset
 from vipllava.types import VipLlavaError
 
 Curve = list[tuple[int, float]]
@@ -167,10 +167,88 @@ def thin(curve: Sequence[tuple[int, float]], limit: int) -> Curve:
     return [curve[round(index * stride)] for index in range(limit)]
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> Html:
-    shown = '<text x="{}" y="{}" class="tick" text-anchor="{}">{}</text>'
-    return markup(shown, _n(x), _n(y), anchor, text)
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> Html:
+    shown = '<text x="{}" y="{}" class="{}" text-anchor="{}">{}</text>'
+    return markup(shown, _n(x), _n(y), kind, anchor, text)
 
 
 def _n(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
+
+
+@dataclass(frozen=True, slots=True)
+class HeatCell:
+    """One cell of a heat map: a share with the ends of its interval, where there are any."""
+
+    value: float | None  # None: there is none, and ``note`` says why
+    low: float | None = None
+    high: float | None = None
+    note: str = "failed"
+
+
+def heat_map(
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Mapping[tuple[int, int], HeatCell],
+) -> Html:
+    """Draw shares in percent with their intervals below, the darker the higher; the lowest framed.
+
+    Shades go from the lowest value to the highest, or over ten points where those are nearer: what
+    a few items change is no contrast.
+
+    Args:
+        title: says what it shows.
+        rows, columns: their names; a comma breaks the line of a column's.
+        cells: by the numbers of row and column; what is not there stays blank.
+    """
+    wide, tall, gap = 104, 52, 3
+    left = 14 + 7.4 * max(map(len, rows))
+    heads = [name.split(", ") for name in columns]
+    top = 14 + 16 * max(map(len, heads))
+    values = [cell.value for cell in cells.values() if cell.value is not None]
+    lowest = min(values, default=0.0)
+    spread = max(max(values, default=0.0) - lowest, 0.1)
+
+    def x(column: int) -> float:
+        return left + wide * (column + 0.5)
+
+    parts: list[Html] = []
+    for number, lines in enumerate(heads):
+        for line, text in enumerate(lines):
+            parts.append(_text(x(number), top - 10 - 16 * (len(lines) - 1 - line), text, "middle"))
+    for number, name in enumerate(rows):
+        parts.append(_text(left - 8, top + tall * (number + 0.5) + 4, name, "end"))
+    shown = '<rect x="{}" y="{}" width="{}" height="{}" rx="5" class="{}" fill-opacity="{}"/>'
+    for (row, column), cell in sorted(cells.items()):
+        y, place = top + tall * row, x(column)
+        kind = "failed" if cell.value is None else "lowest" if cell.value == lowest else ""
+        shade = 0.0 if cell.value is None else 0.06 + 0.54 * (cell.value - lowest) / spread
+        size = (_n(wide - gap), _n(tall - gap))
+        parts.append(
+            markup(shown, _n(place - wide / 2), _n(y), *size, f"cell {kind}", f"{shade:.3f}")
+        )
+        if cell.value is None:
+            parts.append(_text(place, y + 29, cell.note, "middle", "bad"))
+            continue
+        parts.append(_text(place, y + 23, f"{100 * cell.value:.1f}", "middle", "value"))
+        if cell.low is not None and cell.high is not None:
+            ends = f"{100 * cell.low:.0f} to {100 * cell.high:.0f}"
+            parts.append(_text(place, y + 40, ends, "middle"))
+    width, height = left + wide * len(columns), top + tall * len(rows)
+    return markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" style="max-width:{}px" '
+        'role="img" aria-label="{}">{}</svg>',
+        _n(width),
+        _n(height),
+        _n(width),
+        title,
+        parts,
+    )
+
+
+def svg_file(chart: Html) -> str:
+    """Return a chart as a file of its own, with the page's colours on the page's paper."""
+    paper = '<style>{}</style><rect width="100%" height="100%" fill="var(--paper)"/>'
+    start = chart.index(">") + 1
+    return chart[:start] + paper.format(read_asset("style.css")) + chart[start:] + "\n"

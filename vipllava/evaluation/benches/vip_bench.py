@@ -17,6 +17,7 @@ from typing import Any, Final, cast
 
 from PIL import Image
 
+from vipllava.evaluation import summary
 from vipllava.evaluation.bench import Bench, BenchData, BenchTable, Item, Prediction, Published
 from vipllava.evaluation.correctness import judged_of, official_grades, official_table, run_totals
 from vipllava.evaluation.matching import split_ground_truth
@@ -125,9 +126,11 @@ def summarise(predictions: Sequence[Prediction], chance: float | None = None) ->
         ``by_capability`` with ``score``, ``low``, ``high`` and ``num_items``, and
         ``by_combination`` of exactly those; ``num_items`` graded, ``num_failures`` and ``failures``
         (key: reason). Of a judge ``totals``, one of each run, and ``std``, their deviation.
+        ``marks``, in shares of 1, as other benchmarks have it; splits are groups there.
     """
     splits = {split: [each for each in predictions if split in each.groups] for split in SPLITS}
-    return {"splits": {split: _summarise(part) for split, part in splits.items() if part}}
+    found = {split: _summarise(part) for split, part in splits.items() if part}
+    return {"splits": found, "marks": summary.summarise(predictions)["marks"]}
 
 
 def _summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
