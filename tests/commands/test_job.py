@@ -60,9 +60,7 @@ def test_what_does_not_fit_is_said_at_once():
 
 
 def test_a_data_set_without_its_option():
-    with pytest.raises(
-        ConfigError, match=r"my_marks is not KEY=VALUE; .* by --data my_marks"
-    ):
+    with pytest.raises(ConfigError, match=r"my_marks is not KEY=VALUE; .* by --data my_marks"):
         compose_data_job(None, ["my_marks"])
 
 
