@@ -53,7 +53,7 @@ LIBRARIES: Final = (
     "torch.export",
     "torch.profiler",
 )
-"""What a training and tests' modules import; a name that a version of a library lacks is left out."""
+"""What trainings and test modules import; a name that a library's version lacks is left out."""
 READ_ON_IMPORT: Final = (
     *("HF_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "MKL_", "MALLOC_", "DS_ACCELERATOR"),
     *("LANG", "LC_", "PYTHONUTF8", "PYTHONIOENCODING", "PYTHONWARNINGS", "PYTHONHASHSEED"),
