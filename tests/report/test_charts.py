@@ -33,6 +33,14 @@ def test_bars_and_whiskers_stand_at_their_shares():
     assert "mark drawn" in built
 
 
+def test_an_axis_of_another_length_and_a_line_across():
+    built = bar_chart([Bar("a", 0.5, 0.5, 0.5, "marked")] * 2, top=200, unit="", reference=0.1)
+    root = ElementTree.fromstring(built)
+    lines = [node.get("style") for node in root.iterfind(".//div[@class='reference']")]
+    assert lines == ["left:10.00%"] * 2
+    assert [node.text for node in root.iter("span")] == ["0", "50", "100", "150", "200"]
+
+
 def test_loss_chart_draws_every_step_and_the_average():
     # A flat 4 on an axis of 0..6 stands a third of the 186 pixels below the top edge at 26.
     root = ElementTree.fromstring(loss_chart("pretrain", [(step, 4.0) for step in range(4)]))

@@ -29,25 +29,36 @@ class Bar:
     kind: str
 
 
-def bar_chart(bars: Sequence[Bar]) -> Html:
-    """Build horizontal bars from 0 to 100 % with the interval as a whisker.
+def bar_chart(
+    bars: Sequence[Bar], *, top: float = 100, unit: str = " %", reference: float | None = None
+) -> Html:
+    """Build horizontal bars with the interval as a whisker.
 
     Plain boxes instead of SVG: their labels keep the page's text size on a narrow screen.
+
+    Args:
+        bars: in shares of the axis.
+        top: where the axis ends; it starts at 0.
+        unit: of the axis.
+        reference: the share of the axis at which a line crosses all bars.
     """
+    line = '<div class="reference" style="left:{}%"></div>'
+    across = None if reference is None else markup(line, f"{100 * reference:.2f}")
     rows = [
         markup(
             '<div><div class="label">{label}</div><div class="track">'
             '<div class="bar {kind}" style="width:{value}%"></div>'
-            '<div class="whisker" style="left:{low}%;width:{width}%"></div></div></div>',
+            '<div class="whisker" style="left:{low}%;width:{width}%"></div>{across}</div></div>',
             label=bar.label,
             kind=bar.kind,
             value=f"{100 * bar.value:.2f}",
             low=f"{100 * bar.low:.2f}",
             width=f"{100 * (bar.high - bar.low):.2f}",
+            across=across,
         )
         for bar in bars
     ]
-    ticks = [markup("<span>{} %</span>", tick) for tick in (0, 25, 50, 75, 100)]
+    ticks = [markup("<span>{}{}</span>", f"{top * n / 4:g}", unit) for n in range(5)]
     return markup('<div class="bars">{}<div class="ticks">{}</div></div>', rows, ticks)
 
 
