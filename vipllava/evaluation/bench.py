@@ -25,6 +25,7 @@ from vipllava.types import ConfigError, Failure, Region, Request, Sample, VipLla
 if TYPE_CHECKING:
     from vipllava.evaluation.correctness import Grader
     from vipllava.records import RecordKind
+    from vipllava.report.evaluation_page import Figure
     from vipllava.shards.manifest import Manifest
     from vipllava.stream.sample_encoder import SampleSource
     from vipllava.visual_prompts.policies import VisualPromptPolicy
@@ -228,13 +229,14 @@ class BenchData:
 
 @dataclass(frozen=True, slots=True)
 class BenchTable:
-    """What is printed at the end."""
+    """What is printed at the end, and shown by the page."""
 
     title: str  # above the table
     columns: Sequence[str]  # their names; the first is aligned left, the others right
     rows: Sequence[Sequence[str]]  # a text per column
     total: Sequence[str] = ()  # a last row, set apart, or empty
     notes: Sequence[str] = ()  # lines below it
+    figures: Sequence[Figure] = ()  # what the page draws: the first one is the benchmark's score
 
 
 @dataclass(frozen=True, slots=True)

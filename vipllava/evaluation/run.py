@@ -8,12 +8,14 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import shlex
 import sys
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from vipllava.config.places import CONFIG_DIR
 from vipllava.config.resolvers import checkpoint_name
 from vipllava.config.schema import read
 from vipllava.evaluation.answerers import (
@@ -166,8 +168,12 @@ def run_evaluation(*jobs: DictConfig) -> dict[str, dict[str, Any]]:
 
 
 def _evaluate(cfg: DictConfig, run_dir: Path, opened: dict[str, _Answerers]) -> dict[str, Any]:
+    from vipllava.evaluation.page import page_content
+    from vipllava.report.evaluation_page import write_evaluation_page
+
     bench, options = _open_bench(cfg)
     began, judge = time.monotonic(), _find_judge(cfg)
+    items, protocol = iter(()), None
     if bench.joins:
         folders = {name: run_dir.parent / name for name in bench.joins}
         settings = joined_settings(folders)
@@ -175,7 +181,8 @@ def _evaluate(cfg: DictConfig, run_dir: Path, opened: dict[str, _Answerers]) -> 
     else:
         data = replace(_bench_data(cfg, options), judge=judge)
         settings = _settings(cfg, data)
-        scored = _ask(cfg, bench, data, Journal(run_dir, settings), opened)
+        items, protocol = bench.items(data), _protocol(cfg, bench, data)
+        scored = _ask(cfg, bench, data, protocol, Journal(run_dir, settings), opened)
     kept = [each for each in scored if each.marks == "kept"]
     model = str(cfg.endpoint.model or checkpoint_name(str(cfg.checkpoint)))
     for name, text in bench.files(kept, model).items():
@@ -191,7 +198,10 @@ def _evaluate(cfg: DictConfig, run_dir: Path, opened: dict[str, _Answerers]) -> 
         "published": [asdict(each) for each in bench.published],
     }
     write_json(run_dir / METRICS, metrics, indent=1)
-    _print(bench.table(bench, metrics))
+    table = bench.table(bench, metrics)
+    _print(table)
+    content = page_content(metrics, table, scored, items, protocol, _command())
+    write_evaluation_page(run_dir / "report.html", content)
     logger.info(
         "%s of %s: %.0f s; written to %s",
         bench.name, cfg.endpoint.model or cfg.checkpoint, time.monotonic() - began, run_dir,
@@ -203,6 +213,7 @@ def _ask(
     cfg: DictConfig,
     bench: Bench,
     data: BenchData,
+    protocol: Protocol,
     journal: Journal,
     opened: dict[str, _Answerers],
 ) -> list[Prediction]:
@@ -214,10 +225,6 @@ def _ask(
             opened[key] = _open_answerer(cfg)
         return replace(opened[key], max_new_tokens=cfg.max_new_tokens)
 
-    protocol = Protocol(
-        data.policies, data.seed, data.marks, cfg.encoding, _coordinates(cfg), bench.resize,
-        _perturbation(cfg),
-    )  # fmt: skip
     scored: list[Prediction] = []
     for marks, asked in ask_items(bench.items(data), protocol, answerer, journal).items():
         answered = [each.unscored() for each in asked if each.has_answer]
@@ -242,6 +249,25 @@ def _with_score_or_reason(prediction: Prediction) -> Prediction:
     if all(map(math.isfinite, (prediction.score, *prediction.more.values()))):
         return prediction
     return prediction.failed("its score is no finite number")
+
+
+def _protocol(cfg: DictConfig, bench: Bench, data: BenchData) -> Protocol:
+    return Protocol(
+        data.policies, data.seed, data.marks, cfg.encoding, _coordinates(cfg), bench.resize,
+        _perturbation(cfg),
+    )  # fmt: skip
+
+
+def _command() -> str:
+    """Return the command line of this run, or nothing if a program composed it."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return ""
+    hydra = HydraConfig.get()
+    folders = [str(each.path) for each in hydra.runtime.config_sources if each.schema == "file"]
+    own = [f"--config-dir={folder}" for folder in folders if Path(folder) != CONFIG_DIR]
+    return shlex.join(["vipllava", "evaluate", *own, *hydra.overrides.task])
 
 
 def _open_answerer(cfg: DictConfig) -> _Answerers:

@@ -16,6 +16,7 @@ from vipllava.evaluation.statistics import (
     estimate_text,
     mean_estimate,
 )
+from vipllava.report.evaluation_page import Figure
 
 _LISTED: Final = 20  # of failures
 
@@ -178,7 +179,16 @@ def score_table(bench: Bench, metrics: Mapping[str, Any]) -> BenchTable:
             *_faith_notes(metrics),
             *published_notes(bench),
         ],
+        [figure_of(name, of) for name, of in markings.items()],
     )
+
+
+def figure_of(name: str, of: Mapping[str, Any]) -> Figure:
+    """Return a score and its interval in percent."""
+    score, low, high = (
+        None if of[end] is None else 100 * of[end] for end in ("score", "low", "high")
+    )
+    return Figure(name, score, low, high, of["num_items"])
 
 
 def _failure_notes(markings: Mapping[str, Any]) -> list[str]:

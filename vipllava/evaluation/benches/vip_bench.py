@@ -30,6 +30,7 @@ from vipllava.evaluation.statistics import (
 )
 from vipllava.evaluation.summary import judge_notes, published_notes
 from vipllava.records.kind import NO_POLICY
+from vipllava.report.evaluation_page import Figure
 from vipllava.types import DraftTurn, RecordError, Sample, VipLlavaError
 
 META_DATA: Final = "vip-bench-meta-data.json"
@@ -203,6 +204,10 @@ def _table(bench: Bench, metrics: Mapping[str, Any]) -> BenchTable:
         [(name, *(_cell(of[name]) if name in of else "-" for of in scores)) for name in names],
         ("total", *(_cell(split | {"score": split["total"]}) for split in splits.values())),
         [*judge_notes(metrics), *published_notes(bench)],
+        [
+            Figure(name, each["total"], each["low"], each["high"], each["num_items"])
+            for name, each in splits.items()
+        ],
     )
 
 
