@@ -111,6 +111,10 @@ def test_the_example_of_the_page(
         ("sign-1", "SHOP", "weights"),
     ]
     assert "letters in %" in capsys.readouterr().out
+    report = (folder / "report.html").read_text()
+    assert "letters, marks kept" in report
+    assert report.index("\u2717 SHOP") < report.index("SHOP <span")  # the worse one first
+    assert report.count("data:image/jpeg") == 2
 
     # The same items under another seed, of marks that nobody sees: what `compare` says of both.
     run_evaluation(job("checkpoint=weights", f"paths.data_root={place / 'data'}", "seed=7",

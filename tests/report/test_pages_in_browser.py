@@ -15,7 +15,9 @@ import pytest
 from PIL import Image
 
 from tests.report.conftest import SIDE, Inspect, make_sample
+from tests.report.test_evaluation_page import answer, evaluation
 from tests.report.test_quickstart_page import accuracy, scores
+from vipllava.report.evaluation_page import Figure, ShownItem, write_evaluation_page
 from vipllava.report.inspect_page import JobSummary, build_inspect_page
 from vipllava.report.inspected import InspectedSample, RefusedSample
 from vipllava.report.quickstart_page import Example, QuickstartPage, write_quickstart_page
@@ -28,7 +30,7 @@ ARGUMENTS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
-WIDTHS = (1280, 420)
+WIDTHS = (1280, 390)
 SCHEMES = ("light", "dark")
 LEAST_CONTRAST = 4.5  # WCAG AA, text of ordinary size
 
@@ -127,6 +129,30 @@ def inspect_page(
 
 
 @pytest.fixture(scope="module")
+def evaluation_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is hard to lay out: words without a place to break, wide tables, large images."""
+    path = tmp_path_factory.mktemp("evaluation") / "report.html"
+    word = "x" * 120
+    stripes = Image.fromarray(np.arange(48 * 640 * 3, dtype=np.uint8).reshape(48, 640, 3))
+    hard = answer(
+        "kept", word, 0.25, images=(stripes, stripes.rotate(90, expand=True)), question=word,
+        ground_truth=word,
+    )  # fmt: skip
+    content = evaluation()
+    metrics = {**content.metrics, "bench": word, "metric": word, "judge": {"model": word}}
+    metrics["settings"] = {"checkpoint": f"/{word}/{word}", word: {"a": word}}
+    content = evaluation(
+        metrics=metrics, title=word, figures=[*content.figures, Figure(word, 48.0, None, None, 9)],
+        columns=(word, *["a marking"] * 9), rows=[(word, *["100.0 (74.1 to 100.0)"] * 9)],
+        total=(word, *["100.0 (74.1 to 100.0)"] * 9), failures=[(word, word, word)],
+        worst=[ShownItem(word, (word, "rec"), [hard, answer("moved", word, 0)]), *content.worst],
+        versions={word: "1"}, command=word,
+    )  # fmt: skip
+    write_evaluation_page(path, content)
+    return path
+
+
+@pytest.fixture(scope="module")
 def quickstart_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("quickstart") / "report.html"
     stripes = Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3))
@@ -184,7 +210,7 @@ def open_page(browser: Any) -> Generator[Open]:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["inspect_page", "quickstart_page"])
+@pytest.mark.parametrize("name", ["inspect_page", "quickstart_page", "evaluation_page"])
 def test_it_is_whole_and_readable(
     open_page: Open,
     request: pytest.FixtureRequest,
@@ -272,3 +298,13 @@ def test_the_contents_lead_to_the_samples(open_page: Open, inspect_page: Path):
     assert page.evaluate("location.hash") == "#sample-4"
     top = page.locator("#sample-4").bounding_box()["y"]
     assert 0 <= top < 900
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_click_enlarges_an_image_of_an_item(open_page: Open, evaluation_page: Path, width: int):
+    page = open_page(evaluation_page, width, "light")
+    image = page.locator(".asked img").first
+    before = image.bounding_box()["width"]
+    image.click()
+    assert image.bounding_box()["width"] > 1.5 * before
+    assert page.evaluate("document.documentElement.scrollWidth") == width
