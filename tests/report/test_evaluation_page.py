@@ -23,7 +23,10 @@ from vipllava.report.evaluation_page import (
 )
 
 HOSTILE = "<script>alert(1)</script>"
-JUDGE = {"model": "big-72b", "revision": "c0ffee", "prompt_sha256": "ab" * 32, "runs": 5}
+JUDGE = {
+    "model": "big-72b", "revision": "c0ffee", "prompt_source": "ours", "prompt_sha256": "ab" * 32,
+    "runs": 5, "reported": [{"model": "big-72b"}],
+}  # fmt: skip
 PUBLISHED = [
     {"model": "A-7B", "figures": {"accuracy": 86.09}, "source": "a paper", "judge": None},
     {"model": "B-7B", "figures": {"accuracy": 60.7}, "source": "a page", "judge": "gpt-4-0613"},
@@ -148,23 +151,42 @@ def test_a_setting_that_is_not_set_is_no_fact(reader: Reader):
     assert "limit\nnull" in reader.text  # but stands among all of them
 
 
-def test_the_judge_stands_beside_the_score(tmp_path: Path):
+def with_settings(**changes: Any) -> EvaluationPage:
     content = evaluation()
-    metrics = {**content.metrics, "judge": JUDGE}
-    metrics["settings"] = {**metrics["settings"], "limit": 60}
-    text = read(tmp_path, replace(content, metrics=metrics))[1].text
-    assert "179 with a score; graded by big-72b." in text
-    assert "this run\ngraded by big-72b\n61.7" in text
-    assert "judge: revision\nc0ffee" in text
+    settings = {**content.metrics["settings"], **changes}
+    return replace(content, metrics={**content.metrics, "settings": settings})
+
+
+def test_the_judge_stands_beside_the_score(tmp_path: Path):
+    text = read(tmp_path, with_settings(judge=JUDGE, limit=60))[1].text
+    graded = "graded by big-72b, revision c0ffee, prompt ours (SHA-256 abababababab)"
+    assert f"179 with a score; {graded}." in text
+    assert f"this run\n{graded}\n61.7" in text
     assert f"judge: prompt_sha256\n{'ab' * 32}" in text
+    assert "judge: runs\n5" in text
     assert "This run has only a part of the items." in text
+    assert "changed on the way" not in text
+
+
+def test_a_judge_that_changed_is_said(tmp_path: Path):
+    reported = [{"model": "big-72b"}, {"model": "small-8b"}]
+    judge = {**JUDGE, "revision": None, "reported": reported}
+    text = read(tmp_path, with_settings(judge=judge))[1].text
+    assert "revision not named, prompt ours (SHA-256 abababababab); it changed on the way" in text
 
 
 def test_only_another_judge_is_another_scale(tmp_path: Path):
-    content = evaluation()
-    metrics = {**content.metrics, "judge": {"model": "gpt-4-0613"}}
-    text = read(tmp_path, replace(content, metrics=metrics))[1].text
-    assert "Another judge is another scale" not in text
+    same = with_settings(judge={**JUDGE, "model": "gpt-4-0613"})
+    assert "Another judge is another scale" not in read(tmp_path, same)[1].text
+
+
+def test_a_model_behind_an_address(tmp_path: Path):
+    endpoint = {"model": "org/model", "base_url": "http://localhost:8000/v1", "revision": None}
+    content = with_settings(endpoint=endpoint)
+    del content.metrics["settings"]["checkpoint"]
+    text = read(tmp_path, content)[1].text
+    assert "toys\norg/model\ntoys: accuracy" in text
+    assert "behind\nhttp://localhost:8000/v1" in text
 
 
 def test_published_figures_of_a_measure_stand_beside_the_same_one(tmp_path: Path):
@@ -188,8 +210,11 @@ def test_scores_beyond_100_have_a_longer_axis(tmp_path: Path):
 
 def test_texts_are_never_markup(tmp_path: Path):
     content = evaluation()
-    metrics = {**content.metrics, "bench": HOSTILE, "metric": HOSTILE, "judge": {"model": HOSTILE}}
-    metrics["settings"] = {"checkpoint": HOSTILE, HOSTILE: {HOSTILE: HOSTILE}}
+    metrics = {**content.metrics, "bench": HOSTILE, "metric": HOSTILE}
+    judge = dict.fromkeys(("model", "revision", "prompt_source", "prompt_sha256"), HOSTILE)
+    metrics["settings"] = {
+        "checkpoint": HOSTILE, HOSTILE: {HOSTILE: HOSTILE}, "judge": judge | {"reported": []},
+    }  # fmt: skip
     metrics["published"] = [
         {"model": HOSTILE, "figures": {HOSTILE: 1.0}, "source": HOSTILE, "judge": HOSTILE}
     ]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.report.conftest import SIDE, Inspect, make_sample
-from tests.report.test_evaluation_page import answer, evaluation
+from tests.report.test_evaluation_page import JUDGE, answer, evaluation
 from tests.report.test_quickstart_page import accuracy, scores
 from vipllava.report.evaluation_page import Figure, ShownItem, write_evaluation_page
 from vipllava.report.inspect_page import JobSummary, build_inspect_page
@@ -139,8 +139,10 @@ def evaluation_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ground_truth=word,
     )  # fmt: skip
     content = evaluation()
-    metrics = {**content.metrics, "bench": word, "metric": word, "judge": {"model": word}}
-    metrics["settings"] = {"checkpoint": f"/{word}/{word}", word: {"a": word}}
+    metrics = {**content.metrics, "bench": word, "metric": word}
+    metrics["settings"] = {
+        "checkpoint": f"/{word}/{word}", word: {"a": word}, "judge": {**JUDGE, "model": word},
+    }  # fmt: skip
     content = evaluation(
         metrics=metrics, title=word, figures=[*content.figures, Figure(word, 48.0, None, None, 9)],
         columns=(word, *["a marking"] * 9), rows=[(word, *["100.0 (74.1 to 100.0)"] * 9)],

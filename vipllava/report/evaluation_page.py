@@ -26,6 +26,9 @@ _MARKS: Final[Mapping[str, str]] = {
 _FACTS: Final[Mapping[str, str]] = {
     "checkpoint": "checkpoint",
     "checkpoint_digest": "digest of its files",
+    "endpoint.model": "model",
+    "endpoint.revision": "revision",
+    "endpoint.base_url": "behind",
     "bench.manifest": "data set",
     "data": "fingerprint of its shards",
     "limit": "only the first items",
@@ -95,7 +98,7 @@ def write_evaluation_page(path: Path, content: EvaluationPage) -> None:
     body = markup(
         _TEMPLATES["page"],
         bench=bench,
-        model=_plain(settings.get("checkpoint")),
+        model=settings.get("checkpoint") or settings.get("endpoint.model"),
         title=content.title,
         num_asked=content.num_asked,
         num_scored=content.num_asked - len(content.failures),
@@ -213,13 +216,18 @@ def _model(name: str, *about: str) -> Html:
 
 
 def _grader(metrics: Mapping[str, Any]) -> str:
-    judge = _judge(metrics)
-    return f"by {judge['model']}" if judge else f"without a judge: {metrics['metric']}"
+    if not (judge := _judge(metrics)):
+        return f"without a judge: {metrics['metric']}"
+    changed = "; it changed on the way" if len(judge["reported"]) > 1 else ""
+    return (
+        f"by {judge['model']}, revision {judge['revision'] or 'not named'}, prompt "
+        f"{judge['prompt_source']} (SHA-256 {judge['prompt_sha256'][:12]}){changed}"
+    )
 
 
 def _judge(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the language model that graded, with all that is known of it, or nothing."""
-    return metrics.get("judge") or metrics["settings"].get("judge") or {}
+    return metrics["settings"].get("judge") or {}
 
 
 def _failures(content: EvaluationPage) -> Html:
