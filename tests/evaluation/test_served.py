@@ -222,6 +222,12 @@ def test_a_judge_grades_what_has_an_answer(
     line = "graded by Qwen/Qwen2.5-72B-Instruct, revision COMMIT, seed 0, runs 2, prompt ours (SHA"
     assert line in printed
     assert "human 48.3 (ViP-LLaVA, CVPR 2024; graded by gpt-4-0613)" in printed
+    report = (folder / "report.html").read_text()
+    assert "graded by Qwen/Qwen2.5-72B-Instruct, revision COMMIT, prompt ours (SHA-256 " in report
+    assert "Another judge is another scale" in report
+    assert "3 of 6 questions; they count neither as right nor as wrong." in report
+    assert "<td>HTTP 400: too long</td>" in report
+    assert report.count("data:image/jpeg") == 3  # what has a score, shown as it was asked
 
     # Again: the model is asked what it has not answered, the judge about that.
     server.asked.clear()
