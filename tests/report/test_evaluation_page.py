@@ -193,11 +193,11 @@ def test_published_figures_of_a_measure_stand_beside_the_same_one(tmp_path: Path
     content = evaluation(
         figures=[Figure("bbox", 48.0, None, None, 3), Figure("human", 40, 30, 50, 9)]
     )
-    figures = {"human": 48.3, "other": 1.0}
+    figures = {"Human": 48.3, "other": 1.0}
     published = [{"model": "A-7B", "figures": figures, "source": "s", "judge": None}]
     metrics = {**content.metrics, "published": published}
     text = read(tmp_path, replace(content, metrics=metrics))[1].text
-    assert "human\nother\nA-7B\ns\n48.3\n1.0\n" in text
+    assert "Human\nother\nA-7B\ns\n48.3\n1.0\n" in text
     assert "graded without a judge: accuracy\n40.0\n (30.0 to 50.0)\n\u2013\n" in text
     assert "bbox: 48.0, 3 items" in text
 

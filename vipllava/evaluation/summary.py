@@ -155,7 +155,8 @@ def percent(of: Mapping[str, Any] | None) -> str:
 def score_table(bench: Bench, metrics: Mapping[str, Any]) -> BenchTable:
     """Return a row per group, a column per marking and one for each figure beside the score."""
     markings: Mapping[str, Any] = metrics["marks"]
-    more = list(next(iter(markings.values()))["more"])
+    first = next(iter(markings.values()))
+    more = list(first["more"])
 
     def row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
         known = next(of for of in found.values() if of is not None)
@@ -179,7 +180,7 @@ def score_table(bench: Bench, metrics: Mapping[str, Any]) -> BenchTable:
             *_faith_notes(metrics),
             *published_notes(bench),
         ],
-        [figure_of(name, of) for name, of in markings.items()],
+        [figure_of(name, of) for name, of in (*markings.items(), *first["more"].items())],
     )
 
 

@@ -175,9 +175,9 @@ def _published(content: EvaluationPage) -> Html:
     metrics = content.metrics
     published: Sequence[Mapping[str, Any]] = metrics["published"]
     names = list(dict.fromkeys(name for each in published for name in each["figures"]))
-    ours = {each.name: each for each in content.figures}
+    ours = {each.name.lower(): each for each in content.figures}
     if content.figures:
-        ours.setdefault(str(metrics["metric"]), content.figures[0])
+        ours.setdefault(str(metrics["metric"]).lower(), content.figures[0])
     remarks = ["As their sources print them."]
     if any(each["judge"] not in (None, _judge(metrics).get("model")) for each in published):
         remarks.append(
@@ -204,7 +204,7 @@ def _published(content: EvaluationPage) -> Html:
             ],
             [
                 _model("this run", f"graded {_grader(metrics)}"),
-                *(_cell(_text(ours[name])) if name in ours else "\u2013" for name in names),
+                *(_cell(_text(ours[n])) if n in ours else "\u2013" for n in map(str.lower, names)),
             ],
         ),
     )
