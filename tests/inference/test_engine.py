@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.chat_server import completion, run_chat_server
+from tests.engine_server import run_engine_server
 from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
@@ -233,30 +230,9 @@ def test_few_bits_must_be_four_or_eight(parts, tmp_path):
         Engine.from_checkpoint(tmp_path / "export", device="cpu", bits=3)
 
 
-def _request_of(body: dict[str, Any]) -> Request:
-    """Read a chat completion's request, as a server of this engine does."""
-    image, turns = None, []
-    for message in body["messages"]:
-        content, has_image = message["content"], False
-        if not isinstance(content, str):
-            picture, text = content
-            encoded = picture["image_url"]["url"].removeprefix("data:image/png;base64,")
-            image = Image.open(io.BytesIO(base64.b64decode(encoded)))
-            content, has_image = text["text"], True
-        turns.append(Turn(message["role"], content, has_image=has_image))
-    return Request(image, turns)
-
-
 def test_the_engine_behind_an_endpoint_gives_the_same_texts(parts):
     engine, requests = _engine(parts), _requests(7)
-    with run_chat_server() as server:
-
-        def answer(body: dict[str, Any]) -> bytes:
-            return completion(
-                engine.answer([_request_of(body)], max_new_tokens=body["max_tokens"])[0]
-            )
-
-        server.answer = answer
+    with run_engine_server(engine) as server:
         endpoint = Endpoint(EndpointSettings(server.address, "tiny", concurrency=3))
         found = dict(endpoint.answers(requests, max_new_tokens=6))
     texts = [each.text for _, each in sorted(found.items()) if isinstance(each, Reply)]
