@@ -15,7 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("data", "open", "shards", "stream", "loading", "train", "contention", "evaluation")
+PARTS = (
+    "data",
+    "open",
+    "shards",
+    "stream",
+    "loading",
+    "train",
+    "contention",
+    "evaluation",
+    "evaluation_memory",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
