@@ -21,11 +21,11 @@ from tests.toy_data import encode_picture
 from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
-from vipllava.evaluation.answerers import EngineSettings, make_answerer
+from vipllava.evaluation.answerers import EndpointAnswerer, EngineSettings, make_answerer
 from vipllava.evaluation.asking import Protocol, ask_items
 from vipllava.evaluation.bench import Answerer, Item, Prediction
 from vipllava.evaluation.journal import Journal
-from vipllava.inference.endpoint import Endpoint, EndpointSettings, Reply
+from vipllava.inference.endpoint import Endpoint, EndpointSettings
 from vipllava.inference.engine import Engine
 from vipllava.models.building import ModelSpec
 from vipllava.types import DraftTurn, Failure, Mention, Request
@@ -148,20 +148,9 @@ def test_killed_and_resumed(
     assert len(resumed.asked) == 2 * NUM_ITEMS - 16
 
 
-@dataclass
-class Behind:
-    """Asks an endpoint."""
-
-    endpoint: Endpoint
-    several_images = True
-
-    def answer(self, requests: Iterable[Request]) -> Iterator[tuple[int, str | Failure]]:
-        for number, each in self.endpoint.answers(requests, max_new_tokens=MAX_NEW_TOKENS):
-            yield number, each.text if isinstance(each, Reply) else each
-
-
 def test_behind_an_endpoint(checkpoint: Path, one_by_one: list[Prediction], tmp_path: Path):
     with run_engine_server(Engine.from_checkpoint(checkpoint, "cpu", "float32")) as server:
         settings = EndpointSettings(server.address, "tiny", concurrency=3)
-        assert ask(Behind(Endpoint(settings)), tmp_path) == one_by_one
+        answerer = EndpointAnswerer(Endpoint(settings), MAX_NEW_TOKENS)
+        assert ask(answerer, tmp_path) == one_by_one
     assert len(server.asked) == 2 + 2 * NUM_ITEMS  # whether it sees, and each question once

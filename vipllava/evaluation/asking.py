@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from vipllava.evaluation.bench import Answerer, Item, Marks, Prediction
 from vipllava.evaluation.encodings import Coordinates, Encoding, encode_item
-from vipllava.evaluation.journal import Journal
-from vipllava.evaluation.marking import mark_item
+from vipllava.evaluation.journal import Journal, predictions_path
+from vipllava.evaluation.marking import check_regions, mark_item
 from vipllava.evaluation.perturbation import UNCHANGED, Perturbation
 from vipllava.records.image_decode import decode_image
-from vipllava.types import Failure, RecordError, Request
+from vipllava.types import Failure, RecordError, Request, VipLlavaError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,7 +59,8 @@ def ask_items(
 
     Raises:
         RecordError: two items have one key.
-        VipLlavaError: an item cannot be asked with such marks.
+        VipLlavaError: an item cannot be asked with such marks, or the journal has answers to
+            items that are not there.
     """
     asking = _Asking(protocol, journal)
     requests = asking.requests(items)
@@ -70,6 +71,12 @@ def ask_items(
     predictions: dict[Marks, list[Prediction]] = {}
     for marks in protocol.marks:
         found = journal.read(marks)
+        if unknown := [key for key in found if key not in asking.order]:
+            raise VipLlavaError(
+                f"{predictions_path(journal.folder, marks)} has answers to {len(unknown)} items "
+                f"that the benchmark does not have, e.g. {', '.join(unknown[:3])}: delete those "
+                "lines, or evaluate into another folder with name=NEW_NAME"
+            )
         predictions[marks] = [found[key] for key in asking.order if key in found]
     return predictions
 
@@ -113,6 +120,8 @@ def prepared(
     item: Item, protocol: Protocol, markings: Sequence[Marks]
 ) -> Iterator[tuple[Prediction, Request | None]]:
     """Yield what is asked; without a request the prediction says why it cannot be."""
+    for marks in markings:  # all of them, before a model is opened for the first
+        check_regions(item, marks, protocol.perturb)
     image: Image.Image | None = None
     read = False
     for marks in markings:

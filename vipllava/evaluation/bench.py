@@ -198,8 +198,14 @@ class BenchData:
 
     @property
     def fingerprint(self) -> str | None:
-        """Of the shards' content; None without shards."""
-        return self.source().shards.fingerprint if self.manifest.shards else None
+        """Of the content of the shards or the folder; None without either."""
+        if self.manifest.shards:
+            return self.source().shards.fingerprint
+        if self.manifest.folder is None:
+            return None
+        from vipllava.checkpoints.folders import content_digest
+
+        return content_digest(self.folder)
 
     def samples(self, record_kind: str | RecordKind | None = None) -> Iterator[Sample]:
         """Yield the first ``limit`` samples in shard order: no shuffling, no substitutes."""

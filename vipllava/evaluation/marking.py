@@ -81,12 +81,7 @@ def mark_item(
     from vipllava.stream.sample_encoder import marks_generator, plan_sample
 
     sample = item.sample
-    if not sample.regions and (marks != "kept" or perturb.of_marks):
-        what = "perturbed marks" if marks == "kept" else f"marks={marks}"
-        raise ConfigError(
-            f"{what}: {item.key} has no regions, its image carries its marks; such items can be "
-            "asked with marks=kept only, and of what is perturbed with jpeg_quality"
-        )
+    check_regions(item, marks, perturb)
     sample, policies = perturb.fix(sample, size, policies)
 
     def planned(
@@ -123,6 +118,16 @@ def mark_item(
         # Styles are drawn before strokes, so that these marks look and read as the kept ones.
         shown, plan, _ = planned(replace(sample, regions=regions))
     return MarkedItem(shown, plan, words, turns, truth)
+
+
+def check_regions(item: Item, marks: Marks, perturb: Perturbation) -> None:
+    """Raise ConfigError if there are no regions, so that nothing becomes of any mark."""
+    if not item.sample.regions and (marks != "kept" or perturb.of_marks):
+        what = "perturbed marks" if marks == "kept" else f"marks={marks}"
+        raise ConfigError(
+            f"{what}: {item.key} has no regions, its image carries its marks; such items can be "
+            "asked with marks=kept only, and of what is perturbed with jpeg_quality"
+        )
 
 
 def _boxes(regions: Sequence[Region]) -> list[BBox]:

@@ -42,10 +42,11 @@ def _plain(found: Estimate) -> dict[str, Any]:
 
 
 def score_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Return the mean score, see :func:`estimated`, ``num_failures``, and of other figures each.
+    """Return the mean score, see :func:`estimated`, counts, and of other figures each.
 
     Those are in ``more``, by name; a figure with ``sums`` is the function of these that
-    :data:`.scoring.STATISTICS` has, not the mean of its items.
+    :data:`.scoring.STATISTICS` has, not the mean of its items. ``num_failures`` have no
+    score; ``num_empty`` answers say nothing, which is scored as what it is.
     """
     scored = [each for each in predictions if each.score is not None]
     values = [each.score for each in scored if each.score is not None]
@@ -59,8 +60,14 @@ def score_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
         figures = [each.more[name] for each in having]
         more[name] = estimated(figures, _images(having), bounds_of(figures))
     return estimated(values, _images(scored), bounds_of(values)) | {
-        "num_failures": len(predictions) - len(values), "more": more,
+        "num_failures": len(predictions) - len(values), "num_empty": num_empty(predictions),
+        "more": more,
     }  # fmt: skip
+
+
+def num_empty(predictions: Sequence[Prediction]) -> int:
+    """Return how many answers are without a text; a model that fails may say nothing at all."""
+    return sum(each.answer is not None and not each.answer.strip() for each in predictions)
 
 
 def run_scores(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -193,12 +200,16 @@ def figure_of(name: str, of: Mapping[str, Any]) -> Figure:
 
 
 def _failure_notes(markings: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{of['num_failures']} items with marks {marks} have no score and are not counted: "
-        "see `failure` in the predictions"
-        for marks, of in markings.items()
-        if of["num_failures"]
-    ]
+    notes: list[str] = []
+    for marks, of in markings.items():
+        if of["num_failures"]:
+            notes.append(
+                f"{of['num_failures']} items with marks {marks} have no score and are not counted: "
+                "see `failure` in the predictions"
+            )
+        if of["num_empty"]:
+            notes.append(f"{of['num_empty']} answers with marks {marks} are empty, and counted")
+    return notes
 
 
 def _faith_notes(metrics: Mapping[str, Any]) -> list[str]:

@@ -17,13 +17,13 @@ from transformers import (
 )
 
 from vipllava.checkpoints.loading import open_source
-from vipllava.conversation import ConversationEncoder
+from vipllava.conversation import ConversationEncoder, get_template
 from vipllava.inference.devices import resolve_device, resolve_dtype
 from vipllava.models.placing import OnDevice
 from vipllava.models.quantization import QuantizationSettings, quantization_config
 from vipllava.models.towers import normalise_pixels, preprocessing_of
 from vipllava.stream.image_transform import ImageTransform
-from vipllava.types import ConfigError, Request, VipLlavaError
+from vipllava.types import CheckpointError, ConfigError, Request, VipLlavaError
 
 _STOP_WINDOW = 16
 """Generated tokens that are looked at for a stop string; longer than any stop string has."""
@@ -89,7 +89,8 @@ class Engine:
                 projector and head keep ``dtype``.
 
         Raises:
-            CheckpointError: see :func:`vipllava.checkpoints.loading.open_source`.
+            CheckpointError: see :func:`vipllava.checkpoints.loading.open_source`; or the source
+                names a chat template that is not known.
             ConfigError: the device is not there or does not compute in the dtype, or bitsandbytes
                 is not installed.
         """
@@ -97,6 +98,14 @@ class Engine:
         opened = open_source(
             str(source), vision_tower=vision_tower, base=base, chat_template=chat_template
         )
+        meta = opened.meta
+        try:
+            template = get_template(meta.chat_template)
+        except ConfigError as error:  # before the weights are read
+            raise CheckpointError(
+                f"{source} says that it answers in a template that is not known here: {error}, "
+                "with chat_template=NAME"
+            ) from error
         torch_dtype = resolve_dtype(dtype, device)
         options: dict[str, Any] = {}
         if bits is not None:
@@ -110,10 +119,9 @@ class Engine:
             dtype=torch_dtype, attn_implementation=attn_implementation, **options
         )
         config: Any = model.config
-        meta = opened.meta
         encoder = ConversationEncoder(
             opened.tokenizer,
-            meta.chat_template,
+            template,
             image_token_id=config.image_token_id,
             image_seq_length=meta.image_seq_length,
             max_length=config.text_config.max_position_embeddings,

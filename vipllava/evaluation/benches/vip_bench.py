@@ -28,7 +28,7 @@ from vipllava.evaluation.statistics import (
     group_estimates,
     mean_estimate,
 )
-from vipllava.evaluation.summary import judge_notes, published_notes
+from vipllava.evaluation.summary import judge_notes, num_empty, published_notes
 from vipllava.records.kind import NO_POLICY
 from vipllava.report.evaluation_page import Figure
 from vipllava.types import DraftTurn, RecordError, Sample, VipLlavaError
@@ -146,6 +146,7 @@ def _summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "total": total.pop("score"),
         **total,
         "num_failures": len(predictions) - len(graded),
+        "num_empty": num_empty(predictions),
         **_of_runs(predictions),
         "by_capability": {
             name: _times_100(by_capability[name]) for name in CAPABILITIES if name in by_capability
@@ -216,6 +217,7 @@ def _cell(of: Mapping[str, Any]) -> str:
         None if value is None else value / 100 for value in map(of.get, ("score", "low", "high"))
     )
     failed = f", {of['num_failures']} without verdict" if of.get("num_failures") else ""
+    failed += f", {of['num_empty']} empty answers" if of.get("num_empty") else ""
     runs = f", std {of['std']:.1f} over {len(of['totals'])} runs" if "std" in of else ""
     return f"{estimate_text(*ends)} of {of['num_items']}{failed}{runs}"
 
