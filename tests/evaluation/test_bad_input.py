@@ -12,7 +12,7 @@ import yaml
 
 from tests.chat_server import Bad, completion, has_image, run_chat_server
 from tests.evaluation.answering import POLICIES, Says, evaluated, grey_sample, make_vip_bench
-from tests.toy_data import make_manifest, said
+from tests.toy_data import encode_picture, make_manifest, said
 from vipllava import cli
 from vipllava.evaluation.answerers import EndpointAnswerer, EngineSettings
 from vipllava.evaluation.asking import Protocol, ask_items
@@ -57,11 +57,25 @@ def test_no_questions(place: Path, capsys: pytest.CaptureFixture[str]):
     assert not list(place.rglob("metrics.json"))
 
 
-def test_no_image_opens(place: Path, capsys: pytest.CaptureFixture[str]):
+def write_records(place: Path, *images: bytes) -> None:
     turns = said("<image>\nWhat is <bbox0>?", "star")
     record = {"image": "a.jpg", "bboxes": [[5, 5, 40, 30]], "conversations": turns}
-    rows = [(str(n), record | {"id": str(n)}, b"no image", "jpg") for n in range(2)]
+    rows = [(str(n), record | {"id": str(n)}, image, "jpg") for n, image in enumerate(images)]
     write_shards(rows, place / "data" / "mine", check_images=False)
+
+
+def test_a_record_whose_image_is_none_is_named(place: Path, capsys: pytest.CaptureFixture[str]):
+    write_records(place, b"no image")
+    assert cli.main(EVALUATE) == 2
+    assert capsys.readouterr().err == (
+        "error: data/mine/shard-000000.tar: mine/0: 8 bytes starting with b'no image' are no "
+        "image; expected JPEG, PNG, WEBP, GIF, BMP; replace the file or remove the record\n"
+    )
+
+
+def test_no_image_opens_to_its_end(place: Path, capsys: pytest.CaptureFixture[str]):
+    image = encode_picture()
+    write_records(place, image[:-60], image[:-40])
     # No model is opened for that, either.
     assert cli.main(EVALUATE) == 2
     assert "none of 2 items has an answer: mine/0: " in capsys.readouterr().err
