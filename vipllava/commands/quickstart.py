@@ -47,7 +47,8 @@ def plan_steps(output: Path, data_root: Path, seed: int) -> dict[str, tuple[str,
     data = f"paths.data_root={data_root}"
     runs, checkpoint = f"paths.runs={output}", f"checkpoint={output}/tiny-gpt4v/export"
     train = ("train", "experiment=quickstart", runs, data, f"seed={seed}")
-    evaluate = ("evaluate", runs, data, f"seed={seed}", checkpoint)
+    # A tenth of the work less than at the default of 16, and the same answers.
+    evaluate = ("evaluate", runs, data, f"seed={seed}", checkpoint, "batch_size=64")
     every = "marks=[kept,removed,moved,recoloured]"
     return {
         "sample_data": ("sample-data", "--data-root", str(data_root)),
