@@ -176,8 +176,8 @@ def run_dir(runs: str, name: str) -> str:
     Raises ConfigError for a name that leads out of ``runs``: Hydra makes this folder before any
     other check.
     """
-    parts = PurePath(name).parts
-    if not parts or PurePath(name).is_absolute() or ".." in parts:
+    path = PurePath(str(name))  # a name of digits is a number so far; the checks say so
+    if not path.parts or path.is_absolute() or ".." in path.parts:
         raise ConfigError(
             f"name={name}: leads out of paths.runs; name a folder in it, or set paths.runs=FOLDER"
         )
