@@ -1,7 +1,7 @@
 """Training steps beside another busy process, over those alone, in one run.
 
-The tiny model's stage 2 on the CPU, with as many threads as cores. ``project`` waits for threads
-as our programs do (:func:`vipllava.processes.begin`), ``openmp`` as OpenMP does by itself: threads
+The tiny model's stage 2 on the CPU. ``project`` has threads and waits for them as our programs do
+(:func:`vipllava.processes.compute_on_cpu`), ``openmp`` as OpenMP does by itself: threads
 that are done spin, and keep a core that the thread they wait for, or another process, wants.
 ``ratio`` is the speed beside a process that spins over the speed alone; ``alone`` also tells what
 waiting costs where nobody is in the way.
@@ -72,9 +72,10 @@ def _ask(worker: subprocess.Popen[str], beside: bool) -> float:
 def work(way: str) -> None:
     """Train some steps for every line of the standard input, and print samples per second."""
     if way == "project":
-        from vipllava.processes import begin
+        from vipllava.processes import begin, compute_on_cpu
 
         begin()
+        compute_on_cpu()
     from pathlib import Path
 
     from benchmarks.train import batches, our_loss

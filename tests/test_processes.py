@@ -14,8 +14,15 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
-from vipllava.processes import RANK_VARIABLES, end_with_parent, is_first_process, shell_code
+from vipllava.processes import (
+    RANK_VARIABLES,
+    compute_on_cpu,
+    end_with_parent,
+    is_first_process,
+    shell_code,
+)
 from vipllava.training.ending import hold_signals_of_starting
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -327,3 +334,16 @@ def test_what_starts_hears_ctrl_c_when_it_has_begun():
     output, errors = started[0].communicate(timeout=BOUND_S)
     assert (output, errors.strip(), started[0].returncode) == ("True\n", "stopped by Ctrl-C", 130)
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_threads_for_computing_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", str(before))
+        compute_on_cpu.__wrapped__()
+        assert torch.get_num_threads() == before
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        compute_on_cpu.__wrapped__()
+        assert torch.get_num_threads() == before + 2
+    finally:
+        torch.set_num_threads(before)

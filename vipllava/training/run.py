@@ -16,6 +16,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.accelerators import CPUAccelerator
 from omegaconf import DictConfig, OmegaConf
 
 from vipllava.checkpoints.export_meta import ExportMeta, code_version
@@ -25,7 +26,7 @@ from vipllava.config.hardware import free_shm
 from vipllava.models import attention
 from vipllava.models.building import ModelSpec, image_seq_length
 from vipllava.models.hub_models import draw_bars_on_terminals_only
-from vipllava.processes import end_with_parent, is_first_process, naming_parent
+from vipllava.processes import compute_on_cpu, end_with_parent, is_first_process, naming_parent
 from vipllava.shards.manifest import Manifest
 from vipllava.training import restart
 from vipllava.training.callbacks import ExportCallback, StartLog
@@ -108,6 +109,8 @@ def _train(cfg: DictConfig) -> Path:
     trainer = partial(cfg.trainer)(
         logger=_loggers(cfg, start), callbacks=callbacks, plugins=_plugins(cfg)
     )
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.world_size == 1:
+        compute_on_cpu()
 
     logger.info("training stage %s of %s into %s", cfg.stage.name, cfg.model.name, cfg.run_dir)
     with warnings.catch_warnings():
