@@ -10,6 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from vipllava.files.pools import run_jobs
+from vipllava.processes import compute_on_cpu
 from vipllava.types import ConfigError, Failure, Request, VipLlavaError
 
 if TYPE_CHECKING:
@@ -174,4 +175,7 @@ def make_answerer(
     number = find_num_processes(settings.device) if num_processes is None else num_processes
     if number > 1:
         return EnginePool(settings, number, max_new_tokens, batch_size)
-    return EngineAnswerer(settings.open(), max_new_tokens, batch_size)
+    engine = settings.open()
+    if engine.device.type == "cpu":
+        compute_on_cpu()
+    return EngineAnswerer(engine, max_new_tokens, batch_size)
