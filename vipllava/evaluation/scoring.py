@@ -46,13 +46,19 @@ def _scored(each: Prediction, figures: dict[str, Callable[[Prediction], float]])
 
 
 def exact(prediction: Prediction) -> float:
-    """Return 1 if the whole answer is the right one, case aside: ``A.`` is not ``A``."""
-    return float(is_exact_match(prediction.answer or "", str(prediction.ground_truth)))
+    """Return 1 if the whole answer is a right one, case aside: ``A.`` is not ``A``."""
+    return _any_of(prediction, is_exact_match)
 
 
 def lenient(prediction: Prediction) -> float:
     """Return 1 if the words are those of the right answer, punctuation aside."""
-    return float(is_lenient_match(prediction.answer or "", str(prediction.ground_truth)))
+    return _any_of(prediction, is_lenient_match)
+
+
+def _any_of(prediction: Prediction, match: Callable[[str, str], bool]) -> float:
+    """Return 1 if one of the right answers, which ``<OR>`` separates, matches."""
+    answer, truths = prediction.answer or "", str(prediction.ground_truth).split(OR)
+    return float(any(match(answer, truth) for truth in truths))
 
 
 def letter(prediction: Prediction) -> float:
@@ -127,4 +133,4 @@ def check_score(name: str) -> None:
         try:
             check_metrics(["cider", "meteor"])
         except VipLlavaError as error:
-            raise VipLlavaError(f"score={name}: {error}: score=cider") from None
+            raise VipLlavaError(f"score={name}: {error}, by score=cider") from None

@@ -41,8 +41,10 @@ def _plain(found: Estimate) -> dict[str, Any]:
     } | ({} if why is None else {"why_no_interval": why})  # fmt: skip
 
 
-def score_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
+def score_of(predictions: Sequence[Prediction], among: Sequence[Prediction] = ()) -> dict[str, Any]:
     """Return the mean score, see :func:`estimated`, counts, and of other figures each.
+
+    ``among``, those that they are a group of, tell whether the scores end at 1.
 
     Those are in ``more``, by name; a figure with ``sums`` is the function of these that
     :data:`.scoring.STATISTICS` has, not the mean of its items. ``num_failures`` have no
@@ -59,7 +61,8 @@ def score_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
             continue
         figures = [each.more[name] for each in having]
         more[name] = estimated(figures, _images(having), bounds_of(figures))
-    return estimated(values, _images(scored), bounds_of(values)) | {
+    bounds = bounds_of(each.score for each in among or scored if each.score is not None)
+    return estimated(values, _images(scored), bounds) | {
         "num_failures": len(predictions) - len(values), "num_empty": num_empty(predictions),
         "more": more,
     }  # fmt: skip
@@ -100,7 +103,7 @@ def summarise(predictions: Sequence[Prediction], chance: float | None = None) ->
         failed = [each for each in own if each.failure is not None][:_LISTED]
         markings[marks] = {
             **score_of(own),
-            "groups": {name: score_of([e for e in own if name in e.groups]) for name in names},
+            "groups": {name: score_of([e for e in own if name in e.groups], own) for name in names},
             "failures": {each.key: each.failure for each in failed},
         }
         if runs := run_scores(own):
@@ -116,7 +119,8 @@ def faithfulness(predictions: Sequence[Prediction], chance: float | None = None)
 
     Returns:
         ``follows``: the share of items that are right with the marks kept and right with them
-        moved, where another answer is. A model that never looks says the same to both: zero.
+        moved, where another answer is, and said otherwise: to name every object would be right
+        twice. A model that never looks says the same to both: zero.
         ``gap``: how far the score falls with the marks removed, which leaves ``left`` of it, beside
         ``chance``. ``stays``: the share of the right ones that are right when recoloured, too.
     """
@@ -125,6 +129,7 @@ def faithfulness(predictions: Sequence[Prediction], chance: float | None = None)
         if each.score is not None:
             scores[each.marks][each.key] = each.score
     image = {each.key: each.image for each in predictions}
+    said = {(each.marks, each.key): (each.answer or "").strip().casefold() for each in predictions}
     kept, found = scores["kept"], dict[str, Any]()
 
     def pairs(marks: str) -> dict[str, tuple[float, float]]:
@@ -134,7 +139,12 @@ def faithfulness(predictions: Sequence[Prediction], chance: float | None = None)
         return estimated([float(each) for each in right.values()], [image[key] for key in right])
 
     if both := pairs("moved"):
-        found["follows"] = share({key: min(pair) >= 1 for key, pair in both.items()})
+        found["follows"] = share(
+            {
+                key: min(pair) >= 1 and said["kept", key] != said["moved", key]
+                for key, pair in both.items()
+            }
+        )
     if both := pairs("removed"):
         falls = [first - second for first, second in both.values()]
         found["gap"] = estimated(falls, [image[key] for key in both], bounds=None)

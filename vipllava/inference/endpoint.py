@@ -295,7 +295,8 @@ class Connection:
         if self._failed_in_a_row >= _MOST_IN_A_ROW:
             raise EndpointError(
                 f"{self.settings.base_url}: {_MOST_IN_A_ROW} questions in a row are not answered; "
-                f"the last one: {reason}. What was answered before is kept"
+                f"the last one: {reason}. What was answered before is kept: see that base_url is a "
+                f"server that runs and has the model {self.settings.model}, then start again"
             )
         return Failure(reason)
 
