@@ -160,6 +160,29 @@ def test_different_judges_are_refused_unless_allowed():
     assert compare([first, again]).settings == {"judge.seed": [1, 2]}
 
 
+def test_different_metrics_are_refused():
+    exact = evaluated("a", [0, 0], **{"bench.score": "exact"})
+    offline = evaluated("b", [1, 1], **{"bench.score": "offline"})
+    message = (
+        r"different metrics do not compare(.|\n)*b anew: its command with bench\.score=exact and "
+        r"name=NEW_NAME\n  a: metric=-, bench\.score=exact\n  b: .*bench\.score=offline"
+    )
+    with pytest.raises(VipLlavaError, match=message):
+        compare([exact, offline], allow_different_judges=True)
+    with pytest.raises(VipLlavaError, match=r"c: metric=-, bench\.score=offline"):
+        compare([exact, exact, replace(offline, folder=Path("c"))])
+    judged = evaluated("b", [1, 1], **{"bench.score": "judge", "judge.model": "big"})
+    with pytest.raises(VipLlavaError, match=r"different metrics .*(.|\n)*bench\.score=judge"):
+        compare([exact, judged], allow_different_judges=True)
+    accuracy, share = (replace(evaluated("a", [1]), metric=name) for name in ("accuracy", "share"))
+    with pytest.raises(VipLlavaError, match=r"a: metric=accuracy, .*\n  a: metric=share"):
+        compare([accuracy, share])
+    assert compare([exact, exact]).settings == {}
+    # The metric of what was graded is its judge's name: one may have several.
+    named = [replace(judged, metric=name) for name in ("graded by big", "graded by also-big")]
+    assert compare(named).settings == {}
+
+
 def test_scores_without_an_upper_end():
     """CIDEr of a caption may be 10."""
     first, other = evaluated("a", [0.5, 3.0, 0.0]), evaluated("b", [1.0, 2.0, 0.0])
@@ -174,7 +197,9 @@ def test_an_evaluation_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(VipLlavaError, match=r"there is no .*metrics.json: name the folder"):
         read_evaluation(tmp_path)
     metrics = tmp_path / "metrics.json"
-    metrics.write_text('{"bench": "v7w", "settings": {"seed": 1, "judge": {"model": "m"}}}')
+    metrics.write_text(
+        '{"bench": "v7w", "metric": "share", "settings": {"seed": 1, "judge": {"model": "m"}}}'
+    )
     with pytest.raises(VipLlavaError, match=r"predictions.jsonl has no items with their marks"):
         read_evaluation(tmp_path)
     items = evaluated("a", [0.5, None]).items
@@ -182,6 +207,7 @@ def test_an_evaluation_that_cannot_be_read(tmp_path: Path):
     (tmp_path / "predictions.jsonl").write_text(jsonl([lenient.row(), items["q1"].row()]))
     found = read_evaluation(tmp_path)
     assert found.settings == {"seed": 1, "judge.model": "m"}
+    assert found.metric == "share"
     assert [each.score for each in found.items.values()] == [0.5, None]
     assert [each.score for each in read_evaluation(tmp_path, "lenient").items.values()] == [1, None]
     with pytest.raises(VipLlavaError, match=r"has no cider; it has score, lenient"):

@@ -128,6 +128,18 @@ def test_a_prompt_of_nothing_is_an_error(tmp_path: Path, text: str):
         ("1.0 |", 1.0),
         (".5", 0.5),
         ("0.3 because", 0.3),
+        ("0.5 of the parts", 0.5),
+        ("1 outcome", 1.0),
+        ("1 out of 10", None),  # parts of another number
+        ("1 Out  of ten", None),
+        ("1 of 10", None),
+        ("1 / 10", None),
+        ("1 /10", None),
+        ("1/10", None),
+        ("1 %", None),
+        ("0 . 8", None),
+        ("0 .8", None),
+        ("0 , 8", None),
         ("", None),
         ("0.", None),  # the beginning of any verdict
         ("1.", None),
@@ -149,7 +161,17 @@ def test_a_verdict_is_the_first_word_as_a_number_from_0_to_1(text: str, verdict:
 
 
 @pytest.mark.parametrize(
-    ("text", "verdict"), [("0", None), ("1", None), ("0.5", 0.5), ("0 ", None), ("1 |", 1.0)]
+    ("text", "verdict"),
+    [
+        ("0", None),
+        ("1", None),
+        ("0.5", 0.5),
+        ("0 ", None),
+        ("1 |", 1.0),
+        ("0 .", None),
+        ("1 out", None),
+        ("1 out of", None),
+    ],
 )
 def test_a_whole_number_that_was_cut_may_be_the_beginning_of_another(
     text: str, verdict: float | None

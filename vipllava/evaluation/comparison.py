@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from vipllava.evaluation.bench import Prediction
-from vipllava.evaluation.journal import METRICS, predictions_path, read_predictions
+from vipllava.evaluation.journal import (
+    METRICS,
+    by_dotted_names,
+    predictions_path,
+    read_predictions,
+)
 from vipllava.evaluation.statistics import (
     LEVEL,
     Estimate,
@@ -27,6 +32,7 @@ _SAME_JUDGE: Final = tuple(
     f"judge.{name}" for name in ("base_url", "seed", "runs", "reported", "prompt_source")
 )
 """Settings of a judge that leave it the same one: its model, with the same prompt."""
+_SCORE: Final = "bench.score"
 _UNSET: Final = "-"
 
 
@@ -38,6 +44,12 @@ class Evaluated:
     bench: str
     settings: Mapping[str, Any]  # by dotted names, e.g. ``judge.model``
     items: Mapping[str, Prediction]  # by key; their score is what is compared
+    metric: str | None = None  # what the score is; None: not known
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether a judge gave the scores."""
+        return any(name.startswith("judge.") for name in self.settings)
 
 
 def read_evaluation(folder: Path, score: str = "score") -> Evaluated:
@@ -76,18 +88,9 @@ def read_evaluation(folder: Path, score: str = "score") -> Evaluated:
         if score not in known:
             raise VipLlavaError(f"{path} has no {score}; it has {', '.join(('score', *known))}")
         items = {key: replace(each, score=each.more.get(score)) for key, each in items.items()}
-    return Evaluated(folder, bench, _flat(cast("dict[str, Any]", settings)), items)
-
-
-def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Return a nested object by dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            found |= _flat(cast("dict[str, Any]", value), f"{above}{name}.")
-        else:
-            found[f"{above}{name}"] = value
-    return found
+    metric = None if (given := fields.get("metric")) is None else str(given)
+    settings = by_dotted_names(cast("dict[str, Any]", settings))
+    return Evaluated(folder, bench, settings, items, metric)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +159,14 @@ def compare(
         seed: of the resampling.
 
     Raises:
-        VipLlavaError: benchmarks, items or judges differ; the message names them.
+        VipLlavaError: benchmarks, metrics, items or judges differ; the message names them.
     """
     if len(evaluations) < 2:
         raise VipLlavaError("one evaluation cannot be compared; name two folders or more")
     first, *others = evaluations
     settings = _different_settings(evaluations)
+    for other in others:
+        _check_metrics(first, other)
     _check_judges(evaluations, settings, allowed=allow_different_judges)
     comparisons = [_compare_two(first, other, common, seed) for other in others]
     rows = [row for each in comparisons for row in each.groups.values()]
@@ -180,11 +185,6 @@ def compare(
 
 
 def _compare_two(first: Evaluated, other: Evaluated, common: bool, seed: int) -> Comparison:
-    if first.bench != other.bench:
-        raise VipLlavaError(
-            f"{first.folder} is of the benchmark {first.bench}, {other.folder} of {other.bench}; "
-            "compare evaluations of one benchmark"
-        )
     only_first = [key for key in first.items if key not in other.items]
     only_other = [key for key in other.items if key not in first.items]
     if (only_first or only_other) and not common:
@@ -243,6 +243,31 @@ def _check_items(
                 f"{_named(keys)} differ in `{name}` between {first.folder} and {other.folder}: the "
                 "benchmark's data has changed; evaluate both on the same data"
             )
+
+
+def _check_metrics(first: Evaluated, other: Evaluated) -> None:
+    if first.bench != other.bench:
+        raise VipLlavaError(
+            f"{first.folder} is of the benchmark {first.bench}, {other.folder} of {other.bench}; "
+            "compare evaluations of one benchmark"
+        )
+    differ = first.settings.get(_SCORE, _UNSET) != other.settings.get(_SCORE, _UNSET)
+    # What a judge has graded is called after it, and the check of judges says more about that.
+    if not (first.is_judged or other.is_judged) and None not in (first.metric, other.metric):
+        differ = differ or first.metric != other.metric
+    if not differ:
+        return
+    score = first.settings.get(_SCORE)
+    how = f"its command with {_SCORE}={score} and" if score else "with the metric of the first, and"
+    listing = "\n  ".join(
+        f"{each.folder}: metric={each.metric or _UNSET}, "
+        f"{_SCORE}={each.settings.get(_SCORE, _UNSET)}"
+        for each in (first, other)
+    )
+    raise VipLlavaError(
+        "scores of different metrics do not compare, whatever the answers are. Evaluate "
+        f"{other.folder} anew: {how} name=NEW_NAME\n  {listing}"
+    )
 
 
 def _check_judges(

@@ -26,6 +26,8 @@ from vipllava.types import Failure, VipLlavaError
 REMINDER: Final = "\nWrite the number for the last cell and nothing else: "
 _DECIMALS: Final = 1
 _NUMBER: Final = re.compile(r"[01]|[01]?\.[0-9]+")
+_GOES_ON: Final = re.compile(r"/|%|out(?:\s+of\b|$)|of\s+[0-9]|[.,]\s*(?:[0-9]|$)", re.I)
+"""Behind a number that is a part of another one: ``1 / 10``, ``1 out of 10``, ``0 . 8``."""
 
 _OURS: Final = """\
 You grade answers about images without seeing them. Each row of the table below has a question, \
@@ -92,10 +94,12 @@ def read_correctness(reply: Reply) -> float | None:
     """Return the number at the start of a reply, or None if there is none from 0 to 1.
 
     A reply that the limit of tokens has cut may be the start of another number: ``0`` and ``0.``
-    of 0.5 are none.
+    of 0.5 are none. Neither are numbers that are a part of another one: ``1`` of ``1 out of 10``.
     """
     words = reply.text.split()
     if not words or not _NUMBER.fullmatch(words[0]) or float(words[0]) > 1:
+        return None
+    if _GOES_ON.match(" ".join(words[1:])):
         return None
     if reply.finish_reason == "length" and len(words) == 1 and "." not in words[0]:
         return None

@@ -8,18 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from vipllava.evaluation.bench import Marks, Prediction
-from vipllava.evaluation.journal import METRICS, predictions_path, read_predictions, read_settings
+from vipllava.evaluation.journal import (
+    METRICS,
+    by_dotted_names,
+    predictions_path,
+    read_predictions,
+    read_settings,
+)
 from vipllava.types import VipLlavaError
 
 
-def joined_settings(folders: Mapping[str, Path]) -> dict[str, Any]:
-    """Return the settings that evaluations of several benchmarks have in common.
+def joined_settings(folders: Mapping[str, Path], job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a job and the evaluations that it joins have in common.
 
     Args:
         folders: of the evaluations, by benchmark.
+        job: what the answers would depend on if the job asked them itself.
 
     Raises:
-        VipLlavaError: one is not there, or they were made with different settings; names them.
+        VipLlavaError: an evaluation is not there, or was made with other settings than the job's:
+            names each with both values.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
@@ -29,17 +37,33 @@ def joined_settings(folders: Mapping[str, Path]) -> dict[str, Any]:
                 f"bench=[{','.join(folders)}] with the same checkpoint and paths.runs first"
             )
         found[name] = read_settings(folder)
-    first, *others = found.values()
-    for other in others:
-        names = [n for n in {**first, **other} if n != "bench" and first.get(n) != other.get(n)]
-        if names:
-            raise VipLlavaError(
-                f"{' and '.join(map(str, folders.values()))} differ in {', '.join(names)}: "
-                "evaluate both with the same settings"
-            )
-    return {"bench": {name: each["bench"] for name, each in found.items()}} | {
-        name: value for name, value in first.items() if name != "bench"
-    }
+    wanted = json.loads(json.dumps(job))
+    differ = {folders[name]: _differences(each, wanted) for name, each in found.items()}
+    if any(differ.values()):
+        listing = "\n  ".join(f"{folder}: {'; '.join(of)}" for folder, of in differ.items() if of)
+        raise VipLlavaError(
+            "the answers to join were given with other settings than this job's: pass the settings "
+            f"that they have, or evaluate bench=[{','.join(folders)}] with this job's and "
+            f"name=NEW_NAME first, and join with that name\n  {listing}"
+        )
+    return {**wanted, "bench": {name: each["bench"] for name, each in found.items()}}
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return what differs, ``bench`` aside: that names the task and how it is read."""
+    a, b = (
+        by_dotted_names({name: value for name, value in of.items() if name != "bench"})
+        for of in (found, wanted)
+    )
+    return [
+        f"{name}={_shown(a, name)}, now {_shown(b, name)}"
+        for name in {**a, **b}
+        if _shown(a, name) != _shown(b, name)
+    ]
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    return json.dumps(settings[name], ensure_ascii=False) if name in settings else "not set"
 
 
 def join(folders: Mapping[str, Path], marks: Marks) -> list[Prediction]:

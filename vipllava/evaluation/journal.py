@@ -121,6 +121,17 @@ def _whole_lines(file: IO[bytes]) -> int:
     return sum(len(line) for line in file if line.endswith(b"\n"))
 
 
+def by_dotted_names(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return the values of nested settings as a command line names them: ``perturb.jitter``."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            found |= by_dotted_names(cast("dict[str, Any]", value), f"{above}{name}.")
+        else:
+            found[f"{above}{name}"] = value
+    return found
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return what the answers in a folder depend on.
 

@@ -174,13 +174,13 @@ def _evaluate(cfg: DictConfig, run_dir: Path, opened: dict[str, _Answerers]) -> 
     bench, options = _open_bench(cfg)
     began, judge = time.monotonic(), _find_judge(cfg)
     items, protocol = iter(()), None
+    data = replace(_bench_data(cfg, options), judge=judge)
+    settings = _settings(cfg, data)
     if bench.joins:
         folders = {name: run_dir.parent / name for name in bench.joins}
-        settings = joined_settings(folders)
+        settings = joined_settings(folders, settings)
         scored = [each for marks in find_marks(cfg) for each in join(folders, marks)]
     else:
-        data = replace(_bench_data(cfg, options), judge=judge)
-        settings = _settings(cfg, data)
         items, protocol = bench.items(data), _protocol(cfg, bench, data)
         scored = _ask(cfg, bench, data, protocol, Journal(run_dir, settings), opened)
     kept = [each for each in scored if each.marks == "kept"]
