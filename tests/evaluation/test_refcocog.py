@@ -60,7 +60,8 @@ def official_files(root: Path) -> None:
     annotations = [
         {
             "id": 100 + region, "image_id": image, "category_id": 1, "area": 1.0,
-            "bbox": [10.0 + 60 * (region - 7), 10.0, 40.0, 30.0 + region], "iscrowd": int(region == 9),
+            "bbox": [10.0 + 60 * (region - 7), 10.0, 40.0, 30.0 + region],
+            "iscrowd": int(region == 9),
             "segmentation": {"size": [1, 1], "counts": [1]} if region == 9 else [POLYGON],
         }
         for region, _, image, _ in REGIONS

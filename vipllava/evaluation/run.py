@@ -175,6 +175,8 @@ def _evaluate(cfg: DictConfig, run_dir: Path, opened: dict[str, _Answerers]) -> 
     began, judge = time.monotonic(), _find_judge(cfg)
     items, protocol = iter(()), None
     data = replace(_bench_data(cfg, options), judge=judge)
+    if data.manifest.made_by is not None:
+        bench = replace(bench, published=())  # those are of other items than the sample's
     settings = _settings(cfg, data)
     if bench.joins:
         folders = {name: run_dir.parent / name for name in bench.joins}
