@@ -108,6 +108,22 @@ def test_other_settings_are_refused_by_name(tmp_path: Path):
         Journal(tmp_path / "old", {"seed": 1})
 
 
+def test_answers_of_another_marking_are_refused(tmp_path: Path):
+    evaluated(REGIONS, items(2), echo, tmp_path, ("kept", "removed"))
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(path.with_name("predictions-removed.jsonl").read_text())
+    with pytest.raises(VipLlavaError) as error:
+        evaluated(REGIONS, items(2), echo, tmp_path, ("kept", "removed"))
+    assert str(error.value) == (
+        f"{path}:1: marks is removed, which predictions-removed.jsonl holds; this file holds kept: "
+        "restore the file, or delete it to have its items asked again"
+    )
+    path.unlink()
+    model = Says(echo)
+    evaluated(REGIONS, items(2), model, tmp_path, ("kept", "removed"))
+    assert keys(model) == ["toy/0", "toy/1"]
+
+
 def test_two_items_of_one_key_are_refused(tmp_path: Path):
     with pytest.raises(RecordError, match="two items have the key toy/0; each needs one of its"):
         evaluated(REGIONS, [*items(2), *items(1)], echo, tmp_path)

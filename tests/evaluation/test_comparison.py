@@ -130,6 +130,13 @@ def test_an_item_that_is_another_one_is_refused(changed: dict[str, Any]):
         compare([first, Evaluated(Path("b"), "v7w", {}, items)], common=True)
 
 
+def test_answers_that_mention_marks_are_worded_as_they_were_asked():
+    first, other = evaluated("a", [1], encoding="overlay"), evaluated("b", [1], encoding="crop")
+    items = {"q0": replace(other.items["q0"], ground_truth="shown in image 2")}
+    (comparison,) = compare([first, replace(other, items=items)]).comparisons
+    assert comparison.total.first.num_items == 1
+
+
 def test_groups_are_those_that_items_have_in_both():
     """Shapes, e.g., follow from the marks and not from the item."""
     first, other = evaluated("a", [1, 0]), evaluated("b", [1, 0])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from tests.evaluation.answering import POLICIES, grey_image, is_plain
+from vipllava.evaluation.asking import Protocol, prepared
 from vipllava.evaluation.bench import Item, Marks, Moved
-from vipllava.evaluation.encodings import Coordinates, check_encoding, encode_item
+from vipllava.evaluation.encodings import Coordinates, Encoding, check_encoding, encode_item
 from vipllava.evaluation.marking import mark_item
 from vipllava.records.image_decode import decode_image
 from vipllava.types import ConfigError, DraftTurn, Mention, Region, Request, Sample
 
+BOTH: tuple[Marks, ...] = ("kept", "moved")
 IMAGE = decode_image(grey_image(), "k")
 REGIONS = (Region((4, 12, 20, 36)), Region((32, 0, 64, 48)))
 
@@ -77,6 +81,64 @@ def test_numbers_are_drawn_in_the_middle_of_their_regions():
     removed = request("removed", encoding="set_of_mark")
     assert is_plain(removed.image)
     assert removed.turns == found.turns
+
+
+@pytest.mark.parametrize(
+    ("encoding", "question", "kept", "moved"),
+    [
+        (
+            "coordinates",
+            "Which is larger, within the box [4, 12, 20, 36] or within the box [32, 0, 64, 48]?",
+            "The one within the box [32, 0, 64, 48].",
+            "The one within the box [32, 0, 64, 48].",
+        ),
+        (
+            "set_of_mark",
+            "Which is larger, marked with the number 1 or marked with the number 2?",
+            "The one marked with the number 2.",
+            "The one marked with the number 1.",
+        ),
+        (
+            "crop",
+            "Which is larger, shown in image 2 or shown in image 3?",
+            "The one shown in image 3.",
+            "The one shown in image 2.",
+        ),
+    ],
+)
+def test_an_answer_that_mentions_a_mark_is_told_as_its_question(
+    encoding: Encoding, question: str, kept: str, moved: str
+):
+    item = which_is_larger()
+    told = [row for row, _ in prepared(item, Protocol(POLICIES, 1, encoding=encoding), BOTH)]
+    assert [row.ground_truth for row in told] == [kept, moved]
+    assert told[0].question == question
+    given = replace(item, ground_truth="the right one")
+    (row, _), *_ = prepared(given, Protocol(POLICIES, 1, encoding=encoding), ("kept",))
+    assert row.ground_truth == "the right one"
+
+
+def test_drawn_marks_name_the_answer_as_the_question_does():
+    """Moved marks keep their words: of the two in the question the answer has the other one."""
+    never = {"refcocog": replace(POLICIES["refcocog"], article_rate=0.0)}
+    kept, moved = (row for row, _ in prepared(which_is_larger(), Protocol(never, 1), BOTH))
+    assert kept.question == moved.question
+    first, second = kept.question.removeprefix("Which is larger, ").removesuffix("?").split(" or ")
+    assert kept.ground_truth == f"The one {second}."
+    assert moved.ground_truth == f"The one {first}."
+    same = replace(which_is_larger(), moved=(Moved(REGIONS[::-1], the_one(1)),))
+    assert len(list(prepared(same, Protocol(never, 1), BOTH))) == 1  # no other answer is right
+
+
+def the_one(mark: int) -> DraftTurn:
+    return DraftTurn("assistant", ("The one ", Mention(mark), "."))
+
+
+def which_is_larger() -> Item:
+    parts = ("Which is larger, ", Mention(0), " or ", Mention(1), "?")
+    turns = (DraftTurn("user", parts, has_image=True), the_one(1))
+    sample = Sample("k", "toy", grey_image(), REGIONS, turns, "refcocog")
+    return Item("toy/k", sample, moved=(Moved(REGIONS[::-1], the_one(0)),))
 
 
 def test_crops_stand_behind_the_image():

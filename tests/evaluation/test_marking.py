@@ -129,6 +129,20 @@ def test_places_are_those_of_the_record_or_of_the_same_question_elsewhere(tmp_pa
         list(items_of(bad))
 
 
+def test_a_place_may_have_an_answer_that_mentions_a_mark(tmp_path: Path):
+    boxes = [[5, 5, 30, 40], [35, 5, 60, 20]]
+
+    def conversation(mark: int) -> Any:
+        return said("<image>\nWhich is larger, <bbox0> or <bbox1>?", f"<bbox{mark}>")
+
+    others = [{"bboxes": boxes[::-1], "conversations": conversation(1)}]
+    given = {"id": "a", "image": "x.jpg", "bboxes": boxes, "conversations": conversation(0)}
+    write_shards([("a", {**given, "others": others}, encode_picture(), "jpg")], tmp_path / "toy")
+    (found,) = items_of(BenchData(make_manifest(), tmp_path, POLICIES, marks=("moved",)))
+    (place,) = found.moved
+    assert place.ground_truth == DraftTurn("assistant", (Mention(1),))
+
+
 def test_what_a_model_that_reads_marks_does_and_one_that_never_looks(tmp_path: Path):
     def read(request: Request) -> str:
         assert request.image is not None

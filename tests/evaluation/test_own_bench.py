@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +72,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Reader:
     """Reads every sign as SHOP, once it may."""
 
+    device = SimpleNamespace(type="none")  # it computes nothing, so that no threads are set
     num_answers = 99
 
     def answer(self, requests: list[Any], **settings: Any) -> list[str]:
@@ -156,6 +158,47 @@ def test_answers_to_other_images_are_not_mixed(place: Path, monkeypatch: pytest.
     run_evaluation(job(*common, "perturb.jpeg_quality=50", "name=fifty", folder=place))
     settings = json.loads((place / "runs" / "fifty" / "settings.json").read_text())
     assert settings["perturb"]["jpeg_quality"] == 50
+
+
+@pytest.mark.parametrize(
+    ("field", "before", "now"),
+    [
+        ("policy", "auto", "refcocog"),
+        ("record_kind", "regions", "auto"),
+        ("apply_exif_orientation", True, False),
+    ],
+)
+def test_a_manifest_that_makes_other_items_of_the_data_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, field: str, before: Any, now: Any
+):
+    monkeypatch.setattr(Engine, "from_checkpoint", lambda *_, **__: Reader())
+    common = ("checkpoint=x", f"paths.data_root={place / 'data'}")
+    run_evaluation(job(*common, folder=place))
+    path = place / "my_signs.yaml"
+    manifest = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(manifest | {"notes": "read by nobody"}))
+    run_evaluation(job(*common, folder=place))
+    path.write_text(yaml.safe_dump(manifest | {field: now}))
+    with pytest.raises(VipLlavaError) as error:
+        run_evaluation(job(*common, folder=place))
+    assert "holds answers with other settings (manifest: {" in str(error.value)
+    assert f"'{field}': {before!r}" in str(error.value).partition(", now ")[0]
+    assert f"'{field}': {now!r}" in str(error.value).partition(", now ")[2]
+
+
+@pytest.mark.parametrize("source", ["base", "vision_tower"])
+def test_other_weights_of_the_same_name_are_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, source: str
+):
+    monkeypatch.setattr(Engine, "from_checkpoint", lambda *_, **__: Reader())
+    (place / "tensors").mkdir()
+    weights = place / "tensors" / "model.safetensors"
+    weights.write_bytes(b"first")
+    common = ("checkpoint=x", f"paths.data_root={place / 'data'}", f"{source}=tensors")
+    run_evaluation(job(*common, folder=place))
+    weights.write_bytes(b"other")
+    with pytest.raises(VipLlavaError, match=rf"other settings \({source}_digest: '\w+', now '\w+'"):
+        run_evaluation(job(*common, folder=place))
 
 
 def test_a_second_evaluation_into_one_folder_is_refused(place: Path):

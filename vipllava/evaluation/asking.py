@@ -13,7 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from vipllava.evaluation.bench import Answerer, Item, Marks, Prediction
-from vipllava.evaluation.encodings import Coordinates, Encoding, encode_item
+from vipllava.evaluation.encodings import Coordinates, Encoding, encode_item, encode_truth
 from vipllava.evaluation.journal import Journal, predictions_path
 from vipllava.evaluation.marking import check_regions, mark_item
 from vipllava.evaluation.perturbation import UNCHANGED, Perturbation
@@ -142,6 +142,7 @@ def prepared(
                 protocol.resize,
             )  # fmt: skip
             request = protocol.perturb.compress(request)
+            truth = encode_truth(image, marked, protocol.encoding, protocol.coordinates)
         except RecordError as error:
             yield prediction.failed(str(error)), None
             continue
@@ -150,7 +151,7 @@ def prepared(
             replace(
                 prediction,
                 question=request.turns[-1].text,
-                ground_truth=marked.ground_truth,
+                ground_truth=truth,
                 groups=(*item.groups, *shapes),
             ),
             request,

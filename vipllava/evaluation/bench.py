@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast, get_args
 
 from vipllava.inference.endpoint import Reply
-from vipllava.types import ConfigError, Failure, Region, Request, Sample, VipLlavaError
+from vipllava.types import (
+    ConfigError,
+    DraftTurn,
+    Failure,
+    Region,
+    Request,
+    Sample,
+    VipLlavaError,
+)
 
 if TYPE_CHECKING:
     from vipllava.evaluation.correctness import Grader
@@ -45,7 +53,8 @@ class Moved:
     """Where else the marks of an item can go."""
 
     regions: tuple[Region, ...]  # as many as the item's, in its order
-    ground_truth: Any  # the right answer then
+    # The right answer then; a draft is worded as the question is, because it names marks.
+    ground_truth: Any | DraftTurn
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +183,12 @@ class Answerer(Protocol):
         ...
 
 
+_READ_BY: Final = (
+    "name", "format", "record_kind", "kind_module", "policy", "apply_exif_orientation",
+)  # fmt: skip
+"""Of a manifest: the name is part of every random key, the others make samples of the content."""
+
+
 @dataclass(frozen=True, slots=True)
 class BenchData:
     """What a benchmark reads its items from."""
@@ -206,6 +221,11 @@ class BenchData:
         from vipllava.checkpoints.folders import content_digest
 
         return content_digest(self.folder)
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What of the manifest decides how the data are read, which its content does not show."""
+        return {name: getattr(self.manifest, name) for name in _READ_BY}
 
     def samples(self, record_kind: str | RecordKind | None = None) -> Iterator[Sample]:
         """Yield the first ``limit`` samples in shard order: no shuffling, no substitutes."""

@@ -237,7 +237,14 @@ def _correct(rows: Sequence[Row]) -> list[Row]:
 def _check_items(
     first: Evaluated, other: Evaluated, pairs: Sequence[tuple[Prediction, Prediction]]
 ) -> None:
-    for name in ("image", "ground_truth"):  # groups may follow from the marks, as shapes
+    names = {**first.settings, **other.settings}
+    told_alike = all(
+        first.settings.get(name) == other.settings.get(name)
+        for name in names
+        if name.partition(".")[0] in ("encoding", "coordinates")
+    )
+    # Groups may follow from the marks, as shapes; answers that mention a mark are worded as asked.
+    for name in ("image", "ground_truth") if told_alike else ("image",):
         if keys := [a.key for a, b in pairs if getattr(a, name) != getattr(b, name)]:
             raise VipLlavaError(
                 f"{_named(keys)} differ in `{name}` between {first.folder} and {other.folder}: the "

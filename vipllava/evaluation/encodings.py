@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vipllava.evaluation.bench import ALL_MARKS, Marks
 from vipllava.evaluation.marking import MarkedItem
-from vipllava.types import BBox, ConfigError, Region, Request, Turn
+from vipllava.types import BBox, ConfigError, DraftTurn, Region, Request, Turn
 from vipllava.visual_prompts.render import render_plan
 
 Encoding = Literal["overlay", "coordinates", "set_of_mark", "crop"]
@@ -143,34 +143,50 @@ def encode_item(
         if resize is not None and drawn.size != resize:
             drawn = drawn.resize(resize, Image.Resampling.BICUBIC)
         return Request(drawn, marked.turns, key)
+    words = _words(regions, image.size, encoding, coordinates)
+    drafts = marked.sample.turns[: len(marked.turns)]
+    turns = tuple(Turn(each.role, _text(each, words), each.has_image) for each in drafts)
     if encoding == "coordinates":
-        convention = coordinates or Coordinates()
-
-        size = image.size
-
-        def in_numbers(index: int) -> str:
-            return convention.tell(regions[index].bbox_xyxy, size)
-
-        return Request(image, _worded(marked, in_numbers), key)
+        return Request(image, turns, key)
     if encoding == "set_of_mark":
         drawn = _numbered(image, regions) if marked.plan.prompts else image
-        turns = _worded(marked, lambda index: f"marked with the number {index + 1}")
         return Request(drawn, turns, key)
-    crops = tuple(_crop(image, region) for region in regions)
-    return Request(image, _worded(marked, lambda i: f"shown in image {i + 2}"), key, crops)
+    return Request(image, turns, key, tuple(_crop(image, region) for region in regions))
 
 
-def _worded(marked: MarkedItem, words: Callable[[int], str]) -> tuple[Turn, ...]:
-    """Write the turns with other words for every mention."""
-    drafts = marked.sample.turns[: len(marked.turns)]
-    return tuple(
-        Turn(
-            draft.role,
-            "".join(p if isinstance(p, str) else words(p.region) for p in draft.parts),
-            draft.has_image,
-        )
-        for draft in drafts
-    )
+def encode_truth(
+    image: Image.Image | None,
+    marked: MarkedItem,
+    encoding: Encoding = "overlay",
+    coordinates: Coordinates | None = None,
+) -> object:
+    """Return the ground truth in the words of the request: a model can repeat no others.
+
+    One that mentions no mark stays as it is; for the arguments see :func:`encode_item`.
+    """
+    regions = marked.sample.regions
+    if marked.answer is None or image is None or encoding == "overlay" or not regions:
+        return marked.ground_truth
+    return _text(marked.answer, _words(regions, image.size, encoding, coordinates))
+
+
+def _words(
+    regions: Sequence[Region],
+    size: tuple[int, int],
+    encoding: Encoding,
+    coordinates: Coordinates | None,
+) -> Callable[[int], str]:
+    """Return what says the words of a region by its number, of an encoding that is no overlay."""
+    if encoding == "coordinates":
+        convention = coordinates or Coordinates()
+        return lambda index: convention.tell(regions[index].bbox_xyxy, size)
+    if encoding == "set_of_mark":
+        return lambda index: f"marked with the number {index + 1}"
+    return lambda index: f"shown in image {index + 2}"
+
+
+def _text(draft: DraftTurn, words: Callable[[int], str]) -> str:
+    return "".join(p if isinstance(p, str) else words(p.region) for p in draft.parts)
 
 
 def _numbered(image: Image.Image, regions: Sequence[Region]) -> Image.Image:

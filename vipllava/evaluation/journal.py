@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, cast
 
-from vipllava.evaluation.bench import Marks, Prediction, jsonl
+from vipllava.evaluation.bench import ALL_MARKS, Marks, Prediction, jsonl
 from vipllava.files.atomic import write_json, write_whole
 from vipllava.types import VipLlavaError
 
@@ -94,9 +94,11 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
     A last line that a kill has torn is passed over.
 
     Raises:
-        VipLlavaError: another line is no prediction; names it.
+        VipLlavaError: another line is no prediction, or one of another marking than the file's
+            name says; names it.
     """
     found: dict[str, Prediction] = {}
+    of_name = {predictions_path(path.parent, marks): marks for marks in ALL_MARKS}.get(path)
     if not path.exists():
         return found
     with path.open("rb") as file:
@@ -111,6 +113,13 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
                     f"{path}:{number}: {error}; restore the line, or delete it to have the item "
                     "asked again"
                 ) from error
+            if of_name is not None and prediction.marks != of_name:
+                # Copied from elsewhere: its answers were given to other images.
+                own = predictions_path(path.parent, prediction.marks).name
+                raise VipLlavaError(
+                    f"{path}:{number}: marks is {prediction.marks}, which {own} holds; this file "
+                    f"holds {of_name}: restore the file, or delete it to have its items asked again"
+                )
             found[prediction.key] = prediction
     return found
 

@@ -27,6 +27,8 @@ from vipllava.types import (
     RGB,
     BBox,
     ConfigError,
+    DraftTurn,
+    Mention,
     RecordError,
     Region,
     Sample,
@@ -51,6 +53,7 @@ class MarkedItem:
     words: VisualPromptPlan  # what the texts name, drawn or not
     turns: tuple[Turn, ...]  # the words of the marks, up to the user's last turn
     ground_truth: object
+    answer: DraftTurn | None = None  # what the ground truth is the words of, if it has mentions
 
 
 def mark_item(
@@ -93,9 +96,10 @@ def mark_item(
         return shifted, *plan_sample(shifted, size, policies, rng, change)
 
     shown, plan, turns = planned(sample, _recolour if marks == "recoloured" else None)
-    truth = item.ground_truth
+    truth, answer = item.ground_truth, None
     if turns and turns[-1].role == "assistant":
-        truth = turns[-1].text if truth is None else truth
+        if truth is None:
+            truth, answer = turns[-1].text, sample.turns[-1]
         turns = turns[:-1]
     if not turns or turns[-1].role != "user" or truth is None:
         raise RecordError(f"{item.key} cannot be asked: it has no user's question and its answer")
@@ -107,7 +111,7 @@ def mark_item(
             place
             for place in item.moved
             if _is_elsewhere(place.regions, sample.regions)
-            and answer_tokens(str(place.ground_truth)) != answer_tokens(str(truth))
+            and not _same(place.ground_truth, answer if _names_marks(answer) else truth)
         ]
         if not places:
             return None
@@ -115,10 +119,14 @@ def mark_item(
         place = places[int(rng.integers(len(places)))]
         styles = zip(sample.regions, place.regions, strict=True)
         regions = tuple(replace(new, style_of=old.style_of) for old, new in styles)
-        truth = place.ground_truth
+        truth, answer = place.ground_truth, None
+        if isinstance(truth, DraftTurn):
+            # In the words of the kept marks, as the question.
+            answer, asked = truth, sample.turns[: len(turns)]
+            truth = planned(replace(sample, turns=(*asked, answer)))[2][-1].text
         # Styles are drawn before strokes, so that these marks look and read as the kept ones.
         shown, plan, _ = planned(replace(sample, regions=regions))
-    return MarkedItem(shown, plan, words, turns, truth)
+    return MarkedItem(shown, plan, words, turns, truth, answer if _names_marks(answer) else None)
 
 
 def check_regions(item: Item, marks: Marks, perturb: Perturbation) -> None:
@@ -143,6 +151,19 @@ def _overlap(first: BBox, second: BBox) -> float:
     shared = max(sides[0], 0) * max(sides[1], 0)
     areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second))
     return shared / (areas - shared) if areas > shared else float(first == second)
+
+
+def _names_marks(answer: DraftTurn | None) -> bool:
+    return answer is not None and any(isinstance(part, Mention) for part in answer.parts)
+
+
+def _same(first: object, second: object) -> bool:
+    """Whether two answers are one; of those that name marks, whether they name the same."""
+    texts = (
+        "".join(map(str, each.parts)) if isinstance(each, DraftTurn) else str(each)
+        for each in (first, second)
+    )
+    return len({answer_tokens(text, keep_articles=len(text) == 1) or text for text in texts}) == 1
 
 
 def _recolour(plan: VisualPromptPlan) -> VisualPromptPlan:
@@ -221,6 +242,7 @@ def _places(
                 "give its regions and its answer only"
             )
         sample = source.parse(placed)
-        answer = sample.turns[-1].parts
-        if len(sample.regions) == count and all(isinstance(part, str) for part in answer):
-            yield Moved(sample.regions, "".join(map(str, answer)))
+        if len(sample.regions) == count:
+            answer = sample.turns[-1]
+            truth = answer if _names_marks(answer) else "".join(map(str, answer.parts))
+            yield Moved(sample.regions, truth)

@@ -57,6 +57,8 @@ _COMMON: Final = ("name", "module", "manifest", "max_new_tokens", "marks")
 _Answerers = EngineAnswerer | EnginePool | EndpointAnswerer
 _MODEL: Final = ("attn_implementation", "vision_tower", "base", "chat_template", "bits")
 
+_SOURCES: Final = ("checkpoint", "base", "vision_tower")  # of weights, where they are given
+
 
 def bench_problems(cfg: DictConfig) -> list[str]:
     """Return why the job's benchmark or its options cannot be used; imports nothing heavy."""
@@ -298,8 +300,11 @@ def _answered_by(cfg: DictConfig) -> dict[str, Any]:
     from vipllava.checkpoints.folders import content_digest
 
     names = ("answerer", "checkpoint", *_MODEL, "dtype", "device")
-    digest = content_digest(Path(str(cfg.checkpoint)).expanduser())
-    return {name: read(cfg, name) for name in names} | {"checkpoint_digest": digest}
+    sources = [name for name in _SOURCES if read(cfg, name) is not None]
+    return {name: read(cfg, name) for name in names} | {
+        f"{name}_digest": content_digest(Path(str(read(cfg, name))).expanduser())
+        for name in sources
+    }
 
 
 def _settings(cfg: DictConfig, data: BenchData) -> dict[str, Any]:
@@ -310,6 +315,7 @@ def _settings(cfg: DictConfig, data: BenchData) -> dict[str, Any]:
         **_answered_by(cfg),
         **{name: read(cfg, name) for name in ("seed", "limit", "max_new_tokens")},
         "data": data.fingerprint,
+        "manifest": data.protocol,
         "encoding": cfg.encoding,
         "coordinates": read(cfg, "coordinates") if cfg.encoding == "coordinates" else None,
         "visual_prompts": read(cfg, "visual_prompts"),
