@@ -87,7 +87,8 @@ def test_recoloured_marks_stay_apart():
 
 def test_a_mark_goes_only_where_another_answer_is_right():
     here = grey_sample("0", "star", (4, 8, 24, 40)).regions
-    nowhere = (Moved((RIGHT,), "Star "), Moved(here, "cup"))
+    beside = grey_sample("0", "star", (5, 8, 25, 40)).regions  # the same object, boxed anew
+    nowhere = (Moved((RIGHT,), "a Star "), Moved(here, "cup"), Moved(beside, "cup"))
     assert mark_item(replace(item(), moved=nowhere), SIZE, POLICIES, 1, "moved") is None
     assert marked("moved", replace(item(), moved=(*nowhere, *item().moved))).ground_truth == "cup"
 
@@ -127,6 +128,11 @@ def test_places_are_those_of_the_record_or_of_the_same_question_elsewhere(tmp_pa
     bad = BenchData(make_manifest("bad"), tmp_path, POLICIES, marks=("moved",))
     with pytest.raises(RecordError, match="bad/a: field `others` is b; expected a list of objects"):
         list(items_of(bad))
+    asks = [{"bboxes": right, "conversations": said("<image>\nWhat colour is <bbox0>?", "red")}]
+    write_shards([record("a", LEFT, "star", others=asks)], tmp_path / "other")
+    other = BenchData(make_manifest("other"), tmp_path, POLICIES, marks=("moved",))
+    with pytest.raises(RecordError, match="other/a: one of `others` asks something else; give its"):
+        list(items_of(other))
 
 
 def test_a_place_may_have_an_answer_that_mentions_a_mark(tmp_path: Path):

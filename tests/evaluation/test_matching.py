@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from vipllava.evaluation.bench import Prediction
 from vipllava.evaluation.matching import (
     is_exact_match,
     is_lenient_match,
     match_offline,
     split_ground_truth,
 )
+from vipllava.evaluation.scoring import exact, lenient
 from vipllava.types import VipLlavaError
 
 
@@ -80,3 +82,13 @@ def test_exact_match_puts_case_aside_the_lenient_one_punctuation_too(
 ):
     assert is_exact_match(prediction, truth) is exact
     assert is_lenient_match(prediction, truth) is lenient
+
+
+def test_one_of_several_right_answers_is_enough():
+    def scored(truth: str) -> tuple[float, float]:
+        prediction = Prediction("1", "i", "kept", "What?", truth, answer="A cat.")
+        return exact(prediction), lenient(prediction)
+
+    assert scored("kitten<OR>a cat") == (0, 1)
+    assert scored("kitten <OR> A cat. ") == (1, 1)
+    assert scored("kitten<OR>dog") == (0, 0)
