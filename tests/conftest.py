@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import pickle
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads cost more than they bring where the networks are tiny, and tests run beside each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+CTRL_C = signal.getsignal(signal.SIGINT)
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -24,6 +26,16 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector what the imports have made: each round takes 0.3 s else."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_as_at_the_start() -> Iterator[None]:
+    """What a test calls in this process may listen to Ctrl-C, and would go on to in later tests."""
+    yield
+    if signal.getsignal(signal.SIGINT) is not CTRL_C:
+        signal.signal(signal.SIGINT, CTRL_C)
+        if (file := signal.set_wakeup_fd(-1)) != -1:
+            os.close(file)  # ends the thread that would end this process at a second one
 
 
 @pytest.fixture(scope="session", autouse=True)
