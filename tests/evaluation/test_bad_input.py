@@ -179,27 +179,6 @@ def test_an_endpoint_without_images_answers_nothing_and_one_that_sees_goes_on(tm
     assert [each.answer for each in found] == ["a star"] * 4
 
 
-@pytest.fixture(scope="module")
-def export(tiny_sources, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from vipllava.checkpoints.export_meta import ExportMeta
-    from vipllava.checkpoints.hf_format import save_export
-    from vipllava.checkpoints.loading import build_model, load_tokenizer
-    from vipllava.models.building import ModelSpec
-
-    spec = ModelSpec(
-        vision_tower=tiny_sources.vision_tower,
-        language_model=tiny_sources.language_model,
-        feature_layers=(-1, -2, 1),
-        chat_template="llava_v1",
-        image_size=28,
-    )
-    tokenizer = load_tokenizer(spec)
-    folder = tmp_path_factory.mktemp("model") / "export"
-    meta = ExportMeta("finetune", "llava_v1", "pad", 28, 4, (-1, -2, 1), "a", "b")
-    save_export(build_model(spec, tokenizer, seed=1), tokenizer, folder, meta)
-    return folder
-
-
 def test_a_checkpoint_of_an_unknown_template(export: Path, tmp_path: Path):
     folder = shutil.copytree(export, tmp_path / "export")
     meta = json.loads((folder / "vipllava.json").read_text())

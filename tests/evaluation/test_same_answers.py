@@ -18,16 +18,12 @@ import pytest
 from tests.engine_server import run_engine_server
 from tests.evaluation.answering import grey_sample
 from tests.toy_data import encode_picture
-from vipllava.checkpoints.export_meta import ExportMeta
-from vipllava.checkpoints.hf_format import save_export
-from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.evaluation.answerers import EndpointAnswerer, EngineSettings, make_answerer
 from vipllava.evaluation.asking import Protocol, ask_items
 from vipllava.evaluation.bench import Answerer, Item, Prediction
 from vipllava.evaluation.journal import Journal
 from vipllava.inference.endpoint import Endpoint, EndpointSettings
 from vipllava.inference.engine import Engine
-from vipllava.models.building import ModelSpec
 from vipllava.types import DraftTurn, Failure, Mention, Request
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 
@@ -45,22 +41,6 @@ def items() -> list[Item]:
         image = encode_picture(40 + n, 40, "PNG", seed=n)
         found.append(Item(f"toy/{n}", replace(grey_sample(str(n), ""), image=image, turns=turns)))
     return found
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_sources, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = ModelSpec(
-        vision_tower=tiny_sources.vision_tower,
-        language_model=tiny_sources.language_model,
-        feature_layers=(-1, -2, 1),
-        chat_template="llava_v1",
-        image_size=28,
-    )
-    tokenizer = load_tokenizer(spec)
-    folder = tmp_path_factory.mktemp("model") / "export"
-    meta = ExportMeta("finetune", "llava_v1", "pad", 28, 4, (-1, -2, 1), "a", "b")
-    save_export(build_model(spec, tokenizer, seed=1), tokenizer, folder, meta)
-    return folder
 
 
 @dataclass
@@ -84,8 +64,8 @@ class Watched:
             yield answer
 
 
-def engines(checkpoint: Path, processes: int, batch_size: int) -> Answerer:
-    settings = EngineSettings(str(checkpoint), "cpu", "float32")
+def engines(export: Path, processes: int, batch_size: int) -> Answerer:
+    settings = EngineSettings(str(export), "cpu", "float32")
     return make_answerer(settings, processes, MAX_NEW_TOKENS, batch_size)
 
 
@@ -95,8 +75,8 @@ def ask(answerer: Answerer, folder: Path) -> list[Prediction]:
 
 
 @pytest.fixture(scope="module")
-def one_by_one(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Prediction]:
-    found = ask(engines(checkpoint, 1, batch_size=1), tmp_path_factory.mktemp("one_by_one"))
+def one_by_one(export: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Prediction]:
+    found = ask(engines(export, 1, batch_size=1), tmp_path_factory.mktemp("one_by_one"))
     assert [each.key for each in found] == [f"toy/{n}" for n in range(NUM_ITEMS)] * 2
     assert all(each.failure is None for each in found)
     assert len({each.answer for each in found}) > 5
@@ -106,13 +86,13 @@ def one_by_one(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     return found
 
 
-def test_in_batches(checkpoint: Path, one_by_one: list[Prediction], tmp_path: Path):
-    assert ask(engines(checkpoint, 1, batch_size=8), tmp_path) == one_by_one
+def test_in_batches(export: Path, one_by_one: list[Prediction], tmp_path: Path):
+    assert ask(engines(export, 1, batch_size=8), tmp_path) == one_by_one
 
 
-def test_in_two_processes(checkpoint: Path, one_by_one: list[Prediction], tmp_path: Path):
+def test_in_two_processes(export: Path, one_by_one: list[Prediction], tmp_path: Path):
     # Jobs of four questions, so that both processes get several.
-    assert ask(engines(checkpoint, 2, batch_size=1), tmp_path) == one_by_one
+    assert ask(engines(export, 2, batch_size=1), tmp_path) == one_by_one
 
 
 KILLED = """
@@ -120,19 +100,19 @@ import sys
 from pathlib import Path
 from tests.evaluation.test_same_answers import Watched, ask, engines
 
-checkpoint, folder, processes = sys.argv[1:]
-ask(Watched(engines(Path(checkpoint), int(processes), batch_size=1), 17), Path(folder))
+export, folder, processes = sys.argv[1:]
+ask(Watched(engines(Path(export), int(processes), batch_size=1), 17), Path(folder))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals")
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_resumed(
-    checkpoint: Path, one_by_one: list[Prediction], processes: int, tmp_path: Path
+    export: Path, one_by_one: list[Prediction], processes: int, tmp_path: Path
 ):
     # Waits for whoever holds the pipe: no process of the pool outlives the one that was killed.
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(checkpoint), str(tmp_path), str(processes)],
+        [sys.executable, "-c", KILLED, str(export), str(tmp_path), str(processes)],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=100,
         check=False,
     )  # fmt: skip
@@ -143,13 +123,13 @@ def test_killed_and_resumed(
     last = whole[""].pop()  # the machine went off while this was written
     files[""].write_bytes(b"".join([*whole[""], last[: len(last) // 2]]))
 
-    resumed = Watched(engines(checkpoint, 1, batch_size=8))
+    resumed = Watched(engines(export, 1, batch_size=8))
     assert ask(resumed, tmp_path) == one_by_one
     assert len(resumed.asked) == 2 * NUM_ITEMS - 16
 
 
-def test_behind_an_endpoint(checkpoint: Path, one_by_one: list[Prediction], tmp_path: Path):
-    with run_engine_server(Engine.from_checkpoint(checkpoint, "cpu", "float32")) as server:
+def test_behind_an_endpoint(export: Path, one_by_one: list[Prediction], tmp_path: Path):
+    with run_engine_server(Engine.from_checkpoint(export, "cpu", "float32")) as server:
         settings = EndpointSettings(server.address, "tiny", concurrency=3)
         answerer = EndpointAnswerer(Endpoint(settings), MAX_NEW_TOKENS)
         assert ask(answerer, tmp_path) == one_by_one
