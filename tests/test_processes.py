@@ -344,6 +344,6 @@ def test_threads_for_computing_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
         assert torch.get_num_threads() == before
         monkeypatch.delenv("OMP_NUM_THREADS")
         compute_on_cpu.__wrapped__()
-        assert torch.get_num_threads() == before + 2
+        assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
