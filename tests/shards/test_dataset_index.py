@@ -194,6 +194,16 @@ def test_what_a_killed_build_left_is_removed(tmp_path: Path, tars: list[Path]):
     assert other.exists()  # of the data set `toy-b`, which may be at work
 
 
+def test_without_locks_it_may_be_another_build_under_way(
+    tmp_path: Path, tars: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    building = tmp_path / ".vipllava" / f".toy-{'a' * 16}.1-x.unfinished"
+    building.mkdir(parents=True)
+    assert open_shards(make_manifest(), tmp_path).index.folder is not None
+    assert building.exists()
+
+
 # Keys.
 
 

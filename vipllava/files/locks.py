@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from vipllava.files.atomic import read_yaml
 from vipllava.types import VipLlavaError
@@ -32,7 +32,7 @@ def locked(
     *,
     waiting: str | None = None,
     without: str | None = None,
-) -> Generator[bool]:
+) -> Generator[BaseFileLock | None]:
     """Hold the lock of a file.
 
     Forked children do not inherit it. On network file systems it holds between nodes, and the
@@ -46,7 +46,8 @@ def locked(
             and the block runs. None makes that an error.
 
     Yields:
-        Whether to go on; False if another holds it.
+        The lock, to go on; None if another holds it. Its ``is_locked`` is False where the file
+        system has no locks.
 
     Raises:
         OSError: the file cannot be made, or cannot be locked.
@@ -70,7 +71,7 @@ def locked(
         log.warning("%s cannot be locked (%s): %s", path, error, without)
         free = True
     try:
-        yield free
+        yield lock if free else None
     finally:
         lock.release()
 

@@ -194,10 +194,12 @@ def open_dataset_index(
     for home in homes:
         try:
             home.mkdir(parents=True, exist_ok=True)
-            with locked(home / f".{name}.lock", without="processes may build one index twice"):
-                # What builds that were killed left.
-                for stale in home.glob(f".{glob.escape(name)}-{_ANY}.*{UNFINISHED}"):
-                    shutil.rmtree(stale, ignore_errors=True)
+            lock = locked(home / f".{name}.lock", without="processes may build one index twice")
+            with lock as held:
+                # What builds that were killed left; without a lock it may be another's, under way.
+                if held is not None and held.is_locked:
+                    for stale in home.glob(f".{glob.escape(name)}-{_ANY}.*{UNFINISHED}"):
+                        shutil.rmtree(stale, ignore_errors=True)
                 if (found := _find(name, tars, root, homes)) is not None:
                     return found  # another process made it meanwhile
                 if index is None:
