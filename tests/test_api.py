@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 import vipllava as vl
+from tests.tiny_model import tiny_spec
 from tests.toy_data import encode_picture, lying_sample, make_manifest, said, toy_samples
 from vipllava import records
 from vipllava.checkpoints.export_meta import ExportMeta
@@ -49,13 +50,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def model(tiny_sources: Any) -> vl.ModelSpec:
-    return vl.ModelSpec(
-        vision_tower=tiny_sources.vision_tower,
-        language_model=tiny_sources.language_model,
-        feature_layers=(-1, -2, 1),
-        chat_template="llava_v1",
-        image_size=28,
-    )
+    return tiny_spec(tiny_sources)
 
 
 def test_nothing_heavy_is_imported_before_it_is_used():

@@ -23,7 +23,7 @@ import yaml
 from omegaconf import DictConfig
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tests import tiny_meta
+from tests import tiny_model
 from tests.toy_data import encode_picture, said, toy_samples
 from tests.training.toy_training import LIGHTNING_WARNINGS
 from vipllava import cli
@@ -183,7 +183,7 @@ def _make_models(here: Path, tiny_sources: Any) -> None:
     spec = ModelSpec(TOWER, "lmsys/vicuna-7b-v1.5", LAYERS, "llava_v1", 336)
     tokenizer = load_tokenizer(spec)
     meta = replace(
-        tiny_meta.META, image_size=336, image_seq_length=576, feature_layers=LAYERS,
+        tiny_model.META, image_size=336, image_seq_length=576, feature_layers=LAYERS,
         vision_tower=TOWER, language_model="lmsys/vicuna-7b-v1.5", chat_template="llava_v1",
     )  # fmt: skip
     export = here / "runs" / "7b-pretrain" / "export"

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny_meta
+from tests import tiny_model
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.models.building import ModelSpec
 
 LAYERS = (-1, -2, 1)
 FAMILIES = ("language_model", "tied_language_model", "phi3", "mistral", "qwen2")
-META = replace(tiny_meta.META, stage="gpt4v")
+META = replace(tiny_model.META, stage="gpt4v")
 
 
 @pytest.fixture

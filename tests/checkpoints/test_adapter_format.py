@@ -12,7 +12,7 @@ from transformers import VipLlavaForConditionalGeneration
 pytest.importorskip("peft")
 
 from tests.models.test_adapters import SMALL, logits_of, train_a_little
-from tests.tiny_meta import META
+from tests.tiny_model import META, tiny_spec
 from vipllava.checkpoints.adapter_format import (
     load_adapter,
     save_adapter,
@@ -28,13 +28,7 @@ from vipllava.types import CheckpointError
 
 @pytest.fixture
 def spec(tiny_sources) -> ModelSpec:
-    return ModelSpec(
-        vision_tower=tiny_sources.vision_tower,
-        language_model=tiny_sources.language_model,
-        feature_layers=(-1, -2, 1),
-        chat_template="llava_v1",
-        image_size=28,
-    )
+    return tiny_spec(tiny_sources)
 
 
 @pytest.fixture

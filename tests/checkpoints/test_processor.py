@@ -10,7 +10,7 @@ import pytest
 import yaml
 from transformers import AutoProcessor, AutoTokenizer
 
-from tests import tiny_meta
+from tests import tiny_model
 from tests.conversation.conftest import (  # noqa: F401
     llama3_like,
     llama_like,
@@ -18,6 +18,7 @@ from tests.conversation.conftest import (  # noqa: F401
     phi3_like,
     smol_like,
 )
+from tests.tiny_model import tiny_spec
 from vipllava.checkpoints.export_meta import load_meta
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
@@ -30,12 +31,12 @@ from vipllava.checkpoints.processor import (
 )
 from vipllava.conversation import ConversationEncoder
 from vipllava.conversation.templates import get_template, jinja_template
-from vipllava.models.building import ModelSpec, add_tokens
+from vipllava.models.building import add_tokens
 from vipllava.models.hub_models import load_config
 from vipllava.types import Turn
 
 META = replace(
-    tiny_meta.META,
+    tiny_model.META,
     feature_layers=(-1,),
     vision_tower="openai/clip-vit-large-patch14-336",
     language_model="lmsys/vicuna-7b-v1.5",
@@ -132,13 +133,7 @@ def test_the_tokenizer_alone_begins_a_chat_the_same_way(llama_like):  # noqa: F8
 
 @pytest.fixture(scope="module")
 def export(tiny_sources, tmp_path_factory):
-    spec = ModelSpec(
-        vision_tower=tiny_sources.vision_tower,
-        language_model=tiny_sources.language_model,
-        feature_layers=(-1, -2, 1),
-        chat_template="llava_v1",
-        image_size=28,
-    )
+    spec = tiny_spec(tiny_sources)
     tokenizer = load_tokenizer(spec)
     meta = replace(
         META,

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from tests.tiny_model import tiny_spec
 from vipllava import cli
 from vipllava.checkpoints import folders
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import open_spec
-from vipllava.models.building import ModelSpec
 
 
 @pytest.fixture
 def export(tiny_sources, tmp_path):
-    spec = ModelSpec(
-        vision_tower=tiny_sources.vision_tower,
-        language_model=tiny_sources.language_model,
-        feature_layers=(-1, -2, 1),
-        chat_template="llava_v1",
-        image_size=28,
-    )
+    spec = tiny_spec(tiny_sources)
     opened = open_spec(spec)
     return save_export(opened.network(), opened.tokenizer, tmp_path / "export", opened.meta)
 

@@ -15,7 +15,7 @@ import yaml
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from tests import preloaded, tiny_meta
+from tests import preloaded, tiny_model
 from tests.toy_data import encode_picture, said
 from vipllava import cli
 from vipllava.checkpoints.hf_format import save_export
@@ -188,7 +188,7 @@ def test_a_real_sweep_with_a_cell_that_cannot_run(tmp_path: Path, tiny_sources: 
     sources = (tiny_sources.vision_tower, tiny_sources.language_model)
     model = ModelSpec(*sources, (-1, -2, 1), "llava_v1", 28)
     tokenizer = load_tokenizer(model)
-    save_export(build_model(model, tokenizer, seed=1), tokenizer, tmp_path / "m", tiny_meta.META)
+    save_export(build_model(model, tokenizer, seed=1), tokenizer, tmp_path / "m", tiny_model.META)
     asked = {"bboxes": [[5, 5, 60, 40]], "conversations": said("<image>\nWhat is <bbox0>?", "cup")}
     records = [
         (f"a{n}", {"id": n, "image": "x"} | asked, encode_picture(), "jpg") for n in range(6)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from tests.engine_server import run_engine_server
+from tests.tiny_model import tiny_parts
 from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
@@ -27,15 +28,7 @@ TEMPLATE = replace(get_template("llava_v1"), system="")
 
 @pytest.fixture(scope="module")
 def parts(tiny_sources):
-    spec = ModelSpec(
-        vision_tower=tiny_sources.vision_tower,
-        language_model=tiny_sources.language_model,
-        feature_layers=(-1, -2, 1),
-        chat_template="llava_v1",
-        image_size=28,
-    )
-    tokenizer = load_tokenizer(spec)
-    return build_model(spec, tokenizer, seed=1), tokenizer
+    return tiny_parts(tiny_sources)
 
 
 def _engine(parts, template=TEMPLATE) -> Engine:

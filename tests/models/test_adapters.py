@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("peft")
 
+from tests.tiny_model import tiny_spec
 from vipllava.checkpoints.loading import build_model
 from vipllava.models.adapters import (
     AdapterSettings,
@@ -29,13 +30,7 @@ SMALL = AdapterSettings(r=4, alpha=8, dropout=0.0)
 
 @pytest.fixture
 def spec(tiny_sources) -> ModelSpec:
-    return ModelSpec(
-        vision_tower=tiny_sources.vision_tower,
-        language_model=tiny_sources.language_model,
-        feature_layers=(-1, -2, 1),
-        chat_template="llava_v1",
-        image_size=28,
-    )
+    return tiny_spec(tiny_sources)
 
 
 def logits_of(model) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
+from tests.tiny_model import tiny_spec
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.models.building import ModelSpec, image_seq_length
 from vipllava.types import CheckpointError, ConfigError
@@ -18,13 +19,7 @@ from vipllava.types import CheckpointError, ConfigError
 
 @pytest.fixture
 def spec(tiny_sources) -> ModelSpec:
-    return ModelSpec(
-        vision_tower=tiny_sources.vision_tower,
-        language_model=tiny_sources.language_model,
-        feature_layers=(-1, -2, 1),
-        chat_template="llava_v1",
-        image_size=28,
-    )
+    return tiny_spec(tiny_sources)
 
 
 def test_tokens_are_added_once_after_the_languages_own(spec):

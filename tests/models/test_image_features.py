@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.tiny_model import tiny_spec
 from vipllava.checkpoints.loading import build_model
 from vipllava.models.building import ModelSpec
 from vipllava.models.towers import CLIP, image_features, normalise_pixels
@@ -14,13 +15,7 @@ from vipllava.models.towers import CLIP, image_features, normalise_pixels
 
 @pytest.fixture
 def spec(tiny_sources) -> ModelSpec:
-    return ModelSpec(
-        vision_tower=tiny_sources.vision_tower,  # two blocks
-        language_model=tiny_sources.language_model,
-        feature_layers=(-1, -2, 1),
-        chat_template="llava_v1",
-        image_size=28,
-    )
+    return tiny_spec(tiny_sources)
 
 
 @pytest.mark.parametrize(

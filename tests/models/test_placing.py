@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.tiny_model import tiny_spec
 from vipllava.checkpoints.loading import build_model, load_tokenizer, open_spec
 from vipllava.models import building
 from vipllava.models.building import ModelSpec
@@ -22,13 +23,7 @@ FAMILIES = ("language_model", "tied_language_model", "phi3", "mistral", "qwen2")
 
 @pytest.fixture
 def spec(tiny_sources) -> ModelSpec:
-    return ModelSpec(
-        vision_tower=tiny_sources.vision_tower,
-        language_model=tiny_sources.language_model,
-        feature_layers=(-1, -2, 1),
-        chat_template="llava_v1",
-        image_size=28,
-    )
+    return tiny_spec(tiny_sources)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
+from tests.tiny_model import tiny_spec
 from tests.toy_data import toy_samples
 from tests.training.real_runs import kill_left_runs
 from vipllava.config.resolvers import register_resolvers
@@ -33,13 +34,7 @@ def no_run_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def spec(tiny_sources) -> ModelSpec:
-    return ModelSpec(
-        vision_tower=tiny_sources.vision_tower,
-        language_model=tiny_sources.language_model,
-        feature_layers=(-1, -2, 1),
-        chat_template="llava_v1",
-        image_size=28,
-    )
+    return tiny_spec(tiny_sources)
 
 
 @pytest.fixture

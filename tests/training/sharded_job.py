@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from tests.tiny_meta import META
+from tests.tiny_model import META
 from tests.training.rank_jobs import RankJob, RankLoader, make_cpu_trainer, read_job
 
 

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from tests import tiny_meta
+from tests import tiny_model
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.checkpoints.loading import load_tokenizer, open_source
 from vipllava.training.callbacks import ExportCallback, ParameterTable
 
 pytestmark = LIGHTNING_WARNINGS
 
-META = replace(tiny_meta.META, stage="pretrain", chat_template="plain", image_aspect="square")
+META = replace(tiny_model.META, stage="pretrain", chat_template="plain", image_aspect="square")
 
 
 def test_what_trains_is_said_once(make_module, make_trainer, caplog):

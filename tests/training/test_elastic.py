@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tiny_model import tiny_spec
 from tests.training.elastic_job import STEPS_OF_HALF, Half, Job
 from tests.training.launching import start
 from vipllava.checkpoints.plain_pickles import read_metadata
 from vipllava.checkpoints.training_state import INDEX, read_training_state
-from vipllava.models.building import ModelSpec
 from vipllava.models.tensor_files import read_tensor, shape_of
 from vipllava.training.deepspeed_strategy import ElasticDeepSpeedStrategy
 from vipllava.types import ConfigError
@@ -56,13 +56,7 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def runner(tiny_sources, tmp_path_factory) -> Runner:
-    spec = ModelSpec(
-        vision_tower=tiny_sources.vision_tower,
-        language_model=tiny_sources.language_model,
-        feature_layers=(-1, -2, 1),
-        chat_template="llava_v1",
-        image_size=28,
-    )
+    spec = tiny_spec(tiny_sources)
     return Runner(asdict(spec), tmp_path_factory.mktemp("elastic"))
 
 

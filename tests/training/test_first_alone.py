@@ -9,23 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tiny_model import tiny_spec
 from tests.training.launching import run, start
 from tests.training.sharded_job import Job
 from vipllava.checkpoints.loading import open_source
-from vipllava.models.building import ModelSpec
 from vipllava.training.first_alone import first_alone
 from vipllava.types import VipLlavaError
 
 
 @pytest.fixture
 def job(tiny_sources, tmp_path) -> Job:
-    spec = ModelSpec(
-        vision_tower=tiny_sources.vision_tower,
-        language_model=tiny_sources.language_model,
-        feature_layers=(-1, -2, 1),
-        chat_template="llava_v1",
-        image_size=28,
-    )
+    spec = tiny_spec(tiny_sources)
     return Job(str(tmp_path / "job"), "ddp", asdict(spec), ["projector"])
 
 

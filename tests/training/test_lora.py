@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 pytest.importorskip("peft")
 
-from tests.tiny_meta import META
+from tests.tiny_model import META
 from tests.training.toy_training import LIGHTNING_WARNINGS, Loader, make_samples
 from vipllava.checkpoints.loading import load_tokenizer, open_source
 from vipllava.models.adapters import AdapterSettings, adapter_parameters

@@ -15,13 +15,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import byte_tokenizer
+from tests.tiny_model import tiny_spec
 from tests.training import loading_job
 from tests.training.launching import start
 from tests.training.sharded_job import Job
 from vipllava.checkpoints.llava_format import read_projector
 from vipllava.checkpoints.loading import open_source
 from vipllava.checkpoints.training_state import read_training_state
-from vipllava.models.building import ModelSpec
 from vipllava.models.tensor_files import read_tensor
 
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
@@ -35,15 +35,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def spec(tiny_sources) -> dict:
-    return asdict(
-        ModelSpec(
-            vision_tower=tiny_sources.vision_tower,
-            language_model=tiny_sources.language_model,
-            feature_layers=(-1, -2, 1),
-            chat_template="llava_v1",
-            image_size=28,
-        )
-    )
+    return asdict(tiny_spec(tiny_sources))
 
 
 WORKLOADS = {
