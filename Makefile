@@ -13,13 +13,15 @@ export DS_BUILD_OPS := 0
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-browser check docs bench smollm2 pictures clean
+.PHONY: help quickstart use test test-all test-browser check docs bench smollm2 pictures clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 quickstart: $(VENV)/.core ## train three stages on sample data, evaluate, write a report (runs/quickstart)
 	$(BIN)/vipllava quickstart
+
+use: $(VENV)/.use ## install what `vipllava chat`, `serve` and `demo` need
 
 # A file's tests stay together: they share what the first of them trains. One process more than
 # cores: a tenth of the time tests wait for programs, servers and clocks.
@@ -30,7 +32,16 @@ test: $(VENV)/.dev ## the fast tests, on all cores (at most eight)
 test-all: $(VENV)/.dev ## every test this machine can run
 	$(BIN)/python -m pytest
 
-test-browser: $(VENV)/.browser ## look at the pages in a browser; needs Debian's package `chromium` (or Chrome)
+# Debian's packages, where they are missing and this is root (as in a container of CI).
+CHROME := $(shell command -v chromium chromium-browser google-chrome | head -n 1)
+HAN := $(shell fc-list :lang=zh 2>/dev/null | head -n 1)
+test-browser: $(VENV)/.browser ## draw on the page and look at all pages in Chromium (Debian: chromium, fonts-wqy-microhei)
+ifneq ($(and $(CHROME),$(HAN)),)
+else ifeq ($(shell id -u),0)
+	apt-get update --quiet --quiet && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --quiet --yes --no-install-recommends chromium fontconfig fonts-wqy-microhei
+else
+	@echo "test-browser needs Chromium and a font with Chinese letters; Debian: sudo apt-get install chromium fonts-wqy-microhei" && exit 1
+endif
 	$(BIN)/python -m pytest -m browser
 
 check: $(VENV)/.dev docs ## lint, format, types, import floors, documentation
@@ -40,7 +51,7 @@ check: $(VENV)/.dev docs ## lint, format, types, import floors, documentation
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.dev ## pages and API reference from the docstrings (site/); a link that leads nowhere is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(VENV)/.core ## measure; tables here, figures in runs/bench
 	$(BIN)/python -m benchmarks.run
@@ -71,6 +82,10 @@ $(VENV)/.created:
 $(VENV)/.core: pyproject.toml setup.py constraints.txt | $(VENV)/.created
 	$(PIP_INSTALL) "torch==$(TORCH)"
 	$(PIP_INSTALL) -e ".[sample]"
+	@touch $@
+
+$(VENV)/.use: $(VENV)/.core
+	$(PIP_INSTALL) -e ".[chat,demo]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core

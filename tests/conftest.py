@@ -18,6 +18,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads cost more than they bring where the networks are tiny, and tests run beside each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as what a script starts with `&` has it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 CTRL_C = signal.getsignal(signal.SIGINT)
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
