@@ -29,7 +29,7 @@ def contains(polygon: Polygon, points: npt.NDArray[np.float64]) -> npt.NDArray[n
     x2, y2 = np.roll(ring, -1, axis=0).T[:, :, None]
     x, y = points.T
     straddles = (y1 > y) != (y2 > y)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         crosses = x < (x2 - x1) * (y - y1) / (y2 - y1) + x1
     return ((straddles & crosses).sum(axis=0) % 2).astype(bool)
 

@@ -298,9 +298,7 @@ class _Sampler:
         if bent:
             bend = self.rng.uniform(-ranges.arrow_bend, ranges.arrow_bend, size=2) * int(scale)
             shaft.insert(1, (tip + tail) / 2 + bend)
-        barbs = [tip + head * _rotate(back, side * _ARROW_BARB_ANGLE) for side in (-1, 1)]
-        corners = _points([barbs[0], tip, barbs[1]])
-        head_stroke = Stroke("polygon", corners) if filled else Stroke("line", corners, width)
+        head_stroke = arrow_head(tip, back, head, width, filled=bool(filled))
         return Stroke("line", _points(shaft), width), head_stroke
 
     @property
@@ -316,6 +314,29 @@ class _Sampler:
 
     def integer(self, bounds: IntRange) -> int:
         return int(self.rng.integers(bounds[0], bounds[1] + 1))
+
+
+def arrow_head(
+    tip: Point | np.ndarray,
+    back: Point | np.ndarray,
+    length: float,
+    width: int,
+    *,
+    filled: bool,
+) -> Stroke:
+    """Return the head of an arrow.
+
+    Args:
+        tip: where it points, pixels.
+        back: from there along the shaft, of length 1.
+        length: of the head's sides, pixels.
+        width: of its lines, pixels.
+        filled: a triangle instead of two lines.
+    """
+    end, along = np.array(tip), np.array(back)
+    barbs = [end + length * _rotate(along, side * _ARROW_BARB_ANGLE) for side in (-1, 1)]
+    corners = _points([barbs[0], end, barbs[1]])
+    return Stroke("polygon", corners) if filled else Stroke("line", corners, width)
 
 
 def _spoken_colour(choice: FixedVisualPrompt, policy: VisualPromptPolicy) -> str | None:
