@@ -85,6 +85,19 @@ def run_threads(
     yield from _in_pool(ThreadPoolExecutor(num_threads), work, jobs, num_threads, ordered)
 
 
+def threads_beside_a_loop(num_threads: int, name: str) -> ThreadPoolExecutor:
+    """Return threads for the blocking work of an event loop, which are the caller's to shut down.
+
+    They are not the loop's own (of ``asyncio.to_thread``): for those it waits when it ends, and
+    anybody may fill them. What is handed in has to be bounded by who hands it in.
+
+    Args:
+        num_threads: jobs that run at the same time.
+        name: of the threads, for stacks.
+    """
+    return ThreadPoolExecutor(num_threads, name)
+
+
 def run_tasks(
     shared: AbstractAsyncContextManager[_Shared],
     work: Callable[[_Shared, _Job], Coroutine[Any, Any, _Result]],

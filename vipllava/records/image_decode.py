@@ -37,6 +37,7 @@ MAX_PIXELS: Final = 100_000_000
 MAX_SIDE: Final = 65535  # a JPEG's; what is made of an image grows with its longer side
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _FIX: Final = "replace the file or remove the record"
+_LIMITS: Final = f"the limit is {MAX_PIXELS} pixels, and {MAX_SIDE} a side; {_FIX}"
 _ORIENTATION: Final = 0x0112
 _T: Final = Image.Transpose
 _UPRIGHT: Final = {
@@ -94,6 +95,24 @@ def decode_image(data: bytes, key: str, *, upright: bool = True) -> Image.Image:
         return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
+def opened_image(image: Image.Image, key: str) -> Image.Image:
+    """Return an image that Pillow has opened or made, upright, mode RGB, as :func:`decode_image`.
+
+    Raises:
+        RecordError: it is truncated, too large, or of a mode without a defined conversion.
+        VipLlavaError: there is not enough memory.
+    """
+    _check_pixels(image.size, key)
+    with naming_in_memory_errors(key):
+        try:
+            image.load()
+            orientation = _orientation(image)
+            rgb = _to_rgb(image, key, deep=False)
+        except (*_BROKEN, Image.DecompressionBombError) as error:
+            raise _corrupt(f"{key}: the image cannot be decoded ({error})") from error
+        return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
 @contextmanager
 def naming_in_memory_errors(key: str) -> Generator[None]:
     """Say of which sample the image was for which the memory did not suffice.
@@ -113,24 +132,38 @@ def naming_in_memory_errors(key: str) -> Generator[None]:
         ) from error
 
 
+@contextmanager
+def not_of_a_record() -> Generator[None]:
+    """Leave out of errors what can be done about a record's image: this one is a person's."""
+    try:
+        yield
+    except RecordError as error:
+        error.args = (str(error).replace(f"; {_FIX}", ""), *error.args[1:])
+        raise
+
+
 def _open(data: bytes, key: str) -> Image.Image:
-    limits = f"the limit is {MAX_PIXELS} pixels, and {MAX_SIDE} a side; {_FIX}"
     try:
         with warnings.catch_warnings():  # Pillow warns below our limit, which is checked here
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(_without_notes(data)), formats=_FORMATS)
-        width, height = image.size
+        size = image.size
     except Image.DecompressionBombError as error:
-        raise RecordError(f"{key}: {error}; {limits}", "image-too-large") from error
+        raise RecordError(f"{key}: {error}; {_LIMITS}", "image-too-large") from error
     except UnidentifiedImageError as error:
         raise _no_image(data, key) from error
     except _BROKEN as error:
         raise _corrupt(f"{key}: the image's header is broken ({error})") from error
+    _check_pixels(size, key)
+    return image
+
+
+def _check_pixels(size: tuple[int, int], key: str) -> None:
+    width, height = size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise RecordError(
-            f"{key}: the image has {width} x {height} pixels; {limits}", "image-too-large"
+            f"{key}: the image has {width} x {height} pixels; {_LIMITS}", "image-too-large"
         )
-    return image
 
 
 def _without_notes(data: bytes) -> bytes:
