@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -50,6 +50,44 @@ class Bad:
     type: str = "application/json"
 
 
+@dataclass(frozen=True)
+class Events:
+    """A streamed answer.
+
+    Attributes:
+        events: bodies of its events; a number is a pause, seconds. Read as they are sent.
+        done: whether the stream says so at its end; else it is cut.
+    """
+
+    events: Iterable[bytes | float]
+    done: bool = True
+
+
+def chunk(
+    text: str | None = None, finish_reason: str | None = None, usage: Any = None, **choice: Any
+) -> bytes:
+    """The body of an event; with ``usage`` (tokens of prompt and answer) one without a choice."""
+    whole: dict[str, Any] = {"id": "c", "object": "chat.completion.chunk", "created": 0}
+    said = {"index": 0, "delta": {"content": text}, "finish_reason": finish_reason, **choice}
+    whole |= {"model": "toy-1", "choices": [said] if usage is None else []}
+    if usage is not None:
+        whole["usage"] = {
+            "prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": sum(usage)
+        }  # fmt: skip
+    return json.dumps(whole).encode()
+
+
+def streamed(*texts: str, finish_reason: str = "stop", usage: Any = (7, 2)) -> Events:
+    """A whole answer in pieces."""
+    return Events([*map(chunk, texts), chunk(finish_reason=finish_reason), chunk(usage=usage)])
+
+
+def listed(*models: dict[str, Any]) -> dict[str, Any]:
+    """The body of a list of models."""
+    data = [{"object": "model", "created": 0, "owned_by": "us", **each} for each in models]
+    return {"object": "list", "data": data}
+
+
 # The first attempts at a question that may go wrong, each of which another attempt mends.
 PASSING = (
     Bad(429, b'{"error": {"message": "slow down"}}', {"Retry-After": "0.05"}),
@@ -72,15 +110,19 @@ class ChatServer:
 
     Attributes:
         address: up to ``/v1``.
-        answer: the body of the answer to a request's body, or how it goes wrong.
+        answer: the body of the answer to a request's body, its events, or how it goes wrong.
         asked: the bodies of the requests, in the order that they came.
         headers: of the requests, their names in lower case.
+        models: what is listed, as its JSON; None is no such list.
+        left: texts of the requests whose client was gone before their last event.
     """
 
     address: str = ""
-    answer: Callable[[dict[str, Any]], bytes | Bad] = lambda body: completion("yes")
+    answer: Callable[[dict[str, Any]], bytes | Bad | Events] = lambda body: completion("yes")
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    models: Any = None
+    left: list[str] = field(default_factory=list)
 
     @property
     def texts(self) -> list[str]:
@@ -127,8 +169,37 @@ def run_chat_server() -> Iterator[ChatServer]:
                 state.asked.append(body)
                 state.headers.append({name.lower(): each for name, each in self.headers.items()})
                 found = state.answer(body)
+            if isinstance(found, Events):
+                return self.stream(found, text_of(body))
             self.reply(Bad(body=found, headers={}) if isinstance(found, bytes) else found)
             return None
+
+        def do_GET(self) -> None:
+            if self.path == "/v1/models" and state.models is not None:
+                self.reply(Bad(body=json.dumps(state.models).encode(), headers={}))
+            else:
+                self.reply(Bad(404, b'{"detail": "Not Found"}', {}))
+
+        def stream(self, answer: Events, text: str) -> None:
+            self.close_connection = True  # its end is the end of the connection
+            try:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                for event in answer.events:
+                    if isinstance(event, bytes):
+                        self.send_chunk(b"data: " + event + b"\n\n")
+                    else:
+                        time.sleep(event)
+                if answer.done:
+                    self.send_chunk(b"data: [DONE]\n\n")
+                    self.send_chunk(b"")
+            except OSError:
+                state.left.append(text)
+
+        def send_chunk(self, body: bytes) -> None:
+            self.wfile.write(f"{len(body):x}\r\n".encode() + body + b"\r\n")
 
         def reply(self, reply: Bad) -> None:
             time.sleep(reply.hold_s)

@@ -11,7 +11,15 @@ from typing import Any
 
 from PIL import Image
 
-from tests.chat_server import Bad, ChatServer, completion, run_chat_server
+from tests.chat_server import (
+    Bad,
+    ChatServer,
+    Events,
+    completion,
+    listed,
+    run_chat_server,
+    streamed,
+)
 from vipllava.inference.engine import Engine
 from vipllava.types import Request, Turn, VipLlavaError
 
@@ -23,7 +31,7 @@ def run_engine_server(engine: Engine) -> Iterator[ChatServer]:
     """Serve until the block ends; what the engine refuses is a status 400 with its message."""
     with run_chat_server() as server:
 
-        def answer(body: dict[str, Any]) -> bytes | Bad:
+        def answer(body: dict[str, Any]) -> bytes | Bad | Events:
             if body.get("temperature") != 0:
                 return Bad(400, b'{"error": {"message": "only temperature 0"}}')
             request = request_of(body)
@@ -32,10 +40,13 @@ def run_engine_server(engine: Engine) -> Iterator[ChatServer]:
             except VipLlavaError as error:
                 return Bad(400, json.dumps({"error": {"message": str(error)}}).encode())
             tokens = len(engine.encoder.encode_generation_prompt(request.turns))
+            if body.get("stream"):
+                return streamed(*text, usage=(tokens, len(text)))
             reply = json.loads(completion(text)) | {"usage": {"prompt_tokens": tokens}}
             return json.dumps(reply).encode()
 
         server.answer = answer
+        server.models = listed({"id": "toy", "max_model_len": 512})
         yield server
 
 

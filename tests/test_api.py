@@ -5,6 +5,7 @@ Only the published models are replaced, by tiny ones.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from vipllava.evaluation import benches
 from vipllava.report.inspected import RefusedSample
 from vipllava.shards.tars import write_shards
 from vipllava.types import ConfigError, RecordError, VipLlavaError
+from vipllava.visual_prompts.mark_fields import parse_marks
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
@@ -58,7 +60,7 @@ def test_nothing_heavy_is_imported_before_it_is_used():
         "import sys, vipllava as vl\n"
         "assert not [name for name in sys.modules if name.startswith('vipllava.')]\n"
         "assert 'open_stream' in dir(vl) and 'draw' in vl.__all__\n"
-        "vl.Request, vl.Region, vl.register_bench, vl.POLICIES, vl.draw\n"
+        "vl.Request, vl.Region, vl.register_bench, vl.POLICIES, vl.draw, vl.Mask, vl.connect\n"
         "heavy = {'torch', 'lightning', 'transformers', 'hydra', 'openai'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)\n"
     )
@@ -116,7 +118,25 @@ def test_the_examples_of_the_page(
     assert session["first"].keys != session["second"].keys
     assert (place / "models" / "vip-llava-7b" / "config.json").is_file()
     assert list(benches.BENCHES)[-1:] == ["sums"]
-    assert "learned ' yes</s>'" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "learned ' yes</s>'" in printed
+    assert "\nWhat is within the red rectangle?\n" in printed
+    assert "\nWhat is pointed to by the blue arrow? -> " in printed
+    assert "('within the red rectangle', 'within the red ellipse')" in printed
+    assert len(session["chat"].turns) == 4
+    for name in ("asked.png", "chat-overlay.png", "chat.json"):
+        assert (place / name).is_file()
+
+
+def test_the_examples_of_marks_are_the_same_in_python_and_json():
+    page = (ROOT / "docs" / "marks.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (written,) = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
+    session: dict[str, Any] = {}
+    exec(first, session)
+    said = [eval(line, session) for line in first.splitlines() if line.startswith("vl.")]
+    assert parse_marks(json.loads(written)) == said
+    exec(second, session)
 
 
 def test_the_stream_takes_ten_lines_at_most():

@@ -230,6 +230,32 @@ def test_an_endpoint_without_images_is_an_error(server: ChatServer, answer: Any,
     assert not {"a", "b"} & set(server.texts)
 
 
+@pytest.mark.parametrize("counts", [('"many"', "12"), ("12", "[]"), ("-1", "-1"), ("9" * 400, "9")])
+def test_counts_that_cannot_be_say_nothing_about_images(server: ChatServer, counts: Any):
+    def answer(body: dict[str, Any]) -> bytes:
+        usage = f', "usage": {{"prompt_tokens": {counts[has_image(body)]}}}}}'
+        return completion("yes")[:-1] + usage.encode()
+
+    server.answer = answer
+    found = list(endpoint(server).answers([question("a", Image.new("RGB", (8, 8)))]))
+    assert [reply.text for _, reply in found] == ["yes"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Bad(body=b"data: {}\n\n", type="text/event-stream"),
+        Bad(body=b'{"choices": ' + b"[" * 100_000),
+        Bad(body=completion("x" * 2**24)),
+    ],
+)
+def test_what_is_no_reply_is_a_failure(server: ChatServer, bad: Bad):
+    server.answer = lambda body: bad
+    (found,) = endpoint(server, max_retries=0).answers([question("a")])
+    assert isinstance(found[1], Failure)
+    assert "the reply is no" in found[1].reason or "sends too much" in found[1].reason
+
+
 def test_an_endpoint_with_images_is_asked_that_once(server: ChatServer):
     server.answer = counted(12, 1)
     image = Image.new("RGB", (8, 8))

@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from tests.engine_server import run_engine_server
-from tests.tiny_model import tiny_parts
+from tests.inference.tiny_engine import TEMPLATE, make_engine, mixed_requests
+from tests.tiny_model import save_tiny_export
 from vipllava.checkpoints.export_meta import ExportMeta
 from vipllava.checkpoints.hf_format import save_export
 from vipllava.checkpoints.loading import build_model, load_tokenizer
 from vipllava.conversation import ConversationEncoder, get_template
+from vipllava.inference.decoding import Decoding
 from vipllava.inference.endpoint import Endpoint, EndpointSettings, Reply
 from vipllava.inference.engine import Engine
+from vipllava.inference.protocol import PromptTooLong, Sampling
 from vipllava.models.building import ModelSpec
 from vipllava.models.towers import CLIP, normalise_pixels
-from vipllava.stream.image_transform import ImageTransform
 from vipllava.types import ConfigError, Request, Turn, VipLlavaError
-
-# Short, so that a prompt of the byte tokenizer stays short.
-TEMPLATE = replace(get_template("llava_v1"), system="")
-
-
-@pytest.fixture(scope="module")
-def parts(tiny_sources):
-    return tiny_parts(tiny_sources)
-
-
-def _engine(parts, template=TEMPLATE) -> Engine:
-    model, tokenizer = parts
-    encoder = ConversationEncoder(
-        tokenizer, template, image_token_id=259, image_seq_length=4, max_length=512
-    )
-    return Engine(model, tokenizer, encoder, ImageTransform(28, "pad", CLIP.preprocessing), "cpu")
-
-
-def _requests(count: int) -> list[Request]:
-    generator = np.random.default_rng(0)
-    requests = []
-    for index in range(count):
-        has_image = index % 3 != 2
-        pixels = generator.integers(0, 256, (20 + index, 30, 3), dtype=np.uint8)
-        text = "what is this?"[: 1 + index % 13] * (1 + index % 4)
-        turns = [Turn("user", text, has_image=has_image)]
-        if index % 5 == 4:
-            turns += [Turn("assistant", "a cat"), Turn("user", "sure?")]
-        image = Image.fromarray(pixels) if has_image else None
-        requests.append(Request(image, turns, key=f"q{index}"))
-    return requests
 
 
 def _slow_greedy(engine: Engine, request: Request, num_tokens: int) -> list[int]:
@@ -75,7 +46,7 @@ def _slow_greedy(engine: Engine, request: Request, num_tokens: int) -> list[int]
 
 
 def test_answers_equal_slow_decoding_and_do_not_depend_on_the_batch(parts):
-    engine, requests = _engine(parts), _requests(11)
+    engine, requests = make_engine(parts), mixed_requests(11)
     expected = [
         engine.encoder.decode_answer(_slow_greedy(engine, request, 12)).strip()
         for request in requests
@@ -89,14 +60,14 @@ def test_answers_equal_slow_decoding_and_do_not_depend_on_the_batch(parts):
 
 
 def test_stops_at_the_templates_token(parts):
-    engine, requests = _engine(parts), _requests(6)
+    engine, requests = make_engine(parts), mixed_requests(6)
     token = _slow_greedy(engine, requests[0], 4)[3]
     assert token not in _slow_greedy(engine, requests[0], 3)
 
     class Stopping(ConversationEncoder):
         stop_token_ids = (token,)
 
-    stopping = _engine(parts)
+    stopping = make_engine(parts)
     stopping.encoder = Stopping(
         parts[1], TEMPLATE, image_token_id=259, image_seq_length=4, max_length=512
     )
@@ -111,10 +82,10 @@ def test_stops_at_the_templates_token(parts):
 
 
 def test_stops_at_the_templates_string(parts):
-    requests = _requests(6)
-    free = _engine(parts).answer(requests, max_new_tokens=24)
+    requests = mixed_requests(6)
+    free = make_engine(parts).answer(requests, max_new_tokens=24)
     stop = next(c for c in free[0][3:] if c.isascii() and c.isprintable() and c not in free[0][:3])
-    engine = _engine(parts, replace(TEMPLATE, stop_strings=(stop,)))
+    engine = make_engine(parts, replace(TEMPLATE, stop_strings=(stop,)))
 
     answers = engine.answer(requests, max_new_tokens=24, batch_size=6)
     alone = engine.answer(requests[:1], max_new_tokens=24)
@@ -124,10 +95,10 @@ def test_stops_at_the_templates_string(parts):
 
 
 def test_a_stop_string_ends_the_work(parts):
-    request = _requests(1)
-    free = _engine(parts).answer(request, max_new_tokens=24)[0]
+    request = mixed_requests(1)
+    free = make_engine(parts).answer(request, max_new_tokens=24)[0]
     stop = next(c for c in free[3:] if c.isascii() and c.isprintable())
-    engine = _engine(parts, replace(TEMPLATE, stop_strings=(stop,)))
+    engine = make_engine(parts, replace(TEMPLATE, stop_strings=(stop,)))
 
     calls = []
     hook = engine.model.lm_head.register_forward_hook(lambda *_: calls.append(1))
@@ -154,35 +125,47 @@ def test_from_checkpoint(parts, tmp_path):
     assert engine.encoder.template.name == "llava_v1"
     assert engine.image_transform.aspect == "pad"
     assert engine.model.dtype == torch.float32
-    expected = _engine(parts, get_template("llava_v1")).answer(_requests(3), max_new_tokens=6)
-    assert engine.answer(_requests(3), max_new_tokens=6) == expected
+    expected = make_engine(parts, get_template("llava_v1")).answer(
+        mixed_requests(3), max_new_tokens=6
+    )
+    assert engine.answer(mixed_requests(3), max_new_tokens=6) == expected
 
 
 def test_picture_and_turns_must_agree(parts):
     image = Image.new("RGB", (4, 4))
     with pytest.raises(VipLlavaError, match="request 'q' has a picture, but 0 of its turns"):
-        _engine(parts).answer([Request(image, [Turn("user", "?")], "q")])
+        make_engine(parts).answer([Request(image, [Turn("user", "?")], "q")])
     with pytest.raises(VipLlavaError, match="request 'q' has no picture, but 1 of its turns"):
-        _engine(parts).answer([Request(None, [Turn("user", "?", has_image=True)], "q")])
+        make_engine(parts).answer([Request(None, [Turn("user", "?", has_image=True)], "q")])
 
 
 def test_images_that_would_not_be_shown_are_refused(parts):
     image = Image.new("RGB", (4, 4))
     request = Request(image, [Turn("user", "?", has_image=True)], "q", (image, image))
     with pytest.raises(VipLlavaError, match="request 'q' has 3 images, and this model takes one"):
-        _engine(parts).answer([request])
+        make_engine(parts).answer([request])
 
 
 def test_a_captioner_cannot_be_asked_without_a_picture(parts):
     request = Request(None, [Turn("user", "What is the capital of France?")], "q")
     with pytest.raises(VipLlavaError, match=r"request 'q' asks without a picture.*'plain'"):
-        _engine(parts, get_template("plain")).answer([request])
+        make_engine(parts, get_template("plain")).answer([request])
 
 
-def test_too_long_a_prompt_names_the_request(parts):
-    request = Request(None, [Turn("user", "x" * 500)], "long")
-    with pytest.raises(VipLlavaError, match=r"request 'long' has 5\d\d tokens.*512 positions"):
-        _engine(parts).answer([request], max_new_tokens=10)
+@pytest.mark.parametrize(
+    ("letters", "room", "said"),
+    [
+        (500, range(1), "and the model's 512 positions are for it and its answer: shorten"),
+        (10, range(1, 512), "of the model's 512 positions .* max_new_tokens=512: lower it, or"),
+    ],
+)
+def test_too_long_a_prompt_names_the_request(parts, letters: int, room: range, said: str):
+    request = Request(None, [Turn("user", "x" * letters)], "long")
+    with pytest.raises(PromptTooLong, match=f"request 'long' has \\d+ tokens, .*{said}") as caught:
+        make_engine(parts).answer([request], max_new_tokens=512)
+    assert caught.value.room in room
+    copied = pickle.loads(pickle.dumps(caught.value))  # as from a process of its own
+    assert (str(copied), copied.room) == (str(caught.value), caught.value.room)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -210,7 +193,7 @@ def test_few_bits_in_the_blocks_only(tiny_sources, tmp_path, bits):
     assert {n for n, kind in kinds.items() if kind in few} == {
         n for n in kinds if n.startswith("model.language_model.layers.")
     }
-    assert len(engine.answer(_requests(3), max_new_tokens=4)) == 3
+    assert len(engine.answer(mixed_requests(3), max_new_tokens=4)) == 3
 
 
 def test_few_bits_must_be_four_or_eight(parts, tmp_path):
@@ -224,10 +207,87 @@ def test_few_bits_must_be_four_or_eight(parts, tmp_path):
 
 
 def test_the_engine_behind_an_endpoint_gives_the_same_texts(parts):
-    engine, requests = _engine(parts), _requests(7)
+    engine, requests = make_engine(parts), mixed_requests(7)
     with run_engine_server(engine) as server:
         endpoint = Endpoint(EndpointSettings(server.address, "tiny", concurrency=3))
         found = dict(endpoint.answers(requests, max_new_tokens=6))
     texts = [each.text for _, each in sorted(found.items()) if isinstance(each, Reply)]
     assert texts == engine.answer(requests, max_new_tokens=6, batch_size=3)
     assert len(set(texts)) > 3
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        "auto",
+        {
+            "model.vision_tower": "cpu",
+            "model.multi_modal_projector": "cpu",
+            "model.language_model.embed_tokens": "cpu",
+            "model.language_model.layers.0": "cpu",
+            "model.language_model.layers.1": "cpu",
+            "model.language_model.norm": "cpu",
+            "model.language_model.rotary_emb": "cpu",
+            "lm_head": "cpu",
+        },
+    ],
+)
+def test_spread_over_devices(tiny_sources, tmp_path, device_map):
+    pytest.importorskip("accelerate")
+    export = save_tiny_export(tiny_sources, tmp_path / "export")
+    whole = Engine.from_checkpoint(export, "cpu").answer(mixed_requests(4), max_new_tokens=6)
+    engine = Engine.from_checkpoint(export, device_map=device_map, dtype="float32")
+    assert engine.device == torch.device("cpu")
+    assert hasattr(engine.model.model.language_model.layers[1], "_hf_hook")  # accelerate's
+    assert engine.answer(mixed_requests(4), max_new_tokens=6, batch_size=3) == whole
+
+
+def test_what_does_not_go_together_is_named(tiny_sources, tmp_path):
+    export = save_tiny_export(tiny_sources, tmp_path / "export")
+    with pytest.raises(ConfigError, match=r"device_map='auto' spreads whole.*not go with bits=4"):
+        Engine.from_checkpoint(export, bits=4, device_map="auto")
+    with pytest.raises(ConfigError, match="not go with device='cpu'"):
+        Engine.from_checkpoint(export, "cpu", device_map="auto")
+    pytest.importorskip("accelerate")
+    with pytest.raises(ConfigError, match="device_map='round' is not known: use auto"):
+        Engine.from_checkpoint(export, device_map="round")
+
+
+def test_an_image_is_looked_at_once(parts):
+    engine = make_engine(parts)
+    requests = mixed_requests(6)  # four have images
+    first = engine.answer(requests, max_new_tokens=3, batch_size=2)
+    assert (engine.features.num_hits, engine.features.num_misses) == (0, 4)
+    assert engine.answer(requests, max_new_tokens=3) == first
+    assert (engine.features.num_hits, engine.features.num_misses) == (4, 4)
+    assert engine.features.num_bytes == 4 * 4 * 32 * 4
+
+    forgetful = make_engine(parts, feature_bytes=0)
+    assert forgetful.answer([requests[0], requests[0]], max_new_tokens=3) == first[:1] * 2
+    assert forgetful.features.num_bytes == 0
+
+
+def test_options_of_sampling(parts):
+    engine, requests = make_engine(parts), mixed_requests(2)
+    drawn = Sampling(max_new_tokens=8, temperature=1.5, seed=1)
+    assert engine.answer(requests, sampling=drawn) != engine.answer(requests, max_new_tokens=8)
+    short = Sampling(max_new_tokens=2)
+    assert engine.answer(requests, sampling=short) == engine.answer(requests, max_new_tokens=2)
+
+
+def test_a_long_answer_holds_nobody_up(parts, monkeypatch):
+    """Of a batch of two, the place of who ends is taken at once."""
+    engine, requests = make_engine(parts), mixed_requests(6)
+    token = _slow_greedy(engine, requests[0], 3)[2]
+    together: list[int] = []
+    step = Decoding.step
+
+    def noted(self: Decoding):
+        together.append(len(self.rows))
+        return step(self)
+
+    monkeypatch.setattr(Decoding, "step", noted)
+    monkeypatch.setattr(type(engine.encoder), "stop_token_ids", (token,))
+    engine.answer(requests, max_new_tokens=24, batch_size=2)
+    assert 1 in together  # the last one
+    assert together.index(1) >= together.count(2)

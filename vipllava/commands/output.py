@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
+
+from vipllava.serve.terminal.harmless import as_json, harmless
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,16 +38,19 @@ def print_table(table: Table) -> None:
 
 
 def say(text: str) -> None:
-    """Print a text as it is: brackets are no markup, and long lines are not broken."""
+    """Print a text as it is: brackets are no markup, and long lines are not broken.
+
+    What a terminal would obey is shown instead, as in tables and errors.
+    """
     from rich.console import Console
     from rich.text import Text
 
-    Console().print(Text(text), soft_wrap=True)
+    Console().print(Text(harmless(text)), soft_wrap=True)
 
 
 def print_json(content: object) -> None:
     """Print a value as JSON, and nothing around it."""
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(as_json(content, indent=2) + "\n")
 
 
 def facts_table(
@@ -67,7 +71,7 @@ def facts_table(
     table.add_column(overflow="fold")
     for name, value in facts:
         if value:
-            table.add_row(Text(name), Text(value))
+            table.add_row(Text(harmless(name)), Text(harmless(value)))
     return table
 
 
@@ -103,7 +107,7 @@ def rows_table(
 
     console = console or make_console()
     endless = console.options.update_width(_PIPED)
-    cells = [[Text(c) if isinstance(c, str) else c for c in row] for row in rows]
+    cells = [[Text(harmless(c)) if isinstance(c, str) else c for c in row] for row in rows]
     for num_left_out in range(len(spare) + 1):
         left_out = spare[:num_left_out]
         table = Table(title=title or None, **look)

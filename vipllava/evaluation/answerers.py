@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from vipllava.files.pools import run_jobs
+from vipllava.inference.engine_settings import EngineSettings
 from vipllava.processes import compute_on_cpu
 from vipllava.types import ConfigError, Failure, Request, VipLlavaError
 
 if TYPE_CHECKING:
     from vipllava.inference.endpoint import Endpoint
-    from vipllava.inference.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -87,23 +87,6 @@ class EndpointAnswerer:
         """Yield the texts as they come; as many images are held as are asked about at once."""
         for number, reply in self.endpoint.answers(requests, max_new_tokens=self.max_new_tokens):
             yield number, reply if isinstance(reply, Failure) else reply.text
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """What an engine is opened with, in this process or another one."""
-
-    checkpoint: str
-    device: str = "auto"
-    dtype: str = "auto"
-    # further arguments of :meth:`vipllava.inference.engine.Engine.from_checkpoint`
-    options: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    def open(self) -> Engine:
-        """Load the model."""
-        from vipllava.inference.engine import Engine
-
-        return Engine.from_checkpoint(self.checkpoint, self.device, self.dtype, **self.options)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
+import importlib.util
+from collections.abc import Mapping
+from typing import Any, Final
 
 import torch
 
@@ -66,3 +68,34 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if has_bf16 and device.type == "cuda" else torch.float16
+
+
+def dispatch(model: Any, device_map: str | Mapping[str, Any]) -> None:
+    """Spread a network that is on the host over several devices, in place, by accelerate.
+
+    Args:
+        model: a VipLlava.
+        device_map: ``auto`` fills the devices that are there, in their order, as far as each has
+            memory, and the host with what is left; or module names and the device of each.
+
+    Raises:
+        ConfigError: accelerate is not installed, or the map is of another kind.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise ConfigError(
+            f"device_map={device_map!r} needs accelerate, which is not installed: "
+            'pip install "vipllava-lightning[lora]"'
+        )
+    import accelerate
+
+    if device_map == "auto":
+        # Tower and blocks stay whole: what they add up lies on one device.
+        tower = type(model.model.vision_tower).__name__
+        whole = [tower, *(model.model.language_model._no_split_modules or ())]
+        memory = accelerate.utils.get_balanced_memory(model, no_split_module_classes=whole)
+        device_map = accelerate.infer_auto_device_map(
+            model, max_memory=memory, no_split_module_classes=whole
+        )
+    elif isinstance(device_map, str):
+        raise ConfigError(f"device_map={device_map!r} is not known: use auto, or name modules")
+    accelerate.dispatch_model(model, device_map=dict(device_map), force_hooks=True)
