@@ -1,0 +1,1 @@
+"""What people meet: the server, the chat in a terminal, the page."""
