@@ -76,12 +76,16 @@ def test_options_do_not_push_their_texts_aside(
     assert max(len(line) - len(line.lstrip()) for line in texts) <= 40
 
 
+def _joined_lines(page: Path) -> str:
+    return page.read_text("utf-8").replace("\\\n", " ")
+
+
 def test_pages_name_commands_and_options_that_exist():
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     lines = [
         (page.name, shlex.split(line))
         for page in pages
-        for line in re.findall(r"(?m)(?:^|`)vipllava ([a-z][^`\n#>|]*)", page.read_text("utf-8"))
+        for line in re.findall(r"(?m)(?:^|`)vipllava ([a-z][^`\n#>|]*)", _joined_lines(page))
     ]
     assert len(lines) > 50
     for page, words in lines:

@@ -16,9 +16,12 @@ from typer.core import TyperGroup
 
 from vipllava import __version__
 from vipllava.commands import data, job, shards
+from vipllava.commands.chat import ChatCommand, chat
+from vipllava.commands.check_endpoint import check_endpoint
 from vipllava.commands.compare import print_comparison
 from vipllava.commands.convert import convert
 from vipllava.commands.dashboard import dashboard
+from vipllava.commands.demo import demo
 from vipllava.commands.doctor import doctor
 from vipllava.commands.inspect import inspect
 from vipllava.commands.lint import lint
@@ -26,9 +29,11 @@ from vipllava.commands.machines import machines
 from vipllava.commands.options import DataRoot, as_typed
 from vipllava.commands.quickstart import quickstart
 from vipllava.commands.robustness import print_robustness
+from vipllava.commands.serve import serve
 from vipllava.commands.sweep_table import print_sweep
 from vipllava.config.machine_faults import explain_fault, make_output_safe
 from vipllava.processes import begin
+from vipllava.serve.terminal.harmless import harmless
 from vipllava.types import ConfigError, VipLlavaError
 
 HydraArguments = Annotated[
@@ -65,18 +70,22 @@ def sample_data(data_root: DataRoot = "data") -> None:
 
 
 # Hydra reads everything after these words, its own --help included.
-_BY_HYDRA = {"ignore_unknown_options": True, "help_option_names": []}
+_BY_HYDRA = {"context_settings": {"ignore_unknown_options": True, "help_option_names": []}}
 _COMMANDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "quickstart": (quickstart, {}),
+    "chat": (chat, {"cls": ChatCommand}),
     "train": (train, _BY_HYDRA),
     "evaluate": (evaluate, _BY_HYDRA),
     "compare": (print_comparison, {}),
     "robustness": (print_robustness, {}),
     "inspect": (inspect, {}),
+    "serve": (serve, {}),
+    "demo": (demo, {}),
     "lint": (lint, {}),
     "machines": (machines, {}),
     "doctor": (doctor, {}),
     "convert": (convert, {}),
+    "check-endpoint": (check_endpoint, {}),
     "sweep-table": (print_sweep, {}),
     "dashboard": (dashboard, {}),
     "unpack-gguf": (unpack_gguf, {}),
@@ -110,7 +119,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 for _name, (_run, _settings) in _COMMANDS.items():
-    app.command(_name, context_settings=_settings)(_run)
+    app.command(_name, **_settings)(_run)
 app.add_typer(data.app, name="data", help="Data sets: what there is, what is here, get the rest.")
 app.add_typer(shards.app, name="shards", help="Build, index, verify and describe tars.")
 
@@ -148,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = _message(error, words) if mine else explain_fault(error)
         if message is None:
             raise
-        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.write(f"error: {harmless(message)}\n")
         return error.exit_code if mine else VipLlavaError.exit_code
     return 0
 

@@ -68,7 +68,7 @@ def quickstart(
     ] = False,
     data_root: DataRoot = "data",
 ) -> None:
-    """Train three stages on sample data, evaluate, write a report.
+    """Train three stages on sample data, evaluate, report.
 
     The same command goes on where it was stopped.
     """

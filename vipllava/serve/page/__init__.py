@@ -1,0 +1,1 @@
+"""The page: a person draws on a picture, asks, and compares what models answer."""
