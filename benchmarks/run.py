@@ -25,7 +25,10 @@ PARTS = (
     "contention",
     "evaluation",
     "evaluation_memory",
+    "serve",
 )
+ASK_A_MODEL = frozenset(("evaluation", "serve"))
+"""Parts that ask a trained model, too, where one is named."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,12 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="EXPORT",
+        help=f"a trained model for {' and '.join(sorted(ASK_A_MODEL))}, e.g. the quick start's",
+    )
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.parts) - set(PARTS)):
         parser.error(f"unknown parts {unknown}; known: {', '.join(PARTS)}")
     options.output.mkdir(parents=True, exist_ok=True)
     for part in options.parts or PARTS:
-        result: dict[str, Any] = importlib.import_module(f"benchmarks.{part}").run()
+        named = {"checkpoint": options.checkpoint} if part in ASK_A_MODEL else {}
+        result: dict[str, Any] = importlib.import_module(f"benchmarks.{part}").run(**named)
         result["machine"] = {"platform": platform.platform(), "python": platform.python_version()}
         path = options.output / f"{part}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
