@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,6 +111,13 @@ class Preprocessing:
         return red, green, blue
 
 
+class RunLengths(NamedTuple):
+    """A mask as COCO stores it; :func:`vipllava.visual_prompts.rle.check_rle` makes them."""
+
+    size: tuple[int, int]  # height and width of the stored image, pixels: in COCO's order
+    counts: str  # the lengths, packed into letters
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """One region of a picture that a mark may point at."""
@@ -120,9 +127,11 @@ class Region:
     # Index of an earlier region whose mark style this one repeats (all boxes of one Flickr30k
     # phrase look alike), or None for a style of its own.
     style_of: int | None = None
+    # The mask as run lengths, in place of rings: exact, with its holes. Unpacked where it is drawn.
+    rle: RunLengths | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no box or no rings; whether it lies in the picture is known later."""
+        """Refuse what is no box or no mask; whether it lies in the picture is known later."""
         box: Any = self.bbox_xyxy
         rings: Any = self.polygons
         try:
@@ -136,6 +145,12 @@ class Region:
             raise VipLlavaError(
                 f"region {box}, polygons {rings}: expected four finite numbers x1, y1, x2, "
                 "y2, and polygons as rings of finite points (x, y)"
+            )
+        rle: Any = self.rle
+        if rle is not None and (rings or not isinstance(rle, RunLengths)):
+            raise VipLlavaError(
+                f"region {box}: a mask is given as polygons, or as RunLengths from check_rle; "
+                f"got {len(rings)} polygons and {type(rle).__name__}"
             )
 
 

@@ -16,14 +16,9 @@ from pycocotools import mask as coco
 from vipllava.types import Stroke, VisualPrompt
 from vipllava.visual_prompts.mark_places import MarkError
 from vipllava.visual_prompts.render import mark_opacity
-from vipllava.visual_prompts.rle import (
-    MOST_RUNS,
-    boxes_of_mask,
-    check_rle,
-    mask_of_rle,
-    outlines_of_mask,
-    rle_of_mask,
-)
+from vipllava.visual_prompts.mask_outlines import outlines_of_mask
+from vipllava.visual_prompts.mask_pixels import MaskPixels, moved_mask
+from vipllava.visual_prompts.rle import MOST_RUNS, check_rle, mask_of_rle, rle_of_mask
 
 MASKS = arrays.arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 
@@ -43,6 +38,10 @@ def boundary(mask: np.ndarray) -> np.ndarray:
     shape = mask.shape
     near = [padded[y : y + shape[0], x : x + shape[1]] for y in range(3) for x in range(3)]
     return mask & ~np.all(near, axis=0)
+
+
+def pixels_of(mask: np.ndarray) -> MaskPixels:
+    return MaskPixels.of(check_rle(mask, "mask"))
 
 
 def blobs(width: int, height: int) -> np.ndarray:
@@ -80,7 +79,7 @@ def test_lengths_in_a_list_are_the_same_mask(mask: np.ndarray):
 
 @given(MASKS)
 def test_the_boxes_paint_the_mask_and_nothing_else(mask: np.ndarray):
-    strokes = [Stroke("box", ((x1, y1), (x2, y2))) for x1, y1, x2, y2 in boxes_of_mask(mask)]
+    strokes = [Stroke("box", ((x1, y1), (x2, y2))) for x1, y1, x2, y2 in pixels_of(mask).boxes()]
     size = (mask.shape[1], mask.shape[0])
     assert np.array_equal(painted(strokes, size) if strokes else np.zeros_like(mask), mask)
 
@@ -109,7 +108,7 @@ def test_a_mask_of_twelve_megapixels():
     mask = blobs(4000, 3000)
     rle = check_rle(rle_of_mask(mask), "rle")
     assert np.array_equal(mask_of_rle(rle), mask)
-    strokes = [Stroke("box", ((x1, y1), (x2, y2))) for x1, y1, x2, y2 in boxes_of_mask(mask)]
+    strokes = [Stroke("box", ((x1, y1), (x2, y2))) for x1, y1, x2, y2 in pixels_of(mask).boxes()]
     assert np.array_equal(painted(strokes, (4000, 3000)), mask)
     assert len(outlines_of_mask(mask)) == 3
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vipllava.evaluation.bench import ALL_MARKS, Marks
 from vipllava.evaluation.marking import MarkedItem
 from vipllava.types import BBox, ConfigError, DraftTurn, Region, Request, Turn
+from vipllava.visual_prompts.mask_pixels import MaskPixels
 from vipllava.visual_prompts.render import render_plan
 
 Encoding = Literal["overlay", "coordinates", "set_of_mark", "crop"]
@@ -190,13 +191,15 @@ def _text(draft: DraftTurn, words: Callable[[int], str]) -> str:
 
 
 def _numbered(image: Image.Image, regions: Sequence[Region]) -> Image.Image:
-    """Draw a number, white on black, in the middle of every region."""
+    """Draw a number, white on black, in the middle of every region, of run lengths on the mask."""
     drawn = image.copy()
     canvas = ImageDraw.Draw(drawn)
     font = ImageFont.load_default(max(10, round(max(image.size) * _LABEL_HEIGHT)))
     for number, region in enumerate(regions, start=1):
         x1, y1, x2, y2 = region.bbox_xyxy
         middle = ((x1 + x2) / 2, (y1 + y2) / 2)
+        if region.rle is not None:
+            middle = MaskPixels.of(region.rle).nearest(middle)
         left, top, right, bottom = canvas.textbbox(middle, str(number), font=font, anchor="mm")
         canvas.rectangle((left - 2, top - 2, right + 2, bottom + 2), fill=(0, 0, 0))
         canvas.text(middle, str(number), fill=(255, 255, 255), font=font, anchor="mm")

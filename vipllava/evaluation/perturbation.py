@@ -20,6 +20,7 @@ from vipllava.types import (
     Shape,
     VipLlavaError,
 )
+from vipllava.visual_prompts.mask_pixels import moved_mask
 from vipllava.visual_prompts.policies import VisualPromptPolicy, get_policy
 from vipllava.visual_prompts.shapes import check_shape, named_colour
 
@@ -141,7 +142,8 @@ def _shifted(region: Region, shares: np.ndarray, size: tuple[int, int]) -> Regio
         for share, low, high, end in zip(shares, (x1, y1), (x2, y2), size, strict=True)
     )
     rings = tuple(tuple((x + dx, y + dy) for x, y in ring) for ring in region.polygons)
-    return replace(region, bbox_xyxy=(x1 + dx, y1 + dy, x2 + dx, y2 + dy), polygons=rings)
+    rle = None if region.rle is None else moved_mask(region.rle, (dx, dy))
+    return replace(region, bbox_xyxy=(x1 + dx, y1 + dy, x2 + dx, y2 + dy), polygons=rings, rle=rle)
 
 
 def _as_jpeg(image: Image.Image, quality: int) -> Image.Image:

@@ -10,7 +10,7 @@ from typing import Any, Final
 _OTHER_NAMES: Final[Mapping[str, frozenset[str]]] = {
     "image": frozenset(("file", "file_name", "filename", "path", "picture", "photo", "video")),
     "bboxes": frozenset(("box", "objects", "regions", "annotations")),
-    "segmentations": frozenset(("mask", "masks", "polygon", "polygons")),
+    "segmentations": frozenset(("mask", "masks", "polygon", "polygons", "rle", "rles")),
     "conversations": frozenset(("messages", "dialogue", "turns")),
 }
 """By field: what other formats call it, where the letters do not tell."""

@@ -19,10 +19,15 @@ from vipllava.types import (
     Polygon,
     RecordError,
     Region,
+    RunLengths,
 )
+from vipllava.visual_prompts.mark_places import MarkError
+from vipllava.visual_prompts.mask_pixels import MaskPixels, mask_fault
+from vipllava.visual_prompts.rle import check_rle
 
 _SHOWN: Final = 80
 _POLYGONS: Final = "a list of polygons, each a flat list x, y, x, y of at least 3 points"
+_MASK: Final = f"{_POLYGONS}; or run lengths {{size: [height, width], counts}}"
 IMAGE_PLACEHOLDER: Final = "<image>"
 REGION_PLACEHOLDER: Final = re.compile(r"<bbox(\d{0,9})>")
 RECORD_VERSION: Final = 1
@@ -184,7 +189,7 @@ class Fields:
 
     def flats(self, value: object, name: str) -> list[tuple[str, object]]:
         """Return name and value of each flat ``x, y, x, y`` list of a segmentation, maybe none."""
-        flats = self.as_list(value, name, _POLYGONS, fault="polygon-invalid")
+        flats = self.as_list(value, name, _MASK, fault="polygon-invalid")
         return [(f"{name}[{number}]", flat) for number, flat in enumerate(flats)]
 
     def points(self, flat: object, name: str) -> list[list[Any]]:
@@ -216,6 +221,16 @@ class Fields:
             self.fail(name, list(points), expected, "polygon-outside")
         return tuple((min(max(x, 0.0), right), min(max(y, 0.0), bottom)) for x, y in checked)
 
+    def run_lengths(self, value: object, name: str) -> RunLengths:
+        """Check a mask in run lengths, as COCO has them: of the image's size, and not empty."""
+        try:
+            rle = check_rle(value, name)
+            MaskPixels.in_image(rle, self.size, name)
+        except MarkError as error:
+            found = str(error).removeprefix(error.field)
+            self.refuse(f"field `{error.field}`{found}", mask_fault(error))
+        return rle
+
     def regions(
         self, *, count: int | None = None, masks: bool | None = None, may_be_empty: bool = False
     ) -> tuple[Region, ...]:
@@ -228,14 +243,16 @@ class Fields:
         boxes = self.items("bboxes", f"a list of boxes [x1, y1, x2, y2], {many} of them", count)
         segmentations: list[Any] = [None] * len(boxes)
         if masks or (masks is None and self.record.get("segmentations") is not None):
-            expected = f"one list of polygons per box ({len(boxes)})"
+            expected = f"one list of polygons per box ({len(boxes)}), or its run lengths"
             segmentations = self.items("segmentations", expected, len(boxes))
         regions: list[Region] = []
         for number, (box, mask) in enumerate(zip(boxes, segmentations, strict=True)):
             bbox = self.bbox(box, f"bboxes[{number}]", may_be_empty=may_be_empty)
-            rings: list[tuple[str, object]] = []
-            if masks or mask is not None:
-                rings = self.flats(mask, f"segmentations[{number}]")
+            name = f"segmentations[{number}]"
+            if is_rle(mask):
+                regions.append(Region(bbox, rle=self.run_lengths(mask, name)))
+                continue
+            rings = self.flats(mask, name) if masks or mask is not None else []
             polygons = (self.polygon(self.points(flat, name), name) for name, flat in rings)
             regions.append(Region(bbox, tuple(polygons)))
         return tuple(regions)
@@ -328,6 +345,11 @@ def kept_turns(turns: list[tuple[str, Any, str]]) -> list[tuple[str, Any, str]]:
     if turns and turns[-1][1] == "human":
         turns.pop()
     return turns
+
+
+def is_rle(value: object) -> bool:
+    """Tell whether a mask is written as run lengths, right or wrong, and not as polygons."""
+    return isinstance(value, Mapping)
 
 
 def list_or_empty(value: object) -> list[Any]:

@@ -26,7 +26,8 @@ _MAY_BE_EMPTY: Final = ("bbox", "bboxes", "segmentations", "visual_prompts")
 class Outline(NamedTuple):
     """A box or polygon as it stands in a record, not checked."""
 
-    # ``[x1, y1, x2, y2]``, a list of flat ``x, y, x, y`` lists, or a list of ``[x, y]`` points.
+    # ``[x1, y1, x2, y2]``; a list of flat ``x, y, x, y`` lists, or run lengths as of COCO; or a
+    # list of ``[x, y]`` points.
     form: Literal["box", "mask", "ring"]
     value: Any  # what the record has
     name: str  # the field, for messages

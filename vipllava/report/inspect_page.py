@@ -11,6 +11,7 @@ from typing import Final
 from vipllava.report.html import Child, Html, embed_image, escape, markup, page, read_templates
 from vipllava.report.inspected import InspectedSample, RefusedSample, ShownMark, ShownToken, Stretch
 from vipllava.types import Turn
+from vipllava.visual_prompts.mask_pixels import MaskPixels
 from vipllava.visual_prompts.shapes import prompt_words
 
 _TEMPLATES: Final = read_templates("inspect.html")
@@ -328,6 +329,8 @@ def _region(mark: ShownMark) -> str:
     x1, y1, x2, y2 = (f"{value:.0f}" for value in mark.region.bbox_xyxy)
     num_rings = len(mark.region.polygons)
     mask = f"mask of {_count(num_rings, 'ring')}" if num_rings else "no mask"
+    if mark.region.rle is not None:
+        mask = f"mask of {_count(MaskPixels.of(mark.region.rle).area, 'pixel')}"
     return f"{x1}, {y1} to {x2}, {y2} stored px; {mask}"
 
 

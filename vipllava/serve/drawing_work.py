@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Final
 
-from vipllava.types import Point, Stroke, VisualPromptPlan
+from vipllava.types import Point, RunLengths, Stroke, VisualPromptPlan
 from vipllava.visual_prompts.marks import Mark
-from vipllava.visual_prompts.rle import RunLengths
 from vipllava.visual_prompts.shapes import mark_bounds
 
 MOST_WORK: Final = 1_000_000_000

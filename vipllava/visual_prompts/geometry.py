@@ -1,4 +1,4 @@
-"""Points in polygons and small plane geometry for the sampler."""
+"""Points in masks and small plane geometry for the sampler."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vipllava.types import BBox, Point, Polygon
+from vipllava.visual_prompts.mask_pixels import MaskPixels
 
 _ATTEMPTS = 8
 _POINTS_PER_ATTEMPT = 64
 _RELEASED_ATTEMPTS = 10
+
+Mask = tuple[Polygon, ...] | MaskPixels
+"""What is known of a region besides its box: rings, of which none says nothing, or pixels."""
 
 
 def bounds_of(polygons: Sequence[Polygon]) -> BBox:
@@ -34,27 +38,41 @@ def contains(polygon: Polygon, points: npt.NDArray[np.float64]) -> npt.NDArray[n
     return ((straddles & crosses).sum(axis=0) % 2).astype(bool)
 
 
-def sample_points(
-    polygons: Sequence[Polygon], bbox: BBox, count: int, rng: np.random.Generator
-) -> list[Point]:
-    """Draw ``count`` points uniformly in the union of ``polygons``, or in ``bbox`` without any.
+def bounds_of_mask(mask: Mask, bbox: BBox) -> BBox:
+    """Return x1, y1, x2, y2 of a mask, or ``bbox`` without one."""
+    if isinstance(mask, MaskPixels):
+        return mask.bounds
+    return bounds_of(mask) if mask else bbox
 
-    Slivers in which bounded rejection finds too little fall back to convex combinations of
-    neighbouring vertices, which lie on the outline.
+
+def one_of(mask: Mask, rng: np.random.Generator) -> Mask:
+    """Choose one of several rings; pixels stay as they are."""
+    if isinstance(mask, MaskPixels) or not mask:
+        return mask
+    return (mask[int(rng.integers(len(mask)))],)
+
+
+def sample_points(mask: Mask, bbox: BBox, count: int, rng: np.random.Generator) -> list[Point]:
+    """Draw ``count`` points uniformly in a mask, or in ``bbox`` without one.
+
+    Rings add up. Slivers in which bounded rejection finds too little fall back to convex
+    combinations of neighbouring vertices, which lie on the outline.
     """
-    if not polygons:
+    if isinstance(mask, MaskPixels):
+        return mask.sample(count, rng)
+    if not mask:
         x1, y1, x2, y2 = bbox
         drawn = rng.uniform((x1, y1), (x2, y2), size=(count, 2))
         return [(float(x), float(y)) for x, y in drawn]
-    x1, y1, x2, y2 = bounds_of(polygons)
+    x1, y1, x2, y2 = bounds_of(mask)
     found: list[Point] = []
     for _ in range(_ATTEMPTS):
         drawn = rng.uniform((x1, y1), (x2, y2), size=(_POINTS_PER_ATTEMPT, 2))
-        inside = np.any([contains(polygon, drawn) for polygon in polygons], axis=0)
+        inside = np.any([contains(polygon, drawn) for polygon in mask], axis=0)
         found.extend((float(x), float(y)) for x, y in drawn[inside])
         if len(found) >= count:
             return found[:count]
-    ring = polygons[0]
+    ring = mask[0]
     while len(found) < count:
         index = int(rng.integers(len(ring)))
         (ax, ay), (bx, by) = ring[index - 1], ring[index]
@@ -64,31 +82,31 @@ def sample_points(
 
 
 def sample_central_point(
-    polygons: Sequence[Polygon], bbox: BBox, rng: np.random.Generator, *, released: bool = False
+    mask: Mask, bbox: BBox, rng: np.random.Generator, *, released: bool = False
 ) -> Point:
-    """Draw a point near the centre of the box, or inside one randomly chosen polygon.
+    """Draw a point near the centre of the box, or of the mask and in it; of rings in one of them.
 
     Gaussian around the centre of the bounds, sigma an eighth of their extent. ``released`` takes
     the square root of that, in pixels, and after ten points outside of the polygon the next one
-    wherever it lies, as the released code does.
+    wherever it lies, as the released code does, which knows polygons only.
     """
-    if polygons:
-        polygon = polygons[int(rng.integers(len(polygons)))]
-        polygons, bbox = (polygon,), bounds_of((polygon,))
-    x1, y1, x2, y2 = bbox
+    mask = one_of(mask, rng)
+    x1, y1, x2, y2 = bounds_of_mask(mask, bbox)
     centre, sigma = ((x1 + x2) / 2, (y1 + y2) / 2), np.array(((x2 - x1) / 8, (y2 - y1) / 8))
     attempts = _POINTS_PER_ATTEMPT
     if released:
         sigma, attempts = np.sqrt(sigma), _RELEASED_ATTEMPTS
     drawn = rng.normal(centre, sigma, size=(attempts, 2))
-    if polygons:
-        inside = contains(polygons[0], drawn)
+    if isinstance(mask, MaskPixels):
+        inside, released = mask.contains(drawn), False
+    elif mask:
+        inside = contains(mask[0], drawn)
     else:
         inside = np.all((drawn >= (x1, y1)) & (drawn <= (x2, y2)), axis=1)
     if inside.any() or released:
         x, y = drawn[inside][0] if inside.any() else rng.normal(centre, sigma)
         return float(x), float(y)
-    return sample_points(polygons, bbox, 1, rng)[0]
+    return sample_points(mask, (x1, y1, x2, y2), 1, rng)[0]
 
 
 def largest_angle(triangle: Sequence[Point]) -> float:

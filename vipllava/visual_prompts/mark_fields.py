@@ -11,10 +11,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, cast
 
-from vipllava.types import Shape
+from vipllava.types import RunLengths, Shape
 from vipllava.visual_prompts.mark_places import Described, MarkError
 from vipllava.visual_prompts.marks import MARKS, MOST_MARKS, Mark
-from vipllava.visual_prompts.rle import RunLengths
 
 _PLACES: Final = ("box", "polygon", "rle", "point", "stroke")
 _LOOK: Final = ("colour", "width", "alpha", "seed")

@@ -13,6 +13,7 @@ mask             the mask, filled; without one, the box
 mask contour     the outline of the mask; without one, of the box
 arrow            from the first point of ``stroke`` to its last, where the tip is; at a point from
                  anywhere (``seed``); else drawn from ``seed``, its tip near the region's middle
+                 and, of a mask in run lengths, on it
 scribble         the polyline of ``stroke``; else a curve drawn from ``seed`` in the region
 
 Point, triangle and scribble lie in the largest piece of a region that has several. ``seed`` belongs
@@ -32,7 +33,6 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from vipllava import types
 from vipllava.keyed_random import generator_for
@@ -61,8 +61,9 @@ from vipllava.visual_prompts.mark_places import (
     is_inside,
     is_whole,
 )
+from vipllava.visual_prompts.mask_pixels import MaskPixels
 from vipllava.visual_prompts.policies import VisualPromptPolicy
-from vipllava.visual_prompts.rle import boxes_of_mask, check_rle, mask_of_rle, outlines_of_mask
+from vipllava.visual_prompts.rle import check_rle
 from vipllava.visual_prompts.sampling import arrow_head, sample_plan
 from vipllava.visual_prompts.shapes import PALETTE, prompt_words
 
@@ -157,19 +158,9 @@ class Mark:
             x1, y1, x2, y2 = bounds_of((clip_stroke(self.stroke, size),))
             return Region((max(x1, 0), max(y1, 0), min(x2, size[0]), min(y2, size[1])))
         if self.rle is not None:
-            rings = outlines_of_mask(self._mask(size))
-        else:
-            rings = tuple(clip_ring(ring, size) for ring in self.polygon or ())
+            return Region(MaskPixels.in_image(self.rle, size, "rle").bounds, rle=self.rle)
+        rings = tuple(clip_ring(ring, size) for ring in self.polygon or ())
         return Region(bounds_of(rings), rings)
-
-    def _mask(self, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-        if self.rle.size != size[::-1]:
-            expected = f"[{size[1]}, {size[0]}], height and width of the image"
-            raise MarkError("rle.size", list(self.rle.size), expected)
-        mask = mask_of_rle(self.rle)
-        if not mask.any():
-            raise MarkError("rle", Described("a mask without a pixel"), "a mask of something")
-        return mask
 
     def prompt(self, size: tuple[int, int], colour: str | RGB) -> VisualPrompt:
         """Return what is drawn for this mark alone.
@@ -189,9 +180,8 @@ class Mark:
             return VisualPrompt(0, self.shape, rgb, name, alpha, strokes)
         region = self._to_draw_in(self.region(size))
         look = FixedVisualPrompt(self.shape, colour, self._line_width(size), alpha)
-        rng = generator_for(
-            self.seed, "mark", self.shape, repr((region.bbox_xyxy, region.polygons))
-        )
+        place = (region.bbox_xyxy, region.polygons if region.rle is None else region.rle)
+        rng = generator_for(self.seed, "mark", self.shape, repr(place))
         (prompt,) = sample_plan([region], size, _LOOK, rng, [look]).prompts
         return prompt
 
@@ -221,7 +211,7 @@ _BOXES: Final = ("box", "polygon", "rle")
 
 
 class _Inside(Mark):
-    """A shape that lies in a region: in its largest piece, where it has several."""
+    """A shape that lies in a region: of several rings in the largest."""
 
     def _to_draw_in(self, region: Region) -> Region:
         if not region.polygons:
@@ -275,12 +265,6 @@ class Mask(Mark):
 
     shape: ClassVar[Shape] = "mask"
     box: BBox | None = field(default=None, kw_only=False)
-
-    def _given_strokes(self, size: tuple[int, int]) -> tuple[Stroke, ...] | None:
-        if self.rle is None:
-            return None
-        boxes = boxes_of_mask(self._mask(size))  # filled rings would close holes
-        return tuple(Stroke("box", (box[:2], box[2:])) for box in boxes)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,12 @@ def _paint_contour(
     The same pixels as one outline per pixel of the brush, without the square of its side in work.
     """
     for (x1, y1), (x2, y2) in zip(points, [*points[1:], points[0]], strict=True):
+        if (x1 == x2 or y1 == y2) and x1 % 1 == y1 % 1 == x2 % 1 == y2 % 1 == 0:
+            # Of thousands of edges of a mask's pixels: the same pixels in one piece.
+            (left, right), (top, bottom) = sorted((x1, x2)), sorted((y1, y2))
+            box = (left - reach, top - reach, right + reach, bottom + reach)
+            canvas.rectangle(box, fill=alpha)
+            continue
         canvas.rectangle((x1 - reach, y1 - reach, x1 + reach, y1 + reach), fill=alpha)
         # Two opposite corners of the brush bound what it sweeps along an edge.
         dy = -reach if (x2 - x1) * (y2 - y1) >= 0 else reach

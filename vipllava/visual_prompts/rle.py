@@ -1,4 +1,4 @@
-"""Masks as COCO's run lengths: checked, decoded, and as what paints or outlines the same pixels.
+"""Masks as COCO's run lengths: checked, packed, unpacked and decoded.
 
 A mask is run through column by column, from the top left: so many pixels out of it, so many in it,
 and so on. COCO writes the lengths as a list, or packed into letters: six bits each, of which one
@@ -8,16 +8,16 @@ says whether another one follows, from the fourth length on as the difference to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from vipllava.types import BBox, Polygon
+from vipllava.types import RunLengths
 from vipllava.visual_prompts.mark_places import Described, MarkError
 
 Bits = npt.NDArray[np.bool_]
-_Ints = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.int64]
 
 MOST_RUNS: Final = 100_000
 """Lengths of one mask: several times those of a hairy outline in the largest photographs."""
@@ -27,13 +27,6 @@ _LETTERS: Final = 7  # of one length: 35 bits hold more than any image has pixel
 _FIRST: Final = 48  # the letter of zero
 _MORE: Final = 0x20
 _SIGN: Final = 0x10
-
-
-class RunLengths(NamedTuple):
-    """A mask of an image, checked."""
-
-    size: tuple[int, int]  # height and width of the image, pixels: in COCO's order
-    counts: str  # packed
 
 
 def check_rle(value: object, name: str) -> RunLengths:
@@ -62,14 +55,11 @@ def check_rle(value: object, name: str) -> RunLengths:
     if set(fields) != {"size", "counts"}:
         raise MarkError(name, Described(f"an object of {sorted(map(str, fields))}"), expected)
     height, width = _checked_size(fields["size"], f"{name}.size")
-    lengths = _checked_lengths(fields["counts"], f"{name}.counts")
-    total, area = int(lengths.sum()), height * width
-    if total != area:
-        raise MarkError(
-            f"{name}.counts", Described(f"{len(lengths)} lengths of {total} pixels in all"),
-            f"{height} x {width} = {area} pixels, as size says",
-        )  # fmt: skip
-    return RunLengths((height, width), _packed(lengths))
+    counts = fields["counts"]
+    lengths = _checked_lengths(counts, f"{name}.counts")
+    _check_total(lengths, (height, width), f"{name}.counts")
+    # Letters stay as they came: most masks are packed already.
+    return RunLengths((height, width), counts if isinstance(counts, str) else _packed(lengths))
 
 
 def rle_of_mask(mask: Bits) -> dict[str, Any]:
@@ -82,144 +72,37 @@ def mask_of_rle(rle: RunLengths) -> Bits:
     """Return the mask, bool [height, width]."""
     height, width = rle.size
     lengths = _unpacked(rle.counts.encode("ascii"), "counts")
+    _check_total(lengths, rle.size, "counts")
     inside = np.arange(len(lengths)) % 2 == 1
     return np.repeat(inside, lengths).reshape(width, height).T
 
 
-def boxes_of_mask(mask: Bits) -> list[BBox]:
-    """Return boxes that together cover the pixels of a mask and no others.
+def runs_of_rle(rle: RunLengths) -> Ints:
+    """Return the runs of pixels in a mask, counted down its columns from the left.
 
     Returns:
-        x1, y1, x2, y2 of the first and the last pixel of each, whole numbers.
+        int64 [n, 2]: the first pixel of each, and the one behind its last; ascending and apart.
+
+    Raises:
+        MarkError: the counts are not checked, and mean nothing.
     """
-    columns = np.zeros((mask.shape[1], mask.shape[0] + 2), dtype=np.int8)
-    columns[:, 1:-1] = mask.T
-    changes = np.diff(columns, axis=1)
-    x, top = np.nonzero(changes == 1)
-    _, bottom = np.nonzero(changes == -1)  # of the same runs in the same order; behind the last
-    order = np.lexsort((x, bottom, top))
-    x, top, bottom = x[order], top[order], bottom[order]
-    goes_on = (np.diff(x) == 1) & (np.diff(top) == 0) & (np.diff(bottom) == 0)
-    first = np.concatenate([[True], ~goes_on])[: len(x)]
-    last = np.concatenate([~goes_on, [True]])[: len(x)]
-    corners = np.stack([x[first], top[first], x[last], bottom[first] - 1], axis=1)
-    return [(x1, y1, x2, y2) for x1, y1, x2, y2 in corners.astype(float).tolist()]
+    lengths = _unpacked(rle.counts.encode("ascii"), "counts")
+    _check_total(lengths, rle.size, "counts")
+    # Where an even number of lengths ends, because some are 0, nothing changes.
+    ends, times = np.unique(np.cumsum(lengths), return_counts=True)
+    area = rle.size[0] * rle.size[1]
+    changes = ends[(times % 2 == 1) & (ends < area)]
+    if len(changes) % 2:
+        changes = np.append(changes, area)
+    return changes.reshape(-1, 2)
 
 
-def outlines_of_mask(mask: Bits) -> tuple[Polygon, ...]:
-    """Return the outlines of a mask: around every piece of it, and around every hole.
-
-    Pieces are what touches by sides. The vertices are (the middles of) the last pixels that belong
-    to the mask; edges are upright or level.
-
-    Returns:
-        Rings, those around most first; none if the mask is empty.
-    """
-    if not mask.any():
-        return ()
-    left, top, right, bottom = _bounds(mask)
-    padded = np.pad(mask[top : bottom + 1, left : right + 1], 1).astype(np.int8)
-    # Corners lie where four pixels meet. Of each the four around it: north-west and so on.
-    nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
-    around = nw + 2 * ne + 4 * sw + 8 * se
-    corners = _corners(around)
-    following = _following(corners)
-    # Half a pixel into the mask is the middle of a pixel.
-    x = corners.x + np.where(corners.mask_is_left, -1, 0) + left
-    y = corners.y + np.where(corners.mask_is_above, -1, 0) + top
-    points = np.stack([x, y], axis=1).astype(float)
-    rings = [points[ring] for ring in _cycles(following.tolist())]
-    rings.sort(key=_area, reverse=True)
-    return tuple(tuple((x, y) for x, y in ring.tolist()) for ring in rings)
-
-
-def _bounds(mask: Bits) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
-
-
-class _Corners(NamedTuple):
-    """Where an outline turns, in rows from the top; x and y count from the first pixel's edge."""
-
-    x: _Ints
-    y: _Ints
-    mask_is_left: Bits  # whether the outline has the mask's pixel to the left of the corner
-    mask_is_above: Bits
-    edge_is_left: Bits  # whether the level edge of the corner goes to the left
-    edge_is_above: Bits
-
-
-# By the four pixels around a point (1, 2, 4, 8: north-west, north-east, south-west, south-east):
-# where the level edge of the corner goes, the upright one, and where the mask's pixel lies.
-_TURNS: Final[dict[int, list[tuple[str, str, str]]]] = {
-    1: [("left", "above", "nw")],
-    2: [("right", "above", "ne")],
-    4: [("left", "below", "sw")],
-    8: [("right", "below", "se")],
-    14: [("left", "above", "se")],
-    13: [("right", "above", "sw")],
-    11: [("left", "below", "ne")],
-    7: [("right", "below", "nw")],
-    # Two pixels that touch by a corner: one outline around each. The corner that ends an edge from
-    # the left comes first.
-    9: [("left", "above", "nw"), ("right", "below", "se")],
-    6: [("left", "below", "sw"), ("right", "above", "ne")],
-}
-
-
-def _corners(around: npt.NDArray[np.int8]) -> _Corners:
-    places: list[_Ints] = []
-    sides: list[npt.NDArray[np.bool_]] = []
-    flat = around.ravel()
-    for code, turns in _TURNS.items():
-        found = np.flatnonzero(flat == code)
-        for level, upright, pixel in turns:
-            places.append(found)
-            side = ("w" in pixel, "n" in pixel, level == "left", upright == "above")
-            sides.append(np.broadcast_to(np.array(side), (len(found), 4)))
-    place, side = np.concatenate(places), np.concatenate(sides)
-    # By rows; of two at one point the one with the edge to the left first.
-    order = np.lexsort((~side[:, 2], place))
-    y, x = np.divmod(place[order], around.shape[1])
-    return _Corners(x, y, *side[order].T)
-
-
-def _following(corners: _Corners) -> _Ints:
-    """Return for every corner the next of its outline, level and upright edges in turn.
-
-    A level edge joins a corner of which it goes right to the next in its row, so corners in rows
-    are pairs; in columns likewise.
-    """
-    count = len(corners.x)
-    level = np.arange(count) ^ 1
-    by_column = np.lexsort((~corners.edge_is_above, corners.y, corners.x))
-    upright = np.empty(count, dtype=np.int64)
-    upright[by_column] = by_column[np.arange(count) ^ 1]
-    # A ring is walked along the level edge from every other corner: so that the mask is on one
-    # hand, whichever way a corner turns.
-    clockwise = corners.edge_is_left == corners.mask_is_above
-    return np.where(clockwise, level, upright)
-
-
-def _cycles(following: list[int]) -> list[list[int]]:
-    rings: list[list[int]] = []
-    seen = bytearray(len(following))
-    for start in range(len(following)):
-        if seen[start]:
-            continue
-        ring: list[int] = []
-        at = start
-        while not seen[at]:
-            seen[at] = 1
-            ring.append(at)
-            at = following[at]
-        rings.append(ring)
-    return rings
-
-
-def _area(ring: npt.NDArray[np.float64]) -> float:
-    x, y = ring.T
-    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1)))
+def rle_of_runs(runs: Ints, size: tuple[int, int]) -> RunLengths:
+    """Return the packed form of runs; what :func:`runs_of_rle` returns, or runs that touch."""
+    area = size[0] * size[1]
+    changes, times = np.unique(runs, return_counts=True)
+    changes = changes[(times == 1) & (changes < area)]
+    return RunLengths(size, _packed(np.diff(changes, prepend=0, append=area)))
 
 
 # Lengths.
@@ -236,7 +119,16 @@ def _checked_size(value: object, name: str) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _checked_lengths(value: object, name: str) -> _Ints:
+def _check_total(lengths: Ints, size: tuple[int, int], name: str) -> None:
+    height, width = size
+    if (total := int(lengths.sum())) != height * width:
+        raise MarkError(
+            name, Described(f"{len(lengths)} lengths of {total} pixels in all"),
+            f"{height} x {width} = {height * width} pixels, as size says",
+        )  # fmt: skip
+
+
+def _checked_lengths(value: object, name: str) -> Ints:
     if isinstance(value, str):
         try:
             value = value.encode("ascii")
@@ -261,7 +153,7 @@ def _check_count(count: int, name: str) -> None:
         raise MarkError(name, Described(f"of {count} lengths"), expected)
 
 
-def _unpacked(text: bytes, name: str) -> _Ints:
+def _unpacked(text: bytes, name: str) -> Ints:
     _check_count(-(-len(text) // _LETTERS), name)  # at least, before any work
     letters = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - _FIRST
     wrong = np.flatnonzero((letters < 0) | (letters > 63))
@@ -289,7 +181,7 @@ def _unpacked(text: bytes, name: str) -> _Ints:
     return values
 
 
-def _packed(lengths: _Ints) -> str:
+def _packed(lengths: Ints) -> str:
     values = lengths.copy()
     values[3:] -= lengths[1:-2]
     table = np.zeros((len(values), _LETTERS), dtype=np.uint8)
@@ -304,7 +196,7 @@ def _packed(lengths: _Ints) -> str:
     return table[used].tobytes().decode("ascii")
 
 
-def _lengths(mask: Bits) -> _Ints:
+def _lengths(mask: Bits) -> Ints:
     flat = mask.ravel(order="F")
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     starts = [[0, 0]] if flat[0] else [[0]]  # the first length is of pixels out of the mask

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -27,12 +28,17 @@ from vipllava.types import (
     VisualPromptPlan,
 )
 from vipllava.visual_prompts.geometry import (
+    Mask,
     bounds_of,
+    bounds_of_mask,
     cubic_bezier,
     largest_angle,
+    one_of,
     sample_central_point,
     sample_points,
 )
+from vipllava.visual_prompts.mark_places import MarkError
+from vipllava.visual_prompts.mask_pixels import MaskPixels, mask_fault
 from vipllava.visual_prompts.policies import FloatRange, IntRange, VisualPromptPolicy
 from vipllava.visual_prompts.shapes import PALETTE, SHAPES, check_shape, named_colour, shape_words
 
@@ -44,6 +50,8 @@ and of the stored picture; what the released code draws smaller is a speck or po
 _SCRIBBLE_STEPS = 1000
 """Of a scribble's curve, in a picture of the anchor's size: so many that every pixel is met."""
 _ARROW_BARB_ANGLE = math.radians(60)
+_INSIDE: Final[frozenset[Shape]] = frozenset(("point", "triangle", "scribble", "arrow"))
+"""Shapes that are drawn in the largest piece of a mask in run lengths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,8 @@ def sample_plan(
 
     Raises:
         RecordError: regions cannot be told apart by words although the policy demands it, be it
-            that the palette is exhausted or that two are fixed to the same words.
+            that the palette is exhausted or that two are fixed to the same words; or a mask in run
+            lengths is empty, or of another size.
         VipLlavaError: a fixed shape or colour is unknown.
     """
     fixed = fixed or (FixedVisualPrompt(),) * len(regions)
@@ -233,55 +242,69 @@ class _Sampler:
         return max(1, self.integer((int(low * scale), int(high * scale))))
 
     def strokes(self, region: Region, style: _Style) -> tuple[Stroke, ...]:
-        bbox, polygons, width = region.bbox_xyxy, region.polygons, style.width
+        bbox, mask, width = region.bbox_xyxy, self.mask(region, style.shape), style.width
         match style.shape:
             case "rectangle":
                 return (Stroke("box", (bbox[:2], bbox[2:]), width),)
             case "ellipse":
-                bounds = _enlarge(
-                    _bounds(region), self.number(self.policy.ranges.ellipse_scale), self.size
-                )
+                scale = self.number(self.policy.ranges.ellipse_scale)
+                bounds = _enlarge(bounds_of_mask(mask, bbox), scale, self.size)
                 return (Stroke("ellipse", (bounds[:2], bounds[2:]), width),)
             case "triangle":
-                return (Stroke("polygon", self.triangle(region), width),)
+                return (Stroke("polygon", self.triangle(mask, bbox), width),)
             case "point":
                 x, y = sample_central_point(
-                    polygons, bbox, self.rng, released=self.policy.released_point_jitter
+                    mask, bbox, self.rng, released=self.policy.released_point_jitter
                 )
                 rx, ry = width * style.aspect, width / style.aspect
                 return (Stroke("ellipse", ((x - rx, y - ry), (x + rx, y + ry))),)
             case "scribble":
-                return (Stroke("line", self.scribble(region), width),)
+                return (Stroke("line", self.scribble(mask, bbox), width),)
+            case "mask" if isinstance(mask, MaskPixels):  # filled rings would close holes
+                return tuple(Stroke("box", (box[:2], box[2:])) for box in mask.boxes())
             case "mask":
-                return tuple(Stroke("polygon", ring) for ring in _outlines(region))
+                return tuple(Stroke("polygon", ring) for ring in _outlines(mask, bbox))
             case "mask contour":
                 brush = 2 * width + 1
-                return tuple(Stroke("contour", ring, brush) for ring in _outlines(region))
+                return tuple(Stroke("contour", ring, brush) for ring in _outlines(mask, bbox))
             case "arrow":
-                return self.arrow(bbox, width)
+                return self.arrow(mask, bbox, width)
 
-    def triangle(self, region: Region) -> tuple[Point, ...]:
+    def mask(self, region: Region, shape: Shape) -> Mask:
+        """Return what of a region's mask a shape is drawn in."""
+        if region.rle is None:
+            return region.polygons
+        try:
+            pixels = MaskPixels.in_image(region.rle, self.size, "rle")
+        except MarkError as error:
+            raise RecordError(f"region {region.bbox_xyxy}: {error}", mask_fault(error)) from error
+        # Masks from models have specks; what lies inside lies where the object is.
+        return pixels.largest_piece() if shape in _INSIDE else pixels
+
+    def triangle(self, mask: Mask, bbox: BBox) -> tuple[Point, ...]:
         for _ in range(_ATTEMPTS):
-            corners = sample_points(region.polygons, region.bbox_xyxy, 3, self.rng)
+            corners = sample_points(mask, bbox, 3, self.rng)
             if largest_angle(corners) <= _LARGEST_TRIANGLE_ANGLE and self.is_seen(corners):
                 return tuple(corners)
         # Regions too thin or small for such a triangle: the one that fills their bounds.
-        x1, y1, x2, y2 = _bounds(region)
+        x1, y1, x2, y2 = bounds_of_mask(mask, bbox)
         return ((x1 + x2) / 2, y1), (x2, y2), (x1, y2)
 
-    def scribble(self, region: Region) -> tuple[Point, ...]:
-        polygons, count = region.polygons, int(_SCRIBBLE_STEPS * self.scale)
+    def scribble(self, mask: Mask, bbox: BBox) -> tuple[Point, ...]:
+        count = int(_SCRIBBLE_STEPS * self.scale)
         for _ in range(_ATTEMPTS):
-            chosen = (polygons[int(self.rng.integers(len(polygons)))],) if polygons else ()
-            curve = cubic_bezier(sample_points(chosen, region.bbox_xyxy, 4, self.rng), count)
+            curve = cubic_bezier(sample_points(one_of(mask, self.rng), bbox, 4, self.rng), count)
             if self.is_seen(curve):
                 return curve
         # Regions too small for a curve of any size: one through all of their bounds.
-        x1, y1, x2, y2 = _bounds(region)
+        x1, y1, x2, y2 = bounds_of_mask(mask, bbox)
         return cubic_bezier(((x1, y1), (x2, y1), (x1, y2), (x2, y2)), count)
 
-    def arrow(self, bbox: BBox, width: int) -> tuple[Stroke, ...]:
-        """Draw shaft and head; both start at the tip, so the arrow is its length less its head."""
+    def arrow(self, mask: Mask, bbox: BBox, width: int) -> tuple[Stroke, ...]:
+        """Draw shaft and head; both start at the tip, so the arrow is its length less its head.
+
+        As published the tip lies near the middle of the box, wherever polygons are.
+        """
         ranges, scale = self.policy.ranges, self.scale
         x1, y1, x2, y2 = bbox
         near = ranges.arrow_length[0] * min(x2 - x1, y2 - y1)
@@ -290,6 +313,8 @@ class _Sampler:
         head = max(self.number(ranges.arrow_head) * length, int(ranges.arrow_head_min * scale))
         tip = np.array([(x1 + x2) / 2, (y1 + y2) / 2])
         tip += self.rng.uniform(-0.25, 0.25, size=2) * (x2 - x1, y2 - y1)
+        if isinstance(mask, MaskPixels) and not mask.contains(tip[None])[0]:
+            tip = np.array(mask.sample(1, self.rng)[0])
         angle = float(self.rng.uniform(0, 2 * math.pi))
         back = np.array([math.cos(angle), math.sin(angle)])
         tail = tip + max(self.least_span, length - head) * back
@@ -362,16 +387,12 @@ def _check_words(regions: Sequence[Region], styles: Sequence[_Style]) -> None:
             )
 
 
-def _outlines(region: Region) -> tuple[Polygon, ...]:
-    """Return the region's rings; without a mask, its box."""
-    if region.polygons:
-        return region.polygons
-    x1, y1, x2, y2 = region.bbox_xyxy
-    return (((x1, y1), (x2, y1), (x2, y2), (x1, y2)),)
-
-
-def _bounds(region: Region) -> BBox:
-    return bounds_of(region.polygons) if region.polygons else region.bbox_xyxy
+def _outlines(mask: Mask, bbox: BBox) -> tuple[Polygon, ...]:
+    """Return the rings of a mask; without one, of the box."""
+    if isinstance(mask, MaskPixels):
+        return mask.outlines()
+    x1, y1, x2, y2 = bbox
+    return mask or (((x1, y1), (x2, y1), (x2, y2), (x1, y2)),)
 
 
 def _enlarge(bbox: BBox, factor: float, size: tuple[int, int]) -> BBox:

@@ -42,6 +42,8 @@ CODES: Final[Mapping[str, tuple[Severity, str]]] = {
     "polygon-outside": ("error", "a polygon wholly outside its image"),
     "polygon-degenerate": ("warning", "a polygon with hardly any area inside its image"),
     "polygon-self-crossing": ("warning", "a polygon whose outline crosses itself"),
+    "mask-invalid": ("error", "run lengths that are no mask, or one without a pixel"),
+    "mask-size": ("error", "run lengths of another size than their image"),
     "record-invalid": ("error", "a record that breaks its schema in another way"),
     "placeholder-without-region": ("error", "<bboxN> in a text, and no such region"),
     "image-placeholder": ("warning", "another project's placeholder of an image, learnt as text"),

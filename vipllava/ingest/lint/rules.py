@@ -1,6 +1,6 @@
 """What each check says of a record: of its shapes, its texts and its marks.
 
-The verdict on a single box or polygon is the parser's (:class:`vipllava.records.fields.Fields`);
+The verdict on a single box or mask is the parser's (:class:`vipllava.records.fields.Fields`);
 here all of them are asked, and what a parser lets pass is looked at as well.
 """
 
@@ -22,6 +22,7 @@ from vipllava.records.fields import (
     IMAGE_PLACEHOLDER,
     REGION_PLACEHOLDER,
     Fields,
+    is_rle,
     kept_turns,
 )
 from vipllava.records.kind import Outline, list_or_empty
@@ -44,7 +45,7 @@ _COLOUR_NAMES: Final = {rgb: name for name, rgb in PALETTE.items()}
 
 
 def geometry_problems(fields: Fields, kind: RecordKind, limits: LintLimits) -> Iterator[Problem]:
-    """Yield the problems of all boxes and polygons that a record of ``kind`` uses.
+    """Yield the problems of all boxes, polygons and run lengths that a record of ``kind`` uses.
 
     Without a readable image only what needs no image size is found.
     """
@@ -58,7 +59,7 @@ def _asked(problems: Iterator[Problem]) -> Iterator[Problem]:
         yield from problems
     except RecordError as error:
         # An image that is missing or broken has a check of its own.
-        if error.fault.startswith(("box-", "polygon-")):
+        if error.fault.startswith(("box-", "polygon-", "mask-")):
             yield Problem(error.fault, str(error))
 
 
@@ -79,6 +80,9 @@ def _mask(fields: Fields, mask: Outline, limits: LintLimits) -> Iterator[Problem
     def flat_problems(flat: object, name: str) -> Iterator[Problem]:
         yield from _ring(fields, Outline("ring", fields.points(flat, name), name), limits)
 
+    if is_rle(mask.value):
+        fields.run_lengths(mask.value, mask.name)
+        return
     for name, flat in fields.flats(mask.value, mask.name):
         yield from _asked(flat_problems(flat, name))
 

@@ -2,9 +2,9 @@
 
 ``{"class_names", "question", "answer_choices": [4], "answer_label", "rationale_choices": [4],
 "rationale_label"}`` and the clip's ``boxes`` (``[x1, y1, x2, y2, score]``) and ``segms`` (per
-object rings of ``[x, y]`` points), under ``meta`` or in the record itself: shards carry them, the
-released data keep them in one more file per sample (``meta_dir``). Question and choices are lists
-that mix words and lists of object indices.
+object rings of ``[x, y]`` points, or run lengths as of COCO), under ``meta`` or in the record
+itself: shards carry them, the released data keep them in one more file per sample (``meta_dir``).
+Question and choices are lists that mix words and lists of object indices.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, Final, Literal, cast
 
 import numpy as np
 
-from vipllava.records.fields import Fields, Parsed, list_or_empty
+from vipllava.records.fields import Fields, Parsed, is_rle, list_or_empty
 from vipllava.records.kind import Outline, RecordKind
 from vipllava.records.wording import LETTERS, OPTION_LETTER, Parts, choose, exchange, fill, join
-from vipllava.types import DraftTurn, Mention, Region
+from vipllava.types import BBox, DraftTurn, Mention, Region
 
 _CHOICE_RATE: Final = 0.5
 _CLASS_NAME_RATE: Final = 0.5
@@ -137,15 +137,18 @@ class _Speaker:
         """Return the number of an object's region."""
         if index not in self.regions:
             box = self.fields.bbox(self.boxes[index], f"boxes[{index}]", extra=1)
-            where = f"segms[{index}]"
-            rings = self.fields.as_list(self.rings[index], where, "a list of rings")
-            polygons = tuple(
-                self.fields.polygon(ring, f"{where}[{number}]")
-                for number, ring in enumerate(rings)
-                if len(self.fields.as_list(ring, where, "a list of points")) >= _SHORTEST_RING
-            )
-            self.regions[index] = Region(box, polygons)
+            self.regions[index] = self._masked(box, self.rings[index], f"segms[{index}]")
         return list(self.regions).index(index)
+
+    def _masked(self, box: BBox, mask: Any, where: str) -> Region:
+        if is_rle(mask):
+            return Region(box, rle=self.fields.run_lengths(mask, where))
+        polygons = tuple(
+            self.fields.polygon(ring, f"{where}[{number}]")
+            for number, ring in enumerate(self.fields.as_list(mask, where, "a list of rings"))
+            if len(self.fields.as_list(ring, where, "a list of points")) >= _SHORTEST_RING
+        )
+        return Region(box, polygons)
 
 
 def parse_vcr(fields: Fields, rng: np.random.Generator) -> Parsed:
@@ -220,7 +223,9 @@ def _outlines(record: Mapping[str, Any]) -> Iterator[Outline]:
     for index in sorted(set(_integers([record.get(name) for name in _TEXTS]))):
         if 0 <= index < len(given["boxes"]):
             yield Outline("box", given["boxes"][index], f"boxes[{index}]", extra=1)
-        if 0 <= index < len(given["segms"]):
+        if 0 <= index < len(given["segms"]) and is_rle(given["segms"][index]):
+            yield Outline("mask", given["segms"][index], f"segms[{index}]")
+        elif 0 <= index < len(given["segms"]):
             for number, ring in enumerate(list_or_empty(given["segms"][index])):
                 if len(list_or_empty(ring)) >= _SHORTEST_RING:
                     yield Outline("ring", ring, f"segms[{index}][{number}]")
