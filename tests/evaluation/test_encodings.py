@@ -14,6 +14,7 @@ from vipllava.evaluation.encodings import Coordinates, Encoding, check_encoding,
 from vipllava.evaluation.marking import mark_item
 from vipllava.records.image_decode import decode_image
 from vipllava.types import ConfigError, DraftTurn, Mention, Region, Request, Sample
+from vipllava.visual_prompts.rle import check_rle
 
 BOTH: tuple[Marks, ...] = ("kept", "moved")
 IMAGE = decode_image(grey_image(), "k")
@@ -81,6 +82,23 @@ def test_numbers_are_drawn_in_the_middle_of_their_regions():
     removed = request("removed", encoding="set_of_mark")
     assert is_plain(removed.image)
     assert removed.turns == found.turns
+
+
+def test_a_number_lies_on_the_mask_and_not_in_its_hole():
+    mask = np.zeros((48, 64), bool)
+    mask[:, 50:62] = True
+    region = Region((4, 0, 62, 48), rle=check_rle(mask, "mask"))
+    columns = {}
+    for each in (region, Region(region.bbox_xyxy)):
+        draft = (DraftTurn("user", ("What?",), has_image=True), DraftTurn("assistant", ("no",)))
+        sample = Sample("k", "toy", grey_image(), (each,), draft, "refcocog")
+        marked = mark_item(Item("toy/k", sample), IMAGE.size, POLICIES, 1, "kept")
+        assert marked is not None
+        found = encode_item(IMAGE, marked, "toy/k", encoding="set_of_mark")
+        drawn = (np.array(found.image) != 90).any(axis=(0, 2))
+        columns[each.rle is None] = np.flatnonzero(drawn).mean()
+    assert abs(columns[True] - 33) < 2
+    assert abs(columns[False] - 50) < 2
 
 
 @pytest.mark.parametrize(

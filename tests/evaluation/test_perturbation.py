@@ -38,6 +38,7 @@ from vipllava.types import (
     Sample,
 )
 from vipllava.visual_prompts.policies import POLICIES as PUBLISHED
+from vipllava.visual_prompts.rle import check_rle, mask_of_rle
 
 SIZE = (64, 48)
 BOX = (8.0, 8.0, 40.0, 40.0)
@@ -158,6 +159,21 @@ def test_jitter_leaves_regions_and_masks_in_the_image(number: int):
     assert np.array(moved) == pytest.approx(np.array(ring))
     assert whole == regions[1]
     assert outside.bbox_xyxy[0] >= -4  # what was cut off is not cut off further
+
+
+def test_a_mask_in_run_lengths_moves_with_its_box():
+    mask = np.zeros((48, 64), bool)
+    mask[10:30, 10:38] = True
+    mask[15:20, 20:30] = False
+    region = Region(BOX, rle=check_rle(mask, "mask"))
+    for key in "abcdefgh":
+        sample = replace(grey_sample(key, "star", BOX), regions=(region,))
+        (moved,) = Perturbation(jitter=0.5).shift(sample, SIZE, 1).regions
+        dx, dy = (moved.bbox_xyxy[n] - BOX[n] for n in (0, 1))
+        assert abs(dx) + abs(dy) > 0
+        assert moved.rle is not None
+        expected = np.roll(mask, (round(dy), round(dx)), (0, 1))
+        assert np.array_equal(mask_of_rle(moved.rle), expected)
 
 
 def test_jpeg_is_of_the_image_with_its_marks(tmp_path: Path):

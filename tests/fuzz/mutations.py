@@ -35,6 +35,8 @@ _SHAPES: Final[list[Any]] = [
     [[5, 5, 30, 40]] * 3, [1e308, 1e308, 1.5e308, 1.7e308], [float("nan")] * 4, [[1, 1] * 3],
     said("<image>\nHi", "Yes"), said("<image>", "<image>"), [{"from": "gpt", "value": "x"}],
     {"from": "human"}, {"shape": "arrow", "width": 10**9}, {"boxes": [], "segms": []},
+    {"size": [48, 64], "counts": [100, 20, 2952]}, {"size": [48, 64], "counts": "T30T:"},
+    {"size": [64, 48], "counts": [0, 3072]}, {"size": [48, 64], "counts": [3072, 0]},
 ]  # fmt: skip
 _FIELDS: Final = sorted({name for record in RECORDS.values() for name in record})
 _VALUES: Final = st.one_of(

@@ -86,6 +86,36 @@ def test_polygon_points_outside_move_to_the_edge() -> None:
 
 
 @pytest.mark.parametrize(
+    ("mask", "message", "fault"),
+    [
+        ({"size": [48, 64], "counts": [3000, 73]}, "0].counts` is 2 lengths of 3073 pixels in all; "
+         "expected 48 x 64 = 3072 pixels, as size says", "mask-invalid"),
+        ({"size": [48, 64], "counts": "T30"}, "0].counts` is 2 lengths of", "mask-invalid"),
+        ({"size": [48, 64], "counts": "~"}, "0].counts` is b'~'; expected COCO's letters",
+         "mask-invalid"),
+        ({"size": [48, 64], "counts": [3073, -1]}, "0].counts[1]` is -1; ex", "mask-invalid"),
+        ({"size": [48, 64], "counts": [3072]}, "0]` is a mask without a pixel", "mask-invalid"),
+        ({"counts": "04"}, "0]` is an object of ['counts']; expected an object", "mask-invalid"),
+        ({"size": [48, 60], "counts": [0, 2880]}, "0].size` is [48, 60]; expected [48, 64], height "
+         "and width of the image", "mask-size"),
+        ({"size": [64, 48], "counts": [0, 3072]}, "0].size` is [64, 48]; expected [48, 64], height "
+         "and width of the image: these are width and height, or those before its EXIF rotation",
+         "mask-size"),
+        ({"size": [48], "counts": [0, 3072]}, "0].size` is [48]; expected [height, width] of",
+         "mask-size"),
+    ],
+)  # fmt: skip
+def test_run_lengths(mask: Any, message: str, fault: str) -> None:
+    for kind, field in (("refcocog", "segmentations"), ("vcr", "segms")):
+        changes = {field: [mask]}
+        if kind == "vcr":
+            changes = {"meta": {**RECORDS["vcr"]["meta"], field: [mask, [], []]}}
+        with pytest.raises(RecordError, match=re.escape(f"d/k: field `{field}[{message}")) as e:
+            parse(kind, **changes)
+        assert e.value.fault == fault
+
+
+@pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
         ("refcocog", {"bboxes": [BOX, BOX2]}, "`bboxes` is a list of 2; .* 1 of them"),

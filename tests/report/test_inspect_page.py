@@ -9,6 +9,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,6 +21,7 @@ from vipllava.report.inspect_page import (
 )
 from vipllava.report.inspected import InspectedSample, RefusedSample
 from vipllava.types import Mention
+from vipllava.visual_prompts.rle import check_rle
 
 ASKED = ("What <script>is</script> ", Mention(0), "?\n</s> ")
 JOB = JobSummary(
@@ -200,6 +202,18 @@ def test_filled_areas_and_masks_in_words(inspect: Inspect):
     assert "stored px; mask of 2 rings" in first
     assert "shaperectangle, line 4 stored px, filled head" in second
     assert "stored px; mask of 1 ring" in second
+
+
+def test_run_lengths_in_words(inspect: Inspect):
+    sample = make_sample(ASKED, "a dog.", boxes=[(20, 10, 60, 40)], shape="mask")
+    mask = np.zeros((80, 100), bool)
+    mask[10:40, 20:60] = True
+    mask[15:20, 30:40] = False
+    region = replace(sample.regions[0], rle=check_rle(mask, "mask"))
+    page = build_inspect_page(JOB, [inspect(replace(sample, regions=(region,)))])
+    (marks,) = read(page).texts["marks"]
+    assert "shapemask, filled" in marks
+    assert "stored px; mask of 1\u202f150 pixels" in marks
 
 
 def test_counts_and_places(reader: Reader, samples: list[InspectedSample | RefusedSample]):

@@ -19,6 +19,7 @@ from vipllava.stream.sample_encoder import SampleEncoder, SampleSource
 from vipllava.types import RecordError, Sample, VipLlavaError
 from vipllava.visual_prompts.policies import VisualPromptPolicy
 from vipllava.visual_prompts.render import render_plan
+from vipllava.visual_prompts.rle import check_rle
 
 REGION = {"bboxes": [[5, 5, 40, 30]], "conversations": said("<image>\nWhat is <bbox0>?", "yes")}
 
@@ -164,3 +165,20 @@ def test_a_conversation_over_the_limit(build_dataset: Build, encoder: Conversati
     )
     with pytest.raises(RecordError, match=r"toy/k.*max_length=16"):
         dataset.make(Item(0, 0, 0))
+
+
+def test_run_lengths_are_stored_as_they_came_and_drawn(build_dataset: Build) -> None:
+    ring = np.zeros((48, 64), bool)
+    ring[5:30, 5:40] = True
+    ring[12:22, 15:30] = False
+    masks = [{"size": [48, 64], "counts": check_rle(ring, "mask").counts}]
+    fixed = [{"shape": "mask", "colour": "red", "alpha": 255}]
+    record = {**REGION, "segmentations": masks, "visual_prompts": fixed}
+    dataset = build_dataset([("k", record, encode_picture(fmt="PNG"), "png")])
+    (source,) = dataset.sources
+    assert source.shards.read(0).record["segmentations"] == masks
+    trace = dataset.sample_encoder.trace(source.sample(0))
+    assert trace.image is not None
+    drawn = np.asarray(render_plan(trace.image, trace.plan))
+    assert (drawn[ring] == (255, 0, 0)).all()
+    assert (drawn[~ring] == np.asarray(trace.image)[~ring]).all()

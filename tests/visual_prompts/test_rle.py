@@ -15,9 +15,9 @@ from pycocotools import mask as coco
 
 from vipllava.types import Stroke, VisualPrompt
 from vipllava.visual_prompts.mark_places import MarkError
-from vipllava.visual_prompts.render import mark_opacity
 from vipllava.visual_prompts.mask_outlines import outlines_of_mask
 from vipllava.visual_prompts.mask_pixels import MaskPixels, moved_mask
+from vipllava.visual_prompts.render import mark_opacity
 from vipllava.visual_prompts.rle import MOST_RUNS, check_rle, mask_of_rle, rle_of_mask
 
 MASKS = arrays.arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)))
@@ -90,6 +90,79 @@ def test_the_outlines_are_the_boundary_and_nothing_else(mask: np.ndarray):
     size = (mask.shape[1], mask.shape[0])
     lines = painted(strokes, size) if strokes else np.zeros_like(mask)
     assert np.array_equal(lines, boundary(mask))
+
+
+@given(MASKS)
+def test_pixels_are_those_of_the_mask(mask: np.ndarray):
+    pixels = pixels_of(mask)
+    assert pixels.area == mask.sum()
+    if not mask.any():
+        return
+    corners = np.indices(mask.shape)[::-1].reshape(2, -1).T
+    above, right = corners - np.array([0, 99]), corners + np.array([99, 0])
+    around = np.concatenate([corners, corners + 0.999, above, right])
+    flat = mask.ravel()
+    outside = np.zeros_like(flat)
+    assert np.array_equal(pixels.contains(around), np.concatenate([flat, flat, outside, outside]))
+    y, x = np.nonzero(mask)
+    assert pixels.bounds == (x.min(), y.min(), x.max(), y.max())
+    assert pixels.outlines() == outlines_of_mask(mask)
+    drawn = np.array(pixels.sample(300, np.random.default_rng(0)))
+    assert pixels.contains(drawn).all()
+    assert mask.sum() > 20 or len(np.unique(drawn, axis=0)) == mask.sum()
+    near_x, near_y = pixels.nearest((3.2, -1))
+    distances = np.hypot(x + 0.5 - 3.2, y + 0.5 + 1)
+    assert np.hypot(near_x - 3.2, near_y + 1) == pytest.approx(distances.min())
+    assert mask[int(near_y), int(near_x)]
+
+
+def test_every_pixel_is_drawn_as_often():
+    mask = np.zeros((5, 6), bool)
+    mask[1:4, 2] = mask[4, 2:6] = mask[0, 5] = True
+    drawn = pixels_of(mask).sample(8000, np.random.default_rng(1))
+    places, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert len(places) == mask.sum() == 8
+    assert (abs(counts - 1000) < 150).all()
+
+
+def pieces(mask: np.ndarray) -> list[set[tuple[int, int]]]:
+    """Return the pieces of a mask by walking from pixel to pixel."""
+    left = {(int(y), int(x)) for y, x in np.argwhere(mask)}
+    found: list[set[tuple[int, int]]] = []
+    while left:
+        piece, edge = set(), [left.pop()]
+        while edge:
+            y, x = edge.pop()
+            piece.add((y, x))
+            near = {(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)} & left
+            left -= near
+            edge += near
+        found.append(piece)
+    return found
+
+
+@given(MASKS.filter(np.any))
+def test_the_largest_piece(mask: np.ndarray):
+    kept = pixels_of(mask).largest_piece()
+    ys, xs = np.nonzero(mask)
+    on = kept.contains(np.stack([xs, ys], axis=1).astype(float))
+    found = {(int(y), int(x)) for y, x in zip(ys[on], xs[on], strict=True)}
+    every = pieces(mask)
+    assert found in every
+    assert len(found) == kept.area == max(map(len, every))
+
+
+@given(MASKS.filter(np.any), st.floats(-15, 15), st.floats(-15, 15))
+def test_a_mask_is_moved_as_far_as_it_stays_in_its_image(mask: np.ndarray, dx: float, dy: float):
+    moved = moved_mask(check_rle(mask, "mask"), (dx, dy))
+    y, x = np.nonzero(mask)
+    height, width = mask.shape
+    by_x = min(max(round(dx), -x.min()), width - 1 - x.max())
+    by_y = min(max(round(dy), -y.min()), height - 1 - y.max())
+    expected = np.zeros_like(mask)
+    expected[y + by_y, x + by_x] = True
+    assert np.array_equal(mask_of_rle(moved), expected)
+    assert moved == check_rle(expected, "mask")
 
 
 def test_a_piece_with_a_hole_has_two_outlines_and_pixels_touching_by_a_corner_one_each():
@@ -175,4 +248,6 @@ def test_lengths_of_nothing_are_read_as_pycocotools_reads_them(lengths: list[int
     theirs: Any = coco.frPyObjects(listed, 3, 4)
     ours = check_rle(listed, "rle")
     assert ours.counts.encode() == theirs["counts"]
-    assert np.array_equal(mask_of_rle(ours), coco.decode(theirs) > 0)
+    mask = coco.decode(theirs) > 0
+    assert np.array_equal(mask_of_rle(ours), mask)
+    assert MaskPixels.of(ours).boxes() == pixels_of(mask).boxes()

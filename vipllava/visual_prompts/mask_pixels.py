@@ -20,7 +20,10 @@ from vipllava.visual_prompts.rle import Bits, Ints, rle_of_runs, runs_of_rle
 
 @dataclass(frozen=True, eq=False, slots=True)
 class MaskPixels:
-    """The pixels of a mask as upright runs, from the left, and downwards in each column."""
+    """The pixels of a mask as upright runs, from the left, and downwards in each column.
+
+    Where there are none, there are neither bounds nor points.
+    """
 
     size: tuple[int, int]  # height and width of the image, pixels: in COCO's order
     x: Ints  # the column of each run

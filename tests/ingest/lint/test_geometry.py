@@ -121,11 +121,34 @@ def test_box_by_box_and_polygon_by_polygon(encoder: ConversationEncoder) -> None
         ("polygon-invalid", "field `segmentations[0][1]` is [1, 1, 9]; expected an even count of "
          "coordinates, not 3"),
         ("polygon-invalid", "field `segmentations[1]` is 3; expected a list of polygons, each a "
-         "flat list x, y, x, y of at least 3 points"),
+         "flat list x, y, x, y of at least 3 points; or run lengths {size: [height, width], "
+         "counts}"),
         ("polygon-invalid", "field `segmentations[2][0]` is 7; expected a list of polygons, each a "
          "flat list x, y, x, y of at least 3 points"),
     ]  # fmt: skip
     assert [finding.code for finding in findings[8:]] == ["region-unmentioned"]
+
+
+def test_run_length_by_run_length(encoder: ConversationEncoder) -> None:
+    clean = {"size": [252, 336], "counts": [252 * 40 + 30, 60, 252 * 296 - 90]}
+    turned = {**clean, "size": [336, 252]}
+    short = {**clean, "counts": [9, 9]}
+    record = record_of("regions", segmentations=[turned, short])
+    findings = lint_one(record, sample_encoder(encoder), image=picture())
+    assert [(finding.code, finding.message) for finding in findings] == [
+        ("mask-size", "field `segmentations[0].size` is [336, 252]; expected [252, 336], height "
+         "and width of the image: these are width and height, or those before its EXIF rotation"),
+        ("mask-invalid", "field `segmentations[1].counts` is 2 lengths of 18 pixels in all; "
+         "expected 252 x 336 = 84672 pixels, as size says"),
+    ]  # fmt: skip
+    vcr: dict[str, Any] = record_of("vcr")
+    vcr["meta"]["segms"][0] = short
+    findings = lint_one(vcr, sample_encoder(encoder), image=picture())
+    assert [(f.code, f.message[:24]) for f in findings] == [
+        ("mask-invalid", "field `segms[0].counts` "),
+    ]
+    record = record_of("regions", segmentations=[clean, None])
+    assert lint_one(record, sample_encoder(encoder), image=picture()) == []
 
 
 def test_vcr_objects_that_any_text_mentions(encoder: ConversationEncoder) -> None:
