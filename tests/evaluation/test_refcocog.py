@@ -41,6 +41,7 @@ REGIONS = [
     (10, "train", 12, ["a dog"]),
 ]
 POLYGON = [10, 10, 50, 10, 50, 40]
+CROWD = {"size": [240, 320], "counts": [130 * 240 + 10, 39, 240 * 190 - 49]}
 
 
 def official_files(root: Path) -> None:
@@ -62,7 +63,7 @@ def official_files(root: Path) -> None:
             "id": 100 + region, "image_id": image, "category_id": 1, "area": 1.0,
             "bbox": [10.0 + 60 * (region - 7), 10.0, 40.0, 30.0 + region],
             "iscrowd": int(region == 9),
-            "segmentation": {"size": [1, 1], "counts": [1]} if region == 9 else [POLYGON],
+            "segmentation": CROWD if region == 9 else [POLYGON],
         }
         for region, _, image, _ in REGIONS
     ]  # fmt: skip
@@ -106,7 +107,7 @@ def test_from_the_official_files_to_the_score(official: BenchData, tmp_path: Pat
         "segmentations": [[POLYGON]],
         "answer": ["a red bus", "the bus on the left"],
     }
-    assert [record["segmentations"] for record in records] == [[[POLYGON]], [[POLYGON]], [[]]]
+    assert [record["segmentations"] for record in records] == [[[POLYGON]], [[POLYGON]], [CROWD]]
     said = iter(["A red bus.", "two dogs on the grass", ""])
     found = asked(official, lambda _: next(said), tmp_path / "out")
     mark = r"What is the object (?:\w+ )+\w+\? Answer with a short phrase\."

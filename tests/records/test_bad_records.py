@@ -73,6 +73,7 @@ def test_a_box_partly_outside_is_clipped() -> None:
         ([1, 1, 9, "9", 5, 5], "finite x, y coordinates"),
         ([70, 1, 90, 1, 90, 9], "a polygon inside the 64 x 48 image"),
         ({"counts": "abc"}, "each a flat list x, y, x, y"),
+        ({"counts": "abc"}, "at least 3 points; run lengths stand in place of that list, not in"),
     ],
 )
 def test_polygons(polygon: Any, message: str) -> None:

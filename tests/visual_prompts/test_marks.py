@@ -307,6 +307,20 @@ def test_a_mask_with_a_hole_is_painted_and_outlined_as_it_is():
     assert np.array_equal(pixels([MaskContour(rle=ring, width=1)]), np.asarray(image) > 0)
 
 
+def test_nothing_is_put_into_a_hole():
+    ring = DISC.copy()
+    ring[90:151, 90:151] = False
+    for kind in (Point, Triangle, Scribble, Arrow):
+        for seed in range(20):
+            (prompt,) = plan_marks([kind(rle=ring, seed=seed)], SIZE).prompts
+            points = prompt.strokes[0].points
+            if kind is Point:
+                points = (tuple(np.mean(points, axis=0)),)
+            elif kind is not Triangle:
+                points = points[:1]
+            assert all(ring[int(y), int(x)] for x, y in points)
+
+
 def _eroded(mask: np.ndarray) -> np.ndarray:
     padded = np.pad(mask, 1)
     height, width = mask.shape

@@ -194,7 +194,10 @@ class Fields:
 
     def points(self, flat: object, name: str) -> list[list[Any]]:
         """Return the points of one flat list."""
-        numbers = self.as_list(flat, name, _POLYGONS, fault="polygon-invalid")
+        expected = _POLYGONS
+        if is_rle(flat):
+            expected += "; run lengths stand in place of that list, not in it"
+        numbers = self.as_list(flat, name, expected, fault="polygon-invalid")
         if len(numbers) % 2:
             expected = f"an even count of coordinates, not {len(numbers)}"
             self.fail(name, numbers, expected, "polygon-invalid")

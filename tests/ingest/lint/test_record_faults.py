@@ -199,6 +199,25 @@ def polygons() -> Iterator[Case]:
     yield Case("many-rings", some, record)
 
 
+def run_lengths() -> Iterator[Case]:
+    size = [252, 336]
+    bad: dict[str, tuple[str, Any]] = {
+        "overrun": ("mask-invalid", {"size": size, "counts": [84672, 1]}),
+        "short": ("mask-invalid", {"size": size, "counts": "04"}),
+        "letters": ("mask-invalid", {"size": size, "counts": "\u00e9"}),
+        "empty": ("mask-invalid", {"size": size, "counts": [84672]}),
+        "object": ("mask-invalid", {"counts": "04"}),
+        "other": ("mask-size", {"size": [252, 300], "counts": [0, 75600]}),
+        "turned": ("mask-size", {"size": [336, 252], "counts": [0, 84672]}),
+    }
+    for kind in ("refcocog", "refcocog-gpt4v", "regions", "vcr"):
+        for name, (code, mask) in bad.items():
+            record = record_of(kind)
+            masks = record["meta"]["segms"] if kind == "vcr" else record["segmentations"]
+            masks[0] = mask
+            yield Case(f"{name}-{kind}", {code}, record)
+
+
 def records() -> Iterator[Case]:
     broken: dict[str, dict[str, Any]] = {
         "image_level": {"conversations": ...},
@@ -361,7 +380,7 @@ def several() -> Iterator[Case]:
     yield Case("broken-and-cut", {"image-corrupt", "truncated"}, record, CLEAN[:-200])
 
 
-GROUPS = (pictures, boxes, polygons, records, placeholders, marks, lengths, several)
+GROUPS = (pictures, boxes, polygons, run_lengths, records, placeholders, marks, lengths, several)
 SHARDED: dict[str, str] = {  # faults of other tests: of tars, of copies, and of the labels
     "shard-broken": "test_shard_faults.py",
     "index-missing": "test_shard_faults.py",
