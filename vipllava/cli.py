@@ -23,6 +23,7 @@ from vipllava.commands.convert import convert
 from vipllava.commands.dashboard import dashboard
 from vipllava.commands.demo import demo
 from vipllava.commands.doctor import doctor
+from vipllava.commands.import_data import import_data
 from vipllava.commands.inspect import inspect
 from vipllava.commands.lint import lint
 from vipllava.commands.machines import machines
@@ -78,6 +79,7 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "evaluate": (evaluate, _BY_HYDRA),
     "compare": (print_comparison, {}),
     "robustness": (print_robustness, {}),
+    "import": (import_data, {}),
     "inspect": (inspect, {}),
     "serve": (serve, {}),
     "demo": (demo, {}),

@@ -15,6 +15,19 @@ from typing import Any, Final
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.ingest.importing.exports import (
+    KITCHEN,
+    coco,
+    label_studio,
+    label_studio_min,
+    labelme,
+    labelme_mask,
+    lvis,
+    ring_mask,
+    shape,
+    via_2,
+    via_3,
+)
 from tests.records.test_kinds import RECORDS
 from tests.toy_data import encode_picture, said
 
@@ -38,6 +51,13 @@ _SHAPES: Final[list[Any]] = [
     {"size": [48, 64], "counts": [100, 20, 2952]}, {"size": [48, 64], "counts": "T30T:"},
     {"size": [64, 48], "counts": [0, 3072]}, {"size": [48, 64], "counts": [3072, 0]},
 ]  # fmt: skip
+LABELME_SHAPES: Final = (
+    shape("cup", "circle", [(60, 60), (80, 60)]),
+    shape("cup", "polygon", [(20, 20), (60, 20), (60, 60)], group_id=1),
+    labelme_mask("cup", ring_mask(KITCHEN.size, (20, 30, 60, 80))) | {"group_id": 1},
+    shape("fork", "point", [(9, 9)]),
+    shape("fork", "linestrip", [(9, 9), (20, 40), (50, 60)]),
+)
 _FIELDS: Final = sorted({name for record in RECORDS.values() for name in record})
 _VALUES: Final = st.one_of(
     st.sampled_from([*_TEXTS, *_NUMBERS, *_SHAPES]),
@@ -116,6 +136,26 @@ def records(draw: st.DrawFn) -> tuple[str, bytes]:
     if draw(st.integers(0, 9)) == 0:
         text = draw(byte_edits(text))
     return kind, text
+
+
+_EXPORTS: Final = {
+    "coco": coco, "lvis": lvis, "via": via_2, "via ": via_3, "label-studio": label_studio,
+    "label-studio ": label_studio_min, "labelme": lambda: labelme(KITCHEN, *LABELME_SHAPES),
+}  # fmt: skip
+
+
+@st.composite
+def exports(draw: st.DrawFn) -> tuple[str, bytes]:
+    """Return a format's name and an export of it, edited; of YOLO the lines of a picture."""
+    form = draw(st.sampled_from(["yolo", *_EXPORTS]))
+    if form == "yolo":
+        return form, draw(byte_edits(b"0 0.5 0.5 0.2 0.4\n1 0.1 0.1 0.5 0.1 0.5 0.6\n", least=1))
+    export: Any = {"all": _EXPORTS[form]()}
+    edits = st.tuples(st.integers(0, 2999), st.sampled_from(_HOW), _VALUES)
+    for number, how, value in draw(st.lists(edits, min_size=1, max_size=4)):
+        _edit(export, number, how, value)
+    text = json.dumps(export.get("all")).encode()
+    return form.strip(), draw(byte_edits(text)) if draw(st.integers(0, 9)) == 0 else text
 
 
 def _images() -> list[bytes]:

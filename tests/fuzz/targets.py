@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -18,10 +19,12 @@ from typing import Any, Final
 
 from hypothesis import HealthCheck, given, settings
 
-from tests.fuzz.mutations import images, records, tars
+from tests.fuzz.mutations import exports, images, records, tars
+from tests.ingest.importing.exports import put_pictures
 from tests.toy_data import encode_picture, make_manifest
 from vipllava.ingest.building.annotations import iter_annotations
 from vipllava.ingest.building.incoming import ingest
+from vipllava.ingest.importing.run import import_annotations
 from vipllava.ingest.tar_listing import list_tar
 from vipllava.keyed_random import generator_for
 from vipllava.records import parse_record
@@ -33,6 +36,7 @@ from vipllava.types import VipLlavaError
 MOST_BYTES: Final = 2 << 30
 MOST_S: Final = 20
 LONGEST: Final = 1500
+LONGEST_LISTED: Final = 5000  # of a message that lists faults
 _IMAGE: Final = encode_picture()
 _ROOT: Final = Path()  # a temporary folder
 
@@ -112,11 +116,37 @@ def read_tar(data: bytes) -> None:
         shards.close()
 
 
+def read_export(case: tuple[str, bytes]) -> None:
+    """An export of an annotation tool: imported, or refused with nothing written."""
+    form, data = case
+    source = _ROOT / "export" / ("labels/kitchen.txt" if form == "yolo" else "export.json")
+    source.write_bytes(data)
+    message = ""
+    try:
+        import_annotations(
+            form, source.parents[1] if form == "yolo" else source, _ROOT / "data" / "mine",
+            data_root=_ROOT / "data", max_bad_rate=0.5,
+        )  # fmt: skip
+        for line in (_ROOT / "data" / "mine" / "records.jsonl").read_bytes().splitlines():
+            record = parse_object(line, "records.jsonl")
+            record.pop("segmentations", None)
+            parse_record(
+                record, key="k", dataset="d", image=_IMAGE, kind="regions",
+                rng=generator_for("fuzz"), size=(record["width"], record["height"]),
+            )  # fmt: skip
+        shutil.rmtree(_ROOT / "data")
+    except VipLlavaError as error:
+        message = str(error)
+    assert len(message) <= LONGEST_LISTED, f"a message of {len(message)} letters: {message[:200]}"
+    assert not (_ROOT / "data" / "mine").exists(), message
+
+
 TARGETS: Final[dict[str, tuple[Any, Callable[[], Callable[[Any], None]]]]] = {
     "records": (records(), lambda: read_record),
     "images": (images, lambda: read_image),
     "tars": (tars(), lambda: read_tar),
     "lint": (records(), make_lint),
+    "exports": (exports(), lambda: read_export),
 }
 
 
@@ -152,4 +182,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         (_ROOT / "images").mkdir()
         (_ROOT / "images" / "a.jpg").write_bytes(_IMAGE)
+        put_pictures(_ROOT / "export" / "images")
+        (_ROOT / "export" / "labels").mkdir()
+        (_ROOT / "export" / "classes.txt").write_text("cup\nfork\n")
         fuzz(sys.argv[1], int(sys.argv[2]))

@@ -16,14 +16,15 @@ def run(target: str, count: int) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("target", ["records", "images", "tars"])
+@pytest.mark.parametrize("target", ["records", "images", "tars", "exports"])
 def test_a_few_hundred(target: str) -> None:
     run(target, 300)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "count"), [("records", 6000), ("images", 6000), ("tars", 6000), ("lint", 2000)]
+    ("target", "count"),
+    [("records", 6000), ("images", 6000), ("tars", 6000), ("lint", 2000), ("exports", 6000)],
 )
 def test_twenty_thousand(target: str, count: int) -> None:
     run(target, count)

@@ -21,7 +21,7 @@ import struct
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -56,6 +56,27 @@ _PNG_NOTES: Final = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _PNG_DEPTH: Final = 24  # byte of a PNG that says how many bits a channel has
 _BLACK: Final = 16  # levels of 255 that 12 bits reach where 16 are read
 _BROKEN: Final = (OSError, ValueError, SyntaxError, EOFError, struct.error, KeyError, IndexError)
+
+
+class Frames(NamedTuple):
+    """Width and height of an image, pixels, in the two frames that boxes may count."""
+
+    stored: tuple[int, int]  # as the pixels lie in the file
+    upright: tuple[int, int]  # turned as the EXIF block says
+    is_turned: bool  # whether the EXIF block says to turn or mirror it
+
+
+def image_frames(data: bytes, *, key: str) -> Frames:
+    """Return both sizes of an image, from the header alone.
+
+    Raises:
+        RecordError: not an image, or too large.
+    """
+    image = _open(data, key)
+    width, height = image.size
+    orientation = _orientation(image)
+    upright = (height, width) if orientation >= 5 else (width, height)
+    return Frames((width, height), upright, orientation != 1)
 
 
 def image_size(data: bytes, *, key: str, upright: bool = True) -> tuple[int, int]:

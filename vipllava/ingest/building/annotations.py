@@ -15,7 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
+from vipllava.ingest.importing import import_command, recognise, recognise_head
+from vipllava.ingest.importing.source import ImportFormat
 from vipllava.records.json_values import check_depth
+from vipllava.records.kind import CONVERSATIONS
 from vipllava.types import VipLlavaError
 
 LONGEST_RECORD: Final = 64 << 20
@@ -97,6 +100,8 @@ def iter_annotations(
             else:
                 yield from _iter_list(_Window(file, path, start, stop), first, stop is None)
     except OSError as error:
+        if (form := recognise(path)) is not None:  # a folder
+            raise AnnotationError(_foreign(path, form)) from error
         raise AnnotationError(
             f"annotation list {path} cannot be read: {error.strerror or error}"
         ) from error
@@ -267,19 +272,14 @@ class _Window:
 def _iter_list(window: _Window, first: int, whole: bool) -> Iterator[Annotation]:
     """Yield the items of a ``whole`` list, or of a stretch of it, which has no brackets."""
     if whole and (found := window.take()) != "[":
+        if (form := recognise_head(window.held)) is not None:
+            raise AnnotationError(_foreign(window.path, form))
         shown = f"starts with `{found}`" if found else "is empty"
-        remedy = "One record a line is read from a file called .jsonl"
-        if found == "{" and all(name in window.held for name in ('"images"', '"file_name"')):
-            shown = "is a COCO file"
-            remedy = (
-                'Write a record per image: {"id", "image": its file_name, "bboxes": its boxes, '
-                '"conversations"}; COCO\'s bbox is x, y, width, height, ours x, y, x + width, y + '
-                "height"
-            )
         raise AnnotationError(
-            f"annotation list {window.path} {shown}; expected a JSON list `[{{...}}, ...]`. "
-            f"{remedy}"
+            f"annotation list {window.path} {shown}; expected a JSON list `[{{...}}, ...]`. One "
+            "record a line is read from a file called .jsonl"
         )
+    head = window.held if whole else ""
     position = first
     while (char := window.peek()) or whole:
         if char == "]" and whole:
@@ -293,8 +293,22 @@ def _iter_list(window: _Window, first: int, whole: bool) -> Iterator[Annotation]
             window.take()
         if not window.peek():
             raise window.error(position, "is missing: the file breaks off")
-        yield window.item(position)
+        item = window.item(position)
+        if head:
+            form = recognise_head(head)
+            if form is not None and CONVERSATIONS not in (item.record or {CONVERSATIONS: None}):
+                raise AnnotationError(_foreign(window.path, form))
+            head = ""
+        yield item
         position += 1
+
+
+def _foreign(path: Path, form: ImportFormat) -> str:
+    """Say of which format a file is, and what makes records of it."""
+    return (
+        f"annotation list {path} is of {form.title}, and holds no records; they are made of it by "
+        f"`{import_command(form, path)}`, which writes the manifest, too"
+    )
 
 
 def _iter_lines(
