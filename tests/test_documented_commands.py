@@ -82,6 +82,8 @@ ELSEWHERE = {
     "benchmarks.serve": "tests/serve/test_soak.py",
     "doctor": "tests/commands/test_doctor.py",
     "vipllava compare": "tests/commands/test_compare.py",
+    "vipllava import": "tests/commands/test_import_data.py",
+    "data/street": "likewise",
     "vipllava robustness": "tests/commands/test_robustness.py",
     "profiler=torch": "tests/training/test_profiling.py",
 }

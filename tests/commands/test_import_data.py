@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,14 @@ from tests.ingest.importing.exports import (
     SCENE,
     Picture,
     coco,
+    label_studio,
+    labelme,
+    lvis,
     put_json,
     put_pictures,
+    put_yolo,
     turned,
+    via_2,
 )
 from tests.ingest.importing.test_formats import EXPORTS
 from tests.training.toy_training import LIGHTNING_WARNINGS
@@ -26,6 +32,7 @@ from vipllava import cli
 from vipllava.commands import import_data, job
 from vipllava.config.composing import compose_job
 from vipllava.ingest.importing import FORMATS
+from vipllava.ingest.importing.run import MAX_REGIONS
 from vipllava.records.image_decode import decode_image
 from vipllava.shards.manifest import load_manifest
 from vipllava.stream.sample_encoder import SampleSource, plan_sample
@@ -33,6 +40,8 @@ from vipllava.visual_prompts.policies import POLICIES
 from vipllava.visual_prompts.render import render_plan
 
 pytestmark = LIGHTNING_WARNINGS
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "import.md").read_text("utf-8")
 
 RECTANGLES = replace(
     POLICIES["published"]["regions"], shapes=("rectangle",), fixed_alpha=255, constant_style=True,
@@ -212,6 +221,36 @@ def test_a_build_names_the_command(place: Path, export: str, capsys: pytest.Capt
     said = capsys.readouterr().err
     assert f"is of {FORMATS[form].title}, and holds no records; they are made of it by" in said
     assert f"`vipllava import {form} data/export" in said.replace(f"{place}/", "")
+
+
+def test_the_page(place: Path):
+    """docs/import.md, as it stands: its commands, one after the other, in a folder of a user."""
+    put_pictures(place / "photos")
+    put_pictures(place / "coco" / "val2017")
+    for picture in SCENE:
+        put_json(place / "photos" / f"{Path(picture.name).stem}.json", labelme(picture))
+    put_json(place / "annotations" / "instances.json", coco())
+    put_json(place / "annotations" / "lvis_v1_val.json", lvis())
+    put_json(place / "via_project.json", via_2())
+    put_json(place / "project-1.json", label_studio())
+    put_yolo(place / "dataset")
+    blocks = re.findall(r"(?ms)^```bash\n(.*?)^```", PAGE)
+    commands = [shlex.split(line, comments=True) for line in "".join(blocks).splitlines()]
+    assert len(commands) == 11
+    for words in commands:
+        assert cli.main(words[1:]) == 0, words
+    said = (place / "data" / "parts" / "records.jsonl").read_text()
+    assert "Name <bbox1>." in said
+    assert '"A fork."' in said
+
+
+def test_the_page_names_all_formats_and_files():
+    rows = re.findall(r"(?m)^\| `([a-z-]+)` \| (the JSON|a JSON|project|export|`data)", PAGE)
+    assert {name for name, _ in rows} == set(FORMATS)
+    assert f"`--max-regions` ({MAX_REGIONS})" in PAGE
+    for name, form in FORMATS.items():
+        counted = {None: "depends"}.get(form.frame, f"{form.frame} pixels")
+        assert re.search(rf"(?m)^\| (`[a-z-]+`, )?`{name}`(, `[a-z-]+`)? \| {counted} \|", PAGE)
 
 
 def test_the_commands_list_is_the_registrys():

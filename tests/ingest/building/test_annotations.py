@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.toy_data import said
 from vipllava.ingest.building import annotations
 from vipllava.ingest.building.annotations import (
     Annotation,
@@ -192,10 +193,28 @@ def test_what_is_no_list(
     assert str(path) in str(caught.value)
 
 
-def test_a_coco_file(tmp_path: Path):
-    path = write(tmp_path / "list.json", '{"info": {}, "images": [{"file_name": "a.jpg"}]}')
-    with pytest.raises(AnnotationError, match=r"is a COCO file; .* a record per image: .*COCO's"):
+@pytest.mark.parametrize(
+    ("text", "title", "name"),
+    [
+        ('{"info": {}, "images": [{"file_name": "a.jpg"}]}', "COCO", "coco"),
+        ('{"version": "5.4.1", "shapes": [], "imagePath": "a.jpg"}', "LabelMe", "labelme"),
+        ('[{"annotations": [{"result": []}], "data": {}}]', "Label Studio", "label-studio"),
+        ('[{"annotator": 1, "annotation_id": 2}]', "Label Studio", "label-studio"),
+        ("path: .\ntrain: images/train\nnames: [cup]\n", "YOLO", "yolo"),
+    ],
+)
+def test_an_export_of_an_annotation_tool(tmp_path: Path, text: str, title: str, name: str):
+    path = write(tmp_path / "list.json", text)
+    with pytest.raises(AnnotationError) as caught:
         plan_ranges(path, 2)
+    assert f"{path} is of {title}, and holds no records" in str(caught.value)
+    assert f"`vipllava import {name} {path} --output DIR`" in str(caught.value)
+
+
+def test_records_with_an_exports_fields(tmp_path: Path):
+    record = {"annotator": 1, "annotation_id": 2, "conversations": said("Q?", "A.")}
+    path = write(tmp_path / "list.json", json.dumps([record]))
+    assert plan_ranges(path, 2).num_selected == 1
 
 
 def test_a_missing_list(tmp_path: Path):

@@ -100,3 +100,12 @@ def test_categories_that_texts_of_records_would_misread(tmp_path: Path):
 def test_templates_are_values():
     assert Templates().placeholders == {"region", "category"}
     assert Templates().fill(0, 4, {"category": "cup"}) == ("What is <bbox4>?", "cup")
+
+
+def test_half_of_a_character_is_no_text(tmp_path: Path):
+    given = coco()
+    given["categories"][0]["name"] = "cup \ud83d"
+    put_pictures(tmp_path / "there")
+    source = put_json(tmp_path / "there" / "instances.json", given)
+    why = refused(tmp_path, "coco", source)
+    assert "its category has half of a character, a lone surrogate" in why

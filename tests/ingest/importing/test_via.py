@@ -133,6 +133,8 @@ def test_what_is_refused_of_version_2(tmp_path: Path, shape: dict[str, Any], mes
     ("xy", "changes", "message"),
     [
         ([2, 1, 2, 3], {}, "its xy is [2, 1, 2, 3]; expected 4 numbers behind the shape"),
+        ([[2], 1, 2], {}, "its xy is [[2], 1, 2]; expected the number of its shape"),
+        (" ", {}, "its xy is []; expected the number of its shape"),
         ([12, 1, 2], {}, "its shape is number 12; known: 1 to 9"),
         ([2, 1, 2, 3, 4], {"z": [1.5]}, "it belongs to a time of a video"),
         ([9, 1, 1, 2, 2, 3, 3], {}, "no circle goes through"),

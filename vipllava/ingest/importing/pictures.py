@@ -22,6 +22,7 @@ from vipllava.ingest.importing.source import (
     ImportingError,
     Size,
     SourceImage,
+    is_writable,
 )
 from vipllava.records.image_decode import Frames, image_frames
 from vipllava.types import RecordError
@@ -108,6 +109,9 @@ def open_images(
             continue
         if not is_whole:
             fault("image-by-name", place, f"{image.name} was found as {path}")
+        if path and not is_writable(str(path)):
+            fault("image-missing", place, f"the name of its picture, {path!r}, is no UTF-8; rename")
+            continue
         if path and (other := found_as.setdefault(path, image.name)) != image.name:
             message = f"{path} was found for {other} and for {image.name}, too; name the folder"
             fault("image-ambiguous", place, f"{message} that both start from with images=DIR")

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from vipllava.ingest.importing.outlines import mask_bounds
 from vipllava.ingest.importing.report import CODES, ImportReport
-from vipllava.ingest.importing.source import Outline, Size, SourceRegion
+from vipllava.ingest.importing.source import Outline, Size, SourceRegion, is_writable
 from vipllava.ingest.importing.templates import CATEGORY, Templates
 from vipllava.records.box_form import box_signs
 from vipllava.records.fields import IMAGE_PLACEHOLDER, REGION_PLACEHOLDER, Fields
@@ -95,6 +95,8 @@ class RegionChecker:
                 is_category = name == CATEGORY
                 why = region.why_no_category if is_category else f"it has no {name}"
                 raise RecordError(why, "category-missing" if is_category else "attribute-missing")
+            if not is_writable(values[name]):
+                raise RecordError(f"its {name} has half of a character, a lone surrogate")
             if IMAGE_PLACEHOLDER in values[name] or REGION_PLACEHOLDER.search(values[name]):
                 message = f"its {name} is {values[name]!r}, which texts of records use for a region"
                 raise RecordError(f"{message} or the picture; rename it", "text-placeholder")
@@ -123,7 +125,7 @@ def records_of(
         own = chosen[0].region.id if max_regions == 1 else f"part {part}"
         alone = len(parts) == 1 and max_regions > 1
         record: dict[str, Any] = {
-            "id": named["id"] if alone else f"{named['id']}, {own}",
+            "id": _writable(named["id"] if alone else f"{named['id']}, {own}"),
             "image": named["image"],
             "width": size[0],
             "height": size[1],
@@ -184,6 +186,10 @@ def _bounds_of_rle(rle: Mapping[str, Any], size: Size, bbox: BBox | None) -> BBo
     if bbox is not None:
         return bbox
     return mask_bounds(mask_of_rle(checked))
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _flat(ring: Polygon) -> list[float]:

@@ -203,6 +203,15 @@ def attributes_of(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, value in values.items() if (text := as_text(value))}
 
 
+def is_writable(text: str) -> bool:
+    """Whether a text can be stored: JSON and file names may hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shown(value: object) -> str:
     """Return how a message shows a value."""
     text = repr(value)

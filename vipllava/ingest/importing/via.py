@@ -254,6 +254,9 @@ def _values(given: Mapping[str, Any], attributes: Mapping[str, Any]) -> dict[str
 def _outline_3(xy: Sequence[Any], in_time: bool, size: Size) -> Outline:
     if in_time:
         raise RecordError("it belongs to a time of a video", "shape-unknown")
+    if not xy or type(xy[0]) is not int:
+        message = f"its xy is {shown(xy)}; expected the number of its shape and coordinates"
+        raise RecordError(message, "shape-unknown")
     kind, given = xy[0], numbers(list(xy[1:]), None, "its xy")
     lengths = {1: 2, 2: 4, 3: 3, 4: 4, 5: 4, 8: 8, 9: 6}
     if kind in lengths and len(given) < lengths[kind]:
