@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +14,21 @@ import typer
 
 from tests.ingest.importing.exports import (
     GREEN,
+    KITCHEN,
     SCENE,
     Picture,
+    brush_of_mask,
     coco,
     label_studio,
     labelme,
+    labelme_mask,
+    ls_result,
+    ls_task,
     lvis,
     put_json,
     put_pictures,
     put_yolo,
+    ring_mask,
     turned,
     via_2,
 )
@@ -36,8 +42,10 @@ from vipllava.ingest.importing.run import MAX_REGIONS
 from vipllava.records.image_decode import decode_image
 from vipllava.shards.manifest import load_manifest
 from vipllava.stream.sample_encoder import SampleSource, plan_sample
+from vipllava.types import Region
 from vipllava.visual_prompts.policies import POLICIES
 from vipllava.visual_prompts.render import render_plan
+from vipllava.visual_prompts.rle import rle_of_mask
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -109,6 +117,34 @@ def test_the_commands_lead_to_marks_on_the_right_things(
     if export in FORMATS:
         assert cli.main([*look, "--output", "page.html"]) == 0
         assert (place / "page.html").read_text().count("<article") == 2
+
+
+@pytest.mark.skipif("rle" not in {field.name for field in fields(Region)}, reason="no run lengths")
+@pytest.mark.parametrize("form", ["coco", "labelme", "label-studio"])
+def test_a_mask_keeps_its_hole(place: Path, form: str, capsys: pytest.CaptureFixture[str]):
+    box = (150, 20, 190, 70)
+    mask = ring_mask(KITCHEN.size, box)
+    given = coco((KITCHEN,))
+    given["annotations"] = [{**given["annotations"][0], "segmentation": rle_of_mask(mask)}]
+    brush = ls_result(KITCHEN, "brushlabels", "cup", {"rle": brush_of_mask(mask)}, "r0")
+    exports = {
+        "coco": given,
+        "labelme": labelme(KITCHEN, labelme_mask("cup", mask)),
+        "label-studio": [ls_task(1, KITCHEN, brush)],
+    }
+    put_pictures(place / "export")
+    source = put_json(place / "export" / "kitchen.json", exports[form])
+    assert cli.main(["import", form, str(source), "--output", "data/mine"]) == 0
+    build, _ = followed(capsys)
+    assert cli.main([*build, "--num-workers", "0"]) == 0
+    manifest = load_manifest(place / "data/mine/mine.yaml", place)
+    sample = SampleSource.open(manifest, place / "data", seed=0).sample(0)
+    assert sample.image is not None
+    image = decode_image(sample.image, sample.key)
+    policies = {"regions": replace(RECTANGLES, shapes=("mask",))}
+    plan, _ = plan_sample(sample, image.size, policies, np.random.default_rng(0))
+    drawn = np.array(render_plan(image, plan))
+    assert np.array_equal((drawn != np.array(image)).any(axis=2), mask)
 
 
 @pytest.mark.parametrize("export", ["coco", "labelme", "via-2", "label-studio", "yolo"])

@@ -156,6 +156,14 @@ def test_a_picture_in_the_file_is_unpacked_if_there_is_no_other(tmp_path: Path):
     assert record["image"] == "kitchen.jpg"
 
 
+@pytest.mark.parametrize("data", ["%", "\ud83d", "AAAA"])
+def test_a_picture_in_the_file_that_is_none(tmp_path: Path, data: str):
+    source = put_json(tmp_path / "there" / "kitchen.json", labelme(KITCHEN, imageData=data))
+    why = refused(tmp_path, "labelme", source)
+    assert "kitchen.json, picture kitchen.jpg" in why
+    assert "its imageData is no base64" in why or "are no image" in why
+
+
 def test_a_folder_of_files_and_one_that_is_none(tmp_path: Path):
     source = put(tmp_path)
     put_json(source.parent / "more" / "settings.json", {"a": 1})

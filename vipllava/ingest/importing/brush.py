@@ -46,7 +46,7 @@ def mask_of_brush(values: Sequence[Any], width: int, height: int) -> Bits:
         raise RecordError(
             f"its rle holds {count} values; a picture of {width} x {height} has {wanted}: it is of "
             "another size than its picture",
-            _FAULT,
+            "mask-size",
         )
     num_bits = stream.number(5) + 1
     lengths = [stream.number(4) + 1 for _ in range(4)]

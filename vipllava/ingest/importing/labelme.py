@@ -9,7 +9,6 @@ A rectangle's two points are opposite corners in the order in which they were dr
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,7 +84,7 @@ def _image(path: Path, file: str, given: Mapping[str, Any]) -> SourceImage:
 def _embedded(data: str) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise RecordError(f"its imageData is no base64 ({error})", "image-corrupt") from error
 
 

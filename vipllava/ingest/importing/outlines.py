@@ -104,7 +104,7 @@ def mask_bounds(bits: Bits) -> BBox:
     """Return the box around the pixels of a mask."""
     rows, columns = np.flatnonzero(bits.any(axis=1)), np.flatnonzero(bits.any(axis=0))
     if not len(rows):
-        raise RecordError("its mask has no pixel", "mask-empty")
+        raise RecordError("its mask has no pixel", "mask-invalid")
     left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     return float(left), float(top), float(right), float(bottom)
 

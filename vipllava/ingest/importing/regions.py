@@ -181,7 +181,7 @@ def _bounds_of_rle(rle: Mapping[str, Any], size: Size, bbox: BBox | None) -> BBo
         raise RecordError(
             f"its run lengths are of {width} x {height} pixels, its picture has {size[0]} x "
             f"{size[1]}: they are of another picture, or of another size of it",
-            "mask-invalid",
+            "mask-size",
         )
     if bbox is not None:
         return bbox
