@@ -121,12 +121,15 @@ def read_export(case: tuple[str, bytes]) -> None:
     form, data = case
     source = _ROOT / "export" / ("labels/kitchen.txt" if form == "yolo" else "export.json")
     source.write_bytes(data)
-    message = ""
+    shutil.rmtree(_ROOT / "data", ignore_errors=True)
     try:
         import_annotations(
             form, source.parents[1] if form == "yolo" else source, _ROOT / "data" / "mine",
             data_root=_ROOT / "data", max_bad_rate=0.5,
         )  # fmt: skip
+    except VipLlavaError as error:
+        message = str(error)
+    else:
         for line in (_ROOT / "data" / "mine" / "records.jsonl").read_bytes().splitlines():
             record = parse_object(line, "records.jsonl")
             record.pop("segmentations", None)
@@ -134,9 +137,7 @@ def read_export(case: tuple[str, bytes]) -> None:
                 record, key="k", dataset="d", image=_IMAGE, kind="regions",
                 rng=generator_for("fuzz"), size=(record["width"], record["height"]),
             )  # fmt: skip
-        shutil.rmtree(_ROOT / "data")
-    except VipLlavaError as error:
-        message = str(error)
+        return
     assert len(message) <= LONGEST_LISTED, f"a message of {len(message)} letters: {message[:200]}"
     assert not (_ROOT / "data" / "mine").exists(), message
 

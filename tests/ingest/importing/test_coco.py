@@ -198,6 +198,7 @@ def _set(number: int, **fields: Any) -> Change:
         ),
         (_set(0, bbox=[150, 20, -40, 50]), "annotation 100", "a width or height below 0"),
         (_set(0, bbox=[150, 20, 0, 50]), "annotation 100", "a box with an area: this one is empty"),
+        (_set(0, bbox=[150, 20, 1e-7, 50]), "annotation 100", "this one is empty"),
         (_set(0, bbox=[150, 20, 40]), "annotation 100", "expected a list of 4 numbers"),
         (_set(0, segmentation=[[1, 2, 3, 4]]), "annotation 100", "of 3 points or more"),
         (

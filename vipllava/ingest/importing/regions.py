@@ -145,9 +145,14 @@ def records_of(
 
 
 def tidy(value: float) -> float:
-    """Return a coordinate without the digits that floats add, whole where it is."""
-    rounded = round(value, _DIGITS)
+    """Return a coordinate that was checked, whole where it is."""
+    rounded = _rounded(value)
     return int(rounded) if rounded == int(rounded) else rounded
+
+
+def _rounded(value: float) -> float:
+    """Return a number without the digits that floats add; it may be anything."""
+    return round(value, _DIGITS)
 
 
 def _placed(outline: Outline, size: Size) -> tuple[BBox, Any]:
@@ -157,9 +162,11 @@ def _placed(outline: Outline, size: Size) -> tuple[BBox, Any]:
         bbox = _bounds_of_rle(outline.rle, size, bbox)
     elif bbox is None:
         bbox = bounds_of(outline.polygons)
-    record: dict[str, Any] = {"bboxes": [list(bbox)]}
+    # Rounded before it is checked: a box of a millionth of a pixel has no area as it is stored.
+    record: dict[str, Any] = {"bboxes": [[_rounded(number) for number in bbox]]}
     if outline.polygons:
-        record["segmentations"] = [[_flat(ring) for ring in outline.polygons]]
+        rings = [[_rounded(number) for number in _flat(ring)] for ring in outline.polygons]
+        record["segmentations"] = [rings]
     fields = Fields(record, "region", "export", _UNCHECKED, size)
     try:
         (region,) = fields.regions()
@@ -167,8 +174,7 @@ def _placed(outline: Outline, size: Size) -> tuple[BBox, Any]:
         raise RecordError(str(error).removeprefix(f"{fields.where}: "), error.fault) from error
     if outline.rle is not None:
         return region.bbox_xyxy, dict(outline.rle)
-    rings = [[tidy(number) for number in _flat(ring)] for ring in region.polygons]
-    return region.bbox_xyxy, rings or None
+    return region.bbox_xyxy, [list(map(tidy, _flat(ring))) for ring in region.polygons] or None
 
 
 def _bounds_of_rle(rle: Mapping[str, Any], size: Size, bbox: BBox | None) -> BBox:

@@ -21,6 +21,8 @@ Size = tuple[int, int]
 Frame = Literal["upright", "stored"]
 """Pixels turned as the EXIF block of a picture says, or as they lie in its file."""
 _SHOWN: Final = 80
+_LARGEST: Final = 10**9
+"""Pixels that a stated side counts at most: far beyond any picture, and still a float."""
 
 
 class ImportingError(VipLlavaError):
@@ -180,7 +182,7 @@ def flat_points(values: object, what: str, least: int = 3) -> list[Point]:
 def stated_size(width: object, height: object) -> Size | None:
     """Return a size that an export states; None if it states none."""
     if type(width) is int and type(height) is int and width > 0 and height > 0:
-        return width, height
+        return min(width, _LARGEST), min(height, _LARGEST)
     return None
 
 
